@@ -43,7 +43,7 @@ setup(
         "fusedacl.benchmarks": "benchmarks",
     },
     package_data={
-        "fusedacl.engine": ["py.typed", "recipes/*.yaml"],
+        "fusedacl.engine": ["py.typed"],
         "fusedacl.kernels": ["py.typed"],
         "fusedacl.benchmarks": ["py.typed"],
     },

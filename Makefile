@@ -1,0 +1,57 @@
+# Needs Python 3.11 or newer with venv; everything else is installed into .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+CONSTRAINTS := -c constraints.txt
+SOURCES := setup.py pyproject.toml constraints.txt
+
+.PHONY: demo test lint bench bench-quick results clean
+
+demo: $(VENV)/.demo
+	$(BIN)/fusedacl train
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build/typed
+	$(PIP) install -q --no-deps --target build/typed .
+	MYPYPATH=build/typed $(BIN)/mypy
+
+bench-quick: $(VENV)/.dev
+	$(BIN)/python -m fusedacl.benchmarks.loss --quick
+	$(BIN)/python -m fusedacl.benchmarks.angle --quick
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m fusedacl.benchmarks.loss
+	$(BIN)/python -m fusedacl.benchmarks.angle
+	$(BIN)/python -m fusedacl.benchmarks.step
+
+results: $(VENV)/.demo
+	$(BIN)/python -m fusedacl.engine.report docs/results/*.json --output docs/results.md
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fusedacl needs Python 3.11 or newer; $(PYTHON) is" \
+	  "$$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first, and alone: the pin takes a CPU build where one is at hand, and what follows is then
+# content with it. An unpinned torch would draw gigabytes of CUDA packages.
+$(VENV)/.torch: $(VENV)/bin/python $(SOURCES)
+	$(PIP) install -q $(CONSTRAINTS) torch
+	touch $@
+
+$(VENV)/.demo: $(VENV)/.torch
+	$(PIP) install -q $(CONSTRAINTS) -e '.[demo]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch
+	$(PIP) install -q $(CONSTRAINTS) -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build runs *.egg-info

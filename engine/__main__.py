@@ -1,0 +1,7 @@
+"""`python -m fusedacl.engine` is the `fusedacl` command, for launchers that want a module."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

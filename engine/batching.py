@@ -1,0 +1,220 @@
+"""Tokenised texts in flat arrays, the batches of an epoch, and padded batches as tensors."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from .columns import TextSplit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_TEXTS_PER_CHUNK = 1000
+# A tokenizer that knows no limit reports 10^30.
+_NO_LIMIT = 10**6
+_BATCHES_PER_MEGABATCH = 50
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """N tokenised texts (or pairs), T tokens in all.
+
+    `tokens` [T] int32, text i being tokens[offsets[i]:offsets[i + 1]]; `token_types` [T] int8 where
+    the model has them; `labels` [N] int64; `num_truncated` texts were longer than `max_length`.
+    """
+
+    tokens: np.ndarray
+    offsets: np.ndarray
+    token_types: np.ndarray | None
+    labels: torch.Tensor | None
+    num_truncated: int
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens in each text, special tokens included: [N] int64."""
+        return np.diff(self.offsets)
+
+
+def encode(
+    split: TextSplit,
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+    model_limit: int | None = None,
+) -> EncodedSplit:
+    """Tokenises a split without padding; longer texts lose tokens from the longer text's end.
+
+    `max_length`: most tokens per text, special tokens included (max_seq_length on the command
+    line). `model_limit`: most positions of the model, where the tokenizer does not know it.
+
+    Raises:
+        ValueError: max_length is beyond the model or too short for one token of text; a text has no
+            token at all.
+    """
+    is_pair = split.second is not None
+    _check_max_length(tokenizer, max_length, model_limit, is_pair)
+    has_token_types = "token_type_ids" in tokenizer.model_input_names
+    tokens, token_types, lengths = [], [], []
+    num_truncated = 0
+    for start in range(0, len(split), _TEXTS_PER_CHUNK):
+        rows = range(start, min(start + _TEXTS_PER_CHUNK, len(split)))
+        encoded = _tokenize(split, rows, tokenizer, max_length)
+        num_tokens = np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64, count=len(rows))
+        tokens.append(_flat(encoded["input_ids"], np.int32, num_tokens.sum()))
+        if has_token_types:
+            token_types.append(_flat(encoded["token_type_ids"], np.int8, num_tokens.sum()))
+        lengths.append(num_tokens)
+        # A text that fills max_length was truncated if one more token makes it longer.
+        full = [rows[index] for index in np.flatnonzero(num_tokens == max_length)]
+        if full:
+            longer = _tokenize(split, full, tokenizer, max_length + 1)["input_ids"]
+            num_truncated += sum(len(text) > max_length for text in longer)
+    all_lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
+    if not all_lengths.all():
+        row = int(np.argmin(all_lengths)) + 1
+        raise ValueError(f"The text of data row {row} has no token: correct it or take it out.")
+    return EncodedSplit(
+        tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(all_lengths)]).astype(np.int64),
+        token_types=np.concatenate(token_types) if token_types else None,
+        labels=None if split.labels is None else torch.tensor(split.labels, dtype=torch.int64),
+        num_truncated=num_truncated,
+        max_length=max_length,
+    )
+
+
+def epoch_batches(
+    lengths: np.ndarray,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    shuffle: bool = True,
+    group_by_length: bool = False,
+    drop_last: bool = False,
+) -> list[np.ndarray]:
+    """The row indices of each batch of one epoch; a function of its arguments alone.
+
+    `group_by_length` sorts by length inside random groups of 50 batches, so that a batch pads
+    little; the batches are then shuffled, the longest one first (what does not fit in memory fails
+    at once). Without `shuffle`: the rows in order, or all sorted by length, longest first. The
+    incomplete batch, if any, is the last; `drop_last` leaves out as many random rows instead.
+
+    Raises:
+        ValueError: no rows, batch_size < 1, negative seed or epoch, nothing left by drop_last.
+    """
+    num_rows = len(lengths)
+    if num_rows == 0:
+        raise ValueError("lengths is empty: there are no rows to batch.")
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: a batch needs at least 1 row.")
+    if seed < 0 or epoch < 0:
+        raise ValueError(f"seed={seed}, epoch={epoch}: neither may be negative.")
+    if drop_last and num_rows < batch_size:
+        raise ValueError(f"drop_last leaves no batch: {num_rows} rows, batch_size={batch_size}.")
+    random = np.random.default_rng([seed, epoch])
+    order = random.permutation(num_rows) if shuffle else np.arange(num_rows)
+    if drop_last:
+        order = order[: num_rows - num_rows % batch_size]
+    if group_by_length:
+        order = _sorted_in_groups(
+            order, lengths, batch_size * _BATCHES_PER_MEGABATCH if shuffle else num_rows
+        )
+    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    if group_by_length and shuffle:
+        num_complete = len(order) // batch_size
+        complete, incomplete = batches[:num_complete], batches[num_complete:]
+        random.shuffle(complete)
+        if complete:
+            longest = max(range(num_complete), key=lambda index: lengths[complete[index]].max())
+            complete.insert(0, complete.pop(longest))
+        batches = complete + incomplete
+    return batches
+
+
+def collate(
+    encoded: EncodedSplit,
+    indices: np.ndarray | Sequence[int],
+    pad_token_id: int,
+    pad_to_multiple_of: int | None = None,
+) -> dict[str, torch.Tensor]:
+    """One batch, padded on the right to its longest row (or the next multiple): [B, L] int64.
+
+    Keys: input_ids, attention_mask, token_type_ids and labels [B] where the split has them.
+    """
+    indices = np.asarray(indices, dtype=np.int64)
+    starts = encoded.offsets[indices]
+    lengths = encoded.offsets[indices + 1] - starts
+    width = int(lengths.max())
+    if pad_to_multiple_of is not None:
+        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
+    filled = np.arange(width) < lengths[:, None]  # [B, L]
+    # Where each filled cell, row by row, lies in the flat arrays.
+    row_shifts = starts - np.concatenate([[0], np.cumsum(lengths[:-1])])
+    positions = np.arange(lengths.sum()) + np.repeat(row_shifts, lengths)
+    input_ids = np.full(filled.shape, pad_token_id, dtype=np.int64)
+    input_ids[filled] = encoded.tokens[positions]
+    batch = {
+        "input_ids": torch.from_numpy(input_ids),
+        "attention_mask": torch.from_numpy(filled.astype(np.int64)),
+    }
+    if encoded.token_types is not None:
+        token_type_ids = np.zeros(filled.shape, dtype=np.int64)
+        token_type_ids[filled] = encoded.token_types[positions]
+        batch["token_type_ids"] = torch.from_numpy(token_type_ids)
+    if encoded.labels is not None:
+        batch["labels"] = encoded.labels[torch.from_numpy(indices)]
+    return batch
+
+
+def _check_max_length(
+    tokenizer: "PreTrainedTokenizerBase", max_length: int, model_limit: int | None, is_pair: bool
+) -> None:
+    limits = [tokenizer.model_max_length, model_limit]
+    known = [limit for limit in limits if limit is not None and limit < _NO_LIMIT]
+    if known and max_length > min(known):
+        raise ValueError(
+            f"max_seq_length={max_length} is beyond the model, which reads at most {min(known)} "
+            f"tokens; use {min(known)} or less."
+        )
+    least = tokenizer.num_special_tokens_to_add(pair=is_pair) + (2 if is_pair else 1)
+    if max_length < least:
+        raise ValueError(
+            f"max_seq_length={max_length} leaves no room for text beside the special tokens; use "
+            f"{least} or more."
+        )
+
+
+def _tokenize(
+    split: TextSplit,
+    rows: Sequence[int],
+    tokenizer: "PreTrainedTokenizerBase",
+    max_length: int,
+) -> Any:
+    first = [split.first[row] for row in rows]
+    second = None if split.second is None else [split.second[row] for row in rows]
+    return tokenizer(
+        first,
+        second,
+        truncation=True,
+        max_length=max_length,
+        padding=False,
+        return_attention_mask=False,
+    )
+
+
+def _flat(rows: list[list[int]], dtype: type, count: int) -> np.ndarray:
+    return np.fromiter(chain.from_iterable(rows), dtype=dtype, count=count)
+
+
+def _sorted_in_groups(order: np.ndarray, lengths: np.ndarray, group_size: int) -> np.ndarray:
+    """`order` with every `group_size` rows sorted by length, longest first, ties as they were."""
+    groups = [order[start : start + group_size] for start in range(0, len(order), group_size)]
+    return np.concatenate([group[np.argsort(-lengths[group], kind="stable")] for group in groups])

@@ -1,0 +1,180 @@
+"""Checkpoints that are complete or absent, and what a run's directory holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .config import TrainingConfig
+from .options import build, flatten, read_file
+
+CONFIG_FILE = "config.yaml"
+STATE_FILE = "training_state.pt"
+_PARTIAL = ".partial"
+
+
+def prepare_output_dir(config: TrainingConfig) -> Path:
+    """The run's directory, made and checked.
+
+    Raises:
+        ValueError: it holds something and neither resuming nor overwriting was asked for, or it is
+            to be overwritten and does not look like a run's.
+    """
+    assert config.run.output_dir is not None  # `TrainingConfig.resolved` has refused None
+    path = Path(config.run.output_dir)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"output_dir={str(path)!r} is a file; name a directory.")
+    if path.exists() and any(path.iterdir()) and config.run.resume_from_checkpoint is None:
+        if not config.run.overwrite_output_dir:
+            raise ValueError(
+                f"output_dir={str(path)!r} is not empty. Use --resume_from_checkpoint latest to "
+                "continue that run, --overwrite_output_dir to delete it, or another directory."
+            )
+        if not (path / CONFIG_FILE).exists():
+            raise ValueError(
+                f"overwrite_output_dir: {str(path)!r} holds files but no {CONFIG_FILE}, so it is "
+                "not a run of fusedacl and is left alone. Empty it yourself."
+            )
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
+    """Fill `directory` by `write(temporary directory)`; it then exists whole, or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; what was there before is intact.
+    """
+    partial = directory.with_name(directory.name + _PARTIAL)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        for file in partial.iterdir():
+            _flush(file)
+        if directory.exists():
+            shutil.rmtree(directory)
+        partial.replace(directory)
+    except Exception as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        # safetensors reports a full disk by an exception of its own.
+        if isinstance(error, OSError) or "No space left" in str(error):
+            kept = ", ".join(path.name for path in checkpoints(directory.parent)) or "none"
+            raise OSError(
+                f"{directory.name} could not be saved in {str(directory.parent)!r}: {error}. "
+                f"Nothing saved earlier was touched; complete checkpoints there: {kept}. Free some "
+                "space, then --resume_from_checkpoint latest."
+            ) from error
+        raise
+
+
+def _flush(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """config.json, model.safetensors and the tokenizer's files."""
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    keep: int | None,
+) -> Path:
+    """Write `checkpoint-<step>` with the model and `state`, then delete all but the newest `keep`.
+
+    Raises:
+        OSError: see `write_atomically`.
+    """
+    directory = output_dir / f"checkpoint-{step}"
+
+    def write(partial: Path) -> None:
+        save_model(partial, model, tokenizer)
+        torch.save(state, partial / STATE_FILE)
+
+    write_atomically(directory, write)
+    if keep is not None:
+        for old in checkpoints(output_dir)[:-keep]:
+            shutil.rmtree(old)
+    return directory
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [
+        path
+        for path in output_dir.glob("checkpoint-*")
+        if path.name.removeprefix("checkpoint-").isdigit() and (path / STATE_FILE).is_file()
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def find_checkpoint(output_dir: Path, name: str) -> Path:
+    """The checkpoint that `resume_from_checkpoint` names: 'latest', a name in the run, or a path.
+
+    Raises:
+        ValueError: there is none.
+    """
+    available = checkpoints(output_dir)
+    if name == "latest" and available:
+        return available[-1]
+    for candidate in (output_dir / name, Path(name)):
+        if candidate.resolve() in [path.resolve() for path in available]:
+            return candidate
+    names = ", ".join(path.name for path in available) or "none"
+    raise ValueError(
+        f"resume_from_checkpoint={name!r}: no such complete checkpoint in {str(output_dir)!r}. "
+        f"There: {names}."
+    )
+
+
+def load_state(checkpoint: Path) -> dict[str, Any]:
+    """The training state of a checkpoint; tensors and plain values only, never code.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = checkpoint / STATE_FILE
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} is damaged and cannot be resumed from: {error}") from None
+
+
+def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
+    """Refuse to resume with options other than the run's.
+
+    Raises:
+        ValueError: naming the options that differ. Those of the section `run` may.
+    """
+    path = output_dir / CONFIG_FILE
+    saved = flatten(build(TrainingConfig, read_file(path)))
+    now, free = flatten(config), vars(config.run)
+    changed = [name for name in now if name not in free and now[name] != saved[name]]
+    if changed:
+        words = "; ".join(f"{name}: {saved[name]!r} then, {now[name]!r} now" for name in changed)
+        raise ValueError(
+            f"resume_from_checkpoint: the options differ from those in {str(path)!r} ({words}). "
+            "Resume with the same options, or start a new run."
+        )
+
+
+def write_json(path: Path, values: Any) -> None:
+    """A JSON file that is whole or absent."""
+    temporary = path.with_name(path.name + _PARTIAL)
+    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)

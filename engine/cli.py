@@ -1,0 +1,129 @@
+"""The `fusedacl` command."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from .options import did_you_mean, parse
+
+USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
+
+  train      fine-tune an encoder; without arguments: the demonstration on embedded data
+  evaluate   metrics of a trained model on a labelled data set
+  predict    labels and probabilities for a file of texts
+  doctor     what this machine can run, and why
+
+fusedacl <verb> --help explains each option with its unit and default."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0, 1 (the run failed), 2 (a mistake in the input)."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("fusedacl").setLevel(logging.INFO)
+    verb, rest = arguments[0], arguments[1:]
+    try:
+        if verb not in _VERBS:
+            raise ValueError(f"Unknown verb {verb!r}.{did_you_mean(verb, _VERBS)}")
+        return _VERBS[verb](rest)
+    except ValueError as error:
+        print(f"fusedacl {verb}: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"fusedacl {verb}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fusedacl {verb}: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _train(arguments: list[str]) -> int:
+    from .config import TrainingConfig
+
+    if not arguments:
+        from .demo import run_demo
+
+        _quiet_transformers()
+        run_demo()
+        return 0
+    config = parse(
+        TrainingConfig, "fusedacl train", "Fine-tune a BERT-like encoder.", arguments
+    ).resolved()
+    from .trainer import Interrupted, train
+
+    _quiet_transformers()
+    try:
+        results = train(config)
+    except Interrupted as stop:
+        print(f"fusedacl train: {stop}", file=sys.stderr)
+        return stop.exit_code
+    _print_metrics(results["metrics"])
+    for row in results["gate"]:
+        print(
+            f"epoch {row['epoch']}: gate dropped {row['dropped_share']:.1%} of {row['steps']} "
+            f"steps, median angle {row['angle_median']:.1f} degrees"
+        )
+    print(f"model, metrics.jsonl and results.json are in {config.run.output_dir}")
+    return 0
+
+
+def _evaluate(arguments: list[str]) -> int:
+    from .config import EvaluationConfig
+
+    config = parse(EvaluationConfig, "fusedacl evaluate", "Metrics of a trained model.", arguments)
+    from .evaluation import evaluate
+
+    _quiet_transformers()
+    _print_metrics(evaluate(config))
+    return 0
+
+
+def _predict(arguments: list[str]) -> int:
+    from .config import PredictionConfig
+
+    config = parse(
+        PredictionConfig, "fusedacl predict", "Labels and probabilities of texts.", arguments
+    )
+    from .prediction import predict
+
+    _quiet_transformers()
+    print(f"labels and probabilities are in {predict(config)}")
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    if arguments:
+        raise ValueError("doctor takes no arguments: it describes this machine.")
+    from .doctor import diagnose
+
+    print("\n".join(diagnose()))
+    return 0
+
+
+def _print_metrics(metrics: dict[str, dict[int, dict[str, float]]]) -> None:
+    for split, by_layer in metrics.items():
+        for layer, scores in by_layer.items():
+            words = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            print(f"{split}, exit at layer {layer}: {words}")
+
+
+def _quiet_transformers() -> None:
+    """No progress bars or advice of transformers among our own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+_VERBS: dict[str, Callable[[list[str]], Any]] = {
+    "train": _train,
+    "evaluate": _evaluate,
+    "predict": _predict,
+    "doctor": _doctor,
+}

@@ -1,0 +1,244 @@
+"""The configuration of each command: frozen dataclasses, flat in YAML and on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .options import build, option
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    model_name_or_path: str | None = option(
+        None, "Hugging Face encoder to fine-tune: hub name or local directory (a fusedacl run too)"
+    )
+    exit_head: str = option(
+        "mha", "head that classifies a layer's output", choices=("mha", "linear")
+    )
+    exit_width: int = option(64, "width d_e of the mha head's representation", at_least=1)
+    exit_attention_heads: int = option(4, "attention heads of the mha head", at_least=1)
+    dropout: float | None = option(
+        None,
+        "dropout probability of backbone and head; none keeps the model's",
+        at_least=0,
+        at_most=0.99,
+    )
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    task_name: str | None = option(
+        None, "GLUE task, a folder of --data_dir, or 'quickstart' (the embedded data set)"
+    )
+    data_dir: str | None = option(
+        None, "directory with <task_name>/{train,validation,test}.parquet|jsonl|csv"
+    )
+    dataset_name: str | None = option(
+        None, "text-classification data set: hub name, or a local directory in hub layout"
+    )
+    dataset_config_name: str | None = option(None, "configuration (subset) of --dataset_name")
+    validation_file: str | None = option(None, "validation file: csv, tsv, jsonl or parquet")
+    max_seq_length: int | None = option(
+        None,
+        "tokens per text (pair), longer ones are truncated; unset: 128 in training, else what the"
+        " model was trained with",
+        at_least=3,
+    )
+    max_eval_samples: int | None = option(None, "evaluate on the first samples only", at_least=1)
+
+
+@dataclass(frozen=True)
+class TrainingDataOptions(DataOptions):
+    train_file: str | None = option(None, "training file: csv, tsv, jsonl or parquet")
+    max_train_samples: int | None = option(None, "train on the first samples only", at_least=1)
+    group_by_length: bool = option(
+        False, "batch texts of similar length together: less padding, less random batches"
+    )
+
+
+@dataclass(frozen=True)
+class ObjectiveOptions:
+    objective: str = option(
+        "acl",
+        "ce: cross-entropy; scl: plus supervised contrastive loss; acl: label embeddings in it too",
+        choices=("ce", "scl", "acl"),
+    )
+    gate: str | None = option(
+        None,
+        "angle: drop the contrastive gradient when its angle to the cross-entropy gradient exceeds"
+        " --max_angle; none: always add it. Unset: angle for acl, none for ce and scl",
+        choices=("angle", "none"),
+    )
+    max_angle: float = option(
+        90.0, "largest angle kept by the gate, degrees", at_least=0, at_most=180
+    )
+    aux_weight: float = option(
+        0.02,
+        "lambda, weight of the contrastive loss; cross-entropy has 1 - lambda",
+        at_least=0,
+        at_most=1,
+    )
+    temperature: float = option(0.5, "tau, temperature of the contrastive softmax", above=0)
+    contrastive_reduction: str = option(
+        "mean", "mean over anchors, or their sum (the paper)", choices=("mean", "sum")
+    )
+    denominator: str = option(
+        "all",
+        "rows in the softmax denominator: all, others (not the anchor), negatives (other classes)",
+        choices=("all", "others", "negatives"),
+    )
+    impl: str = option(
+        "auto",
+        "implementation of the contrastive loss and the gradient check",
+        choices=("auto", "reference", "tiled", "triton"),
+    )
+
+
+@dataclass(frozen=True)
+class OptimizationOptions:
+    strategy: str = option("single", "single: backbone and last exit", choices=("single",))
+    per_device_train_batch_size: int = option(32, "samples per forward pass", at_least=1)
+    per_device_eval_batch_size: int = option(
+        64, "samples per forward pass in evaluation", at_least=1
+    )
+    gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", at_least=1)
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW, linear to 0", above=0)
+    num_train_epochs: float = option(3.0, "passes over the training set", above=0)
+    max_steps: int = option(
+        -1, "optimizer steps; more than 0 overrides --num_train_epochs", at_least=-1
+    )
+    warmup_ratio: float = option(
+        0.1, "share of the steps with rising learning rate", at_least=0, at_most=1
+    )
+    weight_decay: float = option(0.01, "AdamW weight decay (none on biases and norms)", at_least=0)
+    max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", at_least=0)
+    fp16: bool = option(False, "mixed precision in float16 with dynamic loss scaling")
+    bf16: bool = option(False, "mixed precision in bfloat16")
+    seed: int = option(42, "seed of weights, data order and dropout", at_least=0)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    output_dir: str | None = option(None, "directory for everything the run leaves")
+    overwrite_output_dir: bool = option(False, "empty --output_dir before the run")
+    resume_from_checkpoint: str | None = option(
+        None, "'latest', or a checkpoint directory of --output_dir to continue from"
+    )
+    logging_steps: int = option(10, "optimizer steps between lines of metrics.jsonl", at_least=1)
+    eval_steps: int | None = option(
+        None, "optimizer steps between evaluations; unset: each epoch", at_least=1
+    )
+    save_steps: int | None = option(
+        None, "optimizer steps between checkpoints; unset: each epoch, 0: none", at_least=0
+    )
+    save_total_limit: int | None = option(2, "checkpoints to keep; none keeps all", at_least=1)
+    report_to: str = option("none", "also write to TensorBoard", choices=("none", "tensorboard"))
+    device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    disable_tqdm: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All options of `fusedacl train`; `TrainingConfig.create(task_name="rte", …)` makes one."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: TrainingDataOptions = field(default_factory=TrainingDataOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    @classmethod
+    def create(cls, **options: Any) -> TrainingConfig:
+        """A configuration from flat option names, as on the command line.
+
+        Raises:
+            ValueError: an unknown option, a wrong type, or a value out of range.
+        """
+        return build(cls, options)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the angle check (ACL-Grad) is on."""
+        if self.objective.gate is None:
+            return self.objective.objective == "acl"
+        return self.objective.gate == "angle"
+
+    def resolved(self) -> TrainingConfig:
+        """The same configuration with contradictions refused and what is implied written out.
+
+        Raises:
+            ValueError: options that contradict each other or are missing, before any work.
+        """
+        if self.optimization.fp16 and self.optimization.bf16:
+            raise ValueError("fp16 and bf16 are both on: choose one.")
+        if self.run.output_dir is None:
+            raise ValueError("output_dir is missing: name the directory that the run may fill.")
+        if self.model.model_name_or_path is None and self.data.task_name != "quickstart":
+            raise ValueError(
+                "model_name_or_path is missing: a Hugging Face encoder (bert-base-uncased) or a "
+                "local directory."
+            )
+        if self.objective.objective == "ce" and self.objective.gate == "angle":
+            raise ValueError("gate=angle needs a contrastive loss: objective=acl or scl, not ce.")
+        if (
+            self.model.exit_head == "mha"
+            and self.model.exit_width % self.model.exit_attention_heads
+        ):
+            raise ValueError(
+                f"exit_width={self.model.exit_width} is not a multiple of "
+                f"exit_attention_heads={self.model.exit_attention_heads}."
+            )
+        if self.optimization.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
+        if self.run.overwrite_output_dir and self.run.resume_from_checkpoint:
+            raise ValueError(
+                "overwrite_output_dir would delete the checkpoint of resume_from_checkpoint."
+            )
+        gate = "angle" if self.gated else "none"
+        return dataclasses.replace(self, objective=dataclasses.replace(self.objective, gate=gate))
+
+
+@dataclass(frozen=True)
+class InferenceOptions:
+    model_name_or_path: str | None = option(
+        None, "the trained model: a run's output_dir, or one of its checkpoints"
+    )
+    per_device_eval_batch_size: int = option(64, "samples per forward pass", at_least=1)
+    bf16: bool = option(False, "mixed precision in bfloat16")
+    device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    disable_tqdm: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class EvaluationOutputOptions:
+    output_file: str | None = option(None, "also write the metrics to this JSON file")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """All options of `fusedacl evaluate`."""
+
+    model: InferenceOptions = field(default_factory=InferenceOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    output: EvaluationOutputOptions = field(default_factory=EvaluationOutputOptions)
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    input_file: str | None = option(None, "texts to label: csv, tsv, jsonl or parquet")
+    output_file: str | None = option(None, "where labels and probabilities go: csv or jsonl")
+    text_column: str | None = option(None, "column of the (first) text; unset: found by name")
+    text_pair_column: str | None = option(None, "column of the second text, with --text_column")
+    max_seq_length: int | None = option(
+        None, "tokens per text (pair); unset: what the model was trained with", at_least=3
+    )
+
+
+@dataclass(frozen=True)
+class PredictionConfig:
+    """All options of `fusedacl predict`."""
+
+    model: InferenceOptions = field(default_factory=InferenceOptions)
+    prediction: PredictionOptions = field(default_factory=PredictionOptions)

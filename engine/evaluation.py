@@ -1,0 +1,155 @@
+"""Scores of every exit on a labelled split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .batching import EncodedSplit, collate, encode
+from .checkpoint import write_json
+from .config import EvaluationConfig
+from .data import load_splits
+from .loading import TrainedModel
+from .modeling import MultiExitForSequenceClassification
+from .precision import autocast
+
+logger = logging.getLogger("fusedacl")
+
+
+def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
+    """Sample indices in batches of similar length, longest first: little padding, early failure."""
+    order = np.argsort(-lengths, kind="stable")
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+@torch.inference_mode()
+def predict_logits(
+    model: MultiExitForSequenceClassification,
+    encoded: EncodedSplit,
+    batch_size: int,
+    *,
+    pad_token_id: int,
+    dtype: torch.dtype = torch.float32,
+    progress: bool = False,
+) -> Tensor:
+    """Logits of every exit for every text, in the split's order: float32 [E, n, K] on the CPU.
+
+    The model is in evaluation mode during the call and left in the mode it had.
+    """
+    device = model.device
+    num_exits = len(model.exit_layers)
+    logits = torch.empty(num_exits, len(encoded), model.num_labels)
+    was_training = model.training
+    model.eval()
+    try:
+        batches: Iterable[np.ndarray] = batches_by_length(encoded.lengths, batch_size)
+        for indices in tqdm(batches, desc="evaluate", leave=False, disable=not progress):
+            batch = collate(encoded, indices, pad_token_id)
+            batch.pop("labels", None)
+            with autocast(device, dtype):
+                output = model(**{name: value.to(device) for name, value in batch.items()})
+            logits[:, torch.from_numpy(indices)] = output.exit_logits.float().cpu()
+    finally:
+        model.train(was_training)
+    return logits
+
+
+def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The named metrics of predicted classes [n] against true ones [n], as fractions.
+
+    accuracy; f1 (of class 1, as GLUE has it); macro_f1 (mean over the classes);
+    matthews_correlation.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    scores: dict[str, float] = {}
+    for metric in metrics:
+        if metric == "accuracy":
+            scores[metric] = sklearn_metrics.accuracy_score(labels, predictions)
+        elif metric == "f1":
+            scores[metric] = sklearn_metrics.f1_score(labels, predictions, zero_division=0.0)
+        elif metric == "macro_f1":
+            scores[metric] = sklearn_metrics.f1_score(
+                labels, predictions, average="macro", zero_division=0.0
+            )
+        elif metric == "matthews_correlation":
+            scores[metric] = sklearn_metrics.matthews_corrcoef(labels, predictions)
+        else:
+            raise ValueError(f"metric={metric!r} is not one that score knows.")
+    return {metric: float(value) for metric, value in scores.items()}
+
+
+def evaluate_split(
+    model: MultiExitForSequenceClassification,
+    encoded: EncodedSplit,
+    metrics: Sequence[str],
+    batch_size: int,
+    **options: Any,
+) -> dict[int, dict[str, float]]:
+    """Layer of each exit -> its metrics and mean cross-entropy `loss` on a labelled split.
+
+    `options` are those of `predict_logits`.
+
+    Raises:
+        ValueError: the model has other classes than the labels need.
+    """
+    labels = encoded.labels
+    if labels is None:
+        raise ValueError("The split has no labels: there is nothing to evaluate against.")
+    if int(labels.max()) >= model.num_labels:
+        raise ValueError(
+            f"The split has label {int(labels.max())}, but the model was trained with "
+            f"{model.num_labels} classes: 0 to {model.num_labels - 1}."
+        )
+    logits = predict_logits(model, encoded, batch_size, **options)
+    results = {}
+    for layer, exit_logits in zip(model.exit_layers, logits, strict=True):
+        scores = score(metrics, exit_logits.argmax(dim=-1).numpy(), labels.numpy())
+        loss = torch.nn.functional.cross_entropy(exit_logits, labels)
+        results[layer] = {**scores, "loss": float(loss)}
+    return results
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]:
+    """Evaluation split -> layer -> metrics of a trained model on a labelled data set.
+
+    Raises:
+        ValueError: a mistake in the configuration, the data or the model directory.
+    """
+    trained = TrainedModel(config.model, config.data.max_seq_length)
+    data = load_splits(
+        task_name=config.data.task_name,
+        data_dir=config.data.data_dir,
+        dataset_name=config.data.dataset_name,
+        dataset_config_name=config.data.dataset_config_name,
+        validation_file=config.data.validation_file,
+        max_eval_samples=config.data.max_eval_samples,
+        needs_train=False,
+        label_names=trained.label_names,
+    )
+    for note in data.notes:
+        logger.info(note)
+    results = {
+        name: evaluate_split(
+            trained.model,
+            encode(
+                data.splits[name], trained.tokenizer, trained.max_length, model_limit=trained.limit
+            ),
+            data.metrics,
+            config.model.per_device_eval_batch_size,
+            pad_token_id=trained.tokenizer.pad_token_id,
+            dtype=trained.dtype,
+            progress=not config.model.disable_tqdm,
+        )
+        for name in data.evaluation_splits
+    }
+    if config.output.output_file is not None:
+        write_json(Path(config.output.output_file), results)
+    return results

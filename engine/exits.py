@@ -1,0 +1,78 @@
+"""Exits: the classifiers that sit on a layer's hidden states."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class ExitOutput(NamedTuple):
+    embeddings: Tensor  # [N, d], the sample representation h that the classifier reads
+    logits: Tensor  # [N, K]
+
+
+class LinearExit(nn.Module):
+    """Dropout and a linear classifier on the first token's hidden state; d = hidden size."""
+
+    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(hidden_size, num_labels)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> ExitOutput:
+        """hidden_states [N, T, H]; the mask is not read: the first token is never padding."""
+        embeddings = self.dropout(hidden_states[:, 0])
+        return ExitOutput(embeddings, self.classifier(embeddings))
+
+
+class MHAExit(nn.Module):
+    """Down-projection, tanh, self-attention over the tokens, first token, tanh, linear classifier.
+
+    The classifier has no bias (paper eq. 3), so its rows [K, d] are the label embeddings. The paper
+    gives neither the number of heads nor where dropout acts: we take 4 heads, and dropout on the
+    hidden states and on the attention weights, so that the representation itself stays clean.
+    Only the first token's query is computed: the other rows of the attention are never read.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_labels: int, dropout: float, width: int, num_heads: int
+    ) -> None:
+        super().__init__()
+        if width % num_heads:
+            raise ValueError(
+                f"exit_width={width} is not a multiple of exit_attention_heads={num_heads}."
+            )
+        self.num_heads = num_heads
+        self.dropout = nn.Dropout(dropout)
+        self.down_projection = nn.Linear(hidden_size, width)
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.output = nn.Linear(width, width)
+        self.classifier = nn.Linear(width, num_labels, bias=False)
+
+    def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> ExitOutput:
+        """hidden_states [N, T, H], attention_mask [N, T] with 1 for tokens and 0 for padding."""
+        tokens = torch.tanh(self.down_projection(self.dropout(hidden_states)))  # [N, T, d]
+        num_samples, _, width = tokens.shape
+        heads = (num_samples, -1, self.num_heads, width // self.num_heads)
+        query = self.query(tokens[:, :1]).view(heads).transpose(1, 2)  # [N, heads, 1, d / heads]
+        key, value = (
+            part.reshape(heads).transpose(1, 2)  # [N, heads, T, d / heads]
+            for part in self.key_value(tokens).chunk(2, dim=-1)
+        )
+        attended = functional.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=attention_mask[:, None, None, :].bool(),
+            dropout_p=self.dropout.p if self.training else 0.0,
+        )  # [N, heads, 1, d / heads]
+        first = attended.transpose(1, 2).reshape(num_samples, width)
+        embeddings = torch.tanh(self.output(first))
+        return ExitOutput(embeddings, self.classifier(embeddings))
+
+
+Exit = LinearExit | MHAExit

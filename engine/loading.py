@@ -1,0 +1,99 @@
+"""Models and tokenizers from a directory or the hub, and what they can take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .config import InferenceOptions
+from .modeling import MultiExitConfig, MultiExitForSequenceClassification
+from .precision import choose_device, choose_dtype
+
+DEFAULT_MAX_LENGTH = 128
+
+
+def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token and padding on the right ([CLS] stays first).
+
+    Raises:
+        ValueError: there is no tokenizer, or it cannot pad.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} has no tokenizer that can be loaded: {error}"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"The tokenizer of {name_or_path!r} has no padding token: choose a BERT-like encoder."
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def length_limit(
+    model: MultiExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """The longest input in tokens: positions of the encoder, less those RoBERTa reserves."""
+    config = model.config.backbone_config
+    limit = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
+        limit -= config.pad_token_id + 1
+    return int(limit)
+
+
+class TrainedModel:
+    """A model that a run left, ready for inference, with its tokenizer and sequence length.
+
+    Raises:
+        ValueError: `model_name_or_path` is missing or is not a model of fusedacl, or the machine
+            cannot run it as asked.
+    """
+
+    def __init__(self, options: InferenceOptions, max_length: int | None) -> None:
+        path = options.model_name_or_path
+        if path is None:
+            raise ValueError("model_name_or_path is missing: name the output_dir of a run.")
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(self.device, fp16=False, bf16=options.bf16)
+        self.model = _load_trained(path).eval()
+        nn.Module.to(self.model, self.device)
+        self.tokenizer = load_tokenizer(path)
+        self.limit = length_limit(self.model, self.tokenizer)
+        trained = self.model.config.max_seq_length
+        self.max_length = max_length or trained or min(DEFAULT_MAX_LENGTH, self.limit)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes' names, in the order of the logits."""
+        names = self.model.config.id2label
+        return [names[index] for index in range(self.model.num_labels)]
+
+
+def _load_trained(path: str) -> MultiExitForSequenceClassification:
+    where = f"model_name_or_path={path!r}"
+    if Path(path).is_dir():
+        config_file = Path(path) / "config.json"
+        if not config_file.is_file():
+            raise ValueError(
+                f"{where} holds no config.json: name the output_dir of a finished run, or one of "
+                "its checkpoint directories."
+            )
+        try:
+            model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{where}: config.json is damaged: {error}") from None
+        if model_type != MultiExitConfig.model_type:
+            raise ValueError(
+                f"{where} is a {model_type} model, not one that `fusedacl train` has fine-tuned."
+            )
+    try:
+        return MultiExitForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+    except Exception as error:
+        # safetensors, the hub client and transformers each raise errors of their own here.
+        raise ValueError(f"{where} cannot be loaded: {error}") from None

@@ -1,0 +1,132 @@
+"""The local engine: one process, one device, plain PyTorch."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from transformers import get_linear_schedule_with_warmup
+
+from .config import TrainingConfig
+from .gate import GateDecision, GradientGate
+from .objectives import ExitLosses
+from .precision import LossScaler, autocast, choose_dtype
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """One optimizer step. `grad_norm` is before clipping; `learning_rate` is the one it used."""
+
+    grad_norm: float
+    learning_rate: float
+    loss_scale: float
+    skipped: bool
+    decision: GateDecision | None
+
+
+class LocalEngine:
+    """Forward context, two backward passes, one optimizer step.
+
+    Args:
+        model: on its device already; parameters without requires_grad are left alone.
+        num_steps: optimizer steps of the whole run, for the learning-rate schedule.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: TrainingConfig, num_steps: int, device: torch.device
+    ) -> None:
+        optimization = config.optimization
+        self.device = device
+        self.weight = config.objective.aux_weight
+        self.max_norm = optimization.max_grad_norm or None
+        self.dtype = choose_dtype(device, fp16=optimization.fp16, bf16=optimization.bf16)
+        self.scaler = LossScaler(enabled=self.dtype == torch.float16)
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(
+            decay_groups(self.parameters, optimization.weight_decay),
+            lr=optimization.learning_rate,
+            fused=True,
+        )
+        self.scheduler = get_linear_schedule_with_warmup(
+            self.optimizer, round(optimization.warmup_ratio * num_steps), num_steps
+        )
+        self.gate = None
+        if config.gated:
+            self.gate = GradientGate(
+                self.parameters,
+                weight=config.objective.aux_weight,
+                max_angle=config.objective.max_angle,
+                impl=config.objective.impl,
+            )
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Where the model is called."""
+        return autocast(self.device, self.dtype)
+
+    def backward(self, losses: ExitLosses, share: float) -> None:
+        """Accumulate the gradients of one micro-batch.
+
+        `share`: its part of the samples of this optimizer step, so that micro-batches of unequal
+        size add up to what one batch would have given.
+        """
+        factor = share * self.scaler.scale
+        if self.gate is not None and losses.auxiliary is not None:
+            self.gate.accumulate(factor * losses.main.sum(), factor * losses.auxiliary.sum())
+        else:
+            (factor * losses.weighted(self.weight)).backward()
+
+    def step(self) -> StepReport:
+        """Decide, unscale, clip and update; skips the update where a gradient is not finite."""
+        learning_rate = self.scheduler.get_last_lr()[0]
+        scale = self.scaler.scale
+        decision = None
+        if self.gate is not None:
+            decision = self.gate.combine(loss_scale=scale, max_norm=self.max_norm)
+            grad_norm = float(decision.grad_norm)
+        else:
+            grad_norm = self._unscale_and_clip(scale)
+        finite = torch.isfinite(torch.tensor(grad_norm)).item()
+        if not finite and not self.scaler.enabled:
+            raise FloatingPointError(
+                "The gradient is NaN or infinite. A lower learning_rate usually helps; the last "
+                "checkpoint is from before."
+            )
+        if finite:
+            self.optimizer.step()
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.scaler.update(overflow=not finite)
+        return StepReport(grad_norm, learning_rate, scale, not finite, decision)
+
+    def _unscale_and_clip(self, scale: float) -> float:
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if scale != 1.0:
+            torch._foreach_mul_(gradients, 1.0 / scale)
+        limit = self.max_norm if self.max_norm is not None else float("inf")
+        return float(nn.utils.clip_grad_norm_(self.parameters, limit))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def decay_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's parameter groups: matrices decay; biases and norms, which are vectors, do not."""
+    matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
+    vectors = [parameter for parameter in parameters if parameter.ndim < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]

@@ -1,0 +1,306 @@
+"""A Hugging Face encoder with classifiers ("exits") on its layers, as a Hugging Face model."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+from transformers.utils import logging as transformers_logging
+
+from .exits import Exit, LinearExit, MHAExit
+from .options import did_you_mean
+
+EXIT_HEADS = ("mha", "linear")
+# How the encoders of transformers spell their dropout probabilities.
+_DROPOUT_NAMES = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "hidden_dropout",
+    "embd_pdrop",
+)
+
+
+class MultiExitConfig(PretrainedConfig):
+    """Configuration of `MultiExitForSequenceClassification`.
+
+    Args:
+        backbone_config: the encoder's configuration, or its dictionary (with `model_type`).
+        exit_layers: layers (1 = first) that carry an exit, ascending; None: the last layer only.
+        exit_head: "mha" or "linear".
+        exit_width: width of the mha head's representation.
+        exit_attention_heads: attention heads of the mha head.
+        exit_dropout: dropout probability of the exits.
+        max_seq_length: tokens per text that the model was trained with, for evaluation and serving.
+
+    Raises:
+        ValueError: an unknown head, a layer that the backbone does not have, or repeated layers.
+    """
+
+    model_type = "fusedacl_multi_exit"
+
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        exit_layers: Sequence[int] | None = None,
+        exit_head: str = "mha",
+        exit_width: int = 64,
+        exit_attention_heads: int = 4,
+        exit_dropout: float = 0.1,
+        max_seq_length: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(backbone_config, dict):
+            values = dict(backbone_config)
+            backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        # transformers makes configurations without arguments too, to see their defaults.
+        self.backbone_config = backbone_config
+        self.exit_head = exit_head
+        self.exit_width = exit_width
+        self.exit_attention_heads = exit_attention_heads
+        self.exit_dropout = exit_dropout
+        self.max_seq_length = max_seq_length
+        self.exit_layers = list(exit_layers) if exit_layers is not None else None
+        if exit_head not in EXIT_HEADS:
+            raise ValueError(f"exit_head={exit_head!r}.{did_you_mean(exit_head, EXIT_HEADS)}")
+        if backbone_config is not None:
+            self.exit_layers = self._checked_layers(backbone_config.num_hidden_layers)
+        super().__init__(**kwargs)
+
+    def _checked_layers(self, num_layers: int) -> list[int]:
+        layers = [num_layers] if self.exit_layers is None else self.exit_layers
+        if not layers or layers != sorted(set(layers)):
+            raise ValueError(f"exit_layers={layers} must be ascending layers without repetition.")
+        if layers[0] < 1 or layers[-1] > num_layers:
+            raise ValueError(
+                f"exit_layers={layers}: the backbone has layers 1 to {num_layers} only."
+            )
+        return layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, the backbone's nested in it."""
+        values = super().to_dict()
+        if self.backbone_config is not None:
+            values["backbone_config"] = self.backbone_config.to_dict()
+        return values
+
+
+@dataclass
+class MultiExitOutput(ModelOutput):
+    """E exits, N samples, K labels.
+
+    loss: sum of the exits' mean cross-entropies, where labels were given.
+    logits [N, K]: the last exit's.  exit_logits [E, N, K].
+    exit_embeddings [E, N, d]: the representations that the classifiers read.
+    """
+
+    loss: Tensor | None = None
+    # Always given; ModelOutput wants a default of all fields but the first.
+    logits: Tensor = None  # type: ignore[assignment]
+    exit_logits: Tensor = None  # type: ignore[assignment]
+    exit_embeddings: Tensor = None  # type: ignore[assignment]
+
+
+class MultiExitForSequenceClassification(PreTrainedModel):
+    """A text encoder of transformers with an exit on each of `config.exit_layers`.
+
+    The representation of a text is its first token's ([CLS], <s>), so padding must be on the right.
+    """
+
+    config_class = MultiExitConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: MultiExitConfig, backbone: PreTrainedModel | None = None) -> None:
+        """`backbone`: an encoder to build upon; None makes one with random weights."""
+        super().__init__(config)
+        if config.backbone_config is None or config.exit_layers is None:
+            raise ValueError("backbone_config is missing: MultiExitConfig(backbone_config, …).")
+        self.num_labels = cast(int, config.num_labels)
+        self.exit_layers = config.exit_layers
+        self.backbone = (
+            backbone if backbone is not None else _random_encoder(config.backbone_config)
+        )
+        self.exits = nn.ModuleList(self._new_exit() for _ in config.exit_layers)
+        self.post_init()
+
+    def _new_exit(self) -> Exit:
+        config = self.config
+        hidden_size = config.backbone_config.hidden_size
+        if config.exit_head == "linear":
+            return LinearExit(hidden_size, self.num_labels, config.exit_dropout)
+        return MHAExit(
+            hidden_size,
+            self.num_labels,
+            config.exit_dropout,
+            config.exit_width,
+            config.exit_attention_heads,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Reached by the exits only (the backbone initialises itself). Variance-preserving: with
+        # the encoders' 0.02, the mha head would hand a signal of about 0.01 to its classifier.
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str,
+        *,
+        label_names: Sequence[str],
+        dropout: float | None = None,
+        **exit_options: Any,
+    ) -> MultiExitForSequenceClassification:
+        """New exits on a pretrained encoder (hub name, local directory, or a model of this class).
+
+        Args:
+            label_names: one name a class; K = len(label_names).
+            dropout: dropout probability of the encoder and the exits; None keeps the encoder's
+                and 0.1 for the exits.
+            exit_options: exit_layers, exit_head, … of `MultiExitConfig`.
+
+        Raises:
+            ValueError: the encoder cannot be loaded, or has no dropout to set.
+        """
+        try:
+            config = AutoConfig.from_pretrained(name_or_path)
+            if isinstance(config, MultiExitConfig):
+                backbone = cls.from_pretrained(name_or_path).backbone
+            else:
+                backbone = _pretrained_encoder(name_or_path, config)
+        except OSError as error:
+            raise ValueError(
+                f"model_name_or_path={name_or_path!r} cannot be loaded: it is neither a local "
+                f"directory with config.json and weights nor a model that the hub gave. ({error})"
+            ) from None
+        if dropout is not None:
+            set_dropout(backbone, dropout)
+            exit_options.setdefault("exit_dropout", dropout)
+        made = MultiExitConfig(
+            backbone.config,
+            id2label=dict(enumerate(label_names)),
+            label2id={name: index for index, name in enumerate(label_names)},
+            **exit_options,
+        )
+        return cls(made, backbone)
+
+    @property
+    def label_embeddings(self) -> Tensor:
+        """The classifiers' weights [E, K, d] (a view, not a copy, where there is one exit)."""
+        weights = [cast(Exit, head).classifier.weight for head in self.exits]
+        return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [N, T]
+        attention_mask: Tensor | None = None,  # [N, T], 1 for tokens, 0 for padding
+        token_type_ids: Tensor | None = None,  # [N, T]
+        labels: Tensor | None = None,  # [N]
+        **backbone_options: Any,
+    ) -> MultiExitOutput:
+        """Logits and representations of every exit; one pass through the backbone."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is not None:
+            backbone_options["token_type_ids"] = token_type_ids
+        num_layers = self.config.backbone_config.num_hidden_layers
+        states = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            # Keeping all layers' states costs memory: only where an exit reads them.
+            output_hidden_states=self.exit_layers != [num_layers],
+            **{**backbone_options, "return_dict": True},
+        )
+        exits = []
+        for layer, head in zip(self.exit_layers, self.exits, strict=True):
+            # The last layer's output is read after a final norm, where the encoder has one.
+            hidden = (
+                states.last_hidden_state if layer == num_layers else states.hidden_states[layer]
+            )
+            exits.append(head(hidden, attention_mask))
+        exit_logits = torch.stack([output.logits for output in exits])
+        loss = None
+        if labels is not None:
+            repeated = labels.repeat(len(exits))
+            loss = len(exits) * functional.cross_entropy(exit_logits.flatten(0, 1), repeated)
+        return MultiExitOutput(
+            loss=loss,
+            logits=exit_logits[-1],
+            exit_logits=exit_logits,
+            exit_embeddings=torch.stack([output.embeddings for output in exits]),
+        )
+
+
+def set_dropout(encoder: PreTrainedModel, probability: float) -> None:
+    """Set every dropout probability of an encoder, in its modules and its configuration.
+
+    Raises:
+        ValueError: the encoder's configuration has no dropout that we know.
+    """
+    names = [
+        name for name in _DROPOUT_NAMES if isinstance(getattr(encoder.config, name, None), float)
+    ]
+    if not names:
+        raise ValueError(
+            f"dropout={probability}: a {encoder.config.model_type} encoder has no dropout setting "
+            "that is known here; leave dropout out."
+        )
+    for name in names:
+        setattr(encoder.config, name, probability)
+    for module in encoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = probability
+
+
+def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
+    """No pooler, where the encoder lets us say so: its weights would be saved and never trained."""
+    encoder_class: Any = AutoModel._model_mapping.get(type(config), None)
+    if encoder_class is None:
+        return {}
+    has_pooler = "add_pooling_layer" in inspect.signature(encoder_class).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def _random_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    return AutoModel.from_config(config, **_encoder_options(config))
+
+
+def _pretrained_encoder(name_or_path: str, config: PretrainedConfig) -> PreTrainedModel:
+    # The pooler and a pretraining head are left behind on purpose: no report about them.
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            return AutoModel.from_pretrained(
+                name_or_path, dtype=torch.float32, **_encoder_options(config)
+            )
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig, exist_ok=True)
+AutoModelForSequenceClassification.register(
+    MultiExitConfig, MultiExitForSequenceClassification, exist_ok=True
+)

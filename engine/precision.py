@@ -1,0 +1,79 @@
+"""Which arithmetic a run uses, and dynamic loss scaling for float16."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' | 'cpu' | 'cuda' -> the device.
+
+    Raises:
+        ValueError: cuda is asked for and this torch sees no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device=cuda: torch sees no GPU here. Use device=cpu, or install a CUDA build of torch."
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(device: torch.device, *, fp16: bool, bf16: bool) -> torch.dtype:
+    """The dtype of matrix products under autocast; float32: no autocast.
+
+    Raises:
+        ValueError: bf16 on a GPU without it (before Ampere, such as V100).
+    """
+    if bf16 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"bf16: {name} has no bfloat16 arithmetic. Use fp16.")
+    if fp16:
+        return torch.float16
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision for a forward pass; does nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+class LossScaler:
+    """Dynamic loss scaling: halve on overflow, double after `growth_interval` good steps.
+
+    torch's GradScaler wants to unscale the gradients itself; here the division by the scale is part
+    of the pass that combines the two gradients, so only the bookkeeping is left. A scaler that is
+    not enabled keeps the scale 1.
+    """
+
+    def __init__(
+        self, enabled: bool, initial_scale: float = 2.0**16, growth_interval: int = 2000
+    ) -> None:
+        self.enabled = enabled
+        self.scale = initial_scale if enabled else 1.0
+        self.growth_interval = growth_interval
+        self.num_good_steps = 0
+
+    def update(self, overflow: bool) -> None:
+        """Account for one optimizer step, taken (no overflow) or skipped."""
+        if not self.enabled:
+            return
+        if overflow:
+            self.scale = max(self.scale / 2, 2.0**-24)
+            self.num_good_steps = 0
+            return
+        self.num_good_steps += 1
+        if self.num_good_steps == self.growth_interval:
+            self.scale *= 2
+            self.num_good_steps = 0
+
+    def state_dict(self) -> dict[str, float]:
+        return {"scale": self.scale, "num_good_steps": self.num_good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.scale = state["scale"]
+        self.num_good_steps = int(state["num_good_steps"])

@@ -1,0 +1,124 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, and the gate's history."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+
+class MetricsLog:
+    """Appends one JSON object a line to `metrics.jsonl`, and the numbers to TensorBoard if asked.
+
+    Raises:
+        ValueError: report_to=tensorboard where the package is not installed.
+    """
+
+    def __init__(self, output_dir: Path, report_to: str, resume_step: int | None = None) -> None:
+        path = output_dir / "metrics.jsonl"
+        if resume_step is not None and path.exists():
+            _keep_until(path, resume_step)
+        self._writer = _tensorboard_writer(output_dir) if report_to == "tensorboard" else None
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One logged step or evaluation; `step` and `split` are in every record."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._writer is None:
+            return
+        place = (
+            record["split"] if "exit" not in record else f"{record['split']}/exit{record['exit']}"
+        )
+        numbers = {**record, **record.get("metrics", {})}
+        for name, value in numbers.items():
+            if isinstance(value, (int, float)) and name not in ("step", "exit"):
+                self._writer.add_scalar(f"{place}/{name}", value, record["step"])
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _keep_until(path: Path, step: int) -> None:
+    """Drop the records after `step`: the resumed run writes them again."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+
+def require_reporting(report_to: str) -> None:
+    """Check, before any work, that what `report_to` names is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if report_to == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                "report_to=tensorboard: the package is not installed. "
+                "Run: pip install 'fusedacl[tensorboard]'"
+            ) from None
+
+
+def _tensorboard_writer(output_dir: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(output_dir / "tensorboard"))
+
+
+class GateHistory:
+    """The angle and the decision of every optimizer step, and their summary by epoch."""
+
+    def __init__(self) -> None:
+        self.epochs: list[int] = []
+        self.angles: list[float] = []
+        self.dropped: list[bool] = []
+
+    def add(self, epoch: int, angle: float, dropped: bool) -> None:
+        """One step: epoch (1 = first), angle in degrees, whether the auxiliary term was dropped."""
+        self.epochs.append(epoch)
+        self.angles.append(angle)
+        self.dropped.append(dropped)
+
+    def summary(self) -> list[dict[str, float]]:
+        """By epoch: steps, share of dropped ones, deciles and median of the angle (degrees)."""
+        epochs, angles = np.array(self.epochs), np.array(self.angles)
+        dropped = np.array(self.dropped)
+        rows = []
+        for epoch in sorted(set(self.epochs)):
+            here = epochs == epoch
+            low, median, high = np.percentile(angles[here], [10, 50, 90])
+            rows.append(
+                {
+                    "epoch": epoch,
+                    "steps": int(here.sum()),
+                    "dropped_share": float(dropped[here].mean()),
+                    "angle_p10": float(low),
+                    "angle_median": float(median),
+                    "angle_p90": float(high),
+                }
+            )
+        return rows
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        return {"epochs": self.epochs, "angles": self.angles, "dropped": self.dropped}
+
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
+        self.epochs = list(state["epochs"])
+        self.angles = list(state["angles"])
+        self.dropped = list(state["dropped"])

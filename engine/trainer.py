@@ -1,0 +1,374 @@
+"""The training run: data and model from the configuration, the loop, and what the run leaves."""
+
+from __future__ import annotations
+
+import logging
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .batching import collate, encode, epoch_batches
+from .checkpoint import (
+    CONFIG_FILE,
+    check_same_run,
+    find_checkpoint,
+    load_state,
+    prepare_output_dir,
+    save_checkpoint,
+    save_model,
+    write_atomically,
+    write_json,
+)
+from .config import TrainingConfig
+from .data import load_splits
+from .doctor import versions
+from .evaluation import evaluate_split
+from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer
+from .local import LocalEngine, StepReport
+from .modeling import MultiExitForSequenceClassification
+from .objectives import ExitLosses, check_finite, exit_losses
+from .options import write_yaml
+from .precision import choose_device
+from .quickstart import minilm_path
+from .tracking import GateHistory, MetricsLog, require_reporting
+
+logger = logging.getLogger("fusedacl")
+
+
+class Interrupted(Exception):
+    """The run was stopped by a signal after saving a checkpoint; `exit_code` tells which signal."""
+
+    def __init__(self, number: int, checkpoint: Path) -> None:
+        super().__init__(
+            f"Stopped by {signal.Signals(number).name}. Saved {checkpoint}. Continue by running "
+            "the same command with --resume_from_checkpoint latest."
+        )
+        self.exit_code = 128 + number
+
+
+def train(config: TrainingConfig) -> dict[str, Any]:
+    """Fine-tune an encoder as `config` says; returns what is written to `results.json`.
+
+    Raises:
+        ValueError: a mistake in the configuration or the data, before any training.
+        FloatingPointError: NaN or infinite representations or gradients.
+        OSError: the disk is full; earlier checkpoints are intact.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+    """
+    return Trainer(config).run()
+
+
+class Trainer:
+    """One run. Everything that can be refused is refused by the constructor."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self.config = config = config.resolved()
+        require_reporting(config.run.report_to)
+        self.device = choose_device(config.run.device)
+        self.data = load_splits(
+            task_name=config.data.task_name,
+            data_dir=config.data.data_dir,
+            dataset_name=config.data.dataset_name,
+            dataset_config_name=config.data.dataset_config_name,
+            train_file=config.data.train_file,
+            validation_file=config.data.validation_file,
+            max_train_samples=config.data.max_train_samples,
+            max_eval_samples=config.data.max_eval_samples,
+        )
+        for note in self.data.notes:
+            logger.info(note)
+        torch.manual_seed(config.optimization.seed)
+        name_or_path = config.model.model_name_or_path or str(minilm_path())
+        self.model = self._new_model(name_or_path)
+        self.tokenizer = load_tokenizer(name_or_path)
+        limit = length_limit(self.model, self.tokenizer)
+        max_length = config.data.max_seq_length or min(DEFAULT_MAX_LENGTH, limit)
+        self.model.config.max_seq_length = max_length
+        self.encoded = {
+            name: encode(split, self.tokenizer, max_length, model_limit=limit)
+            for name, split in self.data.splits.items()
+        }
+        self.train_split = self.encoded["train"]
+        self._plan_steps()
+        self.engine = LocalEngine(self.model, config, self.num_steps, self.device)
+        self.history = GateHistory()
+        self.step = 0
+        self.signal: int | None = None
+        # Last, because it may delete an old run.
+        self.output_dir = prepare_output_dir(config)
+        self._resume()
+        write_yaml(config, self.output_dir / CONFIG_FILE)
+
+    def _new_model(self, name_or_path: str) -> MultiExitForSequenceClassification:
+        options = self.config.model
+        model = MultiExitForSequenceClassification.from_encoder(
+            name_or_path,
+            label_names=self.data.label_names,
+            dropout=options.dropout,
+            exit_head=options.exit_head,
+            exit_width=options.exit_width,
+            exit_attention_heads=options.exit_attention_heads,
+        )
+        nn.Module.to(model, self.device)
+        return model
+
+    def _plan_steps(self) -> None:
+        options = self.config.optimization
+        num_batches = math.ceil(len(self.train_split) / options.per_device_train_batch_size)
+        self.steps_per_epoch = math.ceil(num_batches / options.gradient_accumulation_steps)
+        self.num_steps = options.max_steps
+        if options.max_steps < 0:
+            self.num_steps = max(1, round(options.num_train_epochs * self.steps_per_epoch))
+
+    def _resume(self) -> None:
+        name = self.config.run.resume_from_checkpoint
+        self.resume_step = None
+        if name is None:
+            return
+        checkpoint = find_checkpoint(self.output_dir, name)
+        check_same_run(self.output_dir, self.config)
+        state = load_state(checkpoint)
+        saved = MultiExitForSequenceClassification.from_pretrained(checkpoint)
+        self.model.load_state_dict(saved.state_dict())
+        self.engine.load_state_dict(state["engine"])
+        self.history.load_state_dict(state["history"])
+        torch.set_rng_state(state["rng"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        self.step = self.resume_step = state["step"]
+        logger.info("Resuming from %s at step %d of %d.", checkpoint, self.step, self.num_steps)
+
+    def run(self) -> dict[str, Any]:
+        """Train, evaluate and save; see `train`."""
+        options = self.config.run
+        logger.info(
+            "%s: %d training texts, %d classes; %d steps (%d an epoch) on %s in %s.",
+            self.data.name,
+            len(self.train_split),
+            len(self.data.label_names),
+            self.num_steps,
+            self.steps_per_epoch,
+            self.device.type,
+            str(self.engine.dtype).removeprefix("torch."),
+        )
+        started = time.monotonic()
+        first_step = self.step
+        evaluations: dict[str, Any] = {}
+        with (
+            MetricsLog(self.output_dir, options.report_to, self.resume_step) as log,
+            _SignalsNoted(self),
+            tqdm(
+                total=self.num_steps,
+                initial=self.step,
+                desc=f"train {self.config.objective.objective}",
+                disable=options.disable_tqdm,
+            ) as bar,
+        ):
+            self.model.train()
+            evaluated = -1
+            for epoch, windows in self._epochs():
+                for window in windows:
+                    self._train_step(epoch, window, log, bar)
+                    if self._due(options.eval_steps):
+                        evaluations = self._evaluate(log)
+                        evaluated = self.step
+                    if self._due(options.save_steps) or self.signal is not None:
+                        checkpoint = self._save_checkpoint()
+                        if self.signal is not None:
+                            raise Interrupted(self.signal, checkpoint)
+            if evaluated != self.step:
+                evaluations = self._evaluate(log)
+        seconds = time.monotonic() - started
+        self._save_final()
+        results = self._results(evaluations, seconds, self.step - first_step)
+        write_json(self.output_dir / "results.json", results)
+        return results
+
+    def _due(self, every: int | None) -> bool:
+        """Whether an evaluation or a checkpoint is due now; None: each epoch, 0: never."""
+        if every == 0:
+            return False
+        return self.step % (every or self.steps_per_epoch) == 0
+
+    def _epochs(self) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
+        """Epoch (1 = first) and its steps that are still to do, each a list of micro-batches."""
+        options = self.config.optimization
+        while self.step < self.num_steps:
+            epoch = self.step // self.steps_per_epoch
+            batches = epoch_batches(
+                self.train_split.lengths,
+                options.per_device_train_batch_size,
+                seed=options.seed,
+                epoch=epoch,
+                group_by_length=self.config.data.group_by_length,
+            )
+            size = options.gradient_accumulation_steps
+            windows = [batches[start : start + size] for start in range(0, len(batches), size)]
+            first = self.step % self.steps_per_epoch
+            last = min(len(windows), first + self.num_steps - self.step)
+            yield epoch + 1, iter(windows[first:last])
+
+    def _train_step(
+        self, epoch: int, window: list[np.ndarray], log: MetricsLog, bar: tqdm[Any]
+    ) -> None:
+        started = time.monotonic()
+        num_samples = sum(len(indices) for indices in window)
+        self.step += 1
+        losses = []
+        for indices in window:
+            share = len(indices) / num_samples
+            batch_losses = self._batch_losses(indices)
+            self.engine.backward(batch_losses, share)
+            losses.append((share, batch_losses))
+        report = self.engine.step()
+        record = self._record(epoch, losses, report)
+        if report.decision is not None and not report.skipped:
+            kept = bool(report.decision.kept[0].item())
+            self.history.add(epoch, record["angle_degrees"], dropped=not kept)
+        bar.update()
+        if self.step % self.config.run.logging_steps == 0 or self.step == self.num_steps:
+            speed = num_samples / (time.monotonic() - started)
+            log.write({**record, "samples_per_second": round(speed, 2)})
+            shown = {"loss": f"{record['loss']:.3f}"}
+            if "angle_degrees" in record:
+                shown["angle"] = f"{record['angle_degrees']:.0f}°"
+            bar.set_postfix(shown)
+
+    def _batch_losses(self, indices: np.ndarray) -> ExitLosses:
+        batch = collate(self.train_split, indices, self.tokenizer.pad_token_id)
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        labels = batch.pop("labels")
+        with self.engine.forward_context():
+            output = self.model(**batch)
+            check_finite(output, self.step)
+            return exit_losses(self.config.objective, output, self.model.label_embeddings, labels)
+
+    def _record(
+        self, epoch: int, losses: list[tuple[float, ExitLosses]], report: StepReport
+    ) -> dict[str, Any]:
+        """The line of metrics.jsonl for one optimizer step."""
+        record: dict[str, Any] = {
+            "step": self.step,
+            "epoch": round(self.step / self.steps_per_epoch, 4),
+            "split": "train",
+        }
+        main = sum(share * batch.main.detach().sum().item() for share, batch in losses)
+        loss = main
+        if self.config.objective.objective != "ce":
+            auxiliary = sum(
+                share * batch.auxiliary.detach().sum().item()
+                for share, batch in losses
+                if batch.auxiliary is not None
+            )
+            weight = self.config.objective.aux_weight
+            if report.decision is not None:
+                record["angle_degrees"] = report.decision.angle[0].item()
+                if not report.decision.kept[0].item():
+                    weight = 0.0
+            loss = (1 - weight) * main + weight * auxiliary
+            record |= {"loss_aux": auxiliary, "aux_weight": weight}
+        record |= {
+            "loss": loss,
+            "loss_ce": main,
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "loss_scale": report.loss_scale,
+            "skipped": report.skipped,
+        }
+        return record
+
+    def _evaluate(self, log: MetricsLog) -> dict[str, Any]:
+        """Split -> layer -> metrics, for every evaluation split."""
+        results = {}
+        for name in self.data.evaluation_splits:
+            by_layer = evaluate_split(
+                self.model,
+                self.encoded[name],
+                self.data.metrics,
+                self.config.optimization.per_device_eval_batch_size,
+                pad_token_id=self.tokenizer.pad_token_id,
+                dtype=self.engine.dtype,
+                progress=not self.config.run.disable_tqdm,
+            )
+            results[name] = by_layer
+            for layer, metrics in by_layer.items():
+                place = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}
+                log.write({**place, "split": name, "exit": layer, "metrics": metrics})
+        return results
+
+    def _save_checkpoint(self) -> Path:
+        state = {
+            "step": self.step,
+            "engine": self.engine.state_dict(),
+            "history": self.history.state_dict(),
+            "rng": torch.get_rng_state(),
+        }
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state_all()
+        return save_checkpoint(
+            self.output_dir,
+            self.step,
+            self.model,
+            self.tokenizer,
+            state,
+            self.config.run.save_total_limit,
+        )
+
+    def _save_final(self) -> None:
+        """The final model at the top of the output directory, by way of a directory of its own."""
+        directory = self.output_dir / "model"
+        write_atomically(directory, lambda path: save_model(path, self.model, self.tokenizer))
+        for file in directory.iterdir():
+            file.replace(self.output_dir / file.name)
+        directory.rmdir()
+
+    def _results(self, evaluations: dict[str, Any], seconds: float, steps: int) -> dict[str, Any]:
+        samples = steps * len(self.train_split) / self.steps_per_epoch
+        return {
+            "data": self.data.name,
+            "objective": self.config.objective.objective,
+            "seed": self.config.optimization.seed,
+            "metrics": evaluations,
+            "gate": self.history.summary(),
+            "num_steps": self.num_steps,
+            "train_seconds": round(seconds, 2),
+            "train_samples_per_second": round(samples / seconds, 2),
+            "command": shlex.join(["fusedacl", *sys.argv[1:]]),
+            "versions": versions(),
+        }
+
+
+class _SignalsNoted:
+    """Within the block SIGINT and SIGTERM are noted for the end of the step; a second one acts."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self.previous[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: the caller's signals are the caller's
+                return
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.trainer.signal is not None:
+            raise KeyboardInterrupt
+        self.trainer.signal = number
+        logger.warning("%s: saving after this step …", signal.Signals(number).name)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
