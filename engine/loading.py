@@ -32,6 +32,12 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"The tokenizer of {name_or_path!r} has no padding token: choose a BERT-like encoder."
         )
+    # Where the vocabulary's files are missing, transformers makes a tokenizer that knows no word.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"model_name_or_path={name_or_path!r} has no tokenizer that can be loaded: its "
+            "vocabulary is empty. Put tokenizer.json (or vocab.txt) beside config.json."
+        )
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -61,10 +61,11 @@ def _options(cls: type) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
     return found
 
 
-def _coerce(name: str, value: Any, hint: Any) -> Any:
+def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> Any:
     """`value` as the option's type: YAML reads 2e-5 as text, the command line reads all as text."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+    says_none = isinstance(value, str) and value.lower() in ("none", "null")
+    if value is None or (says_none and value not in (choices or ())):
         if type(None) in kinds:
             return None
         raise ValueError(f"{name}: a value is needed, got {value!r}.")
@@ -128,7 +129,7 @@ def build(cls: type[Configuration], values: Mapping[str, Any]) -> Configuration:
     sections: dict[str, dict[str, Any]] = {section: {} for section in typing.get_type_hints(cls)}
     for name, value in values.items():
         section, field, hint = options[name]
-        value = _coerce(name, value, hint)
+        value = _coerce(name, value, hint, field.metadata["choices"])
         _check(name, value, field.metadata)
         sections[section][name] = value
     hints = typing.get_type_hints(cls)
@@ -188,14 +189,11 @@ def parser(cls: type, program: str, description: str) -> argparse.ArgumentParser
     made.add_argument("config_file", nargs="?", help="YAML or JSON file with any of the options")
     groups: dict[str, Any] = {}
     for name, (section, field, hint) in _options(cls).items():
-        group = (
-            groups.setdefault(section, made.add_argument_group(section))
-            if (section not in groups)
-            else groups[section]
-        )
+        if section not in groups:
+            groups[section] = made.add_argument_group(section)
         choices = field.metadata["choices"]
         words = field.metadata["help"].replace("%", "%%")
-        group.add_argument(
+        groups[section].add_argument(
             f"--{name}",
             nargs="?" if hint is bool else None,
             const=True if hint is bool else None,

@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from .columns import LABEL_COLUMNS, Classes
 from .options import did_you_mean
+from .quickstart import LABEL_NAMES, quickstart_splits
 from .tables import EXTENSIONS, check_file_exists, read_table, read_utf8
 from .tasks import (
     GLUE_REPOSITORY,
@@ -35,7 +36,6 @@ _OTHER_SPLIT_NAMES = {
     "training": "train",
     "testing": "test",
 }
-QUICKSTART_NUM_TRAIN, QUICKSTART_NUM_VALIDATION, QUICKSTART_SEED = 2000, 500, 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,11 @@ def open_hub(
         ConnectionError: the hub is out of reach and the data set is not in the local cache.
     """
     glue = GLUE_TASKS.get(task_name) if task_name is not None else None
-    loaded = _load_dataset(dataset_name, dataset_config_name)
+    # Messages name what the user wrote.
+    argument = f"dataset_name={dataset_name!r}"
+    if task_name is not None:
+        argument = f"task_name={task_name!r} (from {dataset_name})"
+    loaded = _load_dataset(dataset_name, dataset_config_name, argument)
     name = task_name or dataset_config_name or Path(dataset_name).name
     classes = None
     splits = {}
@@ -163,18 +167,14 @@ def open_task(task_name: str) -> DataSource:
 
 
 def _open_quickstart() -> DataSource:
-    from . import quickstart
-
-    rows = quickstart.quickstart_splits(
-        QUICKSTART_NUM_TRAIN, QUICKSTART_NUM_VALIDATION, QUICKSTART_SEED
-    )
+    rows = quickstart_splits()
     return DataSource(
         QUICKSTART,
         {
             split: SplitSource(f"{QUICKSTART} {split}", partial(pa.Table.from_pylist, rows[split]))
             for split in rows
         },
-        Classes(list(quickstart.LABEL_NAMES), QUICKSTART, by_index=True),
+        Classes(list(LABEL_NAMES), QUICKSTART, by_index=True),
     )
 
 
@@ -232,11 +232,12 @@ def _checked_against_glue(classes: Classes | None, glue: GlueTask, task_name: st
     return classes
 
 
-def _load_dataset(dataset_name: str, dataset_config_name: str | None) -> dict[str, Any]:
+def _load_dataset(
+    dataset_name: str, dataset_config_name: str | None, argument: str
+) -> dict[str, Any]:
     # Imported here: it takes most of a second, and local files do without it.
     import datasets
 
-    argument = f"dataset_name={dataset_name!r}"
     looks_local = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1
     if looks_local and not Path(dataset_name).is_dir():
         raise ValueError(f"{argument}: no such directory; give a directory or a name on the hub.")
@@ -250,16 +251,18 @@ def _load_dataset(dataset_name: str, dataset_config_name: str | None) -> dict[st
         ) from error
     except FileNotFoundError as error:
         raise ValueError(f"{argument}: no such data set ({error}); check the name.") from error
-    except ValueError as error:
-        reason, _, available = str(error).partition("Available")
-        known = re.findall(r"'([^']+)'", available)
-        hint = did_you_mean(dataset_config_name or "default", known) if known else ""
-        raise ValueError(
-            f"{argument}, dataset_config_name={dataset_config_name!r}: {reason.strip()}{hint}"
-        ) from error
-    except datasets.exceptions.DatasetsError as error:
+    except (pa.ArrowException, UnicodeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{argument}: a file cannot be read ({cause}); copy it again.") from error
+    except ValueError as error:
+        # "BuilderConfig 'x' not found. Available: ['a', 'b']", "Config name is missing. …"
+        reason, *available = re.split("[Aa]vailable", str(error), maxsplit=1)
+        known = re.findall(r"'([^']+)'", available[0]) if available else []
+        hint = did_you_mean(dataset_config_name or "", known) if known else ""
+        raise ValueError(
+            f"{argument}, dataset_config_name={dataset_config_name!r}: "
+            f"{reason.splitlines()[0].strip()}{hint}"
+        ) from error
     return dict(loaded)
 
 

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet
 
@@ -112,76 +111,62 @@ def _read_parquet(path: Path, where: str) -> pa.Table:
         ) from error
 
 
-def _block_size(data: bytes) -> int:
-    # One block: rows of any length fit, and the row numbers of errors count from the first row.
-    return min(max(len(data) + 1, _MIN_BLOCK_SIZE), _MAX_BLOCK_SIZE)
-
-
 def _read_delimited(data: bytes, tab_separated: bool, where: str) -> pa.Table:
-    text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8", newline="")
+    # Python's strict reader and not Arrow's, which takes the rows after a stray quote into one
+    # text. Its limit on the length of a field is global: it is only ever raised.
+    csv.field_size_limit(max(csv.field_size_limit(), len(data)))
+    lines = io.StringIO(data.decode("utf-8"), newline="")
     if tab_separated:
-        rows = csv.reader(text, delimiter="\t", quoting=csv.QUOTE_NONE)
+        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+        remedy = "take tabs and line breaks out of the texts, or write csv"
     else:
-        rows = csv.reader(text)
+        reader = csv.reader(lines, strict=True)
+        remedy = (
+            "put a text that holds a comma, a quote or a line break between double quotes, and "
+            'write "" for a quote in it'
+        )
+    names: list[str] = []
+    rows: list[list[str]] = []
+    first_line = 1
     try:
-        names = next((row for row in rows if row), [])
+        for row in reader:
+            if row and not names:
+                names = row
+                _refuse_repeated(names, where)
+            elif row and len(row) != len(names):
+                raise ValueError(
+                    f"{where}: data row {len(rows) + 1} (line {first_line}) has {len(row)} fields, "
+                    f"the header has {len(names)}: {','.join(row)[:80]!r}; {remedy}."
+                )
+            elif row:
+                rows.append(row)
+            first_line = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"{where}: the header cannot be read ({error}).") from error
+        raise ValueError(
+            f"{where}: data row {len(rows) + 1}, which starts at line {first_line}, breaks the "
+            f"rules of quoting ({error}); {remedy}."
+        ) from error
     if not names:
         raise ValueError(f"{where}: the file holds blank lines only; write it again.")
+    columns = zip(*rows, strict=True) if rows else [()] * len(names)
+    return pa.table(
+        {name: pa.array(column, pa.string()) for name, column in zip(names, columns, strict=True)}
+    )
+
+
+def _refuse_repeated(names: list[str], where: str) -> None:
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"{where}: two columns are called {repeated[0]!r}; rename one.")
-    ragged: list[pyarrow.csv.InvalidRow] = []
-
-    def remember(row: "pyarrow.csv.InvalidRow") -> str:
-        ragged.append(row)
-        return "skip"
-
-    try:
-        table = pyarrow.csv.read_csv(
-            pa.BufferReader(data),
-            # Rows are numbered only in a single thread.
-            read_options=pyarrow.csv.ReadOptions(use_threads=False, block_size=_block_size(data)),
-            parse_options=pyarrow.csv.ParseOptions(
-                delimiter="\t" if tab_separated else ",",
-                quote_char=False if tab_separated else '"',
-                newlines_in_values=not tab_separated,
-                invalid_row_handler=remember,
-            ),
-            convert_options=pyarrow.csv.ConvertOptions(
-                column_types=dict.fromkeys(names, pa.string()), strings_can_be_null=False
-            ),
-        )
-    except pa.ArrowException as error:
-        raise ValueError(f"{where}: {error}") from error
-    if ragged:
-        row = ragged[0]
-        remedy = (
-            "take tabs and line breaks out of the texts, or write csv"
-            if tab_separated
-            else "put texts that hold a comma, a quote or a line break between double quotes"
-        )
-        raise ValueError(
-            f"{where}: data row {row.number - 1} has {row.actual_columns} fields, the header has "
-            f"{row.expected_columns}: {row.text[:80]!r} ({len(ragged)} such rows); {remedy}."
-        )
-    if not tab_separated and table.num_rows and data.count(b'"') % 2:
-        last_row = table.slice(table.num_rows - 1).to_pylist()[0]
-        # A quote that is never closed takes the rest of the file into one field.
-        if any("\n" in (value or "") for value in last_row.values()):
-            raise ValueError(
-                f"{where}: a double quote opened in data row {table.num_rows} is never closed; "
-                'close it, or write "" for a quote inside a quoted text.'
-            )
-    return table
 
 
 def _read_json(data: bytes, where: str) -> pa.Table:
     if data.lstrip()[:1] == b"[":
         data = _json_lines(data, where)
     try:
-        read_options = pyarrow.json.ReadOptions(use_threads=False, block_size=_block_size(data))
+        # One block: rows of any length fit, and row numbers count from the first row.
+        block_size = min(max(len(data) + 1, _MIN_BLOCK_SIZE), _MAX_BLOCK_SIZE)
+        read_options = pyarrow.json.ReadOptions(use_threads=False, block_size=block_size)
         table = pyarrow.json.read_json(pa.BufferReader(data), read_options)
         dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
         if dates:

@@ -1,0 +1,52 @@
+"""Contradictions and omissions are refused before any work; what is implied is written out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from fusedacl.engine import TrainingConfig
+
+COMPLETE = {"task_name": "quickstart", "output_dir": "out"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fp16": True, "bf16": True}, "fp16 and bf16 are both on"),
+        ({"output_dir": None}, "output_dir is missing"),
+        ({"task_name": "mrpc"}, "model_name_or_path is missing"),
+        ({"objective": "ce", "gate": "angle"}, "gate=angle needs a contrastive loss"),
+        ({"exit_width": 63}, "exit_width=63 is not a multiple of exit_attention_heads=4"),
+        ({"max_steps": 0}, "max_steps=0 trains nothing"),
+        (
+            {"overwrite_output_dir": True, "resume_from_checkpoint": "latest"},
+            "would delete the checkpoint",
+        ),
+        ({"temperature": 0}, "temperature=0.0 is out of range: it must be more than 0"),
+        ({"aux_weight": 1.5}, "aux_weight=1.5 is out of range: it must be at most 1"),
+        ({"aux_weight": -0.1}, "aux_weight=-0.1 is out of range: it must be at least 0"),
+        ({"max_angle": 181}, "max_angle=181.0 is out of range: it must be at most 180"),
+        ({"objectiv": "ce"}, "Unknown option 'objectiv'. Did you mean 'objective'?"),
+    ],
+)
+def test_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        TrainingConfig.create(**{**COMPLETE, **options}).resolved()
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("objective", "gate", "expected"),
+    [
+        ("ce", None, "none"),
+        ("scl", None, "none"),
+        ("acl", None, "angle"),
+        ("scl", "angle", "angle"),
+        ("acl", "none", "none"),
+    ],
+)
+def test_the_gate_follows_the_objective(objective: str, gate: str | None, expected: str) -> None:
+    config = TrainingConfig.create(**COMPLETE, objective=objective, gate=gate).resolved()
+    assert config.objective.gate == expected
+    assert config.gated is (expected == "angle")
