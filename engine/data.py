@@ -1,5 +1,6 @@
 """The data of a run: any source as texts and class indices, ready to be encoded and batched."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from .sources import (
 )
 from .tables import read_table
 from .tasks import QUICKSTART
+
+logger = logging.getLogger("fusedacl")
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,9 @@ def read_unlabelled(
     table = read_table(path, "input_file")
     where = f"input_file={str(path)!r}"
     if columns is None:
-        columns, _ = choose_text_columns(table, where)
+        columns, note = choose_text_columns(table, where)
+        if note is not None:
+            logger.info(note)
     elif not 1 <= len(columns) <= 2:
         raise ValueError(f"columns={list(columns)}: name one text column, or two for pairs.")
     texts = read_texts(table, columns, where)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, distribution, version
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -124,11 +124,10 @@ def _apex() -> str:
     if importlib.util.find_spec("amp_C") is not None:
         return "apex: NVIDIA's, with its CUDA extensions. Not needed: torch's fused AdamW is used."
     try:
-        distribution("apex")
-        home = importlib.util.find_spec("apex.multi_tensor_apply")
-    except (PackageNotFoundError, ImportError, ValueError):
-        home = None
-    if home is not None:
+        nvidia = importlib.util.find_spec("apex.multi_tensor_apply") is not None
+    except ImportError:  # the other project's package fails to import on Python 3
+        nvidia = False
+    if nvidia:
         return (
             "apex: NVIDIA's, built without CUDA extensions (no amp_C), so its optimizers cannot "
             "run. torch's fused AdamW is used."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .batching import EncodedSplit, collate, encode
+from .batching import EncodedSplit, collate, encode, epoch_batches
 from .checkpoint import write_json
 from .config import EvaluationConfig
 from .data import load_splits
@@ -21,12 +21,6 @@ from .modeling import MultiExitForSequenceClassification
 from .precision import autocast
 
 logger = logging.getLogger("fusedacl")
-
-
-def batches_by_length(lengths: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Sample indices in batches of similar length, longest first: little padding, early failure."""
-    order = np.argsort(-lengths, kind="stable")
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @torch.inference_mode()
@@ -49,7 +43,10 @@ def predict_logits(
     was_training = model.training
     model.eval()
     try:
-        batches: Iterable[np.ndarray] = batches_by_length(encoded.lengths, batch_size)
+        # Similar lengths together: little padding; the longest first: what fails, fails early.
+        batches = epoch_batches(
+            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+        )
         for indices in tqdm(batches, desc="evaluate", leave=False, disable=not progress):
             batch = collate(encoded, indices, pad_token_id)
             batch.pop("labels", None)

@@ -1,0 +1,54 @@
+"""What a model directory must hold, and how long its texts may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from fusedacl.engine.config import InferenceOptions
+from fusedacl.engine.loading import TrainedModel, length_limit, load_tokenizer
+from fusedacl.engine.modeling import MultiExitForSequenceClassification
+
+
+@pytest.mark.parametrize(("directory", "limit"), [("tiny_bert", 64), ("tiny_roberta", 64)])
+def test_length_limit(directory: str, limit: int, request: pytest.FixtureRequest) -> None:
+    # RoBERTa counts positions from pad_token_id + 1, so 66 positions hold 64 tokens.
+    path = str(request.getfixturevalue(directory))
+    model = MultiExitForSequenceClassification.from_encoder(path, label_names=["a", "b"])
+    tokenizer = load_tokenizer(path)
+    assert length_limit(model, tokenizer) == limit
+    inputs = tokenizer(["a dog " * 100], truncation=True, max_length=limit, return_tensors="pt")
+    assert inputs["input_ids"].shape[1] == limit
+    model(inputs["input_ids"], inputs["attention_mask"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "holds no config.json: name the output_dir of a finished run"),
+        ("{", "config.json is damaged"),
+        ('{"model_type": "bert"}', "is a bert model, not one that `fusedacl train`"),
+        ('{"model_type": "fusedacl_multi_exit"}', "cannot be loaded"),
+    ],
+)
+def test_not_a_trained_model(content: str | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        TrainedModel(InferenceOptions(model_name_or_path=str(tmp_path)), None)
+
+
+def test_truncated_weights(tiny_bert: Path, tmp_path: Path) -> None:
+    model = MultiExitForSequenceClassification.from_encoder(str(tiny_bert), label_names=["a", "b"])
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path)
+    TrainedModel(InferenceOptions(model_name_or_path=str(tmp_path)), None)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="model_name_or_path=.* cannot be loaded"):
+        TrainedModel(InferenceOptions(model_name_or_path=str(tmp_path)), None)
+
+
+def test_model_is_missing() -> None:
+    with pytest.raises(ValueError, match="model_name_or_path is missing"):
+        TrainedModel(InferenceOptions(), None)

@@ -1,0 +1,97 @@
+"""predict: csv or jsonl in, labels and probabilities out, in the order of the input."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.engine import MultiExitForSequenceClassification, PredictionConfig, predict
+from fusedacl.engine.loading import load_tokenizer
+from fusedacl.engine.options import build
+
+TEXTS = ["a good dog", "the bad bird sings near the river", "a house"]
+
+
+@pytest.fixture(scope="module")
+def model_dir(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("model")
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tiny_bert), label_names=["no", "yes", "perhaps"]
+    )
+    model.save_pretrained(directory)
+    load_tokenizer(str(tiny_bert)).save_pretrained(directory)
+    return directory
+
+
+def run(model: Path, source: Path, target: Path, **options: Any) -> Path:
+    values = {
+        "model_name_or_path": str(model),
+        "input_file": str(source),
+        "output_file": str(target),
+        "disable_tqdm": True,
+        **options,
+    }
+    return predict(build(PredictionConfig, values))
+
+
+@pytest.fixture
+def csv_file(tmp_path: Path) -> Path:
+    path = tmp_path / "texts.csv"
+    path.write_text("".join(f"{text}\n" for text in ["sentence", *TEXTS]), encoding="utf-8")
+    return path
+
+
+def expected_probabilities(model_dir: Path) -> torch.Tensor:
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir).eval()
+    inputs = load_tokenizer(str(model_dir))(TEXTS, padding=True, return_tensors="pt")
+    return model(**inputs).logits.softmax(dim=-1)
+
+
+def test_csv_in_and_out(model_dir: Path, csv_file: Path, tmp_path: Path) -> None:
+    with run(model_dir, csv_file, tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    expected = expected_probabilities(model_dir)
+    names = ["no", "yes", "perhaps"]
+    assert [row["label"] for row in rows] == [names[i] for i in expected.argmax(dim=-1)]
+    for row, probabilities in zip(rows, expected.tolist(), strict=True):
+        written = [float(row[f"probability_{name}"]) for name in names]
+        assert written == pytest.approx(probabilities, abs=2e-6)
+
+
+def test_jsonl_out_says_the_same(model_dir: Path, csv_file: Path, tmp_path: Path) -> None:
+    jsonl = tmp_path / "texts.jsonl"
+    jsonl.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in TEXTS))
+    lines = run(model_dir, jsonl, tmp_path / "out.jsonl").read_text().splitlines()
+    with run(model_dir, csv_file, tmp_path / "out.csv").open(newline="") as file:
+        for line, row in zip(lines, csv.DictReader(file), strict=True):
+            values = json.loads(line)
+            assert {name: str(value) for name, value in values.items()} == row
+
+
+def test_named_columns(model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "texts.csv"
+    path.write_text("review,reply\na good dog,the bad bird\n", encoding="utf-8")
+    columns = {"text_column": "review", "text_pair_column": "reply"}
+    assert run(model_dir, path, tmp_path / "pair.csv", **columns).exists()
+    with pytest.raises(ValueError, match="no column 'revue'.*Did you mean 'review'"):
+        run(model_dir, path, tmp_path / "out.csv", text_column="revue")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output_file": "out.txt"}, "must end in one of .csv, .jsonl"),
+        ({"output_file": "absent/out.csv"}, "the directory 'absent' does not exist"),
+        ({"output_file": None}, "output_file is missing"),
+        ({"input_file": None}, "input_file is missing"),
+        ({"text_pair_column": "b"}, "text_pair_column needs text_column"),
+        ({"max_seq_length": 1000}, "max_seq_length=1000"),
+    ],
+)
+def test_mistakes(model_dir: Path, csv_file: Path, tmp_path: Path, options, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(model_dir, csv_file, tmp_path / "out.csv", **options)

@@ -1,0 +1,68 @@
+"""metrics.jsonl across a resume, TensorBoard, and the gate's summary."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+
+import pytest
+from fusedacl.engine.tracking import GateHistory, MetricsLog, require_reporting
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def write_steps(output_dir: Path, steps: range, resume_step: int | None = None) -> None:
+    with MetricsLog(output_dir, "none", resume_step) as log:
+        for step in steps:
+            log.write({"step": step, "split": "train", "loss": 0.5})
+
+
+def test_resuming_drops_what_will_be_written_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "spl')  # the run was killed while it wrote
+    write_steps(tmp_path, range(5, 7), resume_step=4)
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, "tensorboard") as log:
+        log.write({"step": 3, "split": "train", "loss": 0.5})
+        log.write({"step": 3, "split": "validation", "exit": 6, "metrics": {"f1": 0.75}})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/exit6/f1")] == [(3, 0.75)]
+
+
+def test_tensorboard_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *arguments: object, **options: object) -> object:
+        if name == "tensorboard":
+            raise ImportError(name)
+        return imported(name, *arguments, **options)
+
+    require_reporting("none")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"pip install 'fusedacl\[tensorboard\]'"):
+        require_reporting("tensorboard")
+
+
+def test_gate_summary_by_epoch() -> None:
+    history = GateHistory()
+    for epoch, angle, dropped in ((1, 80, False), (1, 100, True), (2, 60, False), (2, 70, False)):
+        history.add(epoch, angle, dropped)
+    other = GateHistory()
+    other.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    first, second = other.summary()
+    assert (first["epoch"], first["steps"], first["dropped_share"]) == (1, 2, 0.5)
+    assert first["angle_median"] == 90
+    assert (first["angle_p10"], first["angle_p90"]) == pytest.approx((82, 98))
+    assert (second["epoch"], second["dropped_share"]) == (2, 0.0)
+    assert GateHistory().summary() == []
