@@ -99,13 +99,8 @@ def _has_cpu_flag(flag: str) -> bool:
 
 
 def _kernels() -> list[str]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    sizes = ((34, 64, "fine-tuning: 32 texts, 2 classes"), (4096, 64, "a large batch"))
-    return [
-        f"  {words} ({rows} rows of {width}): "
-        f"{explain(device=device, dtype=torch.float32, num_rows=rows, width=width)}"
-        for rows, width, words in sizes
-    ]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return [f"  {explain(device)}", "  gradient dot and norms: torch, one pass over both gradients"]
 
 
 def _deepspeed() -> str:
