@@ -1,11 +1,15 @@
 """Fine-tuning BERT-like encoders with Aligned Contrastive Learning (arXiv 2602.03563)."""
 
-from .config import EvaluationConfig, PredictionConfig, TrainingConfig
-from .evaluation import evaluate
-from .gate import GateDecision, GradientGate
-from .modeling import MultiExitConfig, MultiExitForSequenceClassification
-from .prediction import predict
-from .trainer import train
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import EvaluationConfig, PredictionConfig, TrainingConfig
+    from .evaluation import evaluate
+    from .gate import GateDecision, GradientGate
+    from .modeling import MultiExitConfig, MultiExitForSequenceClassification
+    from .prediction import predict
+    from .trainer import train
 
 __all__ = [
     "EvaluationConfig",
@@ -19,3 +23,23 @@ __all__ = [
     "predict",
     "train",
 ]
+
+_HOMES = {
+    "EvaluationConfig": "config",
+    "GateDecision": "gate",
+    "GradientGate": "gate",
+    "MultiExitConfig": "modeling",
+    "MultiExitForSequenceClassification": "modeling",
+    "PredictionConfig": "config",
+    "TrainingConfig": "config",
+    "evaluate": "evaluation",
+    "predict": "prediction",
+    "train": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when first used: torch and transformers take seconds, and a mistyped flag none.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,25 @@
+"""The public names resolve, and naming them costs nothing before they are used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import fusedacl.engine
+import pytest
+
+
+def test_every_public_name_resolves() -> None:
+    for name in fusedacl.engine.__all__:
+        assert getattr(fusedacl.engine, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        fusedacl.engine.trian  # noqa: B018
+
+
+def test_a_mistyped_flag_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys; from fusedacl.engine.cli import main; "
+        "assert main(['train', '--taks_name', 'x']) == 2; "
+        "assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
