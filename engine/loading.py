@@ -24,7 +24,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # TypeError: transformers 4, no vocabulary
         raise ValueError(
             f"model_name_or_path={name_or_path!r} has no tokenizer that can be loaded: {error}"
         ) from None

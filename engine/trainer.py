@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from ..kernels.dispatch import choose
 from .batching import collate, encode, epoch_batches
 from .checkpoint import (
     CONFIG_FILE,
@@ -75,6 +76,7 @@ class Trainer:
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config = config.resolved()
         require_reporting(config.run.report_to)
+        choose(config.objective.impl, torch.float32, config.objective.temperature)
         self.device = choose_device(config.run.device)
         self.data = load_splits(
             task_name=config.data.task_name,

@@ -35,7 +35,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny_bert")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (directory / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    BertTokenizerFast(vocab=str(directory / "vocab.txt")).save_pretrained(directory)
+    BertTokenizerFast.from_pretrained(directory).save_pretrained(directory)
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(vocabulary),
