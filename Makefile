@@ -54,4 +54,4 @@ $(VENV)/.dev: $(VENV)/.torch
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs *.egg-info
+	rm -rf $(VENV) build *.egg-info

@@ -14,7 +14,7 @@ TENSORBOARD = "tensorboard>=2.15"
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "demo": [MINILM, MATPLOTLIB],
-    "bench": [MATPLOTLIB, "pytorch-metric-learning>=2.8", "accelerate>=1.1"],
+    "bench": [MINILM, MATPLOTLIB, "pytorch-metric-learning>=2.8", "accelerate>=1.1"],
     "tensorboard": [TENSORBOARD],
 }
 EXTRAS["dev"] = [

@@ -13,15 +13,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import TrainingConfig
-from .options import build, flatten, read_file
+from .options import build, flatten, read_file, write_whole
 
 CONFIG_FILE = "config.yaml"
 STATE_FILE = "training_state.pt"
 _PARTIAL = ".partial"
+_REPLACED = ".replaced"
 
 
-def prepare_output_dir(config: TrainingConfig) -> Path:
-    """The run's directory, made and checked.
+def check_output_dir(config: TrainingConfig) -> Path:
+    """The run's directory, looked at and not touched.
 
     Raises:
         ValueError: it holds something and neither resuming nor overwriting was asked for, or it is
@@ -42,6 +43,13 @@ def prepare_output_dir(config: TrainingConfig) -> Path:
                 f"overwrite_output_dir: {str(path)!r} holds files but no {CONFIG_FILE}, so it is "
                 "not a run of fusedacl and is left alone. Empty it yourself."
             )
+    return path
+
+
+def make_output_dir(config: TrainingConfig) -> Path:
+    """The run's directory, checked, emptied where that was asked for, and there."""
+    path = check_output_dir(config)
+    if config.run.overwrite_output_dir and path.exists():
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     return path
@@ -61,17 +69,27 @@ def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
         for file in partial.iterdir():
             _flush(file)
         if directory.exists():
-            shutil.rmtree(directory)
-        partial.replace(directory)
+            replaced = directory.with_name(directory.name + _REPLACED)
+            shutil.rmtree(replaced, ignore_errors=True)
+            directory.replace(replaced)
+            partial.replace(directory)
+            shutil.rmtree(replaced)
+        else:
+            partial.replace(directory)
     except Exception as error:
         shutil.rmtree(partial, ignore_errors=True)
         # safetensors reports a full disk by an exception of its own.
         if isinstance(error, OSError) or "No space left" in str(error):
-            kept = ", ".join(path.name for path in checkpoints(directory.parent)) or "none"
+            kept = ", ".join(path.name for path in checkpoints(directory.parent))
+            remedy = (
+                f"complete checkpoints there: {kept}. Free some space, then "
+                "--resume_from_checkpoint latest."
+                if kept
+                else "there is no checkpoint to resume from. Free some space and run again."
+            )
             raise OSError(
                 f"{directory.name} could not be saved in {str(directory.parent)!r}: {error}. "
-                f"Nothing saved earlier was touched; complete checkpoints there: {kept}. Free some "
-                "space, then --resume_from_checkpoint latest."
+                f"Nothing saved earlier was touched; {remedy}"
             ) from error
         raise
 
@@ -104,7 +122,9 @@ def save_checkpoint(
 
     def write(partial: Path) -> None:
         save_model(partial, model, tokenizer)
-        torch.save(state, partial / STATE_FILE)
+        # By a file of ours: given a path, torch reports a full disk as an internal error.
+        with (partial / STATE_FILE).open("wb") as file:
+            torch.save(state, file)
 
     write_atomically(directory, write)
     if keep is not None:
@@ -174,7 +194,5 @@ def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """A JSON file that is whole or absent."""
-    temporary = path.with_name(path.name + _PARTIAL)
-    temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    """A JSON file, whole or absent."""
+    write_whole(path, json.dumps(values, indent=2) + "\n")

@@ -48,9 +48,14 @@ def _train(arguments: list[str]) -> int:
 
     if not arguments:
         from .demo import run_demo
+        from .trainer import Interrupted
 
         _quiet_transformers()
-        run_demo()
+        try:
+            run_demo()
+        except Interrupted as stop:
+            print("fusedacl train: stopped; the demonstration starts anew.", file=sys.stderr)
+            return stop.exit_code
         return 0
     config = parse(
         TrainingConfig, "fusedacl train", "Fine-tune a BERT-like encoder.", arguments
@@ -98,6 +103,9 @@ def _predict(arguments: list[str]) -> int:
 
 
 def _doctor(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("-h", "--help"):
+        print("usage: fusedacl doctor\n\nSays what this machine can run, and why; no options.")
+        return 0
     if arguments:
         raise ValueError("doctor takes no arguments: it describes this machine.")
     from .doctor import diagnose

@@ -49,16 +49,6 @@ class TextData:
     metrics: list[str]
     notes: list[str] = field(default_factory=list)
 
-    def split(self, name: str) -> TextSplit:
-        """The split called `name`.
-
-        Raises:
-            ValueError: there is none (the nearest name is offered).
-        """
-        if name not in self.splits:
-            raise ValueError(f"{self.name} has no split {name!r}.{did_you_mean(name, self.splits)}")
-        return self.splits[name]
-
 
 def load_splits(
     *,

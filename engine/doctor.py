@@ -100,7 +100,10 @@ def _has_cpu_flag(flag: str) -> bool:
 
 def _kernels() -> list[str]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return [f"  {explain(device)}", "  gradient dot and norms: torch, one pass over both gradients"]
+    passes = "chunks that stay in cache, one pass over both gradients"
+    if device == "cuda":
+        passes = "three passes of torch.dot, no synchronisation"
+    return [f"  {explain(device)}", f"  gradient dot and norms: {passes}"]
 
 
 def _deepspeed() -> str:
@@ -120,7 +123,7 @@ def _apex() -> str:
         return "apex: NVIDIA's, with its CUDA extensions. Not needed: torch's fused AdamW is used."
     try:
         nvidia = importlib.util.find_spec("apex.multi_tensor_apply") is not None
-    except ImportError:  # the other project's package fails to import on Python 3
+    except Exception:  # finding a submodule imports the other project's package, which may fail
         nvidia = False
     if nvidia:
         return (

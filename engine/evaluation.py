@@ -61,7 +61,7 @@ def predict_logits(
 def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The named metrics of predicted classes [n] against true ones [n], as fractions.
 
-    accuracy; f1 (of class 1, as GLUE has it); macro_f1 (mean over the classes);
+    accuracy; f1 (of class 1, as GLUE has it); macro_f1 (mean over the classes that occur);
     matthews_correlation.
     """
     from sklearn import metrics as sklearn_metrics
@@ -120,6 +120,9 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     Raises:
         ValueError: a mistake in the configuration, the data or the model directory.
     """
+    output_file = None if config.output.output_file is None else Path(config.output.output_file)
+    if output_file is not None and not output_file.parent.is_dir():
+        raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
     trained = TrainedModel(config.model, config.data.max_seq_length)
     data = load_splits(
         task_name=config.data.task_name,
@@ -133,6 +136,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     )
     for note in data.notes:
         logger.info(note)
+    if not data.evaluation_splits:
+        raise ValueError(f"{data.name} has no labelled split to evaluate on.")
     results = {
         name: evaluate_split(
             trained.model,
@@ -147,6 +152,6 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
         )
         for name in data.evaluation_splits
     }
-    if config.output.output_file is not None:
-        write_json(Path(config.output.output_file), results)
+    if output_file is not None:
+        write_json(output_file, results)
     return results

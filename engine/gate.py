@@ -95,7 +95,8 @@ class GradientGate:
         for index, gradient in enumerate(gradients):
             held = self._auxiliary[index]
             if gradient is not None:
-                self._auxiliary[index] = gradient if held is None else held.add_(gradient)
+                # Not in place: autograd may hand the same tensor, or a view, to several parameters.
+                self._auxiliary[index] = gradient if held is None else held + gradient
         main_loss.backward()
 
     def combine(

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import InferenceOptions
-from .modeling import MultiExitConfig, MultiExitForSequenceClassification
+from .modeling import MultiExitConfig, MultiExitForSequenceClassification, nearest_directory
 from .precision import choose_device, choose_dtype
 
 DEFAULT_MAX_LENGTH = 128
@@ -45,12 +45,15 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 def length_limit(
     model: MultiExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """The longest input in tokens: positions of the encoder, less those RoBERTa reserves."""
-    config = model.config.backbone_config
-    limit = getattr(config, "max_position_embeddings", None) or tokenizer.model_max_length
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "xlm-roberta-xl"):
-        limit -= config.pad_token_id + 1
-    return int(limit)
+    """The longest input in tokens that both the encoder's positions and the tokenizer allow."""
+    limit = int(tokenizer.model_max_length)  # 10^30 where the tokenizer knows none
+    positions = getattr(model.config.backbone_config, "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa and its kin count positions from padding_idx + 1.
+        table = getattr(getattr(model.backbone, "embeddings", None), "position_embeddings", None)
+        reserved = getattr(table, "padding_idx", None)
+        limit = min(limit, positions - (0 if reserved is None else reserved + 1))
+    return limit
 
 
 class TrainedModel:
@@ -67,7 +70,7 @@ class TrainedModel:
             raise ValueError("model_name_or_path is missing: name the output_dir of a run.")
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(self.device, fp16=False, bf16=options.bf16)
-        self.model = _load_trained(path).eval()
+        self.model = load_trained(path).eval()
         nn.Module.to(self.model, self.device)
         self.tokenizer = load_tokenizer(path)
         self.limit = length_limit(self.model, self.tokenizer)
@@ -81,7 +84,12 @@ class TrainedModel:
         return [names[index] for index in range(self.model.num_labels)]
 
 
-def _load_trained(path: str) -> MultiExitForSequenceClassification:
+def load_trained(path: str) -> MultiExitForSequenceClassification:
+    """A model that `fusedacl train` saved.
+
+    Raises:
+        ValueError: the directory holds none, or a damaged one.
+    """
     where = f"model_name_or_path={path!r}"
     if Path(path).is_dir():
         config_file = Path(path) / "config.json"
@@ -102,4 +110,4 @@ def _load_trained(path: str) -> MultiExitForSequenceClassification:
         return MultiExitForSequenceClassification.from_pretrained(path, dtype=torch.float32)
     except Exception as error:
         # safetensors, the hub client and transformers each raise errors of their own here.
-        raise ValueError(f"{where} cannot be loaded: {error}") from None
+        raise ValueError(f"{where} cannot be loaded: {error}{nearest_directory(path)}") from None

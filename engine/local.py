@@ -70,8 +70,10 @@ class LocalEngine:
     def backward(self, losses: ExitLosses, share: float) -> None:
         """Accumulate the gradients of one micro-batch.
 
-        `share`: its part of the samples of this optimizer step, so that micro-batches of unequal
-        size add up to what one batch would have given.
+        `share`: its part of the samples of this optimizer step. Both losses are averaged over the
+        micro-batches with these weights: for cross-entropy that is what one batch would have given;
+        for the contrastive term, summed or averaged over a micro-batch's anchors, each micro-batch
+        is a batch of its own.
         """
         factor = share * self.scaler.scale
         if self.gate is not None and losses.auxiliary is not None:
@@ -92,8 +94,8 @@ class LocalEngine:
         finite = torch.isfinite(torch.tensor(grad_norm)).item()
         if not finite and not self.scaler.enabled:
             raise FloatingPointError(
-                "The gradient is NaN or infinite. A lower learning_rate usually helps; the last "
-                "checkpoint is from before."
+                "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, "
+                "usually helps."
             )
         if finite:
             self.optimizer.step()

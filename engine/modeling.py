@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -186,18 +188,26 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         """
         try:
             config = AutoConfig.from_pretrained(name_or_path)
-            if isinstance(config, MultiExitConfig):
-                backbone = cls.from_pretrained(name_or_path).backbone
-            else:
-                backbone = _pretrained_encoder(name_or_path, config)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"model_name_or_path={name_or_path!r} cannot be loaded: it is neither a local "
-                f"directory with config.json and weights nor a model that the hub gave. ({error})"
+                "directory with config.json and weights nor a model that the hub gave."
+                f"{nearest_directory(name_or_path)} ({error})"
             ) from None
+        is_ours = isinstance(config, MultiExitConfig)
         if dropout is not None:
-            set_dropout(backbone, dropout)
+            set_dropout(config.backbone_config if is_ours else config, dropout)
             exit_options.setdefault("exit_dropout", dropout)
+        try:
+            if is_ours:
+                backbone = cls.from_pretrained(name_or_path, config=config).backbone
+            else:
+                backbone = _pretrained_encoder(name_or_path, config)
+        except Exception as error:
+            # safetensors, the hub client and transformers each raise errors of their own here.
+            raise ValueError(
+                f"model_name_or_path={name_or_path!r}: the weights cannot be loaded: {error}"
+            ) from None
         made = MultiExitConfig(
             backbone.config,
             id2label=dict(enumerate(label_names)),
@@ -253,25 +263,32 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         )
 
 
-def set_dropout(encoder: PreTrainedModel, probability: float) -> None:
-    """Set every dropout probability of an encoder, in its modules and its configuration.
+def set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Set every dropout probability in an encoder's configuration.
 
     Raises:
-        ValueError: the encoder's configuration has no dropout that we know.
+        ValueError: the configuration has no dropout that we know.
     """
     names = [
-        name for name in _DROPOUT_NAMES if isinstance(getattr(encoder.config, name, None), float)
+        name for name in _DROPOUT_NAMES if isinstance(getattr(config, name, None), float | int)
     ]
     if not names:
         raise ValueError(
-            f"dropout={probability}: a {encoder.config.model_type} encoder has no dropout setting "
-            "that is known here; leave dropout out."
+            f"dropout={probability}: a {config.model_type} encoder has no dropout setting that is "
+            "known here; leave dropout out."
         )
     for name in names:
-        setattr(encoder.config, name, probability)
-    for module in encoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = probability
+        setattr(config, name, probability)
+
+
+def nearest_directory(name_or_path: str) -> str:
+    """' Did you mean …?' where a directory of nearly that name lies beside."""
+    path = Path(name_or_path)
+    if not path.parent.is_dir() or path.is_dir():
+        return ""
+    names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    return f" Did you mean {str(path.parent / nearest[0])!r}?" if nearest else ""
 
 
 def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
@@ -294,7 +311,7 @@ def _pretrained_encoder(name_or_path: str, config: PretrainedConfig) -> PreTrain
     try:
         with warnings.catch_warnings():
             return AutoModel.from_pretrained(
-                name_or_path, dtype=torch.float32, **_encoder_options(config)
+                name_or_path, config=config, dtype=torch.float32, **_encoder_options(config)
             )
     finally:
         transformers_logging.set_verbosity(level)

@@ -69,6 +69,5 @@ def check_finite(output: MultiExitOutput, step: int) -> None:
             raise FloatingPointError(
                 f"Step {step}: the representations of {count} of {bad.shape[1]} samples at exit "
                 f"{index + 1} of {bad.shape[0]} are NaN or infinite. A lower learning_rate, "
-                "max_grad_norm=1, or bf16 instead of fp16 usually helps; the last checkpoint is "
-                "from before."
+                "max_grad_norm=1, or bf16 instead of fp16 usually helps."
             )

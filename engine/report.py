@@ -11,6 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from .tracking import read_records
+
+# What the runs of one table may differ in.
+_FREE_OPTIONS = ("objective", "gate", "seed")
 OBJECTIVE_NAMES = {"ce": "CE", "scl": "CE+SCL", "acl": "ACL"}
 _COLORS = {"ce": "#4c72b0", "scl": "#dd8452", "acl": "#55a868"}
 
@@ -36,7 +40,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{str(run)!r} holds no metrics.jsonl: it is not a run of fusedacl.")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_records(path)
 
 
 def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> Path:
@@ -81,7 +85,7 @@ def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path
     """Angles between the cross-entropy and the contrastive gradient, by epoch, as a PNG."""
     from matplotlib.figure import Figure
 
-    steps = [record for record in read_metrics(run) if "angle_degrees" in record]
+    steps = [record for record in read_metrics(run) if record.get("angle_degrees") is not None]
     if not steps:
         raise ValueError(f"{str(run)!r} logged no gradient angle: it ran without the gate.")
     angles = np.array([record["angle_degrees"] for record in steps])
@@ -146,9 +150,9 @@ def results_page(files: Sequence[Path]) -> str:
         "",
         "Made by `python -m fusedacl.engine.report` from the files in `docs/results/`; no number "
         "is typed by hand. Scores are those after the last step, in percent, mean ± standard "
-        "deviation (n - 1) over the seeds; a single seed has no deviation. No hyper-parameter was "
-        "tuned for any objective. The best mean is bold where it leads by more than the larger of "
-        "the two deviations.",
+        "deviation (n - 1) over the seeds; a single seed has no deviation. Within a data set the "
+        "runs differ in objective, gate and seed only. The best mean is bold where it leads by more "
+        "than the larger of the two deviations.",
     ]
     for data in dict.fromkeys(run["data"] for run in runs):
         parts += ["", *_data_section(data, [run for run in runs if run["data"] == data])]
@@ -158,7 +162,13 @@ def results_page(files: Sequence[Path]) -> str:
 def _read_results(file: Path) -> dict[str, Any]:
     try:
         run = json.loads(file.read_text(encoding="utf-8"))
-        return {**run, "metrics": dict(run["metrics"]), "objective": str(run["objective"])}
+        return {
+            **run,
+            "metrics": dict(run["metrics"]),
+            "objective": str(run["objective"]),
+            "seed": int(run["seed"]),
+            "options": dict(run["options"]),
+        }
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is not the results.json of a run: {error!r}") from None
 
@@ -167,7 +177,19 @@ def _run_order(run: dict[str, Any]) -> tuple[str, int, int]:
     return run["data"], list(OBJECTIVE_NAMES).index(run["objective"]), run["seed"]
 
 
+def _check_comparable(data: str, runs: list[dict[str, Any]]) -> None:
+    first = runs[0]["options"]
+    for run in runs[1:]:
+        for name, value in run["options"].items():
+            if name not in _FREE_OPTIONS and value != first[name]:
+                raise ValueError(
+                    f"{data}: runs with {name}={first[name]!r} and {name}={value!r} cannot stand in "
+                    "one table: they may differ in objective, gate and seed only."
+                )
+
+
 def _data_section(data: str, runs: list[dict[str, Any]]) -> list[str]:
+    _check_comparable(data, runs)
     groups = {
         objective: [run for run in runs if run["objective"] == objective]
         for objective in dict.fromkeys(run["objective"] for run in runs)

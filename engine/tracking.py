@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from .options import write_whole
+
 
 class MetricsLog:
     """Appends one JSON object a line to `metrics.jsonl`, and the numbers to TensorBoard if asked.
@@ -21,13 +23,29 @@ class MetricsLog:
         path = output_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():
             _keep_until(path, resume_step)
-        self._writer = _tensorboard_writer(output_dir) if report_to == "tensorboard" else None
+        self._writer = None
+        if report_to == "tensorboard":
+            self._writer = _tensorboard_writer(output_dir, resume_step)
         self._file = path.open("a", encoding="utf-8")
+
+    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
+        """Split -> layer -> metrics of the evaluations already written for `step`."""
+        found: dict[str, dict[int, dict[str, float]]] = {}
+        for record in read_records(Path(self._file.name)):
+            if record["step"] == step and "exit" in record:
+                found.setdefault(record["split"], {})[record["exit"]] = record["metrics"]
+        return found
 
     def write(self, record: dict[str, Any]) -> None:
         """One logged step or evaluation; `step` and `split` are in every record."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} could not be written: {error}. Free some space; a run with "
+                "checkpoints goes on with --resume_from_checkpoint latest."
+            ) from error
         if self._writer is None:
             return
         place = (
@@ -52,11 +70,21 @@ class MetricsLog:
             self._writer.close()
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a line that a killed run left unfinished is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
 def _keep_until(path: Path, step: int) -> None:
     """Drop the records after `step`: the resumed run writes them again."""
-    lines = path.read_text(encoding="utf-8").splitlines()
-    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    kept = [record for record in read_records(path) if record["step"] <= step]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def require_reporting(report_to: str) -> None:
@@ -75,10 +103,11 @@ def require_reporting(report_to: str) -> None:
             ) from None
 
 
-def _tensorboard_writer(output_dir: Path) -> Any:
+def _tensorboard_writer(output_dir: Path, resume_step: int | None) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(output_dir / "tensorboard"))
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
 
 
 class GateHistory:

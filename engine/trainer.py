@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-import shlex
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,10 +20,11 @@ from ..kernels.dispatch import choose
 from .batching import collate, encode, epoch_batches
 from .checkpoint import (
     CONFIG_FILE,
+    check_output_dir,
     check_same_run,
     find_checkpoint,
     load_state,
-    prepare_output_dir,
+    make_output_dir,
     save_checkpoint,
     save_model,
     write_atomically,
@@ -35,11 +34,12 @@ from .config import TrainingConfig
 from .data import load_splits
 from .doctor import versions
 from .evaluation import evaluate_split
-from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer
+from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
 from .local import LocalEngine, StepReport
+from .model_card import model_card
 from .modeling import MultiExitForSequenceClassification
 from .objectives import ExitLosses, check_finite, exit_losses
-from .options import write_yaml
+from .options import command_line, flatten, write_yaml
 from .precision import choose_device
 from .quickstart import minilm_path
 from .tracking import GateHistory, MetricsLog, require_reporting
@@ -75,6 +75,7 @@ class Trainer:
 
     def __init__(self, config: TrainingConfig) -> None:
         self.config = config = config.resolved()
+        check_output_dir(config)
         require_reporting(config.run.report_to)
         choose(config.objective.impl, torch.float32, config.objective.temperature)
         self.device = choose_device(config.run.device)
@@ -91,7 +92,7 @@ class Trainer:
         for note in self.data.notes:
             logger.info(note)
         torch.manual_seed(config.optimization.seed)
-        name_or_path = config.model.model_name_or_path or str(minilm_path())
+        self.base_model = name_or_path = config.model.model_name_or_path or str(minilm_path())
         self.model = self._new_model(name_or_path)
         self.tokenizer = load_tokenizer(name_or_path)
         limit = length_limit(self.model, self.tokenizer)
@@ -107,9 +108,12 @@ class Trainer:
         self.history = GateHistory()
         self.step = 0
         self.signal: int | None = None
+        self.seconds = 0.0
+        self.resume_step: int | None = None
+        if config.run.resume_from_checkpoint is not None:
+            self._resume(config.run.resume_from_checkpoint)
         # Last, because it may delete an old run.
-        self.output_dir = prepare_output_dir(config)
-        self._resume()
+        self.output_dir = make_output_dir(config)
         write_yaml(config, self.output_dir / CONFIG_FILE)
 
     def _new_model(self, name_or_path: str) -> MultiExitForSequenceClassification:
@@ -133,22 +137,19 @@ class Trainer:
         if options.max_steps < 0:
             self.num_steps = max(1, round(options.num_train_epochs * self.steps_per_epoch))
 
-    def _resume(self) -> None:
-        name = self.config.run.resume_from_checkpoint
-        self.resume_step = None
-        if name is None:
-            return
-        checkpoint = find_checkpoint(self.output_dir, name)
-        check_same_run(self.output_dir, self.config)
+    def _resume(self, name: str) -> None:
+        output_dir = Path(str(self.config.run.output_dir))
+        checkpoint = find_checkpoint(output_dir, name)
+        check_same_run(output_dir, self.config)
         state = load_state(checkpoint)
-        saved = MultiExitForSequenceClassification.from_pretrained(checkpoint)
-        self.model.load_state_dict(saved.state_dict())
+        self.model.load_state_dict(load_trained(str(checkpoint)).state_dict())
         self.engine.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
         torch.set_rng_state(state["rng"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["cuda_rng"])
+        if self.device.type == "cuda" and "cuda_rng" in state:
+            torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = self.resume_step = state["step"]
+        self.seconds = state["seconds"]
         logger.info("Resuming from %s at step %d of %d.", checkpoint, self.step, self.num_steps)
 
     def run(self) -> dict[str, Any]:
@@ -164,9 +165,7 @@ class Trainer:
             self.device.type,
             str(self.engine.dtype).removeprefix("torch."),
         )
-        started = time.monotonic()
-        first_step = self.step
-        evaluations: dict[str, Any] = {}
+        self.started = time.monotonic()
         with (
             MetricsLog(self.output_dir, options.report_to, self.resume_step) as log,
             _SignalsNoted(self),
@@ -178,7 +177,9 @@ class Trainer:
             ) as bar,
         ):
             self.model.train()
-            evaluated = -1
+            # A checkpoint is saved after the evaluation of the same step.
+            evaluations = log.evaluations(self.step)
+            evaluated = self.step if evaluations else -1
             for epoch, windows in self._epochs():
                 for window in windows:
                     self._train_step(epoch, window, log, bar)
@@ -191,10 +192,9 @@ class Trainer:
                             raise Interrupted(self.signal, checkpoint)
             if evaluated != self.step:
                 evaluations = self._evaluate(log)
-        seconds = time.monotonic() - started
-        self._save_final()
-        results = self._results(evaluations, seconds, self.step - first_step)
-        write_json(self.output_dir / "results.json", results)
+            self.seconds += time.monotonic() - self.started
+            results = self._results(evaluations)
+            self._save_final(results)
         return results
 
     def _due(self, every: int | None) -> bool:
@@ -233,7 +233,10 @@ class Trainer:
             batch_losses = self._batch_losses(indices)
             self.engine.backward(batch_losses, share)
             losses.append((share, batch_losses))
-        report = self.engine.step()
+        try:
+            report = self.engine.step()
+        except FloatingPointError as error:
+            raise FloatingPointError(f"Step {self.step}: {error}") from None
         record = self._record(epoch, losses, report)
         if report.decision is not None and not report.skipped:
             kept = bool(report.decision.kept[0].item())
@@ -243,7 +246,7 @@ class Trainer:
             speed = num_samples / (time.monotonic() - started)
             log.write({**record, "samples_per_second": round(speed, 2)})
             shown = {"loss": f"{record['loss']:.3f}"}
-            if "angle_degrees" in record:
+            if record.get("angle_degrees") is not None:
                 shown["angle"] = f"{record['angle_degrees']:.0f}°"
             bar.set_postfix(shown)
 
@@ -276,7 +279,7 @@ class Trainer:
             weight = self.config.objective.aux_weight
             if report.decision is not None:
                 record["angle_degrees"] = report.decision.angle[0].item()
-                if not report.decision.kept[0].item():
+                if not report.skipped and not report.decision.kept[0].item():
                     weight = 0.0
             loss = (1 - weight) * main + weight * auxiliary
             record |= {"loss_aux": auxiliary, "aux_weight": weight}
@@ -288,7 +291,11 @@ class Trainer:
             "loss_scale": report.loss_scale,
             "skipped": report.skipped,
         }
-        return record
+        # JSON has no NaN: an overflow leaves no angle and no norm.
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in record.items()
+        }
 
     def _evaluate(self, log: MetricsLog) -> dict[str, Any]:
         """Split -> layer -> metrics, for every evaluation split."""
@@ -315,9 +322,10 @@ class Trainer:
             "engine": self.engine.state_dict(),
             "history": self.history.state_dict(),
             "rng": torch.get_rng_state(),
+            "seconds": self.seconds + time.monotonic() - self.started,
         }
         if self.device.type == "cuda":
-            state["cuda_rng"] = torch.cuda.get_rng_state_all()
+            state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
         return save_checkpoint(
             self.output_dir,
             self.step,
@@ -327,16 +335,25 @@ class Trainer:
             self.config.run.save_total_limit,
         )
 
-    def _save_final(self) -> None:
-        """The final model at the top of the output directory, by way of a directory of its own."""
+    def _save_final(self, results: dict[str, Any]) -> None:
+        """The final model and its card at the top of the output directory, and the results."""
         directory = self.output_dir / "model"
-        write_atomically(directory, lambda path: save_model(path, self.model, self.tokenizer))
+
+        def write(partial: Path) -> None:
+            save_model(partial, self.model, self.tokenizer)
+            card = model_card(self.config, self.base_model, results)
+            (partial / "README.md").write_text(card, encoding="utf-8")
+
+        write_atomically(directory, write)
         for file in directory.iterdir():
             file.replace(self.output_dir / file.name)
         directory.rmdir()
+        write_json(self.output_dir / "results.json", results)
 
-    def _results(self, evaluations: dict[str, Any], seconds: float, steps: int) -> dict[str, Any]:
-        samples = steps * len(self.train_split) / self.steps_per_epoch
+    def _results(self, evaluations: dict[str, Any]) -> dict[str, Any]:
+        samples = self.step * len(self.train_split) / self.steps_per_epoch
+        free = vars(self.config.run)
+        options = {name: v for name, v in flatten(self.config).items() if name not in free}
         return {
             "data": self.data.name,
             "objective": self.config.objective.objective,
@@ -344,9 +361,10 @@ class Trainer:
             "metrics": evaluations,
             "gate": self.history.summary(),
             "num_steps": self.num_steps,
-            "train_seconds": round(seconds, 2),
-            "train_samples_per_second": round(samples / seconds, 2),
-            "command": shlex.join(["fusedacl", *sys.argv[1:]]),
+            "train_seconds": round(self.seconds, 2),
+            "train_samples_per_second": round(samples / self.seconds, 2),
+            "command": command_line(self.config, "fusedacl train"),
+            "options": options,
             "versions": versions(),
         }
 

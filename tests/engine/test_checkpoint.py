@@ -15,7 +15,7 @@ from fusedacl.engine.checkpoint import (
     checkpoints,
     find_checkpoint,
     load_state,
-    prepare_output_dir,
+    make_output_dir,
     save_checkpoint,
     write_atomically,
 )
@@ -72,6 +72,25 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     assert load_state(first)["step"] == 5
 
 
+def test_a_full_disk_while_the_optimizer_is_written(tmp_path: Path, monkeypatch) -> None:
+    save(tmp_path, 5)
+
+    def full(state: object, file: object) -> None:
+        file.write(b"a part of it")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="complete checkpoints there: checkpoint-5"):
+        save(tmp_path, 10)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
+
+
+def test_nothing_to_resume_from_is_not_recommended(tmp_path: Path) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="there is no checkpoint to resume from"):
+        save(tmp_path, 5, error=full)
+
+
 def test_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 5)
     (tmp_path / "checkpoint-10.partial").mkdir()
@@ -109,22 +128,22 @@ def test_unknown_checkpoint(tmp_path: Path) -> None:
 
 def test_output_dir_is_protected(tmp_path: Path) -> None:
     output_dir = tmp_path / "deep" / "run"
-    assert prepare_output_dir(config_of(output_dir)) == output_dir
-    prepare_output_dir(config_of(output_dir))
+    assert make_output_dir(config_of(output_dir)) == output_dir
+    make_output_dir(config_of(output_dir))
     (output_dir / "thesis.tex").write_text("years of work")
     with pytest.raises(ValueError, match="is not empty. Use --resume_from_checkpoint latest"):
-        prepare_output_dir(config_of(output_dir))
+        make_output_dir(config_of(output_dir))
     with pytest.raises(ValueError, match="not a run of fusedacl and is left alone"):
-        prepare_output_dir(config_of(output_dir, overwrite_output_dir=True))
+        make_output_dir(config_of(output_dir, overwrite_output_dir=True))
     (output_dir / CONFIG_FILE).write_text("")
-    prepare_output_dir(config_of(output_dir, overwrite_output_dir=True))
+    make_output_dir(config_of(output_dir, overwrite_output_dir=True))
     assert not any(output_dir.iterdir())
 
 
 def test_output_dir_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="is a file; name a directory"):
-        prepare_output_dir(config_of(tmp_path / "file"))
+        make_output_dir(config_of(tmp_path / "file"))
 
 
 def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def test_real_sets(
     assert len(data.columns) == columns
     assert len(data.label_names) == num_classes
     assert data.metrics == metrics
-    labels = data.split("train").labels
+    labels = data.splits["train"].labels
     assert labels is not None and set(labels) == set(range(num_classes))
     expected = [f"{task} has no validation split: evaluating on test"] if "test" in sizes else []
     assert data.notes == expected
@@ -71,7 +71,7 @@ def test_the_quickstart_set_is_a_pair_set_of_three_classes() -> None:
     assert data.columns == ["sentence1", "sentence2"]
     assert data.label_names == ["entailment", "neutral", "contradiction"]
     assert data.evaluation_splits == ["validation"]
-    labels = data.split("train").labels
+    labels = data.splits["train"].labels
     assert labels is not None and set(labels) == {0, 1, 2}
     assert len(labels) == 60
     assert data.notes == []
@@ -106,7 +106,7 @@ def test_integer_labels_with_gaps_become_classes_and_a_note(tmp_path: Path) -> N
     train = write_csv(tmp_path / "train.csv", 1, 5, 3, 5)
     data = load_splits(train_file=train)
     assert data.label_names == ["1", "3", "5"]
-    assert data.split("train").labels == [0, 2, 1, 2]
+    assert data.splits["train"].labels == [0, 2, 1, 2]
     assert "labels [1, 3, 5] become the classes 0..2" in data.notes[0]
 
 
@@ -159,22 +159,22 @@ def test_a_validation_split_without_label_column_is_refused(tmp_path: Path) -> N
 def test_sample_limits_take_the_first_rows(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=[0, 1, 1, 2], validation=[1, 0])
     data = load_splits(**arguments, max_train_samples=2, max_eval_samples=1)
-    assert data.split("train").first == ["text 0", "text 1"]
-    assert data.split("validation").labels == [1]
+    assert data.splits["train"].first == ["text 0", "text 1"]
+    assert data.splits["validation"].labels == [1]
     # The classes are those of the whole split.
     assert data.label_names == ["0", "1", "2"]
-    assert len(load_splits(**arguments, max_train_samples=99).split("train")) == 4
+    assert len(load_splits(**arguments, max_train_samples=99).splits["train"]) == 4
 
 
 def test_evaluation_alone_reads_no_training_texts(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=["a", "b", "c"], validation=["c", "b"])
     data = load_splits(**arguments, needs_train=False)
     assert set(data.splits) == {"validation"}
-    assert data.split("validation").labels == [2, 1]
+    assert data.splits["validation"].labels == [2, 1]
     # A model that knows its classes does without the train split.
     (tmp_path / "mine" / "train.csv").unlink()
     data = load_splits(**arguments, needs_train=False, label_names=["c", "b", "a"])
-    assert data.split("validation").labels == [0, 1]
+    assert data.splits["validation"].labels == [0, 1]
     with pytest.raises(ValueError, match="label_names must say which classes"):
         load_splits(**arguments, needs_train=False)
 
@@ -192,7 +192,7 @@ def test_listed_classes_that_are_numbers_stay_indices_for_a_model(tmp_path: Path
     arguments = write_task(tmp_path, train=[0, 1, 2], validation=[0, 2])
     (tmp_path / "mine" / "labels.json").write_text('["1", "2", "3"]')
     data = load_splits(**arguments, needs_train=False, label_names=["1", "2", "3"])
-    assert data.split("validation").labels == [0, 2]
+    assert data.splits["validation"].labels == [0, 2]
 
 
 def test_integer_labels_for_a_model_are_indices_unless_its_classes_are_numbers(
@@ -202,16 +202,10 @@ def test_integer_labels_for_a_model_are_indices_unless_its_classes_are_numbers(
 
     def read(names: list[str]) -> list[int] | None:
         data = load_splits(validation_file=validation, needs_train=False, label_names=names)
-        return data.split("validation").labels
+        return data.splits["validation"].labels
 
     assert read(["neg", "mixed", "pos"]) == [2, 1]
     assert read(["1", "2", "3"]) == [1, 0]
-
-
-def test_unknown_split_offers_the_nearest(tmp_path: Path) -> None:
-    data = load_splits(train_file=write_csv(tmp_path / "train.csv", 0, 1))
-    with pytest.raises(ValueError, match=r"no split 'trian'.*Did you mean 'train'"):
-        data.split("trian")
 
 
 def test_a_hub_set_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:

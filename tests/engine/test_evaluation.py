@@ -84,6 +84,20 @@ def test_metrics_file_and_bf16(finished, tiny_data: Path, tmp_path: Path) -> Non
     assert written["validation"]["2"] == results["validation"][2]
 
 
+def test_output_file_is_checked_before_the_work(finished, tiny_data: Path) -> None:
+    with pytest.raises(ValueError, match="output_file: the directory 'absent' does not exist"):
+        evaluate(config_of(finished, tiny_data, output_file="absent/metrics.json"))
+
+
+def test_nothing_to_evaluate_on(finished, tmp_path: Path) -> None:
+    (tmp_path / "opinions").mkdir()
+    rows = '{"sentence": "a dog", "label": -1}\n'
+    (tmp_path / "opinions" / "train.jsonl").write_text(rows)
+    (tmp_path / "opinions" / "validation.jsonl").write_text(rows)
+    with pytest.raises(ValueError, match="has no labelled split to evaluate on"):
+        evaluate(config_of(finished, tmp_path))
+
+
 def test_logits_are_in_the_order_of_the_texts(finished) -> None:
     trained = TrainedModel(config_of(finished, Path()).model, None)
     texts = ["dog", "a red dog sleeps near the old house", "cat sings", "the bird"]

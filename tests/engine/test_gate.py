@@ -147,6 +147,20 @@ def test_micro_batches_add_up_to_the_batch(model: TwoHeads, inputs: Tensor) -> N
     torch.testing.assert_close(decision.angle, whole.angle)
 
 
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_gradients_that_autograd_shares_between_parameters(num_parts: int) -> None:
+    """The gradient of a sum is one tensor for both terms, and that of x.sum() one element."""
+    left, right = (nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2))
+    factor = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    gate = GradientGate([left, right], weight=1.0, max_angle=180)
+    for _ in range(num_parts):
+        auxiliary = ((left + right) * factor).sum() + left.sum()
+        gate.accumulate(left.square().sum() + right.square().sum(), auxiliary)
+    gate.combine()
+    torch.testing.assert_close(left.grad, num_parts * (factor + 1))
+    torch.testing.assert_close(right.grad, num_parts * factor)
+
+
 def test_loss_scale_and_clipping(model: TwoHeads, inputs: Tensor) -> None:
     expected, angle = by_hand(model, *model.losses(inputs), weight=0.2, max_angle=90)
     gate = GradientGate(model.parameters(), weight=0.2)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from fusedacl.engine.config import InferenceOptions
 from fusedacl.engine.loading import TrainedModel, length_limit, load_tokenizer
-from fusedacl.engine.modeling import MultiExitForSequenceClassification
+from fusedacl.engine.modeling import MultiExitConfig, MultiExitForSequenceClassification
+from transformers import MPNetConfig
 
 
 @pytest.mark.parametrize(("directory", "limit"), [("tiny_bert", 64), ("tiny_roberta", 64)])
@@ -20,6 +22,23 @@ def test_length_limit(directory: str, limit: int, request: pytest.FixtureRequest
     inputs = tokenizer(["a dog " * 100], truncation=True, max_length=limit, return_tensors="pt")
     assert inputs["input_ids"].shape[1] == limit
     model(inputs["input_ids"], inputs["attention_mask"])
+
+
+def test_length_limit_of_another_kin_of_roberta(tiny_bert: Path) -> None:
+    config = MPNetConfig(
+        vocab_size=60,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=48,
+        max_position_embeddings=42,
+    )
+    model = MultiExitForSequenceClassification(MultiExitConfig(config))
+    tokenizer = load_tokenizer(str(tiny_bert))
+    assert length_limit(model, tokenizer) == 40
+    model(torch.ones(1, 40, dtype=torch.int64) + 4)
+    tokenizer.model_max_length = 32
+    assert length_limit(model, tokenizer) == 32
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
     DistilBertConfig,
+    ModernBertConfig,
     RobertaConfig,
 )
 
@@ -120,13 +121,55 @@ def test_a_trained_model_can_be_the_encoder_of_the_next(tiny_bert: Path, tmp_pat
     assert second.num_labels == 3
 
 
-def test_dropout_reaches_every_module(tiny_bert: Path) -> None:
+def dropout_probabilities(model: torch.nn.Module) -> set[float]:
+    """Of nn.Dropout modules, and of attention modules that hold a number."""
+    found = {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)}
+    for module in model.modules():
+        found |= {v for k, v in vars(module).items() if "dropout" in k and isinstance(v, float)}
+    return found
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_dropout_reaches_every_module(tiny_bert: Path, tmp_path: Path, again: bool) -> None:
     model = MultiExitForSequenceClassification.from_encoder(
-        str(tiny_bert), label_names=["a", "b"], dropout=0.37
+        str(tiny_bert), label_names=["a", "b"], dropout=0.2 if again else 0.37
     )
-    modules = [module for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert len(modules) > 3
-    assert {module.p for module in modules} == {0.37}
+    if again:
+        model.save_pretrained(tmp_path)
+        model = MultiExitForSequenceClassification.from_encoder(
+            str(tmp_path), label_names=["a", "b"], dropout=0.37
+        )
+    assert dropout_probabilities(model) == {0.37}
+
+
+def test_an_encoder_whose_attention_holds_a_number(tmp_path: Path) -> None:
+    config = ModernBertConfig(
+        vocab_size=60,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        pad_token_id=0,
+    )
+    AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tmp_path), label_names=["a", "b"], dropout=0.37
+    )
+    assert model.backbone.config.attention_dropout == 0.37
+    assert 0.0 not in dropout_probabilities(model)
+
+
+def test_damaged_weights(tiny_bert: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_bert / name).read_bytes()[:2000])
+    with pytest.raises(ValueError, match="the weights cannot be loaded"):
+        MultiExitForSequenceClassification.from_encoder(str(tmp_path), label_names=["a", "b"])
+
+
+def test_a_misspelt_directory_offers_the_nearest(tiny_bert: Path) -> None:
+    misspelt = str(tiny_bert)[:-1] + "x"
+    with pytest.raises(ValueError, match=f"Did you mean '{tiny_bert}'"):
+        MultiExitForSequenceClassification.from_encoder(misspelt, label_names=["a", "b"])
 
 
 @pytest.mark.parametrize(

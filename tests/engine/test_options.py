@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from fusedacl.engine.options import build, flatten, option, parse, read_file, write_yaml
+from fusedacl.engine.options import (
+    build,
+    command_line,
+    flatten,
+    option,
+    parse,
+    read_file,
+    write_yaml,
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +64,27 @@ def test_a_written_configuration_reads_back(tmp_path: Path) -> None:
     write_yaml(config, tmp_path / "config.yaml")
     assert build(Config, read_file(tmp_path / "config.yaml")) == config
     assert build(Config, flatten(config)) == config
+
+
+def test_a_configuration_can_be_typed_again() -> None:
+    config = Config(Shape(2, "it's"), Motion(0.25, "run", True))
+    words = shlex.split(command_line(config, "program"))
+    assert words[0] == "program"
+    assert parsed(*words[1:]) == config
+    assert command_line(Config(), "program") == "program"
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
+    write_yaml(Config(Shape(2)), tmp_path / "config.yaml")
+
+    def full(self: Path, *arguments: object, **options: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_yaml(Config(Shape(3)), tmp_path / "config.yaml")
+    monkeypatch.undo()
+    assert build(Config, read_file(tmp_path / "config.yaml")).shape.width == 2
 
 
 def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,6 +43,13 @@ def test_scale_halves_on_overflow_and_doubles_after_good_steps() -> None:
     assert scales == [8, 8, 8, 4, 4, 4, 8, 8]
 
 
+def test_overflow_at_every_scale_is_an_error() -> None:
+    scaler = LossScaler(enabled=True, initial_scale=2.0**-13)
+    scaler.update(overflow=True)
+    with pytest.raises(FloatingPointError, match="overflows float16 even at a loss scale"):
+        scaler.update(overflow=True)
+
+
 def test_scaler_state_and_disabled_scaler() -> None:
     scaler = LossScaler(enabled=True, initial_scale=16.0, growth_interval=3)
     scaler.update(False)

@@ -81,6 +81,13 @@ def test_named_columns(model_dir: Path, tmp_path: Path) -> None:
         run(model_dir, path, tmp_path / "out.csv", text_column="revue")
 
 
+def test_the_input_is_not_overwritten(model_dir: Path, csv_file: Path) -> None:
+    before = csv_file.read_text()
+    with pytest.raises(ValueError, match="is the input_file: name another file"):
+        run(model_dir, csv_file, csv_file)
+    assert csv_file.read_text() == before
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -224,5 +224,5 @@ def test_minilm_path_locates_without_importing(
 
 def test_minilm_path_absent_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fusedacl\[demo\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'fusedacl\[demo\]'"):
         minilm_path()

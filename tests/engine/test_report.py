@@ -34,6 +34,7 @@ def run_results(objective: str, seed: int, accuracy: float, **changes: Any) -> d
         "metrics": {"validation": {"6": {"accuracy": accuracy, "loss": 0.5}}},
         "gate": gate if objective == "acl" else [],
         "train_samples_per_second": 50.0,
+        "options": {"objective": objective, "seed": seed, "temperature": 0.5},
         "command": f"fusedacl train --objective {objective} --seed {seed}",
         **changes,
     }
@@ -67,6 +68,13 @@ def test_a_loss_and_a_draw_are_said_as_plainly(tmp_path: Path) -> None:
     page = page_of(tmp_path, *ce, *equal)
     assert "within the deviation: ACL does not win" in page
     assert "**" not in page
+
+
+def test_runs_with_other_settings_are_not_averaged(tmp_path: Path) -> None:
+    other = {"objective": "acl", "seed": 1, "temperature": 0.1}
+    runs = [run_results("ce", 1, 0.8), run_results("acl", 1, 0.8, options=other)]
+    with pytest.raises(ValueError, match="temperature=0.5 and temperature=0.1 cannot stand in one"):
+        page_of(tmp_path, *runs)
 
 
 def test_one_seed_claims_nothing(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import io
 import json
 from pathlib import Path
 
@@ -26,6 +27,28 @@ def test_resuming_drops_what_will_be_written_again(tmp_path: Path) -> None:
         file.write('{"step": 8, "spl')  # the run was killed while it wrote
     write_steps(tmp_path, range(5, 7), resume_step=4)
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_cut_inside_an_object_is_left_out(tmp_path: Path) -> None:
+    whole = {"step": 1, "split": "validation", "exit": 2, "metrics": {"f1": 0.5}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:-1])
+    with MetricsLog(tmp_path, "none", resume_step=1) as log:
+        assert log.evaluations(1) == {"validation": {2: {"f1": 0.5}}}
+        assert log.evaluations(2) == {}
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        name = "metrics.jsonl"
+
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with MetricsLog(tmp_path, "none") as log:
+        log._file.close()
+        log._file = Full()
+        with pytest.raises(OSError, match="metrics.jsonl could not be written: .*No space left"):
+            log.write({"step": 1, "split": "train"})
 
 
 def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:

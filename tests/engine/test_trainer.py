@@ -13,7 +13,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+import yaml
 from fusedacl.engine import TrainingConfig, checkpoint, train
+from fusedacl.engine.precision import LossScaler
+from fusedacl.engine.report import draw_angle_histogram
 from fusedacl.engine.trainer import Interrupted, Trainer
 
 Train = Callable[..., dict[str, Any]]
@@ -179,6 +182,55 @@ def test_nan_stops_the_run_and_names_the_step(options, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "_train_step", poison)
     with pytest.raises(FloatingPointError, match="Step 3: the representations of 16 of 16"):
         run(options)
+
+
+def test_a_gradient_that_is_not_finite_names_the_step(options) -> None:
+    with pytest.raises(FloatingPointError, match="Step [0-9]+: "):
+        run(options, learning_rate=1e30, max_grad_norm=0, warmup_ratio=0)
+
+
+def test_overflow_is_logged_as_json_knows_it(options, monkeypatch) -> None:
+    made = LossScaler.__init__
+    monkeypatch.setattr(
+        LossScaler, "__init__", lambda self, enabled: made(self, enabled, initial_scale=2.0**22)
+    )
+    run(options, fp16=True, objective="acl")
+    skipped = [record for record in records(options["output_dir"]) if record["skipped"]]
+    assert 0 < len(skipped) < 12
+    for record in skipped:
+        assert record["grad_norm"] is None
+        assert record["angle_degrees"] is None
+    draw_angle_histogram(Path(options["output_dir"]), Path(options["output_dir"]) / "angles.png")
+
+
+def test_resuming_a_finished_run_changes_nothing(options) -> None:
+    first = run(options, save_steps=None)
+    lines = (Path(options["output_dir"]) / "metrics.jsonl").read_text()
+    again = run(options, save_steps=None, resume_from_checkpoint="latest")
+    assert (Path(options["output_dir"]) / "metrics.jsonl").read_text() == lines
+    assert again["metrics"] == first["metrics"]
+    assert again["gate"] == first["gate"]
+    assert again["train_samples_per_second"] > 0
+
+
+def test_a_damaged_checkpoint_is_named(options) -> None:
+    run(options, save_steps=None)
+    weights_file = Path(options["output_dir"]) / "checkpoint-12" / "model.safetensors"
+    weights_file.write_bytes(weights_file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="checkpoint-12.* cannot be loaded"):
+        run(options, save_steps=None, resume_from_checkpoint="latest")
+
+
+def test_the_model_card_says_what_was_done(options) -> None:
+    results = run(options, objective="acl")
+    card = (Path(options["output_dir"]) / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["metrics"] == ["accuracy", "macro_f1"]
+    assert metadata["base_model"] == options["model_name_or_path"]
+    accuracy = results["metrics"]["validation"][2]["accuracy"]
+    assert f"- validation, exit at layer 2: accuracy {accuracy:.4f}" in card
+    assert "gated at 90 degrees (ACL-Grad)" in card
+    assert "fusedacl train --model_name_or_path" in card
 
 
 def test_max_steps_and_fractions_of_epochs(options, tmp_path: Path) -> None:
