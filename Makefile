@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench bench-quick results clean
+.PHONY: demo test lint bench bench-quick docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
@@ -30,8 +30,11 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.angle
 	$(BIN)/python -m fusedacl.benchmarks.step
 
-results: $(VENV)/.demo
+# The generated pages, from the files in docs/results/ and benchmarks/results/.
+docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.engine.report docs/results/*.json --output docs/results.md
+	$(BIN)/python -m fusedacl.benchmarks.report $(lastword $(wildcard benchmarks/results/*)) \
+	  --output docs/performance.md
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -151,8 +151,8 @@ def results_page(files: Sequence[Path]) -> str:
         "Made by `python -m fusedacl.engine.report` from the files in `docs/results/`; no number "
         "is typed by hand. Scores are those after the last step, in percent, mean ± standard "
         "deviation (n - 1) over the seeds; a single seed has no deviation. Within a data set the "
-        "runs differ in objective, gate and seed only. The best mean is bold where it leads by more "
-        "than the larger of the two deviations.",
+        "runs differ in objective, gate and seed only. The best mean is bold where it leads by "
+        "more than the larger of the two deviations.",
     ]
     for data in dict.fromkeys(run["data"] for run in runs):
         parts += ["", *_data_section(data, [run for run in runs if run["data"] == data])]
@@ -183,8 +183,8 @@ def _check_comparable(data: str, runs: list[dict[str, Any]]) -> None:
         for name, value in run["options"].items():
             if name not in _FREE_OPTIONS and value != first[name]:
                 raise ValueError(
-                    f"{data}: runs with {name}={first[name]!r} and {name}={value!r} cannot stand in "
-                    "one table: they may differ in objective, gate and seed only."
+                    f"{data}: runs with {name}={first[name]!r} and {name}={value!r} cannot stand "
+                    "in one table: they may differ in objective, gate and seed only."
                 )
 
 

@@ -22,4 +22,15 @@ if __name__ == "kernels":
         sys.modules["kernels"] = module
         spec.loader.exec_module(module)
 else:
-    pass
+    from .gradients import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
+    from .supcon import acl_cl_loss, acl_loss, supcon_loss
+
+    __all__ = [
+        "acl_cl_loss",
+        "acl_loss",
+        "angle_degrees",
+        "combined_squared_norm",
+        "gated_combine_",
+        "grad_dot_norm",
+        "supcon_loss",
+    ]

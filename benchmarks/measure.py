@@ -1,0 +1,177 @@
+"""Interleaved timing, high-water marks of memory, and the file a benchmark leaves."""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import re
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+Result = dict[str, Any]
+
+
+def command_line(description: str | None) -> argparse.Namespace:
+    """The options all of these benchmarks share; sets the number of threads."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no file")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        default=Path(__file__).parent / "results" / machine_name(),
+        help="where the JSON file goes (default: %(default)s)",
+    )
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    return arguments
+
+
+def interleave(
+    candidates: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1
+) -> dict[str, Result]:
+    """Times every candidate once a round, so that a busy machine slows all of them alike.
+
+    A sample is the mean of `repeats` calls in a row; every candidate is called that often before.
+    """
+    turns = {name: partial(_seconds_per_call, call, repeats) for name, call in candidates.items()}
+    for turn in turns.values():
+        turn()
+    return interleave_samples(turns, rounds=rounds)
+
+
+def _seconds_per_call(function: Callable[[], object], repeats: int) -> list[float]:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        function()
+    return [(time.perf_counter() - start) / repeats]
+
+
+def interleave_samples(
+    turns: Mapping[str, Callable[[], list[float]]], *, rounds: int, skip: int = 0
+) -> dict[str, Result]:
+    """`interleave` for candidates that time themselves: a turn returns its samples in seconds.
+
+    The first `skip` samples of every turn are left out.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in turns}
+    for _ in range(rounds):
+        for name, turn in turns.items():
+            samples[name] += turn()[skip:]
+    return {name: quantiles(values) for name, values in samples.items()}
+
+
+def quantiles(seconds: list[float]) -> Result:
+    """p20, p50 and p80 in milliseconds, and how many samples."""
+    p20, p50, p80 = np.percentile(seconds, [20, 50, 80]) * 1e3
+    return {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": len(seconds)}
+
+
+def ratio(times: dict[str, Result], slower: str, faster: str) -> float:
+    """How many times faster, by medians."""
+    return times[slower]["p50_ms"] / times[faster]["p50_ms"]
+
+
+def extra_memory(prepare: Callable[..., Callable[[], object]], *arguments: Any) -> int:
+    """Bytes by which one call raises a fresh process's high-water mark of resident memory.
+
+    `prepare(*arguments)` runs in the new process, makes the inputs and returns the call. The mark
+    is reset between the two (Linux: /proc/self/clear_refs), so libraries and inputs do not count.
+    """
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_report_memory, args=(sender, prepare, arguments))
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        raise RuntimeError("the process that measures memory ended without an answer") from None
+    finally:
+        process.join()
+
+
+def _report_memory(
+    sender: Connection, prepare: Callable[..., Callable[[], object]], arguments: tuple[Any, ...]
+) -> None:
+    function = prepare(*arguments)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status_bytes("VmRSS")
+    function()
+    sender.send(_status_bytes("VmHWM") - before)
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, f"Linux reports {field}"
+    return int(match[1]) * 1024
+
+
+def machine_name() -> str:
+    """A folder name such as intel-xeon-2core."""
+    words = re.sub(r"\(.*?\)|@.*|\b(CPU|Processor)\b", " ", _cpu_model()).lower()
+    return "-".join([*re.findall(r"[a-z0-9]+", words), f"{os.cpu_count()}core"])
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.machine())
+
+
+def environment() -> Result:
+    """What a reader needs to judge or repeat the numbers."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": _cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_metric_learning": _version("pytorch-metric-learning"),
+        "openmp": {key: value for key, value in os.environ.items() if key.startswith("OMP_")},
+    }
+
+
+def _commit() -> str:
+    """The commit of this file's checkout, with "+changes" when files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown: git is not installed"
+    if head.returncode != 0:
+        return "none"
+    return head.stdout.strip() + ("+changes" if status.stdout else "")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "absent"
+
+
+def write(result: Result, path: Path) -> None:
+    """Writes the result with its environment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    print(f"written: {path}")

@@ -1,0 +1,257 @@
+"""The public contrastive losses: validation, choice of implementation, reduction."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference, supcon_tiled
+from .names import check_name
+
+DENOMINATORS = ("all", "others", "negatives")
+REDUCTIONS = ("mean", "sum", "none")
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def supcon_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float = 0.5,
+    denominator: str = "all",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> Tensor:
+    """Supervised contrastive loss of the samples of a batch (SCL).
+
+    For rows x_i with labels y_i, z_i = x_i / ||x_i||, s_ij = z_i . z_j / temperature and the
+    positives P_i = {j != i : y_j = y_i}:
+
+        L_i = log D_i - (1 / |P_i|) sum_{j in P_i} s_ij
+
+    Anchors without a positive do not count; a batch without any has loss 0 and gradient 0. A zero
+    vector stays zero and gets gradient zero. NaN in an embedding makes loss and gradient NaN.
+
+    Args:
+        embeddings: [N, d], or [E, N, d] for E exits at once; float16, bfloat16, float32 or float64.
+        labels: [N] integers of any value, shared by the exits.
+        temperature: a Python number > 0.
+        denominator: D_i = sum_k exp(s_ik) over "all" rows (arXiv 2602.03563 eq. 1), over the
+            "others" (k != i; Khosla et al. 2020) or over the "negatives" (rows of other classes;
+            Yeh et al. 2021; an anchor without a negative does not count either).
+        reduction: "mean" over the anchors that count, "sum" (the paper), or "none": the L_i.
+        ignore_index: a row with this label does not exist.
+        impl: "auto" (the fastest here), "reference", "tiled" or "triton".
+
+    Returns:
+        A scalar ([E] with exits; [N] or [E, N] for "none"): float32, or float64 for float64
+        embeddings. It is computed in that precision, under autocast too.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what would do.
+    """
+    return _contrastive_loss(
+        labels, {"embeddings": embeddings},
+        temperature, denominator, reduction, ignore_index, impl,
+    )  # fmt: skip
+
+
+def acl_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor,
+    *,
+    temperature: float = 0.5,
+    denominator: str = "all",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> Tensor:
+    """Aligned contrastive loss: samples and label embeddings are rows alike (ACL-Embed).
+
+    `supcon_loss` over M = N + K rows: the samples, then label embedding k with label k. Gradient
+    goes to both. See `supcon_loss` for the formula and the arguments it shares.
+
+    Args:
+        embeddings: [N, d], or [E, N, d] for E exits at once.
+        labels: [N] integers in [0, K), or `ignore_index`.
+        label_embeddings: [K, d] (the weight of an `nn.Linear` classifier as it lies), or [E, K, d].
+            The dtype is that of `embeddings`; under autocast the two may differ.
+
+    Returns:
+        A scalar, or [E]; for reduction "none" [N + K] or [E, N + K], samples first.
+
+    Source: arXiv 2602.03563, section 3 (ACL-Embed).
+    """
+    tensors = {"embeddings": embeddings, "label_embeddings": label_embeddings}
+    return _contrastive_loss(
+        labels, tensors,
+        temperature, denominator, reduction, ignore_index, impl,
+    )  # fmt: skip
+
+
+def acl_cl_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor,
+    teacher_embeddings: Tensor,
+    teacher_label_embeddings: Tensor,
+    *,
+    temperature: float = 0.5,
+    denominator: str = "all",
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    impl: str = "auto",
+) -> Tensor:
+    """Cross-layer aligned contrastive loss: an exit's rows beside the last exit's (ACL-CL).
+
+    `supcon_loss` over M = 2N + 2K rows: samples, label embeddings, teacher samples, teacher label
+    embeddings. Teacher rows are anchors, positives and negatives like the others, but constants:
+    no gradient goes to them. See `supcon_loss` for the formula and the arguments it shares.
+
+    Args:
+        embeddings: [N, d], or [E, N, d] for E exits at once.
+        labels: [N] integers in [0, K), or `ignore_index`.
+        label_embeddings: [K, d], or [E, K, d].
+        teacher_embeddings: [N, d], of the same samples; shared by the exits.
+        teacher_label_embeddings: [K, d]; shared by the exits.
+
+    Returns:
+        A scalar, or [E]; for reduction "none" [2N + 2K] or [E, 2N + 2K].
+
+    Source: arXiv 2602.03563, section 3 (ACL-CL).
+    """
+    tensors = {
+        "embeddings": embeddings,
+        "label_embeddings": label_embeddings,
+        "teacher_embeddings": teacher_embeddings,
+        "teacher_label_embeddings": teacher_label_embeddings,
+    }
+    return _contrastive_loss(
+        labels, tensors,
+        temperature, denominator, reduction, ignore_index, impl,
+    )  # fmt: skip
+
+
+def _contrastive_loss(
+    labels: Tensor,
+    tensors: dict[str, Tensor],
+    temperature: float,
+    denominator: str,
+    reduction: str,
+    ignore_index: int,
+    impl: str,
+) -> Tensor:
+    _check_options(temperature, denominator, reduction, ignore_index, impl)
+    _check_tensors(tensors, labels)
+    _check_shapes(tensors, labels)
+    embeddings = tensors["embeddings"]
+    contrastive_loss = {
+        "reference": reference.contrastive_loss,
+        "tiled": supcon_tiled.contrastive_loss,
+    }[dispatch.choose(impl, embeddings.dtype, temperature)]
+    arguments = (
+        embeddings, labels, tensors.get("label_embeddings"),
+        tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"),
+        float(temperature), denominator, reduction, ignore_index,
+    )  # fmt: skip
+    device_type = embeddings.device.type
+    if not torch.is_autocast_enabled(device_type):
+        return contrastive_loss(*arguments)
+    with torch.autocast(device_type, enabled=False):
+        return contrastive_loss(*arguments)
+
+
+def _check_options(
+    temperature: float, denominator: str, reduction: str, ignore_index: int, impl: str
+) -> None:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
+        raise TypeError(
+            f"temperature must be a Python number, not {type(temperature).__name__}: it is a "
+            "constant of the loss and gets no gradient (float(temperature) converts a tensor)"
+        )
+    if not 0 < temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}: it must be a finite number > 0 (say 0.5)")
+    check_name("denominator", denominator, DENOMINATORS)
+    check_name("reduction", reduction, REDUCTIONS)
+    check_name("impl", impl, dispatch.IMPLEMENTATIONS)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+
+
+def _check_tensors(tensors: dict[str, Tensor], labels: Tensor) -> None:
+    """Types, dtypes and devices."""
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a torch.Tensor, not {type(labels).__name__}")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(
+            f"labels is {labels.dtype}: labels must be integers (labels.long() converts them)"
+        )
+    embeddings = tensors["embeddings"]
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+        if tensor.dtype not in FLOAT_DTYPES:
+            raise TypeError(
+                f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64"
+            )
+        # Under autocast a bfloat16 activation beside a float32 weight is the normal case.
+        if tensor.dtype != embeddings.dtype and not torch.is_autocast_enabled(
+            embeddings.device.type
+        ):
+            raise TypeError(
+                f"{name} is {tensor.dtype} and embeddings is {embeddings.dtype}: convert one of "
+                "them (outside torch.autocast the two must agree)"
+            )
+        _check_device(name, tensor, embeddings.device)
+    _check_device("labels", labels, embeddings.device)
+
+
+def _check_device(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} and embeddings on {device}: "
+            f"move one of them (.to({str(device)!r}))"
+        )
+
+
+def _check_shapes(tensors: dict[str, Tensor], labels: Tensor) -> None:
+    embeddings = tensors["embeddings"]
+    shape = tuple(embeddings.shape)
+    if embeddings.dim() not in (2, 3):
+        raise ValueError(f"embeddings has shape {shape}: it must be [N, d], or [E, N, d] for exits")
+    num_samples, width = shape[-2:]
+    if width == 0:
+        raise ValueError(f"embeddings has shape {shape}: the width d must be at least 1")
+    if tuple(labels.shape) != (num_samples,):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}: embeddings {shape} needs one label per "
+            f"sample, [{num_samples}]"
+        )
+    if "label_embeddings" not in tensors:
+        return
+    label_shape = tuple(tensors["label_embeddings"].shape)
+    if len(label_shape) != len(shape) or label_shape[:-2] != shape[:-2]:
+        expected = "[K, d]" if len(shape) == 2 else f"[E, K, d] with E = {shape[0]}"
+        raise ValueError(
+            f"label_embeddings has shape {label_shape}: embeddings {shape} needs {expected}"
+        )
+    if label_shape[-1] != width:
+        raise ValueError(
+            f"label_embeddings has width {label_shape[-1]} and embeddings width {width}: "
+            "the two must agree"
+        )
+    if label_shape[-2] == 0:
+        raise ValueError("label_embeddings has no rows: it needs one per label, [K, d] with K >= 1")
+    for name, num_rows, of in (
+        ("teacher_embeddings", num_samples, "embeddings"),
+        ("teacher_label_embeddings", label_shape[-2], "label_embeddings"),
+    ):
+        if name in tensors and tuple(tensors[name].shape) != (num_rows, width):
+            raise ValueError(
+                f"{name} has shape {tuple(tensors[name].shape)}: beside {of} "
+                f"{tuple(tensors[of].shape)} it must be [{num_rows}, {width}], without an exit "
+                "dimension (the teacher is shared by the exits)"
+            )

@@ -1,0 +1,416 @@
+"""The contrastive losses by tiles of the M x M similarity matrix; only O(M d) outlives a tile.
+
+With y_i = z_i / sqrt(temperature), so that s_ij = y_i . y_j, and e_ij = exp(s_ij), 0 where the
+denominator leaves the pair out:
+
+    D_i = sum_j e_ij                                  the only sum over pairs
+    L_i = log D_i - y_i . (Y_i - y_i) / n_i           Y_i = sum of y_j over the class of i
+
+Gradient for upstream row weights w_i, with u_i = w_i / D_i and v_i = w_i / n_i:
+
+    G_i  = sum_j e_ij (u_i + u_j) y_j - v_i (Y_i - y_i) - (A_i - v_i y_i)
+    A_i  = sum of v_j y_j over the class of i
+    dx_i = (G_i - z_i (z_i . G_i)) / (sqrt(temperature) ||x_i||)
+
+e is symmetric, so a tile serves the rows of both its sides and only tiles on or above the diagonal
+are visited. The diagonal of e adds to G_i a multiple of z_i, which the last line removes.
+
+exp needs no shift by a maximum: |s_ij| <= 1 / temperature, and the sums stay inside float32 while
+that is at most 70, inside float64 while it is at most 690.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+from .rows import ZERO_NORM, accumulate_dtype, compute_classes, parts_in_order
+
+# Rows and columns of a tile; the backward pass holds two of them, 2 MiB in float32.
+TILE = 512
+MAX_EXPONENT = {torch.float32: 70.0, torch.float64: 690.0}
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def contrastive_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor | None,
+    teacher_embeddings: Tensor | None,
+    teacher_label_embeddings: Tensor | None,
+    temperature: float,
+    denominator: str,
+    reduction: str,
+    ignore_index: int,
+) -> Tensor:
+    """The loss as in `reference.contrastive_loss`."""
+    trained = (embeddings, label_embeddings)
+    with_gradient = torch.is_grad_enabled() and any(
+        part is not None and part.requires_grad for part in trained
+    )
+    arguments = (
+        embeddings, labels, label_embeddings, teacher_embeddings, teacher_label_embeddings,
+        temperature, denominator, reduction, ignore_index, with_gradient,
+    )  # fmt: skip
+    # Both do the same; outside torch.compile an operator would only add its dispatch, which at
+    # 32 rows is a sixth of the whole.
+    if torch.compiler.is_compiling():
+        return supcon_tiled(*arguments)[0]
+    return TiledLoss.apply(*arguments)
+
+
+def compute_dtype(temperature: float, *dtypes: torch.dtype) -> torch.dtype | None:
+    """The dtype in which no sum of exp(1 / temperature) overflows; None if there is none."""
+    for dtype in (accumulate_dtype(*dtypes), torch.float64):
+        if 1 / temperature <= MAX_EXPONENT[dtype]:
+            return dtype
+    return None
+
+
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """The function, in its own precision also where autocast is on when it is called."""
+
+    @functools.wraps(function)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return function(*args, **kwargs)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args, **kwargs)
+
+    return wrapper
+
+
+def forward(
+    embeddings: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor | None,
+    teacher_embeddings: Tensor | None,
+    teacher_label_embeddings: Tensor | None,
+    temperature: float,
+    denominator: str,
+    reduction: str,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and what `backward` needs to know of this pass.
+
+    Shapes: a leading exit dimension is there when the embeddings have one.
+    """
+    parts = parts_in_order(
+        embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings
+    )
+    dtypes = [part.dtype for part in parts]
+    dtype = compute_dtype(temperature, *dtypes)
+    assert dtype is not None, "dispatch.choose refuses such a temperature"
+    num_labels = None if label_embeddings is None else label_embeddings.shape[-2]
+    num_classes = labels.shape[0] if num_labels is None else num_labels
+    num_copies = 1 if teacher_embeddings is None else 2
+    classes, may_ignore = compute_classes(labels, num_labels, ignore_index, num_copies)  # [M]
+
+    y = torch.cat(parts, dim=-2).to(dtype)
+    weight = y.new_ones(classes.shape)  # 1, or 0 for a row that does not exist
+    if may_ignore:
+        ignored = classes == num_classes
+        weight.masked_fill_(ignored, 0)
+        y.masked_fill_(ignored[:, None], 0)
+    # `threshold` lets NaN through, and 1 / inf is the 0 that a zero vector wants.
+    norm = torch.linalg.vector_norm(y, dim=-1, keepdim=True)
+    inverse_norm = torch.threshold_(norm, ZERO_NORM, torch.inf).mul_(temperature**0.5).reciprocal_()
+    y *= inverse_norm
+
+    num_members = y.new_zeros(num_classes + 1).index_add_(0, classes, weight)
+    num_members = num_members.index_select(0, classes)
+    inverse_positives = torch.threshold_(num_members - 1, 0.5, torch.inf).reciprocal_()
+    if denominator == "negatives":
+        inverse_positives.masked_fill_(num_members == weight.sum(), 0)
+    reduction_weight = inverse_positives.sign()
+    if reduction == "mean":
+        reduction_weight /= reduction_weight.sum().clamp_(min=1)
+
+    one_tile = fits_one_tile(y)
+    if one_tile:
+        tile = exponentials(y, y, denominator, classes, classes, is_diagonal=True)
+        sums = torch.matmul(tile, weight)  # D, [.., M]
+    else:
+        sums = y.new_zeros(y.shape[:-1])
+        buffer = y.new_empty(TILE * TILE)
+        for exit_y, exit_sums in zip(as_exits(y), as_exits(sums, 1), strict=True):
+            for i, j in upper_triangle(blocks(0, classes.shape[0])):
+                tile = exponentials(
+                    exit_y[i], exit_y[j], denominator, classes[i], classes[j],
+                    is_diagonal=i == j, out=shaped(buffer, i, j),
+                )  # fmt: skip
+                exit_sums[i].addmv_(tile, weight[j])
+                if i != j:
+                    exit_sums[j].addmv_(tile.t(), weight[i])
+    if denominator != "all" or may_ignore:
+        # A row with nothing to compare has D = 0 and does not count: keep 0 * log D at 0.
+        sums.clamp_(min=torch.finfo(dtype).tiny)
+
+    others = class_sums(y, classes, num_classes).sub_(y).contiguous()
+    positive_mean = (others * y).sum(-1).mul_(inverse_positives)
+    losses = sums.log().sub_(positive_mean)
+    if reduction == "none":
+        losses *= reduction_weight
+    else:
+        losses = losses @ reduction_weight
+
+    losses = losses.to(accumulate_dtype(*dtypes))
+    if not with_gradient:
+        return losses, []
+    if not one_tile or reduction == "none":
+        return losses, [
+            classes, reduction_weight, inverse_positives, y, inverse_norm, sums, others,
+        ]  # fmt: skip
+    # The row weights are known up to a factor, and the pairs are still there.
+    num_trained = labels.shape[0] + (num_labels or 0)
+    u = reduction_weight / sums
+    v = (reduction_weight * inverse_positives)[:num_trained, None]
+    pairs = u[..., :num_trained, None] + u[..., None, :]
+    gradient = pairs.mul_(tile[..., :num_trained, :]) @ y
+    gradient.addcmul_(others[..., :num_trained, :], v, value=-2)
+    return losses, [through_normalization(gradient, y, inverse_norm, temperature)]
+
+
+@without_autocast
+def backward(
+    loss_gradient: Tensor,
+    saved: list[Tensor],
+    num_classes: int,
+    num_trained: int,
+    temperature: float,
+    denominator: str,
+    reduction: str,
+) -> Tensor:
+    """Gradient [.., num_trained, d] with respect to the first `num_trained` rows."""
+    if len(saved) == 1:
+        return saved[0] * (loss_gradient[:, None, None] if loss_gradient.dim() else loss_gradient)
+    classes, reduction_weight, inverse_positives, y, inverse_norm, sums, others = saved
+    w = reduction_weight * (loss_gradient if reduction == "none" else loss_gradient[..., None])
+    u = w / sums  # [.., M]
+    v = (w * inverse_positives)[..., None]  # [.., M, 1]
+
+    gradient = y.new_zeros(*y.shape[:-2], num_trained, y.shape[-1])
+    buffers = y.new_empty(2, TILE * TILE)
+    trained = blocks(0, num_trained)
+    constant = blocks(num_trained, y.shape[-2])
+    block_pairs = upper_triangle(trained) + [(i, j) for i in trained for j in constant]
+    for exit_y, exit_u, exit_gradient in zip(
+        as_exits(y), as_exits(u, 1), as_exits(gradient), strict=True
+    ):
+        for i, j in block_pairs:
+            tile = exponentials(
+                exit_y[i], exit_y[j], denominator, classes[i], classes[j],
+                is_diagonal=i == j, out=shaped(buffers[0], i, j),
+            )  # fmt: skip
+            tile *= torch.add(exit_u[i, None], exit_u[j], out=shaped(buffers[1], i, j))
+            exit_gradient[i].addmm_(tile, exit_y[j])
+            if i != j and j.stop <= num_trained:
+                exit_gradient[j].addmm_(tile.t(), exit_y[i])
+
+    trained_v, trained_others = v[..., :num_trained, :], others[..., :num_trained, :]
+    if reduction == "none":
+        gradient.addcmul_(trained_others, trained_v, value=-1)
+        gradient -= class_sums(y * v, classes, num_classes)[..., :num_trained, :]
+        gradient.addcmul_(y[..., :num_trained, :], trained_v)
+    else:
+        # All rows of a class have the same v, so both class terms are equal.
+        gradient.addcmul_(trained_others, trained_v, value=-2)
+    return through_normalization(gradient, y, inverse_norm, temperature)
+
+
+def through_normalization(
+    gradient: Tensor, y: Tensor, inverse_norm: Tensor, temperature: float
+) -> Tensor:
+    """dx from G [.., num_trained, d], in place."""
+    num_trained = gradient.shape[-2]
+    y = y[..., :num_trained, :]
+    # y = z / sqrt(temperature), hence z (z . G) = temperature * y (y . G).
+    projection = (gradient * y).sum(-1, keepdim=True)
+    gradient.addcmul_(y, projection, value=-temperature)
+    return gradient.mul_(inverse_norm[..., :num_trained, :])
+
+
+def exponentials(
+    y_rows: Tensor,
+    y_columns: Tensor,
+    denominator: str,
+    row_classes: Tensor,
+    column_classes: Tensor,
+    *,
+    is_diagonal: bool,
+    out: Tensor | None = None,
+) -> Tensor:
+    """e_ij [.., rows, columns]: exp(s_ij), or 0 where D_i leaves the pair out."""
+    out = torch.matmul(y_rows, y_columns.mT, out=out)
+    out.exp_()
+    if denominator == "negatives":
+        out *= row_classes[:, None] != column_classes
+    elif denominator == "others" and is_diagonal:
+        out.diagonal(dim1=-2, dim2=-1).zero_()
+    return out
+
+
+def class_sums(y: Tensor, classes: Tensor, num_classes: int) -> Tensor:
+    """The sum over each row's class [.., M, d] (ignored rows share one that nobody reads)."""
+    # Unlike `index_add_`, `index_put_` adds in a fixed order on every device, and for small batches
+    # it starts no threads.
+    by_row = y.movedim(-2, 0)
+    sums = y.new_zeros(num_classes + 1, *by_row.shape[1:])
+    sums.index_put_((classes,), by_row, accumulate=True)
+    return sums.index_select(0, classes).movedim(0, -2)
+
+
+def fits_one_tile(y: Tensor) -> bool:
+    """Whether the pairs of all exits fit a tile's memory."""
+    return y.shape[:-1].numel() * y.shape[-2] <= TILE * TILE
+
+
+def as_exits(tensor: Tensor, num_dims: int = 2) -> Tensor:
+    """The tensor with a leading exit dimension before its last `num_dims`."""
+    return tensor if tensor.dim() > num_dims else tensor[None]
+
+
+def blocks(start: int, stop: int) -> list[slice]:
+    """The rows from start to stop in blocks of at most TILE."""
+    return [slice(row, min(row + TILE, stop)) for row in range(start, stop, TILE)]
+
+
+def upper_triangle(row_blocks: list[slice]) -> list[tuple[slice, slice]]:
+    """Every unordered pair of blocks once."""
+    return [(i, j) for index, i in enumerate(row_blocks) for j in row_blocks[index:]]
+
+
+def shaped(buffer: Tensor, i: slice, j: slice) -> Tensor:
+    """A contiguous tile [rows, columns] at the start of a flat buffer."""
+    num_rows, num_columns = i.stop - i.start, j.stop - j.start
+    return buffer[: num_rows * num_columns].view(num_rows, num_columns)
+
+
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
+    embeddings, labels, label_embeddings, _, _, temperature, denominator, reduction, _, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1])
+    num_samples = num_trained = num_classes = labels.shape[0]
+    label_dtype = None
+    if label_embeddings is not None:
+        num_classes, label_dtype = label_embeddings.shape[-2], label_embeddings.dtype
+        num_trained += num_classes
+    ctx.options = (num_classes, num_trained, temperature, denominator, reduction)
+    ctx.trained = (num_samples, embeddings.dtype, label_dtype)
+
+
+def input_gradients(ctx: Any, loss_gradient: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    nothing = (None,) * 10
+    if loss_gradient is None:
+        return nothing
+    as_operator = torch.compiler.is_compiling()
+    if torch.is_grad_enabled() and not as_operator:
+        # Gradients of this gradient would leave the tiles out without a word.
+        raise RuntimeError(
+            "impl='tiled' has no second derivative, and backward was called with "
+            "create_graph=True: impl='reference' can be differentiated twice"
+        )
+    function = supcon_tiled_backward if as_operator else backward
+    gradient = function(loss_gradient, list(ctx.saved_tensors), *ctx.options)
+    num_samples, sample_dtype, label_dtype = ctx.trained
+    sample_gradient = gradient[..., :num_samples, :].to(sample_dtype)
+    if label_dtype is None:
+        return sample_gradient, *nothing[1:]
+    return sample_gradient, None, gradient[..., num_samples:, :].to(label_dtype), *nothing[3:]
+
+
+class TiledLoss(torch.autograd.Function):
+    """`supcon_tiled` without an operator's dispatch."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = forward(*inputs)
+        setup_context(ctx, inputs, output)
+        return output[0]
+
+    backward = staticmethod(input_gradients)
+
+
+# The schemas are spelt out because torch 2.6 does not derive them from `list[Tensor]`.
+supcon_tiled = torch.library.custom_op(
+    "fusedacl::supcon_tiled",
+    without_autocast(forward),
+    mutates_args=(),
+    schema=(
+        "(Tensor embeddings, Tensor labels, Tensor? label_embeddings, Tensor? teacher_embeddings, "
+        "Tensor? teacher_label_embeddings, float temperature, str denominator, str reduction, "
+        "SymInt ignore_index, bool with_gradient) -> (Tensor, Tensor[])"
+    ),
+)
+supcon_tiled.register_autograd(input_gradients, setup_context=setup_context)
+supcon_tiled_backward = torch.library.custom_op(
+    "fusedacl::supcon_tiled_backward",
+    backward,
+    mutates_args=(),
+    schema=(
+        "(Tensor loss_gradient, Tensor[] saved, SymInt num_classes, SymInt num_trained, "
+        "float temperature, str denominator, str reduction) -> Tensor"
+    ),
+)
+
+
+@supcon_tiled.register_fake
+def _(
+    embeddings: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor | None,
+    teacher_embeddings: Tensor | None,
+    teacher_label_embeddings: Tensor | None,
+    temperature: float,
+    denominator: str,
+    reduction: str,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    parts = parts_in_order(
+        embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings
+    )
+    num_rows = sum(part.shape[-2] for part in parts)
+    leading, width = embeddings.shape[:-2], embeddings.shape[-1]
+    dtype = compute_dtype(temperature, *(part.dtype for part in parts))
+    y = embeddings.new_empty(*leading, num_rows, width, dtype=dtype)
+    loss = y.new_empty(
+        (*leading, num_rows) if reduction == "none" else leading,
+        dtype=accumulate_dtype(*(part.dtype for part in parts)),
+    )
+    if not with_gradient:
+        return loss, []
+    if fits_one_tile(y) and reduction != "none":
+        num_trained = sum(part.shape[-2] for part in parts[: 1 if label_embeddings is None else 2])
+        return loss, [y.new_empty(*leading, num_trained, width)]
+    return loss, [
+        labels.new_empty(num_rows, dtype=torch.int64),
+        y.new_empty(num_rows),
+        y.new_empty(num_rows),
+        y,
+        y.new_empty(*leading, num_rows, 1),
+        y.new_empty(*leading, num_rows),
+        torch.empty_like(y),
+    ]
+
+
+@supcon_tiled_backward.register_fake
+def _(
+    loss_gradient: Tensor,
+    saved: list[Tensor],
+    num_classes: int,
+    num_trained: int,
+    temperature: float,
+    denominator: str,
+    reduction: str,
+) -> Tensor:
+    if len(saved) == 1:
+        return torch.empty_like(saved[0])
+    y = saved[3]
+    return y.new_empty(*y.shape[:-2], num_trained, y.shape[-1])
