@@ -28,6 +28,7 @@ def demo_options(objective: str, output_dir: Path) -> dict[str, Any]:
         "objective": objective,
         "contrastive_reduction": "sum",
         "max_seq_length": 48,
+        "group_by_length": True,
         "learning_rate": 1e-4,
         "num_train_epochs": 3,
         "logging_steps": 1,
