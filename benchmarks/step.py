@@ -122,20 +122,20 @@ class Ours:
         trainer = _TimedTrainer(TrainingConfig.create(**self.options, max_steps=num_steps))
         trainer.run()
         self.loss = sum(trainer.losses) / num_steps
-        return trainer.seconds
+        return trainer.step_seconds
 
 
 class _TimedTrainer(Trainer):
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__(config)
-        self.seconds: list[float] = []
+        self.step_seconds: list[float] = []
         self.losses: list[float] = []
         self._last = time.perf_counter()
 
     def _train_step(self, *arguments: Any) -> None:
         super()._train_step(*arguments)
         now = time.perf_counter()
-        self.seconds.append(now - self._last)
+        self.step_seconds.append(now - self._last)
         self._last = now
 
     def _record(self, *arguments: Any) -> dict[str, Any]:
