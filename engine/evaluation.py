@@ -47,7 +47,9 @@ def predict_logits(
         batches = epoch_batches(
             encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
         )
-        for indices in tqdm(batches, desc="evaluate", leave=False, disable=not progress):
+        for indices in tqdm(
+            batches, desc="evaluate", leave=False, disable=None if progress else True
+        ):
             batch = collate(encoded, indices, pad_token_id)
             batch.pop("labels", None)
             with autocast(device, dtype):

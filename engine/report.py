@@ -109,6 +109,7 @@ def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path
     )
     axes.set_xlabel("angle between the cross-entropy and the contrastive gradient (degrees)")
     axes.set_ylabel("optimizer steps")
+    axes.yaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
@@ -211,9 +212,8 @@ def _data_section(data: str, runs: list[dict[str, Any]]) -> list[str]:
                 words = _mean_and_deviation(scores[objective, name])
                 cells.append(f"**{words}**" if leaders[name] == objective else words)
             loss = [run["metrics"][split][layer]["loss"] for run in group]
-            speed = statistics.median(run["train_samples_per_second"] for run in group)
-            rows.append([*cells, f"{statistics.mean(loss):.3f}", _dropped(group), f"{speed:.0f}"])
-        header = ["objective", "seeds", *names, "loss", "steps dropped", "samples/s (median)"]
+            rows.append([*cells, f"{statistics.mean(loss):.3f}", _dropped(group)])
+        header = ["objective", "seeds", *names, "loss", "steps dropped"]
         lines += ["", f"Split `{split}`:", "", markdown_table(header, rows), ""]
         for name in names:
             lines.append(f"- {name}: {_verdict({o: scores[o, name] for o in groups})}")

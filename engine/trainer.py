@@ -173,7 +173,8 @@ class Trainer:
                 total=self.num_steps,
                 initial=self.step,
                 desc=f"train {self.config.objective.objective}",
-                disable=options.disable_tqdm,
+                # None: no bar where the output is not a terminal.
+                disable=True if options.disable_tqdm else None,
             ) as bar,
         ):
             self.model.train()
