@@ -42,7 +42,7 @@ class DataOptions:
     validation_file: str | None = option(None, "validation file: csv, tsv, jsonl or parquet")
     max_seq_length: int | None = option(
         None,
-        "tokens per text (pair), longer ones are truncated; unset: 128 in training, else what the"
+        "tokens per text (pair), longer ones are truncated; by default 128 in training, else what the"
         " model was trained with",
         at_least=3,
     )
@@ -229,7 +229,7 @@ class EvaluationConfig:
 class PredictionOptions:
     input_file: str | None = option(None, "texts to label: csv, tsv, jsonl or parquet")
     output_file: str | None = option(None, "where labels and probabilities go: csv or jsonl")
-    text_column: str | None = option(None, "column of the (first) text; unset: found by name")
+    text_column: str | None = option(None, "column of the (first) text; by default found by name")
     text_pair_column: str | None = option(None, "column of the second text, with --text_column")
     max_seq_length: int | None = option(
         None, "tokens per text (pair); unset: what the model was trained with", at_least=3

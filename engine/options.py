@@ -64,13 +64,12 @@ def _options(cls: type) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
 
 def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> Any:
     """`value` as the option's type: YAML reads 2e-5 as text, the command line reads all as text."""
-    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     says_none = isinstance(value, str) and value.lower() in ("none", "null")
     if value is None or (says_none and value not in (choices or ())):
-        if type(None) in kinds:
+        if type(None) in typing.get_args(hint):
             return None
         raise ValueError(f"{name}: a value is needed, got {value!r}.")
-    kind = next(kind for kind in kinds if kind is not type(None))
+    kind = _kind(hint)
     problem = f"{name}: expected {kind.__name__}, got {value!r}."
     if kind is bool:
         if isinstance(value, bool):
@@ -195,10 +194,14 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(message[0].upper() + message[1:] + ".")
 
 
+_METAVARS = {str: "TEXT", int: "INT", float: "FLOAT", bool: "BOOL"}
+
+
 def parser(cls: type, program: str, description: str) -> argparse.ArgumentParser:
     """The command line of a configuration: an optional YAML/JSON file, then one flag an option."""
     made = _Parser(
         prog=program,
+        usage=f"{program} [config.yaml] [--option value ...]",
         description=description,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -215,10 +218,16 @@ def parser(cls: type, program: str, description: str) -> argparse.ArgumentParser
             f"--{name}",
             nargs="?" if hint is bool else None,
             const=True if hint is bool else None,
-            metavar="|".join(choices) if choices else getattr(hint, "__name__", name).upper(),
-            help=f"{words} (default: {field.default})",
+            metavar="|".join(choices) if choices else _METAVARS[_kind(hint)],
+            help=f"{words} (default: {'unset' if field.default is None else field.default})",
         )
     return made
+
+
+def _kind(hint: Any) -> type:
+    """The type of an option's values, None left out."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not type(None))
 
 
 def parse(

@@ -102,6 +102,15 @@ class Trainer:
             name: encode(split, self.tokenizer, max_length, model_limit=limit)
             for name, split in self.data.splits.items()
         }
+        for name, encoded in self.encoded.items():
+            if encoded.num_truncated:
+                logger.info(
+                    "%s: %d of %d texts are longer than max_seq_length=%d and lose their ends.",
+                    name,
+                    encoded.num_truncated,
+                    len(encoded),
+                    max_length,
+                )
         self.train_split = self.encoded["train"]
         self._plan_steps()
         self.engine = LocalEngine(self.model, config, self.num_steps, self.device)
