@@ -42,8 +42,8 @@ class DataOptions:
     validation_file: str | None = option(None, "validation file: csv, tsv, jsonl or parquet")
     max_seq_length: int | None = option(
         None,
-        "tokens per text (pair), longer ones are truncated; by default 128 in training, else what the"
-        " model was trained with",
+        "tokens per text (pair), longer ones are truncated; by default 128 in training, else what"
+        " the model was trained with",
         at_least=3,
     )
     max_eval_samples: int | None = option(None, "evaluate on the first samples only", at_least=1)

@@ -216,7 +216,7 @@ def _data_section(data: str, runs: list[dict[str, Any]]) -> list[str]:
         header = ["objective", "seeds", *names, "loss", "steps dropped"]
         lines += ["", f"Split `{split}`:", "", markdown_table(header, rows), ""]
         for name in names:
-            lines.append(f"- {name}: {_verdict({o: scores[o, name] for o in groups})}")
+            lines.append(f"- {name}: {_verdicts({o: scores[o, name] for o in groups})}")
     gated = [run for run in runs if run["gate"]]
     if gated:
         lines += ["", "The gate, by epoch (all seeds together):", "", _gate_table(gated)]
@@ -244,18 +244,24 @@ def _leader(scores: dict[str, list[float]]) -> str | None:
     return order[0] if lead > max(_deviation(first), _deviation(second)) else None
 
 
-def _verdict(scores: dict[str, list[float]]) -> str:
-    """One sentence about ACL against CE."""
-    if "acl" not in scores or "ce" not in scores:
-        return "ACL and CE were not both run."
-    difference = statistics.mean(scores["acl"]) - statistics.mean(scores["ce"])
-    noise = max(_deviation(scores["acl"]), _deviation(scores["ce"]))
-    if min(len(scores["acl"]), len(scores["ce"])) < 2:
-        return f"ACL - CE = {difference:+.1f} points, one seed: no claim."
+def _verdicts(scores: dict[str, list[float]]) -> str:
+    """ACL against each other objective, in words."""
+    others = [objective for objective in scores if objective != "acl"]
+    if "acl" not in scores or not others:
+        return "nothing to compare."
+    return " ".join(_verdict(other, scores["acl"], scores[other]) for other in others)
+
+
+def _verdict(objective: str, acl: list[float], other: list[float]) -> str:
+    difference = statistics.mean(acl) - statistics.mean(other)
+    noise = max(_deviation(acl), _deviation(other))
+    words = f"ACL - {OBJECTIVE_NAMES[objective]} = {difference:+.1f} points"
+    if min(len(acl), len(other)) < 2:
+        return f"{words}, one seed: no claim."
     if abs(difference) <= noise:
-        return f"ACL - CE = {difference:+.1f} points, within the deviation: ACL does not win."
-    words = "ACL wins" if difference > 0 else "ACL loses"
-    return f"ACL - CE = {difference:+.1f} points, more than the deviation ({noise:.1f}): {words}."
+        return f"{words}, within the deviation ({noise:.1f}): ACL does not win."
+    outcome = "ACL wins" if difference > 0 else "ACL loses"
+    return f"{words}, more than the deviation ({noise:.1f}): {outcome}."
 
 
 def _dropped(group: list[dict[str, Any]]) -> str:

@@ -66,7 +66,7 @@ def test_a_loss_and_a_draw_are_said_as_plainly(tmp_path: Path) -> None:
     assert "ACL loses" in page
     equal = [run_results("acl", seed, 0.81 + 0.02 * seed) for seed in (1, 2)]
     page = page_of(tmp_path, *ce, *equal)
-    assert "within the deviation: ACL does not win" in page
+    assert "ACL - CE = +1.0 points, within the deviation (1.4): ACL does not win" in page
     assert "**" not in page
 
 
