@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .measure import Result
 
-HEADER = ["what", "median (20th to 80th percentile), ms", "ours is faster by"]
+HEADER = ["what", "median (20th to 80th percentile), ms", "time relative to the first"]
 
 
 def main() -> None:
@@ -27,7 +27,8 @@ def page(directory: Path) -> str:
         "",
         f"Machine: `{directory.name}`. Made by `python -m fusedacl.benchmarks.report` from the "
         f"files in `benchmarks/results/{directory.name}/`; no number is typed by hand. In each "
-        "table the contestants took turns in one process; claims are ratios of medians.",
+        "table the contestants took turns in one process; claims are ratios of medians. What is "
+        "faster than ours stands there with a number below 1.",
     ]
     sections = {"loss": loss_section, "angle": angle_section, "step": step_section}
     for name, section in sections.items():
@@ -116,14 +117,14 @@ def step_section(result: Result) -> list[str]:
 
 
 def _table(times: Result, names: dict[str, str]) -> str:
-    """The first name is ours; the others say how much faster it is than they (below 1: slower)."""
+    """The first name is ours; above 1 the others take longer than it, below 1 they are faster."""
     ours = times[next(iter(names))]["p50_ms"]
     rows = [HEADER, ["---"] * len(HEADER)]
     for key, words in names.items():
         p20, p50, p80 = (times[key][f"p{percent}_ms"] for percent in (20, 50, 80))
         digits = 2 if p50 < 10 else 1
         spread = f"{p50:.{digits}f} ({p20:.{digits}f} to {p80:.{digits}f})"
-        rows.append([words, spread, "-" if p50 == ours else f"{p50 / ours:.2f}x"])
+        rows.append([words, spread, "-" if p50 == ours else f"{p50 / ours:.2f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

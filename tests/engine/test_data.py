@@ -61,7 +61,7 @@ def test_real_mnli_is_evaluated_matched_and_mismatched(real_data: Path) -> None:
         task_name="mnli", data_dir=str(real_data), max_train_samples=100, max_eval_samples=50
     )
     assert data.evaluation_splits == ["validation_matched", "validation_mismatched"]
-    assert [len(data.split(name)) for name in ("train", *data.evaluation_splits)] == [100, 50, 50]
+    assert [len(data.splits[name]) for name in ("train", *data.evaluation_splits)] == [100, 50, 50]
     assert data.columns == ["premise", "hypothesis"]
     assert data.label_names == ["entailment", "neutral", "contradiction"]
 

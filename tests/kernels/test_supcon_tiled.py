@@ -24,6 +24,12 @@ LABELS: dict[str, Callable[[int, int], Tensor]] = {
 }
 
 
+def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    """Tiles of that many rows; class sums by mask only where the tile is the shipped one."""
+    monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    monkeypatch.setattr(supcon_tiled, "FEW_ROWS", 128 if tile == 512 else 0)
+
+
 def make_inputs(
     num_samples: int,
     num_labels: int | None = None,
@@ -79,7 +85,7 @@ def test_equals_the_reference(
     monkeypatch: pytest.MonkeyPatch, poison: None, tile: int, denominator: str, reduction: str
 ) -> None:
     """Every label layout, with and without exits, label embeddings and teacher."""
-    monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    set_tile(monkeypatch, tile)
     kinds: list[dict[str, Any]] = [
         {"num_labels": None},
         {"num_labels": 3},
@@ -96,7 +102,7 @@ def test_equals_the_reference(
 
 @pytest.mark.parametrize("num_samples", [0, 1, 2, 7, 8, 9, 16, 17, 25])
 def test_every_edge_of_a_tile(monkeypatch: pytest.MonkeyPatch, num_samples: int) -> None:
-    monkeypatch.setattr(supcon_tiled, "TILE", 8)
+    set_tile(monkeypatch, 8)
     labels = torch.arange(num_samples) % 3
     for num_labels, teacher in ((None, False), (3, False), (3, True)):
         for denominator in DENOMINATORS:
@@ -110,7 +116,7 @@ def test_no_anchor_gives_zero_and_a_graph(
 ) -> None:
     """All singletons: loss 0, and gradients that are there and 0."""
     for tile, impl in ((2, "tiled"), (512, "tiled"), (512, "reference")):
-        monkeypatch.setattr(supcon_tiled, "TILE", tile)
+        set_tile(monkeypatch, tile)
         embeddings = torch.randn(5, 4, requires_grad=True)
         loss = supcon_loss(embeddings, torch.arange(5), denominator=denominator, impl=impl)
         loss.backward()
@@ -149,7 +155,7 @@ def test_error_is_that_of_eager_pytorch(
     The floor (two units in the last place of the largest value) is for results that the reference
     happens to round exactly.
     """
-    monkeypatch.setattr(supcon_tiled, "TILE", 64)
+    set_tile(monkeypatch, 64)
     inputs = make_inputs(num_rows, 5, width=32, teacher=True, dtype=dtype)
     labels = torch.randint(5, (num_rows,))
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
@@ -196,7 +202,7 @@ def test_tiny_temperatures(temperature: float) -> None:
 @pytest.mark.parametrize("tile", [4, 512])
 @pytest.mark.parametrize("impl", ["tiled", "reference"])
 def test_nan_is_not_hidden(monkeypatch: pytest.MonkeyPatch, impl: str, tile: int) -> None:
-    monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    set_tile(monkeypatch, tile)
     inputs = make_inputs(9, dtype=torch.float32)
     inputs["embeddings"][4, 2] = torch.nan
     loss, gradient = run(inputs, torch.arange(9) % 3, None, impl=impl)
@@ -206,7 +212,7 @@ def test_nan_is_not_hidden(monkeypatch: pytest.MonkeyPatch, impl: str, tile: int
 
 @pytest.mark.parametrize("tile", [8, 512])
 def test_twice_the_same_bits(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    set_tile(monkeypatch, tile)
     inputs = make_inputs(40, 5, width=32, exits=2, teacher=True, dtype=torch.float32)
     labels = torch.randint(5, (40,))
     first, second = (run(inputs, labels, None, impl="tiled") for _ in range(2))
@@ -222,7 +228,7 @@ def test_autocast_does_not_reach_inside(
 
     The tiled backward pass may itself run under autocast; that of the reference is PyTorch's.
     """
-    monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    set_tile(monkeypatch, tile)
     labels = torch.arange(12) % 3
     samples = torch.randn(12, 8).bfloat16()
     label_embeddings = torch.randn(3, 8)
@@ -261,7 +267,7 @@ def test_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("tile", [4, 512])
 def test_operators_pass_opcheck(monkeypatch: pytest.MonkeyPatch, tile: int, reduction: str) -> None:
-    monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    set_tile(monkeypatch, tile)
     inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32)
     samples, label_embeddings = (
         inputs[name].requires_grad_() for name in ("embeddings", "label_embeddings")
@@ -279,7 +285,7 @@ def test_operators_pass_opcheck(monkeypatch: pytest.MonkeyPatch, tile: int, redu
 def test_compiles_without_a_graph_break(
     monkeypatch: pytest.MonkeyPatch, impl: str, tile: int
 ) -> None:
-    monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    set_tile(monkeypatch, tile)
     torch.compiler.reset()
     inputs = make_inputs(5, 3, teacher=True, dtype=torch.float32)
     labels = torch.tensor([0, 1, -100, 0, 2])
