@@ -84,6 +84,7 @@ def _running_mean(x: np.ndarray, y: np.ndarray, width: int = 15) -> tuple[np.nda
 def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path:
     """Angles between the cross-entropy and the contrastive gradient, by epoch, as a PNG."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     steps = [record for record in read_metrics(run) if record.get("angle_degrees") is not None]
     if not steps:
@@ -109,7 +110,7 @@ def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path
     )
     axes.set_xlabel("angle between the cross-entropy and the contrastive gradient (degrees)")
     axes.set_ylabel("optimizer steps")
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=150)
