@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..kernels import gated_combine_, grad_dot_norm
-from ..kernels.gradients import angle_degrees, combined_squared_norm
+from ..kernels.gradients import angle_degrees, choose, combined_squared_norm
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,8 @@ class GradientGate:
         impl: implementation of `grad_dot_norm` and `gated_combine_`.
 
     Raises:
-        ValueError: no parameter that requires a gradient, or a value out of range.
+        ValueError: no parameter that requires a gradient, a value out of range, or an `impl` that
+            cannot run on the parameters' device.
     """
 
     def __init__(
@@ -80,6 +81,8 @@ class GradientGate:
             raise ValueError(f"weight={weight} must lie in [0, 1].")
         if not 0 <= max_angle <= 180:
             raise ValueError(f"max_angle={max_angle} degrees must lie in [0, 180].")
+        # Refuses now what would fail at the first step.
+        choose(impl, self.parameters[0].device)
         self.weight = weight
         self.max_angle = max_angle
         self.impl = impl

@@ -45,7 +45,7 @@ def grad_dot_norm(
         TypeError, ValueError: naming the entry and what would do.
     """
     device, num_groups = _check_lists(a, b, groups)
-    pair_sums = {"reference": _pair_sums, "tiled": _pair_sums_by_chunks}[_choose(impl, device)]
+    pair_sums = {"reference": _pair_sums, "tiled": _pair_sums_by_chunks}[choose(impl, device)]
     rows: list[list[Tensor]] = [[] for _ in range(num_groups)]
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         if left is not None or right is not None:
@@ -102,7 +102,7 @@ def gated_combine_(
     angle = _angle(stats)
     agree = (angle <= max_angle).to(angle.dtype)
     used = (agree * weight).masked_fill(angle.isnan(), torch.nan)
-    combine_ = {"reference": _combine_, "tiled": _combine_by_chunks_}[_choose(impl, device)]
+    combine_ = {"reference": _combine_, "tiled": _combine_by_chunks_}[choose(impl, device)]
     with torch.no_grad():
         factors = used.unbind()
         for index, (left, right) in enumerate(zip(a, b, strict=True)):
@@ -141,7 +141,8 @@ def _angle(stats: Tensor) -> Tensor:
     return torch.rad2deg(torch.acos(cosine)).masked_fill(~stats.isfinite().all(1), torch.nan)
 
 
-def _choose(impl: str, device: torch.device) -> str:
+def choose(impl: str, device: torch.device) -> str:
+    """The implementation that runs, "reference" or "tiled"; ValueError if `impl` cannot."""
     check_name("impl", impl, IMPLEMENTATIONS)
     on_cpu = device.type == "cpu"
     if impl == "auto":

@@ -217,6 +217,8 @@ def test_state_does_not_leak_into_the_next_step(model: TwoHeads, inputs: Tensor)
         (lambda p: GradientGate(p, max_angle=200), r"max_angle=200 degrees must lie in \[0, 180\]"),
         (lambda p: GradientGate([]), "parameters must be trained parameters"),
         (lambda p: GradientGate([nn.Parameter(torch.ones(1), False)]), "requires_grad=True"),
+        (lambda p: GradientGate(p, impl="triton"), "impl='triton' cannot run"),
+        (lambda p: GradientGate(p, impl="tield"), "did you mean 'tiled'"),
         (lambda p: GradientGate(p, groups=[0]), "groups has 1 entries for 7 parameters"),
     ],
 )
