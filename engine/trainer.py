@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ..kernels.dispatch import choose
+from ..kernels.dispatch import Workload, choose
 from .batching import collate, encode, epoch_batches
 from .checkpoint import (
     CONFIG_FILE,
@@ -77,8 +77,15 @@ class Trainer:
         self.config = config = config.resolved()
         check_output_dir(config)
         require_reporting(config.run.report_to)
-        choose(config.objective.impl, torch.float32, config.objective.temperature)
         self.device = choose_device(config.run.device)
+        choose(
+            config.objective.impl,
+            Workload(
+                self.device,
+                temperature=config.objective.temperature,
+                num_rows=config.optimization.per_device_train_batch_size,
+            ),
+        )
         self.data = load_splits(
             task_name=config.data.task_name,
             data_dir=config.data.data_dir,

@@ -1,57 +1,194 @@
 """Which implementation runs where, and why, in words."""
 
+import functools
+import importlib.util
+import logging
+import os
+import re
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
 
+from . import supcon_tiled
 from .rows import accumulate_dtype
-from .supcon_tiled import MAX_EXPONENT, compute_dtype
 
+logger = logging.getLogger(__name__)
+
+# What a user may ask for; "triton" is supcon_small or supcon_fused, by the number of rows.
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
-NO_TRITON = "this version has no Triton kernels"
+# Up to here a batch goes to the kernel that does everything in one launch.
+SMALL_ROWS = 256
+OLDEST_TRITON = (3, 3)
 
 
-def obstacle(impl: str, dtype: torch.dtype, temperature: float) -> str | None:
-    """What keeps `impl` from running on embeddings of this dtype, or None."""
-    if impl == "triton":
-        return NO_TRITON
-    if impl == "tiled" and compute_dtype(temperature, dtype) is None:
-        largest = MAX_EXPONENT[torch.float64]
+@dataclass(frozen=True)
+class Workload:
+    """What the choice depends on: M rows of width d of one dtype on one device."""
+
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    temperature: float = 0.5
+    num_rows: int = 0
+    width: int = 64
+
+
+def choose(impl: str, workload: Workload) -> str:
+    """The implementation that runs, by the name of its file; ValueError if `impl` cannot.
+
+    "auto" on a GPU is one launch for a small batch, else the fused kernels where Triton reaches the
+    matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run, for it was the faster
+    one at every size measured (float32, forward + backward, one thread of an AVX-512 Xeon;
+    microseconds reference / tiled): 34 rows of width 64: 343 / 314, of width 768: 540 / 467; 131 of
+    64: 624 / 438; 515 of 64: 4068 / 1907; 11 exits of 34 rows: 740 / 512; 4096 of 64: 561000 /
+    38000.
+    """
+    chosen, refused = decide(impl, workload)
+    if not torch.compiler.is_compiling():
+        log_once(impl, chosen, workload.device.type, workload.dtype, refused)
+    return chosen
+
+
+def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
+    """`choose`, and why what "auto" would have preferred cannot run."""
+    if impl != "auto":
+        name = triton_file(workload) if impl == "triton" else impl
+        reason = obstacle(name, workload)
+        if reason is not None:
+            raise ValueError(f"impl={impl!r} cannot run: {reason}")
+        return name, ()
+    preferred = ["tiled"]
+    if workload.device.type == "cuda":
+        preferred.insert(0, "supcon_fused")
+        if workload.num_rows <= SMALL_ROWS:
+            preferred.insert(0, "supcon_small")
+    refused: list[str] = []
+    for name in preferred:
+        reason = obstacle(name, workload)
+        if reason is None:
+            return name, tuple(refused)
+        refused.append(f"{name} cannot run: {reason}")
+    return "reference", tuple(refused)
+
+
+def triton_file(workload: Workload) -> str:
+    """The Triton implementation meant for this number of rows."""
+    return "supcon_small" if workload.num_rows <= SMALL_ROWS else "supcon_fused"
+
+
+def obstacle(name: str, workload: Workload) -> str | None:
+    """What keeps an implementation from running this, or None."""
+    dtype, temperature = workload.dtype, workload.temperature
+    if name == "tiled" and supcon_tiled.compute_dtype(temperature, dtype) is None:
+        largest = supcon_tiled.MAX_EXPONENT[torch.float64]
         return (
             f"temperature {temperature} is below 1 / {largest:g}, where its unshifted "
             "exponentials leave float64's range (impl='reference' takes any temperature)"
         )
+    if name not in ("supcon_small", "supcon_fused"):
+        return None
+    reason = triton_obstacle(workload.device)
+    if reason is not None:
+        return reason
+    found = capability(workload.device)
+    assert found is not None, "triton_obstacle has looked"
+    arguments = (workload.num_rows, workload.width, dtype, temperature, found)
+    if name == "supcon_small":
+        from . import supcon_small
+
+        return supcon_small.obstacle(*arguments)
+    from . import supcon_fused
+
+    return supcon_fused.obstacle(*arguments)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU: kernels then run on the CPU, slowly."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+# torch.compile cannot trace a look at the machine; the answers do not change in a process.
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> int | None:
+    """Compute capability of a device as an integer, 90 for 9.0; None without NVIDIA's CUDA.
+
+    The interpreter's is 80: the oldest that runs every kernel.
+    """
+    if interpreting():
+        return 80
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@torch.compiler.assume_constant_result
+def triton_obstacle(device: torch.device) -> str | None:
+    """What keeps every Triton kernel from running on this device, or None."""
+    found = triton_version()
+    if found is None:
+        return "Triton is not installed (pip install triton; it exists for Linux)"
+    if found < OLDEST_TRITON:
+        return (
+            f"Triton {dotted(found)} is too old: {dotted(OLDEST_TRITON)} or newer is needed "
+            "(pip install -U triton)"
+        )
+    compute_capability = capability(device)
+    if compute_capability is None:
+        if device.type == "cuda":
+            return "Triton kernels are made for NVIDIA GPUs, and this torch is built for ROCm"
+        return (
+            f"the tensors are on the {device.type} and Triton needs an NVIDIA GPU "
+            "(TRITON_INTERPRET=1 in the environment runs the kernels slowly on the CPU, for tests)"
+        )
+    if compute_capability < 70:
+        return (
+            f"compute capability {compute_capability / 10} is too old: Triton needs 7.0 (V100) or "
+            "newer"
+        )
     return None
 
 
-def choose(impl: str, dtype: torch.dtype, temperature: float) -> str:
-    """The implementation that runs, "reference" or "tiled"; ValueError if `impl` cannot.
-
-    "auto" is "tiled" wherever that can run, for it was the faster one at every size measured
-    (float32, forward + backward, one thread of an AVX-512 Xeon; microseconds reference / tiled):
-    34 rows of width 64: 343 / 314, of width 768: 540 / 467; 131 of 64: 624 / 438; 515 of 64:
-    4068 / 1907; 11 exits of 34 rows: 740 / 512; 4096 of 64: 561000 / 38000.
-    """
-    if impl == "auto":
-        return "reference" if obstacle("tiled", dtype, temperature) else "tiled"
-    reason = obstacle(impl, dtype, temperature)
-    if reason is not None:
-        raise ValueError(f"impl={impl!r} cannot run: {reason}")
-    return impl
+@functools.cache
+def triton_version() -> tuple[int, ...] | None:
+    """(major, minor) of the installed Triton; None if it is absent."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    try:
+        found = version("triton")
+    except PackageNotFoundError:
+        # A folder on PYTHONPATH need not hold the distribution's metadata.
+        from triton import __version__ as found
+    return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
 
 
-def explain(
-    device: torch.device | str,
-    dtype: torch.dtype = torch.float32,
-    temperature: float = 0.5,
-) -> str:
-    """One line for people: what impl="auto" takes on this device, and why not the others."""
-    chosen = choose("auto", dtype, temperature)
+def dotted(number: tuple[int, ...]) -> str:
+    return ".".join(map(str, number))
+
+
+@functools.cache
+def log_once(
+    impl: str, chosen: str, device_type: str, dtype: torch.dtype, refused: tuple[str, ...]
+) -> None:
+    """One line for each kind of call, not for each call."""
+    why = f" ({'; '.join(refused)})" if refused else ""
+    logger.info(
+        "contrastive loss, impl=%s, %s embeddings on %s: %s%s",
+        impl, dtype, device_type, chosen, why,
+    )  # fmt: skip
+
+
+def explain(workload: Workload) -> str:
+    """One line for people: what impl="auto" takes here, and why not the others."""
+    chosen, refused = decide("auto", workload)
+    precision = accumulate_dtype(workload.dtype)
     if chosen == "tiled":
-        reason = "the fastest at every size measured"
-        precision = compute_dtype(temperature, dtype)
-    else:
-        reason = f"tiled cannot run: {obstacle('tiled', dtype, temperature)}"
-        precision = accumulate_dtype(dtype)
+        precision = supcon_tiled.compute_dtype(workload.temperature, workload.dtype) or precision
+    if workload.device.type != "cuda":
+        reason = triton_obstacle(workload.device)
+        refused += () if reason is None else (f"triton cannot run: {reason}",)
+    rows = f"{workload.num_rows} rows" if workload.num_rows else "any number of rows"
     return (
-        f"contrastive loss on {torch.device(device).type}, {dtype} embeddings: {chosen} "
-        f"({reason}), computed in {precision}; triton cannot run: {NO_TRITON}"
+        f"contrastive loss on {workload.device.type}, {rows}, {workload.dtype} embeddings: "
+        f"{chosen}, computed in {precision}" + "".join(f"; {reason}" for reason in refused)
     )

@@ -12,18 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .dispatch import NO_TRITON
+from . import gradients_reference, gradients_tiled
+from .dispatch import triton_obstacle
+from .gradients_reference import Gradients
 from .names import check_name
 
-Gradients = Sequence[Tensor | None]
-
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
-
-# Elements of a chunk for each thread: the first operation reads them from memory, the following
-# ones from the core's cache. Measured on a Xeon with 2 MiB of L2 per core, one thread, float32:
-# sums of 110M elements 32k 136 ms, 128k 128 ms, 256k 142 ms, 1024k 162 ms; combination of 53M
-# elements 32k 58 ms, 128k 53 ms, 256k 57 ms, 1024k 62 ms.
-CHUNK_PER_THREAD = 128 * 1024
 
 
 def grad_dot_norm(
@@ -34,8 +28,9 @@ def grad_dot_norm(
     Args:
         a, b: equally long lists; entry i of both has the same shape. None stands for zeros.
         groups: the group 0..G-1 of every entry; None: one group.
-        impl: "tiled" reads both lists once, in chunks that stay in cache (CPU only); "reference"
-            makes three passes and never waits for the device; "auto" takes the one that fits.
+        impl: "triton" reads both lists once in one launch (GPU); "tiled" reads them once (CPU);
+            "reference" makes three passes anywhere; "auto" takes the one that fits. On a GPU none
+            waits for the device.
 
     Returns:
         [G, 3] float32, accumulated in float64 over chunks of float32 sums (float64 gradients:
@@ -45,13 +40,13 @@ def grad_dot_norm(
         TypeError, ValueError: naming the entry and what would do.
     """
     device, num_groups = _check_lists(a, b, groups)
-    pair_sums = {"reference": _pair_sums, "tiled": _pair_sums_by_chunks}[choose(impl, device)]
-    rows: list[list[Tensor]] = [[] for _ in range(num_groups)]
-    for index, (left, right) in enumerate(zip(a, b, strict=True)):
-        if left is not None or right is not None:
-            rows[0 if groups is None else groups[index]].append(pair_sums(left, right))
-    nothing = torch.zeros(3, dtype=torch.float64, device=device)
-    return torch.stack([torch.stack([nothing, *group]).sum(0) for group in rows]).float()
+    name = choose(impl, device, a, b)
+    if name == "triton":
+        from . import gradients_fused
+
+        return gradients_fused.grad_dot_norm(a, b, groups, num_groups)
+    module = gradients_tiled if name == "tiled" else gradients_reference
+    return module.grad_dot_norm(a, b, groups, num_groups)
 
 
 def gated_combine_(
@@ -62,6 +57,7 @@ def gated_combine_(
     weight: float,
     max_angle: float = 90.0,
     scale: float | Tensor | None = None,
+    max_norm: float | None = None,
     groups: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -73,7 +69,9 @@ def gated_combine_(
         weight: l' in [0, 1] where the two agree; elsewhere l' = 0.
         max_angle: the largest angle in degrees, in [0, 180], at which they agree. With a zero
             gradient on either side the angle is 90.
-        scale: a factor for the result (loss-scale removal, clipping): a number or a 0-dim tensor.
+        scale: a factor for the result (loss-scale removal): a number or a 0-dim tensor.
+        max_norm: clip the scaled result, all groups together, to this norm. If the stats of any
+            group are not finite there is no norm, and no gradient is written.
         groups, impl: as in `grad_dot_norm`.
 
     Returns:
@@ -99,15 +97,20 @@ def gated_combine_(
                 f"a[{index}] is None but b[{index}] is not: there is nothing to write to "
                 "(torch.zeros_like(b[i]) makes a place)"
             )
-    angle = _angle(stats)
-    agree = (angle <= max_angle).to(angle.dtype)
-    used = (agree * weight).masked_fill(angle.isnan(), torch.nan)
-    combine_ = {"reference": _combine_, "tiled": _combine_by_chunks_}[choose(impl, device)]
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}: it must be > 0, or None for no clipping")
+    name = choose(impl, device, a, b)
+    if name == "triton":
+        from . import gradients_fused
+
+        return gradients_fused.gated_combine_(
+            a, b, stats, weight=weight, max_angle=max_angle, scale=scale, max_norm=max_norm,
+            groups=groups, num_groups=num_groups,
+        )  # fmt: skip
+    used, factor = _decide(stats, weight, max_angle, scale, max_norm)
+    module = gradients_tiled if name == "tiled" else gradients_reference
     with torch.no_grad():
-        factors = used.unbind()
-        for index, (left, right) in enumerate(zip(a, b, strict=True)):
-            if left is not None:
-                combine_(left, right, factors[0 if groups is None else groups[index]], scale)
+        module.gated_combine_(a, b, used, factor, groups)
     return used.float()
 
 
@@ -141,14 +144,39 @@ def _angle(stats: Tensor) -> Tensor:
     return torch.rad2deg(torch.acos(cosine)).masked_fill(~stats.isfinite().all(1), torch.nan)
 
 
-def choose(impl: str, device: torch.device) -> str:
-    """The implementation that runs, "reference" or "tiled"; ValueError if `impl` cannot."""
+def _decide(
+    stats: Tensor,
+    weight: float,
+    max_angle: float,
+    scale: float | Tensor | None,
+    max_norm: float | None,
+) -> tuple[Tensor, Tensor]:
+    """The l' [G] and the factor [], both float64; they stay on the device."""
+    angle = _angle(stats)
+    agree = (angle <= max_angle).to(angle.dtype)
+    used = (agree * weight).masked_fill(angle.isnan(), torch.nan)
+    factor = used.new_ones(())
+    if scale is not None:
+        factor = factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
+    if max_norm is not None:
+        # In float64: a norm of float16 gradients that still carry their loss scale may be huge.
+        norm = combined_squared_norm(stats, used).double().sum().sqrt() * factor.abs()
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)
+    return used, factor
+
+
+def choose(impl: str, device: torch.device, a: Gradients = (), b: Gradients = ()) -> str:
+    """The implementation that runs, "reference", "tiled" or "triton"; ValueError if it cannot."""
     check_name("impl", impl, IMPLEMENTATIONS)
     on_cpu = device.type == "cpu"
     if impl == "auto":
-        return "tiled" if on_cpu else "reference"
+        if on_cpu:
+            return "tiled"
+        return "triton" if _triton_obstacle(device, a, b) is None else "reference"
     if impl == "triton":
-        raise ValueError(f"impl='triton' cannot run: {NO_TRITON}")
+        reason = _triton_obstacle(device, a, b)
+        if reason is not None:
+            raise ValueError(f"impl='triton' cannot run: {reason}")
     if impl == "tiled" and not on_cpu:
         raise ValueError(
             f"impl='tiled' cannot run: it is for the CPU, the gradients are on {device} "
@@ -157,89 +185,31 @@ def choose(impl: str, device: torch.device) -> str:
     return impl
 
 
-def _sum_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+def _triton_obstacle(device: torch.device, a: Gradients, b: Gradients) -> str | None:
+    reason = triton_obstacle(device)
+    if reason is None:
+        from . import gradients_fused
+
+        reason = gradients_fused.obstacle(a, b)
+    return reason
 
 
-def _chunk_size() -> int:
-    return CHUNK_PER_THREAD * torch.get_num_threads()
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    # `reshape` copies a gradient that is not contiguous; both lists are then in index order.
-    return tensor.detach().reshape(-1)
-
-
-def _pair_sums(left: Tensor | None, right: Tensor | None) -> Tensor:
-    """(x . y, |x|^2, |y|^2) [3] float64 of one entry."""
-    x, y = (None if t is None else _flat(t).to(_sum_dtype(t)) for t in (left, right))
-    some = x if x is not None else y
-    assert some is not None, "an entry that is None on both sides is left out"
-    zero = some.new_zeros((), dtype=torch.float64)
-    dot = zero
-    if x is not None and y is not None:
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        dot = torch.dot(x.to(dtype), y.to(dtype)).double()
-    return torch.stack([dot, *(zero if t is None else torch.dot(t, t).double() for t in (x, y))])
-
-
-def _pair_sums_by_chunks(left: Tensor | None, right: Tensor | None) -> Tensor:
-    """`_pair_sums` in one pass over memory; `.item()` waits for nothing on the CPU."""
-    chunk_size = _chunk_size()
-    if left is None or right is None:
-        some = left if left is not None else right
-        assert some is not None, "an entry that is None on both sides is left out"
-        chunks = (chunk.to(_sum_dtype(some)) for chunk in _flat(some).split(chunk_size))
-        squared = sum(torch.dot(x, x).item() for x in chunks)
-        sums = [0.0, squared, 0.0] if right is None else [0.0, 0.0, squared]
-        return torch.tensor(sums, dtype=torch.float64)
-    dtype = torch.promote_types(_sum_dtype(left), _sum_dtype(right))
-    dot = left_squared = right_squared = 0.0
-    for x, y in zip(_flat(left).split(chunk_size), _flat(right).split(chunk_size), strict=True):
-        x, y = x.to(dtype), y.to(dtype)
-        # In this order each product fetches one new operand from memory (1.05x the speed of
-        # starting with the mixed one).
-        left_squared += torch.dot(x, x).item()
-        dot += torch.dot(x, y).item()
-        right_squared += torch.dot(y, y).item()
-    return torch.tensor([dot, left_squared, right_squared], dtype=torch.float64)
-
-
-def _combine_(
-    left: Tensor, right: Tensor | None, used: Tensor, scale: float | Tensor | None
-) -> None:
-    """One entry; `used` stays on the device, so a group without an angle is masked, not skipped."""
-    dtype = _sum_dtype(left)
-    a = left.to(dtype)
-    weight = used.to(dtype)
-    combined = a * (1 - weight) if right is None else torch.lerp(a, right.to(dtype), weight)
-    if scale is not None:
-        combined = combined * scale
-    left.copy_(torch.where(weight.isnan(), a, combined))
-
-
-def _combine_by_chunks_(
-    left: Tensor, right: Tensor | None, used: Tensor, scale: float | Tensor | None
-) -> None:
-    """One entry, chunk by chunk while it is in cache."""
-    weight, factor = used.item(), 1.0 if scale is None else float(scale)
-    if weight != weight or (weight == 0 and factor == 1):
-        return
-    if not left.is_contiguous():
-        _combine_(left, right, used, scale)
-        return
-    dtype = _sum_dtype(left)
-    others = None if right is None or weight == 0 else _flat(right).split(_chunk_size())
-    if others is None:
-        factor *= 1 - weight
-    for index, chunk in enumerate(left.view(-1).split(_chunk_size())):
-        combined = chunk.to(dtype)
-        if others is not None:
-            combined.lerp_(others[index].to(dtype), weight)
-        if factor != 1:
-            combined *= factor
-        if combined is not chunk:
-            chunk.copy_(combined)
+def explain(device: torch.device) -> str:
+    """One line for people: what impl="auto" takes on this device."""
+    name = choose("auto", device)
+    how = "three passes of torch.dot"
+    if name == "tiled" and gradients_tiled.compiled_sums() is not None:
+        how = "a compiled loop, one pass over memory"
+    elif name == "tiled":
+        how = (
+            "products of chunks that stay in cache (a compiled loop is faster: it is built when "
+            "fusedacl is installed where a C compiler is)"
+        )
+    elif name == "triton":
+        how = "one launch, one pass over memory"
+    reason = None if name == "triton" else triton_obstacle(device)
+    why = "" if reason is None else f"; triton cannot run: {reason}"
+    return f"gradient dot and norms on {device.type}: {name}, {how}{why}"
 
 
 def _check_lists(

@@ -1,6 +1,7 @@
 """The public contrastive losses: validation, choice of implementation, reduction."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -148,10 +149,14 @@ def _contrastive_loss(
     _check_tensors(tensors, labels)
     _check_shapes(tensors, labels)
     embeddings = tensors["embeddings"]
-    contrastive_loss = {
-        "reference": reference.contrastive_loss,
-        "tiled": supcon_tiled.contrastive_loss,
-    }[dispatch.choose(impl, embeddings.dtype, temperature)]
+    workload = dispatch.Workload(
+        device=embeddings.device,
+        dtype=embeddings.dtype,
+        temperature=temperature,
+        num_rows=sum(tensor.shape[-2] for tensor in tensors.values()),
+        width=embeddings.shape[-1],
+    )
+    contrastive_loss = implementation(dispatch.choose(impl, workload))
     arguments = (
         embeddings, labels, tensors.get("label_embeddings"),
         tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"),
@@ -162,6 +167,21 @@ def _contrastive_loss(
         return contrastive_loss(*arguments)
     with torch.autocast(device_type, enabled=False):
         return contrastive_loss(*arguments)
+
+
+def implementation(name: str) -> Callable[..., Tensor]:
+    """The loss of one file. Triton's are imported when they are chosen: Triton may be absent."""
+    if name == "reference":
+        return reference.contrastive_loss
+    if name == "tiled":
+        return supcon_tiled.contrastive_loss
+    if name == "supcon_small":
+        from . import supcon_small
+
+        return supcon_small.contrastive_loss
+    from . import supcon_fused
+
+    return supcon_fused.contrastive_loss
 
 
 def _check_options(

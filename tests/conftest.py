@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
+# Before any kernel is imported: without a GPU, Triton's interpreter runs the kernels on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 # The tests' tensors are too small to share, and threads that wait for each other on a busy machine
 # cost more than they bring.
 torch.set_num_threads(1)

@@ -223,7 +223,11 @@ def test_state_does_not_leak_into_the_next_step(model: TwoHeads, inputs: Tensor)
     ],
 )
 def test_bad_arguments(
-    model: TwoHeads, make: Callable[[list[nn.Parameter]], GradientGate], message: str
+    model: TwoHeads,
+    make: Callable[[list[nn.Parameter]], GradientGate],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
         make(list(model.parameters()))

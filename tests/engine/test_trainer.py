@@ -249,7 +249,10 @@ def test_max_steps_and_fractions_of_epochs(options, tmp_path: Path) -> None:
         ({"impl": "triton"}, "triton"),
     ],
 )
-def test_mistakes_stop_the_run_before_it_starts(options, changes, message: str) -> None:
+def test_mistakes_stop_the_run_before_it_starts(
+    options, changes, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError) as error:
         run(options, **changes)
     assert message in str(error.value)

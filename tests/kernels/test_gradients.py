@@ -9,11 +9,10 @@ from fusedacl.kernels import (
     combined_squared_norm,
     gated_combine_,
     grad_dot_norm,
-    gradients,
+    gradients_tiled,
 )
 from torch import Tensor
 
-IMPLS = ("reference", "tiled")
 NAN, INF = math.nan, math.inf
 List = list[Tensor | None]
 
@@ -21,7 +20,15 @@ List = list[Tensor | None]
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several chunks and a last one that is not full."""
-    monkeypatch.setattr(gradients, "CHUNK_PER_THREAD", 16)
+    monkeypatch.setattr(gradients_tiled, "CHUNK_PER_THREAD", 16)
+    monkeypatch.setattr(gradients_tiled, "PIECE", 20)
+
+
+@pytest.fixture(params=["reference", "tiled", "tiled without the compiled loop"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "tiled without the compiled loop":
+        monkeypatch.setattr(gradients_tiled, "compiled_sums", lambda: None)
+    return request.param.split()[0]
 
 
 def make_lists(dtype: torch.dtype = torch.float32) -> tuple[List, List]:
@@ -45,7 +52,6 @@ def expected_stats(a: List, b: List, groups: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("impl", IMPLS)
 def test_sums(impl: str, dtype: torch.dtype) -> None:
     a, b = make_lists(dtype)
     for groups in (None, [0, 1, 3, 0, 1, 3, 0]):
@@ -55,21 +61,46 @@ def test_sums(impl: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(stats.double(), expected, rtol=1e-6, atol=1e-5)
 
 
-def test_sums_of_mixed_dtypes() -> None:
+def test_sums_of_mixed_dtypes(impl: str) -> None:
     a: List = [torch.randn(20).half(), torch.randn(20).double()]
     b: List = [torch.randn(20), torch.randn(20).bfloat16()]
     expected = expected_stats(a, b, [0, 0])
-    for impl in IMPLS:
-        torch.testing.assert_close(
-            grad_dot_norm(a, b, impl=impl).double(), expected, rtol=1e-6, atol=1e-5
-        )
+    torch.testing.assert_close(
+        grad_dot_norm(a, b, impl=impl).double(), expected, rtol=1e-6, atol=1e-5
+    )
 
 
-def test_many_elements_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_elements_lose_nothing(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
     """A sum of 2^24 ones and more is where one float32 accumulator stops counting."""
-    monkeypatch.setattr(gradients, "CHUNK_PER_THREAD", 128 * 1024)
+    monkeypatch.setattr(gradients_tiled, "CHUNK_PER_THREAD", 128 * 1024)
+    monkeypatch.setattr(gradients_tiled, "PIECE", 2**20)
     ones = torch.ones(2**24 + 3000)
-    assert grad_dot_norm([ones], [ones]).tolist() == [[float(torch.tensor(2.0**24 + 3000))] * 3]
+    sums = grad_dot_norm([ones], [ones], impl=impl)
+    assert sums.tolist() == [[float(torch.tensor(2.0**24 + 3000))] * 3]
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    if gradients_tiled.compiled_sums() is None:
+        pytest.skip("the compiled loop was not built: no C compiler at installation")
+    a, b = make_lists()
+    expected = grad_dot_norm(a, b)
+    for num_threads in (2, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        assert torch.equal(grad_dot_norm(a, b), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 8191, 8192, 8193, 20000])
+def test_the_compiled_loop_at_every_edge(count: int, dtype: torch.dtype) -> None:
+    pair_sums = gradients_tiled.compiled_sums()
+    if pair_sums is None:
+        pytest.skip("the compiled loop was not built: no C compiler at installation")
+    # One element before and after that must not be read.
+    x, y = (torch.randn(count + 2, dtype=dtype) for _ in range(2))
+    x[0], x[-1] = NAN, NAN
+    expected = expected_stats([x[1:-1]], [y[1:-1]], [0])[0]
+    found = torch.tensor(pair_sums(x[1:-1], y[1:-1]), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
 
 
 def test_twice_the_same_bits() -> None:
@@ -94,7 +125,6 @@ def test_angle() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("scale", [None, 0.25, torch.tensor(0.25)], ids=["none", "float", "tensor"])
 def test_combination(
@@ -117,7 +147,6 @@ def test_combination(
         assert x.stride() == old.stride() or not old.is_contiguous()
 
 
-@pytest.mark.parametrize("impl", IMPLS)
 def test_gate_per_group(impl: str) -> None:
     """Kept, dropped, zero gradient, overflow: each group takes its own decision."""
     x = torch.tensor([1.0, 0.0])
@@ -130,6 +159,39 @@ def test_gate_per_group(impl: str) -> None:
     assert used[3].isnan()
     combined = [tensor.tolist() for tensor in a if tensor is not None]
     assert combined == [[2, 1], [2, 0], [1, 0], [1, INF]]
+
+
+@pytest.mark.parametrize("scale", [None, -2.0, torch.tensor(0.5)], ids=["none", "float", "tensor"])
+def test_clipping_is_part_of_the_pass(impl: str, scale: float | Tensor | None) -> None:
+    """All groups together, after the scale; as torch.nn.utils.clip_grad_norm_."""
+    a, b = make_lists()
+    b[6] = None
+    groups = [0, 1, 1, 0, 1, 0, 0]
+    stats = grad_dot_norm(a, b, groups=groups)
+    unclipped = [None if x is None else x.clone() for x in a]
+    options = {"weight": 0.3, "scale": scale, "groups": groups, "impl": impl}
+    gated_combine_(unclipped, b, stats, **options)
+    norm = torch.cat([x.flatten() for x in unclipped if x is not None]).norm()
+    for max_norm in (norm.item() / 3, 2 * norm.item()):
+        clipped = [None if x is None else x.clone() for x in a]
+        gated_combine_(clipped, b, stats, max_norm=max_norm, **options)
+        factor = min(1.0, max_norm / (norm.item() + 1e-6))
+        for got, wanted in zip(clipped, unclipped, strict=True):
+            if got is not None and wanted is not None:
+                torch.testing.assert_close(got, wanted * factor)
+
+
+def test_without_a_norm_nothing_is_written(impl: str) -> None:
+    """One group overflows: with clipping no gradient has a factor, without it the others have."""
+    a: List = [torch.ones(2), torch.tensor([1.0, INF])]
+    b: List = [torch.ones(2), torch.ones(2)]
+    stats = grad_dot_norm(a, b, groups=[0, 1])
+    options = {"weight": 0.5, "scale": 0.5, "groups": [0, 1], "impl": impl}
+    used = gated_combine_(a, b, stats, max_norm=1.0, **options)
+    assert used[0] == 0.5 and used[1].isnan()
+    assert [x.tolist() for x in a if x is not None] == [[1, 1], [1, INF]]
+    gated_combine_(a, b, stats, **options)
+    assert [x.tolist() for x in a if x is not None] == [[0.5, 0.5], [1, INF]]
 
 
 def test_threshold_is_inclusive_and_can_be_below_90() -> None:
@@ -182,7 +244,10 @@ BAD: dict[str, tuple[type[Exception], Call]] = {
     "groups has 2 entries and a 1": (ValueError, sums([X], [X], groups=[0, 1])),
     r"groups is \[-1\]: every entry must be an int >= 0": (ValueError, sums([X], [X], groups=[-1])),
     "impl is 'tield': .*did you mean 'tiled'": (ValueError, sums([X], [X], impl="tield")),
-    "impl='triton' cannot run": (ValueError, sums([X], [X], impl="triton")),
+    "impl='triton' cannot run: the tensors are on the cpu": (
+        ValueError,
+        sums([X], [X], impl="triton"),
+    ),
     "impl='tiled' cannot run: it is for the CPU": (
         ValueError,
         sums([X.to("meta")], [X.to("meta")], impl="tiled"),
@@ -190,12 +255,14 @@ BAD: dict[str, tuple[type[Exception], Call]] = {
     r"stats has shape \(2, 3\): 1 group": (ValueError, combine(stats=torch.ones(2, 3))),
     r"weight is 1.5: it must lie in \[0, 1\]": (ValueError, combine(weight=1.5)),
     r"max_angle is 200: it must lie in \[0, 180\]": (ValueError, combine(max_angle=200)),
+    r"max_norm is 0: it must be > 0": (ValueError, combine(max_norm=0)),
     r"a\[0\] is None but b\[0\] is not": (ValueError, combine(a=[None])),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
-def test_bad_input_is_named(message: str) -> None:
+def test_bad_input_is_named(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     error, call = BAD[message]
     with pytest.raises(error, match=message):
         call()

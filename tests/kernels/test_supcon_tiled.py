@@ -1,72 +1,27 @@
 """The tiled implementation against the reference, in float64 and within its float32 rounding."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from contrastive_cases import (
+    DENOMINATORS,
+    LABELS,
+    REDUCTIONS,
+    Inputs,
+    loss_function,
+    make_inputs,
+    run,
+)
 from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss, supcon_tiled
 from torch import Tensor
-
-DENOMINATORS = ("all", "others", "negatives")
-REDUCTIONS = ("mean", "sum", "none")
-Inputs = dict[str, Tensor]
-
-LABELS: dict[str, Callable[[int, int], Tensor]] = {
-    "random": lambda num, num_labels: torch.randint(num_labels, (num,)),
-    "one class": lambda num, num_labels: torch.zeros(num, dtype=torch.int64),
-    "absent classes": lambda num, num_labels: torch.arange(num) % 2 * (num_labels - 1),
-    "ignored": lambda num, num_labels: torch.where(
-        torch.arange(num) % 3 == 1, -100, torch.arange(num) % num_labels
-    ),
-    "all ignored": lambda num, num_labels: torch.full((num,), -100),
-}
 
 
 def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     """Tiles of that many rows; class sums by mask only where the tile is the shipped one."""
     monkeypatch.setattr(supcon_tiled, "TILE", tile)
     monkeypatch.setattr(supcon_tiled, "FEW_ROWS", 128 if tile == 512 else 0)
-
-
-def make_inputs(
-    num_samples: int,
-    num_labels: int | None = None,
-    *,
-    width: int = 6,
-    exits: int | None = None,
-    teacher: bool = False,
-    dtype: torch.dtype = torch.float64,
-) -> Inputs:
-    leading = () if exits is None else (exits,)
-    inputs = {"embeddings": torch.randn(*leading, num_samples, width).to(dtype)}
-    if num_labels is not None:
-        inputs["label_embeddings"] = torch.randn(*leading, num_labels, width).to(dtype)
-    if teacher and num_labels is not None:
-        inputs["teacher_embeddings"] = torch.randn(num_samples, width).to(dtype)
-        inputs["teacher_label_embeddings"] = torch.randn(num_labels, width).to(dtype)
-    return inputs
-
-
-def loss_function(inputs: Inputs) -> Callable[..., Tensor]:
-    if "teacher_embeddings" in inputs:
-        return acl_cl_loss
-    return acl_loss if "label_embeddings" in inputs else supcon_loss
-
-
-def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any) -> list[Tensor]:
-    """Loss and gradients of the trained inputs for an upstream gradient (ones if None)."""
-    copies = {
-        name: tensor.detach()
-        .clone(memory_format=torch.preserve_format)
-        .requires_grad_(not name.startswith("teacher"))
-        for name, tensor in inputs.items()
-    }
-    loss = loss_function(inputs)(labels=labels, **copies, **options)
-    trained = [tensor for tensor in copies.values() if tensor.requires_grad]
-    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
-    return [loss.detach(), *torch.autograd.grad(loss, trained, upstream)]
 
 
 def compare(inputs: Inputs, labels: Tensor, **options: Any) -> None:
