@@ -1,16 +1,13 @@
 """Which implementation runs where, and why, in words."""
 
 import functools
-import importlib.util
 import logging
-import os
-import re
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 from . import supcon_tiled
+from .machine import capability, triton_obstacle
 from .rows import accumulate_dtype
 
 logger = logging.getLogger(__name__)
@@ -19,7 +16,6 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
 # Up to here a batch goes to the kernel that does everything in one launch.
 SMALL_ROWS = 256
-OLDEST_TRITON = (3, 3)
 
 
 @dataclass(frozen=True)
@@ -100,70 +96,6 @@ def obstacle(name: str, workload: Workload) -> str | None:
     from . import supcon_fused
 
     return supcon_fused.obstacle(*arguments)
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU: kernels then run on the CPU, slowly."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-# torch.compile cannot trace a look at the machine; the answers do not change in a process.
-@torch.compiler.assume_constant_result
-def capability(device: torch.device) -> int | None:
-    """Compute capability of a device as an integer, 90 for 9.0; None without NVIDIA's CUDA.
-
-    The interpreter's is 80: the oldest that runs every kernel.
-    """
-    if interpreting():
-        return 80
-    if device.type != "cuda" or torch.version.hip is not None:
-        return None
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
-@torch.compiler.assume_constant_result
-def triton_obstacle(device: torch.device) -> str | None:
-    """What keeps every Triton kernel from running on this device, or None."""
-    found = triton_version()
-    if found is None:
-        return "Triton is not installed (pip install triton; it exists for Linux)"
-    if found < OLDEST_TRITON:
-        return (
-            f"Triton {dotted(found)} is too old: {dotted(OLDEST_TRITON)} or newer is needed "
-            "(pip install -U triton)"
-        )
-    compute_capability = capability(device)
-    if compute_capability is None:
-        if device.type == "cuda":
-            return "Triton kernels are made for NVIDIA GPUs, and this torch is built for ROCm"
-        return (
-            f"the tensors are on the {device.type} and Triton needs an NVIDIA GPU "
-            "(TRITON_INTERPRET=1 in the environment runs the kernels slowly on the CPU, for tests)"
-        )
-    if compute_capability < 70:
-        return (
-            f"compute capability {compute_capability / 10} is too old: Triton needs 7.0 (V100) or "
-            "newer"
-        )
-    return None
-
-
-@functools.cache
-def triton_version() -> tuple[int, ...] | None:
-    """(major, minor) of the installed Triton; None if it is absent."""
-    if importlib.util.find_spec("triton") is None:
-        return None
-    try:
-        found = version("triton")
-    except PackageNotFoundError:
-        # A folder on PYTHONPATH need not hold the distribution's metadata.
-        from triton import __version__ as found
-    return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-
-
-def dotted(number: tuple[int, ...]) -> str:
-    return ".".join(map(str, number))
 
 
 @functools.cache

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from . import gradients_reference, gradients_tiled
-from .dispatch import triton_obstacle
 from .gradients_reference import Gradients
+from .machine import triton_obstacle
 from .names import check_name
 
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")

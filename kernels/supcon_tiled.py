@@ -21,15 +21,24 @@ that is at most 70, inside float64 while it is at most 690.
 
 import functools
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
+from .machine import triton_obstacle
 from .rows import ZERO_NORM, accumulate_dtype, compute_classes, parts_in_order
 
-# Rows and columns of a tile; the backward pass holds two of them, 2 MiB in float32.
+# Rows and columns of a tile on the CPU; the backward pass holds two of them, 2 MiB in float32.
 TILE = 512
+# On a GPU one tile must fill the chip: 32 MiB in float16, 64 MiB in float32, and there is one.
+GPU_TILE = 4096
+# Pairs of all exits up to which they are computed at once and kept for the gradient.
+ONE_TILE = 512 * 512
+# float16 holds numbers from 6e-8 to 65504. The pairs' weights, about 2 / M, are lifted by this
+# factor: a row at which 200 others look, and at nothing else, still fits.
+HALF_SCALE = 64.0
 # Up to here a mask gives the class sums: fewer operations than scatter and gather, which at 34 rows
 # of width 64 took an eighth of the whole.
 FEW_ROWS = 128
@@ -148,17 +157,7 @@ def forward(
         tile = exponentials(y, y, denominator, classes, classes, is_diagonal=True)
         sums = torch.matmul(tile, weight)  # D, [.., M]
     else:
-        sums = y.new_zeros(y.shape[:-1])
-        buffer = y.new_empty(TILE * TILE)
-        for exit_y, exit_sums in zip(as_exits(y), as_exits(sums, 1), strict=True):
-            for i, j in upper_triangle(blocks(0, classes.shape[0])):
-                tile = exponentials(
-                    exit_y[i], exit_y[j], denominator, classes[i], classes[j],
-                    is_diagonal=i == j, out=shaped(buffer, i, j),
-                )  # fmt: skip
-                exit_sums[i].addmv_(tile, weight[j])
-                if i != j:
-                    exit_sums[j].addmv_(tile.t(), weight[i])
+        sums = pair_sums(y, weight, classes, denominator, half_operands(embeddings, temperature))
     if denominator != "all" or may_ignore:
         # A row with nothing to compare has D = 0 and does not count: keep 0 * log D at 0.
         sums.clamp_(min=torch.finfo(dtype).tiny)
@@ -196,6 +195,7 @@ def backward(
     temperature: float,
     denominator: str,
     reduction: str,
+    half: bool,
 ) -> Tensor:
     """Gradient [.., num_trained, d] with respect to the first `num_trained` rows."""
     if len(saved) == 1:
@@ -204,25 +204,14 @@ def backward(
     w = reduction_weight * (loss_gradient if reduction == "none" else loss_gradient[..., None])
     u = w / sums  # [.., M]
     v = (w * inverse_positives)[..., None]  # [.., M, 1]
+    if half:
+        # A pair's weight is at most that of its rows: lifted into float16's range, and back after.
+        largest = w.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(w.dtype).tiny)
+        u *= HALF_SCALE / largest
 
-    gradient = y.new_zeros(*y.shape[:-2], num_trained, y.shape[-1])
-    buffers = y.new_empty(2, TILE * TILE)
-    trained = blocks(0, num_trained)
-    constant = blocks(num_trained, y.shape[-2])
-    block_pairs = upper_triangle(trained) + [(i, j) for i in trained for j in constant]
-    for exit_y, exit_u, exit_gradient in zip(
-        as_exits(y), as_exits(u, 1), as_exits(gradient), strict=True
-    ):
-        for i, j in block_pairs:
-            tile = exponentials(
-                exit_y[i], exit_y[j], denominator, classes[i], classes[j],
-                is_diagonal=i == j, out=shaped(buffers[0], i, j),
-            )  # fmt: skip
-            tile *= torch.add(exit_u[i, None], exit_u[j], out=shaped(buffers[1], i, j))
-            exit_gradient[i].addmm_(tile, exit_y[j])
-            if i != j and j.stop <= num_trained:
-                exit_gradient[j].addmm_(tile.t(), exit_y[i])
-
+    gradient = pair_gradient(y, u, classes, num_trained, denominator, half)
+    if half:
+        gradient *= (largest / HALF_SCALE)[..., None]
     trained_v, trained_others = v[..., :num_trained, :], others[..., :num_trained, :]
     if reduction == "none":
         gradient.addcmul_(trained_others, trained_v, value=-1)
@@ -232,6 +221,95 @@ def backward(
         # All rows of a class have the same v, so both class terms are equal.
         gradient.addcmul_(trained_others, trained_v, value=-2)
     return through_normalization(gradient, y, inverse_norm, temperature)
+
+
+def half_operands(embeddings: Tensor, temperature: float) -> bool:
+    """Whether the matrix products of tiles are done in float16.
+
+    On a GPU, for samples of 16 bits, as an autocast product would do: tensor cores, also on V100.
+    Of the two 16-bit formats float16 has three bits more, and |y| <= 1 / sqrt(temperature).
+    """
+    return (
+        has_epilogue(embeddings)
+        and embeddings.dtype in (torch.float16, torch.bfloat16)
+        and compute_dtype(temperature, embeddings.dtype) == torch.float32
+    )
+
+
+def has_epilogue(tensor: Tensor) -> bool:
+    """Whether a Triton kernel works on the tiles between their products."""
+    return (
+        tensor.device.type == "cuda"
+        and tensor.dtype != torch.float64
+        and triton_obstacle(tensor.device) is None
+    )
+
+
+def pair_sums(y: Tensor, weight: Tensor, classes: Tensor, denominator: str, half: bool) -> Tensor:
+    """sum_j e_ij weight_j [.., M]; a tile serves the rows of both its sides."""
+    sums = y.new_zeros(y.shape[:-1])
+    operands = y.half() if half else y
+    tile_size = tile_rows(y)
+    buffer = operands.new_empty(tile_size * tile_size)
+    for exit_y, exit_sums in zip(as_exits(operands), as_exits(sums, 1), strict=True):
+        for i, j in upper_triangle(blocks(0, classes.shape[0], tile_size)):
+            tile = shaped(buffer, i, j)
+            sides = (exit_y[i], exit_y[j], denominator, classes[i], classes[j])
+            if has_epilogue(y):
+                of_rows, of_columns = epilogue().sums(*sides, weight[i], weight[j], i == j, tile)
+                exit_sums[i] += of_rows
+                if i != j:
+                    exit_sums[j] += of_columns
+                continue
+            exponentials(*sides, is_diagonal=i == j, out=tile)
+            exit_sums[i].addmv_(tile, weight[j])
+            if i != j:
+                exit_sums[j].addmv_(tile.t(), weight[i])
+    return sums
+
+
+def pair_gradient(
+    y: Tensor, u: Tensor, classes: Tensor, num_trained: int, denominator: str, half: bool
+) -> Tensor:
+    """sum_j e_ij (u_i + u_j) y_j [.., num_trained, d] of the first `num_trained` rows."""
+    gradient = y.new_zeros(*y.shape[:-2], num_trained, y.shape[-1])
+    operands = y.half() if half else y
+    tile_size = tile_rows(y)
+    # The epilogue works in place; PyTorch needs a second tile for u_i + u_j.
+    buffers = operands.new_empty(1 if has_epilogue(y) else 2, tile_size * tile_size)
+    trained = blocks(0, num_trained, tile_size)
+    constant = blocks(num_trained, y.shape[-2], tile_size)
+    block_pairs = upper_triangle(trained) + [(i, j) for i in trained for j in constant]
+    for exit_y, exit_u, exit_gradient in zip(
+        as_exits(operands), as_exits(u, 1), as_exits(gradient), strict=True
+    ):
+        for i, j in block_pairs:
+            tile = shaped(buffers[0], i, j)
+            sides = (exit_y[i], exit_y[j], denominator, classes[i], classes[j])
+            if has_epilogue(y):
+                epilogue().pair_weights(*sides, exit_u[i], exit_u[j], i == j, tile)
+            else:
+                exponentials(*sides, is_diagonal=i == j, out=tile)
+                tile *= torch.add(exit_u[i, None], exit_u[j], out=shaped(buffers[1], i, j))
+            accumulate(exit_gradient[i], tile, exit_y[j])
+            if i != j and j.stop <= num_trained:
+                accumulate(exit_gradient[j], tile.t(), exit_y[i])
+    return gradient
+
+
+def accumulate(gradient: Tensor, tile: Tensor, y: Tensor) -> None:
+    """gradient += tile @ y; a float16 product is added in the gradient's float32."""
+    if tile.dtype == gradient.dtype:
+        gradient.addmm_(tile, y)
+    else:
+        gradient += tile @ y
+
+
+def epilogue() -> ModuleType:
+    """The Triton kernels for tiles, which need Triton and so are not imported with this file."""
+    from . import tile_epilogue
+
+    return tile_epilogue
 
 
 def through_normalization(
@@ -278,7 +356,13 @@ def class_sums(y: Tensor, classes: Tensor, num_classes: int) -> Tensor:
 
 def fits_one_tile(y: Tensor) -> bool:
     """Whether the pairs of all exits fit a tile's memory."""
-    return y.shape[:-1].numel() * y.shape[-2] <= TILE * TILE
+    return y.shape[:-1].numel() * y.shape[-2] <= ONE_TILE
+
+
+def tile_rows(y: Tensor) -> int:
+    """Rows and columns of a tile where these rows are."""
+    largest = GPU_TILE if y.device.type == "cuda" else TILE
+    return max(1, min(largest, y.shape[-2]))
 
 
 def as_exits(tensor: Tensor, num_dims: int = 2) -> Tensor:
@@ -286,9 +370,9 @@ def as_exits(tensor: Tensor, num_dims: int = 2) -> Tensor:
     return tensor if tensor.dim() > num_dims else tensor[None]
 
 
-def blocks(start: int, stop: int) -> list[slice]:
-    """The rows from start to stop in blocks of at most TILE."""
-    return [slice(row, min(row + TILE, stop)) for row in range(start, stop, TILE)]
+def blocks(start: int, stop: int, size: int) -> list[slice]:
+    """The rows from start to stop in blocks of at most `size`."""
+    return [slice(row, min(row + size, stop)) for row in range(start, stop, size)]
 
 
 def upper_triangle(row_blocks: list[slice]) -> list[tuple[slice, slice]]:
@@ -311,7 +395,8 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[
     if label_embeddings is not None:
         num_classes, label_dtype = label_embeddings.shape[-2], label_embeddings.dtype
         num_trained += num_classes
-    ctx.options = (num_classes, num_trained, temperature, denominator, reduction)
+    half = half_operands(embeddings, temperature)
+    ctx.options = (num_classes, num_trained, temperature, denominator, reduction, half)
     ctx.trained = (num_samples, embeddings.dtype, label_dtype)
 
 
@@ -365,7 +450,7 @@ supcon_tiled_backward = torch.library.custom_op(
     mutates_args=(),
     schema=(
         "(Tensor loss_gradient, Tensor[] saved, SymInt num_classes, SymInt num_trained, "
-        "float temperature, str denominator, str reduction) -> Tensor"
+        "float temperature, str denominator, str reduction, bool half) -> Tensor"
     ),
 )
 
@@ -419,6 +504,7 @@ def _(
     temperature: float,
     denominator: str,
     reduction: str,
+    half: bool,
 ) -> Tensor:
     if len(saved) == 1:
         return torch.empty_like(saved[0])

@@ -21,6 +21,7 @@ from torch import Tensor
 def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     """Tiles of that many rows; class sums by mask only where the tile is the shipped one."""
     monkeypatch.setattr(supcon_tiled, "TILE", tile)
+    monkeypatch.setattr(supcon_tiled, "ONE_TILE", tile * tile)
     monkeypatch.setattr(supcon_tiled, "FEW_ROWS", 128 if tile == 512 else 0)
 
 
