@@ -14,6 +14,14 @@ class ModelOptions:
     model_name_or_path: str | None = option(
         None, "Hugging Face encoder to fine-tune: hub name or local directory (a fusedacl run too)"
     )
+    num_hidden_layers: int | None = option(
+        None, "keep the encoder's first layers only; none keeps all", at_least=1
+    )
+    exit_layers: str | None = option(
+        None,
+        "layers with an exit, 1 = first: all, or a list such as 2,4,6. Unset: the last layer for"
+        " --strategy single, else all",
+    )
     exit_head: str = option(
         "mha", "head that classifies a layer's output", choices=("mha", "linear")
     )
@@ -80,6 +88,19 @@ class ObjectiveOptions:
         at_least=0,
         at_most=1,
     )
+    cross_layer: bool | None = option(
+        None,
+        "ACL-CL: an exit's contrastive batch holds the teacher's rows too. Unset: on for acl in the"
+        " second stage of --strategy two_stage",
+    )
+    distill_weight: float = option(
+        0.0,
+        "weight of the distillation from the last exit in the second stage; the exit's"
+        " cross-entropy has 1 - it",
+        at_least=0,
+        at_most=1,
+    )
+    distill_temperature: float = option(2.0, "temperature of both softmaxes in it", above=0)
     temperature: float = option(0.5, "tau, temperature of the contrastive softmax", above=0)
     contrastive_reduction: str = option(
         "mean", "mean over anchors, or their sum (the paper)", choices=("mean", "sum")
@@ -98,7 +119,22 @@ class ObjectiveOptions:
 
 @dataclass(frozen=True)
 class OptimizationOptions:
-    strategy: str = option("single", "single: backbone and last exit", choices=("single",))
+    strategy: str = option(
+        "single",
+        "single: backbone and last exit; joint: all exits at once; two_stage: single, then the"
+        " others on the frozen backbone; alternating: joint, in odd epochs the last exit alone",
+        choices=("single", "joint", "two_stage", "alternating"),
+    )
+    stage1_model: str | None = option(
+        None,
+        "two_stage: a run that trained backbone and last exit already, in place of the first stage",
+    )
+    stage2_epochs: float | None = option(
+        None, "two_stage: epochs of the second stage; unset: --num_train_epochs", above=0
+    )
+    stage2_learning_rate: float | None = option(
+        None, "two_stage: peak learning rate of the second stage; unset: --learning_rate", above=0
+    )
     per_device_train_batch_size: int = option(32, "samples per forward pass", at_least=1)
     per_device_eval_batch_size: int = option(
         64, "samples per forward pass in evaluation", at_least=1
@@ -107,7 +143,7 @@ class OptimizationOptions:
     learning_rate: float = option(2e-5, "peak learning rate of AdamW, linear to 0", above=0)
     num_train_epochs: float = option(3.0, "passes over the training set", above=0)
     max_steps: int = option(
-        -1, "optimizer steps; more than 0 overrides --num_train_epochs", at_least=-1
+        -1, "optimizer steps of each stage; more than 0 overrides the epochs", at_least=-1
     )
     warmup_ratio: float = option(
         0.1, "share of the steps with rising learning rate", at_least=0, at_most=1
@@ -175,7 +211,16 @@ class TrainingConfig:
             raise ValueError("fp16 and bf16 are both on: choose one.")
         if self.run.output_dir is None:
             raise ValueError("output_dir is missing: name the directory that the run may fill.")
-        if self.model.model_name_or_path is None and self.data.task_name != "quickstart":
+        if self.optimization.stage1_model is not None and self.model.model_name_or_path is not None:
+            raise ValueError(
+                "model_name_or_path and stage1_model are both given: the backbone is the "
+                "stage1_model's, so leave model_name_or_path out."
+            )
+        if (
+            self.model.model_name_or_path is None
+            and self.optimization.stage1_model is None
+            and self.data.task_name != "quickstart"
+        ):
             raise ValueError(
                 "model_name_or_path is missing: a Hugging Face encoder (bert-base-uncased) or a "
                 "local directory."
@@ -190,6 +235,7 @@ class TrainingConfig:
                 f"exit_width={self.model.exit_width} is not a multiple of "
                 f"exit_attention_heads={self.model.exit_attention_heads}."
             )
+        self._check_strategy()
         if self.optimization.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
         if self.run.overwrite_output_dir and self.run.resume_from_checkpoint:
@@ -197,7 +243,47 @@ class TrainingConfig:
                 "overwrite_output_dir would delete the checkpoint of resume_from_checkpoint."
             )
         gate = "angle" if self.gated else "none"
-        return dataclasses.replace(self, objective=dataclasses.replace(self.objective, gate=gate))
+        objective = dataclasses.replace(
+            self.objective, gate=gate, cross_layer=self.contrasts_layers
+        )
+        return dataclasses.replace(self, objective=objective)
+
+    @property
+    def contrasts_layers(self) -> bool:
+        """Whether the second stage's contrastive batch holds the teacher's rows (ACL-CL)."""
+        if self.objective.cross_layer is None:
+            return self.optimization.strategy == "two_stage" and self.objective.objective == "acl"
+        return self.objective.cross_layer
+
+    def _check_strategy(self) -> None:
+        """Refuse options that the strategy or the objective would leave without effect."""
+        strategy = self.optimization.strategy
+        if strategy != "two_stage":
+            for name, value, unset in (
+                ("cross_layer", self.objective.cross_layer, (None, False)),
+                ("distill_weight", self.objective.distill_weight, (0.0,)),
+                ("stage1_model", self.optimization.stage1_model, (None,)),
+                ("stage2_epochs", self.optimization.stage2_epochs, (None,)),
+                ("stage2_learning_rate", self.optimization.stage2_learning_rate, (None,)),
+            ):
+                if value not in unset:
+                    raise ValueError(
+                        f"{name}={value} belongs to the second stage of strategy=two_stage; "
+                        f"strategy={strategy} has none."
+                    )
+        if self.objective.cross_layer and self.objective.objective != "acl":
+            raise ValueError(
+                f"cross_layer needs objective=acl: with {self.objective.objective} there are no "
+                "label embeddings in the contrastive batch."
+            )
+        if self.optimization.stage1_model is not None and self.model.num_hidden_layers is not None:
+            raise ValueError("num_hidden_layers has no effect on a stage1_model: leave it out.")
+        if strategy == "single" and self.model.exit_layers is not None:
+            raise ValueError(
+                f"exit_layers={self.model.exit_layers!r}: strategy=single trains the last layer's "
+                "exit only. Use joint, two_stage or alternating, or num_hidden_layers for a "
+                "shorter backbone."
+            )
 
 
 @dataclass(frozen=True)

@@ -31,16 +31,18 @@ def predict_logits(
     *,
     pad_token_id: int,
     dtype: torch.dtype = torch.float32,
+    positions: Sequence[int] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Logits of every exit for every text, in the split's order: float32 [E, n, K] on the CPU.
 
-    The model is in evaluation mode during the call and left in the mode it had.
+    `positions`: of the exits in `exit_layers` that are wanted; None: all. The model is in
+    evaluation mode during the call, and every module is left in the mode it had.
     """
     device = model.device
-    num_exits = len(model.exit_layers)
+    num_exits = len(model.exit_layers if positions is None else positions)
     logits = torch.empty(num_exits, len(encoded), model.num_labels)
-    was_training = model.training
+    trained = [module for module in model.modules() if module.training]
     model.eval()
     try:
         # Similar lengths together: little padding; the longest first: what fails, fails early.
@@ -53,10 +55,13 @@ def predict_logits(
             batch = collate(encoded, indices, pad_token_id)
             batch.pop("labels", None)
             with autocast(device, dtype):
-                output = model(**{name: value.to(device) for name, value in batch.items()})
+                batch = {name: value.to(device) for name, value in batch.items()}
+                states = model.exit_states(**batch, positions=positions)
+                output = model.classify(states, batch.get("attention_mask"), positions=positions)
             logits[:, torch.from_numpy(indices)] = output.exit_logits.float().cpu()
     finally:
-        model.train(was_training)
+        for module in trained:
+            module.training = True
     return logits
 
 
@@ -90,11 +95,13 @@ def evaluate_split(
     encoded: EncodedSplit,
     metrics: Sequence[str],
     batch_size: int,
+    *,
+    positions: Sequence[int] | None = None,
     **options: Any,
 ) -> dict[int, dict[str, float]]:
     """Layer of each exit -> its metrics and mean cross-entropy `loss` on a labelled split.
 
-    `options` are those of `predict_logits`.
+    `positions` and `options` are those of `predict_logits`.
 
     Raises:
         ValueError: the model has other classes than the labels need.
@@ -107,9 +114,12 @@ def evaluate_split(
             f"The split has label {int(labels.max())}, but the model was trained with "
             f"{model.num_labels} classes: 0 to {model.num_labels - 1}."
         )
-    logits = predict_logits(model, encoded, batch_size, **options)
+    logits = predict_logits(model, encoded, batch_size, positions=positions, **options)
+    layers = model.exit_layers
+    if positions is not None:
+        layers = [model.exit_layers[position] for position in positions]
     results = {}
-    for layer, exit_logits in zip(model.exit_layers, logits, strict=True):
+    for layer, exit_logits in zip(layers, logits, strict=True):
         scores = score(metrics, exit_logits.argmax(dim=-1).numpy(), labels.numpy())
         loss = torch.nn.functional.cross_entropy(exit_logits, labels)
         results[layer] = {**scores, "loss": float(loss)}

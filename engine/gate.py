@@ -22,6 +22,7 @@ class GateDecision:
     kept [G]: whether the angle was within the gate's.
     angle [G]: degrees between the two gradients (90 where one of them is zero).
     grad_norm []: norm of the combined gradient over all groups, unscaled, before clipping.
+    active [G]: whether a gradient reached the group at all; without one the angle says nothing.
     finite []: False: an overflow or NaN; no decision was taken and the step must be skipped.
     """
 
@@ -29,6 +30,7 @@ class GateDecision:
     kept: Tensor
     angle: Tensor
     grad_norm: Tensor
+    active: Tensor
     finite: Tensor
 
 
@@ -50,6 +52,7 @@ class GradientGate:
         weight: lambda, in [0, 1].
         max_angle: degrees, in [0, 180].
         groups: one integer a parameter, 0 .. G-1: a decision for each group. None: one for all.
+        independent: whether the groups are models of their own, each clipped by its own norm.
         impl: implementation of `grad_dot_norm` and `gated_combine_`.
 
     Raises:
@@ -64,6 +67,7 @@ class GradientGate:
         weight: float = 0.02,
         max_angle: float = 90.0,
         groups: Sequence[int] | None = None,
+        independent: bool = False,
         impl: str = "auto",
     ) -> None:
         self.parameters = list(parameters)
@@ -85,6 +89,7 @@ class GradientGate:
         choose(impl, self.parameters[0].device)
         self.weight = weight
         self.max_angle = max_angle
+        self.independent = independent
         self.impl = impl
         self._auxiliary: list[Tensor | None] = [None] * len(self.parameters)
 
@@ -109,7 +114,8 @@ class GradientGate:
 
         Args:
             loss_scale: factor that both losses carried; divided out.
-            max_norm: clip the combined gradient to this norm; None does not clip.
+            max_norm: clip the combined gradient, or that of each group where they are independent,
+                to this norm; None does not clip.
         """
         for parameter, gradient in zip(self.parameters, self._auxiliary, strict=True):
             if parameter.grad is None and gradient is not None:
@@ -124,6 +130,7 @@ class GradientGate:
             max_angle=self.max_angle,
             scale=1.0 / loss_scale,
             max_norm=max_norm,
+            clip_groups=self.independent,
             groups=self.groups,
             impl=self.impl,
         )
@@ -131,7 +138,8 @@ class GradientGate:
         angle = angle_degrees(stats)
         kept = angle <= self.max_angle
         grad_norm = combined_squared_norm(stats, used).sum().sqrt() / loss_scale
-        return GateDecision(used, kept, angle, grad_norm, torch.isfinite(stats).all())
+        active = (stats[:, 1:] != 0).any(dim=1)
+        return GateDecision(used, kept, angle, grad_norm, active, torch.isfinite(stats).all())
 
     def backward(self, main_loss: Tensor, auxiliary_loss: Tensor) -> GateDecision:
         """`accumulate` and `combine` in one, for a step of one batch."""

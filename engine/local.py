@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,10 @@ from .precision import LossScaler, autocast, choose_dtype
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. `grad_norm` is before clipping; `learning_rate` is the one it used."""
+    """One optimizer step. `grad_norm` is before clipping; `learning_rate` is the one it used.
+
+    `decision` has one entry a group of the engine, in its order.
+    """
 
     grad_norm: float
     learning_rate: float
@@ -33,11 +37,23 @@ class LocalEngine:
 
     Args:
         model: on its device already; parameters without requires_grad are left alone.
-        num_steps: optimizer steps of the whole run, for the learning-rate schedule.
+        num_steps: optimizer steps of the whole schedule.
+        groups: name -> parameters that the angle check takes one decision for; None: all together.
+        independent: the groups are models of their own, so each is clipped by its own norm; else
+            the norm of all is.
+        learning_rate: the peak; None: the configuration's.
     """
 
     def __init__(
-        self, model: nn.Module, config: TrainingConfig, num_steps: int, device: torch.device
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        num_steps: int,
+        device: torch.device,
+        *,
+        groups: Mapping[str, Sequence[Parameter]] | None = None,
+        independent: bool = False,
+        learning_rate: float | None = None,
     ) -> None:
         optimization = config.optimization
         self.device = device
@@ -45,10 +61,14 @@ class LocalEngine:
         self.max_norm = optimization.max_grad_norm or None
         self.dtype = choose_dtype(device, fp16=optimization.fp16, bf16=optimization.bf16)
         self.scaler = LossScaler(enabled=self.dtype == torch.float16)
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if groups is None:
+            groups = {"model": [p for p in model.parameters() if p.requires_grad]}
+        self.groups = {name: list(parameters) for name, parameters in groups.items()}
+        self.independent = independent
+        self.parameters = [p for parameters in self.groups.values() for p in parameters]
         self.optimizer = torch.optim.AdamW(
             decay_groups(self.parameters, optimization.weight_decay),
-            lr=optimization.learning_rate,
+            lr=optimization.learning_rate if learning_rate is None else learning_rate,
             fused=True,
         )
         self.scheduler = get_linear_schedule_with_warmup(
@@ -60,6 +80,12 @@ class LocalEngine:
                 self.parameters,
                 weight=config.objective.aux_weight,
                 max_angle=config.objective.max_angle,
+                groups=[
+                    index
+                    for index, parameters in enumerate(self.groups.values())
+                    for _ in parameters
+                ],
+                independent=independent,
                 impl=config.objective.impl,
             )
 
@@ -109,7 +135,9 @@ class LocalEngine:
         if scale != 1.0:
             torch._foreach_mul_(gradients, 1.0 / scale)
         limit = self.max_norm if self.max_norm is not None else float("inf")
-        return float(nn.utils.clip_grad_norm_(self.parameters, limit))
+        clipped = self.groups.values() if self.independent else [self.parameters]
+        norms = [nn.utils.clip_grad_norm_(parameters, limit) for parameters in clipped]
+        return float(torch.linalg.vector_norm(torch.stack(norms)))
 
     def state_dict(self) -> dict[str, Any]:
         return {

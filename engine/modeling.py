@@ -173,6 +173,7 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         *,
         label_names: Sequence[str],
         dropout: float | None = None,
+        num_hidden_layers: int | None = None,
         **exit_options: Any,
     ) -> MultiExitForSequenceClassification:
         """New exits on a pretrained encoder (hub name, local directory, or a model of this class).
@@ -181,10 +182,11 @@ class MultiExitForSequenceClassification(PreTrainedModel):
             label_names: one name a class; K = len(label_names).
             dropout: dropout probability of the encoder and the exits; None keeps the encoder's
                 and 0.1 for the exits.
-            exit_options: exit_layers, exit_head, … of `MultiExitConfig`.
+            num_hidden_layers: keep the first layers only (BERT-6L); None keeps all.
+            exit_options: exit_layers (empty: every layer), exit_head, … of `MultiExitConfig`.
 
         Raises:
-            ValueError: the encoder cannot be loaded, or has no dropout to set.
+            ValueError: the encoder cannot be loaded, has no dropout to set, or fewer layers.
         """
         try:
             config = AutoConfig.from_pretrained(name_or_path)
@@ -195,6 +197,8 @@ class MultiExitForSequenceClassification(PreTrainedModel):
                 f"{nearest_directory(name_or_path)} ({error})"
             ) from None
         is_ours = isinstance(config, MultiExitConfig)
+        if num_hidden_layers is not None:
+            _truncate(config, num_hidden_layers)
         if dropout is not None:
             set_dropout(config.backbone_config if is_ours else config, dropout)
             exit_options.setdefault("exit_dropout", dropout)
@@ -208,6 +212,8 @@ class MultiExitForSequenceClassification(PreTrainedModel):
             raise ValueError(
                 f"model_name_or_path={name_or_path!r}: the weights cannot be loaded: {error}"
             ) from None
+        if exit_options.get("exit_layers") == []:
+            exit_options["exit_layers"] = list(range(1, backbone.config.num_hidden_layers + 1))
         made = MultiExitConfig(
             backbone.config,
             id2label=dict(enumerate(label_names)),
@@ -219,7 +225,11 @@ class MultiExitForSequenceClassification(PreTrainedModel):
     @property
     def label_embeddings(self) -> Tensor:
         """The classifiers' weights [E, K, d] (a view, not a copy, where there is one exit)."""
-        weights = [cast(Exit, head).classifier.weight for head in self.exits]
+        return self.label_embeddings_of(range(len(self.exits)))
+
+    def label_embeddings_of(self, positions: Sequence[int]) -> Tensor:
+        """The classifiers' weights [E, K, d] of some exits, by their positions in `exit_layers`."""
+        weights = [cast(Exit, self.exits[position]).classifier.weight for position in positions]
         return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
 
     def forward(
@@ -231,6 +241,25 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         **backbone_options: Any,
     ) -> MultiExitOutput:
         """Logits and representations of every exit; one pass through the backbone."""
+        states = self.exit_states(input_ids, attention_mask, token_type_ids, **backbone_options)
+        return self.classify(states, attention_mask, labels)
+
+    def exit_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+        **backbone_options: Any,
+    ) -> list[Tensor]:
+        """Hidden states [N, T, H] of the exits' layers; one pass through the backbone.
+
+        positions: of the exits in `exit_layers`; None: all.
+        """
+        layers = self.exit_layers
+        if positions is not None:
+            layers = [self.exit_layers[position] for position in positions]
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is not None:
@@ -240,16 +269,31 @@ class MultiExitForSequenceClassification(PreTrainedModel):
             input_ids=input_ids,
             attention_mask=attention_mask,
             # Keeping all layers' states costs memory: only where an exit reads them.
-            output_hidden_states=self.exit_layers != [num_layers],
+            output_hidden_states=layers != [num_layers],
             **{**backbone_options, "return_dict": True},
         )
-        exits = []
-        for layer, head in zip(self.exit_layers, self.exits, strict=True):
-            # The last layer's output is read after a final norm, where the encoder has one.
-            hidden = (
-                states.last_hidden_state if layer == num_layers else states.hidden_states[layer]
-            )
-            exits.append(head(hidden, attention_mask))
+        # The last layer's output is read after a final norm, where the encoder has one.
+        return [
+            states.last_hidden_state if layer == num_layers else states.hidden_states[layer]
+            for layer in layers
+        ]
+
+    def classify(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+    ) -> MultiExitOutput:
+        """The exits on what `exit_states` gave for the same positions."""
+        if attention_mask is None:
+            attention_mask = hidden_states[0].new_ones(hidden_states[0].shape[:2])
+        positions = range(len(self.exits)) if positions is None else positions
+        exits = [
+            self.exits[position](hidden, attention_mask)
+            for position, hidden in zip(positions, hidden_states, strict=True)
+        ]
         exit_logits = torch.stack([output.logits for output in exits])
         loss = None
         if labels is not None:
@@ -261,6 +305,53 @@ class MultiExitForSequenceClassification(PreTrainedModel):
             exit_logits=exit_logits,
             exit_embeddings=torch.stack([output.embeddings for output in exits]),
         )
+
+
+def parse_layers(text: str | None) -> list[int]:
+    """Layers of `exit_layers`: 'all' or None (both the empty list), or a list such as '2,4,6'.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text is None or text.strip().lower() == "all":
+        return []
+    parts = text.strip("[] ").split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"exit_layers={text!r} is neither 'all' nor a list such as 2,4,6.")
+    return [int(part) for part in parts]
+
+
+def take_last_exit(
+    model: MultiExitForSequenceClassification,
+    trained: MultiExitForSequenceClassification,
+    name: str,
+) -> None:
+    """Copy the last exit of a trained model, which is to be the other exits' teacher.
+
+    Raises:
+        ValueError: it has other classes, another kind of exit, or none on the last layer.
+    """
+    ours, theirs = model.config, trained.config
+    for what, mine, other in (
+        ("classes", list(ours.id2label.values()), list(theirs.id2label.values())),
+        ("exit_head", ours.exit_head, theirs.exit_head),
+        ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1]),
+    ):
+        if mine != other:
+            raise ValueError(
+                f"stage1_model={name!r} has {what} {other}, this run {mine}: the second stage "
+                "needs a first one on the same data, with the same kind of exit on the last layer."
+            )
+    if ours.exit_head == "mha" and (
+        ours.exit_width != theirs.exit_width
+        or ours.exit_attention_heads != theirs.exit_attention_heads
+    ):
+        raise ValueError(
+            f"stage1_model={name!r} has exits of width {theirs.exit_width} with "
+            f"{theirs.exit_attention_heads} heads, this run of {ours.exit_width} with "
+            f"{ours.exit_attention_heads}: set exit_width and exit_attention_heads alike."
+        )
+    model.exits[-1].load_state_dict(trained.exits[-1].state_dict())
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
@@ -279,6 +370,20 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
         )
     for name in names:
         setattr(config, name, probability)
+
+
+def _truncate(config: PretrainedConfig, num_hidden_layers: int) -> None:
+    if isinstance(config, MultiExitConfig):
+        raise ValueError(
+            f"num_hidden_layers={num_hidden_layers}: model_name_or_path is a model with exits "
+            "already. Truncate the encoder that it was made from."
+        )
+    if num_hidden_layers > config.num_hidden_layers:
+        raise ValueError(
+            f"num_hidden_layers={num_hidden_layers}: the encoder has {config.num_hidden_layers} "
+            "layers only."
+        )
+    config.num_hidden_layers = num_hidden_layers
 
 
 def nearest_directory(name_or_path: str) -> str:

@@ -1,4 +1,4 @@
-"""The losses of a batch: cross-entropy, and the contrastive term that goes with it."""
+"""The losses of a batch: cross-entropy, distillation, and the contrastive term beside them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..kernels import acl_loss, supcon_loss
+from ..kernels import acl_cl_loss, acl_loss, supcon_loss
 from .config import ObjectiveOptions
 from .modeling import MultiExitOutput
 
 
 @dataclass(frozen=True)
 class ExitLosses:
-    """One value an exit: L_ce [E], and the contrastive L_scl or L_acl [E] where there is one."""
+    """One value an exit: L_ce [E], and the contrastive L_scl or L_acl [E] where there is one.
+
+    With distillation `main` is (1 - w) L_ce + w L_kd.
+    """
 
     main: Tensor
     auxiliary: Tensor | None
@@ -28,8 +31,24 @@ class ExitLosses:
         return ((1 - weight) * self.main + weight * self.auxiliary).sum()
 
 
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen last exit on the same batch: constants.
+
+    embeddings [N, d], label_embeddings [K, d], logits [N, K].
+    """
+
+    embeddings: Tensor
+    label_embeddings: Tensor
+    logits: Tensor
+
+
 def exit_losses(
-    options: ObjectiveOptions, output: MultiExitOutput, label_embeddings: Tensor, labels: Tensor
+    options: ObjectiveOptions,
+    output: MultiExitOutput,
+    label_embeddings: Tensor,
+    labels: Tensor,
+    teacher: Teacher | None = None,
 ) -> ExitLosses:
     """Losses of E exits on one batch.
 
@@ -37,24 +56,52 @@ def exit_losses(
         output: exit_logits [E, N, K] and exit_embeddings [E, N, d] of a forward pass.
         label_embeddings: the classifiers' weights [E, K, d].
         labels: [N], classes.
+        teacher: the last exit, where the exits learn from it: by `distill_weight`, and as rows of
+            the contrastive batch (ACL-CL) where `cross_layer` is on.
     """
     logits = output.exit_logits.float()  # [E, N, K]
     num_exits, num_samples, num_labels = logits.shape
     cross_entropy = functional.cross_entropy(
         logits.view(-1, num_labels), labels.repeat(num_exits), reduction="none"
     ).view(num_exits, num_samples)
+    main = cross_entropy.mean(dim=1)
+    if teacher is not None and options.distill_weight > 0:
+        weight = options.distill_weight
+        main = (1 - weight) * main + weight * distillation(
+            logits, teacher.logits.float(), options.distill_temperature
+        )
     settings: dict[str, Any] = {
         "temperature": options.temperature,
         "denominator": options.denominator,
         "reduction": options.contrastive_reduction,
         "impl": options.impl,
     }
+    samples = output.exit_embeddings
     auxiliary = None
     if options.objective == "scl":
-        auxiliary = supcon_loss(output.exit_embeddings, labels, **settings)
+        auxiliary = supcon_loss(samples, labels, **settings)
+    elif options.objective == "acl" and teacher is not None and options.cross_layer:
+        constants = (teacher.embeddings.to(samples.dtype), teacher.label_embeddings)
+        auxiliary = acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
     elif options.objective == "acl":
-        auxiliary = acl_loss(output.exit_embeddings, labels, label_embeddings, **settings)
-    return ExitLosses(cross_entropy.mean(dim=1), auxiliary)
+        auxiliary = acl_loss(samples, labels, label_embeddings, **settings)
+    return ExitLosses(main, auxiliary)
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) [E], the mean over the samples.
+
+    Args:
+        logits: [E, N, K]; teacher_logits: [N, K].
+
+    Source: Hinton et al. 2015, arXiv 1503.02531.
+    """
+    student = functional.log_softmax(logits / temperature, dim=-1)
+    wanted = functional.log_softmax(teacher_logits / temperature, dim=-1)
+    divergence = functional.kl_div(
+        student, wanted.expand_as(student), reduction="none", log_target=True
+    )
+    return temperature**2 * divergence.sum(dim=-1).mean(dim=-1)
 
 
 def check_finite(output: MultiExitOutput, step: int) -> None:

@@ -111,30 +111,33 @@ def _tensorboard_writer(output_dir: Path, resume_step: int | None) -> Any:
 
 
 class GateHistory:
-    """The angle and the decision of every optimizer step, and their summary by epoch."""
+    """The angle and the decision of every optimizer step and group, and their summary by epoch."""
 
     def __init__(self) -> None:
         self.epochs: list[int] = []
+        self.groups: list[str] = []
         self.angles: list[float] = []
         self.dropped: list[bool] = []
 
-    def add(self, epoch: int, angle: float, dropped: bool) -> None:
-        """One step: epoch (1 = first), angle in degrees, whether the auxiliary term was dropped."""
+    def add(self, epoch: int, group: str, angle: float, dropped: bool) -> None:
+        """One step: epoch (1 = first), the group of parameters, angle in degrees, decision."""
         self.epochs.append(epoch)
+        self.groups.append(group)
         self.angles.append(angle)
         self.dropped.append(dropped)
 
-    def summary(self) -> list[dict[str, float]]:
-        """By epoch: steps, share of dropped ones, deciles and median of the angle (degrees)."""
+    def summary(self) -> list[dict[str, Any]]:
+        """By epoch and group: steps, share of dropped ones, deciles and median angle (degrees)."""
         epochs, angles = np.array(self.epochs), np.array(self.angles)
-        dropped = np.array(self.dropped)
+        groups, dropped = np.array(self.groups), np.array(self.dropped)
         rows = []
-        for epoch in sorted(set(self.epochs)):
-            here = epochs == epoch
+        for epoch, group in dict.fromkeys(zip(self.epochs, self.groups, strict=True)):
+            here = (epochs == epoch) & (groups == group)
             low, median, high = np.percentile(angles[here], [10, 50, 90])
             rows.append(
                 {
                     "epoch": epoch,
+                    "group": group,
                     "steps": int(here.sum()),
                     "dropped_share": float(dropped[here].mean()),
                     "angle_p10": float(low),
@@ -145,9 +148,8 @@ class GateHistory:
         return rows
 
     def state_dict(self) -> dict[str, list[Any]]:
-        return {"epochs": self.epochs, "angles": self.angles, "dropped": self.dropped}
+        return {name: list(values) for name, values in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, list[Any]]) -> None:
-        self.epochs = list(state["epochs"])
-        self.angles = list(state["angles"])
-        self.dropped = list(state["dropped"])
+        for name in vars(self):
+            setattr(self, name, list(state[name]))

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..kernels.dispatch import Workload, choose
@@ -34,14 +34,16 @@ from .config import TrainingConfig
 from .data import load_splits
 from .doctor import versions
 from .evaluation import evaluate_split
+from .gate import GateDecision
 from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
 from .local import LocalEngine, StepReport
 from .model_card import model_card
-from .modeling import MultiExitForSequenceClassification
-from .objectives import ExitLosses, check_finite, exit_losses
+from .modeling import MultiExitForSequenceClassification, parse_layers, take_last_exit
+from .objectives import ExitLosses, check_finite
 from .options import command_line, flatten, write_yaml
 from .precision import choose_device
 from .quickstart import minilm_path
+from .strategies import check_exits, plan_stages, prepare, stage_losses
 from .tracking import GateHistory, MetricsLog, require_reporting
 
 logger = logging.getLogger("fusedacl")
@@ -99,7 +101,11 @@ class Trainer:
         for note in self.data.notes:
             logger.info(note)
         torch.manual_seed(config.optimization.seed)
-        self.base_model = name_or_path = config.model.model_name_or_path or str(minilm_path())
+        self.base_model = name_or_path = (
+            config.optimization.stage1_model
+            or config.model.model_name_or_path
+            or str(minilm_path())
+        )
         self.model = self._new_model(name_or_path)
         self.tokenizer = load_tokenizer(name_or_path)
         limit = length_limit(self.model, self.tokenizer)
@@ -120,9 +126,9 @@ class Trainer:
                 )
         self.train_split = self.encoded["train"]
         self._plan_steps()
-        self.engine = LocalEngine(self.model, config, self.num_steps, self.device)
-        self.history = GateHistory()
         self.step = 0
+        self._start_stage(0)
+        self.history = GateHistory()
         self.signal: int | None = None
         self.seconds = 0.0
         self.resume_step: int | None = None
@@ -134,14 +140,20 @@ class Trainer:
 
     def _new_model(self, name_or_path: str) -> MultiExitForSequenceClassification:
         options = self.config.model
+        strategy, stage1 = self.config.optimization.strategy, self.config.optimization.stage1_model
         model = MultiExitForSequenceClassification.from_encoder(
             name_or_path,
             label_names=self.data.label_names,
             dropout=options.dropout,
+            num_hidden_layers=options.num_hidden_layers,
+            exit_layers=None if strategy == "single" else parse_layers(options.exit_layers),
             exit_head=options.exit_head,
             exit_width=options.exit_width,
             exit_attention_heads=options.exit_attention_heads,
         )
+        if stage1 is not None:
+            take_last_exit(model, load_trained(stage1), stage1)
+        check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
         nn.Module.to(model, self.device)
         return model
 
@@ -149,9 +161,32 @@ class Trainer:
         options = self.config.optimization
         num_batches = math.ceil(len(self.train_split) / options.per_device_train_batch_size)
         self.steps_per_epoch = math.ceil(num_batches / options.gradient_accumulation_steps)
-        self.num_steps = options.max_steps
-        if options.max_steps < 0:
-            self.num_steps = max(1, round(options.num_train_epochs * self.steps_per_epoch))
+        self.stages = plan_stages(
+            self.config, len(self.model.exit_layers), options.stage1_model is not None
+        )
+        # The step at which each stage ends.
+        self.stage_ends: list[int] = []
+        for stage in self.stages:
+            steps = options.max_steps
+            if steps < 0:
+                steps = max(1, round(stage.num_epochs * self.steps_per_epoch))
+            self.stage_ends.append(sum(self.stage_ends[-1:]) + steps)
+        self.num_steps = self.stage_ends[-1]
+
+    def _start_stage(self, index: int) -> None:
+        self.stage_index = index
+        self.stage = self.stages[index]
+        self.stage_start = self.stage_ends[index - 1] if index else 0
+        self.engine = LocalEngine(
+            self.model,
+            self.config,
+            self.stage_ends[index] - self.stage_start,
+            self.device,
+            groups=prepare(self.model, self.stage),
+            # On a frozen backbone the exits have nothing in common.
+            independent=not self.stage.trains_backbone,
+            learning_rate=self.stage.learning_rate,
+        )
 
     def _resume(self, name: str) -> None:
         output_dir = Path(str(self.config.run.output_dir))
@@ -159,6 +194,7 @@ class Trainer:
         check_same_run(output_dir, self.config)
         state = load_state(checkpoint)
         self.model.load_state_dict(load_trained(str(checkpoint)).state_dict())
+        self._start_stage(state["stage_index"])
         self.engine.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
         torch.set_rng_state(state["rng"])
@@ -193,7 +229,6 @@ class Trainer:
                 disable=True if options.disable_tqdm else None,
             ) as bar,
         ):
-            self.model.train()
             # A checkpoint is saved after the evaluation of the same step.
             evaluations = log.evaluations(self.step)
             evaluated = self.step if evaluations else -1
@@ -218,25 +253,32 @@ class Trainer:
         """Whether an evaluation or a checkpoint is due now; None: each epoch, 0: never."""
         if every == 0:
             return False
-        return self.step % (every or self.steps_per_epoch) == 0
+        return (self.step - self.stage_start) % (every or self.steps_per_epoch) == 0
 
     def _epochs(self) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
-        """Epoch (1 = first) and its steps that are still to do, each a list of micro-batches."""
+        """Epoch of the stage (1 = first) and its steps still to do: lists of micro-batches."""
         options = self.config.optimization
         while self.step < self.num_steps:
-            epoch = self.step // self.steps_per_epoch
+            if self.step == self.stage_ends[self.stage_index]:
+                self._start_stage(self.stage_index + 1)
+            epoch, first = divmod(self.step - self.stage_start, self.steps_per_epoch)
             batches = epoch_batches(
                 self.train_split.lengths,
                 options.per_device_train_batch_size,
                 seed=options.seed,
-                epoch=epoch,
+                # Each stage has an order of its own.
+                epoch=self.epochs_before + epoch,
                 group_by_length=self.config.data.group_by_length,
             )
             size = options.gradient_accumulation_steps
             windows = [batches[start : start + size] for start in range(0, len(batches), size)]
-            first = self.step % self.steps_per_epoch
-            last = min(len(windows), first + self.num_steps - self.step)
+            last = min(len(windows), first + self.stage_ends[self.stage_index] - self.step)
             yield epoch + 1, iter(windows[first:last])
+
+    @property
+    def epochs_before(self) -> int:
+        """Epochs, also begun ones, of the stages before this one."""
+        return math.ceil(self.stage_start / self.steps_per_epoch)
 
     def _train_step(
         self, epoch: int, window: list[np.ndarray], log: MetricsLog, bar: tqdm[Any]
@@ -247,7 +289,7 @@ class Trainer:
         losses = []
         for indices in window:
             share = len(indices) / num_samples
-            batch_losses = self._batch_losses(indices)
+            batch_losses = self._batch_losses(epoch, indices)
             self.engine.backward(batch_losses, share)
             losses.append((share, batch_losses))
         try:
@@ -256,10 +298,9 @@ class Trainer:
             raise FloatingPointError(f"Step {self.step}: {error}") from None
         record = self._record(epoch, losses, report)
         if report.decision is not None and not report.skipped:
-            kept = bool(report.decision.kept[0].item())
-            self.history.add(epoch, record["angle_degrees"], dropped=not kept)
+            self._remember(epoch, report.decision)
         bar.update()
-        if self.step % self.config.run.logging_steps == 0 or self.step == self.num_steps:
+        if self.step % self.config.run.logging_steps == 0 or self.step in self.stage_ends:
             speed = num_samples / (time.monotonic() - started)
             log.write({**record, "samples_per_second": round(speed, 2)})
             shown = {"loss": f"{record['loss']:.3f}"}
@@ -267,42 +308,59 @@ class Trainer:
                 shown["angle"] = f"{record['angle_degrees']:.0f}°"
             bar.set_postfix(shown)
 
-    def _batch_losses(self, indices: np.ndarray) -> ExitLosses:
+    def _remember(self, epoch: int, decision: GateDecision) -> None:
+        """Add a step's angles and decisions to the history, group by group."""
+        seen = zip(
+            self.engine.groups,
+            decision.active.tolist(),
+            decision.angle.tolist(),
+            decision.kept.tolist(),
+            strict=True,
+        )
+        for group, active, angle, kept in seen:
+            if active:
+                self.history.add(self.epochs_before + epoch, group, angle, dropped=not kept)
+
+    def _batch_losses(self, epoch: int, indices: np.ndarray) -> ExitLosses:
         batch = collate(self.train_split, indices, self.tokenizer.pad_token_id)
         batch = {name: value.to(self.device) for name, value in batch.items()}
         labels = batch.pop("labels")
         with self.engine.forward_context():
-            output = self.model(**batch)
+            output, losses = stage_losses(self.model, self.stage, epoch, self.config, batch, labels)
             check_finite(output, self.step)
-            return exit_losses(self.config.objective, output, self.model.label_embeddings, labels)
+        return losses
 
     def _record(
         self, epoch: int, losses: list[tuple[float, ExitLosses]], report: StepReport
     ) -> dict[str, Any]:
-        """The line of metrics.jsonl for one optimizer step."""
+        """The line of metrics.jsonl for one optimizer step; losses are sums over the exits."""
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 4),
             "split": "train",
         }
-        main = sum(share * batch.main.detach().sum().item() for share, batch in losses)
+        if len(self.stages) > 1:
+            record["stage"] = self.stage.name
+        main = torch.stack([share * batch.main.detach() for share, batch in losses]).sum(0)  # [E]
         loss = main
         if self.config.objective.objective != "ce":
-            auxiliary = sum(
-                share * batch.auxiliary.detach().sum().item()
-                for share, batch in losses
-                if batch.auxiliary is not None
-            )
-            weight = self.config.objective.aux_weight
+            auxiliary = torch.stack(
+                [
+                    share * a.detach()
+                    for share, batch in losses
+                    if (a := batch.auxiliary) is not None
+                ]
+            ).sum(0)
+            weight = torch.full_like(main, self.config.objective.aux_weight)
             if report.decision is not None:
-                record["angle_degrees"] = report.decision.angle[0].item()
-                if not report.skipped and not report.decision.kept[0].item():
-                    weight = 0.0
+                record |= self._angles(report.decision)
+                if not report.skipped:
+                    weight *= self._kept(epoch, report.decision)
             loss = (1 - weight) * main + weight * auxiliary
-            record |= {"loss_aux": auxiliary, "aux_weight": weight}
+            record |= {"loss_aux": auxiliary.sum().item(), "aux_weight": weight.mean().item()}
         record |= {
-            "loss": loss,
-            "loss_ce": main,
+            "loss": loss.sum().item(),
+            "loss_ce": main.sum().item(),
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "loss_scale": report.loss_scale,
@@ -313,6 +371,26 @@ class Trainer:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in record.items()
         }
+
+    def _angles(self, decision: GateDecision) -> dict[str, float]:
+        """Angle of the only group, or of each group that a gradient reached."""
+        names = self.engine.groups
+        if len(names) == 1:
+            return {"angle_degrees": decision.angle[0].item()}
+        return {
+            f"angle_degrees {name}": angle
+            for name, active, angle in zip(
+                names, decision.active.tolist(), decision.angle.tolist(), strict=True
+            )
+            if active
+        }
+
+    def _kept(self, epoch: int, decision: GateDecision) -> Tensor:
+        """1 for an exit whose contrastive term was kept, 0 for one without it, [E]."""
+        if len(self.engine.groups) == 1:
+            return decision.kept.float()
+        groups = [self.stage.exits.index(p) for p in self.stage.exits_in_epoch(epoch)]
+        return decision.kept[groups].float()
 
     def _evaluate(self, log: MetricsLog) -> dict[str, Any]:
         """Split -> layer -> metrics, for every evaluation split."""
@@ -325,6 +403,8 @@ class Trainer:
                 self.config.optimization.per_device_eval_batch_size,
                 pad_token_id=self.tokenizer.pad_token_id,
                 dtype=self.engine.dtype,
+                # Before their stage exits hold random weights.
+                positions=None if self.stage is self.stages[-1] else self.stage.exits,
                 progress=not self.config.run.disable_tqdm,
             )
             results[name] = by_layer
@@ -336,6 +416,7 @@ class Trainer:
     def _save_checkpoint(self) -> Path:
         state = {
             "step": self.step,
+            "stage_index": self.stage_index,
             "engine": self.engine.state_dict(),
             "history": self.history.state_dict(),
             "rng": torch.get_rng_state(),
@@ -374,6 +455,7 @@ class Trainer:
         return {
             "data": self.data.name,
             "objective": self.config.objective.objective,
+            "strategy": self.config.optimization.strategy,
             "seed": self.config.optimization.seed,
             "metrics": evaluations,
             "gate": self.history.summary(),

@@ -58,6 +58,7 @@ def gated_combine_(
     max_angle: float = 90.0,
     scale: float | Tensor | None = None,
     max_norm: float | None = None,
+    clip_groups: bool = False,
     groups: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
@@ -72,6 +73,8 @@ def gated_combine_(
         scale: a factor for the result (loss-scale removal): a number or a 0-dim tensor.
         max_norm: clip the scaled result, all groups together, to this norm. If the stats of any
             group are not finite there is no norm, and no gradient is written.
+        clip_groups: clip each group by its own norm instead; a group whose stats are not finite
+            then keeps its gradients, and the others are written.
         groups, impl: as in `grad_dot_norm`.
 
     Returns:
@@ -105,9 +108,9 @@ def gated_combine_(
 
         return gradients_fused.gated_combine_(
             a, b, stats, weight=weight, max_angle=max_angle, scale=scale, max_norm=max_norm,
-            groups=groups, num_groups=num_groups,
+            clip_groups=clip_groups, groups=groups, num_groups=num_groups,
         )  # fmt: skip
-    used, factor = _decide(stats, weight, max_angle, scale, max_norm)
+    used, factor = _decide(stats, weight, max_angle, scale, max_norm, clip_groups)
     module = gradients_tiled if name == "tiled" else gradients_reference
     with torch.no_grad():
         module.gated_combine_(a, b, used, factor, groups)
@@ -150,17 +153,19 @@ def _decide(
     max_angle: float,
     scale: float | Tensor | None,
     max_norm: float | None,
+    clip_groups: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The l' [G] and the factor [], both float64; they stay on the device."""
+    """The l' [G] and the factors [G], both float64; they stay on the device."""
     angle = _angle(stats)
     agree = (angle <= max_angle).to(angle.dtype)
     used = (agree * weight).masked_fill(angle.isnan(), torch.nan)
-    factor = used.new_ones(())
+    factor = torch.ones_like(used)
     if scale is not None:
         factor = factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
     if max_norm is not None:
         # In float64: a norm of float16 gradients that still carry their loss scale may be huge.
-        norm = combined_squared_norm(stats, used).double().sum().sqrt() * factor.abs()
+        squared = combined_squared_norm(stats, used).double()
+        norm = (squared if clip_groups else squared.sum()).sqrt() * factor.abs()
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)
     return used, factor
 

@@ -24,14 +24,15 @@ def grad_dot_norm(
 def gated_combine_(
     a: Gradients, b: Gradients, used: Tensor, factor: Tensor, groups: Sequence[int] | None
 ) -> None:
-    """a <- factor ((1 - l') a + l' b) with the l' [G] and the 0-dim factor of `gradients.decide`.
+    """a <- factor ((1 - l') a + l' b) with the l' [G] and the factors [G] of `gradients`.
 
     Where either is NaN the gradients stay as they are: masked, for the host does not know.
     """
-    weights = used.unbind()
+    weights, factors = used.unbind(), factor.unbind()
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         if left is not None:
-            combine_(left, right, weights[0 if groups is None else groups[index]], factor)
+            group = 0 if groups is None else groups[index]
+            combine_(left, right, weights[group], factors[group])
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:

@@ -7,6 +7,7 @@ compiler was found at installation, from three products of a chunk that stays in
 import ctypes
 import functools
 import importlib.util
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,15 +78,15 @@ def gated_combine_(
     a: Gradients, b: Gradients, used: Tensor, factor: Tensor, groups: Sequence[int] | None
 ) -> None:
     """`gradients_reference.gated_combine_`, chunk by chunk while it is in cache."""
-    weights, common = used.tolist(), factor.item()
+    weights, factors = used.tolist(), factor.tolist()
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
-        weight = weights[0 if groups is None else groups[index]]
-        if left is None or weight != weight or common != common:
+        group = 0 if groups is None else groups[index]
+        if left is None or math.isnan(weights[group]) or math.isnan(factors[group]):
             continue
         if left.is_contiguous():
-            combine_by_chunks_(left, right, weight, common)
+            combine_by_chunks_(left, right, weights[group], factors[group])
         else:
-            combine_(left, right, torch.tensor(weight, dtype=torch.float64), factor)
+            combine_(left, right, used[group], factor[group])
 
 
 def combine_by_chunks_(left: Tensor, right: Tensor | None, weight: float, factor: float) -> None:

@@ -77,15 +77,22 @@ def test_tensorboard_absent(monkeypatch: pytest.MonkeyPatch) -> None:
         require_reporting("tensorboard")
 
 
-def test_gate_summary_by_epoch() -> None:
+def test_gate_summary_by_epoch_and_group() -> None:
     history = GateHistory()
-    for epoch, angle, dropped in ((1, 80, False), (1, 100, True), (2, 60, False), (2, 70, False)):
-        history.add(epoch, angle, dropped)
+    for epoch, group, angle, dropped in (
+        (1, "exit 1", 80, False),
+        (1, "exit 2", 10, False),
+        (1, "exit 1", 100, True),
+        (2, "exit 1", 60, False),
+        (2, "exit 1", 70, False),
+    ):
+        history.add(epoch, group, angle, dropped)
     other = GateHistory()
     other.load_state_dict(json.loads(json.dumps(history.state_dict())))
-    first, second = other.summary()
-    assert (first["epoch"], first["steps"], first["dropped_share"]) == (1, 2, 0.5)
-    assert first["angle_median"] == 90
+    first, second, third = other.summary()
+    assert (first["epoch"], first["group"]) == (1, "exit 1")
+    assert (first["steps"], first["dropped_share"], first["angle_median"]) == (2, 0.5, 90)
     assert (first["angle_p10"], first["angle_p90"]) == pytest.approx((82, 98))
-    assert (second["epoch"], second["dropped_share"]) == (2, 0.0)
+    assert (second["group"], second["steps"]) == ("exit 2", 1)
+    assert (third["epoch"], third["dropped_share"]) == (2, 0.0)
     assert GateHistory().summary() == []

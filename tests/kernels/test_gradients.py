@@ -181,6 +181,28 @@ def test_clipping_is_part_of_the_pass(impl: str, scale: float | Tensor | None) -
                 torch.testing.assert_close(got, wanted * factor)
 
 
+def test_each_group_may_be_clipped_by_itself(impl: str) -> None:
+    """As if every group had been combined alone; one that overflows does not stop the others."""
+    a, b = make_lists()
+    b[6] = None
+    groups = [0, 1, 2, 0, 1, 2, 0]
+    left = a[2]
+    assert left is not None
+    left[3] = INF
+    stats = grad_dot_norm(a, b, groups=groups)
+    options = {"weight": 0.3, "scale": 0.5, "max_norm": 1.0, "impl": impl}
+    together = [None if x is None else x.clone() for x in a]
+    gated_combine_(together, b, stats, clip_groups=True, groups=groups, **options)
+    for group in range(3):
+        members = [index for index, of in enumerate(groups) if of == group]
+        alone = [None if a[index] is None else a[index].clone() for index in members]
+        others = [b[index] for index in members]
+        gated_combine_(alone, others, stats[group : group + 1], **options)
+        for index, wanted in zip(members, alone, strict=True):
+            if wanted is not None:
+                torch.testing.assert_close(together[index], wanted)
+
+
 def test_without_a_norm_nothing_is_written(impl: str) -> None:
     """One group overflows: with clipping no gradient has a factor, without it the others have."""
     a: List = [torch.ones(2), torch.tensor([1.0, INF])]
