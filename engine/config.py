@@ -135,6 +135,11 @@ class OptimizationOptions:
     stage2_learning_rate: float | None = option(
         None, "two_stage: peak learning rate of the second stage; unset: --learning_rate", above=0
     )
+    feature_cache: str | None = option(
+        None,
+        "two_stage: directory in which the backbone's states are kept for the second stage (half"
+        " precision; the size is announced), so that its epochs do not run the backbone",
+    )
     per_device_train_batch_size: int = option(32, "samples per forward pass", at_least=1)
     per_device_eval_batch_size: int = option(
         64, "samples per forward pass in evaluation", at_least=1
@@ -263,6 +268,7 @@ class TrainingConfig:
                 ("cross_layer", self.objective.cross_layer, (None, False)),
                 ("distill_weight", self.objective.distill_weight, (0.0,)),
                 ("stage1_model", self.optimization.stage1_model, (None,)),
+                ("feature_cache", self.optimization.feature_cache, (None,)),
                 ("stage2_epochs", self.optimization.stage2_epochs, (None,)),
                 ("stage2_learning_rate", self.optimization.stage2_learning_rate, (None,)),
             ):

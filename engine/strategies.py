@@ -112,34 +112,34 @@ def prepare(model: MultiExitForSequenceClassification, stage: Stage) -> dict[str
     return groups
 
 
-def stage_losses(
+def needed_exits(
+    model: MultiExitForSequenceClassification, stage: Stage, positions: Sequence[int]
+) -> list[int]:
+    """The exits whose layers' states a batch needs: those that are trained, then the teacher."""
+    return [*positions, len(model.exits) - 1] if stage.has_teacher else list(positions)
+
+
+def stage_states(
     model: MultiExitForSequenceClassification,
     stage: Stage,
-    epoch: int,
-    config: TrainingConfig,
+    positions: Sequence[int],
     batch: dict[str, Tensor],
-    labels: Tensor,
-) -> tuple[MultiExitOutput, ExitLosses]:
-    """One forward pass and the losses of the exits that are trained in this epoch of the stage."""
-    positions = stage.exits_in_epoch(epoch)
-    needed = [*positions, len(model.exits) - 1] if stage.has_teacher else list(positions)
+) -> list[Tensor]:
+    """Hidden states [N, T, H] of `needed_exits`, from one pass through the backbone."""
     with torch.set_grad_enabled(stage.trains_backbone):
-        states = model.exit_states(**batch, positions=needed)
-    return exits_losses(
-        model, stage, positions, states, batch.get("attention_mask"), config, labels
-    )
+        return model.exit_states(**batch, positions=needed_exits(model, stage, positions))
 
 
-def exits_losses(
+def stage_losses(
     model: MultiExitForSequenceClassification,
     stage: Stage,
     positions: Sequence[int],
     states: Sequence[Tensor],
-    attention_mask: Tensor | None,
+    attention_mask: Tensor,
     config: TrainingConfig,
     labels: Tensor,
 ) -> tuple[MultiExitOutput, ExitLosses]:
-    """`stage_losses` from the hidden states [N, T, H] of the exits' layers, the teacher's last."""
+    """Outputs and losses of the exits at `positions`, from what `stage_states` gave for them."""
     teacher = None
     if stage.has_teacher:
         with torch.no_grad():

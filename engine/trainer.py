@@ -34,6 +34,7 @@ from .config import TrainingConfig
 from .data import load_splits
 from .doctor import versions
 from .evaluation import evaluate_split
+from .feature_cache import FeatureCache
 from .gate import GateDecision
 from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
 from .local import LocalEngine, StepReport
@@ -43,7 +44,14 @@ from .objectives import ExitLosses, check_finite
 from .options import command_line, flatten, write_yaml
 from .precision import choose_device
 from .quickstart import minilm_path
-from .strategies import check_exits, plan_stages, prepare, stage_losses
+from .strategies import (
+    check_exits,
+    needed_exits,
+    plan_stages,
+    prepare,
+    stage_losses,
+    stage_states,
+)
 from .tracking import GateHistory, MetricsLog, require_reporting
 
 logger = logging.getLogger("fusedacl")
@@ -187,6 +195,23 @@ class Trainer:
             independent=not self.stage.trains_backbone,
             learning_rate=self.stage.learning_rate,
         )
+        self.features: FeatureCache | None = None
+
+    def _open_features(self) -> None:
+        """The feature cache, in a stage that can use one and where one is asked for."""
+        directory = self.config.optimization.feature_cache
+        if directory is None or self.stage.trains_backbone or self.features is not None:
+            return
+        self.features = FeatureCache(
+            Path(directory),
+            self.model,
+            self.train_split,
+            needed_exits(self.model, self.stage, self.stage.exits),
+            batch_size=self.config.optimization.per_device_eval_batch_size,
+            pad_token_id=self.tokenizer.pad_token_id,
+            dtype=self.engine.dtype,
+            progress=not self.config.run.disable_tqdm,
+        )
 
     def _resume(self, name: str) -> None:
         output_dir = Path(str(self.config.run.output_dir))
@@ -261,6 +286,7 @@ class Trainer:
         while self.step < self.num_steps:
             if self.step == self.stage_ends[self.stage_index]:
                 self._start_stage(self.stage_index + 1)
+            self._open_features()
             epoch, first = divmod(self.step - self.stage_start, self.steps_per_epoch)
             batches = epoch_batches(
                 self.train_split.lengths,
@@ -322,11 +348,21 @@ class Trainer:
                 self.history.add(self.epochs_before + epoch, group, angle, dropped=not kept)
 
     def _batch_losses(self, epoch: int, indices: np.ndarray) -> ExitLosses:
-        batch = collate(self.train_split, indices, self.tokenizer.pad_token_id)
-        batch = {name: value.to(self.device) for name, value in batch.items()}
-        labels = batch.pop("labels")
+        positions = self.stage.exits_in_epoch(epoch)
+        if self.features is not None:
+            states, mask = self.features.batch(indices, self.device)
+            assert self.train_split.labels is not None
+            labels = self.train_split.labels[indices].to(self.device)
+        else:
+            batch = collate(self.train_split, indices, self.tokenizer.pad_token_id)
+            batch = {name: value.to(self.device) for name, value in batch.items()}
+            labels, mask = batch.pop("labels"), batch["attention_mask"]
+            with self.engine.forward_context():
+                states = stage_states(self.model, self.stage, positions, batch)
         with self.engine.forward_context():
-            output, losses = stage_losses(self.model, self.stage, epoch, self.config, batch, labels)
+            output, losses = stage_losses(
+                self.model, self.stage, positions, states, mask, self.config, labels
+            )
             check_finite(output, self.step)
         return losses
 

@@ -13,8 +13,8 @@ from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification,
 from fusedacl.engine.config import ObjectiveOptions
 from fusedacl.engine.local import LocalEngine
 from fusedacl.engine.modeling import MultiExitOutput, parse_layers
-from fusedacl.engine.objectives import Teacher, distillation, exit_losses
-from fusedacl.engine.strategies import Stage, plan_stages, prepare, stage_losses
+from fusedacl.engine.objectives import ExitLosses, Teacher, distillation, exit_losses
+from fusedacl.engine.strategies import Stage, plan_stages, prepare, stage_losses, stage_states
 from fusedacl.engine.trainer import Interrupted, Trainer, train
 from fusedacl.kernels import acl_cl_loss, acl_loss
 from torch import Tensor
@@ -69,6 +69,18 @@ def batches(number: int = 4) -> list[tuple[dict[str, Tensor], Tensor]]:
     return made
 
 
+def losses_of(
+    model: MultiExitForSequenceClassification,
+    stage: Stage,
+    config: TrainingConfig,
+    batch: dict[str, Tensor],
+    labels: Tensor,
+) -> tuple[MultiExitOutput, ExitLosses]:
+    states = stage_states(model, stage, stage.exits, batch)
+    mask = batch["attention_mask"]
+    return stage_losses(model, stage, stage.exits, states, mask, config, labels)
+
+
 def train_stage(
     model: MultiExitForSequenceClassification, stage: Stage, config: TrainingConfig
 ) -> None:
@@ -76,7 +88,7 @@ def train_stage(
         model, config, 4, CPU, groups=prepare(model, stage), independent=not stage.trains_backbone
     )
     for batch, labels in batches():
-        _, losses = stage_losses(model, stage, 1, config, batch, labels)
+        _, losses = losses_of(model, stage, config, batch, labels)
         engine.backward(losses, share=1.0)
         engine.step()
 
@@ -134,7 +146,7 @@ def test_frozen_parts_are_in_evaluation_mode_and_build_no_graph(
     assert not model.backbone.training and not model.exits[3].training
     assert all(model.exits[position].training for position in stage.exits)
     batch, labels = batches(1)[0]
-    output, losses = stage_losses(model, stage, 1, config, batch, labels)
+    output, losses = losses_of(model, stage, config, batch, labels)
     assert output.exit_logits.shape == (3, 12, 3)
     losses.weighted(0.5).backward()
     assert all(p.grad is None for p in [*model.backbone.parameters(), *model.exits[3].parameters()])

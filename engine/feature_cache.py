@@ -1,0 +1,167 @@
+"""Hidden states of a frozen backbone on disk, read in place of running the backbone again.
+
+One float16 array [tokens, layers, H] in a memory-mapped file: a text's states are one contiguous
+read. Linear exits read the first token only, so only its states are kept for them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .batching import EncodedSplit, collate, epoch_batches
+from .checkpoint import write_json
+from .modeling import MultiExitForSequenceClassification
+from .precision import autocast
+
+logger = logging.getLogger("fusedacl")
+
+STATES_FILE = "states.float16"
+META_FILE = "meta.json"
+
+
+class FeatureCache:
+    """The states of some exits' layers for every text of a split, made here if they are not there.
+
+    Args:
+        directory: of this cache alone; made if it does not exist.
+        positions: of the exits in `exit_layers` whose layers' states are kept.
+        batch_size, pad_token_id, dtype: of the backbone's pass over the split.
+
+    Raises:
+        ValueError: the directory holds the states of other texts, another backbone or other layers,
+            or the disk has no room for them (said before anything is written).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: MultiExitForSequenceClassification,
+        encoded: EncodedSplit,
+        positions: list[int],
+        *,
+        batch_size: int,
+        pad_token_id: int,
+        dtype: torch.dtype = torch.float32,
+        progress: bool = False,
+    ) -> None:
+        self.first_only = model.config.exit_head == "linear"
+        num_texts = len(encoded)
+        self.offsets = np.arange(num_texts + 1) if self.first_only else encoded.offsets
+        width = model.config.backbone_config.hidden_size
+        self.shape = (int(self.offsets[-1]), len(positions), width)
+        meta = {
+            "content": content_hash(model, encoded, positions),
+            "layers": [model.exit_layers[position] for position in positions],
+            "first_token_only": self.first_only,
+            "backbone_dtype": str(dtype),
+            "shape": list(self.shape),
+        }
+        path = directory / STATES_FILE
+        if not self._is_there(directory, meta):
+            self._write(
+                directory, model, encoded, positions, batch_size, pad_token_id, dtype, progress
+            )
+            write_json(directory / META_FILE, meta)
+        self.states = np.memmap(path, dtype=np.float16, mode="r", shape=self.shape)
+
+    def _is_there(self, directory: Path, meta: dict[str, Any]) -> bool:
+        try:
+            found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return False
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            found = {}
+        differing = [name for name in meta if found.get(name) != meta[name]]
+        if differing:
+            raise ValueError(
+                f"feature_cache={str(directory)!r} holds the states of another run: "
+                f"{', '.join(differing)} differ ('content': texts or weights). Delete it, or name "
+                "another directory."
+            )
+        size = (directory / STATES_FILE).stat().st_size
+        if size != self.num_bytes:
+            raise ValueError(
+                f"feature_cache={str(directory)!r} is damaged: {STATES_FILE} has {size} bytes and "
+                f"should have {self.num_bytes}. Delete it."
+            )
+        return True
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        directory: Path,
+        model: MultiExitForSequenceClassification,
+        encoded: EncodedSplit,
+        positions: list[int],
+        batch_size: int,
+        pad_token_id: int,
+        dtype: torch.dtype,
+        progress: bool,
+    ) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(directory).free
+        logger.info(
+            "Feature cache: writing %.2f GB (%d tokens, %d layers, width %d, float16) to %s.",
+            self.num_bytes / 1e9, *self.shape, directory,
+        )  # fmt: skip
+        if self.num_bytes > free:
+            raise ValueError(
+                f"feature_cache={str(directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and "
+                f"{free / 1e9:.2f} GB are free. Name a directory on a larger disk, or leave "
+                "feature_cache out."
+            )
+        states = np.memmap(directory / STATES_FILE, dtype=np.float16, mode="w+", shape=self.shape)
+        batches = epoch_batches(
+            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+        )
+        for indices in tqdm(batches, desc="features", leave=False, disable=not progress):
+            batch = collate(encoded, indices, pad_token_id)
+            batch.pop("labels", None)
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            with autocast(model.device, dtype):
+                layers = model.exit_states(**batch, positions=positions)
+            stacked = torch.stack(layers, dim=2).half().cpu().numpy()  # [N, T, L, H]
+            for row, index in enumerate(indices):
+                start, stop = self.offsets[index], self.offsets[index + 1]
+                states[start:stop] = stacked[row, : stop - start]
+        states.flush()
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """States [N, T, H] float32 of each layer, zero where padded, and the mask [N, T]."""
+        starts, stops = self.offsets[indices], self.offsets[indices + 1]
+        lengths = stops - starts
+        _, num_layers, width = self.shape
+        padded = np.zeros((len(indices), lengths.max(), num_layers, width), dtype=np.float16)
+        for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            padded[row, : stop - start] = self.states[start:stop]
+        mask = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
+        layers = torch.from_numpy(padded).to(device).float().unbind(dim=2)
+        return list(layers), mask.to(device)
+
+
+def content_hash(
+    model: MultiExitForSequenceClassification, encoded: EncodedSplit, positions: list[int]
+) -> str:
+    """SHA-256 of all that the states depend on: tokens, the backbone's weights, the layers."""
+    digest = hashlib.sha256()
+    for array in (encoded.tokens, encoded.offsets, encoded.token_types):
+        digest.update(b"none" if array is None else np.ascontiguousarray(array).data)
+    for name, value in sorted(model.backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    digest.update(str([model.exit_layers[position] for position in positions]).encode())
+    return digest.hexdigest()

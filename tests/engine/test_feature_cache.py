@@ -1,0 +1,146 @@
+"""The second stage from states on disk: the same training, and caches that do not belong."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, feature_cache, train
+from fusedacl.engine.batching import collate, encode
+from fusedacl.engine.columns import TextSplit
+from fusedacl.engine.feature_cache import META_FILE, STATES_FILE, FeatureCache
+from fusedacl.engine.loading import load_tokenizer
+
+TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
+
+
+@pytest.fixture(params=["mha", "linear"])
+def parts(request: pytest.FixtureRequest, tiny_bert: Path) -> tuple[Any, Any, Any]:
+    tokenizer = load_tokenizer(str(tiny_bert))
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tiny_bert), label_names=["no", "yes"], exit_layers=[1, 2], exit_head=request.param
+    ).eval()
+    return model, encode(TextSplit(TEXTS, None, [0, 1, 0, 1]), tokenizer, 16), tokenizer
+
+
+def open_cache(directory: Path, parts: tuple[Any, Any, Any], **changes: Any) -> FeatureCache:
+    model, encoded, tokenizer = parts
+    options = {"batch_size": 3, "pad_token_id": tokenizer.pad_token_id, **changes}
+    return FeatureCache(directory, model, encoded, [0, 1], **options)
+
+
+def test_holds_what_the_backbone_computes(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    model, encoded, tokenizer = parts
+    cache = open_cache(tmp_path / "cache", parts)
+    indices = np.array([2, 0])
+    states, mask = cache.batch(indices, torch.device("cpu"))
+    batch = collate(encoded, indices, tokenizer.pad_token_id)
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = model.exit_states(**batch)
+    if model.config.exit_head == "linear":
+        expected = [layer[:, :1] for layer in expected]
+        assert mask.tolist() == [[1], [1]]
+    else:
+        assert torch.equal(mask, batch["attention_mask"])
+    for layer, wanted in zip(states, expected, strict=True):
+        # Half precision: 11 bits.
+        torch.testing.assert_close(
+            layer * mask[..., None], wanted * mask[..., None], rtol=1e-3, atol=1e-3
+        )
+    assert (tmp_path / "cache" / STATES_FILE).stat().st_size == cache.num_bytes
+
+
+def test_written_once_and_announced(
+    parts: tuple[Any, Any, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="fusedacl"):
+        open_cache(tmp_path, parts)
+        assert "Feature cache: writing 0.00 GB" in caplog.text
+        monkeypatch.setattr(type(parts[0]), "exit_states", None)
+        open_cache(tmp_path, parts)
+    assert caplog.text.count("Feature cache") == 1
+
+
+def test_a_cache_of_other_content_is_refused(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    model, _, tokenizer = parts
+    open_cache(tmp_path, parts)
+    other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
+    with pytest.raises(ValueError, match="holds the states of another run: content"):
+        open_cache(tmp_path, (model, other, tokenizer))
+    with torch.no_grad():
+        next(model.backbone.parameters())[0, 0] += 1
+    with pytest.raises(ValueError, match="content.*Delete it, or name another"):
+        open_cache(tmp_path, parts)
+
+
+def test_damaged_or_unfinished_caches(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    open_cache(tmp_path, parts)
+    whole = (tmp_path / STATES_FILE).read_bytes()
+    (tmp_path / STATES_FILE).write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match="is damaged"):
+        open_cache(tmp_path, parts)
+    (tmp_path / META_FILE).write_text("{")
+    with pytest.raises(ValueError, match="another run"):
+        open_cache(tmp_path, parts)
+    # A run that was killed while it wrote leaves no meta file.
+    (tmp_path / META_FILE).unlink()
+    open_cache(tmp_path, parts)
+    assert (tmp_path / STATES_FILE).read_bytes() == whole
+    assert json.loads((tmp_path / META_FILE).read_text())["layers"] == [1, 2]
+
+
+def test_a_disk_without_room_is_noticed_before_writing(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="GB are needed and 0.00 GB are free"):
+        open_cache(tmp_path, parts)
+    assert not (tmp_path / STATES_FILE).exists()
+
+
+def test_second_stage_with_and_without(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit's weights agree to half precision, and the backbone ran once over the texts."""
+    options: dict[str, Any] = {
+        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
+        "max_seq_length": 16, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
+        "strategy": "two_stage", "dropout": 0.0, "num_train_epochs": 1, "stage2_epochs": 3,
+        "disable_tqdm": True, "save_steps": 0, "eval_steps": 1000,
+    }  # fmt: skip
+    train(TrainingConfig.create(**options, output_dir=str(tmp_path / "without")))
+    calls = []
+    states = FeatureCache.batch
+    monkeypatch.setattr(
+        feature_cache.FeatureCache,
+        "batch",
+        lambda self, *arguments: calls.append(1) or states(self, *arguments),
+    )
+    cache = str(tmp_path / "cache")
+    train(TrainingConfig.create(**options, output_dir=str(tmp_path / "with"), feature_cache=cache))
+    assert len(calls) == 12
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        for name in ("without", "with")
+    )
+    for name, value in one.items():
+        # The gradient of this bias is zero: AdamW makes steps of its rounding.
+        if name != "exits.0.key_value.bias":
+            torch.testing.assert_close(other[name], value, rtol=0.05, atol=2e-3)
+    with pytest.raises(ValueError, match="feature_cache=.* belongs to the second stage"):
+        TrainingConfig.create(
+            **{**options, "strategy": "joint", "stage2_epochs": None},
+            output_dir="x", feature_cache=cache,
+        ).resolved()  # fmt: skip
