@@ -6,7 +6,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt
 
-.PHONY: demo test lint bench bench-quick docs clean
+# The range of Triton that is claimed: both ends are compiled by `make targets`.
+OLDEST_TRITON := 3.3.1
+NEWEST_TRITON := 3.9.0
+
+.PHONY: demo test lint targets bench bench-quick bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
@@ -21,6 +25,15 @@ lint: $(VENV)/.dev
 	$(PIP) install -q --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy
 
+# Every Triton kernel for every GPU, compiled without a GPU. The pinned Triton's turn is in `test`.
+targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/.installed
+	for version in $(OLDEST_TRITON) $(NEWEST_TRITON); do PYTHONPATH=build/triton-$$version \
+	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions || exit 1; done
+
+build/triton-%/.installed: $(VENV)/.dev
+	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*
+	touch $@
+
 bench-quick: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.loss --quick
 	$(BIN)/python -m fusedacl.benchmarks.angle --quick
@@ -30,8 +43,15 @@ bench: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.angle
 	$(BIN)/python -m fusedacl.benchmarks.step
 
+# For a machine with an NVIDIA GPU: the tests that need one, then the benchmarks.
+bench-gpu: $(VENV)/.dev
+	$(BIN)/python -m pytest tests/gpu
+	$(BIN)/python -m fusedacl.benchmarks.gpu_loss
+	$(BIN)/python -m fusedacl.benchmarks.gpu_angle
+
 # The generated pages, from the files in docs/results/ and benchmarks/results/.
 docs: $(VENV)/.dev
+	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
 	$(BIN)/python -m fusedacl.engine.report docs/results/*.json --output docs/results.md
 	$(BIN)/python -m fusedacl.benchmarks.report $(lastword $(wildcard benchmarks/results/*)) \
 	  --output docs/performance.md

@@ -21,6 +21,8 @@ EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["bench"],
     TENSORBOARD,
+    # A CUDA build of torch brings its own; the CPU build, with which most of us test, none.
+    "triton>=3.3.1; platform_system == 'Linux'",
     "pytest>=8",
     "ruff>=0.9",
     "mypy>=1.13",

@@ -26,7 +26,9 @@ def dense_supcon(
     log_probability = similarity - torch.log(exponentials.sum(1, keepdim=True))
     num_positives = positive.sum(1)
     mean_log_probability = (positive * log_probability).sum(1) / num_positives.clamp(min=1)
-    return -mean_log_probability.sum() / (num_positives > 0).sum()
+    # Over many rows a sum of 16 bits overflows.
+    dtype = torch.promote_types(mean_log_probability.dtype, torch.float32)
+    return -mean_log_probability.sum(dtype=dtype) / (num_positives > 0).sum()
 
 
 def dense_acl(
@@ -49,11 +51,101 @@ def metric_learning_supcon(temperature: float = 0.5) -> Callable[[Tensor, Tensor
     return SupConLoss(temperature=temperature)
 
 
+def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:
+    """log sum_k exp(y_i . y_k) [M] by inf_cl's public loss, whose numerator is added again."""
+    from inf_cl import cal_flash_loss
+
+    def log_sum_exp(y: Tensor) -> Tensor:
+        # It wants the width in heads of at most 256.
+        negative_log = cal_flash_loss(y, y, head_dim=min(y.shape[1], 256))
+        return negative_log + y.float().square().sum(1)
+
+    return log_sum_exp
+
+
+def cut_log_sum_exp(*, accumulate_float32: bool) -> Callable[[Tensor], Tensor]:
+    """log sum_k exp(y_i . y_k) [M] by cut_cross_entropy (a version with `return_lse`).
+
+    No gradient is filtered: a softmax over M rows is small everywhere, so the filter's threshold
+    would drop all of it.
+    """
+    from cut_cross_entropy import linear_cross_entropy
+
+    def log_sum_exp(y: Tensor) -> Tensor:
+        _, found = linear_cross_entropy(
+            y,
+            y,
+            torch.arange(y.shape[0], device=y.device),
+            reduction="none",
+            return_lse=True,
+            filter_eps=None,
+            accum_e_fp32=accumulate_float32,
+            accum_c_fp32=accumulate_float32,
+        )
+        return found
+
+    return log_sum_exp
+
+
+def supcon_by_log_sum_exp(
+    log_sum_exp: Callable[[Tensor], Tensor],
+    embeddings: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    temperature: float = 0.5,
+) -> Tensor:
+    """The loss (denominator "others", mean) from a kernel that sums exponentials over all rows.
+
+    The positives are class sums, so that nothing of size M x M is needed beside the kernel.
+    """
+    y = torch.nn.functional.normalize(embeddings.float(), dim=1) / temperature**0.5
+    rounded = y.to(embeddings.dtype)
+    everything = log_sum_exp(rounded).float()
+    itself = rounded.float().square().sum(1)
+    log_denominator = everything + torch.log1p(-torch.exp(itself - everything))
+    sums = y.new_zeros(num_classes, y.shape[1]).index_add(0, labels, y)
+    num_members = y.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(y[:, 0]))
+    num_positives = num_members[labels] - 1
+    positive_mean = ((sums[labels] - y) * y).sum(1) / num_positives.clamp(min=1)
+    is_anchor = num_positives > 0
+    return ((log_denominator - positive_mean) * is_anchor).sum() / is_anchor.sum()
+
+
 def concatenated_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """(a . b, |a|^2, |b|^2) the usual way: flatten both lists, one dot, two norms."""
-    flat_a = torch.cat([tensor.reshape(-1) for tensor in a])
-    flat_b = torch.cat([tensor.reshape(-1) for tensor in b])
+    flat_a = _widened(torch.cat([tensor.reshape(-1) for tensor in a]))
+    flat_b = _widened(torch.cat([tensor.reshape(-1) for tensor in b]))
     return torch.stack([torch.dot(flat_a, flat_b), flat_a.norm() ** 2, flat_b.norm() ** 2])
+
+
+def foreach_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """(a . b, |a|^2, |b|^2) with PyTorch's multi-tensor norms; a dot product it has not."""
+    dot = sum(
+        torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1)))
+        for x, y in zip(a, b, strict=True)
+    )
+    norms = [
+        torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32)).square().sum()
+        for tensors in (a, b)
+    ]
+    return torch.stack([torch.as_tensor(dot), *norms])
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    """Squares of gradients overflow float16."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def unscale_and_clip_(
+    gradients: Sequence[Tensor], inverse_scale: Tensor, found_inf: Tensor, max_norm: float
+) -> None:
+    """What a step in float16 pays anyway: GradScaler's unscale_ and clip_grad_norm_ (foreach)."""
+    # GradScaler groups gradients by dtype, as they are here, and calls this once for each group.
+    torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), found_inf, inverse_scale)
+    norms = torch._foreach_norm(list(gradients), 2)
+    total = torch.linalg.vector_norm(torch.stack(norms), 2)
+    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+    torch._foreach_mul_(list(gradients), factor)
 
 
 def foreach_combine_(a: Sequence[Tensor], b: Sequence[Tensor], weight: float, scale: float) -> None:

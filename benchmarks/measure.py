@@ -20,6 +20,9 @@ import numpy as np
 import torch
 
 Result = dict[str, Any]
+CPU = torch.device("cpu")
+# Calls in a row in a sample on a GPU.
+MAX_REPEATS = 1000
 
 
 def command_line(description: str | None) -> argparse.Namespace:
@@ -38,6 +41,36 @@ def command_line(description: str | None) -> argparse.Namespace:
     return arguments
 
 
+def gpu_command_line(description: str | None) -> argparse.Namespace:
+    """The options of the benchmarks that need a GPU; without one they end here, with status 2."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no file")
+    parser.add_argument(
+        "--device",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="cpu: with --quick, to try the program where no GPU is (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--output_dir",
+        type=Path,
+        help="where the JSON file goes (default: benchmarks/results/<name of the GPU>)",
+    )
+    arguments = parser.parse_args()
+    arguments.device = torch.device(arguments.device)
+    if arguments.device.type == "cpu" and not arguments.quick:
+        parser.error("--device cpu only tries the program: it needs --quick")
+    if arguments.device.type == "cuda" and not torch.cuda.is_available():
+        parser.error(
+            f"no GPU: torch {torch.__version__} finds no CUDA device, and this benchmark measures "
+            "one (--device cpu --quick tries the program, python -m fusedacl.benchmarks.floors "
+            "prints what a GPU could reach)"
+        )
+    if arguments.output_dir is None:
+        arguments.output_dir = Path(__file__).parent / "results" / machine_name(arguments.device)
+    return arguments
+
+
 def interleave(
     candidates: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1
 ) -> dict[str, Result]:
@@ -51,11 +84,43 @@ def interleave(
     return interleave_samples(turns, rounds=rounds)
 
 
-def _seconds_per_call(function: Callable[[], object], repeats: int) -> list[float]:
+def _seconds_per_call(
+    function: Callable[[], object], repeats: int, device: torch.device = CPU
+) -> list[float]:
+    synchronize(device)
     start = time.perf_counter()
     for _ in range(repeats):
         function()
+    synchronize(device)
     return [(time.perf_counter() - start) / repeats]
+
+
+def interleave_on(
+    device: torch.device,
+    candidates: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    sample_seconds: float = 0.02,
+) -> dict[str, Result]:
+    """`interleave` for calls that leave work to a device, which is waited for around a sample.
+
+    Candidates may differ a thousandfold, so each is called as often in a row as fills
+    `sample_seconds`: the wait at the end then does not count.
+    """
+    turns = {}
+    for name, call in candidates.items():
+        # The first call compiles, the second finds memory and clocks as they will be.
+        _seconds_per_call(call, 1, device)
+        (seconds,) = _seconds_per_call(call, 2, device)
+        repeats = max(1, min(MAX_REPEATS, round(sample_seconds / seconds)))
+        turns[name] = partial(_seconds_per_call, call, repeats, device)
+    return interleave_samples(turns, rounds=rounds)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def interleave_samples(
@@ -118,8 +183,49 @@ def _status_bytes(field: str) -> int:
     return int(match[1]) * 1024
 
 
-def machine_name() -> str:
-    """A folder name such as intel-xeon-2core."""
+def extra_device_memory(function: Callable[[], object], device: torch.device) -> int | None:
+    """Bytes by which one call, made before, raises the device's allocated memory at its peak.
+
+    None on a CPU (`extra_memory` measures there).
+    """
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def launches(function: Callable[[], object], device: torch.device) -> list[str] | None:
+    """Names of the kernels, copies and fills that one call gives to the device, in order.
+
+    None on a CPU, or where the profiler may not look.
+    """
+    if device.type != "cuda":
+        return None
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    # The first profile of a process may miss what it starts with.
+    for _ in range(2):
+        torch.cuda.synchronize(device)
+        with torch.profiler.profile(activities=activities) as profiler:
+            function()
+            torch.cuda.synchronize(device)
+    on_device = [
+        event
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not getattr(event, "is_user_annotation", False)
+    ]
+    on_device.sort(key=lambda event: event.time_range.start)
+    return [event.name for event in on_device] or None
+
+
+def machine_name(device: torch.device = CPU) -> str:
+    """A folder name such as intel-xeon-2core or nvidia-h200."""
+    if device.type == "cuda":
+        return "-".join(re.findall(r"[a-z0-9]+", gpu_name(device).lower()))
     words = re.sub(r"\(.*?\)|@.*|\b(CPU|Processor)\b", " ", _cpu_model()).lower()
     return "-".join([*re.findall(r"[a-z0-9]+", words), f"{os.cpu_count()}core"])
 
@@ -133,9 +239,15 @@ def _cpu_model() -> str:
     return next(names, platform.machine())
 
 
-def environment() -> Result:
+def gpu_name(device: torch.device) -> str:
+    """As the driver has it; the CPU's where the device is one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+
+
+def environment(device: torch.device = CPU) -> Result:
     """What a reader needs to judge or repeat the numbers."""
-    return {
+    gpu = _gpu(device) if device.type == "cuda" else {}
+    return gpu | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": _cpu_model(),
@@ -148,6 +260,27 @@ def environment() -> Result:
         "pytorch_metric_learning": _version("pytorch-metric-learning"),
         "openmp": {key: value for key, value in os.environ.items() if key.startswith("OMP_")},
     }
+
+
+def _gpu(device: torch.device) -> Result:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+    }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown: nvidia-smi is not installed"
+    return answer.stdout.partition("\n")[0].strip() or "unknown"
 
 
 def _commit() -> str:
@@ -170,8 +303,8 @@ def _version(distribution: str) -> str:
         return "absent"
 
 
-def write(result: Result, path: Path) -> None:
+def write(result: Result, path: Path, device: torch.device = CPU) -> None:
     """Writes the result with its environment."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), **result}, indent=2) + "\n")
+    path.write_text(json.dumps({"environment": environment(device), **result}, indent=2) + "\n")
     print(f"written: {path}")

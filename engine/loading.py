@@ -10,7 +10,12 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import InferenceOptions
-from .modeling import MultiExitConfig, MultiExitForSequenceClassification, nearest_directory
+from .modeling import (
+    MultiExitConfig,
+    MultiExitForSequenceClassification,
+    label_names,
+    nearest_directory,
+)
 from .precision import choose_device, choose_dtype
 
 DEFAULT_MAX_LENGTH = 128
@@ -80,8 +85,7 @@ class TrainedModel:
     @property
     def label_names(self) -> list[str]:
         """The classes' names, in the order of the logits."""
-        names = self.model.config.id2label
-        return [names[index] for index in range(self.model.num_labels)]
+        return label_names(self.model.config)
 
 
 def load_trained(path: str) -> MultiExitForSequenceClassification:

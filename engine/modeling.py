@@ -321,6 +321,12 @@ def parse_layers(text: str | None) -> list[int]:
     return [int(part) for part in parts]
 
 
+def label_names(config: PretrainedConfig) -> list[str]:
+    """The classes' names, in the order of the logits."""
+    names = cast(dict[int, str], config.id2label)
+    return [names[index] for index in sorted(names)]
+
+
 def take_last_exit(
     model: MultiExitForSequenceClassification,
     trained: MultiExitForSequenceClassification,
@@ -333,7 +339,7 @@ def take_last_exit(
     """
     ours, theirs = model.config, trained.config
     for what, mine, other in (
-        ("classes", list(ours.id2label.values()), list(theirs.id2label.values())),
+        ("classes", label_names(ours), label_names(theirs)),
         ("exit_head", ours.exit_head, theirs.exit_head),
         ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1]),
     ):

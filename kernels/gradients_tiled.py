@@ -36,7 +36,7 @@ def grad_dot_norm(
     """[G, 3] of `gradients.grad_dot_norm`, whose arguments are already checked."""
     compiled = compiled_sums()
     pair_sums = compiled or three_products
-    work = []
+    work: list[tuple[int, tuple[bool, bool, bool], torch.dtype, tuple[Tensor, Tensor]]] = []
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         some = left if left is not None else right
         if some is None:
@@ -53,7 +53,7 @@ def grad_dot_norm(
     results = [(0.0, 0.0, 0.0)] * len(work)
     positions = iter(range(len(work)))
 
-    def take_pieces(_: int = 0) -> None:
+    def take_pieces(thread: int = 0) -> None:
         # The threads share the iterator, so none is left with all the large pieces.
         for position in positions:
             _, _, dtype, (x, y) = work[position]
@@ -61,15 +61,15 @@ def grad_dot_norm(
 
     num_threads = torch.get_num_threads()
     # PyTorch's products use all threads by themselves.
-    if not compiled or num_threads == 1 or sum(x.numel() for *_, (x, _) in work) <= PIECE:
+    if not compiled or num_threads == 1 or sum(x.numel() for _, _, _, (x, _) in work) <= PIECE:
         take_pieces()
     else:
         list(thread_pool(num_threads).map(take_pieces, range(num_threads)))
 
     totals = [[0.0] * 3 for _ in range(num_groups)]
-    for (group, counts, *_), sums in zip(work, results, strict=True):
-        for column in range(3):
-            if counts[column]:
+    for (group, counts, _, _), sums in zip(work, results, strict=True):
+        for column, count in enumerate(counts):
+            if count:
                 totals[group][column] += sums[column]
     return torch.tensor(totals, dtype=torch.float64).float()
 

@@ -1,6 +1,7 @@
 """What this machine offers to Triton kernels."""
 
 import functools
+import importlib
 import importlib.util
 import os
 import re
@@ -67,7 +68,7 @@ def triton_version() -> tuple[int, ...] | None:
         found = version("triton")
     except PackageNotFoundError:
         # A folder on PYTHONPATH need not hold the distribution's metadata.
-        from triton import __version__ as found
+        found = importlib.import_module("triton").__version__
     return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
 
 

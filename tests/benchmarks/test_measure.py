@@ -1,0 +1,84 @@
+"""Names, command lines and device measurements."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from fusedacl.benchmarks import measure
+from fusedacl.benchmarks.measure import (
+    extra_device_memory,
+    gpu_command_line,
+    interleave_on,
+    launches,
+    machine_name,
+)
+
+CPU = torch.device("cpu")
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (x)")
+
+
+def test_a_gpu_gives_its_results_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch)
+    assert machine_name(torch.device("cuda")) == "nvidia-h200-x"
+    # What the CPU computes stays with the CPU.
+    assert machine_name() == machine_name(CPU) != "nvidia-h200-x"
+    monkeypatch.setattr(sys, "argv", ["gpu_loss"])
+    assert gpu_command_line("").output_dir.parts[-2:] == ("results", "nvidia-h200-x")
+
+
+def test_without_a_gpu_the_command_ends_with_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for options, message in (
+        ([], "finds no CUDA device, and this benchmark measures one (--device cpu --quick tries"),
+        (["--device", "cpu"], "it needs --quick"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["gpu_loss", *options])
+        with pytest.raises(SystemExit) as stopped:
+            gpu_command_line("")
+        assert stopped.value.code == 2
+        assert message in capsys.readouterr().err
+
+
+def test_fast_calls_are_repeated_and_slow_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"fast": 0, "slow": 0}
+    seconds = {"fast": 0.001, "slow": 10.0}
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def call(name: str) -> None:
+        calls[name] += 1
+        clock[0] += seconds[name]
+
+    times = interleave_on(
+        CPU, {name: lambda name=name: call(name) for name in calls}, rounds=3, sample_seconds=0.02
+    )
+    # Three calls before, then three samples.
+    assert calls == {"fast": 3 + 3 * 20, "slow": 3 + 3}
+    assert times["fast"]["p50_ms"] == pytest.approx(1)
+    assert times["slow"]["samples"] == 3
+
+
+def test_what_only_a_gpu_can_tell_is_absent_on_the_cpu() -> None:
+    assert extra_device_memory(lambda: None, CPU) is None
+    assert launches(lambda: None, CPU) is None
+    assert "gpu" not in measure.environment()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    x = torch.ones(2**20, device=device)
+    assert extra_device_memory(lambda: x + 1, device) == 4 * 2**20
+    names = launches(lambda: (x + 1) * 2, device)
+    assert names is not None and len(names) == 2
+    environment = measure.environment(device)
+    assert environment["gpu"] == torch.cuda.get_device_name(device)
+    assert environment["driver"][0].isdigit()

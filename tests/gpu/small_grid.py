@@ -1,0 +1,132 @@
+"""A few small shapes of every kernel against float64, in a process of its own.
+
+    python small_grid.py [--as_volta] [supcon_small] [supcon_fused] [tiled] [gradients]
+
+With --as_volta the kernels are compiled for compute capability 7.0 and their PTX is given to the
+driver, which compiles it for the GPU that is there: the code of a V100, run elsewhere. Prints how
+many kernels were compiled; stops with an error at the first wrong result.
+"""
+
+import argparse
+import itertools
+import re
+from typing import Any
+
+import torch
+
+DEVICE = torch.device("cuda")
+VOLTA = (7, 0)
+
+
+def main() -> None:
+    checks = {
+        "supcon_small": check_small,
+        "supcon_fused": check_fused,
+        "tiled": check_tiled,
+        "gradients": check_gradients,
+    }
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--as_volta", action="store_true")
+    parser.add_argument("names", nargs="*", choices=checks)
+    arguments = parser.parse_args()
+    compiled: list[str] = []
+    if arguments.as_volta:
+        compile_for_volta(compiled)
+    torch.manual_seed(0)
+    for name in arguments.names or checks:
+        checks[name]()
+        torch.cuda.synchronize()
+        print(f"{name}: right", flush=True)
+    if arguments.as_volta:
+        assert compiled, "no kernel was compiled"
+        print(f"{len(compiled)} kernels compiled for 7.0: {', '.join(sorted(set(compiled)))}")
+
+
+def compile_for_volta(compiled: list[str]) -> None:
+    """Triton takes the GPU for a V100 and leaves the last step, PTX to binary, to the driver."""
+    # Before Triton's driver is made, which keeps this function.
+    torch.cuda.get_device_capability = lambda device=None: VOLTA
+    from triton.backends import backends
+
+    def keep_ptx(self: Any, ptx: str | bytes, *_: Any) -> bytes:
+        text = ptx.decode() if isinstance(ptx, bytes) else ptx
+        assert re.search(r"^\.target sm_70\b", text, re.MULTILINE), "this is not PTX for sm_70"
+        compiled.extend(re.findall(r"\.visible \.entry (\w+)", text))
+        # cuModuleLoadData takes PTX as a text that ends with a zero.
+        return text.encode() + b"\0"
+
+    backends["nvidia"].compiler.make_cubin = keep_ptx
+
+
+def losses(impl: str, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+    from contrastive_cases import DENOMINATORS, REDUCTIONS, check_error, make_inputs
+
+    kinds: list[dict[str, Any]] = [
+        {"num_labels": None},
+        {"num_labels": 5},
+        {"num_labels": 3, "teacher": True, "exits": 2},
+    ]
+    # Each combination with some of the shapes: under a sanitizer all of them would take hours.
+    combinations = itertools.cycle(itertools.product(DENOMINATORS, REDUCTIONS))
+    for num_samples, kind, dtype in itertools.product(sizes, kinds, dtypes):
+        inputs = make_inputs(num_samples, width=20, dtype=dtype, device="cuda", **kind)
+        labels = torch.randint(kind["num_labels"] or 4, (num_samples,), device=DEVICE)
+        for denominator, reduction in itertools.islice(combinations, 2):
+            check_error(inputs, labels, impl=impl, denominator=denominator, reduction=reduction)
+
+
+def dtypes_here() -> tuple[torch.dtype, ...]:
+    """A V100 has no bfloat16."""
+    both = (torch.float16, torch.float32)
+    has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
+    return (*both, torch.bfloat16) if has_bfloat16 else both
+
+
+def check_small() -> None:
+    from fusedacl.kernels import dispatch, supcon_small
+
+    dispatch.SMALL_ROWS = supcon_small.MAX_ROWS
+    losses("triton", (1, 17, 33, 61), dtypes_here())
+
+
+def check_fused() -> None:
+    from fusedacl.kernels import dispatch
+
+    dispatch.SMALL_ROWS = 0
+    losses("triton", (1, 61, 130), dtypes_here())
+
+
+def check_tiled() -> None:
+    from fusedacl.kernels import supcon_tiled
+
+    # Several tiles, also at the edge, each of several blocks.
+    supcon_tiled.GPU_TILE, supcon_tiled.ONE_TILE, supcon_tiled.FEW_ROWS = 48, 0, 0
+    losses("tiled", (61, 100), dtypes_here())
+
+
+def check_gradients() -> None:
+    from fusedacl.kernels import gated_combine_, grad_dot_norm
+
+    shapes = ((300, 70), (1,), (0,), (16384,), (20000,), (7, 5))
+    groups = [0, 1, 1, 2, 0, 3]
+    for dtype, other in itertools.product(dtypes_here(), dtypes_here()):
+        a = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+        b = [torch.randn(shape, device=DEVICE).to(other) for shape in shapes]
+        # An address that is no multiple of 16, and another order of the same elements.
+        a[3] = torch.randn(16385, device=DEVICE).to(dtype)[1:]
+        b[5] = torch.randn(5, 7, device=DEVICE).to(other).t()
+        doubles = [[x.double() for x in gradients] for gradients in (a, b)]
+        stats = grad_dot_norm(a, b, groups=groups, impl="triton")
+        wanted = grad_dot_norm(*doubles, groups=groups, impl="reference")
+        torch.testing.assert_close(stats, wanted, rtol=1e-5, atol=1e-3)
+        options = {"weight": 0.3, "scale": 0.5, "max_norm": 1.0, "groups": groups}
+        used = gated_combine_(a, b, stats, impl="triton", **options)
+        wanted = gated_combine_(*doubles, stats, impl="reference", **options)
+        torch.testing.assert_close(used, wanted)
+        tolerance = 2 * torch.finfo(dtype).eps
+        for found, exact in zip(a, doubles[0], strict=True):
+            torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=1e-6)
+
+
+if __name__ == "__main__":
+    main()
