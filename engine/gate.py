@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from ..kernels import gated_combine_, grad_dot_norm
-from ..kernels.gradients import angle_degrees, choose, combined_squared_norm
+from ..kernels.gradients import angle_degrees, choose, combined_squared_norm, within_angle
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class GradientGate:
         )
         self.reset()
         angle = angle_degrees(stats)
-        kept = angle <= self.max_angle
+        kept = within_angle(stats, self.max_angle)
         grad_norm = combined_squared_norm(stats, used).sum().sqrt() / loss_scale
         active = (stats[:, 1:] != 0).any(dim=1)
         return GateDecision(used, kept, angle, grad_norm, active, torch.isfinite(stats).all())

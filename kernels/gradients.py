@@ -8,6 +8,7 @@ Source: arXiv 2602.03563, equations 2 and 4 (ACL-Grad).
 """
 
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -90,6 +91,11 @@ def gated_combine_(
             f"stats has shape {tuple(stats.shape)}: {num_groups} group(s) need [{num_groups}, 3], "
             "as grad_dot_norm returns for the same lists and groups"
         )
+    if stats.device != device:
+        raise ValueError(
+            f"stats is on {stats.device} and the gradients on {device}: pass what grad_dot_norm "
+            "returned for them"
+        )
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is {weight}: it must lie in [0, 1]")
     if not 0 <= max_angle <= 180:
@@ -99,6 +105,11 @@ def gated_combine_(
             raise ValueError(
                 f"a[{index}] is None but b[{index}] is not: there is nothing to write to "
                 "(torch.zeros_like(b[i]) makes a place)"
+            )
+        if left is not None and not left.is_contiguous() and _is_expanded(left):
+            raise ValueError(
+                f"a[{index}] has shape {tuple(left.shape)} and strides {left.stride()}: several of "
+                "its elements share one place, so nothing can be written to it (.clone() it)"
             )
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}: it must be > 0, or None for no clipping")
@@ -123,6 +134,14 @@ def angle_degrees(stats: Tensor) -> Tensor:
     90 where a gradient is zero, NaN where the stats are not finite. Waits for no device.
     """
     return _angle(stats).float()
+
+
+def within_angle(stats: Tensor, max_angle: float) -> Tensor:
+    """Whether the angle is at most `max_angle` degrees, bool [G]: the gate's decision.
+
+    In float64: `angle_degrees` is rounded. False where the stats are not finite.
+    """
+    return _angle(stats) <= max_angle
 
 
 def combined_squared_norm(stats: Tensor, used: Tensor) -> Tensor:
@@ -156,9 +175,8 @@ def _decide(
     clip_groups: bool,
 ) -> tuple[Tensor, Tensor]:
     """The l' [G] and the factors [G], both float64; they stay on the device."""
-    angle = _angle(stats)
-    agree = (angle <= max_angle).to(angle.dtype)
-    used = (agree * weight).masked_fill(angle.isnan(), torch.nan)
+    used = within_angle(stats, max_angle).double() * weight
+    used = used.masked_fill(~stats.isfinite().all(1), torch.nan)
     factor = torch.ones_like(used)
     if scale is not None:
         factor = factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
@@ -228,21 +246,12 @@ def _check_lists(
         )
     if len(a) == 0:
         raise ValueError("a and b are empty: pass the gradients of at least one parameter")
-    first: tuple[str, Tensor] | None = None
-    for index, pair in enumerate(zip(a, b, strict=True)):
-        for side, tensor in zip("ab", pair, strict=True):
-            if tensor is None:
-                continue
-            name = f"{side}[{index}]"
-            _check_gradient(name, tensor)
-            if first is None:
-                first = name, tensor
-            if tensor.device != first[1].device:
-                raise ValueError(
-                    f"{name} is on {tensor.device} and {first[0]} on {first[1].device}: all "
-                    "gradients must be on one device"
-                )
-        left, right = pair
+    device = next((t.device for t in (*a, *b) if isinstance(t, Tensor)), torch.device("cpu"))
+    for index, (left, right) in enumerate(zip(a, b, strict=True)):
+        # Hundreds of entries every step: one look at each, and the words only where it fails.
+        for side, tensor in (("a", left), ("b", right)):
+            if not _is_gradient(tensor, device):
+                _refuse(f"{side}[{index}]", tensor, device)
         if left is not None and right is not None and left.shape != right.shape:
             raise ValueError(
                 f"a[{index}] has shape {tuple(left.shape)} and b[{index}] {tuple(right.shape)}: "
@@ -254,13 +263,22 @@ def _check_lists(
             raise ValueError(
                 f"groups has {len(groups)} entries and a {len(a)}: it needs one per gradient"
             )
-        if any(isinstance(g, bool) or not isinstance(g, int) or g < 0 for g in groups):
+        if set(map(type, groups)) != {int} or min(groups) < 0:
             raise ValueError(f"groups is {list(groups)}: every entry must be an int >= 0")
         num_groups = max(groups) + 1
-    return (torch.device("cpu") if first is None else first[1].device), num_groups
+    return device, num_groups
 
 
-def _check_gradient(name: str, tensor: Tensor) -> None:
+def _is_gradient(tensor: Tensor | None, device: torch.device) -> bool:
+    return tensor is None or (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.is_floating_point()
+        and tensor.device == device
+    )
+
+
+def _refuse(name: str, tensor: Any, device: torch.device) -> NoReturn:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor or None, not {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -270,3 +288,12 @@ def _check_gradient(name: str, tensor: Tensor) -> None:
         )
     if not tensor.is_floating_point():
         raise TypeError(f"{name} is {tensor.dtype}: a gradient must be a floating-point tensor")
+    raise ValueError(
+        f"{name} is on {tensor.device} and the first gradient on {device}: all gradients must be "
+        "on one device"
+    )
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(size > 1 and stride == 0 for size, stride in sizes)

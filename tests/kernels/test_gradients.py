@@ -9,6 +9,7 @@ from fusedacl.kernels import (
     combined_squared_norm,
     gated_combine_,
     grad_dot_norm,
+    gradients,
     gradients_tiled,
 )
 from torch import Tensor
@@ -216,6 +217,16 @@ def test_without_a_norm_nothing_is_written(impl: str) -> None:
     assert [x.tolist() for x in a if x is not None] == [[0.5, 0.5], [1, INF]]
 
 
+def test_the_decision_is_taken_in_float64() -> None:
+    """60.00000000000001 degrees: the angle in float32 is 60."""
+    stats = torch.tensor([[0.5, 1.0, 1.0]])
+    assert angle_degrees(stats).tolist() == [60]
+    for max_angle in (60.0, 60.00000000000001, 59.99999999999999):
+        used = gated_combine_([X.clone()], [X], stats, weight=0.5, max_angle=max_angle)
+        assert gradients.within_angle(stats, max_angle).tolist() == [used.item() == 0.5]
+    assert len({gradients.within_angle(stats, 60 + x).item() for x in (-1e-13, 1e-13)}) == 2
+
+
 def test_threshold_is_inclusive_and_can_be_below_90() -> None:
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
     stats = grad_dot_norm([x], [y])
@@ -259,7 +270,7 @@ BAD: dict[str, tuple[type[Exception], Call]] = {
     "a has 1 entries and b 2": (ValueError, sums([X], [X, X])),
     "a and b are empty": (ValueError, sums([], [])),
     r"a\[0\] has shape \(3,\) and b\[0\] \(2,\)": (ValueError, sums([X], [X[:2]])),
-    r"b\[0\] is on meta and a\[0\] on cpu": (ValueError, sums([X], [X.to("meta")])),
+    r"b\[0\] is on meta and the first gradient on cpu": (ValueError, sums([X], [X.to("meta")])),
     r"a\[0\] is sparse .*to_dense": (TypeError, sums([SPARSE], [X])),
     r"b\[0\] is torch.int64": (TypeError, sums([X], [X.long()])),
     r"a\[0\] must be a torch.Tensor or None, not list": (TypeError, sums([[1.0]], [X])),
@@ -275,6 +286,11 @@ BAD: dict[str, tuple[type[Exception], Call]] = {
         sums([X.to("meta")], [X.to("meta")], impl="tiled"),
     ),
     r"stats has shape \(2, 3\): 1 group": (ValueError, combine(stats=torch.ones(2, 3))),
+    "stats is on meta and the gradients on cpu": (ValueError, combine(stats=STATS.to("meta"))),
+    r"a\[0\] has shape \(3,\) and strides \(0,\): several": (
+        ValueError,
+        combine(a=[X[:1].expand(3)]),
+    ),
     r"weight is 1.5: it must lie in \[0, 1\]": (ValueError, combine(weight=1.5)),
     r"max_angle is 200: it must lie in \[0, 180\]": (ValueError, combine(max_angle=200)),
     r"max_norm is 0: it must be > 0": (ValueError, combine(max_norm=0)),
