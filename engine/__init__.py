@@ -4,36 +4,46 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import EvaluationConfig, PredictionConfig, TrainingConfig
+    from .config import EvaluationConfig, ExitsConfig, PredictionConfig, TrainingConfig
+    from .early_exiting import EarlyExit, early_exit
     from .evaluation import evaluate
+    from .exit_study import study_exits
     from .gate import GateDecision, GradientGate
     from .modeling import MultiExitConfig, MultiExitForSequenceClassification
     from .prediction import predict
     from .trainer import train
 
 __all__ = [
+    "EarlyExit",
     "EvaluationConfig",
+    "ExitsConfig",
     "GateDecision",
     "GradientGate",
     "MultiExitConfig",
     "MultiExitForSequenceClassification",
     "PredictionConfig",
     "TrainingConfig",
+    "early_exit",
     "evaluate",
     "predict",
+    "study_exits",
     "train",
 ]
 
 _HOMES = {
+    "EarlyExit": "early_exiting",
     "EvaluationConfig": "config",
+    "ExitsConfig": "config",
     "GateDecision": "gate",
     "GradientGate": "gate",
     "MultiExitConfig": "modeling",
     "MultiExitForSequenceClassification": "modeling",
     "PredictionConfig": "config",
     "TrainingConfig": "config",
+    "early_exit": "early_exiting",
     "evaluate": "evaluation",
     "predict": "prediction",
+    "study_exits": "exit_study",
     "train": "trainer",
 }
 

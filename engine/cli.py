@@ -14,6 +14,7 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
   train      fine-tune an encoder; without arguments: the demonstration on embedded data
   evaluate   metrics of a trained model on a labelled data set
   predict    labels and probabilities for a file of texts
+  exits      early exit: sweep policies, choose a threshold, store it with the model
   doctor     what this machine can run, and why
 
 fusedacl <verb> --help explains each option with its unit and default."""
@@ -69,10 +70,12 @@ def _train(arguments: list[str]) -> int:
         print(f"fusedacl train: {stop}", file=sys.stderr)
         return stop.exit_code
     _print_metrics(results["metrics"])
+    many = len({row["group"] for row in results["gate"]}) > 1
     for row in results["gate"]:
+        group = f", {row['group']}" if many else ""
         print(
-            f"epoch {row['epoch']}: gate dropped {row['dropped_share']:.1%} of {row['steps']} "
-            f"steps, median angle {row['angle_median']:.1f} degrees"
+            f"epoch {row['epoch']}{group}: gate dropped {row['dropped_share']:.1%} of "
+            f"{row['steps']} steps, median angle {row['angle_median']:.1f} degrees"
         )
     print(f"model, metrics.jsonl and results.json are in {config.run.output_dir}")
     return 0
@@ -99,6 +102,17 @@ def _predict(arguments: list[str]) -> int:
 
     _quiet_transformers()
     print(f"labels and probabilities are in {predict(config)}")
+    return 0
+
+
+def _exits(arguments: list[str]) -> int:
+    from .config import ExitsConfig
+
+    config = parse(ExitsConfig, "fusedacl exits", "Early exit: sweep, calibrate, store.", arguments)
+    from .exit_study import study_exits
+
+    _quiet_transformers()
+    print("\n".join(study_exits(config)["lines"]))
     return 0
 
 
@@ -133,5 +147,6 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "train": _train,
     "evaluate": _evaluate,
     "predict": _predict,
+    "exits": _exits,
     "doctor": _doctor,
 }

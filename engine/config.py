@@ -326,6 +326,14 @@ class PredictionOptions:
     max_seq_length: int | None = option(
         None, "tokens per text (pair); unset: what the model was trained with", at_least=3
     )
+    policy: str | None = option(
+        None,
+        "early exit: stored (what `fusedacl exits` chose), or a policy such as"
+        " entropy:threshold=0.3; unset: the full model",
+    )
+    repack: bool = option(
+        False, "early exit: what is left of several batches goes on in full batches"
+    )
 
 
 @dataclass(frozen=True)
@@ -334,3 +342,47 @@ class PredictionConfig:
 
     model: InferenceOptions = field(default_factory=InferenceOptions)
     prediction: PredictionOptions = field(default_factory=PredictionOptions)
+
+
+@dataclass(frozen=True)
+class CalibrationDataOptions(DataOptions):
+    train_file: str | None = option(None, "training file, for the policy learned")
+    learned_exit_samples: int = option(
+        2000, "texts, from the end of the training split, to train the learned exit on", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class ExitsOptions:
+    policies: str = option(
+        "max_probability,entropy,patience,patience_confidence,voting,fixed_layer",
+        "early-exit policies to sweep, separated by commas; learned (needs training texts) too",
+    )
+    policy: str | None = option(
+        None, "one of them: calibrate it for the target and store it with the model"
+    )
+    metric: str | None = option(None, "metric to sweep for; unset: the task's main one")
+    max_quality_loss: float | None = option(
+        None,
+        "target: relative loss of the metric against the full model; 0.01 if no target is given",
+        at_least=0,
+        at_most=1,
+    )
+    max_mean_layer: float | None = option(None, "target: layers run per text", at_least=1)
+    max_flops_share: float | None = option(
+        None, "target: share of the full model's operations", above=0, at_most=1
+    )
+    num_thresholds: int = option(33, "thresholds to try per policy", at_least=3)
+    measure: bool = option(
+        False, "time each policy's setting for the target against the full model, batch 1 and 32"
+    )
+    output_dir: str | None = option(None, "directory for exits.json, tables and figure")
+
+
+@dataclass(frozen=True)
+class ExitsConfig:
+    """All options of `fusedacl exits`."""
+
+    model: InferenceOptions = field(default_factory=InferenceOptions)
+    data: CalibrationDataOptions = field(default_factory=CalibrationDataOptions)
+    exits: ExitsOptions = field(default_factory=ExitsOptions)

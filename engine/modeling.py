@@ -5,10 +5,10 @@ from __future__ import annotations
 import difflib
 import inspect
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,11 @@ from transformers.utils import logging as transformers_logging
 
 from .exits import Exit, LinearExit, MHAExit
 from .options import did_you_mean
+
+if TYPE_CHECKING:
+    from .batching import EncodedSplit
+    from .early_exiting import EarlyExitOutput
+    from .exit_policies import Policy
 
 EXIT_HEADS = ("mha", "linear")
 # How the encoders of transformers spell their dropout probabilities.
@@ -51,6 +56,8 @@ class MultiExitConfig(PretrainedConfig):
         exit_attention_heads: attention heads of the mha head.
         exit_dropout: dropout probability of the exits.
         max_seq_length: tokens per text that the model was trained with, for evaluation and serving.
+        exit_policy: the calibrated early-exit policy, as `calibration_record` makes it.
+        learned_exit: whether the model has the learned exit of the policy "learned".
 
     Raises:
         ValueError: an unknown head, a layer that the backbone does not have, or repeated layers.
@@ -67,6 +74,8 @@ class MultiExitConfig(PretrainedConfig):
         exit_attention_heads: int = 4,
         exit_dropout: float = 0.1,
         max_seq_length: int | None = None,
+        exit_policy: dict[str, Any] | None = None,
+        learned_exit: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, dict):
@@ -79,6 +88,8 @@ class MultiExitConfig(PretrainedConfig):
         self.exit_attention_heads = exit_attention_heads
         self.exit_dropout = exit_dropout
         self.max_seq_length = max_seq_length
+        self.exit_policy = exit_policy
+        self.learned_exit = learned_exit
         self.exit_layers = list(exit_layers) if exit_layers is not None else None
         if exit_head not in EXIT_HEADS:
             raise ValueError(f"exit_head={exit_head!r}.{did_you_mean(exit_head, EXIT_HEADS)}")
@@ -143,6 +154,11 @@ class MultiExitForSequenceClassification(PreTrainedModel):
             backbone if backbone is not None else _random_encoder(config.backbone_config)
         )
         self.exits = nn.ModuleList(self._new_exit() for _ in config.exit_layers)
+        # Made by `fit_learned_exit`; here it is only found again by from_pretrained.
+        self.learned_exit: nn.Linear | None = None
+        if config.learned_exit:
+            width = cast(Exit, self.exits[0]).classifier.in_features
+            self.learned_exit = nn.Linear(width, 1)
         self.post_init()
 
     def _new_exit(self) -> Exit:
@@ -243,6 +259,26 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         """Logits and representations of every exit; one pass through the backbone."""
         states = self.exit_states(input_ids, attention_mask, token_type_ids, **backbone_options)
         return self.classify(states, attention_mask, labels)
+
+    def early_exit(
+        self,
+        inputs: Mapping[str, Tensor] | EncodedSplit,
+        policy: Policy | str | None = None,
+        **options: Any,
+    ) -> EarlyExitOutput:
+        """Answers where each text leaves at the first exit that the policy is content with.
+
+            model.early_exit(tokenizer(texts, padding=True, return_tensors="pt")).predictions
+
+        `policy`: a name with its parameters (`threshold=…`) among the options, a `Policy`, or None:
+        the one that `fusedacl exits` stored. The options are those of `early_exiting.early_exit`.
+
+        Raises:
+            ValueError: the model has one exit or stores no policy; a mistake in the policy.
+        """
+        from .early_exiting import early_exit
+
+        return early_exit(self, inputs, policy, **options)
 
     def exit_states(
         self,

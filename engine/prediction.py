@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from .batching import encode
 from .config import PredictionConfig
 from .data import TextSplit, read_unlabelled
+from .early_exiting import EarlyExit
 from .evaluation import predict_logits
+from .exit_policies import parse_policy
 from .loading import TrainedModel
 
+logger = logging.getLogger("fusedacl")
 OUTPUT_EXTENSIONS = (".csv", ".jsonl")
 
 
 def predict(config: PredictionConfig) -> Path:
     """Write one row a text: its label and each class's probability; returns the file.
 
-    The columns are `label` and `probability_<class>`, in the order of the input's rows.
+    The columns are `label` and `probability_<class>`, in the order of the input's rows; with early
+    exit also `exit_layer`, the layer where the text left.
 
     Raises:
         ValueError: a mistake in the configuration, the texts or the model directory.
@@ -43,32 +49,56 @@ def predict(config: PredictionConfig) -> Path:
     columns = [name for name in (options.text_column, options.text_pair_column) if name is not None]
     texts: TextSplit = read_unlabelled(options.input_file, columns=columns or None)
     trained = TrainedModel(config.model, options.max_seq_length)
+    engine = None
+    if options.policy is not None:
+        stored = options.policy == "stored"
+        policy = None if stored else parse_policy(options.policy)
+        engine = EarlyExit(trained.model, policy, dtype=trained.dtype)
+    elif options.repack:
+        raise ValueError("repack belongs to early exit: name a policy, or leave it out.")
     encoded = encode(texts, trained.tokenizer, trained.max_length, model_limit=trained.limit)
-    logits = predict_logits(
-        trained.model,
-        encoded,
-        config.model.per_device_eval_batch_size,
-        pad_token_id=trained.tokenizer.pad_token_id,
-        dtype=trained.dtype,
-        progress=not config.model.disable_tqdm,
-    )
-    probabilities = torch.softmax(logits[-1], dim=-1)  # [n, K]
+    inference: dict[str, Any] = {
+        "pad_token_id": trained.tokenizer.pad_token_id,
+        "progress": not config.model.disable_tqdm,
+    }
+    batch_size = config.model.per_device_eval_batch_size
+    exit_layers = None
+    if engine is None:
+        logits = predict_logits(
+            trained.model, encoded, batch_size, dtype=trained.dtype, **inference
+        )
+        probabilities = torch.softmax(logits[-1], dim=-1)  # [n, K]
+    else:
+        left = engine.predict(encoded, batch_size, repack=options.repack, **inference)
+        logger.info(
+            f"early exit, {engine.policy}: {left.mean_layer:.2f} of "
+            f"{trained.model.exit_layers[-1]} layers per text, {left.flops_share:.0%} of the FLOPs"
+        )
+        probabilities, exit_layers = left.probabilities, left.exit_layers.tolist()
     names = trained.label_names
     labels = [names[index] for index in probabilities.argmax(dim=-1).tolist()]
-    _write(output_file, names, labels, probabilities.tolist())
+    _write(output_file, names, labels, probabilities.tolist(), exit_layers)
     return output_file
 
 
 def _write(
-    path: Path, names: list[str], labels: list[str], probabilities: list[list[float]]
+    path: Path,
+    names: list[str],
+    labels: list[str],
+    probabilities: list[list[float]],
+    exit_layers: list[int] | None,
 ) -> None:
     fields = ["label", *(f"probability_{name}" for name in names)]
+    if exit_layers is not None:
+        fields.append("exit_layer")
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         if path.suffix == ".csv":
             writer.writerow(fields)
-        for label, row in zip(labels, probabilities, strict=True):
-            values = [label, *(round(value, 6) for value in row)]
+        for index, (label, row) in enumerate(zip(labels, probabilities, strict=True)):
+            values: list[Any] = [label, *(round(value, 6) for value in row)]
+            if exit_layers is not None:
+                values.append(exit_layers[index])
             if path.suffix == ".csv":
                 writer.writerow(values)
             else:

@@ -1,0 +1,93 @@
+"""Tables, the quality-speed figure, and times of early exit against the full model."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+from fusedacl.engine.batching import EncodedSplit
+from fusedacl.engine.calibration import SweepRow
+from fusedacl.engine.exit_policies import Entropy, FixedLayer, Patience
+from fusedacl.engine.quality_speed import (
+    MeasuredSpeed,
+    draw_quality_speed,
+    measure_speed,
+    write_tables,
+)
+from transformers import BertConfig
+
+ROWS = [
+    SweepRow(Entropy(0.25), 0.75, 2.5, 0.42, {1: 3, 4: 1}),
+    SweepRow(Entropy(0.125), 0.8125, 3.25, 0.8, {1: 1, 4: 3}),
+    SweepRow(Patience(1), 0.8, 2.0, 0.5, {2: 4}),
+    SweepRow(FixedLayer(1), 0.6, 1.0, 0.25, {1: 4}),
+]
+
+
+def test_tables(tmp_path: Path) -> None:
+    measured = {
+        ROWS[0].policy: [MeasuredSpeed(1, 100, 5, 2.0, 5.0, 2.5)],
+        ROWS[2].policy: [MeasuredSpeed(32, 100, 5, 1.0, 2.0, 2.0)],
+    }
+    csv_file, markdown_file = write_tables(ROWS, "accuracy", tmp_path / "exits", measured)
+    with csv_file.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert table[0]["policy"] == "entropy"
+    assert table[0]["parameters"] == "threshold=0.25"
+    assert table[0]["accuracy"] == "0.7500"
+    assert table[0]["speedup_batch_1"] == "2.50"
+    assert table[0]["speedup_batch_32"] == table[1]["speedup_batch_1"] == ""
+    lines = markdown_file.read_text().splitlines()
+    assert len(lines) == 2 + len(ROWS)
+    assert lines[0].startswith("| policy | parameters | accuracy | mean_layer | flops_share |")
+    assert lines[4].startswith("| patience | patience=1 | 0.8000 | 2.000 | 0.5000 |")
+
+
+def test_figure(tmp_path: Path) -> None:
+    curves = {"entropy": ROWS[:2], "patience": ROWS[2:3], "fixed_layer": ROWS[3:]}
+    png, svg = draw_quality_speed(curves, 0.82, "accuracy", tmp_path / "v1.5")
+    assert (png.name, svg.name) == ("v1.5.png", "v1.5.svg")
+    assert png.stat().st_size > 10_000
+    assert "<svg" in svg.read_text()
+    with pytest.raises(ValueError, match="curves is empty"):
+        draw_quality_speed({"entropy": []}, 0.8, "accuracy", tmp_path / "none")
+
+
+def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ValueError, match="need matplotlib"):
+        draw_quality_speed({"entropy": ROWS[:2]}, 0.8, "accuracy", tmp_path / "figure")
+
+
+def test_times() -> None:
+    config = MultiExitConfig(
+        BertConfig(
+            hidden_size=32,
+            num_hidden_layers=6,
+            num_attention_heads=2,
+            intermediate_size=64,
+            vocab_size=60,
+        ),
+        exit_layers=[1, 6],
+        exit_head="linear",
+    )
+    model = MultiExitForSequenceClassification(config)
+    lengths = np.arange(4, 24)
+    encoded = EncodedSplit(
+        tokens=np.random.default_rng(0).integers(5, 60, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        token_types=None,
+        labels=torch.zeros(len(lengths), dtype=torch.int64),
+        num_truncated=0,
+        max_length=32,
+    )
+    speed = measure_speed(model, encoded, FixedLayer(1), 4, pad_token_id=0, max_texts=8, repeats=3)
+    assert (speed.batch_size, speed.num_texts, speed.repeats) == (4, 8, 3)
+    # One layer of six: faster, whatever else the machine does.
+    assert speed.speedup > 1
+    assert 0 < speed.early_ms < speed.full_ms
