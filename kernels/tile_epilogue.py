@@ -16,11 +16,11 @@ from torch import Tensor
 
 from .variants import Variant
 
-# Each program takes a block of rows and columns of the tile. 32 values a thread: no spills on any
+# Each program takes a block of rows and columns of the tile. 16 values a thread: no spills on any
 # target, and enough loads in flight.
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 128
-NUM_WARPS = 4
+NUM_WARPS = 8
 
 
 @triton.jit

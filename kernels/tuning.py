@@ -1,0 +1,333 @@
+"""Measured tiles: what this GPU runs fastest, found when asked for and remembered in a file.
+
+    python -m fusedacl.kernels.tuning --help
+
+The command tries tiles near the shipped ones on the GPU at hand and stores the fastest of each
+kernel, dtype and width. `tuned` looks them up. Nothing else measures: a training step never
+searches, and without a file the shipped tiles are used.
+"""
+
+import argparse
+import functools
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .machine import capability, interpreting, triton_obstacle
+from .names import check_name
+
+if TYPE_CHECKING:
+    from .supcon_fused import Tile
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+WIDTHS = (64, 128, 256, 768)
+NUM_ROWS = 16384
+TEMPERATURE = 0.5
+# A tile replaces another one if it saves this part of the time: less is noise.
+WORTHWHILE = 0.02
+# A result may differ from the shipped tile's by this part of the largest value: other orders of
+# the sums, and float16 weights of the pairs.
+TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What can be tuned: the shipped tile, and a launch with any other."""
+
+    name: str
+    shipped: "Tile"
+    launch: "Callable[[Tile], Tensor]"
+
+
+# Milliseconds of a call.
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def cache_file() -> Path:
+    """$FUSEDACL_CACHE/tuning.json, by default in the user's cache directory."""
+    folder = os.environ.get("FUSEDACL_CACHE")
+    if folder:
+        return Path(folder, "tuning.json")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return caches / "fusedacl" / "tuning.json"
+
+
+@functools.cache
+def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> "Tile | None":
+    """The tile measured on this GPU with these versions for a padded width, or None."""
+    if device.type != "cuda":
+        return None
+    found = entries().get(entry_name(kernel, device, dtype, width))
+    if found is None:
+        return None
+    from .supcon_fused import Tile
+
+    tile = found.get("tile")
+    names = [field.name for field in fields(Tile)]
+    if not (
+        isinstance(tile, dict)
+        and set(tile) == set(names)
+        and all(type(number) is int for number in tile.values())
+    ):
+        warn_about(cache_file(), f"its tile of {kernel} does not give {', '.join(names)}")
+        return None
+    return Tile(**tile)
+
+
+def entry_name(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    import triton
+
+    try:
+        own = version("fusedacl")
+    except PackageNotFoundError:
+        own = "unknown"
+    where = (torch.cuda.get_device_name(device), f"triton {triton.__version__}", f"fusedacl {own}")
+    return " | ".join((kernel, str(dtype).removeprefix("torch."), f"width {width}", *where))
+
+
+@functools.cache
+def entries() -> dict[str, dict[str, Any]]:
+    """What the file holds, read once."""
+    return read(cache_file())
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a file by name; none, with a warning, if it is not a file of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warn_about(path, str(error))
+        return {}
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        warn_about(path, f"its schema is not {SCHEMA}")
+        return {}
+    found = content.get("entries")
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+        warn_about(path, "it has no entries by name")
+        return {}
+    return found
+
+
+def warn_about(path: Path, reason: str) -> None:
+    logger.warning(
+        "%s is ignored, and the shipped tiles are used: %s. Remove it, or measure anew with "
+        "python -m fusedacl.kernels.tuning",
+        path, reason,
+    )  # fmt: skip
+
+
+def store(found: dict[str, dict[str, Any]]) -> Path:
+    """Adds entries to the file; others that write at the same time lose nothing."""
+    # Only where Triton is, hence on Linux.
+    import fcntl
+
+    path = cache_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        content = {"schema": SCHEMA, "entries": {**read(path), **found}}
+        # A reader sees the old file or the new one, never a part.
+        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+        os.replace(name, path)
+    entries.cache_clear()
+    tuned.cache_clear()
+    return path
+
+
+def search(kernel: Kernel, width: int, timer: Timer) -> tuple["Tile", dict["Tile", float]]:
+    """The fastest tile, and the milliseconds of all that were tried.
+
+    From the shipped tile to its fastest neighbour, as long as that saves time.
+    """
+    expected = kernel.launch(kernel.shipped)
+    times = {kernel.shipped: timer(lambda: kernel.launch(kernel.shipped))}
+    best = kernel.shipped
+    while True:
+        for tile in neighbours(best, width):
+            if tile not in times:
+                times[tile] = measure(kernel, tile, expected, timer)
+        fastest = min(times, key=lambda tile: times[tile])
+        if times[fastest] >= (1 - WORTHWHILE) * times[best]:
+            return best, times
+        best = fastest
+
+
+def measure(kernel: Kernel, tile: "Tile", expected: Tensor, timer: Timer) -> float:
+    """Milliseconds of a tile; infinite if it does not run or its result is wrong."""
+    try:
+        result = kernel.launch(tile)
+    # Too little shared memory, or a compiler that gives up: the tile is not for this GPU.
+    except Exception as error:
+        logger.info("%s does not run with %s: %s", kernel.name, tile, error)
+        return math.inf
+    # A NaN is not <= anything.
+    if not (result - expected).abs().max() <= TOLERANCE * expected.abs().max():
+        logger.warning("%s gives a wrong result with %s: not taken", kernel.name, tile)
+        return math.inf
+    return timer(lambda: kernel.launch(tile))
+
+
+def neighbours(tile: "Tile", width: int) -> Iterator["Tile"]:
+    """Tiles with one number changed by one step."""
+    from .supcon_fused import ONE_CHUNK, PADDED_ROWS
+
+    smallest, largest = 16, min(width, ONE_CHUNK)
+    steps = {
+        "rows": (smallest, PADDED_ROWS),
+        "columns": (smallest, PADDED_ROWS),
+        "chunk": (smallest, largest),
+        "output": (smallest, largest),
+        "num_warps": (2, 8),
+    }
+    for name, (lowest, highest) in steps.items():
+        value = getattr(tile, name)
+        for changed in (value // 2, 2 * value):
+            if lowest <= changed <= highest:
+                yield replace(tile, **{name: changed})
+    for num_stages in (tile.num_stages - 1, tile.num_stages + 1):
+        if 1 <= num_stages <= 5:
+            yield replace(tile, num_stages=num_stages)
+
+
+def tunable_kernels(
+    device: torch.device, dtype: torch.dtype, width: int, num_rows: int
+) -> list[Kernel]:
+    """The kernels over pairs, on random rows of a padded width."""
+    from . import supcon_fused
+
+    found = capability(device)
+    assert found is not None, "main has looked"
+    blocks = supcon_fused.shipped(found, dtype, width)
+    num_padded = supcon_fused.padded(num_rows)
+    z = torch.randn(1, num_padded, width, device=device)
+    z = torch.nn.functional.normalize(z, dim=-1).to(dtype)
+    shift = -supcon_fused.exponent_scale(TEMPERATURE)
+    shifts = torch.full((num_padded,), shift, device=device)
+    shifts[num_rows:] = -torch.inf
+    classes = torch.zeros(num_padded, dtype=torch.int32, device=device)
+    u = torch.full((1, num_padded), 1 / num_rows, device=device)
+    u[:, num_rows:] = 0
+    sizes = (num_rows, num_rows, 0, TEMPERATURE, "all")
+    return [
+        Kernel(
+            "row_sums",
+            blocks.forward,
+            lambda tile: supcon_fused.row_sums(z, z, shifts, classes, classes, *sizes, tile).sum(0),
+        ),
+        Kernel(
+            "pair_gradient",
+            blocks.backward,
+            lambda tile: supcon_fused.pair_gradient(
+                z, z, u, u, shifts, classes, classes, *sizes, tile
+            ).sum(0),
+        ),
+    ]
+
+
+def obstacle() -> str | None:
+    """What keeps tiles from being measured here, or None."""
+    if interpreting():
+        return "TRITON_INTERPRET=1 is set, and the interpreter's times say nothing: unset it"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU here (torch.cuda.is_available() is False)"
+    device = torch.device("cuda")
+    reason = triton_obstacle(device)
+    if reason is None and (capability(device) or 0) < 80:
+        return "the tiles are of kernels that need compute capability 8.0 or newer"
+    return reason
+
+
+def gpu_timer(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, return_mode="median"))
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m fusedacl.kernels.tuning",
+        description="Measure tiles on this GPU and remember the fastest; minutes per width. Where "
+        f"they are kept: {cache_file()} ($FUSEDACL_CACHE names another directory).",
+    )
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float16"], metavar="NAME",
+        help="of the unit rows: float16 serves float16 and bfloat16 embeddings, float32 the others "
+        "(default: float16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--width", nargs="+", type=int, default=list(WIDTHS), metavar="NUMBER",
+        help="of the embeddings (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows", type=int, default=NUM_ROWS, metavar="NUMBER",
+        help="of the batch that is measured (default: %(default)s)",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    try:
+        for name in arguments.dtype:
+            check_name("--dtype", name, tuple(DTYPES))
+        for width in arguments.width:
+            if not 1 <= width <= 1024:
+                raise ValueError(f"--width is {width}: it must lie between 1 and 1024")
+        if arguments.rows < 2:
+            raise ValueError(f"--rows is {arguments.rows}: it must be at least 2")
+    except ValueError as error:
+        parser.error(str(error))
+    return arguments
+
+
+def describe(tile: "Tile") -> str:
+    return ", ".join(f"{field.name} {getattr(tile, field.name)}" for field in fields(tile))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command."""
+    arguments = parse_arguments(argv)
+    reason = obstacle()
+    if reason is not None:
+        print(f"cannot measure: {reason}", file=sys.stderr)
+        return 2
+    from .supcon_fused import padded_width
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    for dtype in (DTYPES[name] for name in arguments.dtype):
+        for width in sorted({padded_width(width) for width in arguments.width}):
+            found = {}
+            for kernel in tunable_kernels(device, dtype, width, arguments.rows):
+                best, times = search(kernel, width, gpu_timer)
+                found[entry_name(kernel.name, device, dtype, width)] = {
+                    "tile": asdict(best),
+                    "milliseconds": times[best],
+                    "shipped_milliseconds": times[kernel.shipped],
+                    "num_rows": arguments.rows,
+                }
+                print(
+                    f"{kernel.name} {dtype} width {width}: {describe(best)}: {times[best]:.4g} ms; "
+                    f"as shipped {times[kernel.shipped]:.4g} ms; {len(times)} tiles tried"
+                )
+            # After each width, so that a search which is broken off has not been for nothing.
+            path = store(found)
+    print(f"kept in {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
