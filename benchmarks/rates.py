@@ -15,9 +15,7 @@ ROUNDS = 5
 
 
 @triton.jit
-def exponentials_kernel(
-    x, NUM_EXPONENTIALS: tl.constexpr, BLOCK: tl.constexpr
-):
+def exponentials_kernel(x, NUM_EXPONENTIALS: tl.constexpr, BLOCK: tl.constexpr):
     """Each value goes through so many exponentials in registers that its memory does not count."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + offsets)

@@ -221,7 +221,7 @@ def explain(device: torch.device) -> str:
     """One line for people: what impl="auto" takes on this device."""
     name = choose("auto", device)
     how = "three passes of torch.dot"
-    if name == "tiled" and gradients_tiled.compiled_sums() is not None:
+    if name == "tiled" and gradients_tiled.compiled_loop() is not None:
         how = "a compiled loop, one pass over memory"
     elif name == "tiled":
         how = (

@@ -1,6 +1,7 @@
 /* x . y, |x|^2 and |y|^2 of two arrays in one read of each: PyTorch has no operation for it.
  *
- * Plain C without Python's headers, called through ctypes (kernels/gradients_tiled.py).
+ * Plain C without Python's headers, called through ctypes (kernels/gradients_tiled.py), for many
+ * pairs at once: a list of gradients has hundreds of short ones.
  */
 #include <stdint.h>
 
@@ -18,7 +19,7 @@
 #endif
 
 #define PAIR_SUMS(NAME, REAL)                                                                    \
-    WIDEST void NAME(const REAL *x, const REAL *y, int64_t count, double *sums)                  \
+    WIDEST static void NAME##_piece(const REAL *x, const REAL *y, int64_t count, double *sums)   \
     {                                                                                            \
         double dot = 0, x_squared = 0, y_squared = 0;                                            \
         for (int64_t start = 0; start < count; start += BLOCK) {                                 \
@@ -47,6 +48,14 @@
         sums[0] = dot;                                                                           \
         sums[1] = x_squared;                                                                     \
         sums[2] = y_squared;                                                                     \
+    }                                                                                            \
+                                                                                                 \
+    /* pieces [num_pieces][3]: address of x, address of y, count; sums [num_pieces][3]. */       \
+    void NAME(const int64_t *pieces, int64_t num_pieces, double *sums)                           \
+    {                                                                                            \
+        for (int64_t i = 0; i < num_pieces; i++, pieces += 3, sums += 3)                         \
+            NAME##_piece((const REAL *)(intptr_t)pieces[0], (const REAL *)(intptr_t)pieces[1],   \
+                         pieces[2], sums);                                                       \
     }
 
 PAIR_SUMS(pair_sums_float, float)

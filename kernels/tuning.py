@@ -28,7 +28,7 @@ from .machine import capability, interpreting, triton_obstacle
 from .names import check_name
 
 if TYPE_CHECKING:
-    from .supcon_fused import Tile
+    from .pair_kernels import Tile
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> 
     found = entries().get(entry_name(kernel, device, dtype, width))
     if found is None:
         return None
-    from .supcon_fused import Tile
+    from .pair_kernels import Tile
 
     tile = found.get("tile")
     names = [field.name for field in fields(Tile)]
@@ -187,7 +187,7 @@ def measure(kernel: Kernel, tile: "Tile", expected: Tensor, timer: Timer) -> flo
 
 def neighbours(tile: "Tile", width: int) -> Iterator["Tile"]:
     """Tiles with one number changed by one step."""
-    from .supcon_fused import ONE_CHUNK, PADDED_ROWS
+    from .pair_kernels import ONE_CHUNK, PADDED_ROWS
 
     smallest, largest = 16, min(width, ONE_CHUNK)
     steps = {
@@ -211,15 +211,15 @@ def tunable_kernels(
     device: torch.device, dtype: torch.dtype, width: int, num_rows: int
 ) -> list[Kernel]:
     """The kernels over pairs, on random rows of a padded width."""
-    from . import supcon_fused
+    from . import pair_kernels
 
     found = capability(device)
     assert found is not None, "main has looked"
-    blocks = supcon_fused.shipped(found, dtype, width)
-    num_padded = supcon_fused.padded(num_rows)
+    blocks = pair_kernels.shipped(found, dtype, width)
+    num_padded = pair_kernels.padded(num_rows)
     z = torch.randn(1, num_padded, width, device=device)
     z = torch.nn.functional.normalize(z, dim=-1).to(dtype)
-    shift = -supcon_fused.exponent_scale(TEMPERATURE)
+    shift = -pair_kernels.exponent_scale(TEMPERATURE)
     shifts = torch.full((num_padded,), shift, device=device)
     shifts[num_rows:] = -torch.inf
     classes = torch.zeros(num_padded, dtype=torch.int32, device=device)
@@ -230,12 +230,12 @@ def tunable_kernels(
         Kernel(
             "row_sums",
             blocks.forward,
-            lambda tile: supcon_fused.row_sums(z, z, shifts, classes, classes, *sizes, tile).sum(0),
+            lambda tile: pair_kernels.row_sums(z, z, shifts, classes, classes, *sizes, tile).sum(0),
         ),
         Kernel(
             "pair_gradient",
             blocks.backward,
-            lambda tile: supcon_fused.pair_gradient(
+            lambda tile: pair_kernels.pair_gradient(
                 z, z, u, u, shifts, classes, classes, *sizes, tile
             ).sum(0),
         ),
@@ -305,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"cannot measure: {reason}", file=sys.stderr)
         return 2
-    from .supcon_fused import padded_width
+    from .pair_kernels import padded_width
 
     device = torch.device("cuda", torch.cuda.current_device())
     for dtype in (DTYPES[name] for name in arguments.dtype):

@@ -17,8 +17,16 @@ from contrastive_cases import (
     make_inputs,
     run,
 )
-from fusedacl.kernels import acl_cl_loss, acl_loss, dispatch, supcon_fused, supcon_loss
-from fusedacl.kernels.supcon_fused import Blocks, Tile
+from fusedacl.kernels import (
+    acl_cl_loss,
+    acl_loss,
+    dispatch,
+    pair_kernels,
+    row_kernels,
+    supcon_fused,
+    supcon_loss,
+)
+from fusedacl.kernels.pair_kernels import Blocks, Tile
 from torch import Tensor
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,7 +50,8 @@ def fused_with_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "SMALL_ROWS", 0)
     monkeypatch.setattr(supcon_fused, "shipped", small_tiles)
     # The interpreter needs as long for padding as for rows.
-    monkeypatch.setattr(supcon_fused, "PADDED_ROWS", 32)
+    for module in (pair_kernels, row_kernels):
+        monkeypatch.setattr(module, "PADDED_ROWS", 32)
 
 
 def upstream_for(inputs: Inputs, labels: Tensor, **options: Any) -> Tensor:
@@ -224,66 +233,20 @@ def test_splits_of_the_columns_change_nothing_but_rounding(
     found = []
     for multiprocessors in (1, 6, 1000):
         monkeypatch.setattr(
-            supcon_fused, "num_multiprocessors", lambda device, num=multiprocessors: num
+            pair_kernels, "num_multiprocessors", lambda device, num=multiprocessors: num
         )
         found.append(run(inputs, labels, None, impl="triton", denominator=denominator))
-    tile = small_tiles(80, torch.float32, 16).forward
-    arguments = (10, 155, tile, 0, torch.device(DEVICE))
-    assert supcon_fused.split_columns(*arguments) == (10, 1)
-    monkeypatch.setattr(supcon_fused, "num_multiprocessors", lambda device: 20)
-    assert supcon_fused.split_columns(*arguments) == (4, 3)
-    monkeypatch.setattr(supcon_fused, "num_multiprocessors", lambda device: 1)
-    assert supcon_fused.split_columns(*arguments) == (1, 10)
     for split in found[1:]:
         for wanted, got in zip(found[0], split, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_class_sums_in_splits(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
-    monkeypatch.setattr(supcon_fused, "ROWS_PER_SPLIT", 4)
+    monkeypatch.setattr(row_kernels, "ROWS_PER_SPLIT", 4)
     inputs = make_inputs(60, 3, dtype=torch.float32, device=DEVICE)
     labels = LABELS["ignored"](60, 3).to(DEVICE)
     for reduction in REDUCTIONS:
         check_error(inputs, labels, reduction=reduction)
-
-
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-@pytest.mark.parametrize("start, stop", [(0, 30), (37, 70)])
-def test_some_rows_against_all_columns(
-    poison: None, denominator: str, start: int, stop: int
-) -> None:
-    """What a rank of a distributed batch computes is what the whole batch has in its place."""
-    embeddings = torch.randn(2, 70, 12, device=DEVICE)
-    labels = LABELS["ignored"](70, 4).to(DEVICE)
-    options = (0.5, denominator)
-    _, saved = supcon_fused.forward(
-        embeddings, labels, None, None, None, *options, "mean", -100, True
-    )
-    z, _, shifts, classes, u = saved[:5]
-    blocks = small_tiles(80, z.dtype, z.shape[-1])
-    num_rows = stop - start
-    num_padded = supcon_fused.padded(num_rows)
-    own_z, own_u = z.new_zeros(2, num_padded, z.shape[-1]), u.new_zeros(2, num_padded)
-    own_classes = classes.new_zeros(num_padded)
-    own_z[:, :num_rows], own_u[:, :num_rows] = z[:, start:stop], u[:, start:stop]
-    own_classes[:num_rows] = classes[start:stop]
-
-    whole = supcon_fused.row_sums(
-        z, z, shifts, classes, classes, 70, 70, 0, *options, blocks.forward
-    ).sum(0)
-    part = supcon_fused.row_sums(
-        own_z, z, shifts, own_classes, classes, num_rows, 70, start, *options, blocks.forward
-    ).sum(0)
-    torch.testing.assert_close(part, whole[:, start:stop])
-
-    whole = supcon_fused.pair_gradient(
-        z, z, u, u, shifts, classes, classes, 70, 70, 0, *options, blocks.backward
-    ).sum(0)
-    part = supcon_fused.pair_gradient(
-        own_z, z, own_u, u, shifts, own_classes, classes, num_rows, 70, start,
-        *options, blocks.backward,
-    ).sum(0)  # fmt: skip
-    torch.testing.assert_close(part, whole[:, start:stop])
 
 
 def test_only_what_is_trained_gets_a_gradient() -> None:
@@ -371,9 +334,10 @@ def test_memory_is_that_of_the_rows(
 ) -> None:
     """65536 float16 rows of width 64: at most 100 MB beside the inputs, gradients included."""
     monkeypatch.undo()
-    for name in list(vars(supcon_fused)):
-        if name.endswith("_kernel"):
-            monkeypatch.setattr(supcon_fused, name, NoKernel())
+    for module in (pair_kernels, row_kernels):
+        for name in list(vars(module)):
+            if name.endswith("_kernel"):
+                monkeypatch.setattr(module, name, NoKernel())
     num_samples = 65536 - (num_labels or 0)
     inputs = make_inputs(num_samples, num_labels, width=64, dtype=torch.float16)
     labels = torch.randint(10, (num_samples,))
@@ -405,22 +369,6 @@ def test_what_cannot_run_is_said_in_words() -> None:
         with pytest.raises(ValueError, match=message):
             raise ValueError(reason)
     assert supcon_fused.obstacle(4096, 1024, torch.bfloat16, 0.023, 80) is None
-
-
-def test_shipped_tiles_fit_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    for capability, dtype in itertools.product(
-        (80, 86, 89, 90, 100), (torch.float16, torch.float32)
-    ):
-        for width in range(1, supcon_fused.MAX_WIDTH + 1):
-            padded_width = supcon_fused.padded_width(width)
-            assert width <= padded_width < max(33, 2 * width)
-            blocks = supcon_fused.shipped(capability, dtype, padded_width)
-            assert padded_width % blocks.backward.output == 0
-            for tile in (blocks.forward, blocks.backward):
-                assert padded_width % tile.chunk == 0
-                assert supcon_fused.PADDED_ROWS % tile.rows == 0
-                assert supcon_fused.PADDED_ROWS % tile.columns == 0
 
 
 def test_variants_name_every_argument() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fusedacl.kernels import tuning
-from fusedacl.kernels.supcon_fused import Tile
+from fusedacl.kernels.pair_kernels import Tile
 from fusedacl.kernels.tuning import Kernel
 
 GPU = torch.device("cuda", 0)
