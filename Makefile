@@ -53,8 +53,7 @@ bench-gpu: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
 	$(BIN)/python -m fusedacl.engine.report docs/results/*.json --output docs/results.md
-	$(BIN)/python -m fusedacl.benchmarks.report $(lastword $(wildcard benchmarks/results/*)) \
-	  --output docs/performance.md
+	$(BIN)/python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -1,10 +1,11 @@
 """docs/performance.md from the result files.
 
-python -m fusedacl.benchmarks.report benchmarks/results/<machine> --output docs/performance.md
+python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from .measure import Result
@@ -14,33 +15,37 @@ HEADER = ["what", "median (20th to 80th percentile), ms", "time relative to the 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("directory", type=Path, help="benchmarks/results/<machine>")
+    parser.add_argument(
+        "directories", nargs="+", type=Path, help="benchmarks/results/<machine>, one or more"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the page to write")
     arguments = parser.parse_args()
-    arguments.output.write_text(page(arguments.directory), encoding="utf-8")
+    arguments.output.write_text(page(arguments.directories), encoding="utf-8")
 
 
-def page(directory: Path) -> str:
-    """The page of one machine; what was not measured there is left out."""
+def page(directories: Sequence[Path]) -> str:
+    """The page of some machines; what was not measured on one is left out there."""
     parts = [
         "# Performance",
         "",
-        f"Machine: `{directory.name}`. Made by `python -m fusedacl.benchmarks.report` from the "
-        f"files in `benchmarks/results/{directory.name}/`; no number is typed by hand. In each "
-        "table the contestants took turns in one process; claims are ratios of medians. What is "
-        "faster than ours stands there with a number below 1.",
+        "Made by `python -m fusedacl.benchmarks.report` from the files in `benchmarks/results/`; "
+        "no number is typed by hand. In each table the contestants took turns in one process; claims "
+        "are ratios of medians. What is faster than ours stands there with a number below 1. "
+        "Nothing here was measured on a GPU.",
     ]
     sections = {"loss": loss_section, "angle": angle_section, "step": step_section}
-    for name, section in sections.items():
-        file = directory / f"{name}.json"
-        if file.is_file():
-            result = json.loads(file.read_text(encoding="utf-8"))
-            parts += ["", *section(result), "", _provenance(result["environment"])]
+    for directory in directories:
+        parts += ["", f"## Machine `{directory.name}`"]
+        for name, section in sections.items():
+            file = directory / f"{name}.json"
+            if file.is_file():
+                result = json.loads(file.read_text(encoding="utf-8"))
+                parts += ["", *section(result), "", _provenance(result["environment"])]
     return "\n".join(parts) + "\n"
 
 
 def loss_section(result: Result) -> list[str]:
-    lines = ["## The contrastive loss, forward + backward, float32"]
+    lines = ["### The contrastive loss, forward + backward, float32"]
     for large in result["large"]:
         shape = large["shape"]
         lines += [
@@ -86,7 +91,7 @@ def angle_section(result: Result) -> list[str]:
     }
     combine = {"gated_combine_": "`gated_combine_`", "foreach_combine_": "torch._foreach"}
     return [
-        "## The angle check, float32",
+        "### The angle check, float32",
         "",
         f"Gradients of BERT-base: {shape['tensors']} tensors, {shape['elements']:,} elements.",
         "",
@@ -108,7 +113,7 @@ def step_section(result: Result) -> list[str]:
         "fusedacl_acl": "fusedacl, ACL (two backward passes and the angle check)",
     }
     return [
-        "## A training step, float32",
+        "### A training step, float32",
         "",
         f"{shape['model']}; {shape['batch']} texts of {shape['tokens']} tokens.",
         "",

@@ -30,6 +30,7 @@ CHUNK_PER_THREAD = 128 * 1024
 PIECE = 1024 * 1024
 
 Sums = tuple[float, float, float]
+Sides = tuple[bool, bool, bool]
 
 
 def grad_dot_norm(
@@ -39,7 +40,7 @@ def grad_dot_norm(
     totals = [[0.0] * 3 for _ in range(num_groups)]
     # By dtype: what one call of the compiled loop can take, and whose sums they are.
     pieces: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
-    owners: dict[torch.dtype, list[tuple[list[float], Sequence[bool]]]] = {
+    owners: dict[torch.dtype, list[tuple[list[float], Sides]]] = {
         torch.float32: [],
         torch.float64: [],
     }
@@ -68,7 +69,7 @@ def grad_dot_norm(
     return torch.tensor(totals, dtype=torch.float64).float()
 
 
-def add(total: list[float], counts: Sequence[bool], sums: Sequence[float]) -> None:
+def add(total: list[float], counts: Sides, sums: Sequence[float]) -> None:
     """Add those of (x . y, |x|^2, |y|^2) that count: an entry may lack a side."""
     for column, count in enumerate(counts):
         if count:
@@ -89,14 +90,14 @@ def sums_by_chunks(x: Tensor, y: Tensor) -> Sums:
     return dot, x_squared, y_squared
 
 
-def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> Sequence[float]:
+def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> list[float]:
     """The compiled loop's three sums of every piece: address of x, address of y, count."""
     num_pieces = len(pieces) // 3
     table = (ctypes.c_int64 * len(pieces))(*pieces)
     sums = (ctypes.c_double * len(pieces))()
     loop = compiled_loop()
     if loop is None or num_pieces == 0:
-        return sums
+        return list(sums)
     function = loop.pair_sums_float if dtype == torch.float32 else loop.pair_sums_double
     counts = pieces[2::3]
 
@@ -110,7 +111,7 @@ def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> Sequence[float]:
     num_threads = torch.get_num_threads()
     if num_threads == 1 or sum(counts) <= PIECE:
         take(0, num_pieces)
-        return sums
+        return list(sums)
     # As many elements for each thread, in a run of pieces.
     reached = list(itertools.accumulate(counts))
     ends = [
@@ -118,7 +119,7 @@ def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> Sequence[float]:
         for thread in range(num_threads)
     ]
     list(thread_pool(num_threads).map(take, [0, *ends[:-1]], ends))
-    return sums
+    return list(sums)
 
 
 def gated_combine_(

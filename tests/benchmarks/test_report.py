@@ -34,8 +34,8 @@ def test_ratios_on_both_sides_of_one(tmp_path: Path) -> None:
         fusedacl_acl_ungated=220,
         fusedacl_acl=330,
     )
-    text = page(directory)
-    assert "Machine: `some-machine`" in text
+    text = page([directory])
+    assert "## Machine `some-machine`" in text
     assert "| fusedacl, CE | 200.0 (188.0 to 212.0) | - |" in text
     assert "| Hugging Face Trainer, CE, the same model | 190.0 (178.6 to 201.4) | 0.95 |" in text
     assert "| 1.65 |" in text
