@@ -96,6 +96,8 @@ def gated_combine_(
             f"stats is on {stats.device} and the gradients on {device}: pass what grad_dot_norm "
             "returned for them"
         )
+    if isinstance(scale, Tensor) and scale.device.type != "cpu" and scale.device != device:
+        raise ValueError(f"scale is on {scale.device} and the gradients on {device}: move it")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is {weight}: it must lie in [0, 1]")
     if not 0 <= max_angle <= 180:

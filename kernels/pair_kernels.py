@@ -502,9 +502,9 @@ def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
     Chosen by the compiled kernels' resources and the floors, not by a clock: `tuning` is for that.
     Nothing spills; then as many rows as registers hold, since every block of rows reads all the
     columns; then the most warps a multiprocessor: some compute exponentials while others multiply.
-    Compute capability 8.6 and 8.9 have 99 KiB of shared memory a program, 8.0 has 163.
+    Compute capability 8.6, 8.9 and 12.x have 99 KiB of shared memory a program, 8.0 has 163.
     """
-    little_memory = capability in (86, 89)
+    little_memory = capability in (86, 89) or capability >= 120
     if dtype == torch.float32:
         # A product of three tf32 ones holds three times the operands: smaller chunks.
         chunk, output = min(width, 32), min(width, 128)
@@ -519,7 +519,7 @@ def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
         return Blocks(forward, Tile(64, 64, 64, ONE_CHUNK, 8, 2))
     # From 9.0 on the matrix unit takes 64 rows at a time from each group of four warps, and is fast
     # enough to want two groups' rows for every column that it reads.
-    rows = 128 if capability >= 90 else 64
+    rows = 128 if capability >= 90 and not (little_memory and width == 256) else 64
     if width == 256:
         num_warps = 4 if capability >= 100 else 8
         return Blocks(Tile(128, 64, 256, 0, num_warps, 2), Tile(rows, 64, 256, 256, 8, 2))

@@ -22,7 +22,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .pair_kernels import MAX_SPLITS, PADDED_ROWS, UNIT_TYPES, exponent_scale, padded, padded_width
+from .pair_kernels import (
+    MAX_PARTIAL_BYTES,
+    MAX_SPLITS,
+    PADDED_ROWS,
+    UNIT_TYPES,
+    exponent_scale,
+    padded,
+    padded_width,
+)
 from .rows import ZERO_NORM
 from .variants import Variant
 
@@ -381,9 +389,11 @@ def class_sums(z: Tensor, weights: Tensor | None, order: Tensor, starts: Tensor)
     """The sum of the rows, or of weight times row, of each class [C + 1, E, W] float32."""
     num_exits, num_padded_rows, width = z.shape
     num_classes = starts.shape[0] - 1
-    # Few classes have many rows each.
-    rows_per_class = order.shape[0] // (num_classes + 1)
-    num_splits = max(1, min(MAX_SPLITS, rows_per_class // ROWS_PER_SPLIT))
+    # One class may hold most rows. The host does not know which: all are split, as far as their
+    # partial sums' memory is bounded.
+    num_bytes = max(1, 4 * (num_classes + 1) * num_exits * width)
+    num_splits = min(MAX_SPLITS, order.shape[0] // ROWS_PER_SPLIT, MAX_PARTIAL_BYTES // num_bytes)
+    num_splits = max(1, num_splits)
     sums = starts.new_empty(num_splits, num_classes + 1, num_exits, width, dtype=torch.float32)
     class_sums_kernel[num_classes + 1, num_splits, num_exits](
         z, z if weights is None else weights, order, starts, sums, num_padded_rows, num_classes,

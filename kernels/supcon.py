@@ -149,17 +149,20 @@ def _contrastive_loss(
     _check_tensors(tensors, labels)
     _check_shapes(tensors, labels)
     embeddings = tensors["embeddings"]
+    dtypes = [tensor.dtype for tensor in tensors.values()]
     workload = dispatch.Workload(
         device=embeddings.device,
-        dtype=embeddings.dtype,
+        # Under autocast they may differ: a float64 weight asks for float64 arithmetic.
+        dtype=torch.float64 if torch.float64 in dtypes else embeddings.dtype,
         temperature=temperature,
         num_rows=sum(tensor.shape[-2] for tensor in tensors.values()),
         width=embeddings.shape[-1],
     )
     contrastive_loss = implementation(dispatch.choose(impl, workload))
+    teachers = (tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"))
     arguments = (
         embeddings, labels, tensors.get("label_embeddings"),
-        tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"),
+        *(None if teacher is None else teacher.detach() for teacher in teachers),
         float(temperature), denominator, reduction, ignore_index,
     )  # fmt: skip
     device_type = embeddings.device.type

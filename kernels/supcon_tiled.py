@@ -36,9 +36,13 @@ TILE = 512
 GPU_TILE = 4096
 # Pairs of all exits up to which they are computed at once and kept for the gradient.
 ONE_TILE = 512 * 512
-# float16 holds numbers from 6e-8 to 65504. The pairs' weights, about 2 / M, are lifted by this
-# factor: a row at which 200 others look, and at nothing else, still fits.
-HALF_SCALE = 64.0
+# float16 holds numbers from 6e-8 to 65504. The pairs' weights, about 2 / M, are lifted by at most
+# this factor.
+HALF_LIFT = 64.0
+# The largest sum that a float16 product of a tile may reach.
+HALF_LARGEST = 60000.0
+# Below, |s| may be 20 and more, where float16's steps are 2^-6: the loss would be off by 1e-2.
+HALF_MIN_TEMPERATURE = 0.05
 # Up to here a mask gives the class sums: fewer operations than scatter and gather, which at 34 rows
 # of width 64 took an eighth of the whole.
 FEW_ROWS = 128
@@ -157,7 +161,10 @@ def forward(
         tile = exponentials(y, y, denominator, classes, classes, is_diagonal=True)
         sums = torch.matmul(tile, weight)  # D, [.., M]
     else:
-        sums = pair_sums(y, weight, classes, denominator, half_operands(embeddings, temperature))
+        half = half_operands(
+            embeddings, temperature, label_embeddings, teacher_embeddings, teacher_label_embeddings
+        )
+        sums = pair_sums(y, weight, classes, denominator, half)
     if denominator != "all" or may_ignore:
         # A row with nothing to compare has D = 0 and does not count: keep 0 * log D at 0.
         sums.clamp_(min=torch.finfo(dtype).tiny)
@@ -206,12 +213,14 @@ def backward(
     v = (w * inverse_positives)[..., None]  # [.., M, 1]
     if half:
         # A pair's weight is at most that of its rows: lifted into float16's range, and back after.
-        largest = w.abs().amax(-1, keepdim=True).clamp_(min=torch.finfo(w.dtype).tiny)
-        u *= HALF_SCALE / largest
+        # All rows of a tile may look at one row, and |y| = 1 / sqrt(temperature).
+        lift = min(HALF_LIFT, HALF_LARGEST * temperature**0.5 / (tile_rows(y) + 1))
+        largest = w.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
+        u *= lift / largest
 
     gradient = pair_gradient(y, u, classes, num_trained, denominator, half)
     if half:
-        gradient *= (largest / HALF_SCALE)[..., None]
+        gradient *= (largest / lift)[..., None]
     trained_v, trained_others = v[..., :num_trained, :], others[..., :num_trained, :]
     if reduction == "none":
         gradient.addcmul_(trained_others, trained_v, value=-1)
@@ -220,19 +229,26 @@ def backward(
     else:
         # All rows of a class have the same v, so both class terms are equal.
         gradient.addcmul_(trained_others, trained_v, value=-2)
-    return through_normalization(gradient, y, inverse_norm, temperature)
+    gradient = through_normalization(gradient, y, inverse_norm, temperature)
+    if half:
+        # Nobody's D holds an ignored row, so its own weights may have left float16's range.
+        gradient.masked_fill_(inverse_norm[..., :num_trained, :] == 0, 0)
+    return gradient
 
 
-def half_operands(embeddings: Tensor, temperature: float) -> bool:
+def half_operands(embeddings: Tensor, temperature: float, *others: Tensor | None) -> bool:
     """Whether the matrix products of tiles are done in float16.
 
     On a GPU, for samples of 16 bits, as an autocast product would do: tensor cores, also on V100.
-    Of the two 16-bit formats float16 has three bits more, and |y| <= 1 / sqrt(temperature).
+    Of the two 16-bit formats float16 has three bits more, and |y| <= 1 / sqrt(temperature). Not
+    where temperature makes the similarities so large that their rounding shows in the loss.
     """
+    dtypes = [part.dtype for part in (embeddings, *others) if part is not None]
     return (
         has_epilogue(embeddings)
         and embeddings.dtype in (torch.float16, torch.bfloat16)
-        and compute_dtype(temperature, embeddings.dtype) == torch.float32
+        and temperature >= HALF_MIN_TEMPERATURE
+        and accumulate_dtype(*dtypes) == torch.float32
     )
 
 
@@ -387,7 +403,8 @@ def shaped(buffer: Tensor, i: slice, j: slice) -> Tensor:
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    embeddings, labels, label_embeddings, _, _, temperature, denominator, reduction, _, _ = inputs
+    embeddings, labels, label_embeddings, *teachers = inputs[:5]
+    temperature, denominator, reduction = inputs[5:8]
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output[1])
     num_samples = num_trained = num_classes = labels.shape[0]
@@ -395,7 +412,7 @@ def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[
     if label_embeddings is not None:
         num_classes, label_dtype = label_embeddings.shape[-2], label_embeddings.dtype
         num_trained += num_classes
-    half = half_operands(embeddings, temperature)
+    half = half_operands(embeddings, temperature, label_embeddings, *teachers)
     ctx.options = (num_classes, num_trained, temperature, denominator, reduction, half)
     ctx.trained = (num_samples, embeddings.dtype, label_dtype)
 

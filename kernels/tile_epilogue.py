@@ -111,6 +111,10 @@ def pair_weights_kernel(
     of_rows = tl.load(row_u + rows, mask=rows < num_rows, other=0.0)
     of_columns = tl.load(column_u + columns, mask=columns < num_columns, other=0.0)
     weights = exponential * (of_rows[:, None] + of_columns[None, :])
+    # Nothing to a row that exists: its weights are below 200. Those of an ignored row, which is in
+    # nobody's D, know no bound, and infinity times its zeros would be NaN. A NaN goes through.
+    weights = tl.where(weights > 60000.0, 60000.0, weights)
+    weights = tl.where(weights < -60000.0, -60000.0, weights)
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
     offsets = rows[:, None] * num_columns + columns[None, :]
     tl.store(tile + offsets, weights.to(tile.dtype.element_ty), mask=inside)
@@ -140,10 +144,13 @@ def sums(
     # Programs write their own partial sums and add none: the order of the sum is fixed.
     row_partials = row_weight.new_empty(blocks[1], num_rows)
     column_partials = row_weight.new_empty(blocks[0], num_columns)
-    exponential_sums_kernel[blocks](
-        tile, row_weight, column_weight, row_classes, column_classes, row_partials, column_partials,
-        num_rows, num_columns, **constants(denominator, is_diagonal), num_warps=NUM_WARPS,
-    )  # fmt: skip
+    # Triton launches on the current device, which may be another one.
+    with torch.cuda.device_of(tile):
+        exponential_sums_kernel[blocks](
+            tile, row_weight, column_weight, row_classes, column_classes,
+            row_partials, column_partials, num_rows, num_columns,
+            **constants(denominator, is_diagonal), num_warps=NUM_WARPS,
+        )  # fmt: skip
     return row_partials.sum(0), column_partials.sum(0)
 
 
@@ -161,10 +168,11 @@ def pair_weights(
     """tile <- e_ij (u_i + u_j); arguments as in `sums`."""
     torch.matmul(y_rows, y_columns.t(), out=tile)
     num_rows, num_columns = tile.shape
-    pair_weights_kernel[grid(tile)](
-        tile, row_u, column_u, row_classes, column_classes, num_rows, num_columns,
-        **constants(denominator, is_diagonal), num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(tile):
+        pair_weights_kernel[grid(tile)](
+            tile, row_u, column_u, row_classes, column_classes, num_rows, num_columns,
+            **constants(denominator, is_diagonal), num_warps=NUM_WARPS,
+        )  # fmt: skip
 
 
 def grid(tile: Tensor) -> tuple[int, int]:

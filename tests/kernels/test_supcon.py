@@ -122,3 +122,13 @@ def test_values_that_are_refused(message: str, monkeypatch: pytest.MonkeyPatch) 
 def test_types_that_are_refused(message: str) -> None:
     with pytest.raises(TypeError, match=message):
         TYPE_ERRORS[message]()
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled", "triton"])
+def test_a_teacher_is_a_constant_even_where_it_asks_for_a_gradient(impl: str) -> None:
+    """Frozen student, undetached teacher: a loss without graph, whatever else is added to it."""
+    teacher = X.clone().requires_grad_()
+    loss = acl_cl_loss(X, Y, W, teacher, W, impl=impl)
+    assert not loss.requires_grad
+    (loss + teacher.sum()).backward()
+    assert (teacher.grad == 1).all()

@@ -41,12 +41,56 @@ def test_error_is_that_of_eager_pytorch(denominator: str, dtype: torch.dtype) ->
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 @pytest.mark.parametrize("layout", LABELS)
-def test_label_layouts(layout: str) -> None:
+def test_label_layouts(layout: str, dtype: torch.dtype) -> None:
     for num_samples, denominator in itertools.product((1, 2, 49), DENOMINATORS):
-        inputs = make_inputs(num_samples, 4, width=7, dtype=torch.float32, device=DEVICE)
+        inputs = make_inputs(num_samples, 4, width=7, dtype=dtype, device=DEVICE)
         labels = LABELS[layout](num_samples, 4).to(DEVICE)
         check_error(inputs, labels, impl="tiled", denominator=denominator)
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_row_weights_of_zero_give_zeros_in_float16(reduction: str) -> None:
+    """No positives, and an upstream gradient of zero for one exit of two or for all."""
+    inputs = make_inputs(60, exits=2, width=8, dtype=torch.float16, device=DEVICE)
+    settings = {"impl": "tiled", "reduction": reduction}
+    singletons = torch.arange(60, device=DEVICE)
+    assert all((found == 0).all() for found in run(inputs, singletons, None, **settings))
+    labels = singletons % 3
+    factor = torch.tensor([1.0, 0.0], device=DEVICE)
+    for upstream in (factor, 0 * factor):
+        if reduction == "none":
+            upstream = upstream[:, None].expand(2, 60)
+        _, gradient = run(inputs, labels, upstream, **settings)
+        assert gradient.isfinite().all()
+        assert (gradient[1] == 0).all()
+
+
+def test_an_ignored_row_beside_tiny_denominators_in_float16() -> None:
+    """Its exponentials are 1 and in nobody's denominator: its weights leave float16's range."""
+    centers = torch.tensor([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]]).repeat(30, 1)
+    inputs = {"embeddings": (centers + 0.05 * torch.randn(60, 4)).half().to(DEVICE)}
+    labels = torch.arange(60, device=DEVICE) % 2
+    labels[7] = -100
+    for temperature in (0.1, 0.07, 0.05):
+        _, gradient = check_error(
+            inputs, labels, impl="tiled", denominator="negatives", temperature=temperature
+        )
+        assert (gradient[7] == 0).all()
+
+
+def test_a_rare_class_that_all_others_look_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tiles of weights for one row: their float16 sum must not overflow."""
+    for name in ("TILE", "GPU_TILE"):
+        monkeypatch.setattr(supcon_tiled, name, 1024)
+    inputs = {"embeddings": torch.randn(1024, 16).half().to(DEVICE)}
+    labels = (torch.arange(1024, device=DEVICE) < 2).long()
+    for temperature in (0.5, 0.05):
+        _, gradient = run(
+            inputs, labels, None, impl="tiled", denominator="negatives", temperature=temperature
+        )
+        assert gradient.isfinite().all()
 
 
 def test_loss_scale_does_not_overflow_in_float16() -> None:
