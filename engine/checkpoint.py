@@ -182,7 +182,7 @@ def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
         ValueError: naming the options that differ. Those of the section `run` may.
     """
     path = output_dir / CONFIG_FILE
-    saved = flatten(build(TrainingConfig, read_file(path)))
+    saved = flatten(build(TrainingConfig, read_file(path)).resolved())
     now, free = flatten(config), vars(config.run)
     changed = [name for name in now if name not in free and now[name] != saved[name]]
     if changed:

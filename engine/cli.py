@@ -58,9 +58,9 @@ def _train(arguments: list[str]) -> int:
             print("fusedacl train: stopped; the demonstration starts anew.", file=sys.stderr)
             return stop.exit_code
         return 0
-    config = parse(
-        TrainingConfig, "fusedacl train", "Fine-tune a BERT-like encoder.", arguments
-    ).resolved()
+    config = parse(TrainingConfig, "fusedacl train", "Fine-tune a BERT-like encoder.", arguments)
+    # Mistakes are told before torch and transformers are loaded.
+    config.resolved()
     from .trainer import Interrupted, train
 
     _quiet_transformers()

@@ -394,8 +394,8 @@ def early_exit(
         ValueError: as `EarlyExit`.
     """
     trained = [module for module in model.modules() if module.training]
-    engine = EarlyExit(model, policy, dtype=dtype, **parameters)
     try:
+        engine = EarlyExit(model, policy, dtype=dtype, **parameters)
         if isinstance(inputs, EncodedSplit):
             if pad_token_id is None:
                 pad_token_id = cast(int | None, model.config.backbone_config.pad_token_id)

@@ -307,7 +307,8 @@ def parse_policy(text: str) -> Policy:
     for assignment in filter(None, assignments.split(",")):
         parameter, _, value = assignment.partition("=")
         try:
-            parameters[parameter.strip()] = float(value) if "." in value else int(value)
+            is_integer = value.strip().lstrip("+-").isdigit()
+            parameters[parameter.strip()] = int(value) if is_integer else float(value)
         except ValueError:
             raise ValueError(
                 f"policy={text!r}: {assignment!r} is not of the form parameter=number, as in "

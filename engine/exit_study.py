@@ -27,6 +27,7 @@ from .data import load_splits
 from .early_exiting import check_has_earlier_exits
 from .exit_policies import Learned, Policy, policy_class
 from .loading import TrainedModel
+from .modeling import MultiExitConfig
 from .options import did_you_mean
 from .quality_speed import MeasuredSpeed, draw_quality_speed, measure_speed, write_tables
 from .report import require_matplotlib, text_table
@@ -63,7 +64,6 @@ def study_exits(config: ExitsConfig) -> dict[str, Any]:
     output_dir = None if options.output_dir is None else Path(options.output_dir)
     if output_dir is not None:
         require_matplotlib()
-        output_dir.mkdir(parents=True, exist_ok=True)
     needs_training = Learned.name in names
     trained = TrainedModel(config.model, config.data.max_seq_length)
     check_has_earlier_exits(trained.model)
@@ -120,6 +120,7 @@ def study_exits(config: ExitsConfig) -> dict[str, Any]:
         )
         policies[name].update(record)
         if options.measure:
+            logger.info("%s: measuring beside the full model …", name)
             measured[chosen.policy] = [
                 measure_speed(trained.model, encoded, chosen.policy, size, **inference)
                 for size in MEASURED_BATCH_SIZES
@@ -131,10 +132,14 @@ def study_exits(config: ExitsConfig) -> dict[str, Any]:
             if name == Learned.name:
                 trained.model.save_pretrained(path)
             else:
-                # The weights are as they were; a learned exit that was there stays.
-                trained.model.config.save_pretrained(path)
+                # The weights on disk are as they were, and so is their learned exit or its absence:
+                # one that was fitted for the sweep is not among them.
+                on_disk = MultiExitConfig.from_pretrained(path)
+                on_disk.exit_policy = trained.model.config.exit_policy
+                on_disk.save_pretrained(path)
     results = {"metric": metric, "full_score": full_score, "policies": policies}
     if output_dir is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "exits.json", results)
         rows = [row for name in names for row in curves[name]]
         write_tables(rows, metric, output_dir / "exits", measured)

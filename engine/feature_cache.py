@@ -60,19 +60,23 @@ class FeatureCache:
         width = model.config.backbone_config.hidden_size
         self.shape = (int(self.offsets[-1]), len(positions), width)
         meta = {
-            "content": content_hash(model, encoded, positions),
+            "texts": texts_hash(encoded),
+            "weights": weights_hash(model),
             "layers": [model.exit_layers[position] for position in positions],
             "first_token_only": self.first_only,
             "backbone_dtype": str(dtype),
             "shape": list(self.shape),
         }
-        path = directory / STATES_FILE
-        if not self._is_there(directory, meta):
+        if self._is_there(directory, meta):
+            logger.info("Feature cache: reading %s.", directory)
+        else:
             self._write(
                 directory, model, encoded, positions, batch_size, pad_token_id, dtype, progress
             )
             write_json(directory / META_FILE, meta)
-        self.states = np.memmap(path, dtype=np.float16, mode="r", shape=self.shape)
+        self.states = np.memmap(
+            directory / STATES_FILE, dtype=np.float16, mode="r", shape=self.shape
+        )
 
     def _is_there(self, directory: Path, meta: dict[str, Any]) -> bool:
         try:
@@ -81,14 +85,15 @@ class FeatureCache:
             return False
         except (json.JSONDecodeError, UnicodeDecodeError):
             found = {}
+        found = found if isinstance(found, dict) else {}
         differing = [name for name in meta if found.get(name) != meta[name]]
         if differing:
             raise ValueError(
                 f"feature_cache={str(directory)!r} holds the states of another run: "
-                f"{', '.join(differing)} differ ('content': texts or weights). Delete it, or name "
-                "another directory."
+                f"{', '.join(differing)} differ. Delete it, or name another directory."
             )
-        size = (directory / STATES_FILE).stat().st_size
+        states = directory / STATES_FILE
+        size = states.stat().st_size if states.is_file() else 0
         if size != self.num_bytes:
             raise ValueError(
                 f"feature_cache={str(directory)!r} is damaged: {STATES_FILE} has {size} bytes and "
@@ -128,13 +133,21 @@ class FeatureCache:
         batches = epoch_batches(
             encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
         )
-        for indices in tqdm(batches, desc="features", leave=False, disable=not progress):
+        for indices in tqdm(
+            batches, desc="features", leave=False, disable=None if progress else True
+        ):
             batch = collate(encoded, indices, pad_token_id)
             batch.pop("labels", None)
             batch = {name: value.to(model.device) for name, value in batch.items()}
             with autocast(model.device, dtype):
                 layers = model.exit_states(**batch, positions=positions)
-            stacked = torch.stack(layers, dim=2).half().cpu().numpy()  # [N, T, L, H]
+            half = torch.stack(layers, dim=2).half()  # [N, T, L, H]
+            if not torch.isfinite(half).all():
+                raise ValueError(
+                    f"feature_cache={str(directory)!r}: this backbone's states are beyond "
+                    "float16's 65504, or not finite. Leave feature_cache out."
+                )
+            stacked = half.cpu().numpy()
             for row, index in enumerate(indices):
                 start, stop = self.offsets[index], self.offsets[index + 1]
                 states[start:stop] = stacked[row, : stop - start]
@@ -153,15 +166,37 @@ class FeatureCache:
         return list(layers), mask.to(device)
 
 
-def content_hash(
-    model: MultiExitForSequenceClassification, encoded: EncodedSplit, positions: list[int]
-) -> str:
-    """SHA-256 of all that the states depend on: tokens, the backbone's weights, the layers."""
+def texts_hash(encoded: EncodedSplit) -> str:
+    """SHA-256 of the tokens of a split."""
     digest = hashlib.sha256()
     for array in (encoded.tokens, encoded.offsets, encoded.token_types):
         digest.update(b"none" if array is None else np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def weights_hash(model: MultiExitForSequenceClassification) -> str:
+    """SHA-256 of the backbone's weights."""
+    digest = hashlib.sha256()
     for name, value in sorted(model.backbone.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    digest.update(str([model.exit_layers[position] for position in positions]).encode())
     return digest.hexdigest()
+
+
+def check_directory(directory: Path, encoded: EncodedSplit) -> None:
+    """What can be refused before the first stage has been trained.
+
+    Raises:
+        ValueError: the place is a file, or holds the states of other texts.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"feature_cache={str(directory)!r} is a file; name a directory.")
+    try:
+        found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return
+    if not isinstance(found, dict) or found.get("texts") != texts_hash(encoded):
+        raise ValueError(
+            f"feature_cache={str(directory)!r} holds the states of other texts. Delete it, or name "
+            "another directory."
+        )

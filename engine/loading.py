@@ -111,7 +111,17 @@ def load_trained(path: str) -> MultiExitForSequenceClassification:
                 f"{where} is a {model_type} model, not one that `fusedacl train` has fine-tuned."
             )
     try:
-        return MultiExitForSequenceClassification.from_pretrained(path, dtype=torch.float32)
+        model, report = MultiExitForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
     except Exception as error:
         # safetensors, the hub client and transformers each raise errors of their own here.
         raise ValueError(f"{where} cannot be loaded: {error}{nearest_directory(path)}") from None
+    # transformers would fill them with random numbers.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{where} is damaged: its weights lack {', '.join(missing[:3])}"
+            f"{' and more' if len(missing) > 3 else ''}. Copy the directory again, or train again."
+        )
+    return model

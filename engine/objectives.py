@@ -18,11 +18,13 @@ from .modeling import MultiExitOutput
 class ExitLosses:
     """One value an exit: L_ce [E], and the contrastive L_scl or L_acl [E] where there is one.
 
-    With distillation `main` is (1 - w) L_ce + w L_kd.
+    With distillation `main` is (1 - w) L_ce + w L_kd. `cross_entropy` [E] is L_ce alone, for the
+    log: without a graph, and of the exits that are trained only.
     """
 
     main: Tensor
     auxiliary: Tensor | None
+    cross_entropy: Tensor | None = None
 
     def weighted(self, weight: float) -> Tensor:
         """(1 - weight) main + weight auxiliary, summed over the exits; weight is lambda."""
@@ -85,7 +87,7 @@ def exit_losses(
         auxiliary = acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
     elif options.objective == "acl":
         auxiliary = acl_loss(samples, labels, label_embeddings, **settings)
-    return ExitLosses(main, auxiliary)
+    return ExitLosses(main, auxiliary, cross_entropy.mean(dim=1).detach())
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

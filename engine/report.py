@@ -58,6 +58,8 @@ def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> Path:
         axes.plot(epochs, losses, color=color, alpha=0.2, linewidth=0.8)
         axes.plot(*_running_mean(epochs, losses), color=color, label=f"{name}, training")
         evaluations = [record for record in records if record["split"] != "train"]
+        last = max((record["exit"] for record in evaluations), default=None)
+        evaluations = [record for record in evaluations if record["exit"] == last]
         if evaluations:
             axes.plot(
                 [record["epoch"] for record in evaluations],
@@ -86,11 +88,17 @@ def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    steps = [record for record in read_metrics(run) if record.get("angle_degrees") is not None]
-    if not steps:
+    # One angle a step, or one for each exit and for what they share.
+    logged = [
+        (value, record["epoch"])
+        for record in read_metrics(run)
+        for name, value in record.items()
+        if name.startswith("angle_degrees") and value is not None
+    ]
+    if not logged:
         raise ValueError(f"{str(run)!r} logged no gradient angle: it ran without the gate.")
-    angles = np.array([record["angle_degrees"] for record in steps])
-    epochs = np.ceil([record["epoch"] for record in steps]).astype(int)
+    angles = np.array([angle for angle, _ in logged])
+    epochs = np.ceil([epoch for _, epoch in logged]).astype(int)
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     low = 5 * np.floor(angles.min() / 5)
@@ -106,7 +114,7 @@ def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path
     axes.axvline(max_angle, color="#c44e52", linestyle="--", label=f"gate, {max_angle:g} degrees")
     dropped = (angles > max_angle).mean()
     axes.set_title(
-        f"{len(angles)} steps, median {np.median(angles):.0f} degrees, {dropped:.1%} dropped"
+        f"{len(angles)} angles, median {np.median(angles):.0f} degrees, {dropped:.1%} dropped"
     )
     axes.set_xlabel("angle between the cross-entropy and the contrastive gradient (degrees)")
     axes.set_ylabel("optimizer steps")
@@ -198,7 +206,8 @@ def _data_section(data: str, runs: list[dict[str, Any]]) -> list[str]:
     }
     lines = [f"## {data}"]
     for split in runs[0]["metrics"]:
-        layer = next(iter(runs[0]["metrics"][split]))
+        # The last exit is the model's answer.
+        layer = list(runs[0]["metrics"][split])[-1]
         names = [name for name in runs[0]["metrics"][split][layer] if name != "loss"]
         scores = {
             (objective, name): [100 * run["metrics"][split][layer][name] for run in group]
@@ -275,15 +284,18 @@ def _dropped(group: list[dict[str, Any]]) -> str:
 
 def _gate_table(runs: list[dict[str, Any]]) -> str:
     rows = []
-    for epoch in sorted({row["epoch"] for run in runs for row in run["gate"]}):
-        here = [row for run in runs for row in run["gate"] if row["epoch"] == epoch]
+    every = [{"group": "model", **row} for run in runs for row in run["gate"]]
+    places = dict.fromkeys((row["epoch"], row["group"]) for row in every)
+    many = len({group for _, group in places}) > 1
+    for epoch, group in sorted(places):
+        here = [row for row in every if (row["epoch"], row["group"]) == (epoch, group)]
         steps = sum(row["steps"] for row in here)
         dropped = sum(row["dropped_share"] * row["steps"] for row in here) / steps
         medians = [row["angle_median"] for row in here]
         spread = (min(row["angle_p10"] for row in here), max(row["angle_p90"] for row in here))
         rows.append(
             [
-                str(epoch),
+                f"{epoch}, {group}" if many else str(epoch),
                 str(steps),
                 f"{dropped:.1%}",
                 f"{statistics.mean(medians):.0f}",

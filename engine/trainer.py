@@ -34,7 +34,7 @@ from .config import TrainingConfig
 from .data import load_splits
 from .doctor import versions
 from .evaluation import evaluate_split
-from .feature_cache import FeatureCache
+from .feature_cache import FeatureCache, check_directory
 from .gate import GateDecision
 from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
 from .local import LocalEngine, StepReport
@@ -42,7 +42,7 @@ from .model_card import model_card
 from .modeling import MultiExitForSequenceClassification, parse_layers, take_last_exit
 from .objectives import ExitLosses, check_finite
 from .options import command_line, flatten, write_yaml
-from .precision import choose_device
+from .precision import choose_device, choose_dtype
 from .quickstart import minilm_path
 from .strategies import (
     check_exits,
@@ -84,6 +84,8 @@ class Trainer:
     """One run. Everything that can be refused is refused by the constructor."""
 
     def __init__(self, config: TrainingConfig) -> None:
+        # What the user wrote is what is kept; what it implies is implied anew.
+        self.given = config
         self.config = config = config.resolved()
         check_output_dir(config)
         require_reporting(config.run.report_to)
@@ -92,6 +94,9 @@ class Trainer:
             config.objective.impl,
             Workload(
                 self.device,
+                choose_dtype(
+                    self.device, fp16=config.optimization.fp16, bf16=config.optimization.bf16
+                ),
                 temperature=config.objective.temperature,
                 num_rows=config.optimization.per_device_train_batch_size,
             ),
@@ -134,6 +139,8 @@ class Trainer:
                 )
         self.train_split = self.encoded["train"]
         self._plan_steps()
+        if config.optimization.feature_cache is not None:
+            check_directory(Path(config.optimization.feature_cache), self.train_split)
         self.step = 0
         self._start_stage(0)
         self.history = GateHistory()
@@ -144,7 +151,7 @@ class Trainer:
             self._resume(config.run.resume_from_checkpoint)
         # Last, because it may delete an old run.
         self.output_dir = make_output_dir(config)
-        write_yaml(config, self.output_dir / CONFIG_FILE)
+        write_yaml(self.given, self.output_dir / CONFIG_FILE)
 
     def _new_model(self, name_or_path: str) -> MultiExitForSequenceClassification:
         options = self.config.model
@@ -178,6 +185,12 @@ class Trainer:
             steps = options.max_steps
             if steps < 0:
                 steps = max(1, round(stage.num_epochs * self.steps_per_epoch))
+            if stage.alternates and steps <= self.steps_per_epoch:
+                raise ValueError(
+                    f"strategy=alternating trains the last exit alone in the first epoch: {steps} "
+                    f"steps of {self.steps_per_epoch} an epoch never reach the others. Use "
+                    "num_train_epochs of 2 or more."
+                )
             self.stage_ends.append(sum(self.stage_ends[-1:]) + steps)
         self.num_steps = self.stage_ends[-1]
 
@@ -278,7 +291,11 @@ class Trainer:
         """Whether an evaluation or a checkpoint is due now; None: each epoch, 0: never."""
         if every == 0:
             return False
-        return (self.step - self.stage_start) % (every or self.steps_per_epoch) == 0
+        # What a stage leaves is looked at and saved before the next one begins.
+        between_stages = self.step in self.stage_ends[:-1]
+        return (
+            between_stages or (self.step - self.stage_start) % (every or self.steps_per_epoch) == 0
+        )
 
     def _epochs(self) -> Iterator[tuple[int, Iterator[list[np.ndarray]]]]:
         """Epoch of the stage (1 = first) and its steps still to do: lists of micro-batches."""
@@ -378,6 +395,11 @@ class Trainer:
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
         main = torch.stack([share * batch.main.detach() for share, batch in losses]).sum(0)  # [E]
+        cross_entropy = sum(
+            share * batch.cross_entropy.sum().item()
+            for share, batch in losses
+            if batch.cross_entropy is not None
+        )
         loss = main
         if self.config.objective.objective != "ce":
             auxiliary = torch.stack(
@@ -396,7 +418,7 @@ class Trainer:
             record |= {"loss_aux": auxiliary.sum().item(), "aux_weight": weight.mean().item()}
         record |= {
             "loss": loss.sum().item(),
-            "loss_ce": main.sum().item(),
+            "loss_ce": cross_entropy,
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "loss_scale": report.loss_scale,
@@ -411,7 +433,7 @@ class Trainer:
     def _angles(self, decision: GateDecision) -> dict[str, float]:
         """Angle of the only group, or of each group that a gradient reached."""
         names = self.engine.groups
-        if len(names) == 1:
+        if list(names) == ["model"]:
             return {"angle_degrees": decision.angle[0].item()}
         return {
             f"angle_degrees {name}": angle
@@ -498,7 +520,7 @@ class Trainer:
             "num_steps": self.num_steps,
             "train_seconds": round(self.seconds, 2),
             "train_samples_per_second": round(samples / self.seconds, 2),
-            "command": command_line(self.config, "fusedacl train"),
+            "command": command_line(self.given, "fusedacl train"),
             "options": options,
             "versions": versions(),
         }

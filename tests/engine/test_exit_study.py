@@ -71,6 +71,17 @@ def test_sweep_store_and_serve(
     assert main([*command, "--repack"]) == 2
 
 
+def test_a_learned_exit_of_the_sweep_is_not_promised_to_those_who_load(
+    model_dir: Path, tiny_data: Path
+) -> None:
+    """It is not among the weights that stay, so the configuration may not name it."""
+    both = ["--policies", "entropy,learned", "--policy", "entropy", "--max_mean_layer", "2"]
+    assert run(model_dir, tiny_data, *both, "--learned_exit_samples", "40") == 0
+    config = json.loads((model_dir / "config.json").read_text())
+    assert not config.get("learned_exit", False)
+    assert config["exit_policy"]["name"] == "entropy"
+
+
 def test_the_learned_exit_survives(model_dir: Path, tiny_data: Path) -> None:
     before = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert before.learned_exit is None

@@ -16,7 +16,7 @@ import torch
 from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, feature_cache, train
 from fusedacl.engine.batching import collate, encode
 from fusedacl.engine.columns import TextSplit
-from fusedacl.engine.feature_cache import META_FILE, STATES_FILE, FeatureCache
+from fusedacl.engine.feature_cache import META_FILE, STATES_FILE, FeatureCache, check_directory
 from fusedacl.engine.loading import load_tokenizer
 
 TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
@@ -70,18 +70,19 @@ def test_written_once_and_announced(
         assert "Feature cache: writing 0.00 GB" in caplog.text
         monkeypatch.setattr(type(parts[0]), "exit_states", None)
         open_cache(tmp_path, parts)
-    assert caplog.text.count("Feature cache") == 1
+    assert caplog.text.count("Feature cache: writing") == 1
+    assert caplog.text.count("Feature cache: reading") == 1
 
 
 def test_a_cache_of_other_content_is_refused(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
     model, _, tokenizer = parts
     open_cache(tmp_path, parts)
     other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
-    with pytest.raises(ValueError, match="holds the states of another run: content"):
+    with pytest.raises(ValueError, match="holds the states of another run: texts differ"):
         open_cache(tmp_path, (model, other, tokenizer))
     with torch.no_grad():
         next(model.backbone.parameters())[0, 0] += 1
-    with pytest.raises(ValueError, match="content.*Delete it, or name another"):
+    with pytest.raises(ValueError, match="weights differ. Delete it, or name another"):
         open_cache(tmp_path, parts)
 
 
@@ -99,6 +100,31 @@ def test_damaged_or_unfinished_caches(parts: tuple[Any, Any, Any], tmp_path: Pat
     open_cache(tmp_path, parts)
     assert (tmp_path / STATES_FILE).read_bytes() == whole
     assert json.loads((tmp_path / META_FILE).read_text())["layers"] == [1, 2]
+
+
+def test_other_texts_are_refused_before_any_training(
+    parts: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    _, encoded, tokenizer = parts
+    open_cache(tmp_path, parts)
+    check_directory(tmp_path, encoded)
+    check_directory(tmp_path / "absent", encoded)
+    other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
+    with pytest.raises(ValueError, match="holds the states of other texts"):
+        check_directory(tmp_path, other)
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        check_directory(tmp_path / META_FILE, encoded)
+
+
+def test_states_beyond_half_precision_are_refused(
+    parts: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    model = parts[0]
+    with torch.no_grad():
+        model.backbone.encoder.layer[-1].output.LayerNorm.weight *= 1e6
+    with pytest.raises(ValueError, match="beyond float16's 65504"):
+        open_cache(tmp_path, parts)
+    assert not (tmp_path / META_FILE).exists()
 
 
 def test_a_disk_without_room_is_noticed_before_writing(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from fusedacl.engine.config import InferenceOptions
-from fusedacl.engine.loading import TrainedModel, length_limit, load_tokenizer
+from fusedacl.engine.loading import TrainedModel, length_limit, load_tokenizer, load_trained
 from fusedacl.engine.modeling import MultiExitConfig, MultiExitForSequenceClassification
 from transformers import MPNetConfig
 
@@ -71,3 +72,17 @@ def test_truncated_weights(tiny_bert: Path, tmp_path: Path) -> None:
 def test_model_is_missing() -> None:
     with pytest.raises(ValueError, match="model_name_or_path is missing"):
         TrainedModel(InferenceOptions(), None)
+
+
+def test_a_model_whose_weights_are_incomplete(tiny_bert: Path, tmp_path: Path) -> None:
+    """Not filled with random numbers, as transformers would."""
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tiny_bert), label_names=["no", "yes"], exit_layers=[1, 2]
+    )
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = safetensors.torch.load_file(file)
+    kept = {name: value for name, value in weights.items() if not name.startswith("exits.0.")}
+    safetensors.torch.save_file(kept, file, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"is damaged: its weights lack exits\.0\..* and more"):
+        load_trained(str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from fusedacl.engine.config import ObjectiveOptions
 from fusedacl.engine.local import LocalEngine
 from fusedacl.engine.modeling import MultiExitOutput, parse_layers
 from fusedacl.engine.objectives import ExitLosses, Teacher, distillation, exit_losses
+from fusedacl.engine.options import read_file
 from fusedacl.engine.strategies import Stage, plan_stages, prepare, stage_losses, stage_states
 from fusedacl.engine.trainer import Interrupted, Trainer, train
 from fusedacl.kernels import acl_cl_loss, acl_loss
@@ -262,6 +264,35 @@ def test_alternating_rests_the_other_exits_in_odd_epochs(options, tmp_path: Path
     assert moved(first, second, "exits.0.") and not moved(second, third, "exits.0.")
     for prefix in ("exits.1.", "backbone."):
         assert moved(first, second, prefix) and moved(second, third, prefix)
+
+
+def test_between_the_stages_the_run_is_evaluated_and_saved(options, tmp_path: Path) -> None:
+    run(options, strategy="two_stage", max_steps=3)
+    names = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert "checkpoint-3" in names
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    evaluated = {(r["step"], r["exit"]) for r in map(json.loads, lines) if "exit" in r}
+    assert {(3, 2), (6, 1), (6, 2)} <= evaluated
+
+
+def test_the_log_has_cross_entropy_beside_distillation(options, tmp_path: Path) -> None:
+    run(options, strategy="two_stage", max_steps=2, distill_weight=1.0, objective="ce")
+    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    second = [record for record in lines if record.get("stage") == "exits"]
+    assert second and all(record["loss"] != record["loss_ce"] for record in second)
+
+
+def test_alternating_needs_a_second_epoch(options) -> None:
+    with pytest.raises(ValueError, match="num_train_epochs of 2 or more"):
+        run(options, strategy="alternating", num_train_epochs=1)
+
+
+def test_a_written_configuration_can_be_varied(options, tmp_path: Path) -> None:
+    """What was implied is implied anew, not taken from the file."""
+    run(options, strategy="two_stage", max_steps=1)
+    written = read_file(tmp_path / "run" / "config.yaml")
+    for changes in ({"objective": "ce"}, {"strategy": "joint"}):
+        TrainingConfig.create(**{**written, **changes}).resolved()
 
 
 @pytest.mark.parametrize("stop", [6, 12, 14])

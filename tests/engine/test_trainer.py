@@ -226,7 +226,10 @@ def test_the_model_card_says_what_was_done(options) -> None:
     card = (Path(options["output_dir"]) / "README.md").read_text()
     metadata = yaml.safe_load(card.split("---")[1])
     assert metadata["metrics"] == ["accuracy", "macro_f1"]
-    assert metadata["base_model"] == options["model_name_or_path"]
+    # The hub knows no local directory.
+    assert "base_model" not in metadata
+    assert f"# {Path(options['model_name_or_path']).name} fine-tuned on" in card
+    assert "lambda 0.02, tau 0.5, mean over anchors" in card
     accuracy = results["metrics"]["validation"][2]["accuracy"]
     assert f"- validation, exit at layer 2: accuracy {accuracy:.4f}" in card
     assert "gated at 90 degrees (ACL-Grad)" in card
