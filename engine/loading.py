@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -111,13 +112,15 @@ def load_trained(path: str) -> MultiExitForSequenceClassification:
                 f"{where} is a {model_type} model, not one that `fusedacl train` has fine-tuned."
             )
     try:
-        model, report = MultiExitForSequenceClassification.from_pretrained(
+        # transformers gives a model, and with output_loading_info a pair.
+        loaded: Any = MultiExitForSequenceClassification.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True
         )
     except Exception as error:
         # safetensors, the hub client and transformers each raise errors of their own here.
         raise ValueError(f"{where} cannot be loaded: {error}{nearest_directory(path)}") from None
-    # transformers would fill them with random numbers.
+    model, report = loaded
+    # transformers fills what is missing with random numbers.
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
