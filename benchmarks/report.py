@@ -30,7 +30,7 @@ def page(directories: Sequence[Path]) -> str:
         "",
         "Made by `python -m fusedacl.benchmarks.report` from the files in `benchmarks/results/`; "
         "no number is typed by hand. In each table the contestants took turns in one process; "
-        "claims are ratios of medians. What is faster than ours stands there with a number below 1. "
+        "claims are ratios of medians. What is faster than ours has a number below 1. "
         "Nothing here was measured on a GPU.",
     ]
     sections = {"loss": loss_section, "angle": angle_section, "step": step_section}
