@@ -15,6 +15,7 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
   evaluate   metrics of a trained model on a labelled data set
   predict    labels and probabilities for a file of texts
   exits      early exit: sweep policies, choose a threshold, store it with the model
+  report     scores of every exit of several runs: curves over the layers, and a table
   doctor     what this machine can run, and why
 
 fusedacl <verb> --help explains each option with its unit and default."""
@@ -116,6 +117,31 @@ def _exits(arguments: list[str]) -> int:
     return 0
 
 
+def _report(arguments: list[str]) -> int:
+    import argparse
+    from pathlib import Path
+
+    parser = argparse.ArgumentParser(
+        prog="fusedacl report",
+        description="Score of each exit of several runs, side by side: PNG, SVG, CSV, Markdown.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        type=Path,
+        help="output directories of runs; seeds of one method become one line",
+    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="where the files go")
+    parser.add_argument("--metric", help="one of the runs' metrics (default: the task's first)")
+    options = parser.parse_args(arguments)
+    from .layer_scores import write_report
+
+    files = write_report(options.runs, options.output_dir, options.metric)
+    print(files[-1].read_text(encoding="utf-8"))
+    print(f"written: {', '.join(map(str, files))}")
+    return 0
+
+
 def _doctor(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         print("usage: fusedacl doctor\n\nSays what this machine can run, and why; no options.")
@@ -148,5 +174,6 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "exits": _exits,
+    "report": _report,
     "doctor": _doctor,
 }
