@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .variants import Variant
 
-# Each program takes a block of rows and columns of the tile. 16 values a thread: no spills on any
+# Each program takes a block of rows and columns of the tile. 8 values a thread: no spills on any
 # target, and enough loads in flight.
 BLOCK_ROWS = 32
-BLOCK_COLUMNS = 128
+BLOCK_COLUMNS = 64
 NUM_WARPS = 8
 
 
