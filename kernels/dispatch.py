@@ -119,8 +119,12 @@ def explain(workload: Workload) -> str:
     if workload.device.type != "cuda":
         reason = triton_obstacle(workload.device)
         refused += () if reason is None else (f"triton cannot run: {reason}",)
+    tile = ""
+    if chosen == "tiled" and workload.device.type == "cuda":
+        size = workload.dtype.itemsize * supcon_tiled.GPU_TILE**2 / 2**20
+        tile = f" with one tile of at most {size:g} MiB"
     rows = f"{workload.num_rows} rows" if workload.num_rows else "any number of rows"
     return (
         f"contrastive loss on {workload.device.type}, {rows}, {workload.dtype} embeddings: "
-        f"{chosen}, computed in {precision}" + "".join(f"; {reason}" for reason in refused)
+        f"{chosen}{tile}, computed in {precision}" + "".join(f"; {reason}" for reason in refused)
     )

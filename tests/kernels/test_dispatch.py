@@ -109,4 +109,5 @@ def test_explains_in_words(monkeypatch: pytest.MonkeyPatch, no_interpreter: None
     pretend(monkeypatch, 70)
     text = explain(Workload(GPU, torch.float16, num_rows=4096))
     assert "on cuda, 4096 rows, torch.float16 embeddings: tiled" in text
+    assert "with one tile of at most 32 MiB" in text
     assert "supcon_fused cannot run: " in text
