@@ -50,7 +50,7 @@ setup(
         Extension("fusedacl.kernels._gradients_loop", ["kernels/gradients_loop.c"], optional=True)
     ],
     package_data={
-        "fusedacl.engine": ["py.typed"],
+        "fusedacl.engine": ["py.typed", "recipes/*.yaml"],
         "fusedacl.kernels": ["py.typed"],
         "fusedacl.benchmarks": ["py.typed"],
     },

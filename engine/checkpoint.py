@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -181,16 +181,29 @@ def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
     Raises:
         ValueError: naming the options that differ. Those of the section `run` may.
     """
-    path = output_dir / CONFIG_FILE
-    saved = flatten(build(TrainingConfig, read_file(path)).resolved())
-    now, free = flatten(config), vars(config.run)
-    changed = [name for name in now if name not in free and now[name] != saved[name]]
+    changed = changed_options(output_dir, config)
     if changed:
-        words = "; ".join(f"{name}: {saved[name]!r} then, {now[name]!r} now" for name in changed)
         raise ValueError(
-            f"resume_from_checkpoint: the options differ from those in {str(path)!r} ({words}). "
+            f"resume_from_checkpoint: the options differ from those in "
+            f"{str(output_dir / CONFIG_FILE)!r} ({'; '.join(changed)}). "
             "Resume with the same options, or start a new run."
         )
+
+
+def changed_options(
+    output_dir: Path, config: TrainingConfig, free: Collection[str] = ()
+) -> list[str]:
+    """How a run's options differ from `config`: "name: this then, that now", one each.
+
+    Those of the section `run` and those named in `free` may differ.
+    """
+    saved = flatten(build(TrainingConfig, read_file(output_dir / CONFIG_FILE)).resolved())
+    now = flatten(config.resolved())
+    return [
+        f"{name}: {saved[name]!r} then, {now[name]!r} now"
+        for name in now
+        if name not in vars(config.run) and name not in free and now[name] != saved[name]
+    ]
 
 
 def write_json(path: Path, values: Any) -> None:

@@ -15,6 +15,7 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
   evaluate   metrics of a trained model on a labelled data set
   predict    labels and probabilities for a file of texts
   exits      early exit: sweep policies, choose a threshold, store it with the model
+  sweep      the runs of a recipe: tasks, methods, seeds; stops and goes on
   report     scores of every exit of several runs: curves over the layers, and a table
   doctor     what this machine can run, and why
 
@@ -117,6 +118,45 @@ def _exits(arguments: list[str]) -> int:
     return 0
 
 
+def _sweep(arguments: list[str]) -> int:
+    import argparse
+    from pathlib import Path
+
+    from .config import TrainingConfig
+    from .options import given
+    from .recipe import read_recipe, shipped_recipes
+    from .sweep import Sweep, SweepStopped
+
+    made = argparse.ArgumentParser(
+        prog="fusedacl sweep",
+        usage="fusedacl sweep recipe.yaml [--output_dir DIR] [--workers N] [--status]"
+        " [--option value ...]",
+        description="Run what a recipe describes, one directory a run. Stopped, it goes on where it"
+        " was. Any option of `fusedacl train` replaces the recipe's default.",
+        epilog=f"Shipped recipes: {', '.join(shipped_recipes())}.",
+        allow_abbrev=False,
+    )
+    made.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
+    made.add_argument("--output_dir", type=Path, help="(default: runs/<name of the recipe>)")
+    made.add_argument("--workers", type=int, help="runs at a time (default: one for two cores)")
+    made.add_argument("--status", action="store_true", help="show how far it is, run nothing")
+    options, rest = made.parse_known_args(arguments)
+    recipe = read_recipe(options.recipe)
+    recipe["defaults"] = {**(recipe.get("defaults") or {}), **given(TrainingConfig, rest)}
+    directory = options.output_dir or Path("runs") / Path(options.recipe).stem
+    sweep = Sweep(recipe, directory, options.workers)
+    if not options.status:
+        try:
+            sweep.run()
+        except SweepStopped as stop:
+            print(f"{sweep.table()}\nfusedacl sweep: {stop}", file=sys.stderr)
+            return stop.exit_code
+    print("\n".join([sweep.table(), *sweep.failures]))
+    if not options.status:
+        print(f"runs are in {directory}; next: fusedacl report {directory}")
+    return 1 if sweep.failures else 0
+
+
 def _report(arguments: list[str]) -> int:
     import argparse
     from pathlib import Path
@@ -174,6 +214,7 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "evaluate": _evaluate,
     "predict": _predict,
     "exits": _exits,
+    "sweep": _sweep,
     "report": _report,
     "doctor": _doctor,
 }

@@ -238,6 +238,20 @@ def parse(
     Raises:
         ValueError: as `build`, and for an unknown flag (the nearest is offered).
     """
+    values = given(cls, arguments, program, description)
+    config_file = values.pop("config_file", None)
+    from_file = read_file(config_file) if config_file else {}
+    return build(cls, {**from_file, **values})
+
+
+def given(
+    cls: type, arguments: list[str], program: str = "", description: str = ""
+) -> dict[str, Any]:
+    """Option name -> text, for the options that a command line gives; not yet checked.
+
+    Raises:
+        ValueError: an unknown flag (the nearest is offered).
+    """
     known, unknown = parser(cls, program, description).parse_known_args(arguments)
     for flag in unknown:
         if flag.startswith("--"):
@@ -247,7 +261,4 @@ def parse(
             )
     if unknown:
         raise ValueError(f"Unexpected argument {unknown[0]!r}. Options are written --name value.")
-    values = vars(known)
-    config_file = values.pop("config_file", None)
-    from_file = read_file(config_file) if config_file else {}
-    return build(cls, {**from_file, **values})
+    return vars(known)
