@@ -6,7 +6,6 @@ over many thresholds costs one pass of the model and says what inference will do
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,15 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from tqdm import tqdm
+from torch import Tensor
 
-from .batching import EncodedSplit, collate, epoch_batches
-from .early_exiting import certainty_of, check_has_earlier_exits, exit_flops, full_flops
-from .evaluation import score
+from .early_exiting import exit_flops, full_flops
 from .exit_policies import (
     POLICIES,
-    ExitReading,
     FixedLayer,
     Learned,
     Memory,
@@ -34,71 +29,14 @@ from .exit_policies import (
     make_policy,
     policy_class,
 )
+from .exit_readings import ExitReadings, dtype_name
 from .layers import Flops
-from .precision import autocast
 
 if TYPE_CHECKING:
     from .modeling import MultiExitForSequenceClassification
 
-logger = logging.getLogger("fusedacl")
 # No threshold lies between signals that are nearer than this: rounding would decide.
 _SAFE_GAP = 4e-6
-
-
-@dataclass(frozen=True)
-class ExitReadings:
-    """What n labelled texts showed at each of E exits, and what each exit costs; on the CPU.
-
-    logits [E, n, K] float32; labels [n]; lengths [n] in tokens; exit_layers: E layers, ascending.
-    certainties [E, n]: the learned exit's, None without one.
-    """
-
-    logits: Tensor
-    labels: Tensor
-    lengths: Tensor
-    exit_layers: list[int]
-    certainties: Tensor | None
-    model: MultiExitForSequenceClassification
-
-    def at(self, index: int) -> ExitReading:
-        """What the texts showed at one exit, by its place in `exit_layers`."""
-        certainty = None if self.certainties is None else self.certainties[index]
-        return ExitReading(self.exit_layers[index], self.logits[index], certainty)
-
-    def score(self, metric: str, predictions: Tensor | None = None) -> float:
-        """The metric of predicted classes [n]; of the full model without them."""
-        if predictions is None:
-            predictions = self.logits[-1].argmax(dim=-1)
-        return score([metric], predictions.numpy(), self.labels.numpy())[metric]
-
-
-@torch.inference_mode()
-def read_exits(
-    model: MultiExitForSequenceClassification,
-    encoded: EncodedSplit,
-    batch_size: int,
-    *,
-    pad_token_id: int,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-) -> ExitReadings:
-    """One pass of a labelled split through all exits.
-
-    Raises:
-        ValueError: the split has no labels, or the model has one exit.
-    """
-    check_has_earlier_exits(model)
-    logits, certainties, _ = _pass(
-        model, encoded, batch_size, pad_token_id, dtype, progress, keep_embeddings=False
-    )
-    return ExitReadings(
-        logits=logits,
-        labels=_labels(encoded),
-        lengths=torch.from_numpy(encoded.lengths),
-        exit_layers=list(model.exit_layers),
-        certainties=certainties,
-        model=model,
-    )
 
 
 def replay(policy: Policy, readings: ExitReadings) -> Tensor:
@@ -147,10 +85,7 @@ def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> li
         key = (type(policy), policy.layer if isinstance(policy, FixedLayer) else 0)
         if key not in costs:
             costs[key] = exit_flops(readings.model, policy)
-        spent = sum(
-            float(cost.at(readings.lengths[exits == index]).sum())
-            for index, cost in enumerate(costs[key])
-        )
+        spent = spent_flops(costs[key], readings, exits)
         predictions = readings.logits[exits, texts].argmax(dim=-1)
         counts = torch.bincount(exits, minlength=len(layers)).tolist()
         rows.append(
@@ -163,6 +98,13 @@ def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> li
             )
         )
     return rows
+
+
+def spent_flops(costs: Sequence[Flops], readings: ExitReadings, exits: Tensor) -> float:
+    """Operations on all texts that leave at `exits` [n], where exit e costs `costs`[e]."""
+    return sum(
+        float(cost.at(readings.lengths[exits == index]).sum()) for index, cost in enumerate(costs)
+    )
 
 
 def policy_grid(name: str, readings: ExitReadings, num_thresholds: int = 33) -> list[Policy]:
@@ -286,18 +228,28 @@ def choose(rows: Sequence[SweepRow], full_score: float, target: Target) -> Sweep
 
 
 def calibration_record(
-    row: SweepRow, readings: ExitReadings, *, data: str, metric: str, target: Target
+    row: SweepRow,
+    readings: ExitReadings,
+    *,
+    data: str,
+    metric: str,
+    target: Target,
+    dtype: torch.dtype,
+    max_seq_length: int,
 ) -> dict[str, Any]:
     """What a model's configuration keeps: a chosen policy, its parameters and how it was chosen.
 
-    `data`: the name of the texts, such as "mrpc, validation".
+    `data`: the name of the texts, such as "mrpc, validation"; `dtype` and `max_seq_length` are
+    those of the pass: with others the signals, which the threshold was set for, are others too.
     """
     return {
         "name": row.policy.name,
         "parameters": row.policy.parameters,
         "calibration": {
             "data": data,
-            "num_samples": len(readings.labels),
+            "num_samples": len(readings),
+            "dtype": dtype_name(dtype),
+            "max_seq_length": max_seq_length,
             "metric": metric,
             "full_score": readings.score(metric),
             "score": row.score,
@@ -308,123 +260,39 @@ def calibration_record(
     }
 
 
+def calibration_mismatch(
+    record: Mapping[str, Any], dtype: torch.dtype, max_seq_length: int
+) -> str | None:
+    """A sentence on how this inference differs from what a record was calibrated with, or None.
+
+    Records of other makers may lack what is compared; then there is nothing to say.
+    """
+    made = record.get("calibration") or {}
+    now = {"dtype": dtype_name(dtype), "max_seq_length": max_seq_length}
+    differing = [name for name in now if name in made and made[name] != now[name]]
+    if not differing:
+        return None
+    then, here = (
+        " and ".join(f"{name} {values[name]}" for name in differing) for values in (made, now)
+    )
+    return (
+        f"The stored policy was calibrated with {then}, this run has {here}: score and speed may "
+        "differ from the calibrated ones. Run `fusedacl exits` with the same options to calibrate "
+        "for them."
+    )
+
+
 def store_policy(model: MultiExitForSequenceClassification, record: Mapping[str, Any]) -> None:
     """Make a calibrated policy the model's own: `save_pretrained` then writes it with the model."""
     model.config.exit_policy = dict(record)
-
-
-def fit_learned_exit(
-    model: MultiExitForSequenceClassification,
-    encoded: EncodedSplit,
-    batch_size: int,
-    *,
-    pad_token_id: int,
-    dtype: torch.dtype = torch.float32,
-    progress: bool = False,
-    regularization: float = 1.0,
-) -> nn.Linear:
-    """Train the learned exit of a model whose exits are trained, and put it into the model.
-
-    One linear layer for all exits, from an exit's representation h to the log odds that the exit's
-    answer is right, by logistic regression on standardised h with an L2 penalty (BERxiT fits a
-    square loss during training; ours comes after it). The last exit, which nobody asks, is left
-    out. The texts should not be those that the exits were trained on, where they are nearly always
-    right.
-
-    Raises:
-        ValueError: no labels, one exit, or exits that are right (or wrong) on every text.
-    """
-    from sklearn.linear_model import LogisticRegression
-
-    check_has_earlier_exits(model)
-    labels = _labels(encoded)
-    num_earlier, width = len(model.exit_layers) - 1, model.label_embeddings.shape[-1]
-    size = num_earlier * len(encoded) * width * 4
-    logger.info(
-        f"learned exit: {num_earlier} exits x {len(encoded)} texts x {width} numbers, "
-        f"{size / 2**20:.0f} MiB of memory"
-    )
-    logits, _, embeddings = _pass(
-        model, encoded, batch_size, pad_token_id, dtype, progress, keep_embeddings=True
-    )
-    assert embeddings is not None
-    is_right = (logits[:-1].argmax(dim=-1) == labels).flatten().numpy()
-    if is_right.all() or not is_right.any():
-        raise ValueError(
-            f"The exits are {'right' if is_right.all() else 'wrong'} on all {len(encoded)} texts: "
-            "there is nothing to learn. Use texts that the exits were not trained on."
-        )
-    inputs = embeddings.flatten(0, 1).numpy()
-    mean, deviation = inputs.mean(axis=0), inputs.std(axis=0)
-    deviation[deviation == 0] = 1
-    inputs -= mean
-    inputs /= deviation
-    fitted = LogisticRegression(C=1 / regularization, max_iter=1000).fit(inputs, is_right)
-    # The standardisation becomes part of the layer.
-    weight = fitted.coef_[0] / deviation
-    head = nn.Linear(width, 1)
-    with torch.no_grad():
-        head.weight.copy_(torch.from_numpy(weight))
-        head.bias.copy_(torch.from_numpy(fitted.intercept_ - weight @ mean))
-    model.learned_exit = head.to(model.device)
-    model.config.learned_exit = True
-    return head
-
-
-@torch.inference_mode()
-def _pass(
-    model: MultiExitForSequenceClassification,
-    encoded: EncodedSplit,
-    batch_size: int,
-    pad_token_id: int,
-    dtype: torch.dtype,
-    progress: bool,
-    *,
-    keep_embeddings: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Logits [E, n, K], certainties [E, n] and the earlier exits' embeddings [E - 1, n, d]."""
-    device = model.device
-    num_exits, num_rows = len(model.exit_layers), len(encoded)
-    learned_exit: nn.Linear | None = getattr(model, "learned_exit", None)
-    logits = torch.empty(num_exits, num_rows, model.num_labels)
-    certainties = None if learned_exit is None else torch.empty(num_exits, num_rows)
-    embeddings = None
-    if keep_embeddings:
-        embeddings = torch.empty(num_exits - 1, num_rows, model.label_embeddings.shape[-1])
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        batches = epoch_batches(
-            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
-        )
-        for indices in tqdm(batches, desc="exits", leave=False, disable=None if progress else True):
-            batch = collate(encoded, indices, pad_token_id)
-            batch.pop("labels", None)
-            with autocast(device, dtype):
-                output = model(**{name: value.to(device) for name, value in batch.items()})
-            rows = torch.from_numpy(indices)
-            logits[:, rows] = output.exit_logits.float().cpu()
-            if learned_exit is not None and certainties is not None:
-                certainties[:, rows] = certainty_of(learned_exit, output.exit_embeddings).cpu()
-            if embeddings is not None:
-                embeddings[:, rows] = output.exit_embeddings[:-1].float().cpu()
-    finally:
-        for module in trained:
-            module.training = True
-    return logits, certainties, embeddings
-
-
-def _labels(encoded: EncodedSplit) -> Tensor:
-    if encoded.labels is None:
-        raise ValueError("The split has no labels: early exit is calibrated on labelled texts.")
-    return encoded.labels
 
 
 def _check_usable(policy: Policy, readings: ExitReadings) -> None:
     policy.check(readings.exit_layers)
     if policy.needs_learned_exit and readings.certainties is None:
         raise ValueError(
-            f"The policy {policy.name} needs the model's learned exit: call fit_learned_exit first."
+            f"The policy {policy.name} needs the model's learned exit: fit one first "
+            "(learned_exit.with_learned_exit)."
         )
 
 

@@ -26,7 +26,7 @@ def demo_options(objective: str, output_dir: Path) -> dict[str, Any]:
     return {
         "task_name": "quickstart",
         "objective": objective,
-        "contrastive_reduction": "sum",
+        **({} if objective == "ce" else {"contrastive_reduction": "sum"}),
         "max_seq_length": 48,
         "group_by_length": True,
         "learning_rate": 1e-4,

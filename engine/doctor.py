@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,24 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def machine_name(device: torch.device | None = None) -> str:
+    """What a time is taken on: the GPU's name, or the CPU's with the threads of torch."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    number = torch.get_num_threads()
+    return f"{cpu_model()}, {number} thread{'' if number == 1 else 's'}"
+
+
+def cpu_model() -> str:
+    """The CPU's name, as its maker writes it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def diagnose() -> list[str]:

@@ -144,7 +144,7 @@ class Learned(ThresholdPolicy):
     """Leave when the learned exit holds the answer for right with more than this probability.
 
     The model's learned exit is one linear layer on the exits' representations h, the same for all
-    exits, as in BERxiT (learning to exit; EACL 2021). See `calibration.fit_learned_exit`.
+    exits, as in BERxiT (learning to exit; EACL 2021). See `learned_exit.with_learned_exit`.
     """
 
     name = "learned"

@@ -14,137 +14,295 @@ from .calibration import (
     area_under_curve,
     calibration_record,
     choose,
-    fit_learned_exit,
     policy_grid,
-    read_exits,
     store_policy,
     sweep,
 )
 from .checkpoint import write_json
-from .columns import TextSplit
 from .config import ExitsConfig
+from .cross_fitting import cross_fit
 from .data import load_splits
+from .doctor import machine_name, versions
 from .early_exiting import check_has_earlier_exits
 from .exit_policies import Learned, Policy, policy_class
+from .exit_readings import dtype_name, read_exits
+from .learned_exit import NUM_FOLDS, with_learned_exit
 from .loading import TrainedModel
+from .model_card import write_early_exit
 from .modeling import MultiExitConfig
-from .options import did_you_mean
-from .quality_speed import MeasuredSpeed, draw_quality_speed, measure_speed, write_tables
+from .options import command_line, did_you_mean
+from .quality_speed import (
+    MeasuredSpeed,
+    draw_quality_speed,
+    measure_speed,
+    write_tables,
+)
 from .report import require_matplotlib, text_table
 
 logger = logging.getLogger("fusedacl")
 DEFAULT_MAX_QUALITY_LOSS = 0.01
 MEASURED_BATCH_SIZES = (1, 32)
+_DEFAULT_SAMPLES = ExitsConfig().exits.measured_samples
 
 
 def study_exits(config: ExitsConfig) -> dict[str, Any]:
     """Sweep policies on the first evaluation split; calibrate and store one where asked to.
 
-    Returns (and writes to exits.json in `output_dir`, with tables and figure) the full model's
-    score, per policy its chosen setting, area under the curve and times, and printable `lines`.
+    Returns (and writes to exits.json in `output_dir` as it goes, with tables and figure) the full
+    model's score, per policy its chosen setting, area under the curve and times; and printable
+    `lines`. A KeyboardInterrupt ends it early: what was done is kept, and `complete` is false.
 
     Raises:
         ValueError: a mistake in the options, the data or the model; a target out of reach of the
             policy to store.
+        FloatingPointError: the model's logits are NaN or infinite.
     """
-    options = config.exits
-    names = [name.strip() for name in options.policies.split(",") if name.strip()]
-    if options.policy is not None and options.policy not in names:
-        names.append(options.policy)
-    for name in names:
-        policy_class(name)
-    if not names:
-        raise ValueError("policies is empty: name one policy at least.")
-    target = _target(config)
-    path = (
-        None if config.model.model_name_or_path is None else Path(config.model.model_name_or_path)
-    )
-    if options.policy is not None and path is not None and not path.is_dir():
-        raise ValueError(f"policy is stored with the model: {str(path)!r} is no local directory.")
-    output_dir = None if options.output_dir is None else Path(options.output_dir)
-    if output_dir is not None:
-        require_matplotlib()
-    needs_training = Learned.name in names
-    trained = TrainedModel(config.model, config.data.max_seq_length)
-    check_has_earlier_exits(trained.model)
-    data = load_splits(
-        task_name=config.data.task_name,
-        data_dir=config.data.data_dir,
-        dataset_name=config.data.dataset_name,
-        dataset_config_name=config.data.dataset_config_name,
-        train_file=config.data.train_file,
-        validation_file=config.data.validation_file,
-        max_eval_samples=config.data.max_eval_samples,
-        needs_train=needs_training,
-        label_names=trained.label_names,
-    )
-    for note in data.notes:
-        logger.info(note)
-    if not data.evaluation_splits:
-        raise ValueError(f"{data.name} has no labelled split to calibrate on.")
-    metric = data.metrics[0] if options.metric is None else options.metric
-    if metric not in data.metrics:
-        raise ValueError(f"metric={metric!r}.{did_you_mean(metric, data.metrics)}")
-    batch_size = config.model.per_device_eval_batch_size
-    inference: dict[str, Any] = {
-        "pad_token_id": trained.tokenizer.pad_token_id,
-        "dtype": trained.dtype,
-    }
-    progress = not config.model.disable_tqdm
-    if needs_training:
-        texts = _last(data.splits["train"], config.data.learned_exit_samples)
-        encoded = encode(texts, trained.tokenizer, trained.max_length, model_limit=trained.limit)
-        fit_learned_exit(trained.model, encoded, batch_size, progress=progress, **inference)
-    split = data.evaluation_splits[0]
-    encoded = encode(
-        data.splits[split], trained.tokenizer, trained.max_length, model_limit=trained.limit
-    )
-    readings = read_exits(trained.model, encoded, batch_size, progress=progress, **inference)
-    full_score = readings.score(metric)
-    curves: dict[str, list[SweepRow]] = {}
-    policies: dict[str, dict[str, Any]] = {}
-    measured: dict[Policy, list[MeasuredSpeed]] = {}
-    for name in names:
-        grid = policy_grid(name, readings, options.num_thresholds)
-        curves[name] = sweep(readings, grid, metric)
-        policies[name] = {"area_under_curve": area_under_curve(curves[name], readings, metric)}
+    return ExitStudy(config).run()
+
+
+class ExitStudy:
+    """One study. Everything that can be refused is refused by the constructor."""
+
+    def __init__(self, config: ExitsConfig) -> None:
+        self.config, self.options = config, config.exits
+        self.names = _policy_names(config)
+        self.target = _target(config)
+        if not self.options.measure and self.options.measured_samples != _DEFAULT_SAMPLES:
+            raise ValueError(
+                f"measured_samples={self.options.measured_samples} belongs to measure: add "
+                "--measure, or leave it out."
+            )
+        self.model_dir = Path(config.model.model_name_or_path or "")
+        is_named = config.model.model_name_or_path is not None
+        if self.options.policy is not None and is_named and not self.model_dir.is_dir():
+            raise ValueError(
+                f"policy is stored with the model: {str(self.model_dir)!r} is no local directory."
+            )
+        self.output_dir = None
+        if self.options.output_dir is not None:
+            self.output_dir = Path(self.options.output_dir)
+            require_matplotlib()
+        self.trained = TrainedModel(config.model, config.data.max_seq_length)
+        check_has_earlier_exits(self.trained.model)
+        data = load_splits(
+            task_name=config.data.task_name,
+            data_dir=config.data.data_dir,
+            dataset_name=config.data.dataset_name,
+            dataset_config_name=config.data.dataset_config_name,
+            validation_file=config.data.validation_file,
+            max_eval_samples=config.data.max_eval_samples,
+            needs_train=False,
+            label_names=self.trained.label_names,
+        )
+        for note in data.notes:
+            logger.info(note)
+        if not data.evaluation_splits:
+            raise ValueError(f"{data.name} has no labelled split to calibrate on.")
+        self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
+        if self.metric not in data.metrics:
+            raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
+        split = data.evaluation_splits[0]
+        self.data_name = f"{data.name}, {split}"
+        self.encoded = encode(
+            data.splits[split],
+            self.trained.tokenizer,
+            self.trained.max_length,
+            model_limit=self.trained.limit,
+        )
+        self.curves: dict[str, list[SweepRow]] = {}
+        self.chosen: dict[str, SweepRow] = {}
+        self.measured: dict[Policy, list[MeasuredSpeed]] = {}
+        self.is_stored = False
+
+    def run(self) -> dict[str, Any]:
+        """Sweep all policies, then time the chosen settings; see `study_exits`."""
+        trained, progress = self.trained, not self.config.model.disable_tqdm
+        self.readings = read_exits(
+            trained.model,
+            self.encoded,
+            self.config.model.per_device_eval_batch_size,
+            pad_token_id=trained.tokenizer.pad_token_id,
+            dtype=trained.dtype,
+            progress=progress,
+            keep_embeddings=Learned.name in self.names,
+        )
+        if Learned.name in self.names:
+            self.readings = with_learned_exit(self.readings)
+        self.results: dict[str, Any] = {
+            "data": self.data_name,
+            "num_samples": len(self.readings),
+            "dtype": dtype_name(trained.dtype),
+            "max_seq_length": trained.max_length,
+            "exit_layers": self.readings.exit_layers,
+            "metric": self.metric,
+            "full_score": self.readings.score(self.metric),
+            "policies": {},
+            "machine": machine_name(trained.device),
+            "versions": versions(),
+            "command": command_line(self.config, "fusedacl exits"),
+            "complete": False,
+        }
         try:
-            chosen = choose(curves[name], full_score, target)
+            for name in self.names:
+                self._sweep(name)
+                self._save()
+            if self.options.measure:
+                self._draw()
+                # The stored one first: its times are those that matter most.
+                for name in sorted(self.chosen, key=lambda name: name != self.options.policy):
+                    self._measure(name)
+                    self._save()
+            self.results["complete"] = True
+        except KeyboardInterrupt:
+            pass
+        self._save()
+        self._draw()
+        return {**self.results, "lines": self._lines()}
+
+    def _sweep(self, name: str) -> None:
+        """Try the settings of a policy, choose one for the target, store it where asked to."""
+        readings, metric = self.readings, self.metric
+        rows = sweep(readings, policy_grid(name, readings, self.options.num_thresholds), metric)
+        found: dict[str, Any] = {"area_under_curve": area_under_curve(rows, readings, metric)}
+        try:
+            chosen = choose(rows, self.results["full_score"], self.target)
         except ValueError as error:
-            if name == options.policy:
+            if name == self.options.policy:
                 raise
             logger.info(f"{name}: {error}")
-            continue
+        else:
+            found |= self._record(name, chosen)
+            self.chosen[name] = chosen
+        self.curves[name] = rows
+        self.results["policies"][name] = found
+        if name == self.options.policy:
+            self._store(found)
+
+    def _record(self, name: str, chosen: SweepRow) -> dict[str, Any]:
         record = calibration_record(
-            chosen, readings, data=f"{data.name}, {split}", metric=metric, target=target
+            chosen,
+            self.readings,
+            data=self.data_name,
+            metric=self.metric,
+            target=self.target,
+            dtype=self.trained.dtype,
+            max_seq_length=self.trained.max_length,
         )
-        policies[name].update(record)
-        if options.measure:
-            logger.info("%s: measuring beside the full model …", name)
-            measured[chosen.policy] = [
-                measure_speed(trained.model, encoded, chosen.policy, size, **inference)
-                for size in MEASURED_BATCH_SIZES
-            ]
-            policies[name]["measured"] = list(map(dataclasses.asdict, measured[chosen.policy]))
-        if name == options.policy:
-            assert path is not None  # TrainedModel has refused None
-            store_policy(trained.model, record)
-            if name == Learned.name:
-                trained.model.save_pretrained(path)
-            else:
-                # The weights on disk are as they were, and so is their learned exit or its absence:
-                # one that was fitted for the sweep is not among them.
-                on_disk = MultiExitConfig.from_pretrained(path)
-                on_disk.exit_policy = trained.model.config.exit_policy
-                on_disk.save_pretrained(path)
-    results = {"metric": metric, "full_score": full_score, "policies": policies}
-    if output_dir is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "exits.json", results)
-        rows = [row for name in names for row in curves[name]]
-        write_tables(rows, metric, output_dir / "exits", measured)
-        draw_quality_speed(curves, full_score, metric, output_dir / "exits")
-    return {**results, "lines": _lines(results, options.policy)}
+        facts = record["calibration"]
+        if name == Learned.name:
+            # What the scores of this one mean: see `learned_exit.with_learned_exit`.
+            facts["learned_exit"] = {"fitted_on": self.data_name, "num_folds": NUM_FOLDS}
+        try:
+            scored = cross_fit(
+                name,
+                self.readings,
+                self.metric,
+                self.target,
+                num_thresholds=self.options.num_thresholds,
+            )
+            facts["cross_fitted"] = dataclasses.asdict(scored)
+        except ValueError as error:
+            logger.info(f"{name}, cross-fitted: {error}")
+            facts["cross_fitted"] = None
+        return record
+
+    def _store(self, record: dict[str, Any]) -> None:
+        """Write the policy into the model's configuration and card."""
+        kept = {name: record[name] for name in ("name", "parameters", "calibration")}
+        store_policy(self.trained.model, kept)
+        if self.options.policy == Learned.name:
+            self.trained.model.save_pretrained(self.model_dir)
+        else:
+            # The weights on disk are as they were, and so is their learned exit or its absence:
+            # one that was fitted for the sweep is not among them.
+            on_disk = MultiExitConfig.from_pretrained(self.model_dir)
+            on_disk.exit_policy = kept
+            on_disk.save_pretrained(self.model_dir)
+        write_early_exit(self.model_dir / "README.md", self.results, kept["name"])
+        self.is_stored = True
+
+    def _measure(self, name: str) -> None:
+        policy = self.chosen[name].policy
+        speeds = [
+            measure_speed(
+                self.trained.model,
+                self.encoded,
+                policy,
+                size,
+                pad_token_id=self.trained.tokenizer.pad_token_id,
+                dtype=self.trained.dtype,
+                max_texts=self.options.measured_samples,
+                progress=not self.config.model.disable_tqdm,
+            )
+            for size in MEASURED_BATCH_SIZES
+        ]
+        self.measured[policy] = speeds
+        self.results["policies"][name]["measured"] = list(map(dataclasses.asdict, speeds))
+        words = ", ".join(f"{s.speedup:.2f}x at batch {s.batch_size}" for s in speeds)
+        logger.info(f"{policy}: {words} ({len(self.measured)} of {len(self.chosen)} timed)")
+        if name == self.options.policy:
+            write_early_exit(self.model_dir / "README.md", self.results, name)
+
+    def _save(self) -> None:
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.output_dir / "exits.json", self.results)
+
+    def _draw(self) -> None:
+        """Tables and figure of what has been swept."""
+        if self.output_dir is not None and self.curves:
+            rows = [row for curve in self.curves.values() for row in curve]
+            write_tables(rows, self.metric, self.output_dir / "exits", self.measured)
+            draw_quality_speed(
+                self.curves, self.results["full_score"], self.metric, self.output_dir / "exits"
+            )
+
+    def _lines(self) -> list[str]:
+        """What the command prints: a table of the chosen settings, and what its columns mean."""
+        results, metric = self.results, self.metric
+        header = ["policy", "setting", metric, "cross-fitted", "mean layer", "FLOPs", "area"]
+        if self.measured:
+            header += [f"batch {size}" for size in MEASURED_BATCH_SIZES]
+        table = [_row(found, name, len(header) - 7) for name, found in results["policies"].items()]
+        lines = [
+            f"full model: {metric} {results['full_score']:.4f} on {results['num_samples']} texts "
+            f"({self.data_name}), {results['dtype']}, at most {results['max_seq_length']} tokens",
+            text_table(header, table),
+            f"{metric}: on the texts that the setting was chosen on. cross-fitted: chosen on one "
+            "half of them, scored on the other, both ways.",
+        ]
+        if Learned.name in results["policies"]:
+            lines.append(
+                f"learned: its layer was fitted on these texts too ({self.data_name}); no text was "
+                f"scored with a layer fitted on it ({NUM_FOLDS} folds)."
+            )
+        if self.measured:
+            lines.append(f"batch …: speed against the full model on {results['machine']}.")
+        if self.is_stored:
+            lines.append(
+                f"{self.options.policy} is stored with the model: `fusedacl predict --policy "
+                "stored`."
+            )
+        if not results["complete"]:
+            lines.append(self._interrupted())
+        return lines
+
+    def _interrupted(self) -> str:
+        where = "" if self.output_dir is None else f" What is done is in {self.output_dir}."
+        swept = f"{len(self.curves)} of {len(self.names)} policies are swept"
+        timed = f", {len(self.measured)} of {len(self.chosen)} timed" * self.options.measure
+        return f"Interrupted: {swept}{timed}.{where}"
+
+
+def _policy_names(config: ExitsConfig) -> list[str]:
+    names = [name.strip() for name in config.exits.policies.split(",") if name.strip()]
+    if config.exits.policy is not None:
+        names.append(config.exits.policy)
+    if not names:
+        raise ValueError("policies is empty: name one policy at least.")
+    for name in names:
+        policy_class(name)
+    return list(dict.fromkeys(names))
 
 
 def _target(config: ExitsConfig) -> Target:
@@ -156,42 +314,22 @@ def _target(config: ExitsConfig) -> Target:
     return Target(**(given or {"max_quality_loss": DEFAULT_MAX_QUALITY_LOSS}))
 
 
-def _last(split: TextSplit, number: int) -> TextSplit:
-    return TextSplit(
-        split.first[-number:],
-        None if split.second is None else split.second[-number:],
-        None if split.labels is None else split.labels[-number:],
-    )
-
-
-def _lines(results: dict[str, Any], stored: str | None) -> list[str]:
-    """What the command prints: a table of the chosen settings."""
-    metric = results["metric"]
-    header = ["policy", "setting", metric, "mean layer", "FLOPs", "area", "speed-up"]
-    rows = []
-    for name, found in results["policies"].items():
-        area = f"{found['area_under_curve']:.4f}"
-        if "calibration" not in found:
-            rows.append([name, "target out of reach", "", "", "", area, ""])
-            continue
-        facts = found["calibration"]
-        setting = " ".join(f"{key}={value:.4g}" for key, value in found["parameters"].items())
-        speeds = [
-            f"{speed['speedup']:.2f}x (batch {speed['batch_size']})"
-            for speed in found.get("measured", ())
-        ]
-        rows.append(
-            [
-                name,
-                setting,
-                f"{facts['score']:.4f}",
-                f"{facts['mean_layer']:.2f}",
-                f"{facts['flops_share']:.0%}",
-                area,
-                ", ".join(speeds),
-            ]
-        )
-    lines = [f"full model: {metric} {results['full_score']:.4f}", text_table(header, rows)]
-    if stored is not None:
-        lines.append(f"{stored} is stored with the model: `fusedacl predict --policy stored`.")
-    return lines
+def _row(found: dict[str, Any], name: str, num_speeds: int) -> list[str]:
+    """A policy's line in the table."""
+    area = f"{found['area_under_curve']:.4f}"
+    if "calibration" not in found:
+        return [name, "target out of reach", "", "", "", "", area, *[""] * num_speeds]
+    facts = found["calibration"]
+    setting = " ".join(f"{key}={value:.4g}" for key, value in found["parameters"].items())
+    unseen = facts["cross_fitted"]
+    speeds = [f"{speed['speedup']:.2f}x" for speed in found.get("measured", ())]
+    return [
+        name,
+        setting,
+        f"{facts['score']:.4f}",
+        "-" if unseen is None else f"{unseen['score']:.4f}",
+        f"{facts['mean_layer']:.2f}",
+        f"{facts['flops_share']:.0%}",
+        area,
+        *(speeds or [""] * num_speeds),
+    ]

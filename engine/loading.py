@@ -22,8 +22,12 @@ from .precision import choose_device, choose_dtype
 DEFAULT_MAX_LENGTH = 128
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name_or_path: str, option: str = "model_name_or_path"
+) -> PreTrainedTokenizerBase:
     """The model's tokenizer, with a padding token and padding on the right ([CLS] stays first).
+
+    `option`: the option that named it, for messages.
 
     Raises:
         ValueError: there is no tokenizer, or it cannot pad.
@@ -32,7 +36,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     except (OSError, TypeError, ValueError) as error:  # TypeError: transformers 4, no vocabulary
         raise ValueError(
-            f"model_name_or_path={name_or_path!r} has no tokenizer that can be loaded: {error}"
+            f"{option}={name_or_path!r} has no tokenizer that can be loaded: {error}"
         ) from None
     if tokenizer.pad_token_id is None:
         raise ValueError(
@@ -41,7 +45,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
     # Where the vocabulary's files are missing, transformers makes a tokenizer that knows no word.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(
-            f"model_name_or_path={name_or_path!r} has no tokenizer that can be loaded: its "
+            f"{option}={name_or_path!r} has no tokenizer that can be loaded: its "
             "vocabulary is empty. Put tokenizer.json (or vocab.txt) beside config.json."
         )
     tokenizer.padding_side = "right"
@@ -89,13 +93,15 @@ class TrainedModel:
         return label_names(self.model.config)
 
 
-def load_trained(path: str) -> MultiExitForSequenceClassification:
-    """A model that `fusedacl train` saved.
+def load_trained(
+    path: str, option: str = "model_name_or_path"
+) -> MultiExitForSequenceClassification:
+    """A model that `fusedacl train` saved; `option`: the one that named it, for messages.
 
     Raises:
         ValueError: the directory holds none, or a damaged one.
     """
-    where = f"model_name_or_path={path!r}"
+    where = f"{option}={path!r}"
     if Path(path).is_dir():
         config_file = Path(path) / "config.json"
         if not config_file.is_file():

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .batching import encode
+from .calibration import calibration_mismatch
 from .config import PredictionConfig
 from .data import TextSplit, read_unlabelled
 from .early_exiting import EarlyExit
@@ -30,6 +31,7 @@ def predict(config: PredictionConfig) -> Path:
 
     Raises:
         ValueError: a mistake in the configuration, the texts or the model directory.
+        FloatingPointError: the model answers a text with NaN; nothing is written.
     """
     options = config.prediction
     if options.input_file is None or options.output_file is None:
@@ -54,6 +56,12 @@ def predict(config: PredictionConfig) -> Path:
         stored = options.policy == "stored"
         policy = None if stored else parse_policy(options.policy)
         engine = EarlyExit(trained.model, policy, dtype=trained.dtype)
+        if stored:
+            mismatch = calibration_mismatch(
+                trained.model.config.exit_policy, trained.dtype, trained.max_length
+            )
+            if mismatch is not None:
+                logger.warning(mismatch)
     elif options.repack:
         raise ValueError("repack belongs to early exit: name a policy, or leave it out.")
     encoded = encode(texts, trained.tokenizer, trained.max_length, model_limit=trained.limit)
@@ -75,10 +83,22 @@ def predict(config: PredictionConfig) -> Path:
             f"{trained.model.exit_layers[-1]} layers per text, {left.flops_share:.0%} of the FLOPs"
         )
         probabilities, exit_layers = left.probabilities, left.exit_layers.tolist()
+    _check_finite(probabilities)
     names = trained.label_names
     labels = [names[index] for index in probabilities.argmax(dim=-1).tolist()]
     _write(output_file, names, labels, probabilities.tolist(), exit_layers)
     return output_file
+
+
+def _check_finite(probabilities: torch.Tensor) -> None:
+    """Refuse to write answers [n, K] that are none."""
+    broken = (~torch.isfinite(probabilities).all(dim=-1)).nonzero().flatten()
+    if len(broken):
+        raise FloatingPointError(
+            f"The model answers {len(broken)} of {len(probabilities)} texts (the first in row "
+            f"{int(broken[0]) + 1}) with NaN: its weights are damaged or its training diverged. "
+            "Take another checkpoint, or train again with a lower learning_rate."
+        )
 
 
 def _write(

@@ -7,9 +7,16 @@ import json
 import os
 import random
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from fusedacl.engine import MultiExitForSequenceClassification
+    from fusedacl.engine.batching import EncodedSplit
+    from fusedacl.engine.exit_readings import ExitReadings
 
 # Before any kernel is imported: without a GPU, Triton's interpreter runs the kernels on the CPU.
 if not torch.cuda.is_available():
@@ -127,3 +134,61 @@ def minilm() -> Path:
     from fusedacl.engine.quickstart import minilm_path
 
     return minilm_path()
+
+
+@pytest.fixture
+def exit_model() -> MultiExitForSequenceClassification:
+    """A random 4-layer BERT with an exit on each layer and 3 classes."""
+    from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+    from transformers import BertConfig
+
+    config = MultiExitConfig(
+        BertConfig(
+            hidden_size=32,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            intermediate_size=48,
+            vocab_size=60,
+            max_position_embeddings=40,
+        ),
+        exit_layers=[1, 2, 3, 4],
+        exit_head="mha",
+        num_labels=3,
+    )
+    model = MultiExitForSequenceClassification(config).eval()
+    with torch.no_grad():
+        # Random encoders are much the same for all texts: larger embeddings tell them apart.
+        words = model.backbone.embeddings.word_embeddings.weight
+        words.copy_(torch.randn(words.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+@pytest.fixture
+def exit_texts(exit_model: MultiExitForSequenceClassification) -> EncodedSplit:
+    """80 random texts with the full model's answers as labels, every fifth of them wrong."""
+    from fusedacl.engine.batching import EncodedSplit
+    from fusedacl.engine.early_exiting import early_exit
+
+    generator = np.random.default_rng(3)
+    lengths = generator.integers(2, 20, 80)
+    values: dict[str, Any] = {
+        "tokens": generator.integers(5, 60, lengths.sum()).astype(np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "token_types": None,
+        "num_truncated": 0,
+        "max_length": 20,
+    }
+    unlabelled = EncodedSplit(labels=None, **values)
+    answers = early_exit(exit_model, unlabelled, "fixed_layer", layer=4).predictions
+    answers[::5] = (answers[::5] + 1) % 3
+    return EncodedSplit(labels=answers, **values)
+
+
+@pytest.fixture
+def exit_readings(
+    exit_model: MultiExitForSequenceClassification, exit_texts: EncodedSplit
+) -> ExitReadings:
+    """What `exit_texts` show at each exit of `exit_model`, with the embeddings."""
+    from fusedacl.engine.exit_readings import read_exits
+
+    return read_exits(exit_model, exit_texts, 16, pad_token_id=0, keep_embeddings=True)

@@ -1,32 +1,28 @@
-"""Calibration: replay equals inference, targets are met, the learned exit learns."""
+"""Calibration: replay equals inference, targets are met, what is kept of the choice."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
 from fusedacl.engine.batching import EncodedSplit
 from fusedacl.engine.calibration import (
-    ExitReadings,
     SweepRow,
     Target,
     area_under_curve,
+    calibration_mismatch,
     calibration_record,
     choose,
-    fit_learned_exit,
     frontier,
     policy_grid,
-    read_exits,
     replay,
     store_policy,
     sweep,
 )
-from fusedacl.engine.early_exiting import certainty_of, early_exit
+from fusedacl.engine.early_exiting import early_exit
 from fusedacl.engine.exit_policies import (
     POLICIES,
     FixedLayer,
@@ -34,70 +30,31 @@ from fusedacl.engine.exit_policies import (
     Patience,
     ThresholdPolicy,
 )
-from transformers import BertConfig
-
-NUM_TEXTS = 80
-
-
-@pytest.fixture
-def model() -> MultiExitForSequenceClassification:
-    config = MultiExitConfig(
-        BertConfig(
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=48,
-            vocab_size=60,
-            max_position_embeddings=40,
-        ),
-        exit_layers=[1, 2, 3, 4],
-        exit_head="mha",
-        num_labels=3,
-    )
-    model = MultiExitForSequenceClassification(config).eval()
-    with torch.no_grad():
-        words = model.backbone.embeddings.word_embeddings.weight
-        words.copy_(torch.randn(words.shape, generator=torch.Generator().manual_seed(1)))
-    return model
+from fusedacl.engine.exit_readings import ExitReadings, read_exits
+from fusedacl.engine.learned_exit import judged_by, with_learned_exit
 
 
 @pytest.fixture
-def encoded(model: MultiExitForSequenceClassification) -> EncodedSplit:
-    """Random texts with the full model's answers as labels, every fifth of them wrong."""
-    random = np.random.default_rng(3)
-    lengths = random.integers(2, 20, NUM_TEXTS)
-    values: dict[str, Any] = {
-        "tokens": random.integers(5, 60, lengths.sum()).astype(np.int32),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "token_types": None,
-        "num_truncated": 0,
-        "max_length": 20,
-    }
-    answers = early_exit(model, EncodedSplit(labels=None, **values), FixedLayer(4)).predictions
-    answers[::5] = (answers[::5] + 1) % 3
-    return EncodedSplit(labels=answers, **values)
-
-
-@pytest.fixture
-def readings(model: MultiExitForSequenceClassification, encoded: EncodedSplit) -> ExitReadings:
-    fit_learned_exit(model, encoded, 16, pad_token_id=0)
-    return read_exits(model, encoded, 16, pad_token_id=0)
+def readings(exit_readings: ExitReadings) -> ExitReadings:
+    """What inference sees: with the certainties of the model's own learned exit."""
+    with_learned_exit(exit_readings)
+    return judged_by(exit_readings.model.learned_exit, exit_readings)
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_sweep_says_what_inference_does(
     name: str,
-    model: MultiExitForSequenceClassification,
-    encoded: EncodedSplit,
+    exit_model: MultiExitForSequenceClassification,
+    exit_texts: EncodedSplit,
     readings: ExitReadings,
 ) -> None:
     policies = policy_grid(name, readings, 9)
     rows = sweep(readings, policies, "accuracy")
     layers = torch.tensor(readings.exit_layers)
     for policy, row in list(zip(policies, rows, strict=True))[:12]:
-        online = early_exit(model, encoded, policy, batch_size=7, repack=True)
+        online = early_exit(exit_model, exit_texts, policy, batch_size=7, repack=True)
         assert torch.equal(layers[replay(policy, readings)], online.exit_layers)
-        accuracy = (online.predictions == encoded.labels).double().mean().item()
+        accuracy = (online.predictions == exit_texts.labels).double().mean().item()
         assert row.score == pytest.approx(accuracy)
         assert row.mean_layer == pytest.approx(online.mean_layer)
         assert row.flops_share == pytest.approx(online.flops_share)
@@ -183,25 +140,9 @@ def test_area_under_the_curve_by_hand(readings: ExitReadings) -> None:
     assert area_under_curve(rows, readings, "accuracy") == pytest.approx(worst + 0.05)
 
 
-def test_the_learned_exit_tells_right_from_wrong(
-    model: MultiExitForSequenceClassification, encoded: EncodedSplit
-) -> None:
-    head = fit_learned_exit(model, encoded, 16, pad_token_id=0)
-    assert model.learned_exit is head
-    assert model.config.learned_exit
-    readings = read_exits(model, encoded, 16, pad_token_id=0)
-    is_right = readings.logits[:-1].argmax(dim=-1) == encoded.labels
-    certainty = readings.certainties[:-1]
-    assert certainty[is_right].mean() > certainty[~is_right].mean() + 0.05
-    # The optimum of a logistic regression: the mean certainty is the share of right answers.
-    assert certainty.mean().item() == pytest.approx(is_right.float().mean().item(), abs=1e-3)
-    output = model(torch.tensor([[5, 6, 7]]))
-    assert 0 < certainty_of(head, output.exit_embeddings[0]).item() < 1
-
-
 def test_a_policy_is_stored_with_the_model(
-    model: MultiExitForSequenceClassification,
-    encoded: EncodedSplit,
+    exit_model: MultiExitForSequenceClassification,
+    exit_texts: EncodedSplit,
     readings: ExitReadings,
     tmp_path: Path,
 ) -> None:
@@ -212,22 +153,48 @@ def test_a_policy_is_stored_with_the_model(
         target,
     )
     record = calibration_record(
-        chosen, readings, data="random, validation", metric="accuracy", target=target
+        chosen,
+        readings,
+        data="random, validation",
+        metric="accuracy",
+        target=target,
+        dtype=torch.float32,
+        max_seq_length=20,
     )
     assert record["calibration"]["full_score"] == pytest.approx(0.8)
     assert record["calibration"]["score"] >= 0.95 * 0.8
     assert record["calibration"]["target"] == {"max_quality_loss": 0.05}
-    store_policy(model, record)
-    model.save_pretrained(tmp_path)
+    store_policy(exit_model, record)
+    exit_model.save_pretrained(tmp_path)
     config = MultiExitConfig.from_pretrained(tmp_path)
     assert config.exit_policy == record
-    before = early_exit(model, encoded)
-    model.config.exit_policy = config.exit_policy
-    assert torch.equal(before.exit_layers, early_exit(model, encoded).exit_layers)
+    before = early_exit(exit_model, exit_texts)
+    exit_model.config.exit_policy = config.exit_policy
+    assert torch.equal(before.exit_layers, early_exit(exit_model, exit_texts).exit_layers)
 
 
-def test_mistakes(model: MultiExitForSequenceClassification, encoded: EncodedSplit) -> None:
-    readings = read_exits(model, encoded, 16, pad_token_id=0)
+@pytest.mark.parametrize(
+    ("dtype", "length", "words"),
+    [
+        (torch.float32, 20, None),
+        (torch.bfloat16, 20, "with dtype float32, this run has dtype bfloat16:"),
+        (torch.float32, 32, "with max_seq_length 20, this run has max_seq_length 32:"),
+        (torch.float16, 8, "dtype float32 and max_seq_length 20, this run has dtype float16 and"),
+    ],
+)
+def test_inference_unlike_the_calibration(
+    dtype: torch.dtype, length: int, words: str | None
+) -> None:
+    record = {"calibration": {"dtype": "float32", "max_seq_length": 20}}
+    told = calibration_mismatch(record, dtype, length)
+    assert told is None if words is None else words in told
+    # Nothing is known of a record without them.
+    assert calibration_mismatch({"calibration": {"score": 0.5}}, dtype, length) is None
+    assert calibration_mismatch({"name": "entropy"}, dtype, length) is None
+
+
+def test_mistakes(exit_model: MultiExitForSequenceClassification, exit_texts: EncodedSplit) -> None:
+    readings = read_exits(exit_model, exit_texts, 16, pad_token_id=0)
     with pytest.raises(ValueError, match="learned needs the model's learned exit"):
         policy_grid("learned", readings)
     with pytest.raises(ValueError, match="Did you mean 'voting'"):
@@ -238,9 +205,3 @@ def test_mistakes(model: MultiExitForSequenceClassification, encoded: EncodedSpl
         sweep(readings, [Patience(4)], "accuracy")
     with pytest.raises(ValueError, match="metric='acuracy'"):
         sweep(readings, [MaximumProbability(0.5)], "acuracy")
-    unlabelled = EncodedSplit(**{**vars(encoded), "labels": None})
-    with pytest.raises(ValueError, match="has no labels"):
-        read_exits(model, unlabelled, 16, pad_token_id=0)
-    answers = EncodedSplit(**{**vars(encoded), "labels": torch.full((NUM_TEXTS,), 7)})
-    with pytest.raises(ValueError, match="exits are wrong on all 80 texts"):
-        fit_learned_exit(model, answers, 16, pad_token_id=0)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification, exit_policies
 from fusedacl.engine.batching import EncodedSplit, collate
 from fusedacl.engine.early_exiting import (
     EarlyExit,
@@ -112,6 +112,10 @@ def one_by_one(
                 layers.append(layer)
                 break
     return answers, layers
+
+
+def test_no_policy_is_left_out() -> None:
+    assert {name for name, _ in POLICIES} == set(exit_policies.POLICIES)
 
 
 @torch.inference_mode()

@@ -5,12 +5,15 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from fusedacl.engine import MultiExitForSequenceClassification
+from fusedacl.engine import MultiExitForSequenceClassification, exit_study
+from fusedacl.engine.calibration import policy_grid
 from fusedacl.engine.cli import main
 from fusedacl.engine.loading import load_tokenizer
+from fusedacl.engine.quality_speed import MeasuredSpeed, measure_speed
 
 
 @pytest.fixture
@@ -42,13 +45,24 @@ def test_sweep_store_and_serve(
     assert run(model_dir, tiny_data, *target, "--output_dir", str(out), "--measure") == 0
     printed = capsys.readouterr().out
     assert "full model: accuracy" in printed and "entropy is stored" in printed
+    assert "on 24 texts (opinions, validation), float32, at most 64 tokens" in printed
+    assert "cross-fitted: chosen on one half of them, scored on the other" in printed
     written = {path.name for path in out.iterdir()}
     assert written == {"exits.json", "exits.csv", "exits.md", "exits.png", "exits.svg"}
     results = json.loads((out / "exits.json").read_text())
     assert [speed["batch_size"] for speed in results["policies"]["voting"]["measured"]] == [1, 32]
+    assert results["complete"] and results["command"].startswith("fusedacl exits --model_name")
     model = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert model.config.exit_policy["name"] == "entropy"
-    assert model.config.exit_policy["calibration"]["mean_layer"] <= 1.7
+    facts = model.config.exit_policy["calibration"]
+    assert facts["mean_layer"] <= 1.7
+    assert (facts["dtype"], facts["max_seq_length"]) == ("float32", 64)
+    assert facts["cross_fitted"].keys() == {"score", "mean_layer", "flops_share", "num_folds"}
+    measured = results["policies"]["entropy"]["measured"]
+    card = (model_dir / "README.md").read_text()
+    for speed in measured:
+        assert f"| {speed['speedup']:.2f}x" in card
+    assert f"| {facts['score']:.4f} | {facts['cross_fitted']['score']:.4f} |" in card
     texts = tmp_path / "texts.csv"
     texts.write_text("sentence\na good dog\nthe bad bird sings near the river\na house\n")
     files = ["--input_file", str(texts), "--output_file", str(tmp_path / "labels.csv")]
@@ -76,19 +90,83 @@ def test_a_learned_exit_of_the_sweep_is_not_promised_to_those_who_load(
 ) -> None:
     """It is not among the weights that stay, so the configuration may not name it."""
     both = ["--policies", "entropy,learned", "--policy", "entropy", "--max_mean_layer", "2"]
-    assert run(model_dir, tiny_data, *both, "--learned_exit_samples", "40") == 0
+    assert run(model_dir, tiny_data, *both) == 0
     config = json.loads((model_dir / "config.json").read_text())
     assert not config.get("learned_exit", False)
     assert config["exit_policy"]["name"] == "entropy"
 
 
-def test_the_learned_exit_survives(model_dir: Path, tiny_data: Path) -> None:
+def test_ctrl_c_keeps_what_is_done(
+    model_dir: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second policy to be timed is interrupted; the stored one was the first."""
+    out = tmp_path / "report"
+    timed, seen = [], []
+
+    def interrupted(*arguments: Any, **options: Any) -> MeasuredSpeed:
+        # What is on disk when a policy's turn comes.
+        seen.append(json.loads((out / "exits.json").read_text()))
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        timed.append(arguments[2].name)
+        return measure_speed(*arguments, **options)
+
+    monkeypatch.setattr(exit_study, "measure_speed", interrupted)
+    options = ["--policy", "voting", "--max_quality_loss", "1", "--policies", "entropy,patience"]
+    options += ["--measure", "--measured_samples", "4", "--output_dir", str(out)]
+    assert run(model_dir, tiny_data, *options) == 130
+    assert timed == ["voting", "voting", "entropy"]
+    assert set(seen[0]["policies"]) == {"entropy", "patience", "voting"}
+    assert "measured" not in seen[0]["policies"]["voting"]
+    assert len(seen[2]["policies"]["voting"]["measured"]) == 2
+    printed = capsys.readouterr().out
+    words = f"Interrupted: 3 of 3 policies are swept, 1 of 3 timed. What is done is in {out}."
+    assert words in printed and "voting is stored with the model" in printed
+    results = json.loads((out / "exits.json").read_text())
+    assert not results["complete"]
+    assert "measured" not in results["policies"]["entropy"]
+    assert [speed["num_texts"] for speed in results["policies"]["voting"]["measured"]] == [4, 4]
+    assert {path.name for path in out.iterdir()} >= {"exits.csv", "exits.md", "exits.png"}
+
+
+def test_ctrl_c_before_anything_is_stored(
+    model_dir: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "patience":
+            raise KeyboardInterrupt
+        return policy_grid(name, *arguments, **options)
+
+    monkeypatch.setattr(exit_study, "policy_grid", interrupted)
+    options = ["--policies", "entropy,patience", "--policy", "patience"]
+    assert run(model_dir, tiny_data, *options, "--output_dir", str(tmp_path / "out")) == 130
+    printed = capsys.readouterr().out
+    assert "Interrupted: 1 of 2 policies are swept. What" in printed
+    assert "is stored" not in printed
+    assert list(json.loads((tmp_path / "out/exits.json").read_text())["policies"]) == ["entropy"]
+    assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None
+
+
+def test_the_learned_exit_survives(
+    model_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert before.learned_exit is None
     options = ["--policies", "learned", "--policy", "learned", "--max_quality_loss", "1"]
     assert run(model_dir, tiny_data, *options) == 0
+    assert "its layer was fitted on these texts too (opinions, val" in capsys.readouterr().out
     model = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert model.learned_exit is not None
+    facts = model.config.exit_policy["calibration"]
+    assert facts["learned_exit"] == {"fitted_on": "opinions, validation", "num_folds": 5}
     assert model.learned_exit.weight.abs().sum() > 0
     for name, value in before.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
@@ -109,6 +187,9 @@ def test_the_learned_exit_survives(model_dir: Path, tiny_data: Path) -> None:
         (["--max_mean_layer", "1", "--max_flops_share", "0.5"], "give exactly one of"),
         (["--metric", "acuracy"], "Did you mean 'accuracy'"),
         (["--policy", "patience", "--max_mean_layer", "1"], "no setting is as fast"),
+        (["--measured_samples", "50"], "measured_samples=50 belongs to measure"),
+        (["--measure", "--measured_samples", "0"], "measured_samples=0 is out of range"),
+        (["--max_eval_samples", "4", "--policies", "learned"], "4 texts cannot be cross-fitted"),
     ],
 )
 def test_mistakes(
@@ -132,3 +213,22 @@ def test_a_model_with_one_exit(
     load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path)
     assert run(tmp_path, tiny_data) == 2
     assert "has one exit, on layer 2: nothing can leave early" in capsys.readouterr().err
+
+
+def test_an_encoder_without_exits(
+    tiny_bert: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_bert, tiny_data) == 2
+    assert "is a bert model, not one that `fusedacl train` has fine" in capsys.readouterr().err
+
+
+def test_a_model_that_diverged(
+    model_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    with torch.no_grad():
+        model.exits[0].classifier.weight.fill_(float("nan"))
+    model.save_pretrained(model_dir)
+    assert run(model_dir, tiny_data, "--policy", "entropy") == 1
+    assert "exit on layer 1 answers 24 of 24 texts with NaN" in capsys.readouterr().err
+    assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None

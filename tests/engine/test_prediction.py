@@ -88,6 +88,104 @@ def test_the_input_is_not_overwritten(model_dir: Path, csv_file: Path) -> None:
     assert csv_file.read_text() == before
 
 
+@pytest.fixture(scope="module")
+def exits_dir(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with two exits that stores a policy, calibrated in float32 with 64 tokens."""
+    directory = tmp_path_factory.mktemp("exits")
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tiny_bert), label_names=["no", "yes"], exit_layers=[1, 2]
+    )
+    model.config.exit_policy = {
+        "name": "entropy",
+        "parameters": {"threshold": 1.0},
+        "calibration": {"dtype": "float32", "max_seq_length": 64},
+    }
+    model.save_pretrained(directory)
+    load_tokenizer(str(tiny_bert)).save_pretrained(directory)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"policy": "stored"}, None),
+        ({"policy": "stored", "bf16": True}, "calibrated with dtype float32, this run has dtype"),
+        ({"policy": "stored", "max_seq_length": 16}, "max_seq_length 64, this run has max_seq_le"),
+        # The user's own threshold was not calibrated.
+        ({"policy": "entropy:threshold=1", "bf16": True}, None),
+        ({"bf16": True}, None),
+    ],
+)
+def test_a_warning_where_inference_is_not_as_calibrated(
+    exits_dir: Path,
+    csv_file: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    options: dict[str, Any],
+    words: str | None,
+) -> None:
+    assert run(exits_dir, csv_file, tmp_path / "out.csv", **options).exists()
+    warnings = [
+        record.getMessage()
+        for record in caplog.records
+        if record.name == "fusedacl"
+        and record.levelname == "WARNING"
+        and "calibrated" in record.getMessage()
+    ]
+    if words is None:
+        assert warnings == []
+    else:
+        assert len(warnings) == 1 and words in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("entropy", "needs a value for threshold"),
+        ("entropy:threshold=1.5", "threshold=1.5 is out of range"),
+        ("max_probability:threshold=nan", "threshold=nan is out of range"),
+        ("patience:patience=2", "patience=2 can never be reached with 2 exits"),
+        ("voting:votes=0", "votes=0 is out of range"),
+        ("fixed_layer:layer=7", "layer=7 carries no exit"),
+        ("learned:threshold=0.5", "needs the model's learned exit, which has not been trained"),
+        ("sotred", "is not a policy"),
+    ],
+)
+def test_policies_that_cannot_serve(
+    exits_dir: Path, csv_file: Path, tmp_path: Path, policy: str, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(exits_dir, csv_file, tmp_path / "out.csv", policy=policy)
+    assert not (tmp_path / "out.csv").exists()
+
+
+def test_nothing_stored_and_one_exit(
+    exits_dir: Path, model_dir: Path, csv_file: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="has one exit, on layer 2: nothing can leave early"):
+        run(model_dir, csv_file, tmp_path / "out.csv", policy="stored")
+    model = MultiExitForSequenceClassification.from_pretrained(exits_dir)
+    model.config.exit_policy = None
+    model.save_pretrained(tmp_path / "bare")
+    load_tokenizer(str(exits_dir)).save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="stores no early-exit policy: run `fusedacl exits`"):
+        run(tmp_path / "bare", csv_file, tmp_path / "out.csv", policy="stored")
+
+
+@pytest.mark.parametrize("policy", [None, "entropy:threshold=0.5"])
+def test_answers_that_are_none_are_not_written(
+    exits_dir: Path, csv_file: Path, tmp_path: Path, policy: str | None
+) -> None:
+    model = MultiExitForSequenceClassification.from_pretrained(exits_dir)
+    with torch.no_grad():
+        model.backbone.get_input_embeddings().weight.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "broken")
+    load_tokenizer(str(exits_dir)).save_pretrained(tmp_path / "broken")
+    with pytest.raises(FloatingPointError, match=r"3 of 3 texts \(the first in row 1\) with NaN"):
+        run(tmp_path / "broken", csv_file, tmp_path / "out.csv", policy=policy)
+    assert not (tmp_path / "out.csv").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

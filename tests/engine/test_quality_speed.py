@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
 from fusedacl.engine.batching import EncodedSplit
 from fusedacl.engine.calibration import SweepRow
+from fusedacl.engine.doctor import machine_name
+from fusedacl.engine.early_exiting import EarlyExit
 from fusedacl.engine.exit_policies import Entropy, FixedLayer, Patience
 from fusedacl.engine.quality_speed import (
     MeasuredSpeed,
@@ -19,7 +22,7 @@ from fusedacl.engine.quality_speed import (
     measure_speed,
     write_tables,
 )
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 ROWS = [
     SweepRow(Entropy(0.25), 0.75, 2.5, 0.42, {1: 3, 4: 1}),
@@ -64,7 +67,7 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         draw_quality_speed({"entropy": ROWS[:2]}, 0.8, "accuracy", tmp_path / "figure")
 
 
-def test_times() -> None:
+def two_exit_model() -> MultiExitForSequenceClassification:
     config = MultiExitConfig(
         BertConfig(
             hidden_size=32,
@@ -76,9 +79,12 @@ def test_times() -> None:
         exit_layers=[1, 6],
         exit_head="linear",
     )
-    model = MultiExitForSequenceClassification(config)
+    return MultiExitForSequenceClassification(config)
+
+
+def lengths_from_4_to_23() -> EncodedSplit:
     lengths = np.arange(4, 24)
-    encoded = EncodedSplit(
+    return EncodedSplit(
         tokens=np.random.default_rng(0).integers(5, 60, lengths.sum()).astype(np.int32),
         offsets=np.concatenate([[0], np.cumsum(lengths)]),
         token_types=None,
@@ -86,8 +92,45 @@ def test_times() -> None:
         num_truncated=0,
         max_length=32,
     )
+
+
+def test_times() -> None:
+    model, encoded = two_exit_model(), lengths_from_4_to_23()
     speed = measure_speed(model, encoded, FixedLayer(1), 4, pad_token_id=0, max_texts=8, repeats=3)
     assert (speed.batch_size, speed.num_texts, speed.repeats) == (4, 8, 3)
     # One layer of six: faster, whatever else the machine does.
     assert speed.speedup > 1
     assert 0 < speed.early_ms < speed.full_ms
+
+
+def test_the_two_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Early exit and the full model batch by batch; which of them goes first alternates."""
+    turns, clock = [], iter(range(1000))
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+    call, forward = EarlyExit.__call__, BertModel.forward
+
+    def early(self: EarlyExit, *arguments: Any, **inputs: Any) -> Any:
+        turns.append("early")
+        return call(self, *arguments, **inputs)
+
+    def full(self: BertModel, *arguments: Any, **inputs: Any) -> Any:
+        turns.append("full")
+        return forward(self, *arguments, **inputs)
+
+    monkeypatch.setattr(EarlyExit, "__call__", early)
+    monkeypatch.setattr(BertModel, "forward", full)
+    model, encoded = two_exit_model(), lengths_from_4_to_23()
+    speed = measure_speed(model, encoded, FixedLayer(1), 4, pad_token_id=0, max_texts=8, repeats=3)
+    warm, rounds = turns[:2], turns[2:]
+    assert warm == ["early", "full"]
+    # Three passes of two batches, one second a call.
+    assert rounds == ["full", "early", "early", "full"] * 1 + [
+        *["early", "full", "full", "early"],
+        *["full", "early", "early", "full"],
+    ]
+    assert (speed.early_ms, speed.full_ms, speed.speedup) == (250, 250, 1)
+
+
+def test_the_machine_is_named() -> None:
+    name = machine_name(torch.device("cpu"))
+    assert name.endswith(f", {torch.get_num_threads()} thread") and len(name) > 12
