@@ -145,6 +145,13 @@ class OptimizationOptions:
         64, "samples per forward pass in evaluation", at_least=1
     )
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", at_least=1)
+    contrastive_batch_size: int | None = option(
+        None,
+        "samples that are contrasted with each other: a multiple of per_device_train_batch_size,"
+        " that many times over in an optimizer step; for one more forward pass their number is not"
+        " bound by memory. Unset: those of a forward pass",
+        at_least=1,
+    )
     learning_rate: float = option(2e-5, "peak learning rate of AdamW, linear to 0", above=0)
     num_train_epochs: float = option(3.0, "passes over the training set", above=0)
     max_steps: int = option(
@@ -241,6 +248,7 @@ class TrainingConfig:
                 f"exit_attention_heads={self.model.exit_attention_heads}."
             )
         self._check_strategy()
+        self._check_contrastive_batch()
         if self.optimization.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
         if self.run.overwrite_output_dir and self.run.resume_from_checkpoint:
@@ -260,6 +268,46 @@ class TrainingConfig:
             return self.optimization.strategy == "two_stage" and self.objective.objective == "acl"
         return self.objective.cross_layer
 
+    @property
+    def without_effect(self) -> list[str]:
+        """Options, as "name=value", that were set and that the objective does not use.
+
+        They are not refused: runs that are to be compared share them whatever their objective.
+        """
+        unused = [] if self.gated else ["max_angle"]
+        if self.objective.objective == "ce":
+            unused += ["aux_weight", "temperature", "contrastive_reduction", "denominator"]
+        default = ObjectiveOptions()
+        values = {name: getattr(self.objective, name) for name in unused}
+        return [
+            f"{name}={value}" for name, value in values.items() if value != getattr(default, name)
+        ]
+
+    @property
+    def chunks_together(self) -> int:
+        """Forward passes whose samples are one contrastive batch."""
+        options = self.optimization
+        size = options.contrastive_batch_size or options.per_device_train_batch_size
+        return size // options.per_device_train_batch_size
+
+    def _check_contrastive_batch(self) -> None:
+        options = self.optimization
+        size, chunk = options.contrastive_batch_size, options.per_device_train_batch_size
+        if size is None:
+            return
+        of_step = chunk * options.gradient_accumulation_steps
+        if self.objective.objective == "ce":
+            raise ValueError(
+                f"contrastive_batch_size={size}: objective=ce contrasts nothing; leave it out."
+            )
+        if size % chunk or of_step % size:
+            raise ValueError(
+                f"contrastive_batch_size={size} must be a multiple of per_device_train_batch_size="
+                f"{chunk} and a whole part of an optimizer step's {of_step} samples (times "
+                f"gradient_accumulation_steps={options.gradient_accumulation_steps}). Use "
+                f"gradient_accumulation_steps={-(-size // chunk)} for one such batch a step."
+            )
+
     def _check_strategy(self) -> None:
         """Refuse options that the strategy or the objective would leave without effect."""
         strategy = self.optimization.strategy
@@ -277,6 +325,24 @@ class TrainingConfig:
                         f"{name}={value} belongs to the second stage of strategy=two_stage; "
                         f"strategy={strategy} has none."
                     )
+        default = ObjectiveOptions()
+        if (
+            self.objective.distill_weight == 0
+            and self.objective.distill_temperature != default.distill_temperature
+        ):
+            raise ValueError(
+                f"distill_temperature={self.objective.distill_temperature:g} has no effect without "
+                "distillation: set distill_weight (with strategy=two_stage), or leave it out."
+            )
+        if (
+            self.objective.objective == "acl"
+            and not self.gated
+            and self.objective.max_angle != default.max_angle
+        ):
+            raise ValueError(
+                f"max_angle={self.objective.max_angle:g} has no effect with gate=none: use "
+                "gate=angle, or leave it out."
+            )
         if self.objective.cross_layer and self.objective.objective != "acl":
             raise ValueError(
                 f"cross_layer needs objective=acl: with {self.objective.objective} there are no "
@@ -345,18 +411,11 @@ class PredictionConfig:
 
 
 @dataclass(frozen=True)
-class CalibrationDataOptions(DataOptions):
-    train_file: str | None = option(None, "training file, for the policy learned")
-    learned_exit_samples: int = option(
-        2000, "texts, from the end of the training split, to train the learned exit on", at_least=1
-    )
-
-
-@dataclass(frozen=True)
 class ExitsOptions:
     policies: str = option(
         "max_probability,entropy,patience,patience_confidence,voting,fixed_layer",
-        "early-exit policies to sweep, separated by commas; learned (needs training texts) too",
+        "early-exit policies to sweep, separated by commas; learned (a layer that is fitted on the"
+        " evaluation split) too",
     )
     policy: str | None = option(
         None, "one of them: calibrate it for the target and store it with the model"
@@ -376,6 +435,7 @@ class ExitsOptions:
     measure: bool = option(
         False, "time each policy's setting for the target against the full model, batch 1 and 32"
     )
+    measured_samples: int = option(200, "texts to time, spread over the split", at_least=1)
     output_dir: str | None = option(None, "directory for exits.json, tables and figure")
 
 
@@ -384,5 +444,86 @@ class ExitsConfig:
     """All options of `fusedacl exits`."""
 
     model: InferenceOptions = field(default_factory=InferenceOptions)
-    data: CalibrationDataOptions = field(default_factory=CalibrationDataOptions)
+    data: DataOptions = field(default_factory=DataOptions)
     exits: ExitsOptions = field(default_factory=ExitsOptions)
+
+
+@dataclass(frozen=True)
+class AngleOptions:
+    output_dir: str | None = option(None, "directory for tables, figures and page")
+    labels: str | None = option(
+        None, "names of the runs in them, separated by commas; unset: their methods"
+    )
+    contrastive: str | None = option(
+        None,
+        "contrastive loss whose gradient is compared with that of cross-entropy. Unset: acl for"
+        " runs with objective acl, else scl",
+        choices=("scl", "acl"),
+    )
+    exit_layer: str | None = option(
+        None, "layer of the exit whose losses are used, or all; unset: the last"
+    )
+    num_batches: int | None = option(
+        None, "training batches; unset: those of one epoch, at most 200", at_least=1
+    )
+    per_device_train_batch_size: int | None = option(
+        None,
+        "samples per batch; unset: the run's, or its contrastive_batch_size where it has one",
+        at_least=1,
+    )
+    seed: int | None = option(None, "seed of the batches' order; unset: the run's", at_least=0)
+
+
+@dataclass(frozen=True)
+class MovedDataOptions:
+    """Where a run's data lie now; what is unset is as the run had it."""
+
+    data_dir: str | None = option(None, "directory with <task_name>/…; unset: the run's")
+    train_file: str | None = option(None, "training file; unset: the run's")
+    validation_file: str | None = option(None, "validation file; unset: the run's")
+
+
+@dataclass(frozen=True)
+class AngleDataOptions(MovedDataOptions):
+    max_train_samples: int | None = option(
+        None, "the first training samples only; unset: as in the run", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    disable_tqdm: bool = option(False, "no progress bar")
+
+
+@dataclass(frozen=True)
+class AngleConfig:
+    """All options of `fusedacl angles`, but the runs."""
+
+    angles: AngleOptions = field(default_factory=AngleOptions)
+    data: AngleDataOptions = field(default_factory=AngleDataOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)
+
+
+@dataclass(frozen=True)
+class TSNEOptions:
+    output_dir: str | None = option(None, "directory for tables, figures and page")
+    labels: str | None = option(
+        None, "names of the runs in them, separated by commas; unset: their methods"
+    )
+    exit_layers: str | None = option(
+        None, "layers of the exits to show: all, or a list such as 1,6; unset: first, middle, last"
+    )
+    max_samples: int = option(1000, "texts of the evaluation split, drawn by --seed", at_least=2)
+    perplexity: float = option(30.0, "neighbours that t-SNE gives a point, effectively", above=0)
+    seed: int = option(42, "seed of the texts drawn and of t-SNE", at_least=0)
+    per_device_eval_batch_size: int = option(64, "samples per forward pass", at_least=1)
+
+
+@dataclass(frozen=True)
+class TSNEConfig:
+    """All options of `fusedacl tsne`, but the runs."""
+
+    tsne: TSNEOptions = field(default_factory=TSNEOptions)
+    data: MovedDataOptions = field(default_factory=MovedDataOptions)
+    device: DeviceOptions = field(default_factory=DeviceOptions)

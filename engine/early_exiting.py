@@ -187,7 +187,7 @@ class EarlyExit:
         elif self.learned_exit is None:
             raise ValueError(
                 f"The policy {self.policy.name} needs the model's learned exit, which has not been "
-                f"trained: run `fusedacl exits` with --policy {self.policy.name} and training data."
+                f"trained: run `fusedacl exits` with --policy {self.policy.name}."
             )
         self.dtype = dtype
         self.layers = encoder_layers(model.backbone)

@@ -14,12 +14,32 @@ class ExitOutput(NamedTuple):
     logits: Tensor  # [N, K]
 
 
+class Dropout(nn.Dropout):
+    """PyTorch's dropout, with a quicker mask on the CPU: on all tokens it was most of an exit.
+
+    There four elements share one 64-bit random number, 16 bits each, so that the probability is
+    rounded to a multiple of 2^-16 (and the scale is that one's). Measured for [32, 60, 384], one
+    thread: 2.2 ms instead of 8.7 ms, where the exit's largest product takes 1 ms.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        threshold = round(self.p * 2**16)
+        if x.device.type != "cpu" or not 0 < threshold < 2**16:
+            return super().forward(x)
+        draws = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = draws.view(torch.int16)[: x.numel()].view(x.shape)
+        kept = torch.where(bits >= threshold - 2**15, x, 0.0)
+        return kept.mul_(1 / (1 - threshold / 2**16))
+
+
 class LinearExit(nn.Module):
     """Dropout and a linear classifier on the first token's hidden state; d = hidden size."""
 
     def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(hidden_size, num_labels)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> ExitOutput:
@@ -46,7 +66,7 @@ class MHAExit(nn.Module):
                 f"exit_width={width} is not a multiple of exit_attention_heads={num_heads}."
             )
         self.num_heads = num_heads
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.down_projection = nn.Linear(hidden_size, width)
         self.query = nn.Linear(width, width)
         self.key_value = nn.Linear(width, 2 * width)

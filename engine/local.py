@@ -93,6 +93,11 @@ class LocalEngine:
         """Where the model is called."""
         return autocast(self.device, self.dtype)
 
+    @property
+    def loss_scale(self) -> float:
+        """The factor that both losses carry in their backward passes."""
+        return self.scaler.scale
+
     def backward(self, losses: ExitLosses, share: float) -> None:
         """Accumulate the gradients of one micro-batch.
 

@@ -61,33 +61,58 @@ def exit_losses(
         teacher: the last exit, where the exits learn from it: by `distill_weight`, and as rows of
             the contrastive batch (ACL-CL) where `cross_layer` is on.
     """
+    main, cross_entropy = main_losses(options, output, labels, teacher)
+    auxiliary = contrastive_loss(options, output.exit_embeddings, label_embeddings, labels, teacher)
+    return ExitLosses(main, auxiliary, cross_entropy)
+
+
+def main_losses(
+    options: ObjectiveOptions,
+    output: MultiExitOutput,
+    labels: Tensor,
+    teacher: Teacher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ExitLosses.main` [E] and `ExitLosses.cross_entropy` [E]; arguments as for `exit_losses`."""
     logits = output.exit_logits.float()  # [E, N, K]
     num_exits, num_samples, num_labels = logits.shape
-    cross_entropy = functional.cross_entropy(
+    each = functional.cross_entropy(
         logits.view(-1, num_labels), labels.repeat(num_exits), reduction="none"
-    ).view(num_exits, num_samples)
-    main = cross_entropy.mean(dim=1)
+    )
+    cross_entropy = each.view(num_exits, num_samples).mean(dim=1)
+    main = cross_entropy
     if teacher is not None and options.distill_weight > 0:
         weight = options.distill_weight
         main = (1 - weight) * main + weight * distillation(
             logits, teacher.logits.float(), options.distill_temperature
         )
+    return main, cross_entropy.detach()
+
+
+def contrastive_loss(
+    options: ObjectiveOptions,
+    samples: Tensor,
+    label_embeddings: Tensor,
+    labels: Tensor,
+    teacher: Teacher | None = None,
+) -> Tensor | None:
+    """L_scl, L_acl or L_aclcl [E] of representations [E, N, d]; None where the objective has none.
+
+    The other arguments are those of `exit_losses`.
+    """
     settings: dict[str, Any] = {
         "temperature": options.temperature,
         "denominator": options.denominator,
         "reduction": options.contrastive_reduction,
         "impl": options.impl,
     }
-    samples = output.exit_embeddings
-    auxiliary = None
+    if options.objective == "ce":
+        return None
     if options.objective == "scl":
-        auxiliary = supcon_loss(samples, labels, **settings)
-    elif options.objective == "acl" and teacher is not None and options.cross_layer:
+        return supcon_loss(samples, labels, **settings)
+    if teacher is not None and options.cross_layer:
         constants = (teacher.embeddings.to(samples.dtype), teacher.label_embeddings)
-        auxiliary = acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
-    elif options.objective == "acl":
-        auxiliary = acl_loss(samples, labels, label_embeddings, **settings)
-    return ExitLosses(main, auxiliary, cross_entropy.mean(dim=1).detach())
+        return acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
+    return acl_loss(samples, labels, label_embeddings, **settings)
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

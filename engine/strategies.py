@@ -130,6 +130,25 @@ def stage_states(
         return model.exit_states(**batch, positions=needed_exits(model, stage, positions))
 
 
+def stage_outputs(
+    model: MultiExitForSequenceClassification,
+    stage: Stage,
+    positions: Sequence[int],
+    states: Sequence[Tensor],
+    attention_mask: Tensor,
+) -> tuple[MultiExitOutput, Teacher | None]:
+    """Outputs of the exits at `positions`, and of their teacher, from what `stage_states` gave."""
+    teacher = None
+    if stage.has_teacher:
+        with torch.no_grad():
+            frozen = model.classify(states[-1:], attention_mask, positions=[-1])
+            teacher = Teacher(
+                frozen.exit_embeddings[0], model.label_embeddings_of([-1])[0], frozen.logits
+            )
+        states = states[:-1]
+    return model.classify(states, attention_mask, positions=positions), teacher
+
+
 def stage_losses(
     model: MultiExitForSequenceClassification,
     stage: Stage,
@@ -139,16 +158,8 @@ def stage_losses(
     config: TrainingConfig,
     labels: Tensor,
 ) -> tuple[MultiExitOutput, ExitLosses]:
-    """Outputs and losses of the exits at `positions`, from what `stage_states` gave for them."""
-    teacher = None
-    if stage.has_teacher:
-        with torch.no_grad():
-            frozen = model.classify(states[-1:], attention_mask, positions=[-1])
-            teacher = Teacher(
-                frozen.exit_embeddings[0], model.label_embeddings_of([-1])[0], frozen.logits
-            )
-        states = states[:-1]
-    output = model.classify(states, attention_mask, positions=positions)
+    """`stage_outputs` and the losses of the exits at `positions`."""
+    output, teacher = stage_outputs(model, stage, positions, states, attention_mask)
     losses = exit_losses(
         config.objective, output, model.label_embeddings_of(positions), labels, teacher
     )

@@ -7,6 +7,7 @@ import math
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from tqdm import tqdm
 
 from ..kernels.dispatch import Workload, choose
 from .batching import collate, encode, epoch_batches
+from .cached_batches import Chunk, cached_losses
 from .checkpoint import (
     CONFIG_FILE,
     check_output_dir,
@@ -40,7 +42,7 @@ from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trai
 from .local import LocalEngine, StepReport
 from .model_card import model_card
 from .modeling import MultiExitForSequenceClassification, parse_layers, take_last_exit
-from .objectives import ExitLosses, check_finite
+from .objectives import ExitLosses, check_finite, exit_losses
 from .options import command_line, flatten, write_yaml
 from .precision import choose_device, choose_dtype
 from .quickstart import minilm_path
@@ -49,7 +51,7 @@ from .strategies import (
     needed_exits,
     plan_stages,
     prepare,
-    stage_losses,
+    stage_outputs,
     stage_states,
 )
 from .tracking import GateHistory, MetricsLog, require_reporting
@@ -113,6 +115,13 @@ class Trainer:
         )
         for note in self.data.notes:
             logger.info(note)
+        if config.without_effect:
+            logger.info(
+                "no effect with objective=%s, gate=%s: %s.",
+                config.objective.objective,
+                config.objective.gate,
+                ", ".join(config.without_effect),
+            )
         torch.manual_seed(config.optimization.seed)
         self.base_model = name_or_path = (
             config.optimization.stage1_model
@@ -120,7 +129,10 @@ class Trainer:
             or str(minilm_path())
         )
         self.model = self._new_model(name_or_path)
-        self.tokenizer = load_tokenizer(name_or_path)
+        is_stage1 = config.optimization.stage1_model is not None
+        self.tokenizer = load_tokenizer(
+            name_or_path, "stage1_model" if is_stage1 else "model_name_or_path"
+        )
         limit = length_limit(self.model, self.tokenizer)
         max_length = config.data.max_seq_length or min(DEFAULT_MAX_LENGTH, limit)
         self.model.config.max_seq_length = max_length
@@ -156,6 +168,7 @@ class Trainer:
     def _new_model(self, name_or_path: str) -> MultiExitForSequenceClassification:
         options = self.config.model
         strategy, stage1 = self.config.optimization.strategy, self.config.optimization.stage1_model
+        trained = None if stage1 is None else load_trained(stage1, "stage1_model")
         model = MultiExitForSequenceClassification.from_encoder(
             name_or_path,
             label_names=self.data.label_names,
@@ -166,8 +179,8 @@ class Trainer:
             exit_width=options.exit_width,
             exit_attention_heads=options.exit_attention_heads,
         )
-        if stage1 is not None:
-            take_last_exit(model, load_trained(stage1), stage1)
+        if stage1 is not None and trained is not None:
+            take_last_exit(model, trained, stage1)
         check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
         nn.Module.to(model, self.device)
         return model
@@ -330,9 +343,7 @@ class Trainer:
         num_samples = sum(len(indices) for indices in window)
         self.step += 1
         losses = []
-        for indices in window:
-            share = len(indices) / num_samples
-            batch_losses = self._batch_losses(epoch, indices)
+        for share, batch_losses in self._window_losses(epoch, window):
             self.engine.backward(batch_losses, share)
             losses.append((share, batch_losses))
         try:
@@ -364,8 +375,48 @@ class Trainer:
             if active:
                 self.history.add(self.epochs_before + epoch, group, angle, dropped=not kept)
 
-    def _batch_losses(self, epoch: int, indices: np.ndarray) -> ExitLosses:
+    def _window_losses(
+        self, epoch: int, window: list[np.ndarray]
+    ) -> Iterator[tuple[float, ExitLosses]]:
+        """Share of the step's samples and losses of each of its micro-batches."""
         positions = self.stage.exits_in_epoch(epoch)
+        num_samples = sum(len(indices) for indices in window)
+        shares = [len(indices) / num_samples for indices in window]
+
+        def label_embeddings() -> Tensor:
+            return self.model.label_embeddings_of(positions)
+
+        together = self.config.chunks_together
+        for start in range(0, len(window), together):
+            chunks = window[start : start + together]
+            forwards = [partial(self._forward, positions, indices) for indices in chunks]
+            of_chunks = shares[start : start + together]
+            if len(chunks) == 1:
+                chunk = forwards[0]()
+                with self.engine.forward_context():
+                    yield (
+                        of_chunks[0],
+                        exit_losses(
+                            self.config.objective,
+                            chunk.output,
+                            label_embeddings(),
+                            chunk.labels,
+                            chunk.teacher,
+                        ),
+                    )
+                continue
+            losses = cached_losses(
+                forwards,
+                label_embeddings,
+                self.config.objective,
+                shares=of_chunks,
+                loss_scale=self.engine.loss_scale,
+                device=self.device,
+            )
+            yield from zip(of_chunks, losses, strict=True)
+
+    def _forward(self, positions: tuple[int, ...], indices: np.ndarray) -> Chunk:
+        """Outputs of the trained exits, and of their teacher, for some training texts."""
         if self.features is not None:
             states, mask = self.features.batch(indices, self.device)
             assert self.train_split.labels is not None
@@ -377,11 +428,9 @@ class Trainer:
             with self.engine.forward_context():
                 states = stage_states(self.model, self.stage, positions, batch)
         with self.engine.forward_context():
-            output, losses = stage_losses(
-                self.model, self.stage, positions, states, mask, self.config, labels
-            )
-            check_finite(output, self.step)
-        return losses
+            output, teacher = stage_outputs(self.model, self.stage, positions, states, mask)
+        check_finite(output, self.step)
+        return Chunk(output, labels, teacher)
 
     def _record(
         self, epoch: int, losses: list[tuple[float, ExitLosses]], report: StepReport

@@ -28,6 +28,12 @@ COMPLETE = {"task_name": "quickstart", "output_dir": "out"}
         ({"aux_weight": -0.1}, "aux_weight=-0.1 is out of range: it must be at least 0"),
         ({"max_angle": 181}, "max_angle=181.0 is out of range: it must be at most 180"),
         ({"objectiv": "ce"}, "Unknown option 'objectiv'. Did you mean 'objective'?"),
+        ({"distill_temperature": 4}, "distill_temperature=4 has no effect without distillation"),
+        (
+            {"strategy": "two_stage", "distill_temperature": 4},
+            "distill_temperature=4 has no effect without distillation",
+        ),
+        ({"gate": "none", "max_angle": 80}, "max_angle=80 has no effect with gate=none"),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:
@@ -50,3 +56,36 @@ def test_the_gate_follows_the_objective(objective: str, gate: str | None, expect
     config = TrainingConfig.create(**COMPLETE, objective=objective, gate=gate).resolved()
     assert config.objective.gate == expected
     assert config.gated is (expected == "angle")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"objective": "acl", "temperature": 0.1, "max_angle": 80, "aux_weight": 0.5}, []),
+        ({"objective": "scl", "temperature": 0.1, "max_angle": 80}, ["max_angle=80.0"]),
+        ({"objective": "scl", "gate": "angle", "max_angle": 80}, []),
+        (
+            {"objective": "ce", "temperature": 0.1, "contrastive_reduction": "sum"},
+            ["temperature=0.1", "contrastive_reduction=sum"],
+        ),
+        (
+            {"objective": "ce", "max_angle": 80, "aux_weight": 0.1, "denominator": "others"},
+            ["max_angle=80.0", "aux_weight=0.1", "denominator=others"],
+        ),
+        ({"objective": "ce"}, []),
+    ],
+)
+def test_what_a_shared_recipe_may_set_is_told_not_refused(
+    options: dict[str, Any], expected: list[str]
+) -> None:
+    config = TrainingConfig.create(**COMPLETE, **options).resolved()
+    assert config.without_effect == expected
+    # Resolving again changes nothing and refuses nothing.
+    assert config.resolved() == config
+
+
+def test_defaults_may_be_written_out() -> None:
+    options = {"gate": "none", "max_angle": 90, "distill_weight": 0, "distill_temperature": 2}
+    TrainingConfig.create(**COMPLETE, **options).resolved()
+    both = {"strategy": "two_stage", "distill_weight": 0.5, "distill_temperature": 4}
+    TrainingConfig.create(**COMPLETE, **both).resolved()

@@ -236,6 +236,7 @@ def test_second_stage_leaves_the_first_ones_model(options, tmp_path: Path) -> No
 def test_second_stage_on_an_existing_model(options, tmp_path: Path) -> None:
     first = str(tmp_path / "first")
     run(options, output_dir=first)
+    encoder = options["model_name_or_path"]
     second = {**options, "model_name_or_path": None, "stage1_model": first}
     results = run(second, strategy="two_stage")
     assert results["num_steps"] == 12
@@ -247,6 +248,9 @@ def test_second_stage_on_an_existing_model(options, tmp_path: Path) -> None:
         ({"exit_width": 32}, "exits of width 64 with 4 heads, this run of 32"),
         ({"exit_layers": "1"}, "has last exit layer 2, this run 1"),
         ({"model_name_or_path": "x"}, "leave model_name_or_path out"),
+        ({"stage1_model": "./absent"}, "^stage1_model='./absent' cannot be loaded"),
+        ({"stage1_model": str(tmp_path)}, "^stage1_model=.* holds no config.json"),
+        ({"stage1_model": encoder}, "^stage1_model=.* is a bert model, not one that"),
     ):
         with pytest.raises(ValueError, match=message):
             run({**second, "output_dir": str(tmp_path / "no")}, strategy="two_stage", **changes)
