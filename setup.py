@@ -38,7 +38,12 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["fusedacl.engine", "fusedacl.kernels", "fusedacl.benchmarks"],
+    packages=[
+        "fusedacl.engine",
+        "fusedacl.engine.analysis",
+        "fusedacl.kernels",
+        "fusedacl.benchmarks",
+    ],
     package_dir={
         "fusedacl.engine": "engine",
         "fusedacl.kernels": "kernels",

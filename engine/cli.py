@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from .options import did_you_mean, parse
@@ -16,7 +17,9 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
   predict    labels and probabilities for a file of texts
   exits      early exit: sweep policies, choose a threshold, store it with the model
   sweep      the runs of a recipe: tasks, methods, seeds; stops and goes on
-  report     scores of every exit of several runs: curves over the layers, and a table
+  angles     angles between the gradients of two losses, over a run's parameters and layers
+  tsne       an exit's representations with the label embeddings, drawn and measured
+  report     figures, tables and a page of a sweep, or of several runs
   doctor     what this machine can run, and why
 
 fusedacl <verb> --help explains each option with its unit and default."""
@@ -72,13 +75,8 @@ def _train(arguments: list[str]) -> int:
         print(f"fusedacl train: {stop}", file=sys.stderr)
         return stop.exit_code
     _print_metrics(results["metrics"])
-    many = len({row["group"] for row in results["gate"]}) > 1
-    for row in results["gate"]:
-        group = f", {row['group']}" if many else ""
-        print(
-            f"epoch {row['epoch']}{group}: gate dropped {row['dropped_share']:.1%} of "
-            f"{row['steps']} steps, median angle {row['angle_median']:.1f} degrees"
-        )
+    for line in _gate_lines(results["gate"]):
+        print(line)
     print(f"model, metrics.jsonl and results.json are in {config.run.output_dir}")
     return 0
 
@@ -114,8 +112,9 @@ def _exits(arguments: list[str]) -> int:
     from .exit_study import study_exits
 
     _quiet_transformers()
-    print("\n".join(study_exits(config)["lines"]))
-    return 0
+    results = study_exits(config)
+    print("\n".join(results["lines"]))
+    return 0 if results["complete"] else 130
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -157,28 +156,80 @@ def _sweep(arguments: list[str]) -> int:
     return 1 if sweep.failures else 0
 
 
+def _angles(arguments: list[str]) -> int:
+    from .config import AngleConfig
+
+    runs, rest = _runs_first(arguments)
+    words = "Angles between the gradients of cross-entropy and contrastive loss of trained runs."
+    config = parse(AngleConfig, "fusedacl angles RUN [RUN ...]", words, rest)
+    from .analysis.angle_report import report_angles
+
+    _quiet_transformers()
+    table, files = report_angles(runs, config)
+    print(f"{table}\nwritten: {', '.join(map(str, files))}")
+    return 0
+
+
+def _tsne(arguments: list[str]) -> int:
+    from .config import TSNEConfig
+
+    runs, rest = _runs_first(arguments)
+    words = "Representations of trained runs and their label embeddings: t-SNE, and numbers."
+    config = parse(TSNEConfig, "fusedacl tsne RUN [RUN ...]", words, rest)
+    from .analysis.representation_report import report_representations
+
+    _quiet_transformers()
+    table, files = report_representations(runs, config)
+    print(f"{table}\nwritten: {', '.join(map(str, files))}")
+    return 0
+
+
+def _runs_first(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """The directories that stand before the options, and the rest (a YAML file among it).
+
+    Raises:
+        ValueError: there is none, and help is not what is wanted.
+    """
+    number = 0
+    for argument in arguments:
+        if argument.startswith("-") or argument.endswith((".yaml", ".yml", ".json")):
+            break
+        number += 1
+    if number == 0 and not {"-h", "--help"} & set(arguments):
+        raise ValueError("no run is named: the directories of runs come before the options.")
+    return [Path(name) for name in arguments[:number]], arguments[number:]
+
+
 def _report(arguments: list[str]) -> int:
     import argparse
-    from pathlib import Path
 
     parser = argparse.ArgumentParser(
         prog="fusedacl report",
-        description="Score of each exit of several runs, side by side: PNG, SVG, CSV, Markdown.",
+        description="Figures, tables and a page (index.html) of a sweep, or of several runs.",
     )
     parser.add_argument(
-        "runs",
+        "paths",
         nargs="+",
         type=Path,
-        help="output directories of runs; seeds of one method become one line",
+        metavar="PATH",
+        help="the directory of a sweep, or those of runs; seeds of one method become one line",
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="where the files go")
-    parser.add_argument("--metric", help="one of the runs' metrics (default: the task's first)")
+    parser.add_argument(
+        "--output_dir", type=Path, help="where the files go (default for a sweep: SWEEP/report)"
+    )
+    parser.add_argument("--metric", help="one of the runs' metrics (default: each task's first)")
     options = parser.parse_args(arguments)
-    from .layer_scores import write_report
+    from .analysis.page import Table
+    from .analysis.sweep_report import write_report
+    from .report import markdown_table
 
-    files = write_report(options.runs, options.output_dir, options.metric)
-    print(files[-1].read_text(encoding="utf-8"))
-    print(f"written: {', '.join(map(str, files))}")
+    report = write_report(options.paths, options.output_dir, options.metric)
+    for section in report.sections:
+        for table in section.tables:
+            made = table if isinstance(table, Table) else Table(*table)
+            print(f"{section.title}\n\n{markdown_table(made.header, made.rows)}\n")
+    print("\n".join(report.findings))
+    print(f"written: {report.page}, and figures and tables beside it")
     return 0
 
 
@@ -201,6 +252,24 @@ def _print_metrics(metrics: dict[str, dict[int, dict[str, float]]]) -> None:
             print(f"{split}, exit at layer {layer}: {words}")
 
 
+def _gate_lines(gate: list[dict[str, Any]]) -> list[str]:
+    """One line an epoch: what the gate dropped, for each group of parameters it decides on."""
+    import statistics
+
+    lines = []
+    for epoch in dict.fromkeys(row["epoch"] for row in gate):
+        rows = [row for row in gate if row["epoch"] == epoch]
+        shares = ", ".join(f"{row['group']} {row['dropped_share']:.0%}" for row in rows)
+        dropped = statistics.mean(row["dropped_share"] for row in rows)
+        angle = statistics.median(row["angle_median"] for row in rows)
+        lines.append(
+            f"epoch {epoch}: gate dropped {dropped:.1%} of {rows[0]['steps']} steps"
+            + (f" ({shares})" if len(rows) > 1 else "")
+            + f", median angle {angle:.1f} degrees"
+        )
+    return lines
+
+
 def _quiet_transformers() -> None:
     """No progress bars or advice of transformers among our own lines."""
     from transformers.utils import logging as transformers_logging
@@ -215,6 +284,8 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "predict": _predict,
     "exits": _exits,
     "sweep": _sweep,
+    "angles": _angles,
+    "tsne": _tsne,
     "report": _report,
     "doctor": _doctor,
 }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from .options import write_whole
 from .tracking import read_records
 
 # What the runs of one table may differ in.
@@ -146,6 +149,27 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def write_tables(
+    path: Path,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    words: str = "",
+    numbers: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
+) -> list[Path]:
+    """A table as `path`.csv and `path`.md, the latter below `words`; returns both.
+
+    `numbers`: header and rows of the CSV where they are not those of the page.
+    """
+    text = io.StringIO()
+    of_csv = (header, rows) if numbers is None else numbers
+    csv.writer(text, lineterminator="\n").writerows([of_csv[0], *of_csv[1]])
+    files = [path.with_name(path.name + suffix) for suffix in (".csv", ".md")]
+    write_whole(files[0], text.getvalue())
+    intro = f"{words}\n\n" if words else ""
+    write_whole(files[1], f"{intro}{markdown_table(header, rows)}\n")
+    return files
+
+
 def results_page(files: Sequence[Path]) -> str:
     """docs/results.md from the results.json files of runs: scores, gate, and exact commands.
 
@@ -214,7 +238,7 @@ def _data_section(data: str, runs: list[dict[str, Any]]) -> list[str]:
             for objective, group in groups.items()
             for name in names
         }
-        leaders = {name: _leader({o: scores[o, name] for o in groups}) for name in names}
+        leaders = {name: leader({o: scores[o, name] for o in groups}) for name in names}
         rows = []
         for objective, group in groups.items():
             cells = [OBJECTIVE_NAMES[objective], str(len(group))]
@@ -244,7 +268,7 @@ def _deviation(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _leader(scores: dict[str, list[float]]) -> str | None:
+def leader(scores: dict[str, list[float]]) -> str | None:
     """The objective with the best mean, if its lead exceeds both deviations and seeds repeat."""
     order = sorted(scores, key=lambda objective: -statistics.mean(scores[objective]))
     if len(order) < 2 or min(len(values) for values in scores.values()) < 2:

@@ -24,8 +24,10 @@ from typing import Any
 
 import yaml
 
+from .analysis.report_plan import plan_report
 from .checkpoint import CONFIG_FILE, changed_options, checkpoints, write_json
 from .config import TrainingConfig
+from .doctor import cpu_model
 from .options import flatten, write_whole
 from .recipe import Cell, plan_cells
 from .report import text_table
@@ -80,6 +82,8 @@ class Sweep:
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: at least one run at a time.")
         self.recipe = dict(recipe)
+        # Its mistakes are told before days of training, not after.
+        plan_report(recipe)
         self.directory = Path(directory).resolve()
         self.workers = workers or default_workers()
         self.runs = [_Run(cell) for cell in plan_cells(recipe)]
@@ -270,7 +274,13 @@ class Sweep:
             }
             for run in self.runs
         ]
-        values = {"schema": SCHEMA, "recipe": self.recipe, "cells": cells}
+        environment = {"machine": f"{cpu_model()}, {os.cpu_count()} cores", "workers": self.workers}
+        values = {
+            "schema": SCHEMA,
+            "recipe": self.recipe,
+            "environment": environment,
+            "cells": cells,
+        }
         write_json(self.directory / SWEEP_FILE, values)
 
     def table(self) -> str:

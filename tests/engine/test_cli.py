@@ -8,9 +8,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from fusedacl.engine.cli import main
+from fusedacl.engine.cli import _gate_lines, main
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,7 +54,8 @@ def test_train_evaluate_predict(
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert "validation, exit at layer 2: accuracy" in shown.out
-    assert "epoch 2: gate dropped" in shown.out
+    gate = [line for line in shown.out.splitlines() if line.startswith("epoch")]
+    assert len(gate) == 2 and gate[1].startswith("epoch 2: gate dropped")
     assert f"are in {run}" in shown.out
     assert main(arguments) == 2
     assert "is not empty. Use --resume_from_checkpoint latest" in capsys.readouterr().err
@@ -67,6 +69,27 @@ def test_train_evaluate_predict(
     files = ["--input_file", str(tmp_path / "texts.csv"), "--output_file", str(tmp_path / "o.csv")]
     assert main(["predict", *model, *files]) == 0
     assert (tmp_path / "o.csv").read_text().startswith("label,probability_negative,probability_")
+
+
+def test_the_gate_has_one_line_an_epoch() -> None:
+    def row(epoch: int, group: str, share: float, angle: float) -> dict[str, Any]:
+        return {
+            "epoch": epoch,
+            "group": group,
+            "steps": 40,
+            "dropped_share": share,
+            "angle_median": angle,
+        }
+
+    alone = [row(1, "model", 0.125, 80.0), row(2, "model", 0.0, 70.5)]
+    exits = [row(3, "exit 1", 0.5, 95), row(3, "exit 2", 0.25, 81), row(3, "exit 3", 0, 60)]
+    assert _gate_lines(alone + exits) == [
+        "epoch 1: gate dropped 12.5% of 40 steps, median angle 80.0 degrees",
+        "epoch 2: gate dropped 0.0% of 40 steps, median angle 70.5 degrees",
+        "epoch 3: gate dropped 25.0% of 40 steps (exit 1 50%, exit 2 25%, exit 3 0%), "
+        "median angle 81.0 degrees",
+    ]
+    assert _gate_lines([]) == []
 
 
 def test_failures_during_the_run_are_status_1(

@@ -1,0 +1,1 @@
+"""What runs are worth: figures, tables and pages from the directories that they left."""

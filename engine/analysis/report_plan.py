@@ -1,0 +1,144 @@
+"""Which analyses a sweep's report holds: the `report` section of its recipe, or what suits it.
+
+    report:
+      layer_scores: [JT, ALT, 2ST-MHA, ACL]
+      ablation: {methods: {ACL: ACL, "no ACL-Grad": ACL without gate}}
+      grid: [{option: aux_weight, methods: {ACL: ACL sweep, "CE+SCL": CE+SCL sweep}}]
+      full_model: {methods: {CE: CE, "ACL-CL, exit 3": {method: ACL, layer: 3}}}
+
+Where methods are listed by printed names, the name in the recipe follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..options import did_you_mean
+
+_KEYS = ("layer_scores", "ablation", "grid", "full_model")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A method of the recipe, and the layer of an exit (None: the last)."""
+
+    method: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """A table of an option's values: printed name -> method that gives the option a list."""
+
+    option: str
+    methods: Mapping[str, Target]
+
+
+@dataclass(frozen=True)
+class ReportPlan:
+    """Printed name -> method, for each kind of analysis; the first of an ablation is the reference.
+
+    An empty one is not made.
+    """
+
+    layer_scores: Mapping[str, Target]
+    ablation: Mapping[str, Target]
+    grids: tuple[GridPlan, ...]
+    full_model: Mapping[str, Target]
+
+
+def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
+    """The analyses that a recipe asks for; all that suit its methods where it asks for none.
+
+    Raises:
+        ValueError: an unknown key or method, or a grid table of a method without that list.
+    """
+    methods = {str(name): dict(options or {}) for name, options in recipe["methods"].items()}
+    lists = {
+        name: [option for option, value in options.items() if isinstance(value, list)]
+        for name, options in methods.items()
+    }
+    asked = recipe.get("report")
+    if asked is None:
+        return _suitable(methods, lists)
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"report: expected `analysis: …` lines, got {asked!r}.")
+    for key in asked:
+        if key not in _KEYS:
+            raise ValueError(f"report: unknown key {key!r}.{did_you_mean(str(key), _KEYS)}")
+    named = asked.get("layer_scores") or []
+    if not isinstance(named, list | Mapping):
+        raise ValueError(f"report.layer_scores: expected a list of methods, got {named!r}.")
+    grids = asked.get("grid") or []
+    if not isinstance(grids, list):
+        raise ValueError(f"report.grid: expected a list of tables, got {grids!r}.")
+    curves = named if isinstance(named, Mapping) else {name: name for name in named}
+    return ReportPlan(
+        _targets(curves, methods, "report.layer_scores") if curves else {},
+        _of_mapping(asked, "ablation", methods),
+        tuple(_grid(table, methods, lists) for table in grids),
+        _of_mapping(asked, "full_model", methods),
+    )
+
+
+def _suitable(methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> ReportPlan:
+    plain = {name: Target(name) for name in methods if not lists[name]}
+    options = dict.fromkeys(option for names in lists.values() for option in names)
+    grids = tuple(
+        GridPlan(option, {name: Target(name) for name in methods if option in lists[name]})
+        for option in options
+    )
+    several = {name: Target(name) for name in plain if methods[name].get("strategy")}
+    return ReportPlan(several, {}, grids, plain)
+
+
+def _of_mapping(
+    asked: Mapping[str, Any], key: str, methods: Mapping[str, Any]
+) -> dict[str, Target]:
+    section = asked.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping) or list(section) != ["methods"]:
+        raise ValueError(f"report.{key}: expected `methods: {{printed name: method}}`.")
+    return _targets(section["methods"], methods, f"report.{key}.methods")
+
+
+def _grid(table: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> GridPlan:
+    if not isinstance(table, Mapping) or set(table) != {"option", "methods"}:
+        raise ValueError(f"report.grid: expected `option` and `methods`, got {table!r}.")
+    option = str(table["option"])
+    targets = _targets(table["methods"], methods, "report.grid.methods")
+    for target in targets.values():
+        if option not in lists[target.method]:
+            raise ValueError(
+                f"report.grid: method {target.method!r} has no list of values for {option!r}."
+            )
+    return GridPlan(option, targets)
+
+
+def _targets(named: Any, methods: Mapping[str, Any], where: str) -> dict[str, Target]:
+    if not isinstance(named, Mapping) or not named:
+        raise ValueError(f"{where}: expected `printed name: method` pairs, got {named!r}.")
+    found = {}
+    for label, value in named.items():
+        target = _target(value, f"{where}: {label}")
+        if target.method not in methods:
+            raise ValueError(
+                f"{where}: {target.method!r} is no method of the recipe."
+                f"{did_you_mean(target.method, methods)}"
+            )
+        found[str(label)] = target
+    return found
+
+
+def _target(value: Any, where: str) -> Target:
+    if not isinstance(value, Mapping):
+        return Target(str(value))
+    if "method" not in value or not set(value) <= {"method", "layer"}:
+        raise ValueError(f"{where}: expected a method, or {{method: …, layer: …}}, got {value!r}.")
+    layer = value.get("layer")
+    if layer is not None and (type(layer) is not int or layer < 1):
+        raise ValueError(f"{where}: layer={layer!r} is no layer; the first is 1.")
+    return Target(str(value["method"]), layer)
