@@ -34,14 +34,19 @@ build/triton-%/.installed: $(VENV)/.dev
 	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*
 	touch $@
 
+# MRPC's texts where the real data sets are at hand.
+EXIT_TEXTS := $(if $(FUSEDACL_DATA),--data_dir $(FUSEDACL_DATA))
+
 bench-quick: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.loss --quick
 	$(BIN)/python -m fusedacl.benchmarks.angle --quick
+	$(BIN)/python -m fusedacl.benchmarks.exits --quick $(EXIT_TEXTS)
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.loss
 	$(BIN)/python -m fusedacl.benchmarks.angle
 	$(BIN)/python -m fusedacl.benchmarks.step
+	$(BIN)/python -m fusedacl.benchmarks.exits $(EXIT_TEXTS)
 
 # For a machine with an NVIDIA GPU: the tests that need one, then the benchmarks.
 bench-gpu: $(VENV)/.dev

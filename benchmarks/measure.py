@@ -19,14 +19,21 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..engine.doctor import cpu_model
+
 Result = dict[str, Any]
 CPU = torch.device("cpu")
 # Calls in a row in a sample on a GPU.
 MAX_REPEATS = 1000
 
 
-def command_line(description: str | None) -> argparse.Namespace:
-    """The options all of these benchmarks share; sets the number of threads."""
+def command_line(
+    description: str | None, more: Mapping[str, Mapping[str, Any]] | None = None
+) -> argparse.Namespace:
+    """The options all of these benchmarks share; sets the number of threads.
+
+    `more`: options of one benchmark, each with its arguments for argparse.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no file")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
@@ -36,6 +43,8 @@ def command_line(description: str | None) -> argparse.Namespace:
         default=Path(__file__).parent / "results" / machine_name(),
         help="where the JSON file goes (default: %(default)s)",
     )
+    for name, settings in (more or {}).items():
+        parser.add_argument(name, **settings)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     return arguments
@@ -226,22 +235,13 @@ def machine_name(device: torch.device = CPU) -> str:
     """A folder name such as intel-xeon-2core or nvidia-h200."""
     if device.type == "cuda":
         return "-".join(re.findall(r"[a-z0-9]+", gpu_name(device).lower()))
-    words = re.sub(r"\(.*?\)|@.*|\b(CPU|Processor)\b", " ", _cpu_model()).lower()
+    words = re.sub(r"\(.*?\)|@.*|\b(CPU|Processor)\b", " ", cpu_model()).lower()
     return "-".join([*re.findall(r"[a-z0-9]+", words), f"{os.cpu_count()}core"])
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
 
 
 def gpu_name(device: torch.device) -> str:
     """As the driver has it; the CPU's where the device is one."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_model()
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
 def environment(device: torch.device = CPU) -> Result:
@@ -250,7 +250,7 @@ def environment(device: torch.device = CPU) -> Result:
     return gpu | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "cpu": _cpu_model(),
+        "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": os.getloadavg(),

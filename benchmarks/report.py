@@ -33,7 +33,12 @@ def page(directories: Sequence[Path]) -> str:
         "claims are ratios of medians. What is faster than ours has a number below 1. "
         "Nothing here was measured on a GPU.",
     ]
-    sections = {"loss": loss_section, "angle": angle_section, "step": step_section}
+    sections = {
+        "loss": loss_section,
+        "angle": angle_section,
+        "step": step_section,
+        "exits": exits_section,
+    }
     for directory in directories:
         parts += ["", f"## Machine `{directory.name}`"]
         for name, section in sections.items():
@@ -121,8 +126,71 @@ def step_section(result: Result) -> list[str]:
     ]
 
 
+def exits_section(result: Result) -> list[str]:
+    shape = result["shape"]
+    return [
+        "### Several exits",
+        "",
+        f"{shape['model']}; texts: {shape['texts']}; float32 unless bfloat16 is named.",
+        "",
+        f"A step of the second stage, {shape['batch']} texts, on the frozen backbone. Each exit "
+        "trained alone is a run of its own, with a pass through the backbone of its own; the "
+        "feature cache was written before.",
+        *(line for stage in result["second_stage"].values() for line in _second_stage(stage)),
+        "",
+        "Early exit with a threshold that no text reaches, so that all exits are computed in vain. "
+        "The full model is the same backbone, called as a whole, with its last exit alone.",
+        *(line for case in result["early_exit"] for line in _early_exit(case)),
+        "",
+        "ACL-CL, forward + backward, all exits in one call:",
+        *(line for case in result["losses"] for line in _exit_losses(case)),
+    ]
+
+
+def _second_stage(stage: Result) -> list[str]:
+    options, times, num_exits = stage["options"], stage["times"], stage["exits"]
+    objective = {"acl": "ACL-CL with the gate", "ce": "cross-entropy"}[options["objective"]]
+    names = {
+        "together": f"{num_exits} exits together",
+        "apart": f"{num_exits} exits, one at a time",
+        "cached": f"{num_exits} exits together, from the feature cache",
+    }
+    return [
+        "",
+        f"{options['exit_head']} exits, {objective}"
+        f"{', bfloat16' if options.get('bf16') else ''}, {stage['mean_tokens']:.0f} tokens on "
+        f"average. Over the same {times['together']['samples']} batches, together is "
+        f"{stage['total_faster_than_apart']:.2f} times as fast as one at a time, and the cache "
+        f"{stage['total_cached_faster']:.2f} times as fast as without (sums of their times):",
+        "",
+        _table(times, names),
+    ]
+
+
+def _early_exit(case: Result) -> list[str]:
+    texts = (
+        f"{case['batches']} texts one by one"
+        if case["batch"] == 1
+        else f"a batch of {case['batch']}"
+    )
+    names = {"full": "full model", "early_exit": "early exit that nothing leaves"}
+    return ["", f"{case['exit_head']} exits, {texts}:", "", _table(case["times"], names)]
+
+
+def _exit_losses(case: Result) -> list[str]:
+    shape = case["shape"]
+    names = {"fusedacl": "fusedacl, one call", "dense": "a dense loss an exit, eager PyTorch"}
+    return [
+        "",
+        f"E = {shape['exits']}, N = {shape['samples']}, K = {shape['labels']}, "
+        f"d = {shape['width']}:",
+        "",
+        _table(case["times"], names),
+    ]
+
+
 def _table(times: Result, names: dict[str, str]) -> str:
-    """The first name is ours; above 1 the others take longer than it, below 1 they are faster."""
+    """Above 1 the others take longer than the first name, below 1 they are faster."""
     ours = times[next(iter(names))]["p50_ms"]
     rows = [HEADER, ["---"] * len(HEADER)]
     for key, words in names.items():
@@ -134,8 +202,10 @@ def _table(times: Result, names: dict[str, str]) -> str:
 
 
 def _provenance(environment: Result) -> str:
+    threads = environment["threads"]
     return (
-        f"{environment['cpu']}, {environment['cores']} cores, {environment['threads']} threads; "
+        f"{environment['cpu']}, {environment['cores']} cores, "
+        f"{threads} thread{'' if threads == 1 else 's'}; "
         f"torch {environment['torch']}, Python {environment['python']}, "
         f"pytorch-metric-learning {environment['pytorch_metric_learning']}; commit "
         f"{environment['commit']}, {environment['date']}; load average before: "
