@@ -20,13 +20,17 @@ SMALL_ROWS = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """What the choice depends on: M rows of width d of one dtype on one device."""
+    """What the choice depends on: M rows of width d of one dtype on one device.
+
+    num_rows is this process's; with num_ranks > 1 other processes hold further rows of the batch.
+    """
 
     device: torch.device
     dtype: torch.dtype = torch.float32
     temperature: float = 0.5
     num_rows: int = 0
     width: int = 64
+    num_ranks: int = 1
 
 
 def choose(impl: str, workload: Workload) -> str:
@@ -56,7 +60,7 @@ def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
     preferred = ["tiled"]
     if workload.device.type == "cuda":
         preferred.insert(0, "supcon_fused")
-        if workload.num_rows <= SMALL_ROWS:
+        if triton_file(workload) == "supcon_small":
             preferred.insert(0, "supcon_small")
     refused: list[str] = []
     for name in preferred:
@@ -68,8 +72,12 @@ def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
 
 
 def triton_file(workload: Workload) -> str:
-    """The Triton implementation meant for this number of rows."""
-    return "supcon_small" if workload.num_rows <= SMALL_ROWS else "supcon_fused"
+    """The Triton implementation meant for this number of rows.
+
+    One launch cannot wait for other ranks' rows in its middle: with them it is supcon_fused.
+    """
+    small = workload.num_rows <= SMALL_ROWS and workload.num_ranks == 1
+    return "supcon_small" if small else "supcon_fused"
 
 
 def obstacle(name: str, workload: Workload) -> str | None:
@@ -124,6 +132,8 @@ def explain(workload: Workload) -> str:
         size = workload.dtype.itemsize * supcon_tiled.GPU_TILE**2 / 2**20
         tile = f" with one tile of at most {size:g} MiB"
     rows = f"{workload.num_rows} rows" if workload.num_rows else "any number of rows"
+    if workload.num_ranks > 1:
+        rows += f" on each of {workload.num_ranks} ranks"
     return (
         f"contrastive loss on {workload.device.type}, {rows}, {workload.dtype} embeddings: "
         f"{chosen}{tile}, computed in {precision}" + "".join(f"; {reason}" for reason in refused)

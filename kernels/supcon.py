@@ -1,12 +1,14 @@
 """The public contrastive losses: validation, choice of implementation, reduction."""
 
+import functools
 import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from . import dispatch, reference, supcon_tiled
+from . import dispatch, global_rows, reference, supcon_global, supcon_tiled
+from .global_rows import ProcessGroup
 from .names import check_name
 
 DENOMINATORS = ("all", "others", "negatives")
@@ -23,6 +25,7 @@ def supcon_loss(
     denominator: str = "all",
     reduction: str = "mean",
     ignore_index: int = -100,
+    process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Supervised contrastive loss of the samples of a batch (SCL).
@@ -44,6 +47,9 @@ def supcon_loss(
             Yeh et al. 2021; an anchor without a negative does not count either).
         reduction: "mean" over the anchors that count, "sum" (the paper), or "none": the L_i.
         ignore_index: a row with this label does not exist.
+        process_group: over whose ranks the gradients are averaged, as data-parallel training does
+            (`torch.distributed.group.WORLD`, say). The samples of all its ranks are then one batch,
+            of W x N samples on W ranks; see below. None: this process's batch alone.
         impl: "auto" (the fastest here), "reference", "tiled" or "triton".
 
     Returns:
@@ -52,10 +58,29 @@ def supcon_loss(
 
     Raises:
         TypeError, ValueError: naming the argument, its value and what would do.
+
+    With a process_group of W ranks:
+        Every rank passes its own samples, as many as it has (none, too), the same label embeddings
+        and the same options. The rows of all ranks are anchors, positives and negatives, label
+        embeddings and their teacher counterparts once. Loss and gradients are those of one process
+        that holds all samples, to rounding, once the gradients of the ranks are averaged: "mean"
+        and "sum" return the loss of the global batch on every rank, embeddings get W times its
+        gradient and label embeddings the whole of it. All ranks must scale the loss alike.
+
+        "none" returns the L_i of the own rows: the own samples', and on every rank those of all
+        label embeddings (teacher rows likewise). Averaging gives the gradient of the mean over
+        ranks of what is made of them: W x own samples' sum + label embeddings' sum on every rank
+        averages to the "sum" of the global batch.
+
+        All ranks of the group must call, in the same order. What one rank passes and others do not
+        raises on all of them. Three all-gathers make a loss, a short one to agree, the embeddings
+        and one number a row; the last belongs to the backward pass for "none", where a rank that
+        does not call backward leaves the others waiting until the group's timeout. For "mean" and
+        "sum" the backward pass has no communication.
     """
     return _contrastive_loss(
         labels, {"embeddings": embeddings},
-        temperature, denominator, reduction, ignore_index, impl,
+        temperature, denominator, reduction, ignore_index, process_group, impl,
     )  # fmt: skip
 
 
@@ -68,6 +93,7 @@ def acl_loss(
     denominator: str = "all",
     reduction: str = "mean",
     ignore_index: int = -100,
+    process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Aligned contrastive loss: samples and label embeddings are rows alike (ACL-Embed).
@@ -89,7 +115,7 @@ def acl_loss(
     tensors = {"embeddings": embeddings, "label_embeddings": label_embeddings}
     return _contrastive_loss(
         labels, tensors,
-        temperature, denominator, reduction, ignore_index, impl,
+        temperature, denominator, reduction, ignore_index, process_group, impl,
     )  # fmt: skip
 
 
@@ -104,6 +130,7 @@ def acl_cl_loss(
     denominator: str = "all",
     reduction: str = "mean",
     ignore_index: int = -100,
+    process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Cross-layer aligned contrastive loss: an exit's rows beside the last exit's (ACL-CL).
@@ -132,7 +159,7 @@ def acl_cl_loss(
     }
     return _contrastive_loss(
         labels, tensors,
-        temperature, denominator, reduction, ignore_index, impl,
+        temperature, denominator, reduction, ignore_index, process_group, impl,
     )  # fmt: skip
 
 
@@ -143,22 +170,35 @@ def _contrastive_loss(
     denominator: str,
     reduction: str,
     ignore_index: int,
+    process_group: ProcessGroup | None,
     impl: str,
 ) -> Tensor:
-    _check_options(temperature, denominator, reduction, ignore_index, impl)
-    _check_tensors(tensors, labels)
-    _check_shapes(tensors, labels)
+    if process_group is not None and torch.compiler.is_compiling():
+        raise ValueError(
+            "process_group cannot be compiled: the ranks tell each other their sizes first (leave "
+            "the loss out of what torch.compile compiles)"
+        )
+    # A group of one rank has nothing to gather.
+    num_ranks = 1 if process_group is None else global_rows.check_process_group(process_group)
+    try:
+        _check_options(temperature, denominator, reduction, ignore_index, impl)
+        _check_tensors(tensors, labels)
+        _check_shapes(tensors, labels)
+        if num_ranks > 1:
+            global_rows.check_device(process_group, tensors["embeddings"].device)
+        name = dispatch.choose(impl, _workload(tensors, temperature, num_ranks))
+    except Exception as error:
+        if num_ranks > 1:
+            global_rows.announce_refusal(process_group, error)
+        raise
+    contrastive_loss = implementation(name)
+    if num_ranks > 1:
+        options = (temperature, denominator, reduction, ignore_index)
+        spread = _agree(process_group, tensors, options, name)
+        # Without any sample the rows are the same on every rank, and each computes the loss.
+        if any(spread.num_samples):
+            contrastive_loss = functools.partial(supcon_global.contrastive_loss, name, spread)
     embeddings = tensors["embeddings"]
-    dtypes = [tensor.dtype for tensor in tensors.values()]
-    workload = dispatch.Workload(
-        device=embeddings.device,
-        # Under autocast they may differ: a float64 weight asks for float64 arithmetic.
-        dtype=torch.float64 if torch.float64 in dtypes else embeddings.dtype,
-        temperature=temperature,
-        num_rows=sum(tensor.shape[-2] for tensor in tensors.values()),
-        width=embeddings.shape[-1],
-    )
-    contrastive_loss = implementation(dispatch.choose(impl, workload))
     teachers = (tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"))
     arguments = (
         embeddings, labels, tensors.get("label_embeddings"),
@@ -170,6 +210,51 @@ def _contrastive_loss(
         return contrastive_loss(*arguments)
     with torch.autocast(device_type, enabled=False):
         return contrastive_loss(*arguments)
+
+
+def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) -> dispatch.Workload:
+    embeddings = tensors["embeddings"]
+    dtypes = [tensor.dtype for tensor in tensors.values()]
+    return dispatch.Workload(
+        device=embeddings.device,
+        # Under autocast they may differ: a float64 weight asks for float64 arithmetic.
+        dtype=torch.float64 if torch.float64 in dtypes else embeddings.dtype,
+        temperature=temperature,
+        num_rows=sum(tensor.shape[-2] for tensor in tensors.values()),
+        width=embeddings.shape[-1],
+        num_ranks=num_ranks,
+    )
+
+
+def _agree(
+    process_group: ProcessGroup,
+    tensors: dict[str, Tensor],
+    options: tuple[float, str, str, int],
+    name: str,
+) -> global_rows.Spread:
+    """Who has how many samples, after all ranks have said that they compute the same loss."""
+    embeddings, label_embeddings = tensors["embeddings"], tensors.get("label_embeddings")
+    num_labels = 0 if label_embeddings is None else label_embeddings.shape[-2]
+    call = {
+        "the number of exits E": embeddings.shape[0] if embeddings.dim() == 3 else None,
+        "the width d": embeddings.shape[-1],
+        "the number of label embeddings K": num_labels,
+        "the dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
+        "the device": embeddings.device.type,
+        "temperature": options[0],
+        "denominator": options[1],
+        "reduction": options[2],
+        "ignore_index": options[3],
+        "the implementation chosen": name,
+    }
+    num_samples = global_rows.agree(process_group, embeddings.shape[-2], call)
+    return global_rows.Spread(
+        process_group,
+        torch.distributed.get_rank(process_group),
+        num_samples,
+        num_labels,
+        num_copies=2 if "teacher_embeddings" in tensors else 1,
+    )
 
 
 def implementation(name: str) -> Callable[..., Tensor]:

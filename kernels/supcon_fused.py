@@ -19,7 +19,7 @@ float32.
 
 import itertools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,6 +92,49 @@ def obstacle(
     return None
 
 
+class Rows(NamedTuple):
+    """What is known of M rows before any pair is looked at; shapes as in `row_kernels`."""
+
+    z: Tensor
+    inverse_norms: Tensor
+    shifts: Tensor
+    padded_classes: Tensor
+    sums_by_class: Tensor
+    # int64 [M]: the rows by class; and [C + 1]: where a class begins in it.
+    order: Tensor
+    starts: Tensor
+
+
+def prepare(
+    embeddings: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor | None,
+    teacher_embeddings: Tensor | None,
+    teacher_label_embeddings: Tensor | None,
+    temperature: float,
+    ignore_index: int,
+) -> Rows:
+    """Unit vectors, classes and their sums: all that is O(M d), on the current device."""
+    num_samples = labels.shape[0]
+    num_labels = None if label_embeddings is None else label_embeddings.shape[-2]
+    num_classes = num_samples if num_labels is None else num_labels
+    num_copies = 1 if teacher_embeddings is None else 2
+    classes, _ = compute_classes(labels, num_labels, ignore_index, num_copies)  # [M]
+    # On a GPU, where a look at the labels would wait for the device, a label outside [0, K) stops
+    # at this operation's bounds instead of in a kernel below.
+    ids = torch.arange(num_classes + 1, device=classes.device)
+    classes = ids.index_select(0, classes)
+
+    unit_rows = normalize(
+        embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings,
+        classes, num_classes, temperature,
+    )  # fmt: skip
+    # Stable: the order of a class's rows decides the rounding of its sum.
+    in_order, order = classes.sort(stable=True)
+    starts = torch.searchsorted(in_order, ids)
+    return Rows(*unit_rows, class_sums(unit_rows[0], None, order, starts), order, starts)
+
+
 def forward(
     embeddings: Tensor,
     labels: Tensor,
@@ -105,26 +148,13 @@ def forward(
     with_gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
     """The loss, and what `backward` needs to know of this pass: O(M d)."""
-    num_samples = labels.shape[0]
-    num_labels = None if label_embeddings is None else label_embeddings.shape[-2]
-    num_classes = num_samples if num_labels is None else num_labels
-    num_copies = 1 if teacher_embeddings is None else 2
-    classes, _ = compute_classes(labels, num_labels, ignore_index, num_copies)  # [M]
-    # On a GPU, where a look at the labels would wait for the device, a label outside [0, K) stops
-    # at this operation's bounds instead of in a kernel below.
-    ids = torch.arange(num_classes + 1, device=classes.device)
-    classes = ids.index_select(0, classes)
-
     with torch.cuda.device_of(embeddings):
-        z, inverse_norms, shifts, padded_classes = normalize(
-            embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings,
-            classes, num_classes, temperature,
+        rows = prepare(
+            embeddings, labels, label_embeddings, teacher_embeddings, teacher_label_embeddings,
+            temperature, ignore_index,
         )  # fmt: skip
-        # Stable: the order of a class's rows decides the rounding of its sum.
-        in_order, order = classes.sort(stable=True)
-        starts = torch.searchsorted(in_order, ids)
-        sums_by_class = class_sums(z, None, order, starts)
-        num_rows = classes.shape[0]
+        z, inverse_norms, shifts, padded_classes, sums_by_class, order, starts = rows
+        num_rows = order.shape[0]
         partial_sums = row_sums(
             z, z, shifts, padded_classes, padded_classes, num_rows, num_rows, 0,
             temperature, denominator, tiles(z).forward,

@@ -22,7 +22,7 @@ that is at most 70, inside float64 while it is at most 690.
 import functools
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -101,7 +101,25 @@ def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return wrapper
 
 
-def forward(
+class Rows(NamedTuple):
+    """What is known of M rows before any pair is looked at."""
+
+    # [.., M, d] and [.., M, 1]: x times inverse_norm is y.
+    y: Tensor
+    inverse_norm: Tensor
+    # [M]: 0 in weight for a row that does not exist, in reduction_weight for one that does not
+    # count.
+    classes: Tensor
+    weight: Tensor
+    # [.., M, d]: the sum over the row's positives.
+    others: Tensor
+    # [M]
+    inverse_positives: Tensor
+    reduction_weight: Tensor
+    may_ignore: bool
+
+
+def prepare(
     embeddings: Tensor,
     labels: Tensor,
     label_embeddings: Tensor | None,
@@ -111,12 +129,8 @@ def forward(
     denominator: str,
     reduction: str,
     ignore_index: int,
-    with_gradient: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and what `backward` needs to know of this pass.
-
-    Shapes: a leading exit dimension is there when the embeddings have one.
-    """
+) -> Rows:
+    """Unit vectors, classes, sums over positives and row weights: all that is O(M d)."""
     parts = parts_in_order(
         embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings
     )
@@ -155,28 +169,41 @@ def forward(
     reduction_weight = inverse_positives.sign()
     if reduction == "mean":
         reduction_weight /= reduction_weight.sum().clamp_(min=1)
+    return Rows(
+        y, inverse_norm, classes, weight, others, inverse_positives, reduction_weight, may_ignore
+    )
 
+
+def forward(
+    embeddings: Tensor,
+    labels: Tensor,
+    label_embeddings: Tensor | None,
+    teacher_embeddings: Tensor | None,
+    teacher_label_embeddings: Tensor | None,
+    temperature: float,
+    denominator: str,
+    reduction: str,
+    ignore_index: int,
+    with_gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The loss, and what `backward` needs to know of this pass.
+
+    Shapes: a leading exit dimension is there when the embeddings have one.
+    """
+    parts = (embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings)
+    rows = prepare(
+        embeddings, labels, *parts[1:], temperature, denominator, reduction, ignore_index
+    )
+    y, inverse_norm, classes, weight, others, inverse_positives, reduction_weight, _ = rows
     one_tile = fits_one_tile(y)
     if one_tile:
         tile = exponentials(y, y, denominator, classes, classes, is_diagonal=True)
         sums = torch.matmul(tile, weight)  # D, [.., M]
     else:
-        half = half_operands(
-            embeddings, temperature, label_embeddings, teacher_embeddings, teacher_label_embeddings
-        )
-        sums = pair_sums(y, weight, classes, denominator, half)
-    if denominator != "all" or may_ignore:
-        # A row with nothing to compare has D = 0 and does not count: keep 0 * log D at 0.
-        sums.clamp_(min=torch.finfo(dtype).tiny)
-
-    positive_mean = (others * y).sum(-1).mul_(inverse_positives)
-    losses = sums.log().sub_(positive_mean)
-    if reduction == "none":
-        losses *= reduction_weight
-    else:
-        losses = losses @ reduction_weight
-
-    losses = losses.to(accumulate_dtype(*dtypes))
+        half = half_operands(embeddings, temperature, *parts[1:])
+        sums = pair_sums(y, weight, classes, denominator, half, classes.shape[0])
+    losses = reduced_losses(rows, sums, denominator, reduction)
+    losses = losses.to(accumulate_dtype(*(part.dtype for part in parts if part is not None)))
     if not with_gradient:
         return losses, []
     if not one_tile or reduction == "none":
@@ -184,13 +211,25 @@ def forward(
             classes, reduction_weight, inverse_positives, y, inverse_norm, sums, others,
         ]  # fmt: skip
     # The row weights are known up to a factor, and the pairs are still there.
-    num_trained = labels.shape[0] + (num_labels or 0)
+    num_trained = sum(part.shape[-2] for part in parts[:2] if part is not None)
     u = reduction_weight / sums
     v = (reduction_weight * inverse_positives)[:num_trained, None]
     pairs = u[..., :num_trained, None] + u[..., None, :]
     gradient = pairs.mul_(tile[..., :num_trained, :]) @ y
     gradient.addcmul_(others[..., :num_trained, :], v, value=-2)
     return losses, [through_normalization(gradient, y, inverse_norm, temperature)]
+
+
+def reduced_losses(rows: Rows, sums: Tensor, denominator: str, reduction: str) -> Tensor:
+    """The loss, or the losses [.., M], from D [.., M], whose zeros are replaced in place."""
+    if denominator != "all" or rows.may_ignore:
+        # A row with nothing to compare has D = 0 and does not count: keep 0 * log D at 0.
+        sums.clamp_(min=torch.finfo(sums.dtype).tiny)
+    positive_mean = (rows.others * rows.y).sum(-1).mul_(rows.inverse_positives)
+    losses = sums.log().sub_(positive_mean)
+    if reduction == "none":
+        return losses.mul_(rows.reduction_weight)
+    return losses @ rows.reduction_weight
 
 
 @without_autocast
@@ -261,25 +300,28 @@ def has_epilogue(tensor: Tensor) -> bool:
     )
 
 
-def pair_sums(y: Tensor, weight: Tensor, classes: Tensor, denominator: str, half: bool) -> Tensor:
-    """sum_j e_ij weight_j [.., M]; a tile serves the rows of both its sides."""
-    sums = y.new_zeros(y.shape[:-1])
+def pair_sums(
+    y: Tensor, weight: Tensor, classes: Tensor, denominator: str, half: bool, num_rows: int
+) -> Tensor:
+    """sum_j e_ij weight_j [.., num_rows] of the first `num_rows` rows over all M."""
+    sums = y.new_zeros(*y.shape[:-2], num_rows)
     operands = y.half() if half else y
     tile_size = tile_rows(y)
     buffer = operands.new_empty(tile_size * tile_size)
     for exit_y, exit_sums in zip(as_exits(operands), as_exits(sums, 1), strict=True):
-        for i, j in upper_triangle(blocks(0, classes.shape[0], tile_size)):
+        for i, j in block_pairs(num_rows, classes.shape[0], tile_size):
             tile = shaped(buffer, i, j)
+            serves_both = i != j and j.stop <= num_rows
             sides = (exit_y[i], exit_y[j], denominator, classes[i], classes[j])
             if has_epilogue(y):
                 of_rows, of_columns = epilogue().sums(*sides, weight[i], weight[j], i == j, tile)
                 exit_sums[i] += of_rows
-                if i != j:
+                if serves_both:
                     exit_sums[j] += of_columns
                 continue
             exponentials(*sides, is_diagonal=i == j, out=tile)
             exit_sums[i].addmv_(tile, weight[j])
-            if i != j:
+            if serves_both:
                 exit_sums[j].addmv_(tile.t(), weight[i])
     return sums
 
@@ -293,13 +335,10 @@ def pair_gradient(
     tile_size = tile_rows(y)
     # The epilogue works in place; PyTorch needs a second tile for u_i + u_j.
     buffers = operands.new_empty(1 if has_epilogue(y) else 2, tile_size * tile_size)
-    trained = blocks(0, num_trained, tile_size)
-    constant = blocks(num_trained, y.shape[-2], tile_size)
-    block_pairs = upper_triangle(trained) + [(i, j) for i in trained for j in constant]
     for exit_y, exit_u, exit_gradient in zip(
         as_exits(operands), as_exits(u, 1), as_exits(gradient), strict=True
     ):
-        for i, j in block_pairs:
+        for i, j in block_pairs(num_trained, y.shape[-2], tile_size):
             tile = shaped(buffers[0], i, j)
             sides = (exit_y[i], exit_y[j], denominator, classes[i], classes[j])
             if has_epilogue(y):
@@ -391,9 +430,14 @@ def blocks(start: int, stop: int, size: int) -> list[slice]:
     return [slice(row, min(row + size, stop)) for row in range(start, stop, size)]
 
 
-def upper_triangle(row_blocks: list[slice]) -> list[tuple[slice, slice]]:
-    """Every unordered pair of blocks once."""
-    return [(i, j) for index, i in enumerate(row_blocks) for j in row_blocks[index:]]
+def block_pairs(num_rows: int, num_columns: int, size: int) -> list[tuple[slice, slice]]:
+    """The blocks whose tiles hold the pairs of the first `num_rows` rows with all columns.
+
+    A tile serves the rows of both its sides: of two blocks among those rows only one order.
+    """
+    rows, others = blocks(0, num_rows, size), blocks(num_rows, num_columns, size)
+    upper_triangle = [(i, j) for index, i in enumerate(rows) for j in rows[index:]]
+    return upper_triangle + [(i, j) for i in rows for j in others]
 
 
 def shaped(buffer: Tensor, i: slice, j: slice) -> Tensor:

@@ -1,0 +1,208 @@
+"""Processes on this machine that are the ranks of a gloo process group, kept for many tests.
+
+    with Ranks(4) as ranks:
+        results = ranks.run(function, argument)     # function(rank, argument) on every rank
+
+A rank that raises is reported with its traceback. Ranks that do not answer in time are ended, and
+all of them are when the block is left; a rank whose parent is gone ends by itself.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import pickle
+import secrets
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Client, Connection, Listener, wait
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+LOOPBACK = "127.0.0.1"
+# Starting imports torch, several at a time on a busy machine.
+START_SECONDS = 240.0
+RUN_SECONDS = 120.0
+# For the other ranks, after one has failed.
+GRACE_SECONDS = 10.0
+# Of a collective: longer than a test on a busy machine, shorter than RUN_SECONDS, so that a rank
+# that waits in vain says so itself.
+COLLECTIVE_SECONDS = 60.0
+
+
+class Ranks:
+    """So many processes, of one gloo group; rank r has the environment of a launcher's rank r."""
+
+    def __init__(self, num_ranks: int, collective_seconds: float = COLLECTIVE_SECONDS) -> None:
+        from torch.distributed import TCPStore
+
+        self.num_ranks = num_ranks
+        # Port 0: the system gives a free one, and no other process can take it meanwhile.
+        self.store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+        key = secrets.token_bytes(16)
+        listener = Listener((LOOPBACK, 0), backlog=num_ranks, authkey=key)
+        common = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+            "RANKS_KEY": key.hex(),
+            "MASTER_ADDR": LOOPBACK,
+            "MASTER_PORT": str(self.store.port),
+            "WORLD_SIZE": str(num_ranks),
+            "LOCAL_WORLD_SIZE": str(num_ranks),
+            "OMP_NUM_THREADS": "1",
+            # The ranks have the CPU only, where Triton's interpreter runs the kernels.
+            "CUDA_VISIBLE_DEVICES": "",
+            "TRITON_INTERPRET": "1",
+        }
+        if sys.platform == "linux":
+            common["GLOO_SOCKET_IFNAME"] = "lo"
+        arguments = [sys.executable, __file__, str(listener.address[1]), str(collective_seconds)]
+        self.processes = [
+            subprocess.Popen(arguments, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+            for rank in range(num_ranks)
+        ]
+        self.connections: list[Connection] = []
+        try:
+            self._accept(listener)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            listener.close()
+
+    def _accept(self, listener: Listener) -> None:
+        # `accept` knows no timeout, the socket below does.
+        listener._listener._socket.settimeout(1.0)
+        found: dict[int, Connection] = {}
+        end = time.monotonic() + START_SECONDS
+        while len(found) < self.num_ranks:
+            try:
+                connection = listener.accept()
+            except TimeoutError:
+                dead = [process.returncode for process in self.processes if process.poll()]
+                assert not dead, f"ranks ended while they started, with {dead}"
+                assert time.monotonic() < end, f"no ranks after {START_SECONDS:g} seconds"
+                continue
+            found[connection.recv()] = connection
+        self.connections = [found[rank] for rank in range(self.num_ranks)]
+
+    def run(
+        self, function: Callable[..., Any], *arguments: Any, seconds: float = RUN_SECONDS
+    ) -> list[Any]:
+        """function(rank, *arguments) of every rank, by rank.
+
+        function: of a module's top level; each rank imports that file. What goes in and comes out
+        is pickled.
+
+        Raises:
+            AssertionError: with the traceback of every rank that raised, and the ranks that did not
+                answer in time; where there are such, or one has died, all ranks are ended.
+        """
+        assert not self.closed, "these ranks have been ended"
+        task = pickle.dumps((inspect.getfile(function), function.__name__, arguments))
+        for connection in self.connections:
+            connection.send_bytes(task)
+        end = time.monotonic() + seconds
+        results: list[Any] = [None] * self.num_ranks
+        failures: list[str] = []
+        waiting = dict(zip(self.connections, range(self.num_ranks), strict=True))
+        while waiting and (ready := wait(list(waiting), max(0.0, end - time.monotonic()))):
+            for connection in ready:
+                rank = waiting.pop(connection)
+                try:
+                    raised, results[rank] = pickle.loads(connection.recv_bytes())
+                except (EOFError, ConnectionError):
+                    raised, results[rank] = True, "it has ended"
+                if raised:
+                    failures.append(f"rank {rank}: {results[rank]}")
+                    # The others may wait for it in a collective.
+                    end = min(end, time.monotonic() + GRACE_SECONDS)
+        if waiting:
+            failures.append(f"no answer in time from ranks {sorted(waiting.values())}")
+        if waiting or any(process.poll() is not None for process in self.processes):
+            self.close()
+        assert not failures, "\n".join(failures)
+        return results
+
+    @property
+    def closed(self) -> bool:
+        return not self.connections
+
+    def close(self) -> None:
+        """Ends all ranks: asks first, then kills."""
+        for connection in self.connections:
+            connection.close()
+        asked = bool(self.connections)
+        self.connections = []
+        for process in self.processes:
+            try:
+                process.wait(5.0 if asked else 0.0)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def load(path: str, loaded: dict[str, ModuleType]) -> ModuleType:
+    """The module of a file, imported once; pytest's own names for it are not importable here."""
+    if path not in loaded:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert spec is not None and spec.loader is not None
+        loaded[path] = importlib.util.module_from_spec(spec)
+        sys.modules[Path(path).stem] = loaded[path]
+        spec.loader.exec_module(loaded[path])
+    return loaded[path]
+
+
+def serve(port: int, collective_seconds: float) -> None:
+    """What a rank does: join the group, then answer until the parent closes the connection."""
+    import torch
+
+    torch.set_num_threads(1)
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    key = bytes.fromhex(os.environ.pop("RANKS_KEY"))
+    store = torch.distributed.TCPStore(
+        os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
+    )
+    torch.distributed.init_process_group(
+        "gloo", store=store, rank=rank, world_size=num_ranks,
+        timeout=timedelta(seconds=collective_seconds),
+    )  # fmt: skip
+    loaded: dict[str, ModuleType] = {}
+    with Client((LOOPBACK, port), authkey=key) as connection:
+        connection.send(rank)
+        while True:
+            try:
+                path, name, arguments = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                break
+            try:
+                torch.manual_seed(0)
+                answer = (False, getattr(load(path, loaded), name)(rank, *arguments))
+            except BaseException:
+                answer = (True, traceback.format_exc())
+            connection.send_bytes(pickle.dumps(answer))
+    # Without the farewells of a process group, in which a rank would wait for one that was killed.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    serve(int(sys.argv[1]), float(sys.argv[2]))
