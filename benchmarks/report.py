@@ -8,7 +8,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..engine.report import markdown_table
+from .cost_model import WORDS
 from .measure import Result
+from .scaling import MAX_BYTES_ERROR
 
 HEADER = ["what", "median (20th to 80th percentile), ms", "time relative to the first"]
 
@@ -38,6 +41,7 @@ def page(directories: Sequence[Path]) -> str:
         "angle": angle_section,
         "step": step_section,
         "exits": exits_section,
+        "scaling": scaling_section,
     }
     for directory in directories:
         parts += ["", f"## Machine `{directory.name}`"]
@@ -186,6 +190,58 @@ def _exit_losses(case: Result) -> list[str]:
         f"d = {shape['width']}:",
         "",
         _table(case["times"], names),
+    ]
+
+
+def scaling_section(result: Result) -> list[str]:
+    """The file's own words for the model; the measured points as tables."""
+    shape, methods = result["problem"], WORDS
+    lines = [
+        "### Negatives of all ranks",
+        "",
+        f"`acl_loss(..., process_group=...)`, forward + backward: N = {shape['samples']} samples a "
+        f"rank, K = {shape['labels']}, d = {shape['width']}. Ranks on this machine's loopback "
+        "(gloo, float32), each beside the others on the same cores. Sent: counted at the calls of "
+        "torch.distributed, a collective as a ring; the model's bytes are those within "
+        f"{MAX_BYTES_ERROR:.0%}, or there is no file. Loopback: what the network interface "
+        "counted, headers and others' traffic included. The model's time is from rates measured "
+        "in the same run; it leaves out what is done once a row and the traffic of pair matrices.",
+        "",
+        "A ring holds blocks only, so it wins where the gathered rows have no room. Overlap alone "
+        "does not make it faster: in 16 bits it sends four times our bytes (blocks twice, their "
+        "gradients in float32) and has 4 products of own rows and all rows where we have 3. With "
+        "C our time on the wire and F that of one product, max(C, F) + max(3 C, 3 F) is never "
+        "below C + 3 F.",
+    ]
+    header = ["", "median (20th to 80th percentile), ms", "model's time / measured", "sent MB",
+              "loopback MB", "peak memory MB (model)"]  # fmt: skip
+    for found in result["measured"]:
+        ranks = found["ranks"]
+        rows = [[methods[name], *_scaling_cells(row)] for name, row in found["methods"].items()]
+        lines += ["", f"{ranks} rank{'s' if ranks > 1 else ''}:", ""]
+        lines.append(markdown_table(header, rows))
+    if "figures" in result:
+        figure = f"../benchmarks/results/{result['machine']}/{result['figures'][0]}"
+        lines += ["", f"![Time, memory and bytes against the number of ranks]({figure})"]
+    for model in result["models"]:
+        name, source = model["assumptions"]["name"], model["assumptions"]["source"]
+        lines += ["", f"By the model, not measured, {name} ({source}):", ""]
+        lines += [f"- {sentence}" for sentence in model["words"]]
+    return lines
+
+
+def _scaling_cells(row: Result) -> list[str]:
+    times = row["times"]
+
+    def megabytes(value: float | None) -> str:
+        return "-" if value is None else f"{value / 1e6:.2f}"
+
+    return [
+        f"{times['p50_ms']:.1f} ({times['p20_ms']:.1f} to {times['p80_ms']:.1f})",
+        f"{row['model_over_measured']:.2f}",
+        megabytes(row["sent_bytes"]),
+        megabytes(row["loopback_bytes"]),
+        f"{megabytes(row['memory_bytes'])} ({megabytes(row['model_memory_bytes'])})",
     ]
 
 

@@ -98,6 +98,7 @@ class SteppedTrainer(Trainer):
 
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__(config)
+        self.prepare()
         self._steps: Iterator[None] | None = None
 
     def one_step(self) -> None:
@@ -113,10 +114,9 @@ class SteppedTrainer(Trainer):
                     self._train_step(epoch, window, log, bar)
                     yield
 
-    def losses(self, indices: np.ndarray) -> ExitLosses:
+    def losses_of(self, indices: np.ndarray) -> ExitLosses:
         """Of one batch, with their graph."""
-        self._open_features()
-        ((_, losses),) = self._window_losses(1, [indices])
+        (losses,) = self.losses.of(1, 1, [indices])
         return losses
 
 
@@ -182,7 +182,7 @@ def check(runs: Runs, name: str, options: dict[str, Any]) -> None:
 
 def exit_values(trainer: SteppedTrainer, indices: np.ndarray) -> list[dict[str, Tensor]]:
     """Of each exit, the losses of a batch and their gradients (flat)."""
-    losses = trainer.losses(indices)
+    losses = trainer.losses_of(indices)
     found = []
     for index, position in enumerate(trainer.stage.exits):
         parameters = list(trainer.model.exits[position].parameters())

@@ -107,6 +107,8 @@ class Ours:
             "output_dir": str(output_dir),
             "overwrite_output_dir": True,
             "max_seq_length": NUM_TOKENS,
+            # The losses of all steps are compared.
+            "logging_steps": 1,
             "per_device_train_batch_size": BATCH_SIZE,
             "learning_rate": LEARNING_RATE,
             "contrastive_reduction": "sum",
@@ -121,7 +123,7 @@ class Ours:
         """Seconds of each step."""
         trainer = _TimedTrainer(TrainingConfig.create(**self.options, max_steps=num_steps))
         trainer.run()
-        self.loss = sum(trainer.losses) / num_steps
+        self.loss = sum(trainer.step_losses) / num_steps
         return trainer.step_seconds
 
 
@@ -129,7 +131,7 @@ class _TimedTrainer(Trainer):
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__(config)
         self.step_seconds: list[float] = []
-        self.losses: list[float] = []
+        self.step_losses: list[float] = []
         self._last = time.perf_counter()
 
     def _train_step(self, *arguments: Any) -> None:
@@ -140,7 +142,7 @@ class _TimedTrainer(Trainer):
 
     def _record(self, *arguments: Any) -> dict[str, Any]:
         record = super()._record(*arguments)
-        self.losses.append(record["loss_ce"])
+        self.step_losses.append(record["loss_ce"])
         return record
 
 
