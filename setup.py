@@ -20,6 +20,7 @@ EXTRAS = {
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["bench"],
+    *EXTRAS["deepspeed"],
     TENSORBOARD,
     # A CUDA build of torch brings its own; the CPU build, with which most of us test, none.
     "triton>=3.3.1; platform_system == 'Linux'",
@@ -55,7 +56,12 @@ setup(
         Extension("fusedacl.kernels._gradients_loop", ["kernels/gradients_loop.c"], optional=True)
     ],
     package_data={
-        "fusedacl.engine": ["py.typed", "recipes/*.yaml"],
+        "fusedacl.engine": [
+            "py.typed",
+            "recipes/*.yaml",
+            "recipes/*.slurm",
+            "recipes/deepspeed/*.json",
+        ],
         "fusedacl.kernels": ["py.typed"],
         "fusedacl.benchmarks": ["py.typed"],
     },

@@ -42,6 +42,20 @@ class EncodedSplit:
         """Tokens in each text, special tokens included: [N] int64."""
         return np.diff(self.offsets)
 
+    def take(self, rows: np.ndarray) -> "EncodedSplit":
+        """The texts of these rows, in their order."""
+        lengths = self.lengths[rows]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
+        return EncodedSplit(
+            self.tokens[tokens],
+            offsets,
+            None if self.token_types is None else self.token_types[tokens],
+            None if self.labels is None else self.labels[torch.from_numpy(rows)],
+            self.num_truncated,
+            self.max_length,
+        )
+
 
 def encode(
     split: TextSplit,

@@ -10,10 +10,13 @@ chunk, time that of one more forward pass (Gao et al. 2021, arXiv 2101.06983, Gr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from .config import ObjectiveOptions
 from .modeling import MultiExitOutput
@@ -35,21 +38,25 @@ def cached_losses(
     options: ObjectiveOptions,
     *,
     shares: Sequence[float],
+    weight: float,
     loss_scale: float,
     device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    process_group: ProcessGroup | None = None,
 ) -> Iterator[ExitLosses]:
     """The losses of each chunk of one contrastive batch, to be back-propagated one after another.
 
-    A chunk's auxiliary loss has the value of the whole batch's; its gradient is what that chunk
-    contributes, weighted so that the sum over chunks of share times gradient is that of the whole
-    batch times the sum of the shares.
+    The sum over the chunks of the auxiliary losses, and of their gradients, is `weight` times the
+    contrastive loss of the whole batch, and its gradient.
 
     Args:
         forwards: runs the model on a chunk; called twice, with the same random numbers.
         label_embeddings: gives the classifiers' weights [E, K, d].
-        shares: each chunk's part of the samples of the optimizer step.
+        shares: what each chunk's main loss is multiplied by; weight: the contrastive loss's factor.
         loss_scale: factor that the losses will carry in float16, lest the gradient that is kept
             between the passes underflow.
+        context: where the model's weights can be read.
+        process_group: as for `exit_losses`.
     """
     before, seen = [], []
     with torch.no_grad():
@@ -58,13 +65,15 @@ def cached_losses(
             chunk = forward()
             seen.append((chunk.output.exit_embeddings, chunk.labels, chunk.teacher))
     samples = torch.cat([embeddings for embeddings, _, _ in seen], dim=1).requires_grad_()
-    weights = label_embeddings().detach().requires_grad_()
+    with context():
+        weights = label_embeddings().detach().clone().requires_grad_()
     value = contrastive_loss(
         options,
         samples,
         weights,
         torch.cat([labels for _, labels, _ in seen]),
         _join([teacher for _, _, teacher in seen]),
+        process_group,
     )
     assert value is not None  # the configuration refuses such batches without a contrastive term
     of_samples, of_weights = torch.autograd.grad(
@@ -79,11 +88,13 @@ def cached_losses(
         stop = start + embeddings.shape[1]
         part = _product(embeddings, of_samples[:, start:stop])
         if index == 0 and of_weights is not None:
-            part = part + _product(label_embeddings(), of_weights)
-        part = part * (sum(shares) / (shares[index] * loss_scale))
-        # The gradient of `part`, the value of the loss.
+            with context():
+                part = part + _product(label_embeddings(), of_weights)
+        part = part / loss_scale
         main, cross_entropy = main_losses(options, chunk.output, chunk.labels, chunk.teacher)
-        yield ExitLosses(main, part - part.detach() + value, cross_entropy)
+        # The gradient of `part`, and an equal part of the value.
+        auxiliary = part - part.detach() + value / len(forwards)
+        yield ExitLosses(main, auxiliary, cross_entropy).times(shares[index], weight)
         start = stop
 
 

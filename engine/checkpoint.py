@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import collectives, distributed
 from .config import TrainingConfig
 from .options import build, flatten, read_file, write_whole
 
@@ -99,9 +101,14 @@ def _flush(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def save_model(directory: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """config.json, model.safetensors and the tokenizer's files."""
-    model.save_pretrained(directory)
+def save_model(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """config.json, model.safetensors and the tokenizer's files; `weights`: in place of its own."""
+    model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
 
 
@@ -109,28 +116,48 @@ def save_checkpoint(
     output_dir: Path,
     step: int,
     model: PreTrainedModel,
+    weights: dict[str, Tensor],
     tokenizer: PreTrainedTokenizerBase,
     state: dict[str, Any],
     keep: int | None,
 ) -> Path:
-    """Write `checkpoint-<step>` with the model and `state`, then delete all but the newest `keep`.
+    """Write `checkpoint-<step>` with the model and each process's `state`; keep the newest `keep`.
+
+    `weights`: the model's, whole. Every process of the run calls this.
 
     Raises:
         OSError: see `write_atomically`.
     """
     directory = output_dir / f"checkpoint-{step}"
+    rank = distributed.rank()
 
-    def write(partial: Path) -> None:
-        save_model(partial, model, tokenizer)
+    def write_own(partial: Path) -> None:
+        if rank == 0:
+            save_model(partial, model, tokenizer, weights)
         # By a file of ours: given a path, torch reports a full disk as an internal error.
-        with (partial / STATE_FILE).open("wb") as file:
+        with (partial / state_file(rank)).open("wb") as file:
             torch.save(state, file)
 
-    write_atomically(directory, write)
-    if keep is not None:
+    def write_all(partial: Path) -> None:
+        distributed.barrier()  # the directory is there
+        collectives.together(lambda: write_own(partial))
+
+    def write() -> None:
+        if rank == 0:
+            write_atomically(directory, write_all)
+        else:
+            write_all(directory.with_name(directory.name + _PARTIAL))
+
+    collectives.together(write)
+    if rank == 0 and keep is not None:
         for old in checkpoints(output_dir)[:-keep]:
             shutil.rmtree(old)
     return directory
+
+
+def state_file(rank: int) -> str:
+    """The name of the file with a process's state."""
+    return STATE_FILE if rank == 0 else f"training_state-process{rank}.pt"
 
 
 def checkpoints(output_dir: Path) -> list[Path]:
@@ -162,13 +189,24 @@ def find_checkpoint(output_dir: Path, name: str) -> Path:
     )
 
 
-def load_state(checkpoint: Path) -> dict[str, Any]:
-    """The training state of a checkpoint; tensors and plain values only, never code.
+def load_state(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """A process's training state in a checkpoint; tensors and plain values only, never code.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or a run of another number of processes wrote it.
     """
-    path = checkpoint / STATE_FILE
+    state = _load(checkpoint / STATE_FILE)
+    before = state.get("world_size", 1)
+    if before != world_size:
+        raise ValueError(
+            f"{str(checkpoint)!r} was saved by a run of {before} process(es); this one has "
+            f"{world_size}. Each holds its part of the optimizer: resume with {before}, or start a "
+            f"new run from the weights alone (model_name_or_path={str(checkpoint)!r})."
+        )
+    return state if rank == 0 else _load(checkpoint / state_file(rank))
+
+
+def _load(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,13 +34,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fusedacl").setLevel(logging.INFO)
+    # The deepspeed launcher adds this; the environment says it too.
+    arguments = [word for word in arguments if not word.startswith("--local_rank=")]
     verb, rest = arguments[0], arguments[1:]
     try:
         if verb not in _VERBS:
             raise ValueError(f"Unknown verb {verb!r}.{did_you_mean(verb, _VERBS)}")
         return _VERBS[verb](rest)
     except ValueError as error:
-        print(f"fusedacl {verb}: {error}", file=sys.stderr)
+        # Several processes agree on a mistake before they end; one says it.
+        if os.environ.get("RANK", "0") == "0":
+            print(f"fusedacl {verb}: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"fusedacl {verb}: {error}", file=sys.stderr)
@@ -66,6 +71,7 @@ def _train(arguments: list[str]) -> int:
     config = parse(TrainingConfig, "fusedacl train", "Fine-tune a BERT-like encoder.", arguments)
     # Mistakes are told before torch and transformers are loaded.
     config.resolved()
+    from . import distributed
     from .trainer import Interrupted, train
 
     _quiet_transformers()
@@ -74,6 +80,8 @@ def _train(arguments: list[str]) -> int:
     except Interrupted as stop:
         print(f"fusedacl train: {stop}", file=sys.stderr)
         return stop.exit_code
+    if distributed.rank() > 0:
+        return 0
     _print_metrics(results["metrics"])
     for line in _gate_lines(results["gate"]):
         print(line)
@@ -144,7 +152,9 @@ def _sweep(arguments: list[str]) -> int:
     recipe["defaults"] = {**(recipe.get("defaults") or {}), **given(TrainingConfig, rest)}
     directory = options.output_dir or Path("runs") / Path(options.recipe).stem
     sweep = Sweep(recipe, directory, options.workers)
-    if not options.status:
+    if options.status:
+        sweep.recall()
+    else:
         try:
             sweep.run()
         except SweepStopped as stop:
@@ -271,7 +281,12 @@ def _gate_lines(gate: list[dict[str, Any]]) -> list[str]:
 
 
 def _quiet_transformers() -> None:
-    """No progress bars or advice of transformers among our own lines."""
+    """No progress bars or advice of transformers and deepspeed among our own lines."""
+    import torch
+
+    if not torch.cuda.is_available():
+        # Where it is installed, transformers imports deepspeed, which would say that it found none.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()

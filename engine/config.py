@@ -144,6 +144,11 @@ class OptimizationOptions:
     per_device_eval_batch_size: int = option(
         64, "samples per forward pass in evaluation", at_least=1
     )
+    negatives: str = option(
+        "local",
+        "local: a process contrasts its own samples; global: those of all processes",
+        choices=("local", "global"),
+    )
     gradient_accumulation_steps: int = option(1, "forward passes per optimizer step", at_least=1)
     contrastive_batch_size: int | None = option(
         None,
@@ -162,8 +167,18 @@ class OptimizationOptions:
     )
     weight_decay: float = option(0.01, "AdamW weight decay (none on biases and norms)", at_least=0)
     max_grad_norm: float = option(1.0, "clip the gradient to this norm; 0: no clipping", at_least=0)
+    optimizer: str = option(
+        "adamw",
+        "adamw: PyTorch's, fused; apex_fused_adam: NVIDIA apex's, which must be installed",
+        choices=("adamw", "apex_fused_adam"),
+    )
     fp16: bool = option(False, "mixed precision in float16 with dynamic loss scaling")
     bf16: bool = option(False, "mixed precision in bfloat16")
+    deepspeed_config: str | None = option(
+        None,
+        'DeepSpeed\'s JSON file; what is "auto" in it is filled in from these options. A run of'
+        " several processes uses DeepSpeed with or without it",
+    )
     seed: int = option(42, "seed of weights, data order and dropout", at_least=0)
 
 
@@ -184,6 +199,9 @@ class RunOptions:
     save_total_limit: int | None = option(2, "checkpoints to keep; none keeps all", at_least=1)
     report_to: str = option("none", "also write to TensorBoard", choices=("none", "tensorboard"))
     device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
+    ddp_timeout: float = option(
+        600.0, "seconds that one of several processes waits for the others before it ends", above=0
+    )
     disable_tqdm: bool = option(False, "no progress bar")
 
 
@@ -305,6 +323,7 @@ class TrainingConfig:
                 f"contrastive_batch_size={size} must be a multiple of per_device_train_batch_size="
                 f"{chunk} and a whole part of an optimizer step's {of_step} samples (times "
                 f"gradient_accumulation_steps={options.gradient_accumulation_steps}). Use "
+                f"contrastive_batch_size={chunk * -(-size // chunk)} with "
                 f"gradient_accumulation_steps={-(-size // chunk)} for one such batch a step."
             )
 

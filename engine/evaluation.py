@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import collectives, distributed
 from .batching import EncodedSplit, collate, encode, epoch_batches
 from .checkpoint import write_json
 from .config import EvaluationConfig
@@ -23,7 +25,8 @@ from .precision import autocast
 logger = logging.getLogger("fusedacl")
 
 
-@torch.inference_mode()
+# Not in inference mode: a sharded weight that was gathered there could not be trained afterwards.
+@torch.no_grad()
 def predict_logits(
     model: MultiExitForSequenceClassification,
     encoded: EncodedSplit,
@@ -33,11 +36,13 @@ def predict_logits(
     dtype: torch.dtype = torch.float32,
     positions: Sequence[int] | None = None,
     progress: bool = False,
+    context: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Tensor:
     """Logits of every exit for every text, in the split's order: float32 [E, n, K] on the CPU.
 
-    `positions`: of the exits in `exit_layers` that are wanted; None: all. The model is in
-    evaluation mode during the call, and every module is left in the mode it had.
+    `positions`: of the exits in `exit_layers` that are wanted; None: all. `context`: where the
+    model is called; None: autocast to `dtype`. The model is in evaluation mode during the call, and
+    every module is left in the mode it had.
     """
     device = model.device
     num_exits = len(model.exit_layers if positions is None else positions)
@@ -54,7 +59,7 @@ def predict_logits(
         ):
             batch = collate(encoded, indices, pad_token_id)
             batch.pop("labels", None)
-            with autocast(device, dtype):
+            with autocast(device, dtype) if context is None else context():
                 batch = {name: value.to(device) for name, value in batch.items()}
                 states = model.exit_states(**batch, positions=positions)
                 output = model.classify(states, batch.get("attention_mask"), positions=positions)
@@ -62,6 +67,28 @@ def predict_logits(
     finally:
         for module in trained:
             module.training = True
+    return logits
+
+
+def predict_logits_together(
+    model: MultiExitForSequenceClassification,
+    encoded: EncodedSplit,
+    batch_size: int,
+    **options: Any,
+) -> Tensor:
+    """`predict_logits`, the texts shared among the processes of the run; all get all logits."""
+    world_size = distributed.world_size()
+    if world_size == 1:
+        return predict_logits(model, encoded, batch_size, **options)
+    # As many texts for each process, so that all call the model as often: its weights may be
+    # sharded. The first texts fill up the last turn.
+    turns = -(-len(encoded) // world_size)
+    rows = np.arange(turns * world_size).reshape(turns, world_size) % len(encoded)
+    own = predict_logits(model, encoded.take(rows[:, distributed.rank()]), batch_size, **options)
+    parts = collectives.gathered(own)
+    logits = torch.empty(own.shape[0], len(encoded), own.shape[2])
+    for rank, part in enumerate(parts):
+        logits[:, torch.from_numpy(rows[:, rank])] = part
     return logits
 
 
@@ -114,7 +141,7 @@ def evaluate_split(
             f"The split has label {int(labels.max())}, but the model was trained with "
             f"{model.num_labels} classes: 0 to {model.num_labels - 1}."
         )
-    logits = predict_logits(model, encoded, batch_size, positions=positions, **options)
+    logits = predict_logits_together(model, encoded, batch_size, positions=positions, **options)
     layers = model.exit_layers
     if positions is not None:
         layers = [model.exit_layers[position] for position in positions]

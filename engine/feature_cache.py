@@ -6,6 +6,8 @@ read. Linear exits read the first token only, so only its states are kept for th
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import logging
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import collectives, distributed
 from .batching import EncodedSplit, collate, epoch_batches
 from .checkpoint import write_json
 from .modeling import MultiExitForSequenceClassification
@@ -27,6 +30,7 @@ logger = logging.getLogger("fusedacl")
 
 STATES_FILE = "states.float16"
 META_FILE = "meta.json"
+LOCK_FILE = ".lock"
 
 
 class FeatureCache:
@@ -67,16 +71,38 @@ class FeatureCache:
             "backbone_dtype": str(dtype),
             "shape": list(self.shape),
         }
-        if self._is_there(directory, meta):
-            logger.info("Feature cache: reading %s.", directory)
-        else:
-            self._write(
-                directory, model, encoded, positions, batch_size, pad_token_id, dtype, progress
-            )
-            write_json(directory / META_FILE, meta)
+        with contextlib.ExitStack() as held:
+            if collectives.from_first(lambda: self._is_there_alone(directory, meta, held)):
+                logger.info("Feature cache: reading %s.", directory)
+            else:
+                collectives.from_first(lambda: self._make(directory))
+                # The processes of a run write a part each.
+                collectives.together(
+                    lambda: self._write(
+                        directory, model, encoded, positions, batch_size, pad_token_id, dtype,
+                        progress,
+                    )
+                )  # fmt: skip
+                collectives.from_first(lambda: write_json(directory / META_FILE, meta))
         self.states = np.memmap(
             directory / STATES_FILE, dtype=np.float16, mode="r", shape=self.shape
         )
+
+    def _is_there_alone(
+        self, directory: Path, meta: dict[str, Any], held: contextlib.ExitStack
+    ) -> bool:
+        """`_is_there`, and nobody else writes or looks while `held` is.
+
+        Two runs that both found nothing would empty the file that the other one reads.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((directory / LOCK_FILE).open("a"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Feature cache: waiting for the run that writes %s.", directory)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return self._is_there(directory, meta)
 
     def _is_there(self, directory: Path, meta: dict[str, Any]) -> bool:
         try:
@@ -105,18 +131,8 @@ class FeatureCache:
     def num_bytes(self) -> int:
         return 2 * int(np.prod(self.shape))
 
-    @torch.inference_mode()
-    def _write(
-        self,
-        directory: Path,
-        model: MultiExitForSequenceClassification,
-        encoded: EncodedSplit,
-        positions: list[int],
-        batch_size: int,
-        pad_token_id: int,
-        dtype: torch.dtype,
-        progress: bool,
-    ) -> None:
+    def _make(self, directory: Path) -> None:
+        """The file at its full size, announced."""
         directory.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(directory).free
         logger.info(
@@ -129,13 +145,26 @@ class FeatureCache:
                 f"{free / 1e9:.2f} GB are free. Name a directory on a larger disk, or leave "
                 "feature_cache out."
             )
-        states = np.memmap(directory / STATES_FILE, dtype=np.float16, mode="w+", shape=self.shape)
+        np.memmap(directory / STATES_FILE, dtype=np.float16, mode="w+", shape=self.shape)
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        directory: Path,
+        model: MultiExitForSequenceClassification,
+        encoded: EncodedSplit,
+        positions: list[int],
+        batch_size: int,
+        pad_token_id: int,
+        dtype: torch.dtype,
+        progress: bool,
+    ) -> None:
+        states = np.memmap(directory / STATES_FILE, dtype=np.float16, mode="r+", shape=self.shape)
         batches = epoch_batches(
             encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
         )
-        for indices in tqdm(
-            batches, desc="features", leave=False, disable=None if progress else True
-        ):
+        own = batches[distributed.rank() :: distributed.world_size()]
+        for indices in tqdm(own, desc="features", leave=False, disable=None if progress else True):
             batch = collate(encoded, indices, pad_token_id)
             batch.pop("labels", None)
             batch = {name: value.to(model.device) for name, value in batch.items()}

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from transformers import get_linear_schedule_with_warmup
 
 from .config import TrainingConfig
-from .gate import GateDecision, GradientGate
+from .gate import GradientGate
 from .objectives import ExitLosses
+from .optimizers import new_optimizer
 from .precision import LossScaler, autocast, choose_dtype
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """One optimizer step. `grad_norm` is before clipping; `learning_rate` is the one it used.
-
-    `decision` has one entry a group of the engine, in its order.
-    """
-
-    grad_norm: float
-    learning_rate: float
-    loss_scale: float
-    skipped: bool
-    decision: GateDecision | None
+from .trainable import StepReport
 
 
 class LocalEngine:
@@ -56,6 +43,7 @@ class LocalEngine:
         learning_rate: float | None = None,
     ) -> None:
         optimization = config.optimization
+        self.model = model
         self.device = device
         self.weight = config.objective.aux_weight
         self.max_norm = optimization.max_grad_norm or None
@@ -66,10 +54,11 @@ class LocalEngine:
         self.groups = {name: list(parameters) for name, parameters in groups.items()}
         self.independent = independent
         self.parameters = [p for parameters in self.groups.values() for p in parameters]
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = new_optimizer(
+            optimization.optimizer,
             decay_groups(self.parameters, optimization.weight_decay),
-            lr=optimization.learning_rate if learning_rate is None else learning_rate,
-            fused=True,
+            optimization.learning_rate if learning_rate is None else learning_rate,
+            device,
         )
         self.scheduler = get_linear_schedule_with_warmup(
             self.optimizer, round(optimization.warmup_ratio * num_steps), num_steps
@@ -98,13 +87,10 @@ class LocalEngine:
         """The factor that both losses carry in their backward passes."""
         return self.scaler.scale
 
-    def backward(self, losses: ExitLosses, share: float) -> None:
+    def backward(self, losses: ExitLosses, share: float = 1.0) -> None:
         """Accumulate the gradients of one micro-batch.
 
-        `share`: its part of the samples of this optimizer step. Both losses are averaged over the
-        micro-batches with these weights: for cross-entropy that is what one batch would have given;
-        for the contrastive term, summed or averaged over a micro-batch's anchors, each micro-batch
-        is a batch of its own.
+        `share`: a factor of both losses, such as its part of the samples of the optimizer step.
         """
         factor = share * self.scaler.scale
         if self.gate is not None and losses.auxiliary is not None:
@@ -155,6 +141,13 @@ class LocalEngine:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's weights, whole and in float32, on the CPU."""
+        return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
+
+    def close(self) -> None:
+        """The weights are the model's own: there is nothing to give back."""
 
 
 def decay_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -7,11 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import functional
 
 from ..kernels import acl_cl_loss, acl_loss, supcon_loss
 from .config import ObjectiveOptions
 from .modeling import MultiExitOutput
+
+# The label of a text that counts in no loss.
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,22 @@ class ExitLosses:
     main: Tensor
     auxiliary: Tensor | None
     cross_entropy: Tensor | None = None
+
+    def times(self, main: float, auxiliary: float) -> ExitLosses:
+        """Each loss multiplied by its factor."""
+        return ExitLosses(
+            main * self.main,
+            None if self.auxiliary is None else auxiliary * self.auxiliary,
+            None if self.cross_entropy is None else main * self.cross_entropy,
+        )
+
+    def values(self) -> Tensor:
+        """main, cross_entropy and auxiliary, 0 where there is none, without their graph: [3, E]."""
+        main = self.main.detach()
+        rest = (self.cross_entropy, self.auxiliary)
+        return torch.stack(
+            [main, *(torch.zeros_like(main) if x is None else x.detach() for x in rest)]
+        )
 
     def weighted(self, weight: float) -> Tensor:
         """(1 - weight) main + weight auxiliary, summed over the exits; weight is lambda."""
@@ -51,18 +71,23 @@ def exit_losses(
     label_embeddings: Tensor,
     labels: Tensor,
     teacher: Teacher | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> ExitLosses:
     """Losses of E exits on one batch.
 
     Args:
         output: exit_logits [E, N, K] and exit_embeddings [E, N, d] of a forward pass.
         label_embeddings: the classifiers' weights [E, K, d].
-        labels: [N], classes.
+        labels: [N], classes; `IGNORED` where a text counts in no loss.
         teacher: the last exit, where the exits learn from it: by `distill_weight`, and as rows of
             the contrastive batch (ACL-CL) where `cross_layer` is on.
+        process_group: the processes whose samples are contrasted with each other; None: this one's
+            alone.
     """
     main, cross_entropy = main_losses(options, output, labels, teacher)
-    auxiliary = contrastive_loss(options, output.exit_embeddings, label_embeddings, labels, teacher)
+    auxiliary = contrastive_loss(
+        options, output.exit_embeddings, label_embeddings, labels, teacher, process_group
+    )
     return ExitLosses(main, auxiliary, cross_entropy)
 
 
@@ -76,7 +101,10 @@ def main_losses(
     logits = output.exit_logits.float()  # [E, N, K]
     num_exits, num_samples, num_labels = logits.shape
     each = functional.cross_entropy(
-        logits.view(-1, num_labels), labels.repeat(num_exits), reduction="none"
+        logits.view(-1, num_labels),
+        labels.repeat(num_exits),
+        ignore_index=IGNORED,
+        reduction="none",
     )
     cross_entropy = each.view(num_exits, num_samples).mean(dim=1)
     main = cross_entropy
@@ -94,6 +122,7 @@ def contrastive_loss(
     label_embeddings: Tensor,
     labels: Tensor,
     teacher: Teacher | None = None,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor | None:
     """L_scl, L_acl or L_aclcl [E] of representations [E, N, d]; None where the objective has none.
 
@@ -104,6 +133,8 @@ def contrastive_loss(
         "denominator": options.denominator,
         "reduction": options.contrastive_reduction,
         "impl": options.impl,
+        "ignore_index": IGNORED,
+        "process_group": process_group,
     }
     if options.objective == "ce":
         return None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -16,13 +14,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from . import report
 from .batching import EncodedSplit, collate, epoch_batches
 from .calibration import SweepRow, frontier
 from .early_exiting import EarlyExit
 from .exit_policies import Policy
-from .options import write_whole
 from .precision import autocast
-from .report import require_matplotlib
 
 if TYPE_CHECKING:
     from .modeling import MultiExitForSequenceClassification
@@ -138,7 +135,7 @@ def draw_quality_speed(
     """
     if not any(curves.values()):
         raise ValueError("curves is empty: sweep a policy first.")
-    require_matplotlib()
+    report.require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
@@ -213,11 +210,4 @@ def write_tables(
             speed = speeds.get(size)
             cells += [f"{speed.early_ms:.3f}", f"{speed.speedup:.2f}"] if speed else ["", ""]
         table.append(cells)
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([header, *table])
-    lines = ["| " + " | ".join(cells) + " |" for cells in [header, *table]]
-    lines.insert(1, "| " + " | ".join(["---"] * 2 + ["---:"] * (len(header) - 2)) + " |")
-    written = [path.with_name(path.name + suffix) for suffix in (".csv", ".md")]
-    for file, content in zip(written, (text.getvalue(), "\n".join(lines) + "\n"), strict=True):
-        write_whole(file, content)
-    return written
+    return report.write_tables(path, header, table)

@@ -11,11 +11,13 @@
       CE+SCL sweep: {objective: scl, aux_weight: [0.005, 0.02, 0.1]}
 
 A cell is one run: a task, a method, a value of each option that the method gives a list, and a
-seed. `stage1` names the method whose run, of the same task and seed, is the first stage.
+seed. `stage1` names the method whose run, of the same task and seed, is the first stage. The layers
+of `exit_layers: [2, 4, 6]` are one value; a list of such lists, or of texts, gives several.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .config import TrainingConfig
+from .config import RunOptions, TrainingConfig
 from .options import did_you_mean, read_file
 
 _SHIPPED = Path(__file__).with_name("recipes")
@@ -33,6 +35,10 @@ _TASK_KEYS = ("seeds", "methods")
 _DATA_OPTIONS = ("task_name", "dataset_name", "train_file")
 # What belongs to the model that a first stage brings along.
 _MODEL_OPTIONS = ("model_name_or_path", "num_hidden_layers")
+# Of a second stage's exits and of its teacher, which are compared in one space.
+_EXIT_OPTIONS = ("exit_head", "exit_width", "exit_attention_heads")
+# With others of these the backbone's states are others, or of other texts or layers.
+_FEATURE_OPTIONS = ("exit_layers", "max_seq_length", "max_train_samples", "fp16", "bf16")
 # What the sweep itself decides.
 _OWN_OPTIONS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
@@ -80,7 +86,7 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     """A recipe, by its file or its shipped name; not yet checked: `plan_cells` does that.
 
     Raises:
-        ValueError: there is no such file, or it is no YAML mapping.
+        ValueError: there is no such file, or it or its `defaults` are no YAML mapping.
     """
     path = Path(name)
     if not path.exists() and path.name == str(name) and not path.suffix:
@@ -90,7 +96,9 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
                 f"{did_you_mean(str(name), shipped_recipes())}"
             )
         path = _SHIPPED / f"{name}.yaml"
-    return read_file(path)
+    recipe = read_file(path)
+    _defaults(recipe)
+    return recipe
 
 
 def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
@@ -103,9 +111,13 @@ def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
     _check_keys(recipe, _KEYS, "the recipe")
     tasks, methods = (_mapping(recipe, key) for key in ("tasks", "methods"))
     if not tasks or not methods:
-        raise ValueError("tasks and methods are needed: see `fusedacl sweep --help`.")
-    for name in methods:
+        missing = " and ".join(key for key in ("tasks", "methods") if not recipe.get(key))
+        raise ValueError(f"tasks and methods are needed: the recipe has no {missing}.")
+    if not isinstance(recipe.get("share_features", False), bool):
+        raise ValueError(f"share_features={recipe['share_features']!r}: write true or false.")
+    for name, method in methods.items():
         _check_stage1(name, methods)
+        _check_lists(name, method)
     _check_slugs(methods, "methods")
     _check_slugs(tasks, "tasks")
     seeds = {
@@ -119,11 +131,7 @@ def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
                 names = _names(of_task.get("methods", list(methods)), methods, f"tasks: {task}")
                 for name in names:
                     cells += _cells(recipe, task, of_task, name, methods, seeds[task][turn])
-    for cell in cells:
-        try:
-            cell.config(Path("sweep")).resolved()
-        except ValueError as error:
-            raise ValueError(f"{cell.name}: {error}") from None
+    _check_cells(cells)
     return cells
 
 
@@ -138,7 +146,7 @@ def _cells(
     """The cells of one task, method and seed, one a point of the method's grid."""
     method = dict(methods[name])
     first = method.pop("stage1", None)
-    inherited = dict(recipe.get("defaults") or {})
+    inherited = _defaults(recipe)
     inherited |= {key: value for key, value in of_task.items() if key not in _TASK_KEYS}
     if not any(option in inherited for option in _DATA_OPTIONS):
         inherited["task_name"] = task
@@ -149,18 +157,21 @@ def _cells(
     for option in _OWN_OPTIONS:
         if option in options:
             raise ValueError(f"{option} is the sweep's own: leave it out of the recipe.")
-    lists = {option: value for option, value in method.items() if isinstance(value, list)}
+    lists = {option: method[option] for option in listed_options(method)}
     cells = []
     for values in itertools.product(*lists.values()):
-        grid = dict(zip(lists, values, strict=True))
-        place = "".join(f"/{option}-{value}" for option, value in grid.items())
+        grid = {option: _one_value(value) for option, value in zip(lists, values, strict=True)}
+        # A path among the values must not lead out of the sweep.
+        place = "".join(f"/{option}-{slug(str(value))}" for option, value in grid.items())
         stage1 = None if first is None else f"cells/{slug(task)}/{slug(first)}/seed-{seed}"
         directory = f"cells/{slug(task)}/{slug(name)}{place}/seed-{seed}"
         features = None
         if options.get("strategy") == "two_stage" and recipe.get("share_features", False):
             # What one first stage gives, all second stages with that kind of exit can read.
             head = options.get("exit_head", "mha")
-            features = f"features/{slug(stage1 or directory)}-{head}"
+            own = {name: (options | grid)[name] for name in _FEATURE_OPTIONS if name in method}
+            words = "".join(f"-{name}-{slug(str(_one_value(own[name])))}" for name in own)
+            features = f"features/{slug(stage1 or directory)}-{head}{words}"
         cells.append(
             Cell(
                 task,
@@ -176,6 +187,65 @@ def _cells(
     return cells
 
 
+def listed_options(method: Mapping[str, Any]) -> list[str]:
+    """The options to which a method gives several values; layers of exits are one value."""
+    return [
+        option
+        for option, value in method.items()
+        if isinstance(value, list)
+        and not (option == "exit_layers" and all(type(layer) is int for layer in value))
+    ]
+
+
+def _one_value(value: Any) -> Any:
+    """A value as it is; a list of layers as text, "2,4,6"."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _check_lists(name: str, method: Mapping[str, Any]) -> None:
+    for option, value in method.items():
+        if value == []:
+            raise ValueError(
+                f"methods: {name}: {option} has an empty list of values: give it one at least, or "
+                "leave it out."
+            )
+
+
+def _check_cells(cells: Sequence[Cell]) -> None:
+    """Check every run's options, and that no two runs are one."""
+    configs: dict[str, TrainingConfig] = {}
+    seen: dict[Any, Cell] = {}
+    for cell in cells:
+        try:
+            config = cell.config(Path("sweep")).resolved()
+            if cell.stage1 is not None:
+                _check_teacher(config, configs[cell.stage1])
+        except ValueError as error:
+            raise ValueError(f"{cell.name}: {error}") from None
+        optimization = dataclasses.replace(config.optimization, feature_cache=None)
+        what = dataclasses.replace(config, optimization=optimization, run=RunOptions())
+        for key in (cell.directory, (cell.task, cell.method, what)):
+            other = seen.setdefault(key, cell)
+            if other is not cell:
+                raise ValueError(
+                    f"{other.name} and {cell.name} are the same run, or would share a directory: "
+                    "take one value out of the list."
+                )
+        configs[cell.directory] = config
+
+
+def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
+    """Check that a second stage's exits are of its teacher's kind."""
+    names = _EXIT_OPTIONS if config.model.exit_head == "mha" else _EXIT_OPTIONS[:1]
+    for name in names:
+        ours, theirs = getattr(config.model, name), getattr(first.model, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name}={ours!r}, and its stage1 has {theirs!r}: name a stage1 with the same kind "
+                "of exit."
+            )
+
+
 def _check_stage1(name: str, methods: Mapping[str, Any]) -> None:
     """Check what a method builds on."""
     method = methods[name]
@@ -187,7 +257,7 @@ def _check_stage1(name: str, methods: Mapping[str, Any]) -> None:
             f"methods: {name}: stage1={first!r} is no method of the recipe."
             f"{did_you_mean(str(first), methods)}"
         )
-    if any(isinstance(value, list) for value in methods[first].values()):
+    if listed_options(methods[first]):
         raise ValueError(
             f"methods: {name}: stage1={first!r} has a list of values; name a method of one run."
         )
@@ -200,10 +270,10 @@ def _names(names: Any, methods: Mapping[str, Any], where: str) -> list[str]:
     if not isinstance(names, list) or not names:
         raise ValueError(f"{where}: expected a list of methods, got {names!r}.")
     wanted: list[str] = []
-    for name in names:
+    for name in map(str, names):
         if name not in methods:
             raise ValueError(
-                f"{where}: {name!r} is no method of the recipe.{did_you_mean(str(name), methods)}"
+                f"{where}: {name!r} is no method of the recipe.{did_you_mean(name, methods)}"
             )
         wanted += [methods[name]["stage1"], name] if "stage1" in methods[name] else [name]
     return list(dict.fromkeys(wanted))
@@ -223,7 +293,20 @@ def _mapping(recipe: Mapping[str, Any], key: str) -> dict[str, Any]:
     for name, value in values.items():
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{key}: {name}: expected options, got {value!r}.")
-    return {str(name): dict(value or {}) for name, value in values.items()}
+    found = {str(name): dict(value or {}) for name, value in values.items()}
+    for value in found.values():
+        # YAML reads a method's name such as 1 as a number.
+        first = value.pop("stage1", None)
+        if first is not None:
+            value["stage1"] = str(first)
+    return found
+
+
+def _defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    values = recipe.get("defaults") or {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"defaults: expected `option: value` lines, got {values!r}.")
+    return dict(values)
 
 
 def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:

@@ -7,7 +7,6 @@ from its checkpoint.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -31,6 +30,7 @@ from .doctor import cpu_model
 from .options import flatten, write_whole
 from .recipe import Cell, plan_cells
 from .report import text_table
+from .sweep_lock import SweepLock
 
 logger = logging.getLogger("fusedacl")
 SWEEP_FILE = "sweep.json"
@@ -72,8 +72,8 @@ class Sweep:
         workers: runs at a time; None: `default_workers`.
 
     Raises:
-        ValueError: a mistake in the recipe (see `plan_cells`), or the directory holds runs with
-            other options.
+        ValueError: a mistake in the recipe (see `plan_cells`), or the directory is a file or holds
+            runs with other options.
     """
 
     def __init__(
@@ -82,13 +82,16 @@ class Sweep:
         if workers is not None and workers < 1:
             raise ValueError(f"workers={workers}: at least one run at a time.")
         self.recipe = dict(recipe)
+        self.runs = [_Run(cell) for cell in plan_cells(recipe)]
         # Its mistakes are told before days of training, not after.
         plan_report(recipe)
         self.directory = Path(directory).resolve()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"output_dir={str(directory)!r} is a file; name a directory.")
         self.workers = workers or default_workers()
-        self.runs = [_Run(cell) for cell in plan_cells(recipe)]
         self.by_directory = {run.cell.directory: run for run in self.runs}
         self.signal: int | None = None
+        self.lock = SweepLock(self.directory)
         for run in self.runs:
             self._look(run)
 
@@ -106,7 +109,22 @@ class Sweep:
             )
         results = read_results(directory)
         if results is not None:
-            run.status, run.seconds = "done", results["train_seconds"]
+            run.status, run.seconds = "done", results.get("train_seconds")
+
+    def recall(self) -> None:
+        """Take from sweep.json what became of runs that are not done: for `--status`."""
+        try:
+            cells = json.loads((self.directory / SWEEP_FILE).read_text(encoding="utf-8"))["cells"]
+            seen = {cell["directory"]: (cell["status"], cell["error"]) for cell in cells}
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        for run in self.runs:
+            if run.status == "done" or run.cell.directory not in seen:
+                continue
+            run.status, run.error = seen[run.cell.directory]
+            if run.status == "running" and not self.lock.is_held():
+                # The sweep was killed, and could not say so.
+                run.status = "interrupted"
 
     def run(self) -> list[Path]:
         """Run what is not done; returns the directories of all finished runs.
@@ -115,11 +133,13 @@ class Sweep:
             SweepStopped: SIGINT or SIGTERM came; the runs under way saved checkpoints.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self._alone(), self._signals_noted():
+        with self.lock.held(), self._signals_noted():
             write_whole(
                 self.directory / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False)
             )
             self._write()
+            for run in self.runs:
+                self._drop_features(run)
             try:
                 self._loop()
             finally:
@@ -130,7 +150,6 @@ class Sweep:
         return [self.directory / run.cell.directory for run in self.runs if run.status == "done"]
 
     def _loop(self) -> None:
-        self.begun = time.monotonic()
         while self.signal is None:
             under_way = [run for run in self.runs if run.status == "running"]
             for run in under_way:
@@ -190,6 +209,8 @@ class Sweep:
     def _start(self, run: _Run) -> None:
         directory = self.directory / run.cell.directory
         directory.parent.mkdir(parents=True, exist_ok=True)
+        if not checkpoints(directory):
+            self._drop_features_of(run)
         command = self.command(run)
         threads = str(max(1, (os.cpu_count() or 1) // self.workers))
         with log_file(directory).open("ab") as log:
@@ -199,6 +220,7 @@ class Sweep:
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
                 env={"OMP_NUM_THREADS": threads, **os.environ},
+                pass_fds=self.lock.descriptors,
                 # A Ctrl-C in the terminal is ours to pass on, once.
                 start_new_session=True,
             )
@@ -220,14 +242,27 @@ class Sweep:
             run.status = "interrupted"
         else:
             run.status = "failed"
-            run.error = f"exit status {code}: {_last_line(log_file(directory))}"
+            log = log_file(directory)
+            # Within the sweep, which may move.
+            place = log.relative_to(self.directory)
+            run.error = f"{_ending(code)}: {_last_line(log)} ({place})"
+        self._drop_features(run)
+        self._write()
+        self._announce(run, results)
+
+    def _drop_features_of(self, first: _Run) -> None:
+        """Delete the features of a first stage that is trained anew: its weights may differ."""
+        for run in self.runs:
+            trained_by = run.cell.stage1 or run.cell.directory
+            if run.cell.features is not None and trained_by == first.cell.directory:
+                shutil.rmtree(self.directory / run.cell.features, ignore_errors=True)
+
+    def _drop_features(self, run: _Run) -> None:
+        """Delete a run's features, gigabytes, where nobody will read them again."""
         if run.cell.features is not None and all(
             other.status not in ("waiting", "running") for other in [run, *self._sharing(run)]
         ):
-            # Gigabytes that nobody will read again.
             shutil.rmtree(self.directory / run.cell.features, ignore_errors=True)
-        self._write()
-        self._announce(run, results)
 
     def _announce(self, run: _Run, results: dict[str, Any] | None) -> None:
         ended = [other for other in self.runs if other.status in ("done", "failed", "blocked")]
@@ -282,6 +317,10 @@ class Sweep:
             "cells": cells,
         }
         write_json(self.directory / SWEEP_FILE, values)
+        under_way = [
+            run.process.pid for run in self.runs if run.status == "running" and run.process
+        ]
+        self.lock.name([os.getpid(), *under_way])
 
     def table(self) -> str:
         """How far each task and method is: a column a task, "2 of 3" done, or what is wrong."""
@@ -299,19 +338,6 @@ class Sweep:
     def failures(self) -> list[str]:
         """One line a run that failed or could not start."""
         return [f"{run.cell.name}: {run.error}" for run in self.runs if run.error is not None]
-
-    @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Refuse a second sweep in the same directory."""
-        with (self.directory / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ValueError(
-                    f"output_dir={str(self.directory)!r}: another sweep is running there. Wait for "
-                    "it, stop it, or name another directory."
-                ) from None
-            yield
 
     @contextlib.contextmanager
     def _signals_noted(self) -> Iterator[None]:
@@ -360,9 +386,17 @@ def log_file(directory: Path) -> Path:
     return directory.with_name(directory.name + ".log")
 
 
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit status {code}"
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
 def _last_line(log: Path) -> str:
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return f"{lines[-1] if lines else 'no output'} ({log})"
+    return lines[-1] if lines else "no output"
 
 
 def _progress(statuses: Sequence[str]) -> str:

@@ -5,11 +5,36 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from .options import write_whole
+
+
+class Log(Protocol):
+    """Where the records of a run go."""
+
+    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]: ...
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+
+class NoLog:
+    """Of a process that leaves the writing to another."""
+
+    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
+        """None are known here."""
+        return {}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Written elsewhere."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
 
 
 class MetricsLog:

@@ -7,7 +7,6 @@ import math
 import signal
 import time
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..kernels.dispatch import Workload, choose
-from .batching import collate, encode, epoch_batches
-from .cached_batches import Chunk, cached_losses
+from . import collectives, distributed
+from .batching import encode, epoch_batches
 from .checkpoint import (
     CONFIG_FILE,
     check_output_dir,
@@ -39,24 +38,25 @@ from .evaluation import evaluate_split
 from .feature_cache import FeatureCache, check_directory
 from .gate import GateDecision
 from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
-from .local import LocalEngine, StepReport
+from .local import LocalEngine
 from .model_card import model_card
 from .modeling import MultiExitForSequenceClassification, parse_layers, take_last_exit
-from .objectives import ExitLosses, check_finite, exit_losses
 from .options import command_line, flatten, write_yaml
 from .precision import choose_device, choose_dtype
 from .quickstart import minilm_path
+from .step_losses import StepLosses
 from .strategies import (
     check_exits,
     needed_exits,
     plan_stages,
     prepare,
-    stage_outputs,
-    stage_states,
 )
-from .tracking import GateHistory, MetricsLog, require_reporting
+from .tracking import GateHistory, Log, MetricsLog, NoLog, require_reporting
+from .trainable import Engine, StepReport
 
 logger = logging.getLogger("fusedacl")
+# Between the seeds of processes: further than people's seeds are.
+_RANK_SEEDS = 1_000_003
 
 
 class Interrupted(Exception):
@@ -73,17 +73,44 @@ class Interrupted(Exception):
 def train(config: TrainingConfig) -> dict[str, Any]:
     """Fine-tune an encoder as `config` says; returns what is written to `results.json`.
 
+    Where a launcher (torchrun, deepspeed) has started several processes, all of them call this.
+
     Raises:
         ValueError: a mistake in the configuration or the data, before any training.
         FloatingPointError: NaN or infinite representations or gradients.
-        OSError: the disk is full; earlier checkpoints are intact.
+        OSError: the disk is full, and earlier checkpoints are intact; another process is gone.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
-    return Trainer(config).run()
+    config.resolved()
+    if uses_deepspeed(config):
+        distributed.join(config.run.device, config.run.ddp_timeout)
+        check_alike(config)
+    if distributed.rank() > 0:
+        logger.setLevel(logging.WARNING)
+    trainer = collectives.together(lambda: Trainer(config))
+    collectives.together(trainer.prepare)
+    return trainer.run()
+
+
+def uses_deepspeed(config: TrainingConfig) -> bool:
+    """Whether the run is DeepSpeed's: asked for, or one process of those that were launched."""
+    return config.optimization.deepspeed_config is not None or distributed.launched() is not None
+
+
+def check_alike(config: TrainingConfig) -> None:
+    """Refuse processes with other options or other versions of what computes. Collective.
+
+    Raises:
+        ValueError: naming the process and what differs.
+    """
+    for name, value in flatten(config).items():
+        collectives.check_alike(name, value)
+    for name, number in versions().items():
+        collectives.check_alike(f"version of {name}", number)
 
 
 class Trainer:
-    """One run. Everything that can be refused is refused by the constructor."""
+    """One run. What can be refused is refused by the constructor and by `prepare`."""
 
     def __init__(self, config: TrainingConfig) -> None:
         # What the user wrote is what is kept; what it implies is implied anew.
@@ -91,18 +118,28 @@ class Trainer:
         self.config = config = config.resolved()
         check_output_dir(config)
         require_reporting(config.run.report_to)
-        self.device = choose_device(config.run.device)
+        self.uses_deepspeed = uses_deepspeed(config)
+        if self.uses_deepspeed:
+            self.device = distributed.join(config.run.device, config.run.ddp_timeout)
+        else:
+            self.device = choose_device(config.run.device)
+        self.dtype = choose_dtype(
+            self.device, fp16=config.optimization.fp16, bf16=config.optimization.bf16
+        )
         choose(
             config.objective.impl,
             Workload(
                 self.device,
-                choose_dtype(
-                    self.device, fp16=config.optimization.fp16, bf16=config.optimization.bf16
-                ),
+                self.dtype,
                 temperature=config.objective.temperature,
                 num_rows=config.optimization.per_device_train_batch_size,
             ),
         )
+        self.deepspeed_config: dict[str, Any] = {}
+        if config.optimization.deepspeed_config is not None:
+            from .deepspeed_config import read_deepspeed_config
+
+            self.deepspeed_config = read_deepspeed_config(config.optimization.deepspeed_config)
         self.data = load_splits(
             task_name=config.data.task_name,
             data_dir=config.data.data_dir,
@@ -154,16 +191,37 @@ class Trainer:
         if config.optimization.feature_cache is not None:
             check_directory(Path(config.optimization.feature_cache), self.train_split)
         self.step = 0
-        self._start_stage(0)
         self.history = GateHistory()
         self.signal: int | None = None
         self.seconds = 0.0
         self.resume_step: int | None = None
-        if config.run.resume_from_checkpoint is not None:
-            self._resume(config.run.resume_from_checkpoint)
+        self.is_prepared = False
+
+    def prepare(self) -> None:
+        """Make the engine, find the checkpoint to resume from, and make the output directory.
+
+        Raises:
+            ValueError: the checkpoint is damaged or another run's, or DeepSpeed refuses the model.
+        """
+        if self.is_prepared:
+            return
+        if self.config.run.resume_from_checkpoint is None:
+            self._start_stage(0)
+        else:
+            self._resume(self.config.run.resume_from_checkpoint)
         # Last, because it may delete an old run.
-        self.output_dir = make_output_dir(config)
-        write_yaml(self.given, self.output_dir / CONFIG_FILE)
+        self.output_dir = collectives.from_first(lambda: make_output_dir(self.config))
+        if distributed.rank() == 0:
+            write_yaml(self.given, self.output_dir / CONFIG_FILE)
+        elif not (self.output_dir / CONFIG_FILE).parent.is_dir():
+            raise ValueError(
+                f"output_dir={str(self.output_dir)!r} is not there: it must lie on a file system "
+                "that all processes share."
+            )
+        # Every process drops other values.
+        if distributed.rank() > 0 and self.resume_step is None:
+            torch.manual_seed(self.config.optimization.seed + _RANK_SEEDS * distributed.rank())
+        self.is_prepared = True
 
     def _new_model(self, name_or_path: str) -> MultiExitForSequenceClassification:
         options = self.config.model
@@ -187,7 +245,13 @@ class Trainer:
 
     def _plan_steps(self) -> None:
         options = self.config.optimization
-        num_batches = math.ceil(len(self.train_split) / options.per_device_train_batch_size)
+        if distributed.world_size() > len(self.train_split):
+            raise ValueError(
+                f"{distributed.world_size()} processes for {len(self.train_split)} training texts: "
+                "start at most one for each."
+            )
+        self.batch_size = options.per_device_train_batch_size * distributed.world_size()
+        num_batches = math.ceil(len(self.train_split) / self.batch_size)
         self.steps_per_epoch = math.ceil(num_batches / options.gradient_accumulation_steps)
         self.stages = plan_stages(
             self.config, len(self.model.exit_layers), options.stage1_model is not None
@@ -211,17 +275,42 @@ class Trainer:
         self.stage_index = index
         self.stage = self.stages[index]
         self.stage_start = self.stage_ends[index - 1] if index else 0
-        self.engine = LocalEngine(
-            self.model,
-            self.config,
-            self.stage_ends[index] - self.stage_start,
-            self.device,
-            groups=prepare(self.model, self.stage),
-            # On a frozen backbone the exits have nothing in common.
-            independent=not self.stage.trains_backbone,
-            learning_rate=self.stage.learning_rate,
-        )
         self.features: FeatureCache | None = None
+        num_steps = self.stage_ends[index] - self.stage_start
+        groups = prepare(self.model, self.stage)
+        # Before the engine, which may shard the backbone.
+        self._open_features()
+        settings: dict[str, Any] = {
+            "groups": groups,
+            # On a frozen backbone the exits have nothing in common.
+            "independent": not self.stage.trains_backbone,
+            "learning_rate": self.stage.learning_rate,
+        }
+        self.engine: Engine
+        if self.uses_deepspeed:
+            from .deepspeed_engine import DeepSpeedEngine
+
+            self.engine = DeepSpeedEngine(
+                self.model,
+                self.config,
+                num_steps,
+                self.device,
+                deepspeed_config=self.deepspeed_config,
+                optimizer=self.config.optimization.optimizer,
+                **settings,
+            )
+        else:
+            self.engine = LocalEngine(self.model, self.config, num_steps, self.device, **settings)
+        self.losses = StepLosses(
+            self.model,
+            self.stage,
+            self.config,
+            self.train_split,
+            self.engine,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=self.device,
+            features=self.features,
+        )
 
     def _open_features(self) -> None:
         """The feature cache, in a stage that can use one and where one is asked for."""
@@ -235,15 +324,15 @@ class Trainer:
             needed_exits(self.model, self.stage, self.stage.exits),
             batch_size=self.config.optimization.per_device_eval_batch_size,
             pad_token_id=self.tokenizer.pad_token_id,
-            dtype=self.engine.dtype,
-            progress=not self.config.run.disable_tqdm,
+            dtype=self.dtype,
+            progress=not self.config.run.disable_tqdm and distributed.rank() == 0,
         )
 
     def _resume(self, name: str) -> None:
         output_dir = Path(str(self.config.run.output_dir))
         checkpoint = find_checkpoint(output_dir, name)
         check_same_run(output_dir, self.config)
-        state = load_state(checkpoint)
+        state = load_state(checkpoint, distributed.rank(), distributed.world_size())
         self.model.load_state_dict(load_trained(str(checkpoint)).state_dict())
         self._start_stage(state["stage_index"])
         self.engine.load_state_dict(state["engine"])
@@ -257,6 +346,7 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate and save; see `train`."""
+        self.prepare()
         options = self.config.run
         logger.info(
             "%s: %d training texts, %d classes; %d steps (%d an epoch) on %s in %s.",
@@ -266,22 +356,22 @@ class Trainer:
             self.num_steps,
             self.steps_per_epoch,
             self.device.type,
-            str(self.engine.dtype).removeprefix("torch."),
+            str(self.dtype).removeprefix("torch."),
         )
         self.started = time.monotonic()
         with (
-            MetricsLog(self.output_dir, options.report_to, self.resume_step) as log,
+            self._log() as log,
             _SignalsNoted(self),
             tqdm(
                 total=self.num_steps,
                 initial=self.step,
                 desc=f"train {self.config.objective.objective}",
                 # None: no bar where the output is not a terminal.
-                disable=True if options.disable_tqdm else None,
+                disable=True if options.disable_tqdm or distributed.rank() > 0 else None,
             ) as bar,
         ):
             # A checkpoint is saved after the evaluation of the same step.
-            evaluations = log.evaluations(self.step)
+            evaluations = collectives.from_first(lambda: log.evaluations(self.step))
             evaluated = self.step if evaluations else -1
             for epoch, windows in self._epochs():
                 for window in windows:
@@ -289,16 +379,27 @@ class Trainer:
                     if self._due(options.eval_steps):
                         evaluations = self._evaluate(log)
                         evaluated = self.step
-                    if self._due(options.save_steps) or self.signal is not None:
+                    # A signal reaches the processes at different steps; they stop at the same one.
+                    number = collectives.largest(self.signal or 0, self.device)
+                    if self._due(options.save_steps) or number:
                         checkpoint = self._save_checkpoint()
-                        if self.signal is not None:
-                            raise Interrupted(self.signal, checkpoint)
+                        if number:
+                            raise Interrupted(number, checkpoint)
             if evaluated != self.step:
                 evaluations = self._evaluate(log)
             self.seconds += time.monotonic() - self.started
             results = self._results(evaluations)
-            self._save_final(results)
+            # A run of several processes has its weights in parts until then.
+            self.engine.close()
+            if distributed.rank() == 0:
+                self._save_final(results)
+            distributed.barrier()
         return results
+
+    def _log(self) -> MetricsLog | NoLog:
+        if distributed.rank() > 0:
+            return NoLog()
+        return MetricsLog(self.output_dir, self.config.run.report_to, self.resume_step)
 
     def _due(self, every: int | None) -> bool:
         """Whether an evaluation or a checkpoint is due now; None: each epoch, 0: never."""
@@ -315,12 +416,12 @@ class Trainer:
         options = self.config.optimization
         while self.step < self.num_steps:
             if self.step == self.stage_ends[self.stage_index]:
+                self.engine.close()
                 self._start_stage(self.stage_index + 1)
-            self._open_features()
             epoch, first = divmod(self.step - self.stage_start, self.steps_per_epoch)
             batches = epoch_batches(
                 self.train_split.lengths,
-                options.per_device_train_batch_size,
+                self.batch_size,
                 seed=options.seed,
                 # Each stage has an order of its own.
                 epoch=self.epochs_before + epoch,
@@ -336,25 +437,23 @@ class Trainer:
         """Epochs, also begun ones, of the stages before this one."""
         return math.ceil(self.stage_start / self.steps_per_epoch)
 
-    def _train_step(
-        self, epoch: int, window: list[np.ndarray], log: MetricsLog, bar: tqdm[Any]
-    ) -> None:
+    def _train_step(self, epoch: int, window: list[np.ndarray], log: Log, bar: tqdm[Any]) -> None:
         started = time.monotonic()
         num_samples = sum(len(indices) for indices in window)
         self.step += 1
-        losses = []
-        for share, batch_losses in self._window_losses(epoch, window):
-            self.engine.backward(batch_losses, share)
-            losses.append((share, batch_losses))
+        values = []
+        for weighted in self.losses.of(epoch, self.step, window):
+            self.engine.backward(weighted)
+            values.append(weighted.values())
         try:
             report = self.engine.step()
         except FloatingPointError as error:
             raise FloatingPointError(f"Step {self.step}: {error}") from None
-        record = self._record(epoch, losses, report)
         if report.decision is not None and not report.skipped:
             self._remember(epoch, report.decision)
         bar.update()
         if self.step % self.config.run.logging_steps == 0 or self.step in self.stage_ends:
+            record = self._record(epoch, torch.stack(values).sum(0), report)
             speed = num_samples / (time.monotonic() - started)
             log.write({**record, "samples_per_second": round(speed, 2)})
             shown = {"loss": f"{record['loss']:.3f}"}
@@ -375,67 +474,11 @@ class Trainer:
             if active:
                 self.history.add(self.epochs_before + epoch, group, angle, dropped=not kept)
 
-    def _window_losses(
-        self, epoch: int, window: list[np.ndarray]
-    ) -> Iterator[tuple[float, ExitLosses]]:
-        """Share of the step's samples and losses of each of its micro-batches."""
-        positions = self.stage.exits_in_epoch(epoch)
-        num_samples = sum(len(indices) for indices in window)
-        shares = [len(indices) / num_samples for indices in window]
+    def _record(self, epoch: int, values: Tensor, report: StepReport) -> dict[str, Any]:
+        """The line of metrics.jsonl for one optimizer step; losses are sums over the exits.
 
-        def label_embeddings() -> Tensor:
-            return self.model.label_embeddings_of(positions)
-
-        together = self.config.chunks_together
-        for start in range(0, len(window), together):
-            chunks = window[start : start + together]
-            forwards = [partial(self._forward, positions, indices) for indices in chunks]
-            of_chunks = shares[start : start + together]
-            if len(chunks) == 1:
-                chunk = forwards[0]()
-                with self.engine.forward_context():
-                    yield (
-                        of_chunks[0],
-                        exit_losses(
-                            self.config.objective,
-                            chunk.output,
-                            label_embeddings(),
-                            chunk.labels,
-                            chunk.teacher,
-                        ),
-                    )
-                continue
-            losses = cached_losses(
-                forwards,
-                label_embeddings,
-                self.config.objective,
-                shares=of_chunks,
-                loss_scale=self.engine.loss_scale,
-                device=self.device,
-            )
-            yield from zip(of_chunks, losses, strict=True)
-
-    def _forward(self, positions: tuple[int, ...], indices: np.ndarray) -> Chunk:
-        """Outputs of the trained exits, and of their teacher, for some training texts."""
-        if self.features is not None:
-            states, mask = self.features.batch(indices, self.device)
-            assert self.train_split.labels is not None
-            labels = self.train_split.labels[indices].to(self.device)
-        else:
-            batch = collate(self.train_split, indices, self.tokenizer.pad_token_id)
-            batch = {name: value.to(self.device) for name, value in batch.items()}
-            labels, mask = batch.pop("labels"), batch["attention_mask"]
-            with self.engine.forward_context():
-                states = stage_states(self.model, self.stage, positions, batch)
-        with self.engine.forward_context():
-            output, teacher = stage_outputs(self.model, self.stage, positions, states, mask)
-        check_finite(output, self.step)
-        return Chunk(output, labels, teacher)
-
-    def _record(
-        self, epoch: int, losses: list[tuple[float, ExitLosses]], report: StepReport
-    ) -> dict[str, Any]:
-        """The line of metrics.jsonl for one optimizer step; losses are sums over the exits."""
+        `values`: `ExitLosses.values` of the step, as far as this process has a part in it.
+        """
         record: dict[str, Any] = {
             "step": self.step,
             "epoch": round(self.step / self.steps_per_epoch, 4),
@@ -443,21 +486,9 @@ class Trainer:
         }
         if len(self.stages) > 1:
             record["stage"] = self.stage.name
-        main = torch.stack([share * batch.main.detach() for share, batch in losses]).sum(0)  # [E]
-        cross_entropy = sum(
-            share * batch.cross_entropy.sum().item()
-            for share, batch in losses
-            if batch.cross_entropy is not None
-        )
+        main, cross_entropy, auxiliary = collectives.total(values)  # [E] each
         loss = main
         if self.config.objective.objective != "ce":
-            auxiliary = torch.stack(
-                [
-                    share * a.detach()
-                    for share, batch in losses
-                    if (a := batch.auxiliary) is not None
-                ]
-            ).sum(0)
             weight = torch.full_like(main, self.config.objective.aux_weight)
             if report.decision is not None:
                 record |= self._angles(report.decision)
@@ -467,7 +498,7 @@ class Trainer:
             record |= {"loss_aux": auxiliary.sum().item(), "aux_weight": weight.mean().item()}
         record |= {
             "loss": loss.sum().item(),
-            "loss_ce": cross_entropy,
+            "loss_ce": cross_entropy.sum().item(),
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "loss_scale": report.loss_scale,
@@ -499,7 +530,7 @@ class Trainer:
         groups = [self.stage.exits.index(p) for p in self.stage.exits_in_epoch(epoch)]
         return decision.kept[groups].float()
 
-    def _evaluate(self, log: MetricsLog) -> dict[str, Any]:
+    def _evaluate(self, log: Log) -> dict[str, Any]:
         """Split -> layer -> metrics, for every evaluation split."""
         results = {}
         for name in self.data.evaluation_splits:
@@ -509,10 +540,10 @@ class Trainer:
                 self.data.metrics,
                 self.config.optimization.per_device_eval_batch_size,
                 pad_token_id=self.tokenizer.pad_token_id,
-                dtype=self.engine.dtype,
+                context=self.engine.forward_context,
                 # Before their stage exits hold random weights.
                 positions=None if self.stage is self.stages[-1] else self.stage.exits,
-                progress=not self.config.run.disable_tqdm,
+                progress=not self.config.run.disable_tqdm and distributed.rank() == 0,
             )
             results[name] = by_layer
             for layer, metrics in by_layer.items():
@@ -523,6 +554,7 @@ class Trainer:
     def _save_checkpoint(self) -> Path:
         state = {
             "step": self.step,
+            "world_size": distributed.world_size(),
             "stage_index": self.stage_index,
             "engine": self.engine.state_dict(),
             "history": self.history.state_dict(),
@@ -535,6 +567,7 @@ class Trainer:
             self.output_dir,
             self.step,
             self.model,
+            self.engine.full_state_dict(),
             self.tokenizer,
             state,
             self.config.run.save_total_limit,

@@ -28,6 +28,8 @@ from .sweep_results import (
 
 # What seeds of one experiment may differ in: a first stage and a cache belong to one seed.
 _FREE_OPTIONS = ("seed", "stage1_model", "feature_cache")
+# With others of these, methods are compared on other texts.
+_TEXT_OPTIONS = ("max_train_samples", "max_eval_samples")
 _STRATEGY_NAMES = {"joint": "JT", "two_stage": "2ST", "alternating": "ALT", "single": "single"}
 
 
@@ -83,7 +85,7 @@ def read_curves(runs: Sequence[Path], metric: str | None = None) -> LayerScores:
 
     Raises:
         ValueError: a directory without results, runs on different data, exits on different layers,
-            no run with finite scores, or an unknown metric.
+            a seed that is there twice, no run with finite scores, or an unknown metric.
     """
     if not runs:
         raise ValueError("runs is empty: name the directories of some runs.")
@@ -103,6 +105,7 @@ def read_curves(runs: Sequence[Path], metric: str | None = None) -> LayerScores:
         )
     scores: dict[str, dict[int, list[float]]] = {}
     options: dict[str, dict[str, Any]] = {}
+    of_seed: dict[tuple[str, Any], Path] = {}
     notes = []
     for run, results in zip(runs, found, strict=True):
         label = run_label(results["options"])
@@ -111,6 +114,14 @@ def read_curves(runs: Sequence[Path], metric: str | None = None) -> LayerScores:
             raise ValueError(
                 f"{str(run)!r} ({label}) has exits on layers {list(_layers(results))}, another run "
                 f"of that kind on {list(curve)}: they are not seeds of one experiment."
+            )
+        seed = results["options"].get("seed")
+        other = of_seed.get((label, seed))
+        of_seed[label, seed] = run
+        if seed is not None and other is not None:
+            raise ValueError(
+                f"{str(other)!r} and {str(run)!r} ({label}) have the same seed, {seed}, and would "
+                "count as two: name one of them."
             )
         first = options.setdefault(label, results["options"])
         differing = [
@@ -139,7 +150,19 @@ def read_curves(runs: Sequence[Path], metric: str | None = None) -> LayerScores:
     ]
     if not curves:
         raise ValueError(f"no run has finite scores. {' '.join(notes)}")
-    return LayerScores(next(iter(data)), metric, curves, notes)
+    shown = {curve.label: options[curve.label] for curve in curves}
+    return LayerScores(next(iter(data)), metric, curves, [*_other_texts(shown), *notes])
+
+
+def _other_texts(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A warning where methods were not trained, or not scored, on the same texts."""
+    found = []
+    for name in _TEXT_OPTIONS:
+        values = {label: of_method.get(name) for label, of_method in options.items()}
+        if len(set(values.values())) > 1:
+            words = ", ".join(f"{label} {value or 'all'}" for label, value in values.items())
+            found.append(f"The methods differ in {name}, so their scores compare badly: {words}.")
+    return found
 
 
 def _finite(value: Any) -> bool:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..options import did_you_mean
+from ..recipe import listed_options
 
 _KEYS = ("layer_scores", "ablation", "grid", "full_model")
 
@@ -56,10 +57,7 @@ def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
         ValueError: an unknown key or method, or a grid table of a method without that list.
     """
     methods = {str(name): dict(options or {}) for name, options in recipe["methods"].items()}
-    lists = {
-        name: [option for option, value in options.items() if isinstance(value, list)]
-        for name, options in methods.items()
-    }
+    lists = {name: listed_options(options) for name, options in methods.items()}
     asked = recipe.get("report")
     if asked is None:
         return _suitable(methods, lists)
@@ -74,7 +72,7 @@ def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
     grids = asked.get("grid") or []
     if not isinstance(grids, list):
         raise ValueError(f"report.grid: expected a list of tables, got {grids!r}.")
-    curves = named if isinstance(named, Mapping) else {name: name for name in named}
+    curves = named if isinstance(named, Mapping) else {str(name): name for name in named}
     return ReportPlan(
         _targets(curves, methods, "report.layer_scores") if curves else {},
         _of_mapping(asked, "ablation", methods),

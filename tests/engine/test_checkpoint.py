@@ -34,7 +34,7 @@ class Saved:
     def __init__(self, error: OSError | None = None) -> None:
         self.error = error
 
-    def save_pretrained(self, directory: Path) -> None:
+    def save_pretrained(self, directory: Path, state_dict: object = None) -> None:
         (directory / "model.safetensors").write_bytes(b"weights")
         if self.error is not None:
             raise self.error
@@ -42,7 +42,7 @@ class Saved:
 
 def save(output_dir: Path, step: int, keep: int | None = None, error: OSError | None = None):
     state = {"step": step, "tensor": torch.arange(3)}
-    return save_checkpoint(output_dir, step, Saved(error), Saved(), state, keep)
+    return save_checkpoint(output_dir, step, Saved(error), {}, Saved(), state, keep)
 
 
 def test_saved_state_comes_back(tmp_path: Path) -> None:

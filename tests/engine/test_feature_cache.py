@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import shutil
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +18,13 @@ import torch
 from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, feature_cache, train
 from fusedacl.engine.batching import collate, encode
 from fusedacl.engine.columns import TextSplit
-from fusedacl.engine.feature_cache import META_FILE, STATES_FILE, FeatureCache, check_directory
+from fusedacl.engine.feature_cache import (
+    LOCK_FILE,
+    META_FILE,
+    STATES_FILE,
+    FeatureCache,
+    check_directory,
+)
 from fusedacl.engine.loading import load_tokenizer
 
 TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
@@ -72,6 +80,23 @@ def test_written_once_and_announced(
         open_cache(tmp_path, parts)
     assert caplog.text.count("Feature cache: writing") == 1
     assert caplog.text.count("Feature cache: reading") == 1
+
+
+def test_one_run_writes_while_others_wait(
+    parts: tuple[Any, Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[FeatureCache] = []
+    second = threading.Thread(target=lambda: opened.append(open_cache(tmp_path, parts)))
+    with caplog.at_level(logging.INFO, logger="fusedacl"):
+        with (tmp_path / LOCK_FILE).open("a") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            second.start()
+            while "waiting for the run that writes" not in caplog.text:
+                second.join(0.02)
+                assert second.is_alive()
+            assert not (tmp_path / STATES_FILE).exists()
+        second.join()
+    assert len(opened) == 1 and (tmp_path / META_FILE).is_file()
 
 
 def test_a_cache_of_other_content_is_refused(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:

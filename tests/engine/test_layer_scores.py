@@ -105,6 +105,24 @@ def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
         read_curves([])
 
 
+def test_a_run_does_not_count_twice(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", {1: 0.6, 2: 0.8}, seed=1)
+    again = write_run(tmp_path / "b", {1: 0.6, 2: 0.8}, seed=1)
+    other = write_run(tmp_path / "c", {1: 0.6, 2: 0.8}, seed=1, objective="ce")
+    for runs in ([first, first], [first, again]):
+        with pytest.raises(ValueError, match="have the same seed, 1, and would count as two"):
+            read_curves(runs)
+    assert [curve.num_seeds for curve in read_curves([first, other]).curves] == [1, 1]
+
+
+def test_methods_on_other_texts_are_told(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "a", {1: 0.6, 2: 0.8}, max_eval_samples=None)
+    part = write_run(tmp_path / "b", {1: 0.6, 2: 0.8}, objective="ce", max_eval_samples=64)
+    (note,) = read_curves([whole, part]).notes
+    assert "differ in max_eval_samples" in note and "2ST-MHA ACL-CL all, 2ST-MHA CE-CL 64" in note
+    assert read_curves([whole]).notes == []
+
+
 def test_scores_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> None:
     good = write_run(tmp_path / "good", {1: 0.6, 2: 0.8})
     bad = write_run(tmp_path / "bad", {1: 0.6, 2: float("nan")})

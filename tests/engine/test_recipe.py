@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusedacl.engine.modeling import parse_layers
 from fusedacl.engine.recipe import plan_cells, read_recipe, shipped_recipes, slug
 
 METHODS: dict[str, Any] = {
@@ -56,12 +57,37 @@ def test_features_are_shared_by_what_can_share_them() -> None:
         "A": second,
         "B": {**second, "distill_weight": 0.5},
         "C": {**second, "stage1": "CE linear", "exit_head": "linear"},
+        # States of other layers, or of texts cut elsewhere, are other states.
+        "D": {**second, "exit_layers": [2, 4]},
+        "E": {**second, "max_seq_length": 32},
         "both stages": {"strategy": "two_stage", "objective": "ce"},
     }
     cells = {c.method: c for c in plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods))}
     assert cells["A"].features == cells["B"].features
-    others = [cells[name].features for name in ("A", "C", "both stages")]
-    assert len(set(others)) == 3 and None not in others
+    others = [cells[name].features for name in ("A", "C", "D", "E", "both stages")]
+    assert len(set(others)) == 5 and None not in others
+
+
+def test_layers_are_one_value_and_lists_of_layers_several() -> None:
+    joint = {"strategy": "joint", "objective": "ce"}
+    methods = {
+        "one": {**joint, "exit_layers": [2, 4]},
+        "two": {**joint, "exit_layers": [[2, 4], "1,4"]},
+    }
+    cells = plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods))
+    assert [dict(cell.grid) for cell in cells] == [
+        {},
+        {"exit_layers": "2,4"},
+        {"exit_layers": "1,4"},
+    ]
+    layers = [cell.config(Path("sweep")).model.exit_layers for cell in cells]
+    assert [parse_layers(text) for text in layers] == [[2, 4], [2, 4], [1, 4]]
+
+
+def test_a_path_among_the_values_stays_in_the_sweep() -> None:
+    methods = {"CE": {"objective": "ce", "model_name_or_path": ["../../elsewhere", "/tmp/other"]}}
+    for cell in plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods)):
+        assert ".." not in Path(cell.directory).parts and len(Path(cell.directory).parts) == 5
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -121,6 +147,22 @@ def test_reads_a_file_or_a_shipped_name(tmp_path: Path) -> None:
         ({"methods": {"CE": {"seed": 3}}}, "seed is the sweep's own"),
         ({"methods": {"A": {"stage1": "B"}}}, "stage1='B' is no method"),
         ({"methods": {"A b": {}, "a-B": {}}}, "would share a directory"),
+        ({"methods": None}, "the recipe has no methods"),
+        ({"defaults": ["a"]}, "defaults: expected"),
+        ({"share_features": "no"}, "share_features='no'"),
+        ({"tasks": {"rte": {"methods": [["CE"]]}}}, "is no method of the recipe.*'CE'"),
+        ({"methods": {**METHODS, "X": {"stage1": ["CE"]}}}, "is no method of the recipe.*'CE'"),
+        ({"methods": {"CE": {"aux_weight": []}}}, "aux_weight has an empty list"),
+        ({"methods": {"A": {"aux_weight": [0.1, 0.1]}}}, "are the same run"),
+        ({"methods": {"A": {"learning_rate": [1e-3, "1e-3"]}}}, "are the same run"),
+        (
+            {"methods": {**METHODS, "X": {**METHODS["ACL"], "exit_head": "linear"}}},
+            "rte, X, seed 1: exit_head='linear', and its stage1 has 'mha'",
+        ),
+        (
+            {"methods": {**METHODS, "X": {**METHODS["ACL"], "exit_width": 32}}},
+            "rte, X, seed 1: exit_width=32, and its stage1 has 64",
+        ),
         (
             {"methods": {**METHODS, "X": {"stage1": "SCL", "strategy": "two_stage"}}},
             "stage1='SCL' has a list of values",

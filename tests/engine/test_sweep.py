@@ -129,7 +129,7 @@ def test_a_failure_blocks_what_needs_it_and_nothing_else(tmp_path: Path) -> None
     assert statuses(tmp_path) == {
         "CE 1": "failed", "ACL 1": "blocked", "KD 1": "blocked", "SCL 1": "done",
     }  # fmt: skip
-    assert "exit status 1: Something is wrong. (" in sweep.failures[0]
+    assert "exit status 1: Something is wrong. (cells/rte/ce/seed-1.log)" in sweep.failures[0]
     assert "its first stage failed: rte, CE, seed 1" in sweep.failures[1]
     assert "0 of 1, 1 blocked" in sweep.table()
     mended = StandInSweep(sweep.recipe, tmp_path)
@@ -156,8 +156,88 @@ def test_stops_and_goes_on(tmp_path: Path) -> None:
 
 def test_one_sweep_a_directory(tmp_path: Path) -> None:
     first = StandInSweep(RECIPE, tmp_path)
-    with first._alone(), pytest.raises(ValueError, match="another sweep is running there"):
+    with first.lock.held(), pytest.raises(ValueError, match="another sweep is running there"):
         StandInSweep(RECIPE, tmp_path).run()
+
+
+def test_a_run_that_a_killed_sweep_left_behind_is_not_started_again(tmp_path: Path) -> None:
+    killed = StandInSweep({**RECIPE, "seeds": [1]}, tmp_path)
+    killed.seconds = 2.0
+    with killed.lock.held():
+        killed._start(killed.runs[0])
+    # The sweep's own hold on the directory is gone; its run's is not.
+    left = killed.runs[0].process
+    assert left is not None
+    again = StandInSweep(killed.recipe, tmp_path)
+    with pytest.raises(ValueError, match=rf"a killed one left behind \(process \d+, {left.pid}\)"):
+        again.run()
+    assert again.lock.is_held()
+    left.wait()
+    assert not again.lock.is_held() and len(StandInSweep(killed.recipe, tmp_path).run()) == 3
+    assert killed.order().count("start ce/seed-1") == 1
+
+
+def test_status_tells_what_became_of_runs(tmp_path: Path) -> None:
+    sweep = StandInSweep({**RECIPE, "seeds": [1]}, tmp_path)
+    sweep.failing = ("CE",)
+    sweep.run()
+    seen = StandInSweep(sweep.recipe, tmp_path)
+    assert not seen.failures
+    seen.recall()
+    assert seen.failures == sweep.failures and "1 failed" in seen.table()
+    with sweep.lock.held():
+        sweep.runs[0].status = "running"
+        sweep._write()
+        seen.recall()
+        assert seen.runs[0].status == "running"
+    # Nobody holds the lock: it was killed.
+    seen.recall()
+    assert seen.runs[0].status == "interrupted"
+
+
+def test_features_that_a_killed_sweep_left_are_deleted(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "seeds": [1], "share_features": True}
+    StandInSweep(recipe, tmp_path).run()
+    (tmp_path / str(StandInSweep(recipe, tmp_path).runs[1].cell.features)).mkdir()
+    StandInSweep(recipe, tmp_path).run()
+    assert list((tmp_path / "features").iterdir()) == []
+
+
+def test_features_of_a_first_stage_that_is_trained_anew_are_deleted(tmp_path: Path) -> None:
+    recipe = {**RECIPE, "seeds": [1, 2], "share_features": True}
+    sweep = StandInSweep(recipe, tmp_path)
+    stale, other = (tmp_path / str(sweep.runs[place].cell.features) for place in (1, 4))
+    for directory in (stale, other):
+        directory.mkdir(parents=True)
+        (directory / "states").write_text("of earlier weights")
+    sweep._start(sweep.runs[0])
+    process = sweep.runs[0].process
+    assert process is not None
+    process.wait()
+    assert not stale.exists() and other.exists()
+    # A second stage leaves what others wrote.
+    stale.mkdir()
+    sweep._start(sweep.runs[1])
+    process = sweep.runs[1].process
+    assert process is not None
+    process.wait()
+    assert stale.exists()
+
+
+def test_what_killed_a_run(tmp_path: Path) -> None:
+    sweep = StandInSweep({**RECIPE, "seeds": [1], "methods": {"CE": METHODS["CE"]}}, tmp_path)
+    sweep.seconds = 60
+
+    def kill_when_started() -> None:
+        while not sweep.journal.exists():
+            time.sleep(0.02)
+        process = sweep.runs[0].process
+        assert process is not None
+        process.kill()
+
+    threading.Thread(target=kill_when_started, daemon=True).start()
+    assert sweep.run() == []
+    assert "killed by SIGKILL (out of memory?): no output" in sweep.failures[0]
 
 
 def test_a_changed_recipe_is_refused(tmp_path: Path) -> None:
@@ -167,6 +247,9 @@ def test_a_changed_recipe_is_refused(tmp_path: Path) -> None:
         StandInSweep(changed, tmp_path)
     with pytest.raises(ValueError, match="workers=0"):
         StandInSweep(RECIPE, tmp_path, workers=0)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="output_dir='.*file' is a file"):
+        StandInSweep(RECIPE, tmp_path / "file")
 
 
 def test_a_moved_sweep_is_the_same(tmp_path: Path) -> None:

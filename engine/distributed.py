@@ -1,0 +1,193 @@
+"""The processes of one run: who they are, how they meet, and how long they wait for each other."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT_SECONDS = 600.0
+# In which all processes must have come, and their connections stand.
+MEETING_SECONDS = 60.0
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One process among those of a run: its rank, their number, its rank on this machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def launched() -> Launch | None:
+    """What torchrun or the deepspeed launcher says about this process; None without a launcher.
+
+    Raises:
+        ValueError: a launcher's variables are incomplete or contradict each other.
+    """
+    found = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
+    if not {"RANK", "WORLD_SIZE"} & found.keys():
+        return None
+    missing = [name for name in _VARIABLES if name not in found]
+    if missing:
+        raise ValueError(
+            f"{', '.join(found)} are set but {', '.join(missing)} are not: start with torchrun or "
+            "deepspeed, which set all of them, or unset them for a run of one process."
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        try:
+            numbers[name] = int(found[name])
+        except ValueError:
+            raise ValueError(f"{name}={found[name]!r} is not a number.") from None
+    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+        raise ValueError(
+            f"RANK={numbers['RANK']} must lie in 0 .. WORLD_SIZE - 1 = {numbers['WORLD_SIZE'] - 1}."
+        )
+    return Launch(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"])
+
+
+def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
+    """Meet the other processes of the run; returns this one's device. Alone without a launcher.
+
+    Args:
+        device: auto, cpu or cuda. On a machine with several GPUs each process takes its own.
+        timeout_seconds: for every exchange after the meeting; a process that waits longer ends with
+            an error, so that a dead one takes the run down and does not hang it.
+
+    Raises:
+        ValueError: a launcher's variables are wrong, a GPU is missing, or the network interface
+            that the environment names does not exist here.
+        OSError: processes did not come within `MEETING_SECONDS`, which are named, or cannot be
+            reached.
+    """
+    launch = launched() or Launch(0, 1, 0)
+    where = _device(device, launch)
+    if dist.is_initialized():
+        return where
+    backend = "nccl" if where.type == "cuda" else "gloo"
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    if launched() is None:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        return where
+    _check_interface(_interface(backend))
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    who = f"process {launch.rank} of {launch.world_size} on {socket.gethostname()}"
+    meeting = timedelta(seconds=MEETING_SECONDS)
+    try:
+        store = _store(launch, meeting)
+        missing = _missing(store, launch)
+        if missing:
+            raise OSError(
+                f"{who}: process(es) {', '.join(map(str, missing))} did not come to {place} within "
+                f"{MEETING_SECONDS:g} s. Start all of them, on every machine, at about the same "
+                "time."
+            )
+        # The connections between them are made now, too.
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=meeting,
+        )
+        barrier()
+    # torch's own errors of this kind are RuntimeErrors.
+    except (RuntimeError, ValueError) as error:
+        raise OSError(
+            f"{who} could not meet the others at {place} within {MEETING_SECONDS:g} s: "
+            f"{_first_line(error)} Check that this address can be reached from every machine, and, "
+            f"where a machine has several networks, that {_interface(backend)} names the right one."
+        ) from error
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds))
+    return where
+
+
+def _store(launch: Launch, meeting: timedelta) -> dist.Store:
+    """Where the processes find each other: torchrun has opened it, or the first of them does.
+
+    Not `init_process_group`'s own, which waits for all and then cannot say who is missing.
+    """
+    is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=launch.rank == 0 and not is_torchruns,
+        wait_for_workers=False,
+        timeout=meeting,
+    )
+    # A restarted run must not find the keys of the one before.
+    return dist.PrefixStore(f"fusedacl{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
+
+
+def _missing(store: dist.Store, launch: Launch) -> list[int]:
+    """The processes that have not come in time."""
+    store.set(f"process {launch.rank}", socket.gethostname())
+    missing = list(range(launch.world_size))
+    end = time.monotonic() + MEETING_SECONDS
+    while missing and time.monotonic() < end:
+        missing = [rank for rank in missing if not store.check([f"process {rank}"])]
+        time.sleep(0.1)
+    return missing
+
+
+def _check_interface(variable: str) -> None:
+    name = os.environ.get(variable, "")
+    known = [interface for _, interface in socket.if_nameindex()]
+    # NCCL takes prefixes and lists, too.
+    if variable == "GLOO_SOCKET_IFNAME" and name and name not in known:
+        raise ValueError(
+            f"{variable}={name}: {socket.gethostname()} has no such network interface. It has "
+            f"{', '.join(known)}."
+        )
+
+
+def world_size() -> int:
+    """Processes of the run; 1 before `join`."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 .. world_size() - 1."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait until every process is here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def leave() -> None:
+    """Close the connections; without this a process may print warnings at its end."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str, launch: Launch) -> torch.device:
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count()
+    if launch.local_rank >= count:
+        raise ValueError(
+            f"LOCAL_RANK={launch.local_rank}: torch sees {count} GPU(s) on "
+            f"{socket.gethostname()}. Start at most that many processes there, or use device=cpu."
+        )
+    return torch.device("cuda", launch.local_rank)
+
+
+def _first_line(error: Exception) -> str:
+    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return line if line.endswith(".") else line + "."
+
+
+def _interface(backend: str) -> str:
+    return "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"

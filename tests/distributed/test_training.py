@@ -1,0 +1,147 @@
+"""Whole runs of two processes: the numbers of one, stopping and going on, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from fusedacl.engine import TrainingConfig, distributed, train
+from fusedacl.engine.trainer import Trainer
+from rank_pool import Ranks
+from training_cases import refused, stopped, trained, weights_hash
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    with Ranks(2, collective_seconds=90) as ranks:
+        yield ranks
+
+
+@pytest.fixture
+def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
+        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "num_train_epochs": 2,
+        "per_device_train_batch_size": 8, "aux_weight": 0.3, "contrastive_reduction": "sum",
+        "logging_steps": 1, "save_steps": 0, "device": "cpu", "disable_tqdm": True,
+        "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+
+
+def records(run: str | Path) -> list[dict[str, Any]]:
+    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def deepspeed_file(directory: Path, **values: Any) -> str:
+    file = directory / "ds.json"
+    file.write_text(json.dumps(values))
+    return str(file)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "acl": {},
+    # 33 texts: the last batch has one for two processes, which see texts of other lengths.
+    "stand-in": {"max_train_samples": 33, "denominator": "others"},
+    "ZeRO 3, two stages": {"stage": 3, "strategy": "two_stage"},
+    "joint, accumulation, ZeRO 1": {
+        "stage": 1, "strategy": "joint", "gradient_accumulation_steps": 2,
+    },
+    "large batches": {
+        "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
+        "contrastive_batch_size": 8, "max_train_samples": 60,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(case: str, options, two_ranks: Ranks, tmp_path: Path) -> None:
+    settings = {**options, **CASES[case]}
+    stage = settings.pop("stage", None)
+    zero = {} if stage is None else {"zero_optimization": {"stage": stage}}
+    of_both = two_ranks.run(
+        trained,
+        {
+            **settings, "negatives": "global", "output_dir": str(tmp_path / "two"),
+            "deepspeed_config": deepspeed_file(tmp_path, **zero),
+        },
+    )  # fmt: skip
+    assert of_both[0] == of_both[1]
+    twice = {"per_device_train_batch_size": 2 * settings["per_device_train_batch_size"]}
+    if "contrastive_batch_size" in settings:
+        twice["contrastive_batch_size"] = 2 * settings["contrastive_batch_size"]
+    of_one = train(TrainingConfig.create(**{**settings, **twice}))["metrics"]
+    layers = of_one["validation"]
+    assert of_both[0]["validation"].keys() == layers.keys()
+    for layer, metrics in layers.items():
+        assert of_both[0]["validation"][layer] == pytest.approx(metrics, rel=2e-3)
+    pairs = list(zip(records(tmp_path / "two"), records(settings["output_dir"]), strict=True))
+    assert len(pairs) > 5
+    for ours, theirs in pairs:
+        assert ours.keys() == theirs.keys()
+        for name in ours.keys() - {"samples_per_second", "metrics"}:
+            # AdamW's first steps have the size of the learning rate whatever the gradient's, so
+            # rounding spreads.
+            tolerance = {"abs": 0.3} if name.startswith("angle") else {"rel": 2e-3}
+            is_number = isinstance(theirs[name], float)
+            expected = pytest.approx(theirs[name], **tolerance) if is_number else theirs[name]
+            assert ours[name] == expected, name
+
+
+def test_stops_at_one_step_and_goes_on(options, two_ranks: Ranks, tmp_path: Path) -> None:
+    settings = {**options, "dropout": 0.2, "strategy": "two_stage"}
+    whole = {**settings, "output_dir": str(tmp_path / "whole")}
+    two_ranks.run(trained, whole)
+    for step in (3, 11):
+        # In either stage.
+        parts = {**settings, "output_dir": str(tmp_path / f"parts{step}")}
+        answers = two_ranks.run(stopped, parts, step)
+        assert [code for code, _ in answers] == [143, 143]
+        assert all(f"checkpoint-{step}" in words for _, words in answers)
+        two_ranks.run(trained, {**parts, "resume_from_checkpoint": "latest"})
+        assert weights_hash(tmp_path / f"parts{step}") == weights_hash(tmp_path / "whole")
+        assert len(records(tmp_path / f"parts{step}")) == len(records(tmp_path / "whole"))
+    with pytest.raises(ValueError, match=r"saved by a run of 2 process\(es\); this one has 1"):
+        train(TrainingConfig.create(**parts, resume_from_checkpoint="latest"))
+
+
+def test_what_is_refused_is_refused_on_both(options, two_ranks: Ranks, tmp_path: Path) -> None:
+    def message(of_rank_1: dict[str, Any] | None = None, **changes: Any) -> str:
+        answers = two_ranks.run(refused, {**options, **changes}, of_rank_1 or {})
+        assert answers[0] == answers[1]
+        return answers[0]
+
+    found = message({"learning_rate": 2e-3})
+    assert "learning_rate: process 0 on" in found and "has 0.002" in found
+    # One process finds its data gone: the others hear of it, and nobody waits.
+    assert "no such directory" in message(data_dir=str(tmp_path / "nowhere"))
+    file = deepspeed_file(tmp_path, zero_optimisation={"stage": 1})
+    assert "'zero_optimization'" in message(deepspeed_config=file)
+    file = deepspeed_file(tmp_path, train_micro_batch_size_per_gpu=5)
+    assert "train_micro_batch_size_per_gpu" in message(deepspeed_config=file)
+    assert "deepspeed_config=none.json: No such file" in message(deepspeed_config="none.json")
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_processes_than_texts(options, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 65)
+    with pytest.raises(ValueError, match="65 processes for 64 training texts: start at most one"):
+        Trainer(TrainingConfig.create(**options))
+
+
+def test_deepspeed_in_one_process(options, tmp_path: Path) -> None:
+    """Without a launcher, in a process of its own: a group once joined stays."""
+    file = deepspeed_file(tmp_path)
+    with Ranks(1) as ranks:
+        ranks.run(trained, {**options, "deepspeed_config": file})
+    of_local = train(TrainingConfig.create(**{**options, "output_dir": str(tmp_path / "local")}))
+    of_one = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert of_one["validation"]["2"] == pytest.approx(
+        of_local["metrics"]["validation"][2], rel=1e-3
+    )

@@ -1,0 +1,161 @@
+"""Two machines: network namespaces joined by a pair of virtual interfaces, a launcher in each."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from fusedacl.engine import TrainingConfig, train
+
+ADDRESSES = ("10.77.0.1", "10.77.0.2")
+SECONDS = 240
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, text=True)
+
+
+class Machines:
+    """Two namespaces, each with the loopback and one interface towards the other."""
+
+    def __init__(self) -> None:
+        self.names = [f"fusedacl{os.getpid()}{letter}" for letter in "ab"]
+        self.interfaces = [f"veth{os.getpid() % 100000}{letter}" for letter in "ab"]
+        for name in self.names:
+            ip("netns", "add", name)
+        ip("link", "add", self.interfaces[0], "type", "veth", "peer", "name", self.interfaces[1])
+        for name, interface, address in zip(self.names, self.interfaces, ADDRESSES, strict=True):
+            ip("link", "set", interface, "netns", name)
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", interface)
+            ip("-n", name, "link", "set", interface, "up")
+            ip("-n", name, "link", "set", "lo", "up")
+
+    def close(self) -> None:
+        for name in self.names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+    def start(self, machine: int, command: list[str], **environment: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            ["ip", "netns", "exec", self.names[machine], *command],
+            env={
+                **os.environ,
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "GLOO_SOCKET_IFNAME": self.interfaces[machine],
+                # The namespaces share this machine's name, which is not an address in them.
+                "TP_SOCKET_IFNAME": self.interfaces[machine],
+                **environment,
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+
+@pytest.fixture
+def machines() -> Iterator[Machines]:
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("network namespaces need Linux, root and iproute2's ip")
+    try:
+        made = Machines()
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
+    yield made
+    made.close()
+
+
+def torchrun(node: int, *arguments: str, port: int = 29511) -> list[str]:
+    return [
+        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
+        "--nproc_per_node", "1", "--master_addr", ADDRESSES[0], "--master_port", str(port),
+        "-m", "fusedacl.engine", "train", *arguments,
+    ]  # fmt: skip
+
+
+def deepspeed(node: int, hostfile: Path, *arguments: str, port: int = 29512) -> list[str]:
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh",
+        "--node_rank", str(node), "--master_addr", ADDRESSES[0], "--master_port", str(port),
+        "--module", "fusedacl.engine", "train", *arguments,
+    ]  # fmt: skip
+
+
+def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[str]:
+    """What they printed; they must end in that time."""
+    outputs = []
+    try:
+        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+                process.communicate()
+    return outputs
+
+
+@pytest.fixture
+def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
+        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "max_steps": 4,
+        "per_device_train_batch_size": 8, "negatives": "global", "logging_steps": 1,
+        "save_steps": 0, "device": "cpu", "disable_tqdm": True, "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
+def test_two_machines_train_as_one(
+    launcher: str, machines: Machines, options: dict[str, Any], tmp_path: Path
+) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    commands = [
+        torchrun(node, *flags(options))
+        if launcher == "torchrun"
+        else deepspeed(node, hostfile, *flags(options))
+        for node in (0, 1)
+    ]
+    processes = [machines.start(node, command) for node, command in enumerate(commands)]
+    outputs = ended(processes)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    alone = {
+        **options, "per_device_train_batch_size": 16, "output_dir": str(tmp_path / "alone"),
+    }  # fmt: skip
+    train(TrainingConfig.create(**alone))
+    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+
+
+def test_what_goes_wrong_is_said_in_time(machines: Machines, options: dict[str, Any]) -> None:
+    """A process that never comes; an interface that is not there. The rest ends by itself."""
+    environment = {
+        "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0],
+        "MASTER_PORT": "29513",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fusedacl.engine", "train", *flags(options)]
+    alone = machines.start(0, command, **environment)
+    (words,) = ended([alone])
+    assert alone.returncode == 1
+    assert "process 0 of 2 on" in words and "process(es) 1 did not come" in words, words
+    wrong = machines.start(0, command, **environment, GLOO_SOCKET_IFNAME="eth9")
+    (words,) = ended([wrong])
+    assert wrong.returncode == 2
+    assert "GLOO_SOCKET_IFNAME=eth9" in words and machines.interfaces[0] in words

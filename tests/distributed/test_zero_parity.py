@@ -1,0 +1,130 @@
+"""ZeRO 0 to 3 on two ranks take the steps of the local engine on both ranks' samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from rank_pool import Ranks
+from zero_cases import compare, not_a_number, overflow, resume
+
+# Relative error of the weights' change over all steps, and of the angle in degrees. What is left in
+# half precision is what the forward pass rounds.
+BARS = {"fp32": (1e-6, 1e-3), "fp16": (1e-2, 0.1), "bf16": (5e-2, 0.3)}
+STAGES = [0, 1, 2, 3]
+# Gradients reduced in several parts; weights that are released after each use.
+BUCKETS = {"reduce_bucket_size": 500, "overlap_comm": True}
+RELEASED = {"stage3_param_persistence_threshold": 0, "sub_group_size": 1000}
+FP32 = {"dtype": "fp32", "accumulation": 2}
+CASES: list[dict[str, Any]] = [
+    *({"dtype": dtype, "accumulation": count} for dtype in ("fp32", "fp16") for count in (1, 2)),
+    # Weights move less, lest rounded steps take the two apart, which changes the angles too.
+    *(
+        {"dtype": "bf16", "accumulation": count, "learning_rate": 3e-4, "max_angle": 89.7}
+        for count in (1, 2)
+    ),
+    FP32 | {"groups": True, "clip": 0.5},
+    FP32 | {"groups": True, "clip": 0.5, "independent": True},
+    FP32 | {"label_rows": True, "clip": 0.5},
+    FP32 | {"gate": "none", "clip": 0.5},
+    {"dtype": "fp16", "accumulation": 2, "groups": True, "clip": 0.5, "independent": True},
+    {
+        "dtype": "fp16",
+        "accumulation": 1,
+        "clip": 0.5,
+        "fp16": {"loss_scale_window": 1, "initial_scale_power": 8},
+    },
+    {"dtype": "fp16", "accumulation": 2, "gate": "none", "fp16": {"loss_scale": 64}},
+]
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    with Ranks(2, collective_seconds=180) as ranks:
+        yield ranks
+
+
+def named(case: dict[str, Any]) -> str:
+    return " ".join(
+        str(value) if name in ("dtype", "gate") else name if value is True else f"{name}={value}"
+        for name, value in case.items()
+    )
+
+
+def check(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
+    assert results[0] == results[1]
+    made = results[0]
+    bar, degrees = BARS[case["dtype"]]
+    assert made["error"] <= bar
+    assert made["unmoved"] == 0.0
+    assert made["dtype"] == "torch.float32"
+    assert not any(made["skipped"])
+    for found, wanted in made["rates"]:
+        assert found == pytest.approx(wanted)
+    for found, wanted in made["norms"]:
+        assert found == pytest.approx(wanted, rel=max(2 * bar, 1e-5))
+    assert ("angles" in made) == (case.get("gate") != "none")
+    for found, wanted in made.get("angles", []):
+        assert found == pytest.approx(wanted, abs=degrees)
+    for found, wanted in [*made.get("kept", []), *made.get("active", [])]:
+        assert found == wanted
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("case", CASES, ids=named)
+def test_same_steps_as_the_local_engine(two_ranks: Ranks, stage: int, case: dict[str, Any]) -> None:
+    results = two_ranks.run(compare, stage, case)
+    check(case, results)
+    if "label_rows" not in case and case.get("gate") != "none":
+        # The gate did both in this run.
+        kept = {decision[0] for decision, _ in results[0]["kept"]}
+        assert kept == {True, False}
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero", "dtype", "label_rows"),
+    [
+        (1, BUCKETS, "fp32", False),
+        (2, BUCKETS, "fp16", False),
+        (3, BUCKETS | RELEASED, "fp16", True),
+        (3, RELEASED, "fp32", True),
+        (3, RELEASED, "fp32", False),
+    ],
+)
+def test_in_parts(
+    two_ranks: Ranks, stage: int, zero: dict[str, Any], dtype: str, label_rows: bool
+) -> None:
+    case = {"dtype": dtype, "accumulation": 2, "zero": zero, "label_rows": label_rows}
+    check(case, two_ranks.run(compare, stage, case))
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp16"), (1, "fp16"), (2, "fp32"), (3, "fp16")])
+def test_a_resumed_run_ends_with_the_same_bits(two_ranks: Ranks, stage: int, dtype: str) -> None:
+    for made in two_ranks.run(resume, stage, {"dtype": dtype, "accumulation": 1}):
+        assert made["error"] == 0.0
+        assert made["moved"] > 0.0
+        assert f"under ZeRO {stage}" in made["problem"]
+        assert "same ZeRO stage" in made["problem"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_an_overflow_of_one_rank_skips_the_step_on_all(two_ranks: Ranks, stage: int) -> None:
+    results = two_ranks.run(overflow, stage)
+    assert results[0] == results[1]
+    scales = [scale for scale, _, _ in results[0]]
+    skipped = [skip for _, skip, _ in results[0]]
+    assert skipped[0] and not skipped[-1]
+    for (scale, skip, moved), following in zip(results[0], scales[1:], strict=False):
+        assert following == (scale / 2 if skip else scale)
+        assert moved == 0.0 or not skip
+    assert results[0][-1][2] > 0.0
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_nan_without_float16_ends_the_run_on_all_ranks(two_ranks: Ranks, stage: int) -> None:
+    for message in two_ranks.run(not_a_number, stage):
+        assert "NaN or infinite" in message
