@@ -160,10 +160,11 @@ class ZeroGradients(ABC):
             master = self.master_of(piece)
             tensors += self.states(piece)
             if id(master) not in busy:
-                if master in state:
-                    tensors.append(state[master]["step"])
-                else:
+                count = state.get(master, {}).get("step")
+                if count is None:
                     fresh.append(master)
+                else:
+                    tensors.append(count)
         return Kept([(tensor, tensor.clone()) for tensor in tensors], fresh)
 
     def restore(self, kept: Kept) -> None:
@@ -171,7 +172,8 @@ class ZeroGradients(ABC):
         for tensor, value in kept.values:
             tensor.copy_(value)
         for master in kept.fresh:
-            for value in self.base_optimizer.state[master].values():
+            # Nothing is there where the step was skipped.
+            for value in self.base_optimizer.state.get(master, {}).values():
                 value.zero_()
 
     def begin_forward(self) -> None:  # noqa: B027 (stage 3 alone has something to do)
@@ -197,7 +199,9 @@ class ZeroGradients(ABC):
                 continue
             full = safe_get_full_fp32_param(parameter) if id(parameter) in trained else None
             gathered[id(parameter)] = (
-                self._whole(parameter) if full is None else full.detach().float().cpu()
+                self._whole(parameter)
+                if full is None
+                else full.detach().to("cpu", torch.float32, copy=True)
             )
         named = dict(self.engine.module.named_parameters(remove_duplicate=False))
         return {
@@ -207,7 +211,7 @@ class ZeroGradients(ABC):
 
     def _whole(self, parameter: Parameter) -> Tensor:
         """A parameter that has no master, in float32 on the CPU."""
-        return parameter.detach().float().cpu()
+        return parameter.detach().to("cpu", torch.float32, copy=True)
 
     def optimizer_state(self) -> dict[str, Any]:
         """`state_dict` of the optimizer that DeepSpeed wraps."""

@@ -92,7 +92,7 @@ class Stage0(_LocalSums):
 
     def _whole(self, parameter: Parameter) -> Tensor:
         pairs = {id(p): master for p, master in self._pairs()}
-        return pairs.get(id(parameter), parameter).detach().float().cpu()
+        return pairs.get(id(parameter), parameter).detach().to("cpu", torch.float32, copy=True)
 
     def _pairs(self) -> list[tuple[Parameter, Tensor]]:
         """Parameters and their float32 masters: themselves in float32."""
@@ -293,7 +293,7 @@ class Stage3(_EveryBackward):
         import deepspeed
 
         with deepspeed.zero.GatheredParameters([parameter]):
-            return parameter.detach().float().cpu().clone()
+            return parameter.detach().to("cpu", torch.float32, copy=True)
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_partitioned_groups_flat)
