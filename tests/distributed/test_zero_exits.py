@@ -38,8 +38,8 @@ def test_same_as_the_local_engine(
     results = two_ranks.run(compare_exits, zero, strategy, together)
     assert results[0]["error"] == results[1]["error"]
     for made in results:
-        # Where a gradient nearly vanishes, as in the first step of exits that rested, AdamW blows up
-        # its rounding.
+        # Where a gradient nearly vanishes, as in the first step of exits that rested, AdamW blows
+        # up its rounding.
         assert made["error"] <= (1e-6 if strategy == "two_stage" else 1e-3)
         for found, wanted in [*made["kept"], *made["active"]]:
             assert found == wanted
