@@ -41,12 +41,14 @@ bench-quick: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.loss --quick
 	$(BIN)/python -m fusedacl.benchmarks.angle --quick
 	$(BIN)/python -m fusedacl.benchmarks.exits --quick $(EXIT_TEXTS)
+	$(BIN)/python -m fusedacl.benchmarks.scaling --quick
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.loss
 	$(BIN)/python -m fusedacl.benchmarks.angle
 	$(BIN)/python -m fusedacl.benchmarks.step
 	$(BIN)/python -m fusedacl.benchmarks.exits $(EXIT_TEXTS)
+	$(BIN)/python -m fusedacl.benchmarks.scaling
 
 # For a machine with an NVIDIA GPU: the tests that need one, then the benchmarks.
 bench-gpu: $(VENV)/.dev
@@ -58,6 +60,7 @@ bench-gpu: $(VENV)/.dev
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
 	$(BIN)/python -m fusedacl.engine.report docs/results/*.json --output docs/results.md
+	$(BIN)/fusedacl report docs/results/trec6 --output_dir docs/reports/trec6
 	$(BIN)/python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md
 
 $(VENV)/bin/python:
