@@ -13,6 +13,7 @@ import torch
 
 from ..kernels.dispatch import Workload, explain
 from ..kernels.gradients import explain as explain_gradients
+from .zero_gradients import check_version
 
 PACKAGES = (
     "fusedacl",
@@ -128,11 +129,14 @@ def _kernels() -> list[str]:
 
 def _deepspeed() -> str:
     try:
-        return (
-            f"DeepSpeed {version('deepspeed')}: installed. This version trains in one process only."
-        )
-    except PackageNotFoundError:
-        return "DeepSpeed: absent. Not needed: this version trains in one process."
+        check_version()
+    except ValueError as error:
+        try:
+            found = f"{version('deepspeed')}, which is not supported"
+        except PackageNotFoundError:
+            found = "absent"
+        return f"DeepSpeed: {found}. Several processes need it: {str(error).split(': ')[-1]}"
+    return f"DeepSpeed {version('deepspeed')}: installed (runs of several processes)."
 
 
 def _apex() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
@@ -60,4 +61,13 @@ def test_absent_packages_are_left_out_of_versions(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(doctor, "version", version)
     assert "deepspeed" not in doctor.versions()
     assert doctor.versions()["torch"] == "1.2"
-    assert doctor._deepspeed().startswith("DeepSpeed: absent")
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor._deepspeed().startswith(
+        "DeepSpeed: absent. Several processes need it: pip install"
+    )
+
+
+def test_another_deepspeed_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.9.1")
+    monkeypatch.setattr(doctor, "version", lambda package: "0.9.1")
+    assert doctor._deepspeed().startswith("DeepSpeed: 0.9.1, which is not supported.")
