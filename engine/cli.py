@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
 fusedacl <verb> --help explains each option with its unit and default."""
 
 
+_PATIENCE_SECONDS = 10.0
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0, 1 (the run failed), 2 (a mistake in the input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -42,9 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise ValueError(f"Unknown verb {verb!r}.{did_you_mean(verb, _VERBS)}")
         return _VERBS[verb](rest)
     except ValueError as error:
-        # Several processes agree on a mistake before they end; one says it.
-        if os.environ.get("RANK", "0") == "0":
-            print(f"fusedacl {verb}: {error}", file=sys.stderr)
+        print(f"fusedacl {verb}: {_after_the_first_process()}{error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"fusedacl {verb}: {error}", file=sys.stderr)
@@ -52,6 +55,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fusedacl {verb}: interrupted.", file=sys.stderr)
         return 130
+
+
+def _after_the_first_process() -> str:
+    """Who speaks, in a run of several processes, after process 0 had time to.
+
+    They mostly make the same mistake, which one of them should tell; and the launcher ends all of
+    them as soon as one has ended, so the others wait.
+    """
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        return ""
+    time.sleep(_PATIENCE_SECONDS)
+    return f"process {rank} on {socket.gethostname()}: "
 
 
 def _train(arguments: list[str]) -> int:

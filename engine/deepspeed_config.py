@@ -49,7 +49,13 @@ _ZERO = (
     "stage3_param_persistence_threshold", "stage3_model_persistence_threshold",
     "stage3_gather_16bit_weights_on_model_save",
 )  # fmt: skip
-_OFFLOAD = ("offload_optimizer", "offload_param", "cpu_offload")
+_OFFLOAD = ("device", "pin_memory", "fast_init", "buffer_count", "ratio")
+_NOT_OFFLOADED = {
+    "offload_param": "the models this is for fit into a GPU; offload_optimizer saves far more.",
+    "cpu_offload": 'write "offload_optimizer": {"device": "cpu"}.',
+    "cpu_offload_params": "the models this is for fit into a GPU.",
+    "cpu_offload_use_pin_memory": "pin_memory of offload_optimizer says it.",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,11 @@ class DeepSpeedSettings:
     @property
     def stage(self) -> int:
         return int(self.config["zero_optimization"]["stage"])
+
+    @property
+    def offloads(self) -> bool:
+        """Whether the optimizer and its masters lie in host memory."""
+        return "offload_optimizer" in self.config["zero_optimization"]
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
@@ -125,6 +136,10 @@ def complete(
     made["gradient_clipping"] = float(options.max_grad_norm if clips else 0.0)
     loss_scale = _precision(given, config, made)
     made["zero_optimization"] = _zero(given.get("zero_optimization", {}), num_trained)
+    if "offload_optimizer" in made["zero_optimization"]:
+        _check_offload(made["zero_optimization"], config)
+        # DeepSpeed's own AdamW for the host wants a compiler; PyTorch's fused one is as good.
+        made["zero_force_ds_cpu_optimizer"] = False
     _check_optimizer(given, config)
     _check_data_types(given)
     return DeepSpeedSettings(made, loss_scale)
@@ -192,15 +207,13 @@ def _precision(
 def _zero(given: Any, num_trained: int) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ValueError(f"deepspeed_config: zero_optimization must be an object, not {given!r}.")
-    for key in _OFFLOAD:
-        block = given.get(key)
-        if block and not (isinstance(block, Mapping) and block.get("device", "none") == "none"):
+    for key, reason in _NOT_OFFLOADED.items():
+        if given.get(key) and given[key] != {"device": "none"}:
             raise ValueError(
-                f"deepspeed_config: zero_optimization.{key} is not supported: DeepSpeed then moves "
-                "the first gradient to the host before the second is known. ZeRO 3, more processes "
-                "or contrastive_batch_size save memory too."
+                f"deepspeed_config: zero_optimization.{key} is not supported: {reason}"
             )
-    rest = {"zero_optimization": {k: v for k, v in given.items() if k not in _OFFLOAD}}
+    left_out = ("offload_optimizer", *_NOT_OFFLOADED)
+    rest = {"zero_optimization": {k: v for k, v in given.items() if k not in left_out}}
     block = _block(rest, "zero_optimization", _ZERO)
     made = {key: value for key, value in block.items() if value != AUTO}
     stage = made.setdefault("stage", DEFAULT_STAGE)
@@ -208,7 +221,28 @@ def _zero(given: Any, num_trained: int) -> dict[str, Any]:
         raise ValueError(f"deepspeed_config: zero_optimization.stage={stage!r} must be 0 to 3.")
     # DeepSpeed's default, 500 million elements, is larger than the models this is for.
     made.setdefault("reduce_bucket_size", max(1, min(num_trained, LARGEST_BUCKET)))
+    offload = _block(given, "offload_optimizer", _OFFLOAD)
+    if offload.get("device", "none") != "none":
+        made["offload_optimizer"] = {k: v for k, v in offload.items() if v != AUTO}
     return made
+
+
+def _check_offload(zero: Mapping[str, Any], config: TrainingConfig) -> None:
+    place = "deepspeed_config: zero_optimization.offload_optimizer"
+    block = zero["offload_optimizer"]
+    if block["device"] != "cpu":
+        raise ValueError(
+            f"{place}.device={block['device']!r} is not supported: the second gradient would have "
+            "to wait for the disk. Use cpu."
+        )
+    if block.get("ratio", 1.0) != 1.0:
+        raise ValueError(f"{place}.ratio={block['ratio']!r} is not supported. Leave it out.")
+    if zero["stage"] == 0:
+        raise ValueError(f"{place} needs ZeRO 1 to 3; zero_optimization.stage is 0.")
+    if config.optimization.optimizer != "adamw":
+        raise ValueError(
+            f"{place}: optimizer={config.optimization.optimizer} runs on a GPU only. Use adamw."
+        )
 
 
 def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:

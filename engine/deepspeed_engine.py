@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -26,7 +27,7 @@ from .optimizers import new_optimizer
 from .precision import choose_dtype
 from .trainable import StepReport
 from .zero_gradients import ZeroGradients, check_version
-from .zero_stages import zero_gradients
+from .zero_layout import zero_gradients
 
 MAIN, AUXILIARY = 0, 1
 
@@ -105,7 +106,9 @@ class DeepSpeedEngine:
                 id(p): p.detach().cpu().clone() for p in model.parameters() if not p.requires_grad
             }
         self.engine = _initialize(model, base, self.scheduler, self.settings.config)
-        self.gradients: ZeroGradients = zero_gradients(self.engine, 2 if self.gated else 1)
+        self.gradients: ZeroGradients = zero_gradients(
+            self.engine, 2 if self.gated else 1, offloads=self.settings.offloads
+        )
         self.gradients.start_from(before)
         self.gradients.set_loss_scale(self.scaler.scale)
         positions = {
@@ -159,7 +162,9 @@ class DeepSpeedEngine:
         scale = self.scaler.scale
         gradients = self.gradients
         # Each process may hold no part of a group: a zero stands for it, so that all have all.
-        stand_ins: list[Tensor | None] = [torch.zeros(1, device=self.device) for _ in self.groups]
+        stand_ins: list[Tensor | None] = [
+            torch.zeros(1, device=gradients.device) for _ in self.groups
+        ]
         groups = [*self._piece_groups, *range(len(self.groups))]
         auxiliary: list[Tensor | None] = [None] * len(groups)
         if self.gated:
@@ -172,7 +177,7 @@ class DeepSpeedEngine:
                 "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, "
                 "usually helps."
             )
-        used = torch.zeros(len(self.groups), device=self.device)
+        used = torch.zeros(len(self.groups), device=gradients.device)
         if finite:
             used = gated_combine_(
                 main,
@@ -204,12 +209,12 @@ class DeepSpeedEngine:
     def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool]]:
         """Sums over the processes' parts, and which parameters a gradient reached anywhere."""
         reached = torch.tensor(self.gradients.reached, dtype=torch.float64, device=self.device)
-        own = stats.double()
+        own = stats.double().to(self.device)
         both = torch.cat([own.flatten(), reached])
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(both)
         sums = own if self.gradients.replicated else both[: own.numel()].view_as(own)
-        return sums.float(), (both[own.numel() :] > 0).tolist()
+        return sums.to(stats), (both[own.numel() :] > 0).tolist()
 
     def _update(self, combined: Sequence[Tensor | None], reached: list[bool], finite: bool) -> None:
         gradients = self.gradients
@@ -303,6 +308,10 @@ def _initialize(
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    # DeepSpeed calls torch by names that torch has renamed; nobody here can change that.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
     if "fp16" in config and not get_accelerator().is_fp16_supported():
         raise ValueError(
             "fp16: DeepSpeed refuses it on this device, which has no such arithmetic. Use bf16 or "

@@ -119,6 +119,11 @@ class ZeroGradients(ABC):
         """Forget what was accumulated in this step."""
 
     @property
+    def device(self) -> torch.device:
+        """Where the reduced gradients lie."""
+        return torch.device(self.engine.device)
+
+    @property
     def base_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that DeepSpeed wraps."""
         return getattr(self.optimizer, "optimizer", self.optimizer)

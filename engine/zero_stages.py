@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from .zero_gradients import Piece, ZeroGradients, check_version
+from .zero_gradients import Piece, ZeroGradients
 
 
 class _LocalSums(ZeroGradients):
@@ -240,8 +240,7 @@ class _EveryBackward(_Partitioned):
         held = self.sums[kind]
         if held is not None:
             return held
-        device = self.engine.device
-        return [torch.zeros(piece.length, device=device) for piece in self.pieces]
+        return [torch.zeros(piece.length, device=self.device) for piece in self.pieces]
 
 
 class Stage2(_EveryBackward, _FlatGroups):
@@ -341,13 +340,6 @@ class Stage3(_EveryBackward):
             self.base_optimizer.load_state_dict(state)
         finally:
             self.optimizer._clear_fp32_optimizer_param_groups()
-
-
-def zero_gradients(engine: Any, num_kinds: int) -> ZeroGradients:
-    """The gradients of an engine, as its ZeRO stage leaves them."""
-    check_version()
-    stages: Mapping[int, type[ZeroGradients]] = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
-    return stages[int(engine.zero_optimization_stage())](engine, num_kinds)
 
 
 def _moments(optimizer: torch.optim.Optimizer, master: Tensor) -> Iterable[Tensor]:

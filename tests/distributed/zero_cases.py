@@ -223,9 +223,12 @@ def resume(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def overflow(rank: int, stage: int) -> list[tuple[float, bool, float]]:
+def overflow(
+    rank: int, stage: int, zero: dict[str, Any] | None = None
+) -> list[tuple[float, bool, float]]:
     """Loss scale, skipped, and the largest weight change of each step, the first scales too big."""
     case = {"dtype": "fp16", "accumulation": 1, "fp16": {"initial_scale_power": 16}}
+    case["zero"] = zero or {}
     net = Net()
     engine = sharded(net, stage, case)
     made = []

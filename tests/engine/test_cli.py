@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,23 @@ def test_mistakes_are_one_line_and_status_2(
     assert message in shown
     assert shown.count("\n") == 1
     assert "Traceback" not in shown
+
+
+def test_of_several_processes_the_first_tells_a_mistake(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("fusedacl.engine.cli.time.sleep", waits.append)
+    monkeypatch.setenv("RANK", "0")
+    assert main(["trian"]) == 2
+    assert "fusedacl trian: Unknown verb" in capsys.readouterr().err
+    assert waits == []
+    # The others leave it the time, and tell theirs if they are still there.
+    monkeypatch.setenv("RANK", "3")
+    assert main(["trian"]) == 2
+    shown = capsys.readouterr().err
+    assert f"fusedacl trian: process 3 on {socket.gethostname()}: Unknown verb" in shown
+    assert waits == [10.0]
 
 
 def test_train_evaluate_predict(

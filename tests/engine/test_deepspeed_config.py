@@ -69,6 +69,25 @@ def test_groups_that_fusedacl_clips_are_not_clipped_again() -> None:
     assert settings({}, max_grad_norm=0).config["gradient_clipping"] == 0.0
 
 
+def offloading(stage: int = 2, **block: Any) -> dict[str, Any]:
+    offload = {"device": "cpu", **block}
+    return {"zero_optimization": {"stage": stage, "offload_optimizer": offload}}
+
+
+def test_optimizer_offload() -> None:
+    made = settings(offloading(pin_memory=False))
+    assert made.offloads
+    assert made.config["zero_optimization"]["offload_optimizer"] == {
+        "device": "cpu",
+        "pin_memory": False,
+    }
+    # Else DeepSpeed demands an optimizer of its own, which wants a compiler.
+    assert made.config["zero_force_ds_cpu_optimizer"] is False
+    assert not settings(offloading(device="none")).offloads
+    with pytest.raises(ValueError, match="apex_fused_adam runs on a GPU only"):
+        settings(offloading(), optimizer="apex_fused_adam")
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -86,9 +105,14 @@ def test_groups_that_fusedacl_clips_are_not_clipped_again() -> None:
         ({"zero_optimization": {"stage": True}}, "stage=True must be 0 to 3"),
         ({"zero_optimization": 2}, "zero_optimization must be an object"),
         ({"zero_optimization": {"overlap_com": True}}, "Did you mean 'overlap_comm'"),
+        (offloading(device="nvme"), "device='nvme' is not supported.*Use cpu"),
+        (offloading(0), "needs ZeRO 1 to 3"),
+        (offloading(ratio=0.5), "ratio=0.5 is not supported"),
+        (offloading(pin_memry=True), "pin_memry.*Did you mean 'pin_memory'"),
+        ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is not supported: write"),
         (
-            {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
-            "offload_optimizer is not supported",
+            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
+            "offload_param is not supported",
         ),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb': fusedacl trains with AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "lr=1.0, but learning_rate"),

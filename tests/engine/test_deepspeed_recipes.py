@@ -14,6 +14,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cpu_gloo": {},
     "v100_16gb_fp16": {"fp16": True},
     "zero2_bf16": {"bf16": True},
+    "zero3_offload": {"bf16": True},
 }
 
 
@@ -27,7 +28,8 @@ def test_is_completed_from_its_options(file: Path) -> None:
     assert made.config["train_batch_size"] == 24
     assert made.config.get("fp16", {}).get("enabled", False) is options.optimization.fp16
     assert made.config.get("bf16", {}).get("enabled", False) is options.optimization.bf16
-    assert made.stage in (1, 2)
+    assert made.stage == {"zero2_bf16": 2, "zero3_offload": 3}.get(file.stem, 1)
+    assert made.offloads == (file.stem == "zero3_offload")
 
 
 def test_a_file_for_another_precision_is_refused() -> None:
