@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 import time
 from dataclasses import dataclass
 from datetime import timedelta
@@ -14,6 +15,8 @@ import torch.distributed as dist
 TIMEOUT_SECONDS = 600.0
 # In which all processes must have come, and their connections stand.
 MEETING_SECONDS = 60.0
+# For torch to notice that by itself.
+GRACE_SECONDS = 5.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -102,6 +105,11 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
         barrier()
     # torch's own errors of this kind are RuntimeErrors.
     except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise OSError(
+                f"{who}: port {os.environ['MASTER_PORT']} of this machine is in use by another "
+                "program. Name a free one: MASTER_PORT, or --master_port of the launcher."
+            ) from error
         raise OSError(
             f"{who} could not meet the others at {place} within {MEETING_SECONDS:g} s: "
             f"{_first_line(error)} Check that this address can be reached from every machine, and, "
@@ -117,13 +125,32 @@ def _store(launch: Launch, meeting: timedelta) -> dist.Store:
     Not `init_process_group`'s own, which waits for all and then cannot say who is missing.
     """
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        is_master=launch.rank == 0 and not is_torchruns,
-        wait_for_workers=False,
-        timeout=meeting,
-    )
+    made: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            store = dist.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=launch.rank == 0 and not is_torchruns,
+                wait_for_workers=False,
+                timeout=meeting,
+            )
+        except Exception as error:
+            made.append(error)
+        else:
+            made.append(store)
+
+    # Its own timeout does not count once something has taken the call, such as another program's
+    # server that never answers.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(meeting.total_seconds() + GRACE_SECONDS)
+    if not made:
+        raise RuntimeError("What listens there is no process of this run: it does not answer.")
+    store = made[0]
+    if isinstance(store, Exception):
+        raise store
     # A restarted run must not find the keys of the one before.
     return dist.PrefixStore(f"fusedacl{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
 

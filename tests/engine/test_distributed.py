@@ -66,6 +66,30 @@ def test_nobody_comes(environment: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - started < 30
 
 
+@pytest.mark.parametrize(
+    ("rank", "message"),
+    [
+        ("0", "port .* is in use by another program. Name a free one: MASTER_PORT"),
+        ("1", "no process of this run: it does not answer"),
+    ],
+)
+def test_another_program_has_the_port(
+    environment: pytest.MonkeyPatch, rank: str, message: str
+) -> None:
+    for name, value in (VARIABLES | {"RANK": rank}).items():
+        environment.setenv(name, value)
+    environment.setattr(distributed, "MEETING_SECONDS", 1.0)
+    environment.setattr(distributed, "GRACE_SECONDS", 0.5)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        environment.setenv("MASTER_PORT", str(other.getsockname()[1]))
+        started = time.monotonic()
+        with pytest.raises(OSError, match=message):
+            join("cpu")
+    assert time.monotonic() - started < 30
+
+
 def test_more_processes_than_gpus(environment: pytest.MonkeyPatch) -> None:
     for name, value in (VARIABLES | {"LOCAL_RANK": "99"}).items():
         environment.setenv(name, value)
