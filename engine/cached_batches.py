@@ -21,6 +21,7 @@ from torch.distributed import ProcessGroup
 from .config import ObjectiveOptions
 from .modeling import MultiExitOutput
 from .objectives import ExitLosses, Teacher, contrastive_loss, main_losses
+from .step_parts import CONTRASTIVE_BACKWARD, part
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ def cached_losses(
         process_group,
     )
     assert value is not None  # the configuration refuses such batches without a contrastive term
-    of_samples, of_weights = torch.autograd.grad(
-        (loss_scale * value).sum(), [samples, weights], allow_unused=True
-    )
+    with part(CONTRASTIVE_BACKWARD):
+        of_samples, of_weights = torch.autograd.grad(
+            (loss_scale * value).sum(), [samples, weights], allow_unused=True
+        )
     value = value.detach()
     start = 0
     for index, forward in enumerate(forwards):
@@ -86,14 +88,14 @@ def cached_losses(
         chunk = forward()
         embeddings = chunk.output.exit_embeddings  # [E, N, d]
         stop = start + embeddings.shape[1]
-        part = _product(embeddings, of_samples[:, start:stop])
+        linked = _product(embeddings, of_samples[:, start:stop])
         if index == 0 and of_weights is not None:
             with context():
-                part = part + _product(label_embeddings(), of_weights)
-        part = part / loss_scale
+                linked = linked + _product(label_embeddings(), of_weights)
+        linked = linked / loss_scale
         main, cross_entropy = main_losses(options, chunk.output, chunk.labels, chunk.teacher)
-        # The gradient of `part`, and an equal part of the value.
-        auxiliary = part - part.detach() + value / len(forwards)
+        # The gradient of `linked`, and an equal part of the value.
+        auxiliary = linked - linked.detach() + value / len(forwards)
         yield ExitLosses(main, auxiliary, cross_entropy).times(shares[index], weight)
         start = stop
 

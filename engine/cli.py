@@ -23,6 +23,7 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
   angles     angles between the gradients of two losses, over a run's parameters and layers
   tsne       an exit's representations with the label embeddings, drawn and measured
   report     figures, tables and a page of a sweep, or of several runs
+  bench      what losses, gate, steps, exits and scaling cost here, beside what others use
   doctor     what this machine can run, and why
 
 fusedacl <verb> --help explains each option with its unit and default."""
@@ -259,6 +260,14 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
+def _bench(arguments: list[str]) -> int:
+    # Nothing but this verb needs the benchmarks.
+    from ..benchmarks.cli import main as bench
+
+    _quiet_transformers()
+    return bench(arguments)
+
+
 def _doctor(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
         print("usage: fusedacl doctor\n\nSays what this machine can run, and why; no options.")
@@ -293,6 +302,11 @@ def _gate_lines(gate: list[dict[str, Any]]) -> list[str]:
             + (f" ({shares})" if len(rows) > 1 else "")
             + f", median angle {angle:.1f} degrees"
         )
+        compared = sum(row.get("compared_steps", 0) for row in rows)
+        if compared:
+            # With a scope there is one group.
+            share = rows[0]["agreement_share"]
+            lines[-1] += f", the exact decision in {share:.1%} of the {compared} compared"
     return lines
 
 
@@ -318,5 +332,6 @@ _VERBS: dict[str, Callable[[list[str]], Any]] = {
     "angles": _angles,
     "tsne": _tsne,
     "report": _report,
+    "bench": _bench,
     "doctor": _doctor,
 }

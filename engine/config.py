@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
+from .gate_scope import check_scope
 from .options import build, option
 
 
@@ -81,6 +82,20 @@ class ObjectiveOptions:
     )
     max_angle: float = option(
         90.0, "largest angle kept by the gate, degrees", at_least=0, at_most=180
+    )
+    gate_scope: str = option(
+        "all",
+        "what the gate's angle is over. all: all trained parameters (exact, a second backward"
+        " pass); top:K: the last K layers and the exit; head: the representation that both losses"
+        " read (nearly free, and only roughly the exact decision). The last two, for backbone and"
+        " one exit (--strategy single, first stage of two_stage; its second one is exact),"
+        " back-propagate down to there twice, from there once",
+    )
+    gate_agreement_steps: int = option(
+        0,
+        "with another --gate_scope than all: find the exact decision too, every so many optimizer"
+        " steps, and log whether it is the same (two more passes); 0: never",
+        at_least=0,
     )
     aux_weight: float = option(
         0.02,
@@ -196,7 +211,30 @@ class RunOptions:
     save_steps: int | None = option(
         None, "optimizer steps between checkpoints; unset: each epoch, 0: none", at_least=0
     )
-    save_total_limit: int | None = option(2, "checkpoints to keep; none keeps all", at_least=1)
+    save_total_limit: int | None = option(
+        2, "checkpoints to keep, the newest and the best one always; none keeps all", at_least=1
+    )
+    load_best_model_at_end: bool = option(
+        False,
+        "the final model is that of the checkpoint with the best score (the last exit's on the"
+        " first evaluation split; of two_stage's second stage, the mean of its exits)",
+    )
+    metric_for_best_model: str | None = option(
+        None, "with it: the score, a metric of the task or loss; unset: loss"
+    )
+    greater_is_better: bool | None = option(
+        None, "with it: more of that score is better; unset: of all but loss"
+    )
+    profile_steps: int = option(
+        0,
+        "profile so many optimizer steps, after 3 to warm up: where their time goes is printed and"
+        " written to profile.json; 0: none",
+        at_least=0,
+        at_most=50,
+    )
+    profile_trace: bool = option(
+        False, "with --profile_steps: also write trace.json.gz, for Perfetto or chrome://tracing"
+    )
     report_to: str = option("none", "also write to TensorBoard", choices=("none", "tensorboard"))
     device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
     ddp_timeout: float = option(
@@ -267,8 +305,12 @@ class TrainingConfig:
             )
         self._check_strategy()
         self._check_contrastive_batch()
+        check_scope(self)
         if self.optimization.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
+        if self.run.profile_trace and self.run.profile_steps == 0:
+            raise ValueError("profile_trace needs steps to trace: set profile_steps, such as 10.")
+        self._check_best()
         if self.run.overwrite_output_dir and self.run.resume_from_checkpoint:
             raise ValueError(
                 "overwrite_output_dir would delete the checkpoint of resume_from_checkpoint."
@@ -278,6 +320,37 @@ class TrainingConfig:
             self.objective, gate=gate, cross_layer=self.contrasts_layers
         )
         return dataclasses.replace(self, objective=objective)
+
+    def _check_best(self) -> None:
+        """Refuse what would leave the best model unknown or unsaved."""
+        run = self.run
+        if not run.load_best_model_at_end:
+            for name in ("metric_for_best_model", "greater_is_better"):
+                if getattr(run, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(run, name)} chooses the best model: set "
+                        "load_best_model_at_end too, or leave it out."
+                    )
+            return
+        if run.save_steps == 0:
+            raise ValueError(
+                "load_best_model_at_end needs checkpoints to choose from, and save_steps=0 saves "
+                "none: leave save_steps out (each epoch), or set it."
+            )
+        every = {"eval_steps": run.eval_steps, "save_steps": run.save_steps}
+        if (run.eval_steps is None) != (run.save_steps is None):
+            unset = next(name for name, value in every.items() if value is None)
+            given = next(name for name, value in every.items() if value is not None)
+            raise ValueError(
+                f"load_best_model_at_end: {given}={every[given]}, but {unset} is unset, which "
+                f"means each epoch. A checkpoint needs its scores: set {unset}={every[given]} "
+                "too, or leave both out."
+            )
+        if run.eval_steps and run.save_steps and run.save_steps % run.eval_steps:
+            raise ValueError(
+                f"load_best_model_at_end: save_steps={run.save_steps} is not a multiple of "
+                f"eval_steps={run.eval_steps}, so checkpoints would lack their scores."
+            )
 
     @property
     def contrasts_layers(self) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,19 +17,22 @@ from torch.nn import Parameter
 from transformers import get_linear_schedule_with_warmup
 
 from ..kernels import gated_combine_, grad_dot_norm
-from ..kernels.gradients import angle_degrees, choose, combined_squared_norm, within_angle
+from ..kernels.gradients import choose, combined_squared_norm
 from . import distributed
 from .config import TrainingConfig
 from .deepspeed_config import complete
-from .gate import GateDecision
+from .gate import decision_of, used_weight, weighted_sum
 from .local import decay_groups
 from .loss_scale import DeepSpeedLossScaler
+from .modeling import MultiExitForSequenceClassification
 from .objectives import ExitLosses
 from .optimizers import new_optimizer
 from .precision import choose_dtype
+from .step_parts import CE_BACKWARD, COMMUNICATION, CONTRASTIVE_BACKWARD, GATE, OPTIMIZER, part
 from .trainable import StepReport
 from .zero_gradients import ZeroGradients, check_version
 from .zero_layout import zero_gradients
+from .zero_scope import SharedScope
 
 MAIN, AUXILIARY = 0, 1
 
@@ -40,7 +45,8 @@ class DeepSpeedEngine:
     `close`, which gives them back whole and in float32.
 
     Args:
-        model, num_steps, device, groups, independent, learning_rate: as for `LocalEngine`.
+        model, num_steps, device, groups, independent, learning_rate, gate_scope: as for
+            `LocalEngine`.
         deepspeed_config: the JSON object; see `deepspeed_config.complete`.
         optimizer: adamw or apex_fused_adam.
 
@@ -58,6 +64,7 @@ class DeepSpeedEngine:
         groups: Mapping[str, Sequence[Parameter]] | None = None,
         independent: bool = False,
         learning_rate: float | None = None,
+        gate_scope: str = "all",
         deepspeed_config: Mapping[str, Any] | None = None,
         optimizer: str = "adamw",
     ) -> None:
@@ -67,7 +74,16 @@ class DeepSpeedEngine:
         self.weight = config.objective.aux_weight
         self.max_angle = config.objective.max_angle
         self.impl = config.objective.impl
-        self.gated = config.gated
+        # Whether two gradients of all parameters are kept; a scope decides before there are any.
+        self.gated = config.gated and gate_scope == "all"
+        self.scope: SharedScope | None = None
+        self._scope_stats: Tensor | None = None
+        if config.objective.gate_agreement_steps:
+            raise ValueError(
+                f"gate_agreement_steps={config.objective.gate_agreement_steps}: under DeepSpeed "
+                "there is no exact decision beside that of gate_scope. Compare them in a run of "
+                "one process without deepspeed_config, and leave it out here."
+            )
         self.independent = independent
         self.max_norm = options.max_grad_norm or None
         self.dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
@@ -98,6 +114,8 @@ class DeepSpeedEngine:
         self.scheduler = get_linear_schedule_with_warmup(
             base, round(options.warmup_ratio * num_steps), num_steps
         )
+        if config.gated and gate_scope != "all":
+            self.scope = SharedScope(cast(MultiExitForSequenceClassification, model), gate_scope)
         # DeepSpeed rounds the weights to half precision, and would make its masters from that.
         before = {id(p): p.detach().clone() for p in self.parameters}
         self._frozen: dict[int, Tensor] = {}
@@ -137,6 +155,7 @@ class DeepSpeedEngine:
         finally:
             self.engine._forward_epilogue()
 
+    @part(CE_BACKWARD)
     def backward(self, losses: ExitLosses, share: float = 1.0) -> None:
         """Accumulate the gradients of one micro-batch.
 
@@ -147,17 +166,42 @@ class DeepSpeedEngine:
         factor = share * distributed.world_size()  # DeepSpeed takes the mean over the processes
         if self.gradients.wants_scaled_loss:
             factor *= self.scaler.scale
+        if self.scope is not None and losses.auxiliary is not None:
+            loss = self._decided(losses, share * distributed.world_size())
+            self.gradients.accumulate(MAIN, factor * loss, retain_graph=False)
+            return
         if not self.gated or losses.auxiliary is None:
             self.gradients.accumulate(
                 MAIN, factor * losses.weighted(self.weight), retain_graph=False
             )
             return
         if losses.auxiliary.requires_grad:
-            self.gradients.accumulate(AUXILIARY, factor * losses.auxiliary.sum(), retain_graph=True)
+            with part(CONTRASTIVE_BACKWARD):
+                self.gradients.accumulate(
+                    AUXILIARY, factor * losses.auxiliary.sum(), retain_graph=True
+                )
         self.gradients.accumulate(MAIN, factor * losses.main.sum(), retain_graph=False)
 
-    def step(self) -> StepReport:
-        """Decide, unscale, clip and update, or skip, alike on every process."""
+    @part(GATE)
+    def _decided(self, losses: ExitLosses, factor: float) -> Tensor:
+        """The losses, weighted as the angle over the scope says, alike on every process."""
+        assert self.scope is not None and losses.auxiliary is not None
+        assert self._scope_stats is None, "the configuration allows one batch a step"
+        main, auxiliary = losses.main.sum(), losses.auxiliary.sum()
+        scaled = factor * self.scaler.scale
+        self._scope_stats = self.scope.stats(
+            self.gradients, scaled * main, scaled * auxiliary, self.impl
+        )
+        used = used_weight(self._scope_stats, self.weight, self.max_angle)
+        return weighted_sum(main, auxiliary, used)
+
+    @part(OPTIMIZER)
+    def step(self, *, compare: bool = False) -> StepReport:
+        """Decide, unscale, clip and update, or skip, alike on every process.
+
+        `compare`: refused when the engine was made, so never asked for.
+        """
+        assert not compare
         learning_rate = self.scheduler.get_last_lr()[0]
         scale = self.scaler.scale
         gradients = self.gradients
@@ -167,11 +211,14 @@ class DeepSpeedEngine:
         ]
         groups = [*self._piece_groups, *range(len(self.groups))]
         auxiliary: list[Tensor | None] = [None] * len(groups)
-        if self.gated:
-            auxiliary = [*gradients.reduced(AUXILIARY), *stand_ins]
-        main = [*gradients.reduced(MAIN), *stand_ins]
-        stats, reached = self._totals(grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl))
-        finite = bool(torch.isfinite(stats).all())
+        with part(COMMUNICATION):
+            if self.gated:
+                auxiliary = [*gradients.reduced(AUXILIARY), *stand_ins]
+            main = [*gradients.reduced(MAIN), *stand_ins]
+        # Without the gate this is the norm to clip by.
+        with part(GATE if self.gated else OPTIMIZER):
+            own_stats = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
+        stats, reached, finite = self._totals(own_stats)
         if not finite and not self.scaler.enabled:
             raise FloatingPointError(
                 "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, "
@@ -179,42 +226,47 @@ class DeepSpeedEngine:
             )
         used = torch.zeros(len(self.groups), device=gradients.device)
         if finite:
-            used = gated_combine_(
-                main,
-                auxiliary,
-                stats,
-                weight=self.weight if self.gated else 0.0,
-                max_angle=self.max_angle,
-                max_norm=self.max_norm * scale if self.independent and self.max_norm else None,
-                clip_groups=self.independent,
-                groups=groups,
-                impl=self.impl,
-            )
+            with part(GATE if self.gated else OPTIMIZER):
+                used = gated_combine_(
+                    main,
+                    auxiliary,
+                    stats,
+                    weight=self.weight if self.gated else 0.0,
+                    max_angle=self.max_angle,
+                    max_norm=self.max_norm * scale if self.independent and self.max_norm else None,
+                    clip_groups=self.independent,
+                    groups=groups,
+                    impl=self.impl,
+                )
         else:
             used.fill_(torch.nan)
         grad_norm = combined_squared_norm(stats, used).sum().sqrt() / scale
         decision = None
         if self.gated:
-            decision = GateDecision(
-                used,
-                within_angle(stats, self.max_angle),
-                angle_degrees(stats),
-                grad_norm,
-                (stats[:, 1:] != 0).any(dim=1),
-                torch.isfinite(stats).all(),
-            )
+            decision = decision_of(stats, used, self.max_angle, grad_norm)
+        elif self._scope_stats is not None:
+            used = used_weight(self._scope_stats, self.weight, self.max_angle)
+            decision = decision_of(self._scope_stats, used, self.max_angle, grad_norm)
+            self._scope_stats = None
         self._update(main[: len(gradients.pieces)], reached, finite)
         return StepReport(float(grad_norm), learning_rate, scale, not finite, decision)
 
-    def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool]]:
-        """Sums over the processes' parts, and which parameters a gradient reached anywhere."""
+    def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool], bool]:
+        """Sums over the processes, which parameters a gradient reached, whether all is finite.
+
+        The host reads all of it at once: every read waits for the device.
+        """
         reached = torch.tensor(self.gradients.reached, dtype=torch.float64, device=self.device)
         own = stats.double().to(self.device)
         both = torch.cat([own.flatten(), reached])
         if distributed.world_size() > 1:
             torch.distributed.all_reduce(both)
-        sums = own if self.gradients.replicated else both[: own.numel()].view_as(own)
-        return sums.to(stats), (both[own.numel() :] > 0).tolist()
+        scope = [] if self._scope_stats is None else [self._scope_stats.double().flatten()]
+        values = torch.cat([both, *scope]).tolist()
+        start, stop = own.numel(), both.numel()
+        finite = all(map(math.isfinite, [*values[:start], *values[stop:]]))
+        sums = own if self.gradients.replicated else both[:start].view_as(own)
+        return sums.to(stats), [value > 0 for value in values[start:stop]], finite
 
     def _update(self, combined: Sequence[Tensor | None], reached: list[bool], finite: bool) -> None:
         gradients = self.gradients
@@ -288,6 +340,8 @@ class DeepSpeedEngine:
         """
         full = self.full_state_dict()
         self.gradients.release()
+        if self.scope is not None:
+            self.scope.close()
         self.engine.destroy()
         # Left in place, these would shard what the model does from now on.
         self.engine.module_forward_pre_hook.remove()
@@ -320,9 +374,16 @@ def _initialize(
     # On a CPU it would compile this for minutes, and only there would it be used.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
-    )
+    # It wants this of a run without a launcher too. Left there, others take it for a launcher's.
+    has_rank = "LOCAL_RANK" in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
+        )
+    finally:
+        if not has_rank:
+            del os.environ["LOCAL_RANK"]
     return engine
 
 

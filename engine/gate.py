@@ -11,6 +11,7 @@ from torch.nn import Parameter
 
 from ..kernels import gated_combine_, grad_dot_norm
 from ..kernels.gradients import angle_degrees, choose, combined_squared_norm, within_angle
+from .step_parts import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, part
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class GateDecision:
     grad_norm []: norm of the combined gradient over all groups, unscaled, before clipping.
     active [G]: whether a gradient reached the group at all; without one the angle says nothing.
     finite []: False: an overflow or NaN; no decision was taken and the step must be skipped.
+    exact_angle, agrees [G]: where the angle is over a part of the model and the exact one was asked
+        for: that angle, and whether it decides alike.
     """
 
     weight: Tensor
@@ -32,6 +35,42 @@ class GateDecision:
     grad_norm: Tensor
     active: Tensor
     finite: Tensor
+    exact_angle: Tensor | None = None
+    agrees: Tensor | None = None
+
+
+def decision_of(stats: Tensor, used: Tensor, max_angle: float, grad_norm: Tensor) -> GateDecision:
+    """What the [G, 3] of `grad_dot_norm` say, and the l' [G] that `gated_combine_` has used.
+
+    grad_norm []: of the combined gradient; not finite where it overflowed after the decision.
+    """
+    return GateDecision(
+        used,
+        within_angle(stats, max_angle),
+        angle_degrees(stats),
+        grad_norm,
+        (stats[:, 1:] != 0).any(dim=1),
+        torch.isfinite(stats).all() & torch.isfinite(grad_norm),
+    )
+
+
+def used_weight(stats: Tensor, weight: float, max_angle: float) -> Tensor:
+    """The l' [G] that stats [G, 3] decide for, as `gated_combine_` returns it."""
+    used = weight * within_angle(stats, max_angle).float()
+    return used.masked_fill(~stats.isfinite().all(dim=1), torch.nan)
+
+
+def weighted_sum(main_loss: Tensor, auxiliary_loss: Tensor, used: Tensor) -> Tensor:
+    """(1 - l') main + l' auxiliary; without a decision (NaN), where no step follows, main."""
+    weight = used[0].nan_to_num(0.0)
+    return (1 - weight) * main_loss + weight * auxiliary_loss
+
+
+def scope_gradients(loss: Tensor, scope: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """A loss's gradients of some tensors, None where it reaches none; its graph is kept."""
+    if not loss.requires_grad:
+        return [None] * len(scope)
+    return torch.autograd.grad(loss, list(scope), retain_graph=True, allow_unused=True)
 
 
 class GradientGate:
@@ -95,18 +134,23 @@ class GradientGate:
 
     def accumulate(self, main_loss: Tensor, auxiliary_loss: Tensor) -> None:
         """Add both gradients of one (micro-)batch; the losses may share their graph."""
-        gradients: Sequence[Tensor | None] = [None] * len(self.parameters)
         if auxiliary_loss.requires_grad:
-            gradients = torch.autograd.grad(
-                auxiliary_loss, self.parameters, retain_graph=True, allow_unused=True
-            )
-        for index, gradient in enumerate(gradients):
-            held = self._auxiliary[index]
-            if gradient is not None:
-                # Not in place: autograd may hand the same tensor, or a view, to several parameters.
-                self._auxiliary[index] = gradient if held is None else held + gradient
-        main_loss.backward()
+            # In place of the main gradient, autograd adds to the sum so far without a copy of it.
+            self._exchange()
+            try:
+                with part(CONTRASTIVE_BACKWARD):
+                    auxiliary_loss.backward(retain_graph=True, inputs=self.parameters)
+            finally:
+                self._exchange()
+        with part(CE_BACKWARD):
+            main_loss.backward()
 
+    def _exchange(self) -> None:
+        """Swap `.grad` and the auxiliary gradients accumulated so far."""
+        for index, parameter in enumerate(self.parameters):
+            parameter.grad, self._auxiliary[index] = self._auxiliary[index], parameter.grad
+
+    @part(GATE)
     def combine(
         self, *, loss_scale: float | Tensor = 1.0, max_norm: float | None = None
     ) -> GateDecision:
@@ -135,16 +179,38 @@ class GradientGate:
             impl=self.impl,
         )
         self.reset()
-        angle = angle_degrees(stats)
-        kept = within_angle(stats, self.max_angle)
         grad_norm = combined_squared_norm(stats, used).sum().sqrt() / loss_scale
-        active = (stats[:, 1:] != 0).any(dim=1)
-        return GateDecision(used, kept, angle, grad_norm, active, torch.isfinite(stats).all())
+        return decision_of(stats, used, self.max_angle, grad_norm)
 
-    def backward(self, main_loss: Tensor, auxiliary_loss: Tensor) -> GateDecision:
-        """`accumulate` and `combine` in one, for a step of one batch."""
-        self.accumulate(main_loss, auxiliary_loss)
-        return self.combine()
+    def backward(
+        self,
+        main_loss: Tensor,
+        auxiliary_loss: Tensor,
+        *,
+        scope: Sequence[Tensor] | None = None,
+    ) -> GateDecision:
+        """`accumulate` and `combine` in one, for a step of one batch.
+
+        Args:
+            scope: take the angle over these tensors only, such as the parameters of the last
+                layers, and back-propagate the weighted sum of the losses once. Cheaper, and at
+                times another decision. None: all parameters.
+
+        Raises:
+            ValueError: a scope beside groups, which decide for themselves.
+        """
+        if scope is None:
+            self.accumulate(main_loss, auxiliary_loss)
+            return self.combine()
+        if self.groups is not None:
+            raise ValueError("scope: the gate has groups, each with its own angle. Leave one out.")
+        main, auxiliary = (scope_gradients(loss, scope) for loss in (main_loss, auxiliary_loss))
+        stats = grad_dot_norm(main, auxiliary, impl=self.impl)
+        used = used_weight(stats, self.weight, self.max_angle)
+        weighted_sum(main_loss, auxiliary_loss, used).backward()
+        gradients = [parameter.grad for parameter in self.parameters]
+        squared = grad_dot_norm(gradients, [None] * len(gradients), impl=self.impl)[0, 1]
+        return decision_of(stats, used, self.max_angle, squared.sqrt())
 
     def reset(self) -> None:
         """Forget the auxiliary gradients accumulated so far."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,12 @@ from transformers import get_linear_schedule_with_warmup
 
 from .config import TrainingConfig
 from .gate import GradientGate
+from .modeling import MultiExitForSequenceClassification
 from .objectives import ExitLosses
 from .optimizers import new_optimizer
 from .precision import LossScaler, autocast, choose_dtype
+from .scoped_gate import ScopedGate
+from .step_parts import CE_BACKWARD, OPTIMIZER, part
 from .trainable import StepReport
 
 
@@ -29,6 +33,7 @@ class LocalEngine:
         independent: the groups are models of their own, so each is clipped by its own norm; else
             the norm of all is.
         learning_rate: the peak; None: the configuration's.
+        gate_scope: as `parse_scope` reads it; other than all, the model is one with exits.
     """
 
     def __init__(
@@ -41,6 +46,7 @@ class LocalEngine:
         groups: Mapping[str, Sequence[Parameter]] | None = None,
         independent: bool = False,
         learning_rate: float | None = None,
+        gate_scope: str = "all",
     ) -> None:
         optimization = config.optimization
         self.model = model
@@ -63,8 +69,17 @@ class LocalEngine:
         self.scheduler = get_linear_schedule_with_warmup(
             self.optimizer, round(optimization.warmup_ratio * num_steps), num_steps
         )
-        self.gate = None
-        if config.gated:
+        self.gate: GradientGate | ScopedGate | None = None
+        if config.gated and gate_scope != "all":
+            self.gate = ScopedGate(
+                cast(MultiExitForSequenceClassification, model),
+                self.parameters,
+                gate_scope,
+                weight=config.objective.aux_weight,
+                max_angle=config.objective.max_angle,
+                impl=config.objective.impl,
+            )
+        elif config.gated:
             self.gate = GradientGate(
                 self.parameters,
                 weight=config.objective.aux_weight,
@@ -96,19 +111,28 @@ class LocalEngine:
         if self.gate is not None and losses.auxiliary is not None:
             self.gate.accumulate(factor * losses.main.sum(), factor * losses.auxiliary.sum())
         else:
-            (factor * losses.weighted(self.weight)).backward()
+            with part(CE_BACKWARD):
+                (factor * losses.weighted(self.weight)).backward()
 
-    def step(self) -> StepReport:
-        """Decide, unscale, clip and update; skips the update where a gradient is not finite."""
+    @part(OPTIMIZER)
+    def step(self, *, compare: bool = False) -> StepReport:
+        """Decide, unscale, clip and update; skips the update where a gradient is not finite.
+
+        `compare`: find the exact decision too, where `gate_scope` is not all.
+        """
         learning_rate = self.scheduler.get_last_lr()[0]
         scale = self.scaler.scale
         decision = None
-        if self.gate is not None:
+        if isinstance(self.gate, ScopedGate):
+            decision = self.gate.combine(loss_scale=scale, max_norm=self.max_norm, compare=compare)
+        elif self.gate is not None:
             decision = self.gate.combine(loss_scale=scale, max_norm=self.max_norm)
-            grad_norm = float(decision.grad_norm)
+        if decision is not None:
+            # No norm without a decision: an overflow above the cut need not reach below it.
+            grad_norm = float(decision.grad_norm.where(decision.finite, torch.nan))
         else:
             grad_norm = self._unscale_and_clip(scale)
-        finite = torch.isfinite(torch.tensor(grad_norm)).item()
+        finite = math.isfinite(grad_norm)
         if not finite and not self.scaler.enabled:
             raise FloatingPointError(
                 "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, "
@@ -147,7 +171,9 @@ class LocalEngine:
         return {name: value.detach().cpu() for name, value in self.model.state_dict().items()}
 
     def close(self) -> None:
-        """The weights are the model's own: there is nothing to give back."""
+        """The weights are the model's own; a gate's cut is taken out of it."""
+        if isinstance(self.gate, ScopedGate):
+            self.gate.close()
 
 
 def decay_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from .config import TrainingConfig
+from .gate_scope import scope_words
 from .options import write_whole
 from .report import markdown_table
 
@@ -34,6 +35,8 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
     objective = _OBJECTIVES[config.objective.objective]
     if config.gated:
         objective += f", gated at {config.objective.max_angle:g} degrees (ACL-Grad)"
+        if config.objective.gate_scope != "all":
+            objective += f", the angle over {scope_words(config.objective.gate_scope)}"
     names = {name for scores in _scores(results) for name in scores if name != "loss"}
     is_local = Path(base_model).exists()
     title = Path(base_model).name if is_local else base_model
@@ -50,7 +53,10 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
     lines += [f"- Objective: {objective}", *_strategy(config)]
     lines += [_terms(config), *_exits(config), _optimizer(config)]
     lines += [f"- Steps: {results['num_steps']}, seed {config.optimization.seed}", ""]
-    lines += ["## Scores after the last step", "", *_score_lines(results), ""]
+    best = results.get("best", {})
+    is_best = best.get("step") is not None
+    which = f"step {best['step']}, the best by {best['metric']}" if is_best else "the last step"
+    lines += [f"## Scores after {which}", "", *_score_lines(results), ""]
     lines += ["## Made with", "", *_made_with(results)]
     lines += ["", "## Use", "", "```python"]
     lines += ["from fusedacl.engine import MultiExitForSequenceClassification", ""]

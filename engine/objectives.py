@@ -13,6 +13,7 @@ from torch.nn import functional
 from ..kernels import acl_cl_loss, acl_loss, supcon_loss
 from .config import ObjectiveOptions
 from .modeling import MultiExitOutput
+from .step_parts import CONTRASTIVE_LOSS, FORWARD, part
 
 # The label of a text that counts in no loss.
 IGNORED = -100
@@ -91,6 +92,7 @@ def exit_losses(
     return ExitLosses(main, auxiliary, cross_entropy)
 
 
+@part(FORWARD)
 def main_losses(
     options: ObjectiveOptions,
     output: MultiExitOutput,
@@ -138,12 +140,13 @@ def contrastive_loss(
     }
     if options.objective == "ce":
         return None
-    if options.objective == "scl":
-        return supcon_loss(samples, labels, **settings)
-    if teacher is not None and options.cross_layer:
-        constants = (teacher.embeddings.to(samples.dtype), teacher.label_embeddings)
-        return acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
-    return acl_loss(samples, labels, label_embeddings, **settings)
+    with part(CONTRASTIVE_LOSS):
+        if options.objective == "scl":
+            return supcon_loss(samples, labels, **settings)
+        if teacher is not None and options.cross_layer:
+            constants = (teacher.embeddings.to(samples.dtype), teacher.label_embeddings)
+            return acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
+        return acl_loss(samples, labels, label_embeddings, **settings)
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

@@ -21,6 +21,7 @@ from .config import TrainingConfig
 from .feature_cache import FeatureCache
 from .modeling import MultiExitForSequenceClassification
 from .objectives import IGNORED, ExitLosses, check_finite, exit_losses
+from .step_parts import DATA, FORWARD, part
 from .strategies import Stage, stage_outputs, stage_states
 from .trainable import Engine
 
@@ -91,8 +92,8 @@ class StepLosses:
             parts = [own_part(of_chunk) for of_chunk in rows]
             yield from self._contrasted(
                 positions,
-                [partial(self._forward, positions, step, part) for part in parts],
-                [len(part) / num_samples for part in parts],
+                [partial(self._forward, positions, step, own) for own in parts],
+                [len(own) / num_samples for own in parts],
                 sum(map(len, rows)) / num_samples,
             )
 
@@ -142,21 +143,24 @@ class StepLosses:
     def _group(self, is_global: bool) -> torch.distributed.ProcessGroup | None:
         return collectives.group() if is_global else None
 
-    def _forward(self, positions: tuple[int, ...], step: int, part: Part) -> Chunk:
+    @part(FORWARD)
+    def _forward(self, positions: tuple[int, ...], step: int, own: Part) -> Chunk:
         """Outputs of the trained exits, and of their teacher, for some training texts."""
         if self.features is not None:
-            states, mask = self.features.batch(part.rows, self.device)
-            assert self.encoded.labels is not None
-            labels = self.encoded.labels[part.rows].to(self.device)
+            with part(DATA):
+                states, mask = self.features.batch(own.rows, self.device)
+                assert self.encoded.labels is not None
+                labels = self.encoded.labels[own.rows].to(self.device)
         else:
-            batch = collate(self.encoded, part.rows, self.pad_token_id)
-            batch = {name: value.to(self.device) for name, value in batch.items()}
+            with part(DATA):
+                batch = collate(self.encoded, own.rows, self.pad_token_id)
+                batch = {name: value.to(self.device) for name, value in batch.items()}
             labels, mask = batch.pop("labels"), batch["attention_mask"]
             with self.engine.forward_context():
                 states = stage_states(self.model, self.stage, positions, batch)
         with self.engine.forward_context():
             output, teacher = stage_outputs(self.model, self.stage, positions, states, mask)
         check_finite(output, step)
-        if part.is_stand_in:
+        if own.is_stand_in:
             labels = torch.full_like(labels, IGNORED)
         return Chunk(output, labels, teacher)

@@ -40,14 +40,23 @@ class NoLog:
 class MetricsLog:
     """Appends one JSON object a line to `metrics.jsonl`, and the numbers to TensorBoard if asked.
 
+    resume_step: what was written after this step goes. keep_evaluations: whether those of the step
+        itself stay; where they came after its checkpoint, a kill may have left a part of them.
+
     Raises:
         ValueError: report_to=tensorboard where the package is not installed.
     """
 
-    def __init__(self, output_dir: Path, report_to: str, resume_step: int | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: Path,
+        report_to: str,
+        resume_step: int | None = None,
+        keep_evaluations: bool = True,
+    ) -> None:
         path = output_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():
-            _keep_until(path, resume_step)
+            _keep_until(path, resume_step, keep_evaluations)
         self._writer = None
         if report_to == "tensorboard":
             self._writer = _tensorboard_writer(output_dir, resume_step)
@@ -106,9 +115,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_until(path: Path, step: int) -> None:
+def _keep_until(path: Path, step: int, keep_evaluations: bool) -> None:
     """Drop the records after `step`: the resumed run writes them again."""
-    kept = [record for record in read_records(path) if record["step"] <= step]
+    kept = [
+        record
+        for record in read_records(path)
+        if record["step"] < step
+        or (record["step"] == step and (keep_evaluations or "exit" not in record))
+    ]
     write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
@@ -143,22 +157,36 @@ class GateHistory:
         self.groups: list[str] = []
         self.angles: list[float] = []
         self.dropped: list[bool] = []
+        # None where the exact decision was not looked for.
+        self.agreed: list[bool | None] = []
 
-    def add(self, epoch: int, group: str, angle: float, dropped: bool) -> None:
-        """One step: epoch (1 = first), the group of parameters, angle in degrees, decision."""
+    def add(
+        self, epoch: int, group: str, angle: float, dropped: bool, agreed: bool | None = None
+    ) -> None:
+        """One step: epoch (1 = first), the group of parameters, angle in degrees, decision.
+
+        agreed: whether the exact decision was the same, where `gate_scope` is not all.
+        """
         self.epochs.append(epoch)
         self.groups.append(group)
         self.angles.append(angle)
         self.dropped.append(dropped)
+        self.agreed.append(agreed)
 
     def summary(self) -> list[dict[str, Any]]:
-        """By epoch and group: steps, share of dropped ones, deciles and median angle (degrees)."""
+        """By epoch and group: steps, share of dropped ones, deciles and median angle (degrees).
+
+        Where the exact decision was looked for also in how many steps, and the share of them in
+        which it was the same.
+        """
         epochs, angles = np.array(self.epochs), np.array(self.angles)
         groups, dropped = np.array(self.groups), np.array(self.dropped)
         rows = []
         for epoch, group in dict.fromkeys(zip(self.epochs, self.groups, strict=True)):
             here = (epochs == epoch) & (groups == group)
             low, median, high = np.percentile(angles[here], [10, 50, 90])
+            compared = [self.agreed[place] for place in np.flatnonzero(here)]
+            agreed = [same for same in compared if same is not None]
             rows.append(
                 {
                     "epoch": epoch,
@@ -170,6 +198,11 @@ class GateHistory:
                     "angle_p90": float(high),
                 }
             )
+            if agreed:
+                rows[-1] |= {
+                    "compared_steps": len(agreed),
+                    "agreement_share": np.mean(agreed).item(),
+                }
         return rows
 
     def state_dict(self) -> dict[str, list[Any]]:
@@ -177,4 +210,5 @@ class GateHistory:
 
     def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         for name in vars(self):
-            setattr(self, name, list(state[name]))
+            # A checkpoint of a version before has no `agreed`.
+            setattr(self, name, list(state.get(name, [None] * len(state["epochs"]))))

@@ -19,15 +19,19 @@ from tqdm import tqdm
 from ..kernels.dispatch import Workload, choose
 from . import collectives, distributed
 from .batching import encode, epoch_batches
+from .best_model import BestModel, scored_layers
 from .checkpoint import (
     CONFIG_FILE,
-    check_output_dir,
+    check_own,
     check_same_run,
+    checkpoint_of,
     find_checkpoint,
+    lasting_options,
     load_state,
-    make_output_dir,
     save_checkpoint,
     save_model,
+    set_aside,
+    tidy,
     write_atomically,
     write_json,
 )
@@ -39,11 +43,16 @@ from .feature_cache import FeatureCache, check_directory
 from .gate import GateDecision
 from .loading import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
 from .local import LocalEngine
+from .manifest import fault, flush
 from .model_card import model_card
 from .modeling import MultiExitForSequenceClassification, parse_layers, take_last_exit
 from .options import command_line, flatten, write_yaml
+from .output_dir import check_output_dir, make_output_dir
+from .peers import Peers
 from .precision import choose_device, choose_dtype
+from .profiling import WARM_UP, StepProfiler
 from .quickstart import minilm_path
+from .run_lock import RunLock
 from .step_losses import StepLosses
 from .strategies import (
     check_exits,
@@ -87,9 +96,21 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         check_alike(config)
     if distributed.rank() > 0:
         logger.setLevel(logging.WARNING)
-    trainer = collectives.together(lambda: Trainer(config))
-    collectives.together(trainer.prepare)
-    return trainer.run()
+    peers = Peers()
+    trainer: Trainer | None = None
+    try:
+        trainer = collectives.together(lambda: Trainer(config))
+        trainer.peers = peers
+        collectives.together(trainer.prepare)
+        return trainer.run()
+    except RuntimeError as error:
+        explained = peers.explain(error, 0 if trainer is None else trainer.step)
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        if trainer is not None:
+            trainer.lock.release()
 
 
 def uses_deepspeed(config: TrainingConfig) -> bool:
@@ -116,6 +137,9 @@ class Trainer:
         # What the user wrote is what is kept; what it implies is implied anew.
         self.given = config
         self.config = config = config.resolved()
+        self.lock = RunLock(Path(str(config.run.output_dir)))
+        # Before a message that recommends to delete what is there.
+        self.lock.check_free()
         check_output_dir(config)
         require_reporting(config.run.report_to)
         self.uses_deepspeed = uses_deepspeed(config)
@@ -188,13 +212,16 @@ class Trainer:
                 )
         self.train_split = self.encoded["train"]
         self._plan_steps()
+        self.best = self._new_best()
         if config.optimization.feature_cache is not None:
             check_directory(Path(config.optimization.feature_cache), self.train_split)
         self.step = 0
         self.history = GateHistory()
         self.signal: int | None = None
+        self.peers: Peers | None = None
         self.seconds = 0.0
         self.resume_step: int | None = None
+        self.resume_evaluated = False
         self.is_prepared = False
 
     def prepare(self) -> None:
@@ -205,12 +232,21 @@ class Trainer:
         """
         if self.is_prepared:
             return
+        try:
+            self._prepare()
+        except BaseException:
+            self.lock.release()
+            raise
+        self.is_prepared = True
+
+    def _prepare(self) -> None:
         if self.config.run.resume_from_checkpoint is None:
             self._start_stage(0)
         else:
             self._resume(self.config.run.resume_from_checkpoint)
+        profiled = self._check_profile()
         # Last, because it may delete an old run.
-        self.output_dir = collectives.from_first(lambda: make_output_dir(self.config))
+        self.output_dir = collectives.from_first(self._take_output_dir)
         if distributed.rank() == 0:
             write_yaml(self.given, self.output_dir / CONFIG_FILE)
         elif not (self.output_dir / CONFIG_FILE).parent.is_dir():
@@ -218,10 +254,48 @@ class Trainer:
                 f"output_dir={str(self.output_dir)!r} is not there: it must lie on a file system "
                 "that all processes share."
             )
+        self.profiler = StepProfiler(
+            profiled if distributed.rank() == 0 else 0,
+            self.device,
+            self.output_dir,
+            trace=self.config.run.profile_trace,
+        )
         # Every process drops other values.
         if distributed.rank() > 0 and self.resume_step is None:
             torch.manual_seed(self.config.optimization.seed + _RANK_SEEDS * distributed.rank())
-        self.is_prepared = True
+
+    def _take_output_dir(self) -> Path:
+        self.lock.take()
+        # It may hold by now what another run has left there meanwhile.
+        directory = make_output_dir(self.config)
+        if self.resume_step is not None:
+            set_aside(directory, self.resume_step)
+        return directory
+
+    def _new_best(self) -> BestModel | None:
+        options = self.config.run
+        if not options.load_best_model_at_end:
+            return None
+        if not self.data.evaluation_splits:
+            raise ValueError(
+                f"load_best_model_at_end: {self.data.name} has no labelled split to choose by."
+            )
+        layers = scored_layers(self.model.exit_layers, self.stages[-1].exits)
+        return BestModel(options, self.data.metrics, layers)
+
+    def _check_profile(self) -> int:
+        """How many steps to profile, which the stage must have after those that warm up."""
+        num_steps = self.config.run.profile_steps
+        left = self.stage_ends[self.stage_index] - self.step
+        if num_steps and WARM_UP + num_steps > left:
+            of_what = "stage" if len(self.stages) > 1 else "run"
+            most = left - WARM_UP
+            remedy = f"Profile at most {most}." if most > 0 else "Profile a longer one."
+            raise ValueError(
+                f"profile_steps={num_steps}: this {of_what} has {left} steps to do, the first "
+                f"{WARM_UP} of which warm up. {remedy}"
+            )
+        return num_steps
 
     def _new_model(self, name_or_path: str) -> MultiExitForSequenceClassification:
         options = self.config.model
@@ -285,6 +359,8 @@ class Trainer:
             # On a frozen backbone the exits have nothing in common.
             "independent": not self.stage.trains_backbone,
             "learning_rate": self.stage.learning_rate,
+            # Exits alone are small and near: the exact decision costs them nothing to speak of.
+            "gate_scope": self.config.objective.gate_scope if self.stage.trains_backbone else "all",
         }
         self.engine: Engine
         if self.uses_deepspeed:
@@ -330,10 +406,30 @@ class Trainer:
 
     def _resume(self, name: str) -> None:
         output_dir = Path(str(self.config.run.output_dir))
-        checkpoint = find_checkpoint(output_dir, name)
-        check_same_run(output_dir, self.config)
-        state = load_state(checkpoint, distributed.rank(), distributed.world_size())
-        self.model.load_state_dict(load_trained(str(checkpoint)).state_dict())
+
+        def find() -> Path:
+            if output_dir.is_dir():
+                self.lock.take()
+                tidy(output_dir)
+            return find_checkpoint(output_dir, name)
+
+        # One looks for all: a checkpoint is gigabytes, and they must agree on it.
+        checkpoint = collectives.from_first(find)
+
+        def load() -> dict[str, Any]:
+            check_same_run(output_dir, self.config)
+            state = load_state(checkpoint, distributed.rank(), distributed.world_size())
+            check_own(checkpoint, state, self.config)
+            try:
+                self.model.load_state_dict(load_trained(str(checkpoint)).state_dict())
+            except RuntimeError as error:
+                raise ValueError(f"{str(checkpoint)!r} holds another model: {error}") from None
+            return state
+
+        state = collectives.together(load)
+        if self.best is not None:
+            self.best.load_state_dict(state["best"])
+            collectives.from_first(self._check_best)
         self._start_stage(state["stage_index"])
         self.engine.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
@@ -342,10 +438,29 @@ class Trainer:
             torch.cuda.set_rng_state(state["cuda_rng"], self.device)
         self.step = self.resume_step = state["step"]
         self.seconds = state["seconds"]
+        self.resume_evaluated = state["evaluated"]
         logger.info("Resuming from %s at step %d of %d.", checkpoint, self.step, self.num_steps)
+
+    def _check_best(self) -> None:
+        """Refuse to go on where the best checkpoint so far, which may be the end's, is lost."""
+        if self.best is None or self.best.step is None:
+            return
+        checkpoint = checkpoint_of(Path(str(self.config.run.output_dir)), self.best.step)
+        problem = fault(checkpoint)
+        if problem is not None:
+            raise ValueError(
+                f"load_best_model_at_end: the best checkpoint so far is lost ({problem}). Resume "
+                "without load_best_model_at_end, or from a checkpoint before it."
+            )
 
     def run(self) -> dict[str, Any]:
         """Train, evaluate and save; see `train`."""
+        try:
+            return self._run()
+        finally:
+            self.lock.release()
+
+    def _run(self) -> dict[str, Any]:
         self.prepare()
         options = self.config.run
         logger.info(
@@ -361,6 +476,7 @@ class Trainer:
         self.started = time.monotonic()
         with (
             self._log() as log,
+            self.profiler,
             _SignalsNoted(self),
             tqdm(
                 total=self.num_steps,
@@ -375,31 +491,60 @@ class Trainer:
             evaluated = self.step if evaluations else -1
             for epoch, windows in self._epochs():
                 for window in windows:
-                    self._train_step(epoch, window, log, bar)
+                    with self.profiler.step():
+                        self._train_step(epoch, window, log, bar)
                     if self._due(options.eval_steps):
                         evaluations = self._evaluate(log)
                         evaluated = self.step
                     # A signal reaches the processes at different steps; they stop at the same one.
-                    number = collectives.largest(self.signal or 0, self.device)
-                    if self._due(options.save_steps) or number:
-                        checkpoint = self._save_checkpoint()
+                    number = collectives.largest(self._signalled(), self.device)
+                    is_due = self._due(options.save_steps)
+                    if is_due and evaluated == self.step:
+                        self._consider(evaluations)
+                    if is_due or number:
+                        checkpoint = self._save_checkpoint(evaluated=evaluated == self.step)
                         if number:
                             raise Interrupted(number, checkpoint)
             if evaluated != self.step:
                 evaluations = self._evaluate(log)
+            self._consider(evaluations)
             self.seconds += time.monotonic() - self.started
-            results = self._results(evaluations)
             # A run of several processes has its weights in parts until then.
             self.engine.close()
+            if self.best is not None and self.best.step not in (None, self.step):
+                evaluations = self._take_best(self.best.step, log)
+            results = self._results(evaluations)
             if distributed.rank() == 0:
                 self._save_final(results)
             distributed.barrier()
         return results
 
+    def _consider(self, evaluations: dict[str, Any]) -> None:
+        """Compare an evaluation of the last stage with the best one so far."""
+        if self.best is not None and self.stage is self.stages[-1]:
+            self.best.consider(self.step, evaluations[self.data.evaluation_splits[0]])
+
+    def _take_best(self, step: int, log: Log) -> dict[str, Any]:
+        """Make the model that of the best checkpoint; returns its evaluations."""
+        checkpoint = checkpoint_of(self.output_dir, step)
+        trained = collectives.together(lambda: load_trained(str(checkpoint)))
+        self.model.load_state_dict(trained.state_dict())
+        logger.info("The final model is that of step %d, the best one.", step)
+        return collectives.from_first(lambda: log.evaluations(step))
+
+    def _signalled(self) -> int:
+        """The signal that came; SIGTERM too where the launcher is gone, so that none trains on."""
+        if self.signal is None and self.peers is not None and self.peers.launcher_is_gone():
+            self.signal = signal.SIGTERM
+            logger.warning("The launcher has ended: saving after this step …")
+        return self.signal or 0
+
     def _log(self) -> MetricsLog | NoLog:
         if distributed.rank() > 0:
             return NoLog()
-        return MetricsLog(self.output_dir, self.config.run.report_to, self.resume_step)
+        return MetricsLog(
+            self.output_dir, self.config.run.report_to, self.resume_step, self.resume_evaluated
+        )
 
     def _due(self, every: int | None) -> bool:
         """Whether an evaluation or a checkpoint is due now; None: each epoch, 0: never."""
@@ -441,18 +586,21 @@ class Trainer:
         started = time.monotonic()
         num_samples = sum(len(indices) for indices in window)
         self.step += 1
+        every = self.config.objective.gate_agreement_steps
+        compare = every > 0 and self.step % every == 0 and self.stage.trains_backbone
         values = []
         for weighted in self.losses.of(epoch, self.step, window):
             self.engine.backward(weighted)
             values.append(weighted.values())
         try:
-            report = self.engine.step()
+            report = self.engine.step(compare=compare)
         except FloatingPointError as error:
             raise FloatingPointError(f"Step {self.step}: {error}") from None
         if report.decision is not None and not report.skipped:
             self._remember(epoch, report.decision)
         bar.update()
-        if self.step % self.config.run.logging_steps == 0 or self.step in self.stage_ends:
+        due = self.step % self.config.run.logging_steps == 0 or self.step in self.stage_ends
+        if due or compare:
             record = self._record(epoch, torch.stack(values).sum(0), report)
             speed = num_samples / (time.monotonic() - started)
             log.write({**record, "samples_per_second": round(speed, 2)})
@@ -468,11 +616,13 @@ class Trainer:
             decision.active.tolist(),
             decision.angle.tolist(),
             decision.kept.tolist(),
+            _agreed(decision),
             strict=True,
         )
-        for group, active, angle, kept in seen:
+        for group, active, angle, kept, agreed in seen:
             if active:
-                self.history.add(self.epochs_before + epoch, group, angle, dropped=not kept)
+                place = self.epochs_before + epoch
+                self.history.add(place, group, angle, dropped=not kept, agreed=agreed)
 
     def _record(self, epoch: int, values: Tensor, report: StepReport) -> dict[str, Any]:
         """The line of metrics.jsonl for one optimizer step; losses are sums over the exits.
@@ -492,6 +642,7 @@ class Trainer:
             weight = torch.full_like(main, self.config.objective.aux_weight)
             if report.decision is not None:
                 record |= self._angles(report.decision)
+                record |= _comparison(report.decision)
                 if not report.skipped:
                     weight *= self._kept(epoch, report.decision)
             loss = (1 - weight) * main + weight * auxiliary
@@ -551,7 +702,11 @@ class Trainer:
                 log.write({**place, "split": name, "exit": layer, "metrics": metrics})
         return results
 
-    def _save_checkpoint(self) -> Path:
+    def _save_checkpoint(self, *, evaluated: bool) -> Path:
+        """`evaluated`: this step's evaluations are in metrics.jsonl."""
+        if distributed.rank() == 0:
+            # A checkpoint without the records before it would leave a gap in them.
+            flush(self.output_dir / "metrics.jsonl")
         state = {
             "step": self.step,
             "world_size": distributed.world_size(),
@@ -560,6 +715,9 @@ class Trainer:
             "history": self.history.state_dict(),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds + time.monotonic() - self.started,
+            "options": lasting_options(self.config),
+            "best": None if self.best is None else self.best.state_dict(),
+            "evaluated": evaluated,
         }
         if self.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.device)
@@ -571,6 +729,7 @@ class Trainer:
             self.tokenizer,
             state,
             self.config.run.save_total_limit,
+            None if self.best is None else self.best.step,
         )
 
     def _save_final(self, results: dict[str, Any]) -> None:
@@ -590,22 +749,43 @@ class Trainer:
 
     def _results(self, evaluations: dict[str, Any]) -> dict[str, Any]:
         samples = self.step * len(self.train_split) / self.steps_per_epoch
-        free = vars(self.config.run)
-        options = {name: v for name, v in flatten(self.config).items() if name not in free}
+        best = {} if self.best is None else {"best": self.best.result()}
         return {
             "data": self.data.name,
             "objective": self.config.objective.objective,
             "strategy": self.config.optimization.strategy,
             "seed": self.config.optimization.seed,
             "metrics": evaluations,
+            **best,
             "gate": self.history.summary(),
             "num_steps": self.num_steps,
             "train_seconds": round(self.seconds, 2),
             "train_samples_per_second": round(samples / self.seconds, 2),
             "command": command_line(self.given, "fusedacl train"),
-            "options": options,
+            "options": lasting_options(self.config),
             "versions": versions(),
         }
+
+
+def _agreed(decision: GateDecision) -> list[bool | None]:
+    """Whether the exact decision was the same, by group; None where there was none."""
+    if decision.agrees is None or decision.exact_angle is None:
+        return [None] * len(decision.kept)
+    # In float16 a gradient may be infinite that this step did not use.
+    known = decision.exact_angle.isfinite().tolist()
+    return [
+        same if seen else None for same, seen in zip(decision.agrees.tolist(), known, strict=True)
+    ]
+
+
+def _comparison(decision: GateDecision) -> dict[str, Any]:
+    """The exact angle, and whether it decides alike, where a step looked for them."""
+    if decision.exact_angle is None:
+        return {}
+    return {
+        "angle_degrees_all": decision.exact_angle[0].item(),
+        "gate_agrees": _agreed(decision)[0],
+    }
 
 
 class _SignalsNoted:

@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.utils.hooks import RemovableHandle
 
+from .gate import scope_gradients
+
 SUPPORTED = ("0.19.8", "0.20")
 
 
@@ -86,6 +88,10 @@ class ZeroGradients(ABC):
     @abstractmethod
     def accumulate(self, kind: int, loss: Tensor, *, retain_graph: bool) -> None:
         """Add the gradient of a (micro-)batch's loss."""
+
+    def peek(self, loss: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        """This rank's gradients of some tensors alone, nothing accumulated; the graph is kept."""
+        return scope_gradients(loss, tensors)
 
     @abstractmethod
     def reduced(self, kind: int) -> list[Tensor]:

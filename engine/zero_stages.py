@@ -264,6 +264,12 @@ class Stage3(_EveryBackward):
         super().accumulate(kind, loss, retain_graph=retain_graph)
         _restore_backward_counts(counts)
 
+    def peek(self, loss: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
+        counts = _backward_counts(self.engine.module)
+        found = super().peek(loss, tensors)
+        _restore_backward_counts(counts)
+        return found
+
     def _backward(self, loss: Tensor, retain_graph: bool) -> None:
         # A parameter that the loss does not reach would keep what lies here from before.
         self.optimizer.grad_partitions_flat_buffer.zero_()

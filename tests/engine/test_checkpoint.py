@@ -15,11 +15,11 @@ from fusedacl.engine.checkpoint import (
     checkpoints,
     find_checkpoint,
     load_state,
-    make_output_dir,
     save_checkpoint,
     write_atomically,
 )
 from fusedacl.engine.options import write_yaml
+from fusedacl.engine.output_dir import make_output_dir
 
 
 def config_of(output_dir: Path, **options: object) -> TrainingConfig:

@@ -107,6 +107,11 @@ def test_the_gate_has_one_line_an_epoch() -> None:
         "epoch 3: gate dropped 25.0% of 40 steps (exit 1 50%, exit 2 25%, exit 3 0%), "
         "median angle 81.0 degrees",
     ]
+    compared = alone[0] | {"compared_steps": 8, "agreement_share": 0.75}
+    assert _gate_lines([compared]) == [
+        "epoch 1: gate dropped 12.5% of 40 steps, median angle 80.0 degrees, the exact decision in "
+        "75.0% of the 8 compared"
+    ]
     assert _gate_lines([]) == []
 
 

@@ -231,3 +231,44 @@ def test_bad_arguments(
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError, match=message):
         make(list(model.parameters()))
+
+
+@pytest.mark.parametrize("max_angle", [0.0, 180.0])
+def test_a_scope_decides_and_the_gradient_is_that_of_the_decision(
+    model: TwoHeads, inputs: Tensor, max_angle: float
+) -> None:
+    expected, _ = by_hand(model, *model.losses(inputs), weight=0.3, max_angle=max_angle)
+    gate = GradientGate(model.parameters(), weight=0.3, max_angle=max_angle)
+    decision = gate.backward(*model.losses(inputs), scope=list(model.main_head.parameters()))
+    assert decision.kept.tolist() == [max_angle == 180]
+    torch.testing.assert_close(flat_gradient(model), expected, rtol=1e-6, atol=1e-9)
+    assert decision.grad_norm.item() == pytest.approx(expected.norm().item(), rel=1e-5)
+
+
+def test_the_angle_of_a_scope_is_between_its_own_gradients(model: TwoHeads, inputs: Tensor) -> None:
+    """The representations of a batch: tensors that are no parameters."""
+    hidden = torch.tanh(model.body(inputs))
+    main = model.main_head(hidden).square().mean()
+    auxiliary = model.auxiliary_head(hidden).square().mean()
+    both = [torch.autograd.grad(loss, hidden, retain_graph=True)[0] for loss in (main, auxiliary)]
+    cosine = (both[0] * both[1]).sum() / (both[0].norm() * both[1].norm())
+    angle = math.degrees(math.acos(cosine))
+    decision = GradientGate(model.parameters()).backward(main, auxiliary, scope=[hidden])
+    assert decision.angle.item() == pytest.approx(angle, abs=1e-3)
+    assert decision.active.tolist() == [True]
+
+
+def test_a_scope_beside_groups_is_refused(model: TwoHeads, inputs: Tensor) -> None:
+    gate = GradientGate(model.body.parameters(), groups=[0, 1])
+    with pytest.raises(ValueError, match="scope: the gate has groups"):
+        gate.backward(*model.losses(inputs), scope=list(model.body.parameters()))
+
+
+def test_an_overflow_in_a_scope_gives_no_decision(model: TwoHeads, inputs: Tensor) -> None:
+    main, auxiliary = model.losses(inputs)
+    scope = list(model.body.parameters())
+    decision = GradientGate(model.parameters()).backward(
+        main, auxiliary * float("inf"), scope=scope
+    )
+    assert not bool(decision.finite)
+    assert decision.weight.isnan().all()

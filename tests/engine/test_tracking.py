@@ -95,4 +95,21 @@ def test_gate_summary_by_epoch_and_group() -> None:
     assert (first["angle_p10"], first["angle_p90"]) == pytest.approx((82, 98))
     assert (second["group"], second["steps"]) == ("exit 2", 1)
     assert (third["epoch"], third["dropped_share"]) == (2, 0.0)
+    assert "compared_steps" not in first
     assert GateHistory().summary() == []
+
+
+def test_gate_summary_of_agreement() -> None:
+    history = GateHistory()
+    for epoch, agreed in ((1, None), (1, True), (1, False), (1, True), (1, True), (2, None)):
+        history.add(epoch, "model", 80, dropped=False, agreed=agreed)
+    other = GateHistory()
+    other.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    first, second = other.summary()
+    assert (first["steps"], first["compared_steps"], first["agreement_share"]) == (5, 4, 0.75)
+    assert "agreement_share" not in second
+    # Checkpoints from before there were scopes.
+    before = {name: values for name, values in history.state_dict().items() if name != "agreed"}
+    other.load_state_dict(before)
+    other.add(2, "model", 80, dropped=False, agreed=True)
+    assert [row.get("compared_steps") for row in other.summary()] == [None, 1]

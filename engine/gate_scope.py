@@ -1,0 +1,88 @@
+"""`gate_scope`: over what the gate's angle is measured, and with which other options it can be.
+
+    all     over all trained parameters: exact, the paper's; a second backward pass
+    top:K   over the last K encoder layers and the exit
+    head    at the representation that the classifier and the contrastive loss read, as a linear
+            map from the text's first state to it would see the two gradients
+
+With the last two both losses are back-propagated down to the cut only; one pass goes on from there.
+Nothing here imports torch: a mistake on the command line is told at once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+
+def parse_scope(scope: str) -> int | None:
+    """Encoder layers above the cut: None is all of the model, 0 the classifier alone.
+
+    Raises:
+        ValueError: it is not all, head or top:K with K of at least 1.
+    """
+    if scope == "all":
+        return None
+    if scope == "head":
+        return 0
+    kind, _, number = scope.partition(":")
+    if kind != "top" or not (number.isascii() and number.isdigit()) or int(number) < 1:
+        raise ValueError(
+            f"gate_scope={scope!r} is not one of all, head, or top:K such as top:2 (the last two "
+            "layers and the exit)."
+        )
+    return int(number)
+
+
+def scope_words(scope: str) -> str:
+    """A scope, in words for people."""
+    num_top = parse_scope(scope)
+    if num_top is None:
+        return "all trained parameters"
+    if num_top == 0:
+        return "the representations that both losses read"
+    layers = "layer" if num_top == 1 else f"{num_top} layers"
+    return f"the last {layers} and the exit"
+
+
+def check_scope(config: TrainingConfig) -> None:
+    """Refuse a scope that the other options leave without meaning.
+
+    Raises:
+        ValueError: naming both options and what would do.
+    """
+    objective, options = config.objective, config.optimization
+    scope = objective.gate_scope
+    if parse_scope(scope) is None:
+        if objective.gate_agreement_steps:
+            raise ValueError(
+                f"gate_agreement_steps={objective.gate_agreement_steps}: gate_scope=all is the "
+                "exact decision itself. Use gate_scope=top:2 or head, or leave it out."
+            )
+        return
+    if not config.gated:
+        raise ValueError(
+            f"gate_scope={scope} has no effect without the angle check: use objective=acl (or scl) "
+            "with gate=angle, or leave gate_scope out."
+        )
+    if options.strategy in ("joint", "alternating"):
+        raise ValueError(
+            f"gate_scope={scope}: strategy={options.strategy} trains several exits, which decide "
+            "for themselves, and so does the backbone: there is no single decision to take at a "
+            "cut. Use gate_scope=all."
+        )
+    if options.stage1_model is not None:
+        raise ValueError(
+            f"gate_scope={scope} belongs to the first stage, which stage1_model replaces; the "
+            "second trains exits alone, with the exact decision. Leave gate_scope out."
+        )
+    if options.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gate_scope={scope} decides within a forward pass, before the rest of its backward "
+            "pass; gradient_accumulation_steps="
+            f"{options.gradient_accumulation_steps} (which contrastive_batch_size needs too) makes "
+            "an optimizer step of several. Use gate_scope=all, or a larger "
+            "per_device_train_batch_size."
+        )

@@ -1,0 +1,73 @@
+"""A scope under ZeRO 0 to 3, on two ranks: the local engine's decisions and steps on all texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from rank_pool import Ranks
+from scope_cases import compare_scope, overflow_scope, refuse_agreement
+
+# Between the angles of the steps, by degrees from each.
+MAX_ANGLE = {
+    "mha": {"top:1": 75.0, "top:2": 75.0, "head": 77.0},
+    "linear": {"head": 85.0, "top:2": 77.0},
+}
+# As in test_zero_parity: relative error of the weights' change, and of the angle in degrees.
+BARS = {"fp32": (3e-6, 1e-3), "fp16": (1e-2, 0.3)}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> Iterator[Ranks]:
+    with Ranks(2, collective_seconds=180) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize(
+    ("stage", "scope", "dtype", "exit_head"),
+    [
+        (0, "top:1", "fp32", "mha"),
+        (0, "head", "fp16", "linear"),
+        (1, "top:1", "fp16", "mha"),
+        (1, "head", "fp32", "mha"),
+        (2, "top:2", "fp32", "linear"),
+        (2, "head", "fp16", "mha"),
+        (3, "top:2", "fp16", "mha"),
+        (3, "head", "fp32", "linear"),
+    ],
+)
+def test_same_steps_as_the_local_engine(
+    two_ranks: Ranks, stage: int, scope: str, dtype: str, exit_head: str
+) -> None:
+    results = two_ranks.run(
+        compare_scope, stage, scope, MAX_ANGLE[exit_head][scope], dtype, exit_head
+    )
+    assert results[0] == results[1]
+    made = results[0]
+    bar, degrees = BARS[dtype]
+    assert made["error"] <= bar
+    assert not any(made["skipped"])
+    for found, wanted in made["angles"]:
+        assert found == pytest.approx(wanted, abs=degrees)
+    for found, wanted in made["norms"]:
+        assert found == pytest.approx(wanted, rel=max(2 * bar, 1e-5))
+    assert all(found == wanted for found, wanted in made["kept"])
+    # The gate did both in this run.
+    assert {found[0] for found, _ in made["kept"]} == {True, False}
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_an_overflow_of_one_rank_skips_the_step_on_all(two_ranks: Ranks, stage: int) -> None:
+    for made in two_ranks.run(overflow_scope, stage):
+        assert made["skipped"] == [True, False, False]
+        # The first step that is taken has the learning rate 0.
+        assert made["moved"] == [False, False, True]
+        assert made["scales"] == [4096.0, 2048.0, 2048.0]
+
+
+def test_the_exact_decision_is_not_to_be_had(two_ranks: Ranks) -> None:
+    for message in two_ranks.run(refuse_agreement):
+        assert "gate_agreement_steps=3: under DeepSpeed there is no exact decision" in message
