@@ -10,7 +10,7 @@ SOURCES := setup.py pyproject.toml constraints.txt
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo test lint targets bench bench-quick bench-gpu docs clean
+.PHONY: demo test lint targets counts bench bench-quick bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	rm -rf build/typed
+	rm -rf build/lib build/typed
 	$(PIP) install -q --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy
 
@@ -34,34 +34,30 @@ build/triton-%/.installed: $(VENV)/.dev
 	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*
 	touch $@
 
-# MRPC's texts where the real data sets are at hand.
-EXIT_TEXTS := $(if $(FUSEDACL_DATA),--data_dir $(FUSEDACL_DATA))
+# Operations, bytes, launches and host reads beside those accepted (`test` compares them too).
+counts: $(VENV)/.dev
+	$(BIN)/python -m fusedacl.benchmarks.counts
 
+# Everything, small: under two minutes on two idle cores, files in runs/bench/.
 bench-quick: $(VENV)/.dev
-	$(BIN)/python -m fusedacl.benchmarks.loss --quick
-	$(BIN)/python -m fusedacl.benchmarks.angle --quick
-	$(BIN)/python -m fusedacl.benchmarks.exits --quick $(EXIT_TEXTS)
-	$(BIN)/python -m fusedacl.benchmarks.scaling --quick
+	$(BIN)/fusedacl bench all --preset quick
 
+# Everything at full size; texts of MRPC where FUSEDACL_DATA names the real data sets.
 bench: $(VENV)/.dev
-	$(BIN)/python -m fusedacl.benchmarks.loss
-	$(BIN)/python -m fusedacl.benchmarks.angle
-	$(BIN)/python -m fusedacl.benchmarks.step
-	$(BIN)/python -m fusedacl.benchmarks.exits $(EXIT_TEXTS)
-	$(BIN)/python -m fusedacl.benchmarks.scaling
+	$(BIN)/fusedacl bench all
 
 # For a machine with an NVIDIA GPU: the tests that need one, then the benchmarks.
 bench-gpu: $(VENV)/.dev
 	$(BIN)/python -m pytest tests/gpu
-	$(BIN)/python -m fusedacl.benchmarks.gpu_loss
-	$(BIN)/python -m fusedacl.benchmarks.gpu_angle
+	$(BIN)/fusedacl bench all --device cuda
 
 # The generated pages, from the files in docs/results/ and benchmarks/results/.
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
 	$(BIN)/python -m fusedacl.engine.report docs/results/*.json --output docs/results.md
 	$(BIN)/fusedacl report docs/results/trec6 --output_dir docs/reports/trec6
-	$(BIN)/python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md
+	$(BIN)/python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md \
+	  --readme README.md
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

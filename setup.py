@@ -14,7 +14,13 @@ TENSORBOARD = "tensorboard>=2.15"
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "demo": [MINILM, MATPLOTLIB],
-    "bench": [MINILM, MATPLOTLIB, "pytorch-metric-learning>=2.8", "accelerate>=1.1"],
+    "bench": [
+        MINILM,
+        MATPLOTLIB,
+        "pytorch-metric-learning>=2.8",
+        "torchjd>=0.18",
+        "accelerate>=1.1",
+    ],
     "tensorboard": [TENSORBOARD],
 }
 EXTRAS["dev"] = [

@@ -1,109 +1,192 @@
-"""Time of the gradient-angle check over a BERT-base-sized parameter list, float32 on the CPU.
+"""The suite of the gradient-angle check over the parameters of a BERT.
 
-    python -m fusedacl.benchmarks.angle [--quick]
-
-`grad_dot_norm` beside one torch.dot of two flat tensors of that size (the floor: every element read
-once) and beside concatenating both lists, one dot and two norms; `gated_combine_` beside
-PyTorch's multi-tensor operations. Results are checked against float64 before anything is timed.
+Tasks: `dot_norm`, the three sums the angle is made of; `combine`, the gated combination with
+loss-scale removal and clipping, given the sums; `gate`, both. What others do in their place is
+beside it and is checked against float64 of what it computes itself (PCGrad is another rule; unscale
+and clip alone is what a step in float16 pays anyway).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import gated_combine_, grad_dot_norm
-from .baselines import concatenated_dot_norm, foreach_combine_
-from .measure import Result, command_line, interleave, ratio, write
+from ..kernels import grad_dot_norm
+from . import angle_providers, cpu_rates
+from .angle_providers import COMBINED, PCGRAD, SUMS, WEIGHT
+from .floors import Floor, Rates, combine_floor, dot_norm_floor
+from .provider import Call, Provider
+from .shapes import BERT_BASE, bert_shapes, num_elements, shapes_of
 
-WEIGHT = 0.02
-SCALE = 0.5
-# Relative to float64. torch.norm of 110M float32 elements is itself off by some percent.
-MAX_ERROR = {"grad_dot_norm": 1e-5, "concatenate": 5e-2}
+__all__ = ["BERT_BASE", "SUITE", "TASKS", "AngleCase", "AngleInputs", "bert_shapes", "cases"]
 
-
-def main() -> None:
-    arguments = command_line(__doc__)
-    shapes = bert_shapes(num_layers=1 if arguments.quick else 12)
-    result = angle(shapes, rounds=3 if arguments.quick else 15)
-    if not arguments.quick:
-        write(result, arguments.output_dir / "angle.json")
-
-
-def bert_shapes(num_layers: int, hidden: int = 768, vocabulary: int = 30522) -> list[list[int]]:
-    """Parameter shapes of BERT-base with its pooler: 199 tensors, 109,482,240 elements."""
-    norm = [[hidden], [hidden]]
-    layer = [[hidden, hidden], [hidden]] * 4 + norm
-    layer += [[4 * hidden, hidden], [4 * hidden], [hidden, 4 * hidden], [hidden], *norm]
-    embeddings = [[vocabulary, hidden], [512, hidden], [2, hidden], *norm]
-    return embeddings + layer * num_layers + [[hidden, hidden], [hidden]]
+TASKS = ("dot_norm", "combine", "gate")
+# Above every norm here, so that repeated calls change no scale; the factor is computed.
+MAX_NORM = 1e9
+# With which the combination is checked: it clips.
+CHECKED_NORM = 1.0
+OUR_MAX_ERROR = 1e-5
+# A float32 norm of 23 million elements may be off by some percent.
+OTHERS_MAX_ERROR = 5e-2
+# Tensors of which the combination is checked, in copies.
+NUM_CHECKED = 3
+# Elements of a float64 block of the check.
+BLOCK = 2**24
 
 
-def angle(shapes: list[list[int]], rounds: int) -> Result:
-    generator = torch.Generator().manual_seed(0)
-    a = [torch.randn(shape, generator=generator) for shape in shapes]
-    b = [
-        torch.randn(shape, generator=generator) + 0.1 * x
-        for shape, x in zip(shapes, a, strict=True)
-    ]
-    num_elements = sum(x.numel() for x in a)
-    errors = check(a, b)
-    stats = grad_dot_norm(a, b)
-    # Flat copies of their own, so that the floor reads as much memory as the lists hold.
-    flat_a, flat_b = (torch.cat([x.reshape(-1) for x in gradients]) for gradients in (a, b))
-    candidates: dict[str, Callable[[], object]] = {
-        "one_dot": lambda: torch.dot(flat_a, flat_b),
-        "grad_dot_norm": lambda: grad_dot_norm(a, b),
-        "concatenate": lambda: concatenated_dot_norm(a, b),
-        "gated_combine_": lambda: gated_combine_(a, b, stats, weight=WEIGHT, scale=SCALE),
-        "foreach_combine_": lambda: foreach_combine_(a, b, WEIGHT, SCALE),
-    }
-    times = interleave(candidates, rounds=rounds)
-    result = {
-        "shape": {"tensors": len(shapes), "elements": num_elements},
-        "relative_errors": errors,
-        "times": times,
-        "over_one_dot": ratio(times, "grad_dot_norm", "one_dot"),
-        "faster_than_concatenate": ratio(times, "concatenate", "grad_dot_norm"),
-        "combine_faster_than_foreach": ratio(times, "foreach_combine_", "gated_combine_"),
-        "one_dot_gigabytes_per_second": 8e-6 * num_elements / times["one_dot"]["p50_ms"],
-    }
-    print(
-        f"{len(shapes)} tensors, {num_elements / 1e6:.1f}M elements: grad_dot_norm "
-        f"{times['grad_dot_norm']['p50_ms']:.1f} ms, {result['over_one_dot']:.2f}x one dot "
-        f"({result['one_dot_gigabytes_per_second']:.0f} GB/s), "
-        f"{result['faster_than_concatenate']:.1f}x faster than concatenate + dot + two norms; "
-        f"gated_combine_ {times['gated_combine_']['p50_ms']:.1f} ms, "
-        f"{result['combine_faster_than_foreach']:.2f}x foreach"
-    )
-    return result
+@dataclass(frozen=True)
+class AngleCase:
+    """parameters: elements of each of the two lists (BERT's shapes, about so many)."""
+
+    task: str
+    parameters: int
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def shapes(self) -> list[list[int]]:
+        return shapes_of(self.parameters)
+
+    @property
+    def elements(self) -> int:
+        return num_elements(self.shapes)
 
 
-def check(a: list[Tensor], b: list[Tensor]) -> dict[str, float]:
-    """Refuses to time a wrong result; returns the relative errors of the sums."""
-    sums = torch.zeros(3, dtype=torch.float64)
+@dataclass
+class AngleInputs:
+    """Two lists of gradients a little less than 90 degrees apart, and their sums."""
+
+    a: list[Tensor]
+    b: list[Tensor]
+    stats: Tensor
+    max_norm: float = MAX_NORM
+
+
+class AngleSuite:
+    name = "angle"
+
+    def providers(self, case: AngleCase, device: torch.device) -> list[Provider]:
+        return angle_providers.providers(case, device)
+
+    def input_bytes(self, case: AngleCase) -> int:
+        # The largest tensor also as random float32 numbers, twice.
+        largest = max(num_elements([shape]) for shape in case.shapes)
+        return 2 * case.elements * case.torch_dtype.itemsize + 8 * largest
+
+    def check_bytes(self, case: AngleCase) -> int:
+        return 8 * 3 * min(BLOCK, case.elements)
+
+    def inputs(self, case: AngleCase, device: torch.device, number: int) -> Sequence[AngleInputs]:
+        generator = torch.Generator(device=device).manual_seed(0)
+        found = []
+        for _ in range(number):
+            a, b = [], []
+            for shape in case.shapes:
+                x, noise = (
+                    torch.randn(shape, generator=generator, device=device) for _ in range(2)
+                )
+                a.append(x.to(case.torch_dtype))
+                b.append(noise.add_(x, alpha=0.1).to(case.torch_dtype))
+            found.append(AngleInputs(a, b, grad_dot_norm(a, b)))
+        return found
+
+    def exact(self, formula: str, case: AngleCase, inputs: AngleInputs) -> list[Tensor]:
+        """The sums [3] of everything, or what some tensors become; clipped in any case."""
+        if formula == SUMS:
+            return [_sums(inputs.a, inputs.b)]
+        few = _few(inputs)
+        a, b = ([tensor.double() for tensor in tensors] for tensors in (few.a, few.b))
+        if formula == PCGRAD:
+            return [_pcgrad(_flat(a), _flat(b))]
+        weight = WEIGHT if formula == COMBINED else 0.0
+        combined = [(1 - weight) * x + weight * y for x, y in zip(a, b, strict=True)]
+        factor = (CHECKED_NORM / (_flat(combined).norm() + 1e-6)).clamp(max=1)
+        return [x * factor for x in combined]
+
+    def error(self, call: Call, case: AngleCase, inputs: AngleInputs, exact: list[Tensor]) -> float:
+        if len(exact) == 1 and exact[0].shape == (3,):
+            found = [call(inputs).reshape(3).double()]
+            # Each sum by itself: the dot product is the small one.
+            errors = [float(((found[0] - exact[0]) / exact[0]).abs().max())]
+        else:
+            few = _few(inputs)
+            returned = call(few)
+            found = few.a if len(exact) > 1 else [returned]
+            errors = [
+                float((x.double() - wanted).abs().max() / wanted.abs().max())
+                for x, wanted in zip(found, exact, strict=True)
+            ]
+        worst = max(errors)
+        return worst if all(error == error for error in errors) else float("inf")
+
+    def max_error(self, provider: Provider, case: AngleCase) -> float:
+        if not provider.is_ours:
+            return OTHERS_MAX_ERROR
+        if provider.formula == SUMS:
+            return OUR_MAX_ERROR
+        # Half a unit of what is written, a few times; float16 has subnormal numbers there.
+        return max(OUR_MAX_ERROR, 4 * torch.finfo(case.torch_dtype).eps)
+
+    def rate_calls(self, case: AngleCase) -> dict[str, Callable[[], object]]:
+        return cpu_rates.memory_rates()
+
+    def rates(self, case: AngleCase, times: Mapping[str, Any]) -> Rates:
+        return cpu_rates.rates_from(times, width=0)
+
+    def floor(self, rates: Rates, case: AngleCase) -> Floor:
+        size = case.torch_dtype.itemsize
+        seconds = {
+            "dot_norm": dot_norm_floor(rates, case.elements, size),
+            "combine": combine_floor(rates, case.elements, size),
+        }
+        seconds["gate"] = sum(seconds.values())
+        return Floor(seconds[case.task], "memory")
+
+    def shrunk(self, case: AngleCase) -> AngleCase | None:
+        if case.parameters < 2000:
+            return None
+        return replace(case, parameters=case.parameters // 2)
+
+    def words(self, case: AngleCase) -> str:
+        return f"{case.task} of {len(case.shapes)} tensors, {case.elements:,} x 2, {case.dtype}"
+
+
+def _few(inputs: AngleInputs) -> AngleInputs:
+    a, b = inputs.a[-NUM_CHECKED:], inputs.b[-NUM_CHECKED:]
+    return AngleInputs([x.clone() for x in a], b, grad_dot_norm(a, b), CHECKED_NORM)
+
+
+def _sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    sums = torch.zeros(3, dtype=torch.float64, device=a[0].device)
     for x, y in zip(a, b, strict=True):
-        x, y = x.double().reshape(-1), y.double().reshape(-1)
-        sums += torch.stack([x @ y, x @ x, y @ y])
-    errors = {}
-    for name, found in (
-        ("grad_dot_norm", grad_dot_norm(a, b)[0]),
-        ("concatenate", concatenated_dot_norm(a, b)),
-    ):
-        errors[name] = float(((found - sums) / sums).abs().max())
-        if not errors[name] <= MAX_ERROR[name]:
-            raise SystemExit(f"{name}: relative error {errors[name]:.1e}: not timed")
-    left, right = a[-2:], b[-2:]
-    wanted = [SCALE * ((1 - WEIGHT) * x + WEIGHT * y) for x, y in zip(left, right, strict=True)]
-    ours, theirs = ([x.clone() for x in left] for _ in range(2))
-    gated_combine_(ours, right, grad_dot_norm(left, right), weight=WEIGHT, scale=SCALE)
-    foreach_combine_(theirs, right, WEIGHT, SCALE)
-    for name, found_list in (("gated_combine_", ours), ("foreach_combine_", theirs)):
-        for x, y in zip(found_list, wanted, strict=True):
-            if not torch.allclose(x, y, rtol=1e-5, atol=1e-7):
-                raise SystemExit(f"{name}: wrong combination: not timed")
-    return errors
+        for u, v in zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK), strict=True):
+            u, v = u.double(), v.double()
+            sums += torch.stack([u @ v, u @ u, v @ v])
+    return sums
 
 
-if __name__ == "__main__":
-    main()
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _pcgrad(a: Tensor, b: Tensor) -> Tensor:
+    """Each gradient less its part against the other, if it has one; their sum."""
+    against = (a @ b).clamp(max=0)
+    return a - against / (b @ b) * b + b - against / (a @ a) * a
+
+
+def cases(
+    *, tasks: Sequence[str], parameters: Sequence[int], dtypes: Sequence[str]
+) -> list[AngleCase]:
+    values: list[tuple[str, int, str]] = [
+        (task, number, dtype) for number in parameters for dtype in dtypes for task in tasks
+    ]
+    return [AngleCase(*value) for value in values]
+
+
+SUITE = AngleSuite()

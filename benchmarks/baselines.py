@@ -1,9 +1,11 @@
 """What one would use instead: each is written the way its users write it."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 
 def dense_supcon(
@@ -29,6 +31,58 @@ def dense_supcon(
     # Over many rows a sum of 16 bits overflows.
     dtype = torch.promote_types(mean_log_probability.dtype, torch.float32)
     return -mean_log_probability.sum(dtype=dtype) / (num_positives > 0).sum()
+
+
+def supcontrast(features: Tensor, labels: Tensor, temperature: float = 0.5) -> Tensor:
+    """The loss of SupContrast (Khosla et al. 2020) for normalised features [N, views, d].
+
+    Written from its formula with its habits: every view is contrasted with every view, masks are
+    matrices, and the mean also counts the anchors without a positive, as 0.
+    """
+    num_samples, num_views = features.shape[:2]
+    contrast = torch.cat(torch.unbind(features, dim=1), dim=0)
+    mask = torch.eq(labels.view(-1, 1), labels.view(-1, 1).T).float().to(features.device)
+    logits = torch.div(torch.matmul(contrast, contrast.T), temperature)
+    logits = logits - torch.max(logits, dim=1, keepdim=True)[0].detach()
+    mask = mask.repeat(num_views, num_views)
+    itself = torch.arange(num_samples * num_views, device=features.device).view(-1, 1)
+    logits_mask = torch.scatter(torch.ones_like(mask), 1, itself, 0)
+    mask = mask * logits_mask
+    log_probability = logits - torch.log((torch.exp(logits) * logits_mask).sum(1, keepdim=True))
+    num_positives = mask.sum(1)
+    num_positives = torch.where(num_positives < 1e-6, 1, num_positives)
+    mean_log_probability = (mask * log_probability).sum(1) / num_positives
+    return -mean_log_probability.view(num_views, num_samples).mean()
+
+
+def checkpointed_supcon(
+    embeddings: Tensor, labels: Tensor, temperature: float, denominator: str, block_rows: int
+) -> Tensor:
+    """The dense formula a block of anchors at a time, each block computed again in backward.
+
+    What one writes when M x M does not fit: torch.utils.checkpoint around a block of rows.
+    """
+    z = torch.nn.functional.normalize(embeddings, dim=1)
+    everything = torch.arange(len(z), device=z.device)
+
+    def of_block(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        similarity = torch.mm(z[rows], z.t()).float() / temperature
+        itself = rows[:, None] == everything
+        positive = (labels[rows, None] == labels) & ~itself
+        kept = similarity if denominator == "all" else similarity.masked_fill(itself, -torch.inf)
+        num_positives = positive.sum(1)
+        positive_mean = (similarity * positive).sum(1) / num_positives.clamp(min=1)
+        is_anchor = num_positives > 0
+        return ((kept.logsumexp(1) - positive_mean) * is_anchor).sum(), is_anchor.sum()
+
+    losses, counts = zip(
+        *(
+            checkpoint(of_block, z, rows, use_reentrant=False)
+            for rows in everything.split(block_rows)
+        ),
+        strict=True,
+    )
+    return torch.stack(losses).sum() / torch.stack(counts).sum()
 
 
 def dense_acl(
@@ -111,6 +165,15 @@ def supcon_by_log_sum_exp(
     return ((log_denominator - positive_mean) * is_anchor).sum() / is_anchor.sum()
 
 
+def looped_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """(a . b, |a|^2, |b|^2) by a loop over parameters, three dot products each."""
+    sums = a[0].new_zeros(3, dtype=torch.promote_types(a[0].dtype, torch.float32))
+    for x, y in zip(a, b, strict=True):
+        x, y = _widened(x.reshape(-1)), _widened(y.reshape(-1))
+        sums += torch.stack([torch.dot(x, y), torch.dot(x, x), torch.dot(y, y)])
+    return sums
+
+
 def concatenated_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """(a . b, |a|^2, |b|^2) the usual way: flatten both lists, one dot, two norms."""
     flat_a = _widened(torch.cat([tensor.reshape(-1) for tensor in a]))
@@ -146,6 +209,54 @@ def unscale_and_clip_(
     total = torch.linalg.vector_norm(torch.stack(norms), 2)
     factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
     torch._foreach_mul_(list(gradients), factor)
+
+
+def foreach_gate_(
+    a: Sequence[Tensor], b: Sequence[Tensor], weight: float, one: Tensor, max_norm: float
+) -> None:
+    """a <- the combination, unscaled and clipped, with multi-tensor operations, no angle asked."""
+    torch._foreach_lerp_(list(a), list(b), weight)
+    unscale_and_clip_(a, one, torch.zeros_like(one), max_norm)
+
+
+def concatenated_gate_(
+    a: Sequence[Tensor], b: Sequence[Tensor], weight: float, max_angle: float, max_norm: float
+) -> None:
+    """The whole gate as one writes it: flat copies, the cosine read by the host, a loop, clip."""
+    dot, a_squared, b_squared = concatenated_dot_norm(a, b).tolist()
+    cosine = dot / (a_squared * b_squared) ** 0.5
+    if cosine >= math.cos(math.radians(max_angle)):
+        for x, y in zip(a, b, strict=True):
+            x.mul_(1 - weight).add_(y, alpha=weight)
+    norms = torch._foreach_norm(list(a), 2)
+    factor = torch.clamp(max_norm / (torch.linalg.vector_norm(torch.stack(norms), 2) + 1e-6), max=1)
+    for x in a:
+        x.mul_(factor)
+
+
+def stacked_pcgrad(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """TorchJD's PCGrad of the Jacobian [2, n] that its autojac stacks: the two gradients flat."""
+    from torchjd.aggregation import PCGrad
+
+    jacobian = torch.stack([torch.cat([x.reshape(-1) for x in tensors]) for tensors in (a, b)])
+    return PCGrad()(jacobian)
+
+
+def apex_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """(a . b, |a|^2, |b|^2) with apex's multi_tensor_l2norm; a dot product it has not."""
+    import amp_C
+    from apex.multi_tensor_apply import multi_tensor_applier
+
+    overflow = torch.zeros(1, dtype=torch.int, device=a[0].device)
+    norms = [
+        multi_tensor_applier(amp_C.multi_tensor_l2norm, overflow, [list(tensors)], False)[0]
+        for tensors in (a, b)
+    ]
+    dot = sum(
+        torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1)))
+        for x, y in zip(a, b, strict=True)
+    )
+    return torch.stack([torch.as_tensor(dot), *(norm.square().reshape(()) for norm in norms)])
 
 
 def foreach_combine_(a: Sequence[Tensor], b: Sequence[Tensor], weight: float, scale: float) -> None:

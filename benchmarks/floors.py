@@ -8,23 +8,24 @@ A pass over the M^2 pairs of the contrastive loss takes at least
 
     rows:      forward 2 M^2 d FLOP and M^2 exponentials; backward 4 M^2 d and M^2
     triangle:  forward half of it, e being symmetric; backward the same
+    tiles:     forward as triangle; backward recomputes half the pairs too: 2 M^2 d + M^2 d FLOP
 
 and with forward and backward together at least the time of moving 3 M d elements and 4 M d bytes
 (docs/kernels.md). The angle check reads two lists of gradients, the combination also writes one.
 
 A floor assumes that products and exponentials overlap completely and that all exponentials are
-the special function unit's. With a GPU the rates are measured; else, and with --published, they are
-the vendors' figures, which no program reaches.
+the special function unit's; a CPU has the same units for both, and its floor is their sum. With a
+GPU the rates are measured; else, and with --published, they are the vendors' figures, which no
+program reaches.
 """
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .angle import bert_shapes
+from .shapes import bert_shapes, num_elements
 
 # 32-bit results per clock and multiprocessor of ex2, the same from 7.0 to 9.0: CUDA C++ Programming
 # Guide, "Throughput of Native Arithmetic Instructions".
@@ -50,6 +51,16 @@ class Rates:
     flops: dict[torch.dtype, float]
     exponentials: float
     bytes: float
+    # A CPU's products and exponentials are the same units' work.
+    overlaps_units: bool = True
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least seconds, and what sets them."""
+
+    seconds: float
+    bound_by: str
 
 
 @dataclass(frozen=True)
@@ -106,10 +117,12 @@ class PassFloor:
 
     matrix: float
     exponential: float
+    overlaps: bool = True
 
     @property
     def seconds(self) -> float:
-        return max(self.matrix, self.exponential)
+        longest = max(self.matrix, self.exponential)
+        return longest if self.overlaps else self.matrix + self.exponential
 
     @property
     def bound_by(self) -> str:
@@ -129,6 +142,17 @@ class LossFloor:
         """Forward and backward."""
         return max(self.forward.seconds + self.backward.seconds, self.memory)
 
+    @property
+    def bound_by(self) -> str:
+        """Of the two passes together, or memory."""
+        passes = (self.forward, self.backward)
+        if self.memory > sum(each.seconds for each in passes):
+            return "memory"
+        matrix, exponential = (
+            sum(getattr(each, unit) for each in passes) for unit in ("matrix", "exponential")
+        )
+        return "matrix unit" if matrix >= exponential else "exp"
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -144,7 +168,11 @@ def main() -> None:
 
 
 def measured(device: torch.device) -> Rates:
-    """The rates of the GPU at hand, instead of its vendor's."""
+    """The rates of the machine at hand, instead of its vendor's."""
+    if device.type == "cpu":
+        from . import cpu_rates
+
+        return cpu_rates.measured()
     from . import rates
 
     return rates.measured(device)
@@ -158,11 +186,15 @@ def loss_floor(
         return None
     pairs = num_rows**2
     forward = pairs if algorithm == "rows" else pairs / 2
+    # The pairs whose product and exponential the backward pass computes again.
+    again = pairs / 2 if algorithm == "tiles" else pairs
     flops = rates.flops[dtype]
+    updates = 4 * pairs if algorithm != "tiles" else 2 * pairs + 2 * again
     moved = num_rows * width * (3 * dtype.itemsize + 4)
+    overlaps = rates.overlaps_units
     return LossFloor(
-        forward=PassFloor(2 * forward * width / flops, forward / rates.exponentials),
-        backward=PassFloor(4 * pairs * width / flops, pairs / rates.exponentials),
+        forward=PassFloor(2 * forward * width / flops, forward / rates.exponentials, overlaps),
+        backward=PassFloor(updates * width / flops, again / rates.exponentials, overlaps),
         memory=moved / rates.bytes,
     )
 
@@ -175,10 +207,6 @@ def dot_norm_floor(rates: Rates, num_elements: int, itemsize: int) -> float:
 def combine_floor(rates: Rates, num_elements: int, itemsize: int) -> float:
     """Seconds: both lists are read and one is written."""
     return 3 * num_elements * itemsize / rates.bytes
-
-
-def num_elements(shapes: Sequence[Sequence[int]]) -> int:
-    return sum(math.prod(shape) for shape in shapes)
 
 
 def page(rates: Sequence[Rates], *, markdown: bool) -> str:

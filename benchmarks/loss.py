@@ -1,189 +1,197 @@
-"""Time and memory of the contrastive loss, forward + backward in float32 on the CPU.
+"""The suite of the contrastive loss, forward + backward.
 
-    python -m fusedacl.benchmarks.loss [--quick]
-
-Beside it: the dense formula in eager PyTorch and pytorch-metric-learning's SupConLoss, and the
-floor that the machine sets, from the rates of matrix product and exponential measured in the same
-rounds. Every contestant's loss and gradient are checked against float64 before it is timed.
+A case is either `supcon_loss` of one batch [M, d] or `acl_loss` of N samples and K label embeddings
+for E exits at once. Each provider computes a formula of its own (what the denominator sums over,
+what the mean counts); its loss and gradient are checked against float64 of that formula.
 """
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels import acl_loss, supcon_loss
-from .baselines import dense_acl, dense_supcon, metric_learning_supcon
-from .measure import Result, command_line, extra_memory, interleave, ratio, write
+from . import cpu_rates, loss_providers
+from .exact_loss import BLOCK_PAIRS, Exact, error_of, exact_in_blocks
+from .floors import Floor, Rates, loss_floor
+from .loss_providers import TEMPERATURE
+from .provider import Call, Provider
 
-NUM_CLASSES = 16
-TEMPERATURE = 0.5
-# Rows of the blocks with which the machine's rates are measured.
-BLOCK = 512
-# Calls in a row per sample of a rate.
-RATE_CALLS = 20
-# Relative to float64; a float32 implementation of either formula is within a few 1e-7.
-MAX_ERROR = 1e-5
-
-Loss = Callable[..., Tensor]
+LOSSES = ("supcon", "acl")
+# Relative to float64. Ours rounds the result to its dtype; the others compute in it.
+OUR_MAX_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
+OUR_MAX_ERROR_GPU = OUR_MAX_ERROR | {torch.float32: 1e-4}
+OTHERS_MAX_ERROR = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e-3}
 
 
-def main() -> None:
-    arguments = command_line(__doc__)
-    rows, rounds, memory_rows = (1024, 3, 2048) if arguments.quick else (4096, 15, 8192)
-    result = {
-        "large": [large_batch(rows, width, rounds) for width in (64, 768)],
-        "small": small_batch(32, 2, 64, rounds=20 if arguments.quick else 100),
-        "memory": memory(memory_rows, 64),
-    }
-    if not arguments.quick:
-        write(result, arguments.output_dir / "loss.json")
+@dataclass(frozen=True)
+class LossCase:
+    """supcon: M = samples, random labels of `classes`. acl: N = samples, K = classes, E = exits."""
+
+    loss: str
+    samples: int
+    width: int
+    classes: int
+    exits: int = 1
+    dtype: str = "float32"
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def num_rows(self) -> int:
+        """Of one exit, label embeddings included."""
+        return self.samples + (self.classes if self.loss == "acl" else 0)
 
 
-def large_batch(num_rows: int, width: int, rounds: int) -> Result:
-    """One [M, d] batch of 16 classes with denominator "others", which all contestants share."""
-    embeddings, labels = batch(num_rows, width)
-    losses: dict[str, Loss] = {
-        "fusedacl": fusedacl_supcon,
-        "dense": dense_supcon,
-        "metric_learning": metric_learning_supcon(TEMPERATURE),
-    }
-    check(losses, embeddings, labels)
-    times = interleave(
-        {name: partial(forward_backward, loss, embeddings, labels) for name, loss in losses.items()}
-        | machine_rates(width),
-        rounds=rounds,
-    )
-    # Per unordered pair of rows: two products and two exponentials (forward, and again backward),
-    # two gradient updates. A product of blocks is BLOCK^2 pairs.
-    pairs = num_rows * num_rows / 2
-    gemm, exp = (times[name]["p50_ms"] / (RATE_CALLS * BLOCK**2) for name in ("gemm", "exp"))
-    floor = pairs * (4 * gemm + 2 * exp)
-    result = {
-        "shape": {"rows": num_rows, "width": width, "classes": NUM_CLASSES},
-        "times": times,
-        "gemm_gflops": 2 * width / gemm * 1e-6,
-        "exp_giga_per_second": 1e-6 / exp,
-        "floor_ms": floor,
-        "over_floor": times["fusedacl"]["p50_ms"] / floor,
-        "faster_than_dense": ratio(times, "dense", "fusedacl"),
-        "faster_than_metric_learning": ratio(times, "metric_learning", "fusedacl"),
-    }
-    print(
-        f"M={num_rows} d={width}: {times['fusedacl']['p50_ms']:.1f} ms, "
-        f"{result['faster_than_dense']:.1f}x dense, "
-        f"{result['faster_than_metric_learning']:.1f}x pytorch-metric-learning, "
-        f"{result['over_floor']:.2f}x the floor of {floor:.1f} ms "
-        f"({result['gemm_gflops']:.0f} GFLOP/s, {result['exp_giga_per_second']:.1f} Gexp/s)"
-    )
-    return result
+@dataclass
+class LossInputs:
+    """upstream: the mean makes gradients of 1 / M; as a loss scale it keeps float16 in range."""
+
+    embeddings: Tensor
+    labels: Tensor
+    label_embeddings: Tensor | None
+    upstream: float
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        label_rows = [] if self.label_embeddings is None else [self.label_embeddings]
+        return [self.embeddings, *label_rows]
 
 
-def small_batch(num_samples: int, num_labels: int, width: int, rounds: int) -> Result:
-    """One GLUE batch: acl_loss beside the dense formula of the concatenated rows."""
-    embeddings, labels = batch(num_samples, width, num_labels)
-    label_embeddings = torch.randn(num_labels, width, requires_grad=True)
-    losses: dict[str, Loss] = {"fusedacl": fusedacl_acl, "dense": dense_acl}
-    check(losses, embeddings, labels, label_embeddings)
-    times = interleave(
-        {
-            name: partial(forward_backward, loss, embeddings, labels, label_embeddings)
-            for name, loss in losses.items()
-        },
-        rounds=rounds,
-        repeats=20,
-    )
-    faster = ratio(times, "dense", "fusedacl")
-    print(
-        f"N={num_samples} K={num_labels} d={width}: {times['fusedacl']['p50_ms'] * 1e3:.0f} us, "
-        f"{faster:.2f}x dense"
-    )
-    shape = {"samples": num_samples, "labels": num_labels, "width": width}
-    return {"shape": shape, "times": times, "faster_than_dense": faster}
+class LossSuite:
+    name = "loss"
+
+    def providers(self, case: LossCase, device: torch.device) -> list[Provider]:
+        return loss_providers.providers(case, device)
+
+    def input_bytes(self, case: LossCase) -> int:
+        rows = case.exits * case.num_rows * case.width * case.torch_dtype.itemsize
+        # float32 random numbers before they are rounded.
+        return 2 * rows + 8 * case.samples
+
+    def check_bytes(self, case: LossCase) -> int:
+        block = min(case.num_rows**2, BLOCK_PAIRS)
+        return 8 * (3 * block + 6 * case.num_rows * case.width)
+
+    def inputs(self, case: LossCase, device: torch.device, number: int) -> Sequence[LossInputs]:
+        generator = torch.Generator().manual_seed(0)
+        leading = (case.exits,) if case.exits > 1 else ()
+        # One block of memory for all sets, so that they lie side by side as batches do.
+        samples = torch.randn(
+            number, *leading, case.samples, case.width, generator=generator
+        ).to(device, case.torch_dtype)  # fmt: skip
+        labels = torch.randint(case.classes, (number, case.samples), generator=generator).to(device)
+        label_rows = None
+        if case.loss == "acl":
+            label_rows = torch.randn(
+                number, *leading, case.classes, case.width, generator=generator
+            ).to(device, case.torch_dtype)  # fmt: skip
+        return [
+            LossInputs(
+                samples[index].requires_grad_(),
+                labels[index],
+                None if label_rows is None else label_rows[index].requires_grad_(),
+                float(case.num_rows),
+            )
+            for index in range(number)
+        ]
+
+    def exact(self, formula: str, case: LossCase, inputs: LossInputs) -> list[Exact]:
+        """Of each exit."""
+        return [
+            exact_in_blocks(rows, _row_labels(inputs, case), formula, temperature=TEMPERATURE)
+            for rows in _rows(inputs.leaves)
+        ]
+
+    def error(self, call: Call, case: LossCase, inputs: LossInputs, exact: list[Exact]) -> float:
+        losses, *gradients = call(inputs)
+        errors = [
+            max(error_of(loss, gradient, inputs.upstream, wanted).values())
+            for loss, gradient, wanted in zip(
+                losses.reshape(-1), _rows(gradients), exact, strict=True
+            )
+        ]
+        return max(errors)
+
+    def max_error(self, provider: Provider, case: LossCase) -> float:
+        if not provider.is_ours:
+            return OTHERS_MAX_ERROR[case.torch_dtype]
+        limits = OUR_MAX_ERROR_GPU if torch.cuda.is_available() else OUR_MAX_ERROR
+        return limits[case.torch_dtype]
+
+    def rate_calls(self, case: LossCase) -> dict[str, Callable[[], object]]:
+        return cpu_rates.machine_rates(case.width)
+
+    def rates(self, case: LossCase, times: Mapping[str, Any]) -> Rates:
+        return cpu_rates.rates_from(times, case.width)
+
+    def floor(self, rates: Rates, case: LossCase) -> Floor | None:
+        algorithm = "triangle" if rates.overlaps_units else "tiles"
+        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype, algorithm)
+        return None if found is None else Floor(case.exits * found.seconds, found.bound_by)
+
+    def shrunk(self, case: LossCase) -> LossCase | None:
+        if max(case.samples, case.classes) < 4:
+            return None
+        if case.loss == "acl" and case.classes > case.samples:
+            return replace(case, classes=case.classes // 2)
+        return replace(case, samples=case.samples // 2)
+
+    def words(self, case: LossCase) -> str:
+        if case.loss == "supcon":
+            shape = f"M={case.samples} d={case.width}"
+        else:
+            shape = f"E={case.exits} N={case.samples} K={case.classes} d={case.width}"
+        return f"{case.loss}_loss {shape} {case.dtype}"
 
 
-def memory(num_rows: int, width: int) -> Result:
-    """What one forward + backward adds to the high-water mark of a fresh process."""
-    ours = extra_memory(prepare, "fusedacl", num_rows, width)
-    dense = extra_memory(prepare, "dense", num_rows, width)
-    print(
-        f"M={num_rows} d={width}: {ours / 2**20:.1f} MiB more at the peak, dense "
-        f"{dense / 2**20:.0f} MiB: 1/{dense / ours:.0f}"
-    )
-    return {
-        "shape": {"rows": num_rows, "width": width, "classes": NUM_CLASSES},
-        "method": "VmHWM of a fresh process, reset after inputs and a call with 64 rows",
-        "fusedacl_bytes": ours,
-        "dense_bytes": dense,
-        "dense_over_fusedacl": dense / ours,
-    }
+def _rows(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Samples, then label embeddings [M, d], of each exit."""
+    return [
+        torch.cat(of_exit)
+        for of_exit in zip(
+            *(leaf.detach()[None] if leaf.dim() == 2 else leaf.detach() for leaf in leaves),
+            strict=True,
+        )
+    ]
 
 
-def prepare(name: str, num_rows: int, width: int) -> Callable[[], None]:
-    loss = {"fusedacl": fusedacl_supcon, "dense": dense_supcon}[name]
-    forward_backward(loss, *batch(64, width))
-    inputs = batch(num_rows, width)
-    return partial(forward_backward, loss, *inputs)
+def _row_labels(inputs: LossInputs, case: LossCase) -> Tensor:
+    if inputs.label_embeddings is None:
+        return inputs.labels
+    classes = torch.arange(case.classes, device=inputs.labels.device)
+    return torch.cat([inputs.labels, classes])
 
 
-def fusedacl_supcon(embeddings: Tensor, labels: Tensor) -> Tensor:
-    return supcon_loss(embeddings, labels, temperature=TEMPERATURE, denominator="others")
+def cases(
+    *,
+    losses: Sequence[str],
+    rows: Sequence[int],
+    samples: int,
+    widths: Sequence[int],
+    classes: Sequence[int],
+    exits: Sequence[int],
+    dtypes: Sequence[str],
+) -> list[LossCase]:
+    """Every combination: `rows` are supcon's, `classes` and `exits` acl's."""
+    found: list[dict[str, Any]] = []
+    if "supcon" in losses:
+        found += [
+            {"loss": "supcon", "samples": num, "width": width, "classes": 16}
+            for num in rows
+            for width in widths
+        ]
+    if "acl" in losses:
+        found += [
+            {"loss": "acl", "samples": samples, "width": width, "classes": num, "exits": num_exits}
+            for num_exits in exits
+            for num in classes
+            for width in widths[:1]
+        ]
+    return [LossCase(**values, dtype=dtype) for values in found for dtype in dtypes]
 
 
-def fusedacl_acl(embeddings: Tensor, labels: Tensor, label_embeddings: Tensor) -> Tensor:
-    return acl_loss(embeddings, labels, label_embeddings, temperature=TEMPERATURE)
-
-
-def batch(num_rows: int, width: int, num_classes: int = NUM_CLASSES) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    embeddings = torch.randn(num_rows, width, generator=generator).requires_grad_()
-    return embeddings, torch.randint(num_classes, (num_rows,), generator=generator)
-
-
-def forward_backward(loss: Loss, embeddings: Tensor, *others: Tensor) -> None:
-    for tensor in (embeddings, *others):
-        tensor.grad = None
-    loss(embeddings, *others).backward()
-
-
-def check(losses: dict[str, Loss], embeddings: Tensor, *others: Tensor) -> None:
-    """Refuses to time a wrong result: loss and gradient against the reference in float64."""
-    exact: Loss = (
-        partial(supcon_loss, denominator="others") if len(others) == 1 else partial(acl_loss)
-    )
-    doubles = [t.detach().double() if t.is_floating_point() else t for t in (embeddings, *others)]
-    doubles[0].requires_grad_()
-    expected = exact(*doubles, temperature=TEMPERATURE, impl="reference")
-    (expected_gradient,) = torch.autograd.grad(expected, doubles[0])
-    for name, loss in losses.items():
-        value = loss(embeddings, *others)
-        (gradient,) = torch.autograd.grad(value, embeddings)
-        for what, found, wanted in (
-            ("loss", value, expected),
-            ("gradient", gradient, expected_gradient),
-        ):
-            error = float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
-            if not error <= MAX_ERROR:
-                raise SystemExit(f"{name}: relative error of the {what} is {error:.1e}: not timed")
-
-
-def machine_rates(width: int) -> dict[str, Callable[[], object]]:
-    """RATE_CALLS products and exponentials of one block, into memory that is already there."""
-    left, right = torch.randn(2, BLOCK, width)
-    out = torch.empty(BLOCK, BLOCK)
-    exponents = torch.rand(BLOCK, BLOCK)
-
-    def gemm() -> None:
-        for _ in range(RATE_CALLS):
-            torch.mm(left, right.t(), out=out)
-
-    def exp() -> None:
-        for _ in range(RATE_CALLS):
-            torch.exp(exponents, out=out)
-
-    return {"gemm": gemm, "exp": exp}
-
-
-if __name__ == "__main__":
-    main()
+SUITE = LossSuite()

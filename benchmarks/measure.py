@@ -1,7 +1,6 @@
 """Interleaved timing, high-water marks of memory, and the file a benchmark leaves."""
 
 import argparse
-import json
 import multiprocessing
 import os
 import platform
@@ -47,36 +46,6 @@ def command_line(
         parser.add_argument(name, **settings)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    return arguments
-
-
-def gpu_command_line(description: str | None) -> argparse.Namespace:
-    """The options of the benchmarks that need a GPU; without one they end here, with status 2."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="small sizes, few rounds, no file")
-    parser.add_argument(
-        "--device",
-        choices=("cuda", "cpu"),
-        default="cuda",
-        help="cpu: with --quick, to try the program where no GPU is (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--output_dir",
-        type=Path,
-        help="where the JSON file goes (default: benchmarks/results/<name of the GPU>)",
-    )
-    arguments = parser.parse_args()
-    arguments.device = torch.device(arguments.device)
-    if arguments.device.type == "cpu" and not arguments.quick:
-        parser.error("--device cpu only tries the program: it needs --quick")
-    if arguments.device.type == "cuda" and not torch.cuda.is_available():
-        parser.error(
-            f"no GPU: torch {torch.__version__} finds no CUDA device, and this benchmark measures "
-            "one (--device cpu --quick tries the program, python -m fusedacl.benchmarks.floors "
-            "prints what a GPU could reach)"
-        )
-    if arguments.output_dir is None:
-        arguments.output_dir = Path(__file__).parent / "results" / machine_name(arguments.device)
     return arguments
 
 
@@ -258,6 +227,7 @@ def environment(device: torch.device = CPU) -> Result:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "pytorch_metric_learning": _version("pytorch-metric-learning"),
+        "torchjd": _version("torchjd"),
         "openmp": {key: value for key, value in os.environ.items() if key.startswith("OMP_")},
     }
 
@@ -304,7 +274,9 @@ def _version(distribution: str) -> str:
 
 
 def write(result: Result, path: Path, device: torch.device = CPU) -> None:
-    """Writes the result with its environment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(device), **result}, indent=2) + "\n")
+    """Writes a full run's result with its environment, as a file of `result.SCHEMA`."""
+    from .result import ResultFile
+
+    file = ResultFile(path, path.stem, "full", device, **result)
+    file.save()
     print(f"written: {path}")

@@ -1,260 +1,150 @@
-"""docs/performance.md from the result files.
+"""docs/performance.md and the table in README.md from the result files; the figures beside them.
 
-python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md
+python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md \\
+    --readme README.md
 """
 
 import argparse
-import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..engine.report import markdown_table
-from .cost_model import WORDS
+from ..engine.options import write_whole
+from ..engine.report import require_matplotlib
+from . import growth_figure, report_sections, roofline
+from .headline import headline, write_headline
 from .measure import Result
-from .scaling import MAX_BYTES_ERROR
+from .report_cases import cases_section, growth_section
+from .result import SCHEMA, read_any
+from .step_report import step_section
 
-HEADER = ["what", "median (20th to 80th percentile), ms", "time relative to the first"]
+SUITES = ("loss", "angle", "growth", "step", "exits", "scaling")
+OWN_SECTIONS: dict[str, Callable[[Result], list[str]]] = {
+    "exits": report_sections.exits_section,
+    "scaling": report_sections.scaling_section,
+}
+# Files without a schema, from before there was one.
+VERSION_0 = OWN_SECTIONS | {
+    "loss": report_sections.loss_section,
+    "angle": report_sections.angle_section,
+    "step": report_sections.step_section,
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
         "directories", nargs="+", type=Path, help="benchmarks/results/<machine>, one or more"
     )
     parser.add_argument("--output", type=Path, required=True, help="the page to write")
+    parser.add_argument("--readme", type=Path, help="where the short table goes, between markers")
     arguments = parser.parse_args()
-    arguments.output.write_text(page(arguments.directories), encoding="utf-8")
+    try:
+        results = [read_directory(directory) for directory in arguments.directories]
+        draw(arguments.directories, results)
+        write_whole(arguments.output, page(arguments.directories, arguments.output.parent))
+        if arguments.readme is not None:
+            table = headline(arguments.directories, results)
+            if table:
+                write_headline(arguments.readme, table)
+    except ValueError as error:
+        print(f"fusedacl.benchmarks.report: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def page(directories: Sequence[Path]) -> str:
-    """The page of some machines; what was not measured on one is left out there."""
+def read_directory(directory: Path) -> dict[str, Result]:
+    """The results of one machine by suite.
+
+    Raises:
+        ValueError: a file of a schema that this version does not know.
+    """
+    found = {}
+    for name in SUITES:
+        file = directory / f"{name}.json"
+        if not file.is_file():
+            continue
+        result = read_any(file)
+        if result.get("schema", 0) not in (0, SCHEMA):
+            raise ValueError(
+                f"{str(file)!r} has schema {result['schema']}, this version reads {SCHEMA} and "
+                "what came before it: measure it again with this version (fusedacl bench)."
+            )
+        found[name] = result
+    return found
+
+
+def draw(directories: Sequence[Path], results: Sequence[dict[str, Result]]) -> None:
+    """The roofline and the growth of every machine that measured them, beside its files."""
+    require_matplotlib()
+    for directory, found in zip(directories, results, strict=True):
+        of_cases = _of_cases(found)
+        if any(roofline.points(result) for result in of_cases):
+            roofline.draw(of_cases, directory.name, directory)
+        if "growth" in found:
+            growth_figure.draw(found["growth"], directory.name, directory)
+
+
+def _of_cases(found: dict[str, Result]) -> list[Result]:
+    return [found[name] for name in ("loss", "angle") if "cases" in found.get(name, {})]
+
+
+def page(directories: Sequence[Path], beside: Path | None = None) -> str:
+    """The page of some machines; what was not measured on one is left out there.
+
+    beside: the directory the page is for, from which figures are named.
+    """
+    results = [read_directory(directory) for directory in directories]
+    gpus = sorted(
+        {
+            result["environment"]["gpu"]
+            for found in results
+            for result in found.values()
+            if "gpu" in result["environment"]
+        }
+    )
+    where = f"On GPUs: {', '.join(gpus)}." if gpus else "Nothing here was measured on a GPU."
     parts = [
         "# Performance",
         "",
         "Made by `python -m fusedacl.benchmarks.report` from the files in `benchmarks/results/`; "
         "no number is typed by hand. In each table the contestants took turns in one process; "
         "claims are ratios of medians. What is faster than ours has a number below 1. "
-        "Nothing here was measured on a GPU.",
+        f"{where}",
     ]
-    sections = {
-        "loss": loss_section,
-        "angle": angle_section,
-        "step": step_section,
-        "exits": exits_section,
-        "scaling": scaling_section,
-    }
-    for directory in directories:
+    for directory, found in zip(directories, results, strict=True):
         parts += ["", f"## Machine `{directory.name}`"]
-        for name, section in sections.items():
-            file = directory / f"{name}.json"
-            if file.is_file():
-                result = json.loads(file.read_text(encoding="utf-8"))
-                parts += ["", *section(result), "", _provenance(result["environment"])]
+        for name, result in found.items():
+            parts += ["", *_section(name, result, directory, beside)]
+            parts += ["", _provenance(result["environment"])]
+        if any(roofline.points(result) for result in _of_cases(found)):
+            file = _link(directory / roofline.FILES[0], beside)
+            parts += ["", f"![Roofline of {directory.name}]({file})"]
     return "\n".join(parts) + "\n"
 
 
-def loss_section(result: Result) -> list[str]:
-    lines = ["### The contrastive loss, forward + backward, float32"]
-    for large in result["large"]:
-        shape = large["shape"]
-        lines += [
-            "",
-            f"M = {shape['rows']} rows, d = {shape['width']}, {shape['classes']} classes:",
-        ]
-        names = {
-            "fusedacl": "fusedacl",
-            "dense": "dense formula, eager PyTorch",
-            "metric_learning": "pytorch-metric-learning SupConLoss",
-        }
-        lines += ["", _table(large["times"], names)]
-        lines += [
-            "",
-            f"The floor that this machine's rates of matrix product ({large['gemm_gflops']:.0f} "
-            f"GFLOP/s) and exponential ({large['exp_giga_per_second']:.1f} G/s) set, measured in "
-            f"the same rounds: {large['floor_ms']:.1f} ms; ours takes {large['over_floor']:.2f} "
-            "times that.",
-        ]
-    small, memory = result["small"], result["memory"]
-    shape = small["shape"]
-    lines += [
-        "",
-        f"`acl_loss` of N = {shape['samples']}, K = {shape['labels']}, d = {shape['width']}:",
-    ]
-    lines += ["", _table(small["times"], {"fusedacl": "fusedacl", "dense": "dense, concatenated"})]
-    lines += [
-        "",
-        f"Memory beyond the inputs at M = {memory['shape']['rows']}, "
-        f"d = {memory['shape']['width']}: {memory['fusedacl_bytes'] / 2**20:.1f} MiB; "
-        f"dense {memory['dense_bytes'] / 2**20:.0f} MiB, "
-        f"{memory['dense_over_fusedacl']:.0f} times as much ({memory['method']}).",
-    ]
-    return lines
+def _section(name: str, result: Result, directory: Path, beside: Path | None) -> list[str]:
+    if result.get("schema", 0) == 0:
+        return VERSION_0[name](result)
+    if name == "growth":
+        return growth_section(result, _link(directory / growth_figure.FILES[0], beside))
+    if name == "step":
+        has_figure = bool(result.get("figures"))
+        return step_section(
+            result, _link(directory / result["figures"][0], beside) if has_figure else None
+        )
+    if name in OWN_SECTIONS:
+        return OWN_SECTIONS[name](result)
+    return cases_section(result)
 
 
-def angle_section(result: Result) -> list[str]:
-    shape = result["shape"]
-    check = {
-        "grad_dot_norm": "`grad_dot_norm`",
-        "one_dot": "one torch.dot of two flat tensors (reads as much)",
-        "concatenate": "concatenate + dot + two norms",
-    }
-    combine = {"gated_combine_": "`gated_combine_`", "foreach_combine_": "torch._foreach"}
-    return [
-        "### The angle check, float32",
-        "",
-        f"Gradients of BERT-base: {shape['tensors']} tensors, {shape['elements']:,} elements.",
-        "",
-        _table(result["times"], check),
-        "",
-        "The gated combination with clipping:",
-        "",
-        _table(result["times"], combine),
-    ]
-
-
-def step_section(result: Result) -> list[str]:
-    shape = result["shape"]
-    names = {
-        "fusedacl_ce": "fusedacl, CE",
-        "hugging_face_ce": "Hugging Face Trainer, CE, the same model",
-        "fusedacl_scl": "fusedacl, CE+SCL",
-        "fusedacl_acl_ungated": "fusedacl, ACL-Embed without the gate",
-        "fusedacl_acl": "fusedacl, ACL (two backward passes and the angle check)",
-    }
-    return [
-        "### A training step, float32",
-        "",
-        f"{shape['model']}; {shape['batch']} texts of {shape['tokens']} tokens.",
-        "",
-        _table(result["times"], names),
-    ]
-
-
-def exits_section(result: Result) -> list[str]:
-    shape = result["shape"]
-    return [
-        "### Several exits",
-        "",
-        f"{shape['model']}; texts: {shape['texts']}; float32 unless bfloat16 is named.",
-        "",
-        f"A step of the second stage, {shape['batch']} texts, on the frozen backbone. Each exit "
-        "trained alone is a run of its own, with a pass through the backbone of its own; the "
-        "feature cache was written before.",
-        *(line for stage in result["second_stage"].values() for line in _second_stage(stage)),
-        "",
-        "Early exit with a threshold that no text reaches, so that all exits are computed in vain. "
-        "The full model is the same backbone, called as a whole, with its last exit alone.",
-        *(line for case in result["early_exit"] for line in _early_exit(case)),
-        "",
-        "ACL-CL, forward + backward, all exits in one call:",
-        *(line for case in result["losses"] for line in _exit_losses(case)),
-    ]
-
-
-def _second_stage(stage: Result) -> list[str]:
-    options, times, num_exits = stage["options"], stage["times"], stage["exits"]
-    objective = {"acl": "ACL-CL with the gate", "ce": "cross-entropy"}[options["objective"]]
-    names = {
-        "together": f"{num_exits} exits together",
-        "apart": f"{num_exits} exits, one at a time",
-        "cached": f"{num_exits} exits together, from the feature cache",
-    }
-    return [
-        "",
-        f"{options['exit_head']} exits, {objective}"
-        f"{', bfloat16' if options.get('bf16') else ''}, {stage['mean_tokens']:.0f} tokens on "
-        f"average. Over the same {times['together']['samples']} batches, together is "
-        f"{stage['total_faster_than_apart']:.2f} times as fast as one at a time, and the cache "
-        f"{stage['total_cached_faster']:.2f} times as fast as without (sums of their times):",
-        "",
-        _table(times, names),
-    ]
-
-
-def _early_exit(case: Result) -> list[str]:
-    texts = (
-        f"{case['batches']} texts one by one"
-        if case["batch"] == 1
-        else f"a batch of {case['batch']}"
-    )
-    names = {"full": "full model", "early_exit": "early exit that nothing leaves"}
-    return ["", f"{case['exit_head']} exits, {texts}:", "", _table(case["times"], names)]
-
-
-def _exit_losses(case: Result) -> list[str]:
-    shape = case["shape"]
-    names = {"fusedacl": "fusedacl, one call", "dense": "a dense loss an exit, eager PyTorch"}
-    return [
-        "",
-        f"E = {shape['exits']}, N = {shape['samples']}, K = {shape['labels']}, "
-        f"d = {shape['width']}:",
-        "",
-        _table(case["times"], names),
-    ]
-
-
-def scaling_section(result: Result) -> list[str]:
-    """The file's own words for the model; the measured points as tables."""
-    shape, methods = result["problem"], WORDS
-    lines = [
-        "### Negatives of all ranks",
-        "",
-        f"`acl_loss(..., process_group=...)`, forward + backward: N = {shape['samples']} samples a "
-        f"rank, K = {shape['labels']}, d = {shape['width']}. Ranks on this machine's loopback "
-        "(gloo, float32), each beside the others on the same cores. Sent: counted at the calls of "
-        "torch.distributed, a collective as a ring; the model's bytes are those within "
-        f"{MAX_BYTES_ERROR:.0%}, or there is no file. Loopback: what the network interface "
-        "counted, headers and others' traffic included. The model's time is from rates measured "
-        "in the same run; it leaves out what is done once a row and the traffic of pair matrices.",
-        "",
-        "A ring holds blocks only, so it wins where the gathered rows have no room. Overlap alone "
-        "does not make it faster: in 16 bits it sends four times our bytes (blocks twice, their "
-        "gradients in float32) and has 4 products of own rows and all rows where we have 3. With "
-        "C our time on the wire and F that of one product, max(C, F) + max(3 C, 3 F) is never "
-        "below C + 3 F.",
-    ]
-    header = ["", "median (20th to 80th percentile), ms", "model's time / measured", "sent MB",
-              "loopback MB", "peak memory MB (model)"]  # fmt: skip
-    for found in result["measured"]:
-        ranks = found["ranks"]
-        rows = [[methods[name], *_scaling_cells(row)] for name, row in found["methods"].items()]
-        lines += ["", f"{ranks} rank{'s' if ranks > 1 else ''}:", ""]
-        lines.append(markdown_table(header, rows))
-    if "figures" in result:
-        figure = f"../benchmarks/results/{result['machine']}/{result['figures'][0]}"
-        lines += ["", f"![Time, memory and bytes against the number of ranks]({figure})"]
-    for model in result["models"]:
-        name, source = model["assumptions"]["name"], model["assumptions"]["source"]
-        lines += ["", f"By the model, not measured, {name} ({source}):", ""]
-        lines += [f"- {sentence}" for sentence in model["words"]]
-    return lines
-
-
-def _scaling_cells(row: Result) -> list[str]:
-    times = row["times"]
-
-    def megabytes(value: float | None) -> str:
-        return "-" if value is None else f"{value / 1e6:.2f}"
-
-    return [
-        f"{times['p50_ms']:.1f} ({times['p20_ms']:.1f} to {times['p80_ms']:.1f})",
-        f"{row['model_over_measured']:.2f}",
-        megabytes(row["sent_bytes"]),
-        megabytes(row["loopback_bytes"]),
-        f"{megabytes(row['memory_bytes'])} ({megabytes(row['model_memory_bytes'])})",
-    ]
-
-
-def _table(times: Result, names: dict[str, str]) -> str:
-    """Above 1 the others take longer than the first name, below 1 they are faster."""
-    ours = times[next(iter(names))]["p50_ms"]
-    rows = [HEADER, ["---"] * len(HEADER)]
-    for key, words in names.items():
-        p20, p50, p80 = (times[key][f"p{percent}_ms"] for percent in (20, 50, 80))
-        digits = 2 if p50 < 10 else 1
-        spread = f"{p50:.{digits}f} ({p20:.{digits}f} to {p80:.{digits}f})"
-        rows.append([words, spread, "-" if p50 == ours else f"{p50 / ours:.2f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+def _link(file: Path, beside: Path | None) -> str:
+    if beside is None:
+        return f"../benchmarks/results/{file.parent.name}/{file.name}"
+    return Path(os.path.relpath(file, beside)).as_posix()
 
 
 def _provenance(environment: Result) -> str:
@@ -270,4 +160,4 @@ def _provenance(environment: Result) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

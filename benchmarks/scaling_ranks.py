@@ -15,8 +15,8 @@ from ..kernels import acl_loss
 from ..kernels.global_rows import all_gather
 from . import global_baselines
 from .cost_model import METHODS
+from .cpu_rates import BLOCK, RATE_CALLS, machine_rates
 from .loopback import Wire, loopback_bytes
-from .loss import BLOCK, RATE_CALLS, machine_rates
 from .measure import Result, _status_bytes
 
 TEMPERATURE = 0.5

@@ -1,221 +1,382 @@
-"""Time of a training step, MiniLM (6 layers, 384 wide) in float32 on the CPU.
+"""Time, memory and parts of a training step, float32 on the CPU.
 
-    python -m fusedacl.benchmarks.step [--quick]
+    python -m fusedacl.benchmarks.step [--quick] [--providers fusedacl_ce,fusedacl_acl]
 
-Our trainer with plain cross-entropy beside the Hugging Face Trainer on the same model class,
-weights, texts, batch size and optimizer; then what CE+SCL, ACL-Embed and its gradient gate (a
-second backward pass and the angle check) add to it. Every text has the same number of tokens. A
-sample is the time from the end of one step to the end of the next, batching included; the
-contestants take turns, several steps each. Before anything is timed, the mean cross-entropy of
-both trainers' first steps must agree.
+Our trainer (cross-entropy, CE+SCL, ACL with each scope of the gate, under DeepSpeed with one
+process) beside the Hugging Face Trainer and a loop written by hand, on the same model, weights,
+batches and optimizer. Every text has the same number of tokens. A sample is the time from the end
+of one step to the end of the next, batching included; the contestants take turns of several steps,
+whose first is left out. Before anything is timed their losses must agree, without dropout: those
+of all steps where two train alike, else those of the first step. Where our step's time goes is
+profiled in a turn of its own.
 """
 
-import json
+import argparse
 import tempfile
-import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from tqdm import tqdm
 
-from ..engine.config import TrainingConfig
-from ..engine.loading import load_tokenizer
-from ..engine.modeling import MultiExitForSequenceClassification
-from ..engine.quickstart import LABEL_NAMES, minilm_path, quickstart_splits
-from ..engine.trainer import Trainer
-from .measure import Result, command_line, interleave_samples, ratio, write
+from ..engine import distributed
+from ..engine.profiling import WARM_UP
+from ..engine.report import require_matplotlib, text_table
+from .measure import Result, interleave_samples, machine_name, ratio
+from .provider import check_names
+from .result import ResultFile, default_directory
+from .step_figure import draw
+from .step_memory import peaks
+from .step_providers import OURS, Case, Contestant, Files, Ours, contestant, obstacle
+from .step_words import (
+    ACL,
+    CACHED,
+    CACHED_WORDS,
+    CE,
+    HUGGING_FACE,
+    ONE_CHUNK,
+    ONE_SHOT,
+    TWO_BACKWARD,
+    WORDS,
+)
 
-BATCH_SIZE = 32
-NUM_TOKENS = 48
-LEARNING_RATE = 1e-4
-# The two trainers draw the texts in another order, so their losses agree roughly.
-MAX_LOSS_DIFFERENCE = 0.1
-VARIANTS: dict[str, dict[str, Any]] = {
-    "fusedacl_ce": {"objective": "ce"},
-    "fusedacl_scl": {"objective": "scl"},
-    "fusedacl_acl_ungated": {"objective": "acl", "gate": "none"},
-    "fusedacl_acl": {"objective": "acl", "gate": "angle"},
+# Of the losses, relative. Adam makes rounding grow with the steps.
+MAX_ERROR = 1e-4
+# The Hugging Face Trainer logs four decimals.
+MAX_LOGGED_ERROR = 1e-3
+CHECK_STEPS = 3
+# The second one's losses tell of the first one's gradients.
+CACHED_CHECK_STEPS = 2
+# Provider -> the one that trains alike.
+ALIKE = {
+    HUGGING_FACE: CE,
+    "deepspeed_ce": CE,
+    TWO_BACKWARD: ACL,
+    "deepspeed_acl": ACL,
 }
-HUGGING_FACE = "hugging_face_ce"
+# What, the time of one over that of another, at most.
+BARS = (
+    ("exact gate over CE", ACL, CE, 1.75),
+    ("gate on the last 2 layers over CE", "fusedacl_acl_top2", CE, 1.25),
+    ("gate on the representation over CE", "fusedacl_acl_head", CE, 1.05),
+    ("CE under DeepSpeed over local", "deepspeed_ce", CE, 1.15),
+    ("exact gate under DeepSpeed over local", "deepspeed_acl", ACL, 1.15),
+)
+MAX_CACHED_MEMORY = 1.3
+MAX_CACHED_TIME = 1.45
+
+
+@dataclass(frozen=True)
+class Turns:
+    """How a case is measured: rounds of turns, timed and profiled steps of a turn, memory.
+
+    providers: names, empty for all.
+    """
+
+    rounds: int
+    steps: int
+    profiled: int
+    memory: bool
+    providers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """A contrastive batch that is cached, in chunks of `case.batch` texts."""
+
+    case: Case
+    number: int
+    turns: Turns
+
+    @property
+    def words(self) -> str:
+        return f"contrastive batch of {self.number} chunks: {self.case.words} a chunk"
+
+
+@dataclass(frozen=True)
+class Preset:
+    cases: tuple[tuple[Case, Turns], ...]
+    cached: Chunks
+
+
+# On the large model, whose steps take seconds.
+LARGE = (
+    CE,
+    HUGGING_FACE,
+    "fusedacl_acl_ungated",
+    ACL,
+    "fusedacl_acl_top2",
+    "fusedacl_acl_head",
+    TWO_BACKWARD,
+)
+PRESETS = {
+    "full": Preset(
+        (
+            (Case("minilm", 32, 48), Turns(rounds=3, steps=5, profiled=4, memory=True)),
+            (
+                Case("bert-base", 8, 64),
+                Turns(rounds=2, steps=2, profiled=2, memory=False, providers=LARGE),
+            ),
+        ),
+        Chunks(Case("minilm", 32, 48), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
+    ),
+    "quick": Preset(
+        (
+            (
+                Case("minilm", 8, 24, num_layers=3),
+                Turns(rounds=1, steps=2, profiled=1, memory=False),
+            ),
+        ),
+        Chunks(
+            Case("minilm", 4, 24, num_layers=3),
+            4,
+            Turns(rounds=1, steps=2, profiled=0, memory=True),
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """
+    preset: one of PRESETS, or what it holds. providers: names, empty for all; without `ACL` among
+        them the cached batch is left out.
+    output_dir: where step.json and the figure go, the file after every case; None: nowhere.
+    """
+
+    preset: str | Preset = "full"
+    providers: tuple[str, ...] = ()
+    threads: int = 2
+    output_dir: Path | None = None
 
 
 def main() -> None:
-    arguments = command_line(__doc__)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a small model, few steps")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
+    parser.add_argument("--providers", default="", help=f"of {', '.join(WORDS)} (default: all)")
+    parser.add_argument("--output_dir", type=Path, help="where step.json and the figure go")
+    arguments = parser.parse_args()
+    preset = "quick" if arguments.quick else "full"
+    options = Options(
+        preset,
+        tuple(name for name in arguments.providers.split(",") if name),
+        arguments.threads,
+        arguments.output_dir or default_directory(machine_name(), preset),
+    )
+    try:
+        run(options)
+    except ValueError as error:
+        parser.error(str(error))
+    finally:
+        distributed.leave()
+
+
+def run(options: Options) -> Result:
+    """All cases; the result has schema 1 (`result`), with "bars" in every case.
+
+    Raises:
+        ValueError: an unknown provider, or no matplotlib for the figure.
+        SystemExit: trainers that should train alike do not.
+    """
+    check_names(options.providers, WORDS)
+    if options.output_dir is not None:
+        require_matplotlib()
+    torch.set_num_threads(options.threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as directory:
-        rounds, steps = (1, 3) if arguments.quick else (3, 6)
-        result = training_step(Path(directory), rounds=rounds, steps=steps)
-    if not arguments.quick:
-        write(result, arguments.output_dir / "step.json")
+    if isinstance(options.preset, Preset):
+        name, preset = "custom", options.preset
+    else:
+        name, preset = options.preset, PRESETS[options.preset]
+    directory = options.output_dir or Path()
+    file = ResultFile(directory / "step.json", "step", name, machine=machine_name())
+    cases = file.result["cases"] = []
+    wanted = options.providers or tuple(WORDS)
+    with tempfile.TemporaryDirectory() as temporary:
+        files = Files(Path(temporary))
+        for case, turns in preset.cases:
+            names = [name for name in wanted if name in (turns.providers or WORDS)]
+            if not names:
+                continue
+            cases.append(measure(case, turns, names, files, options.threads))
+            print(text(cases[-1]))
+            if options.output_dir is not None:
+                file.save()
+        if ACL in wanted:
+            cases.append(measure_cached(preset.cached, files, options.threads))
+            print(text(cases[-1]))
+    if options.output_dir is not None:
+        file.result["figures"] = draw(file.result, options.output_dir)
+        file.save()
+        print(f"written: {file.path}, {', '.join(file.result['figures'])}")
+    return file.result
 
 
-def training_step(directory: Path, rounds: int, steps: int) -> Result:
-    rows = equally_long_texts()
-    train_file = directory / "train.jsonl"
-    train_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    contestants = {HUGGING_FACE: HuggingFace(rows, directory)} | {
-        name: Ours(train_file, directory / name, options) for name, options in VARIANTS.items()
+def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, threads: int) -> Result:
+    """One case: who agrees, then times in turns, parts and peaks of memory."""
+    left_out = {name: why for name in names if (why := obstacle(name)) is not None}
+    running = {
+        name: contestant(name, case, files)
+        for name in WORDS
+        if name in names and name not in left_out
     }
-    losses = check(contestants, num_steps=6)
+    losses, wrong = check(case, running, files)
+    for name, why in wrong.items():
+        left_out[name] = why
+        del running[name]
     times = interleave_samples(
         # The first step of a turn warms up.
-        {name: partial(contestant.run, steps + 1) for name, contestant in contestants.items()},
-        rounds=rounds,
+        {name: partial(one.turn, turns.steps + 1) for name, one in running.items()},
+        rounds=turns.rounds,
         skip=1,
     )
-    result = {
-        "shape": {"batch": BATCH_SIZE, "tokens": NUM_TOKENS, "model": "MiniLM, 6 x 384"},
-        "mean_losses_of_6_steps": losses,
-        "times": times,
-        "throughput_over_hugging_face": ratio(times, HUGGING_FACE, "fusedacl_ce"),
-        "scl_over_ce": ratio(times, "fusedacl_scl", "fusedacl_ce"),
-        "acl_ungated_over_ce": ratio(times, "fusedacl_acl_ungated", "fusedacl_ce"),
-        "acl_over_ce": ratio(times, "fusedacl_acl", "fusedacl_ce"),
+    for name, one in tqdm(running.items(), desc="profile", leave=False):
+        if isinstance(one, Ours) and turns.profiled:
+            one.turn(WARM_UP + turns.profiled, profile_steps=turns.profiled)
+            times[name]["shares"] = one.shares
+    if turns.memory:
+        makers = {name: partial(contestant, name, case, files) for name in running}
+        _add_peaks(times, peaks(makers, threads))
+    return {
+        "case": asdict(case),
+        "words": case.words,
+        "losses": losses,
+        "providers": times,
+        "left_out": left_out,
+        "bars": [
+            bar(what, ratio(times, slower, faster), most)
+            for what, slower, faster, most in BARS
+            if slower in times and faster in times
+        ],
     }
-    print(
-        f"{BATCH_SIZE} x {NUM_TOKENS} tokens, CE: {times['fusedacl_ce']['p50_ms']:.0f} ms a step, "
-        f"{result['throughput_over_hugging_face']:.2f}x the throughput of the Hugging Face "
-        f"Trainer; time over CE: CE+SCL {result['scl_over_ce']:.2f}, ACL without gate "
-        f"{result['acl_ungated_over_ce']:.2f}, ACL {result['acl_over_ce']:.2f}"
+
+
+def check(
+    case: Case, contestants: Mapping[str, Contestant], files: Files
+) -> tuple[dict[str, list[tuple[float, float | None]]], dict[str, str]]:
+    """The losses of some steps, and who of the others' may not be timed.
+
+    Raises:
+        SystemExit: one of ours is wrong.
+    """
+    # What they are compared with, wanted or not.
+    needed = dict.fromkeys([*contestants, CE, *(ALIKE[n] for n in contestants if n in ALIKE)])
+    if any(name not in (CE, HUGGING_FACE) for name in contestants):
+        needed[ACL] = None
+    losses = {}
+    for name in tqdm(needed, desc="check", leave=False):
+        one = contestants.get(name) or contestant(name, case, files)
+        one.turn(CHECK_STEPS, dropout=0.0, logging_steps=1)
+        losses[name] = one.losses
+    wrong = {}
+    for name in contestants:
+        alike = name in ALIKE
+        pairs = list(zip(losses[name], losses[ALIKE.get(name, CE)], strict=True))
+        error = max(_relative(found[0], exact[0]) for found, exact in pairs[: None if alike else 1])
+        limit = MAX_LOGGED_ERROR if name == HUGGING_FACE else MAX_ERROR
+        if losses[name][0][1] is not None and name != "fusedacl_scl":
+            pairs = list(zip(losses[name], losses[ACL], strict=True))[: None if alike else 1]
+            error = max(error, *(_relative(found[1], exact[1]) for found, exact in pairs))
+        if not error <= limit:
+            why = f"its losses differ by {error:.1e} (relative): not timed"
+            if name in OURS:
+                raise SystemExit(f"{case.words}, {name}: {why}")
+            wrong[name] = why
+    return losses, wrong
+
+
+def _relative(found: float | None, exact: float | None) -> float:
+    assert found is not None and exact is not None
+    return abs(found - exact) / abs(exact)
+
+
+def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
+    """A cached batch beside one chunk's step, and beside the step that takes it in one shot."""
+    case, number, turns = chunks.case, chunks.number, chunks.turns
+    whole = case.batch * number
+    makers = {
+        ONE_CHUNK: partial(contestant, ACL, case, files),
+        CACHED: partial(
+            contestant,
+            ACL,
+            case,
+            files,
+            gradient_accumulation_steps=number,
+            contrastive_batch_size=whole,
+        ),
+        ONE_SHOT: partial(contestant, ACL, case, files, per_device_train_batch_size=whole),
+    }
+    running = {name: make() for name, make in makers.items()}
+    for name in (CACHED, ONE_SHOT):
+        running[name].turn(CACHED_CHECK_STEPS, dropout=0.0, logging_steps=1)
+    pairs = zip(running[CACHED].losses, running[ONE_SHOT].losses, strict=True)
+    error = max(
+        _relative(a, b) for found, exact in pairs for a, b in zip(found, exact, strict=True)
     )
+    if not error <= MAX_ERROR:
+        raise SystemExit(f"{chunks.words}: the losses differ by {error:.1e} (relative): not timed")
+    times = interleave_samples(
+        {name: partial(one.turn, turns.steps + 1) for name, one in running.items()},
+        rounds=turns.rounds,
+        skip=1,
+    )
+    result: Result = {
+        "case": {**asdict(case), "chunks": number},
+        "words": chunks.words,
+        "providers": times,
+        "left_out": {},
+        "bars": [
+            bar("cached over one shot, time", ratio(times, CACHED, ONE_SHOT), MAX_CACHED_TIME)
+        ],
+    }
+    if turns.memory:
+        _add_peaks(times, peaks(makers, threads))
+        cached, one_chunk = (times[name].get("peak_bytes") for name in (CACHED, ONE_CHUNK))
+        if cached is not None and one_chunk is not None:
+            what = "cached over one chunk, peak memory"
+            result["bars"].append(bar(what, cached / one_chunk, MAX_CACHED_MEMORY))
     return result
 
 
-def equally_long_texts() -> list[dict[str, Any]]:
-    """Labelled pairs, each so long that truncation leaves NUM_TOKENS tokens."""
-    return [
-        {
-            "sentence1": f"{row['sentence1']} " * NUM_TOKENS,
-            "sentence2": f"{row['sentence2']} " * NUM_TOKENS,
-            "label": LABEL_NAMES[int(row["label"])],
-        }
-        for row in quickstart_splits(num_train=640)["train"]
+def _add_peaks(times: dict[str, Result], found: Mapping[str, int | str | None]) -> None:
+    for name, peak in found.items():
+        key = "peak_error" if isinstance(peak, str) else "peak_bytes"
+        times[name][key] = peak
+
+
+def bar(what: str, value: float, most: float) -> Result:
+    """A ratio beside what it should be at most: reported, not enforced."""
+    return {"what": what, "value": float(value), "at_most": most, "met": bool(value <= most)}
+
+
+def text(case: Result) -> str:
+    """A case as a table, its bars, and who is not in it."""
+    times = case["providers"]
+    base = times.get(CE) or times[next(iter(times))]
+    rows = []
+    for name, row in times.items():
+        peak = row.get("peak_bytes")
+        rows.append(
+            [
+                (WORDS | CACHED_WORDS)[name],
+                f"{row['p50_ms']:.0f}",
+                f"{row['p20_ms']:.0f} to {row['p80_ms']:.0f}",
+                f"{row['p50_ms'] / base['p50_ms']:.2f}",
+                "-" if peak is None else f"{peak / 2**20:.0f}",
+            ]
+        )
+    header = [case["words"], "ms", "20th to 80th", "relative", "peak MiB"]
+    lines = [text_table(header, rows)]
+    lines += [
+        f"{b['what']}: {b['value']:.2f} (at most {b['at_most']}: {'yes' if b['met'] else 'no'})"
+        for b in case["bars"]
     ]
-
-
-class Ours:
-    """Our trainer; every run starts from the pretrained weights."""
-
-    def __init__(self, train_file: Path, output_dir: Path, options: dict[str, Any]) -> None:
-        self.options = {
-            "train_file": str(train_file),
-            "model_name_or_path": str(minilm_path()),
-            "output_dir": str(output_dir),
-            "overwrite_output_dir": True,
-            "max_seq_length": NUM_TOKENS,
-            # The losses of all steps are compared.
-            "logging_steps": 1,
-            "per_device_train_batch_size": BATCH_SIZE,
-            "learning_rate": LEARNING_RATE,
-            "contrastive_reduction": "sum",
-            "save_steps": 0,
-            "disable_tqdm": True,
-            "device": "cpu",
-            **options,
-        }
-        self.loss = float("nan")
-
-    def run(self, num_steps: int) -> list[float]:
-        """Seconds of each step."""
-        trainer = _TimedTrainer(TrainingConfig.create(**self.options, max_steps=num_steps))
-        trainer.run()
-        self.loss = sum(trainer.step_losses) / num_steps
-        return trainer.step_seconds
-
-
-class _TimedTrainer(Trainer):
-    def __init__(self, config: TrainingConfig) -> None:
-        super().__init__(config)
-        self.step_seconds: list[float] = []
-        self.step_losses: list[float] = []
-        self._last = time.perf_counter()
-
-    def _train_step(self, *arguments: Any) -> None:
-        super()._train_step(*arguments)
-        now = time.perf_counter()
-        self.step_seconds.append(now - self._last)
-        self._last = now
-
-    def _record(self, *arguments: Any) -> dict[str, Any]:
-        record = super()._record(*arguments)
-        self.step_losses.append(record["loss_ce"])
-        return record
-
-
-class HuggingFace(transformers.TrainerCallback):
-    """The Hugging Face Trainer with the same model class; the loss is the model's own."""
-
-    def __init__(self, rows: list[dict[str, Any]], directory: Path) -> None:
-        self.tokenizer = load_tokenizer(str(minilm_path()))
-        self.directory = directory
-        self.features = [
-            {
-                **self.tokenizer(
-                    row["sentence1"], row["sentence2"], truncation=True, max_length=NUM_TOKENS
-                ),
-                "labels": LABEL_NAMES.index(row["label"]),
-            }
-            for row in rows
-        ]
-        self.seconds: list[float] = []
-        self.loss = float("nan")
-        self._last = 0.0
-
-    def on_step_end(self, *arguments: Any, **options: Any) -> None:
-        now = time.perf_counter()
-        self.seconds.append(now - self._last)
-        self._last = now
-
-    def on_log(self, *arguments: Any, logs: dict[str, float] | None = None, **options: Any) -> None:
-        self.loss = (logs or {}).get("loss", self.loss)
-
-    def run(self, num_steps: int) -> list[float]:
-        """Seconds of each step."""
-        torch.manual_seed(42)
-        arguments = transformers.TrainingArguments(
-            output_dir=str(self.directory / "hugging_face"),
-            max_steps=num_steps,
-            per_device_train_batch_size=BATCH_SIZE,
-            learning_rate=LEARNING_RATE,
-            warmup_steps=round(0.1 * num_steps),
-            weight_decay=0.01,
-            optim="adamw_torch_fused",
-            use_cpu=True,
-            save_strategy="no",
-            logging_steps=num_steps,
-            report_to="none",
-            disable_tqdm=True,
-        )
-        trainer = transformers.Trainer(
-            model=MultiExitForSequenceClassification.from_encoder(
-                str(minilm_path()), label_names=LABEL_NAMES
-            ),
-            args=arguments,
-            train_dataset=self.features,
-            data_collator=transformers.DataCollatorWithPadding(self.tokenizer),
-            callbacks=[self],
-        )
-        trainer.remove_callback(transformers.PrinterCallback)
-        self.seconds = []
-        self._last = time.perf_counter()
-        trainer.train()
-        return self.seconds
-
-
-def check(contestants: dict[str, Any], num_steps: int) -> dict[str, float]:
-    """Refuses to time trainers that do not learn the same; returns their mean losses."""
-    losses = {}
-    for name in tqdm((HUGGING_FACE, "fusedacl_ce"), desc="check", leave=False):
-        contestants[name].run(num_steps)
-        losses[name] = contestants[name].loss
-    difference = abs(losses[HUGGING_FACE] - losses["fusedacl_ce"])
-    if not difference < MAX_LOSS_DIFFERENCE:
-        raise SystemExit(f"the trainers' losses differ by {difference:.3f}: not timed")
-    return losses
+    lines += [f"left out: {WORDS[name]}: {why}" for name, why in case["left_out"].items()]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -264,7 +264,6 @@ def _bench(arguments: list[str]) -> int:
     # Nothing but this verb needs the benchmarks.
     from ..benchmarks.cli import main as bench
 
-    _quiet_transformers()
     return bench(arguments)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from fusedacl.benchmarks import measure
 from fusedacl.benchmarks.measure import (
     extra_device_memory,
-    gpu_command_line,
     interleave_on,
     launches,
     machine_name,
@@ -28,23 +25,6 @@ def test_a_gpu_gives_its_results_their_folder(monkeypatch: pytest.MonkeyPatch) -
     assert machine_name(torch.device("cuda")) == "nvidia-h200-x"
     # What the CPU computes stays with the CPU.
     assert machine_name() == machine_name(CPU) != "nvidia-h200-x"
-    monkeypatch.setattr(sys, "argv", ["gpu_loss"])
-    assert gpu_command_line("").output_dir.parts[-2:] == ("results", "nvidia-h200-x")
-
-
-def test_without_a_gpu_the_command_ends_with_a_sentence(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    for options, message in (
-        ([], "finds no CUDA device, and this benchmark measures one (--device cpu --quick tries"),
-        (["--device", "cpu"], "it needs --quick"),
-    ):
-        monkeypatch.setattr(sys, "argv", ["gpu_loss", *options])
-        with pytest.raises(SystemExit) as stopped:
-            gpu_command_line("")
-        assert stopped.value.code == 2
-        assert message in capsys.readouterr().err
 
 
 def test_fast_calls_are_repeated_and_slow_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+from fusedacl.benchmarks import report, roofline
+from fusedacl.benchmarks.growth import fits
+from fusedacl.benchmarks.headline import BEGIN, END
 from fusedacl.benchmarks.measure import environment, quantiles
 from fusedacl.benchmarks.report import page
 
@@ -87,3 +92,127 @@ def test_several_exits(tmp_path: Path) -> None:
     assert "| early exit that nothing leaves | 116.0 (116.0 to 116.0) | 1.16 |" in text
     assert "E = 11, N = 32, K = 77, d = 64:" in text
     assert "| a dense loss an exit, eager PyTorch | 5.00 (5.00 to 5.00) | 2.50 |" in text
+
+
+def entry(p50: float, peak: int | None = 2**20, floor_ms: float = 1.0) -> dict[str, Any]:
+    return {
+        "p20_ms": 0.9 * p50, "p50_ms": p50, "p80_ms": 1.1 * p50, "samples": 9,
+        "peak_bytes": peak, "error": 1e-7, "formula": "f", "ours": False,
+        "over_floor": p50 / floor_ms,
+    }  # fmt: skip
+
+
+def bench_case(words: str, shape: dict[str, Any], **providers: float) -> dict[str, Any]:
+    return {
+        "case": {"dtype": "float32", **shape}, "words": words, "floor_ms": 1.0, "bound_by": "exp",
+        "providers": {name.replace("_", "-"): entry(p50) for name, p50 in providers.items()},
+        "left_out": {"inf-cl": "inf-cl runs on NVIDIA GPUs only: --device cuda"},
+        "rates": {
+            "gigaflops": {"float32": 100.0}, "giga_exponentials_per_second": 2.0,
+            "gigabytes_per_second": None, "overlaps_units": False,
+        },
+    }  # fmt: skip
+
+
+SUPCON = {"loss": "supcon", "samples": 4096, "width": 64, "classes": 16, "exits": 1}
+
+
+def bench_file(directory: Path, benchmark: str, cases: list[dict[str, Any]], **more: Any) -> None:
+    result = {
+        "schema": 1, "benchmark": benchmark, "preset": "full", "environment": environment(),
+        "rates": {
+            "gigaflops": {"float32": 200.0}, "giga_exponentials_per_second": 3.0,
+            "gigabytes_per_second": 10.0, "overlaps_units": False,
+        },
+        "cases": cases,
+        "noise": {"spread": 0.2, "load_average": [0, 0, 0], "cores": 2, "noisy": True,
+                  "why": ["times scatter by 20%"]},
+    } | more  # fmt: skip
+    directory.mkdir(exist_ok=True)
+    (directory / f"{benchmark}.json").write_text(json.dumps(result))
+
+
+def bench_directory(directory: Path) -> Path:
+    large = bench_case("supcon_loss M=4096 d=64 float32", SUPCON, fusedacl=40.0, dense=30.0,
+                       pytorch_metric_learning=400.0)  # fmt: skip
+    bench_file(directory, "loss", [large])
+    task = {"task": "dot_norm", "parameters": 1000}
+    sums = bench_case("dot_norm of 199 tensors", task, fusedacl=2.0)
+    sums["providers"]["concatenate + dot + norms"] = entry(20.0, peak=None)
+    bench_file(directory, "angle", [sums])
+    points = [
+        bench_case(f"supcon_loss M={size}", SUPCON | {"samples": size}, fusedacl=size**1.5,
+                   dense=size**2) | {"axis": "M", "size": size}
+        for size in (64, 128, 256)
+    ]  # fmt: skip
+    points[-1]["left_out"] = {"SupContrast": "does not fit: about 9 GiB by prediction"}
+    bench_file(directory, "growth", points, growth=fits(points))
+    return directory
+
+
+def test_cases_with_slower_and_faster_providers(tmp_path: Path) -> None:
+    text = page([bench_directory(tmp_path / "some-machine")])
+    assert "supcon_loss M=4096 d=64 float32 (floor 1.00 ms, bound by exp):" in text
+    assert "| fusedacl | 40.0 (36.0 to 44.0) | - | 40.00 | 1.0 |" in text
+    assert "| dense | 30.0 (27.0 to 33.0) | 0.75 | 30.00 | 1.0 |" in text
+    assert "| pytorch-metric-learning | 400 (360 to 440) | 10.00 | 400.00 | 1.0 |" in text
+    assert "| concatenate + dot + norms | 20.0 (18.0 to 22.0) | 10.00 | 20.00 | - |" in text
+    assert "- inf-cl: inf-cl runs on NVIDIA GPUs only: --device cuda.\n" in text
+    assert "**Noisy**: times scatter by 20%." in text
+    assert "| M | fusedacl | 1.50 | 0.00 | 256 |" in text
+    assert "- SupContrast: does not fit: about 9 GiB by prediction." in text
+    assert "![Roofline of some-machine](../benchmarks/results/some-machine/roofline.png)" in text
+
+
+def test_the_command_draws_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = bench_directory(tmp_path / "some-machine")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    output = tmp_path / "docs" / "performance.md"
+    output.parent.mkdir()
+    words = [str(directory), "--output", str(output), "--readme", str(readme)]
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    assert report.main() == 0
+    for name in ("roofline.png", "roofline.svg", "growth.png", "growth.svg"):
+        assert (directory / name).stat().st_size > 5_000
+    assert "](../some-machine/growth.png)" in output.read_text()
+    text = readme.read_text()
+    assert text.startswith("Before.\n\n") and text.endswith("\n\nAfter.\n") and "old" not in text
+    assert (
+        "| contrastive loss, forward + backward, M=4096 d=64 float32 | pytorch-metric-learning "
+        "| 40 ms | 400 ms | 10.00 times | 1.0 against 1.0 MiB | some-machine |" in text
+    )
+    # Written again, it is the same.
+    assert report.main() == 0
+    assert readme.read_text() == text
+    readme.write_text("No markers.\n")
+    assert report.main() == 2
+    assert "needs the markers" in capsys.readouterr().err
+
+
+def test_a_foreign_schema_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loss.json").write_text(json.dumps({"schema": 7, "environment": {}}))
+    output = tmp_path / "performance.md"
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--output", str(output)])
+    assert report.main() == 2
+    assert "has schema 7, this version reads 1" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_point_is_where_its_operations_put_it() -> None:
+    """M = 4096, d = 64, float32: 4 M^2 d operations, M d (3 x 4 + 4) bytes."""
+    case = bench_case("c", SUPCON, fusedacl=1000.0)
+    (point,) = roofline.points({"cases": [case]})
+    assert point["intensity"] == pytest.approx(4 * 4096**2 * 64 / (4096 * 64 * 16))
+    assert point["per_second"] == pytest.approx(4 * 4096**2 * 64)
+    limits = roofline.roofs([{"rates": None, "cases": [case, case | {"rates": {
+        "gigaflops": {"float32": 50.0}, "giga_exponentials_per_second": 4.0,
+        "gigabytes_per_second": 9.0, "overlaps_units": False}}]}])  # fmt: skip
+    assert limits == {"flops": 100e9, "exponentials": 4e9, "bytes": 9e9, "overlaps": False}
+    roof, words = roofline.exponential_roof(limits, 64)
+    assert roof == pytest.approx(1 / (1 / 100e9 + 1 / (4 * 64 * 4e9))) and "products" in words
+    assert roofline.exponential_roof(limits | {"overlaps": True}, 64) == (4 * 64 * 4e9, "exp")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from contrastive_cases import DEVICE, Inputs, make_inputs, run
+from fusedacl.benchmarks.counting import is_host_read
 from fusedacl.kernels import (
     angle_degrees,
     combined_squared_norm,
@@ -26,20 +27,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-READS = {
-    "aten::_local_scalar_dense",
-    "aten::is_nonzero",
-    "aten::item",
-    # Their results' shapes depend on values, so the host waits for them.
-    "aten::nonzero",
-    "aten::masked_select",
-    "aten::_unique2",
-    "aten::bincount",
-    "aten::equal",
-}
-# With a mask for an index the same.
-INDEXING = {"aten::index", "aten::index_put", "aten::index_put_"}
-
 
 class Refuse(TorchDispatchMode):
     """Raises where a value is read."""
@@ -48,13 +35,9 @@ class Refuse(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = func._schema.name
-        if name in READS or (name in INDEXING and has_mask(args[1])):
+        if is_host_read(name.removeprefix("aten::"), args):
             raise AssertionError(f"{name} reads a value on the host")
         return func(*args, **(kwargs or {}))
-
-
-def has_mask(indices: Any) -> bool:
-    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
 
 
 @contextmanager

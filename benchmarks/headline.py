@@ -1,0 +1,82 @@
+"""The short table in README.md: ours beside the others, from the result files."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..engine.options import write_whole
+from ..engine.report import markdown_table
+from .measure import Result
+
+BEGIN, END = "<!-- headline -->", "<!-- /headline -->"
+OURS = "fusedacl"
+# What people would use instead, in the order in which the first that was measured is taken.
+PEERS = {
+    "supcon": ("pytorch-metric-learning", "dense", "SupContrast"),
+    "acl": ("dense",),
+    "dot_norm": ("concatenate + dot + norms",),
+    "gate": ("concatenate + cosine + loop",),
+}
+NAMES = {
+    "supcon": "contrastive loss, forward + backward",
+    "acl": "loss with label embeddings, forward + backward",
+    "dot_norm": "angle of two gradients",
+    "gate": "angle and gated combination",
+}
+
+
+def headline(directories: Sequence[Path], results: Sequence[dict[str, Result]]) -> str:
+    """A row for the largest case of each kind on each machine; empty where none was measured."""
+    rows = []
+    for directory, found in zip(directories, results, strict=True):
+        for name in ("loss", "angle"):
+            cases = found.get(name, {}).get("cases", [])
+            for kind in PEERS:
+                of_kind = [case for case in cases if _kind(case) == kind]
+                if of_kind:
+                    rows += _rows(directory.name, kind, of_kind[-1])
+    header = ["what", "instead", "time, ours", "time, theirs", "faster", "memory", "machine"]
+    return markdown_table(header, rows) if rows else ""
+
+
+def _kind(case: Result) -> str:
+    return case["case"].get("loss") or case["case"]["task"]
+
+
+def _rows(machine: str, kind: str, case: Result) -> list[list[str]]:
+    providers = case["providers"]
+    peer = next((name for name in PEERS[kind] if name in providers), None)
+    if peer is None or OURS not in providers:
+        return []
+    ours, theirs = providers[OURS], providers[peer]
+    peaks = [entry["peak_bytes"] for entry in (ours, theirs)]
+    memory = "-"
+    if all(peaks):
+        memory = f"{peaks[0] / 2**20:.1f} against {peaks[1] / 2**20:.1f} MiB"
+    return [
+        [
+            f"{NAMES[kind]}, {case['words'].partition(' ')[2]}",
+            peer,
+            f"{ours['p50_ms']:.3g} ms",
+            f"{theirs['p50_ms']:.3g} ms",
+            f"{theirs['p50_ms'] / ours['p50_ms']:.2f} times",
+            memory,
+            machine,
+        ]
+    ]
+
+
+def write_headline(readme: Path, table: str) -> None:
+    """Puts the table between the two markers.
+
+    Raises:
+        ValueError: the markers are not there, once each and in this order.
+    """
+    text = readme.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end or BEGIN in rest or END in after:
+        raise ValueError(
+            f"{str(readme)!r} needs the markers {BEGIN} and {END}, once each: the table goes "
+            "between them."
+        )
+    write_whole(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")

@@ -1,0 +1,44 @@
+"""The section of the performance page for `step`."""
+
+from ..engine.report import markdown_table
+from .measure import Result
+from .report_cases import case_table, left_out_words
+from .step_words import CACHED_WORDS, WORDS
+
+
+def step_section(result: Result, figure: str | None = None) -> list[str]:
+    """Every case with its providers, the ratios beside what they should be, who was left out.
+
+    figure: where it is, seen from the page.
+    """
+    lines = [
+        "### A training step, float32",
+        "",
+        "The contestants took turns of several steps, whose first is left out, and trained alike "
+        "without dropout before anything was timed. Peak memory is what a step takes beside "
+        "weights and optimizer state: gradients and activations, by the high-water mark of a "
+        "process of its own.",
+    ]
+    for case in result["cases"]:
+        names = WORDS | CACHED_WORDS
+        named = {names[name]: row for name, row in case["providers"].items()}
+        lines += ["", f"{case['words']}:", "", case_table({**case, "providers": named})]
+        rows = [
+            [found["what"], f"{found['value']:.2f}", f"{found['at_most']:.2f}", _met(found)]
+            for found in case["bars"]
+        ]
+        if rows:
+            lines += ["", markdown_table(["ratio", "found", "at most", "met"], rows)]
+    left_out = left_out_words(result["cases"])
+    if left_out:
+        lines += ["", "Left out:", "", *left_out]
+    if figure is not None:
+        lines += ["", f"![Where a training step's time goes]({figure})"]
+    noise = result["noise"]
+    if noise["noisy"]:
+        lines += ["", f"**Noisy**: {'; '.join(noise['why'])}."]
+    return lines
+
+
+def _met(found: Result) -> str:
+    return "yes" if found["met"] else "**no**"

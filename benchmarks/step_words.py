@@ -1,0 +1,25 @@
+"""Who takes part in `step`: names in the result, and words for them."""
+
+HUGGING_FACE = "hugging_face_ce"
+TWO_BACKWARD = "two_backward_loop"
+CE = "fusedacl_ce"
+ACL = "fusedacl_acl"
+WORDS = {
+    CE: "fusedacl, CE",
+    HUGGING_FACE: "Hugging Face Trainer, CE",
+    "fusedacl_scl": "fusedacl, CE+SCL",
+    "fusedacl_acl_ungated": "fusedacl, ACL without the gate",
+    ACL: "fusedacl, ACL-Grad, all parameters (exact)",
+    "fusedacl_acl_top2": "fusedacl, ACL-Grad, top:2",
+    "fusedacl_acl_head": "fusedacl, ACL-Grad, head",
+    TWO_BACKWARD: "a loop by hand: two backward passes, cosine of the flat gradients",
+    "deepspeed_ce": "fusedacl, CE, DeepSpeed with one process",
+    "deepspeed_acl": "fusedacl, ACL-Grad, DeepSpeed with one process",
+}
+# The contestants of a cached batch.
+ONE_CHUNK, CACHED, ONE_SHOT = "one_chunk", "cached_batch", "one_shot"
+CACHED_WORDS = {
+    ONE_CHUNK: "one chunk's step",
+    CACHED: "cached batch",
+    ONE_SHOT: "the whole batch in one forward pass",
+}

@@ -1,0 +1,203 @@
+"""`fusedacl bench`: mistakes are named before work is done; tiny runs leave their files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.benchmarks import cli, growth, measure, memory, runner
+from fusedacl.benchmarks.bench_options import BenchConfig, sizes
+from fusedacl.benchmarks.floors import Rates
+from fusedacl.benchmarks.result import read_result
+from fusedacl.engine.cli import main as fusedacl
+from fusedacl.engine.options import build
+
+TINY = ["--rows", "24", "--widths", "8", "--samples", "6", "--classes", "2", "--exits", "1,2"]
+TINY += ["--parameters", "2000", "--rounds", "1", "--peaks", "false", "--threads", "1"]
+# A file for each suite that the new command measures itself.
+OWN = ("loss", "angle", "growth")
+
+
+@pytest.fixture(autouse=True)
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rates of nothing, few input sets: only the program is tried."""
+    rates = Rates("here", {torch.float32: 1e9}, 1e9, 1e9, overlaps_units=False)
+    monkeypatch.setattr("fusedacl.benchmarks.floors.measured", lambda device: rates)
+    monkeypatch.setattr(memory, "cache_bytes", lambda device=None: 4096)
+    monkeypatch.setattr("fusedacl.benchmarks.cpu_rates.BLOCK", 8)
+    monkeypatch.setattr(measure, "MAX_REPEATS", 1)
+    monkeypatch.setattr(runner, "MAX_REPEATS", 1)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.delenv("FUSEDACL_DATA", raising=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["los"], "There is no suite 'los'. Did you mean 'loss'?"),
+        (["loss", "--provders", "dense"], "Unknown flag '--provders'. Did you mean 'providers'?"),
+        (["loss", "--providers", "SupKontrast"], "none named 'SupKontrast'. Did you mean 'SupCon"),
+        (["angle", "--providers", "SupContrast"], "providers: there is none named 'SupContrast'."),
+        (["loss", "--rows", "1024,x"], "rows='1024,x': 'x' is no whole number above 0"),
+        (["loss", "--rows", "0"], "no whole number above 0"),
+        (["loss", "--dtypes", "float8"], "dtypes='float8': 'float8' is no choice."),
+        (["loss", "--losses", "supcn"], "Did you mean 'supcon'?"),
+        (["angle", "--tasks", "dot_nrm"], "Did you mean 'dot_norm'?"),
+        (["loss", "--preset", "quik"], "Did you mean 'quick'?"),
+        (["loss", "--rounds", "0"], "rounds=0 is out of range"),
+        (["compare", "one.json"], "two files are compared, 1 given"),
+        (["compare", "a.json", "b.json"], "'a.json' does not exist"),
+        (["compare", "a.json", "b.json", "--rows", "2"], "the options of a suite need --commits"),
+        (["compare", "--commits", "HEAD", "HEAD", "x.json"], "file 'x.json' does not exist"),
+        (["compare", "--commits", "HEAD", "HEAD", "--rowz", "4"], "Did you mean 'rows'?"),
+        (["compare", "--commits", "HEAD", "HEAD", "--repeats", "0"], "run once at least"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.out == ""
+
+
+def test_without_a_gpu_the_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cli.main(["loss", "--device", "cuda"]) == 2
+    assert "finds no CUDA device here. Use --device cpu" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_ends_before_it_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 2**30)
+    options = ["--losses", "supcon", "--rows", "60000", "--widths", "64", "--providers", "dense"]
+    assert cli.main(["loss", *options, "--output_dir", str(tmp_path)]) == 2
+    printed = capsys.readouterr().err
+    assert "supcon_loss M=60000 d=64 float32: dense does not fit: about " in printed
+    assert "1 GiB can be used. This would fit: supcon_loss M=3750 d=64 float32." in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_presets_and_options() -> None:
+    quick = sizes(build(BenchConfig, {"preset": "quick"}))
+    full = sizes(build(BenchConfig, {"rows": "7,7,9", "rounds": 2}))
+    assert max(quick["rows"]) <= 1024 < max(sizes(BenchConfig())["rows"])
+    assert (full["rows"], full["rounds"]) == ([7, 9], 2)
+    assert full["widths"] == sizes(BenchConfig())["widths"]
+
+
+def test_help_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert fusedacl(["bench"]) == 0
+    assert "fusedacl bench <suite>" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        fusedacl(["bench", "loss", "--help"])
+    assert stopped.value.code == 0
+    text = capsys.readouterr().out
+    assert "--providers" in text and "--case_seconds" in text and "(default: 32)" in text
+
+
+def test_loss_leaves_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = "fusedacl,SupContrast"
+    status = fusedacl(
+        ["bench", "loss", "--preset", "quick", *TINY, "--providers", names,
+         "--output_dir", str(tmp_path)]
+    )  # fmt: skip
+    assert status == 0
+    found = read_result(tmp_path / "loss.json")
+    assert [case["words"] for case in found["cases"]] == [
+        "supcon_loss M=24 d=8 float32",
+        "acl_loss E=1 N=6 K=2 d=8 float32",
+        "acl_loss E=2 N=6 K=2 d=8 float32",
+    ]
+    for case in found["cases"]:
+        assert list(case["providers"]) == names.split(",")
+        assert case["floor_ms"] > 0 and case["rates"]["gigaflops"]["float32"] > 0
+    assert found["rates"]["name"] == "here" and found["noise"]["spread"] >= 0
+    printed = capsys.readouterr().out
+    assert "written: " in printed and "SupContrast" in printed
+
+
+def test_wrong_results_of_ours_are_status_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fusedacl.benchmarks import loss_providers
+
+    loss = loss_providers.supcon_loss
+    monkeypatch.setattr(
+        loss_providers, "supcon_loss", lambda *rows, **options: 1.01 * loss(*rows, **options)
+    )
+    options = ["--losses", "supcon", "--providers", "fusedacl", "--output_dir", str(tmp_path)]
+    assert cli.main(["loss", *TINY, *options]) == 1
+    assert "fusedacl wrong by 1.0e-02" in capsys.readouterr().err
+    (case,) = read_result(tmp_path / "loss.json")["cases"]
+    assert case["providers"] == {} and "not timed" in case["left_out"]["fusedacl"]
+
+
+def test_all_runs_every_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The suites with command lines of their own are told preset and directory."""
+    heard: dict[str, list[str]] = {}
+
+    def stand_in(name: str) -> ModuleType:
+        module = ModuleType(name)
+
+        def main() -> None:
+            heard[name] = sys.argv[1:]
+            if name == ".step":
+                raise SystemExit("losses differ: not timed")
+
+        module.main = main  # type: ignore[attr-defined]
+        return module
+
+    before = list(sys.argv)
+    monkeypatch.setattr(cli, "import_module", lambda name, package: stand_in(name))
+    monkeypatch.setitem(growth.SIZES["cpu", "quick"], "E", (1, 2, 3))
+    series = growth.all_series
+    monkeypatch.setattr(growth, "all_series", lambda *arguments: series(*arguments, axes=("E",)))
+    options = ["--preset", "quick", "--output_dir", str(tmp_path), "--providers", "fusedacl"]
+    assert cli.main(["all", *TINY, *options]) == 1
+    told = ["--quick", "--output_dir", str(tmp_path)]
+    assert heard == {f".{name}": told for name in ("step", "exits", "scaling")}
+    assert sys.argv == before
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json" for name in OWN}
+    found = read_result(tmp_path / "growth.json")
+    assert [(case["axis"], case["size"]) for case in found["cases"]] == [
+        ("E", 1), ("E", 2), ("E", 3)
+    ]  # fmt: skip
+    assert found["growth"][0]["provider"] == "fusedacl" and found["growth"][0]["time"] is not None
+    printed = capsys.readouterr()
+    assert "E: time ~ E^" in printed.out
+    assert "losses differ: not timed" in printed.err
+
+
+def test_a_gpu_run_of_all_says_what_is_the_cpu_s(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cli, "_of_cases", lambda suite, config, known: 0)
+    monkeypatch.setattr(cli, "_growth", lambda config, known: 0)
+
+    def never(*arguments: Any) -> int:
+        raise AssertionError("a CPU's suite was run")
+
+    monkeypatch.setattr(cli, "_elsewhere", never)
+    assert cli.main(["all", "--device", "cuda", "--providers", "inf-cl"]) == 0
+    printed = capsys.readouterr().out
+    assert "bench angle: none of the named providers takes part" in printed
+    assert "bench scaling measures the CPU: left out with --device cuda" in printed
+
+
+def test_nothing_in_the_engine_needs_the_benchmarks() -> None:
+    """Only the verb imports them, when it is called."""
+    engine = Path(sys.modules["fusedacl.engine"].__file__ or "").parent
+    users = [
+        path.name
+        for path in engine.rglob("*.py")
+        if "..benchmarks" in path.read_text(encoding="utf-8")
+    ]
+    assert users == ["cli.py"]
