@@ -112,7 +112,7 @@ class Files:
         return path
 
     def deepspeed(self) -> Path:
-        """What DeepSpeed does unless told otherwise: no ZeRO."""
+        """What one process does unless told otherwise: no ZeRO."""
         path = self.directory / "deepspeed.json"
         path.write_text("{}\n")
         return path

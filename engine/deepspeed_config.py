@@ -107,7 +107,8 @@ def complete(
     """The settings of a run of that many processes.
 
     Args:
-        given: the user's JSON object; empty: everything from the options, ZeRO 2.
+        given: the user's JSON object; empty: everything from the options, ZeRO 2, or none for one
+            process.
         num_trained: elements of the trained parameters, for sizes of buffers.
         clips: whether DeepSpeed clips to max_grad_norm; else fusedacl clips, group by group.
 
@@ -135,7 +136,9 @@ def complete(
     # Left out it would mean 1.0.
     made["gradient_clipping"] = float(options.max_grad_norm if clips else 0.0)
     loss_scale = _precision(given, config, made)
-    made["zero_optimization"] = _zero(given.get("zero_optimization", {}), num_trained)
+    # Alone, a process has nobody to share with: ZeRO would only copy.
+    default = DEFAULT_STAGE if world_size > 1 else 0
+    made["zero_optimization"] = _zero(given.get("zero_optimization", {}), num_trained, default)
     if "offload_optimizer" in made["zero_optimization"]:
         _check_offload(made["zero_optimization"], config)
         # DeepSpeed's own AdamW for the host wants a compiler; PyTorch's fused one is as good.
@@ -204,7 +207,7 @@ def _precision(
     return LossScaleOptions(**values)
 
 
-def _zero(given: Any, num_trained: int) -> dict[str, Any]:
+def _zero(given: Any, num_trained: int, default_stage: int) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ValueError(f"deepspeed_config: zero_optimization must be an object, not {given!r}.")
     for key, reason in _NOT_OFFLOADED.items():
@@ -216,7 +219,7 @@ def _zero(given: Any, num_trained: int) -> dict[str, Any]:
     rest = {"zero_optimization": {k: v for k, v in given.items() if k not in left_out}}
     block = _block(rest, "zero_optimization", _ZERO)
     made = {key: value for key, value in block.items() if value != AUTO}
-    stage = made.setdefault("stage", DEFAULT_STAGE)
+    stage = made.setdefault("stage", default_stage)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"deepspeed_config: zero_optimization.stage={stage!r} must be 0 to 3.")
     # DeepSpeed's default, 500 million elements, is larger than the models this is for.

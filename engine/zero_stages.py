@@ -65,7 +65,9 @@ class Stage0(_LocalSums):
 
     def reduced(self, kind: int) -> list[Tensor]:
         self._place(kind)
-        self.engine.allreduce_gradients()
+        # Alone there is no mean to take, only a bucket to fill and to empty.
+        if torch.distributed.get_world_size() > 1:
+            self.engine.allreduce_gradients()
         return self._take()
 
     def _take(self) -> list[Tensor]:
