@@ -6,14 +6,16 @@ Our trainer (cross-entropy, CE+SCL, ACL with each scope of the gate, under DeepS
 process) beside the Hugging Face Trainer and a loop written by hand, on the same model, weights,
 batches and optimizer. Every text has the same number of tokens. A sample is the time from the end
 of one step to the end of the next, batching included; the contestants take turns of several steps,
-whose first is left out. Before anything is timed their losses must agree, without dropout: those
-of all steps where two train alike, else those of the first step. Where our step's time goes is
-profiled in a turn of its own.
+whose first ones are left out. Before anything is timed their losses must agree, without dropout:
+those of all steps where two train alike, else those of the first step. Where our step's time goes
+is profiled in a turn of its own.
 """
 
 import argparse
+import logging
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -48,6 +50,8 @@ MAX_ERROR = 1e-4
 # The Hugging Face Trainer logs four decimals.
 MAX_LOGGED_ERROR = 1e-3
 CHECK_STEPS = 3
+# Of a turn: memory is new then, and what the one before has left goes back to the system.
+WARM_UP_STEPS = 2
 # The second one's losses tell of the first one's gradients.
 CACHED_CHECK_STEPS = 2
 # Provider -> the one that trains alike.
@@ -112,13 +116,14 @@ LARGE = (
     "fusedacl_acl_head",
     TWO_BACKWARD,
 )
+QUICK = (CE, HUGGING_FACE, ACL, "fusedacl_acl_top2", "fusedacl_acl_head")
 PRESETS = {
     "full": Preset(
         (
-            (Case("minilm", 32, 48), Turns(rounds=3, steps=5, profiled=4, memory=True)),
+            (Case("minilm", 32, 48), Turns(rounds=5, steps=4, profiled=4, memory=True)),
             (
                 Case("bert-base", 8, 64),
-                Turns(rounds=2, steps=2, profiled=2, memory=False, providers=LARGE),
+                Turns(rounds=4, steps=2, profiled=2, memory=False, providers=LARGE),
             ),
         ),
         Chunks(Case("minilm", 32, 48), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
@@ -127,7 +132,7 @@ PRESETS = {
         (
             (
                 Case("minilm", 8, 24, num_layers=3),
-                Turns(rounds=1, steps=2, profiled=1, memory=False),
+                Turns(rounds=1, steps=2, profiled=1, memory=False, providers=QUICK),
             ),
         ),
         Chunks(
@@ -186,8 +191,6 @@ def run(options: Options) -> Result:
     if options.output_dir is not None:
         require_matplotlib()
     torch.set_num_threads(options.threads)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if isinstance(options.preset, Preset):
         name, preset = "custom", options.preset
     else:
@@ -196,7 +199,7 @@ def run(options: Options) -> Result:
     file = ResultFile(directory / "step.json", "step", name, machine=machine_name())
     cases = file.result["cases"] = []
     wanted = options.providers or tuple(WORDS)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
         for case, turns in preset.cases:
             names = [name for name in wanted if name in (turns.providers or WORDS)]
@@ -216,6 +219,20 @@ def run(options: Options) -> Result:
     return file.result
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Dozens of runs say the same of the same texts."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logger = logging.getLogger("fusedacl")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, threads: int) -> Result:
     """One case: who agrees, then times in turns, parts and peaks of memory."""
     left_out = {name: why for name in names if (why := obstacle(name)) is not None}
@@ -229,10 +246,9 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
         left_out[name] = why
         del running[name]
     times = interleave_samples(
-        # The first step of a turn warms up.
-        {name: partial(one.turn, turns.steps + 1) for name, one in running.items()},
+        {name: partial(one.turn, turns.steps + WARM_UP_STEPS) for name, one in running.items()},
         rounds=turns.rounds,
-        skip=1,
+        skip=WARM_UP_STEPS,
     )
     for name, one in tqdm(running.items(), desc="profile", leave=False):
         if isinstance(one, Ours) and turns.profiled:

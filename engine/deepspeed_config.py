@@ -20,6 +20,7 @@ from .options import did_you_mean
 AUTO = "auto"
 DEFAULT_STAGE = 2
 LARGEST_BUCKET = 50_000_000
+SHIPPED = Path(__file__).parent / "recipes" / "deepspeed"
 
 _OURS = (
     "train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps",
@@ -76,15 +77,21 @@ class DeepSpeedSettings:
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """The JSON object in a file, or in the one of that name that comes with the package.
 
     Raises:
         ValueError: there is no such file, it is not JSON, or a key is in it twice.
     """
+    file = Path(path)
+    if not file.exists() and str(path) in shipped():
+        file = SHIPPED / f"{path}.json"
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"deepspeed_config={path}: {error.strerror or error}.") from None
+        raise ValueError(
+            f"deepspeed_config={path}: {error.strerror or error}. Name a JSON file, or one of "
+            f"{', '.join(shipped())}, which come with the package."
+        ) from None
     try:
         value = json.loads(text, object_pairs_hook=_once)
     except json.JSONDecodeError as error:
@@ -94,6 +101,11 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"deepspeed_config={path} holds {type(value).__name__}, not an object.")
     return value
+
+
+def shipped() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(file.stem for file in SHIPPED.glob("*.json"))
 
 
 def complete(

@@ -1,22 +1,40 @@
-"""Ranks that live as long as the session's tests: starting them takes longer than most tests."""
+"""Ranks that live as long as this folder's tests: starting them takes longer than most tests."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from rank_pool import Ranks
 
+RanksOf = Callable[[str, int, float], Ranks]
 
-@pytest.fixture(scope="session")
-def pools() -> Iterator[list[Ranks]]:
-    started: list[Ranks] = []
-    yield started
-    for ranks in started:
+
+@pytest.fixture(scope="package")
+def ranks_of() -> Iterator[RanksOf]:
+    """The ranks of that name from the tests before, or new ones where a test has lost some."""
+    started: dict[str, Ranks] = {}
+
+    def ranks_of(name: str, number: int, collective_seconds: float) -> Ranks:
+        if name not in started or started[name].closed:
+            started[name] = Ranks(number, collective_seconds)
+        return started[name]
+
+    yield ranks_of
+    for ranks in started.values():
         ranks.close()
 
 
 @pytest.fixture
-def four_ranks(pools: list[Ranks]) -> Ranks:
-    """Those of the tests before, or new ones where a test has lost some."""
-    if not pools or pools[-1].closed:
-        pools.append(Ranks(4))
-    return pools[-1]
+def four_ranks(ranks_of: RanksOf) -> Ranks:
+    return ranks_of("four", 4, 60.0)
+
+
+@pytest.fixture
+def zero_ranks(ranks_of: RanksOf) -> Ranks:
+    """Two ranks in which `zero_cases` has been imported, which changes DeepSpeed."""
+    return ranks_of("zero", 2, 180.0)
+
+
+@pytest.fixture
+def two_ranks(ranks_of: RanksOf) -> Ranks:
+    """Two ranks that train like users' processes."""
+    return ranks_of("two", 2, 90.0)

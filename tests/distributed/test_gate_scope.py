@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 pytest.importorskip("deepspeed")
@@ -20,12 +18,6 @@ MAX_ANGLE = {
 BARS = {"fp32": (3e-6, 1e-3), "fp16": (1e-2, 0.3)}
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=180) as ranks:
-        yield ranks
-
-
 @pytest.mark.parametrize(
     ("stage", "scope", "dtype", "exit_head"),
     [
@@ -40,9 +32,9 @@ def two_ranks() -> Iterator[Ranks]:
     ],
 )
 def test_same_steps_as_the_local_engine(
-    two_ranks: Ranks, stage: int, scope: str, dtype: str, exit_head: str
+    zero_ranks: Ranks, stage: int, scope: str, dtype: str, exit_head: str
 ) -> None:
-    results = two_ranks.run(
+    results = zero_ranks.run(
         compare_scope, stage, scope, MAX_ANGLE[exit_head][scope], dtype, exit_head
     )
     assert results[0] == results[1]
@@ -60,14 +52,14 @@ def test_same_steps_as_the_local_engine(
 
 
 @pytest.mark.parametrize("stage", [1, 3])
-def test_an_overflow_of_one_rank_skips_the_step_on_all(two_ranks: Ranks, stage: int) -> None:
-    for made in two_ranks.run(overflow_scope, stage):
+def test_an_overflow_of_one_rank_skips_the_step_on_all(zero_ranks: Ranks, stage: int) -> None:
+    for made in zero_ranks.run(overflow_scope, stage):
         assert made["skipped"] == [True, False, False]
         # The first step that is taken has the learning rate 0.
         assert made["moved"] == [False, False, True]
         assert made["scales"] == [4096.0, 2048.0, 2048.0]
 
 
-def test_the_exact_decision_is_not_to_be_had(two_ranks: Ranks) -> None:
-    for message in two_ranks.run(refuse_agreement):
+def test_the_exact_decision_is_not_to_be_had(zero_ranks: Ranks) -> None:
+    for message in zero_ranks.run(refuse_agreement):
         assert "gate_agreement_steps=3: under DeepSpeed there is no exact decision" in message

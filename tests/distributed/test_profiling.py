@@ -14,7 +14,7 @@ from training_cases import trained
 
 
 def test_the_first_process_profiles_its_exchanges(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+    two_ranks: Ranks, tiny_bert: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     zero = tmp_path / "ds.json"
     # Stage 2 exchanges gradients in the backward passes.
@@ -26,9 +26,8 @@ def test_the_first_process_profiles_its_exchanges(
         "negatives": "global", "deepspeed_config": str(zero),
     }  # fmt: skip
     profiled, plain = tmp_path / "profiled", tmp_path / "plain"
-    with Ranks(2, collective_seconds=90) as ranks:
-        ranks.run(trained, {**options, "output_dir": str(profiled), "profile_steps": 2})
-        ranks.run(trained, {**options, "output_dir": str(plain)})
+    two_ranks.run(trained, {**options, "output_dir": str(profiled), "profile_steps": 2})
+    two_ranks.run(trained, {**options, "output_dir": str(plain)})
     profile = json.loads((profiled / "profile.json").read_text())
     assert profile["num_steps"] == 2
     shares = profile["shares"]

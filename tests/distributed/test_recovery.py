@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +29,6 @@ from training_cases import trained
 # What remains of a run ends within this, on a busy machine too.
 SECONDS = 60.0
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=90) as ranks:
-        yield ranks
 
 
 @pytest.fixture

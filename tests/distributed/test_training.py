@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,6 @@ from fusedacl.engine import TrainingConfig, distributed, train
 from fusedacl.engine.trainer import Trainer
 from rank_pool import Ranks
 from training_cases import refused, stopped, trained, weights_hash
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=90) as ranks:
-        yield ranks
 
 
 @pytest.fixture

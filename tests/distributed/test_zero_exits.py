@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,12 +11,6 @@ pytest.importorskip("deepspeed")
 
 from exit_cases import compare_exits
 from rank_pool import Ranks
-
-
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=180) as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize(
@@ -33,9 +26,9 @@ def two_ranks() -> Iterator[Ranks]:
     ],
 )
 def test_same_as_the_local_engine(
-    two_ranks: Ranks, zero: dict[str, Any], strategy: str, together: int
+    zero_ranks: Ranks, zero: dict[str, Any], strategy: str, together: int
 ) -> None:
-    results = two_ranks.run(compare_exits, zero, strategy, together)
+    results = zero_ranks.run(compare_exits, zero, strategy, together)
     assert results[0]["error"] == results[1]["error"]
     for made in results:
         # Where a gradient nearly vanishes, as in the first step of exits that rested, AdamW blows

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -29,23 +28,19 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=180) as ranks:
-        yield ranks
-
-
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_same_steps_as_the_local_engine(two_ranks: Ranks, stage: int, case: dict[str, Any]) -> None:
-    results = two_ranks.run(compare, stage, case)
+def test_same_steps_as_the_local_engine(
+    zero_ranks: Ranks, stage: int, case: dict[str, Any]
+) -> None:
+    results = zero_ranks.run(compare, stage, case)
     check(case, results)
     assert {decision[0] for decision, _ in results[0]["kept"]} == {True, False}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_an_overflow_skips_and_recovers(two_ranks: Ranks, stage: int) -> None:
-    results = two_ranks.run(overflow, stage, ON_HOST)
+def test_an_overflow_skips_and_recovers(zero_ranks: Ranks, stage: int) -> None:
+    results = zero_ranks.run(overflow, stage, ON_HOST)
     assert results[0] == results[1]
     for (scale, skip, moved), (following, _, _) in itertools.pairwise(results[0]):
         assert following == (scale / 2 if skip else scale)
@@ -55,14 +50,14 @@ def test_an_overflow_skips_and_recovers(two_ranks: Ranks, stage: int) -> None:
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(1, "fp16"), (2, "fp32"), (3, "fp16")])
-def test_a_resumed_run_ends_with_the_same_bits(two_ranks: Ranks, stage: int, dtype: str) -> None:
-    for made in two_ranks.run(resume, stage, {"dtype": dtype, "accumulation": 1, "zero": ON_HOST}):
+def test_a_resumed_run_ends_with_the_same_bits(zero_ranks: Ranks, stage: int, dtype: str) -> None:
+    for made in zero_ranks.run(resume, stage, {"dtype": dtype, "accumulation": 1, "zero": ON_HOST}):
         assert made["error"] == 0.0
         assert made["moved"] > 0.0
 
 
 @pytest.mark.parametrize("zero", [BUCKETS, RELEASED])
-def test_in_parts(two_ranks: Ranks, zero: dict[str, Any]) -> None:
+def test_in_parts(zero_ranks: Ranks, zero: dict[str, Any]) -> None:
     stage = 3 if zero is RELEASED else 2
     case = {"dtype": "fp32", "accumulation": 2, "label_rows": True, "zero": zero | ON_HOST}
-    check(case, two_ranks.run(compare, stage, case))
+    check(case, zero_ranks.run(compare, stage, case))

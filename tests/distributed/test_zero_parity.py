@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -42,12 +41,6 @@ CASES: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(scope="module")
-def two_ranks() -> Iterator[Ranks]:
-    with Ranks(2, collective_seconds=180) as ranks:
-        yield ranks
-
-
 def named(case: dict[str, Any]) -> str:
     return " ".join(
         str(value) if name in ("dtype", "gate") else name if value is True else f"{name}={value}"
@@ -76,8 +69,10 @@ def check(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_same_steps_as_the_local_engine(two_ranks: Ranks, stage: int, case: dict[str, Any]) -> None:
-    results = two_ranks.run(compare, stage, case)
+def test_same_steps_as_the_local_engine(
+    zero_ranks: Ranks, stage: int, case: dict[str, Any]
+) -> None:
+    results = zero_ranks.run(compare, stage, case)
     check(case, results)
     if "label_rows" not in case and case.get("gate") != "none":
         # The gate did both in this run.
@@ -96,15 +91,15 @@ def test_same_steps_as_the_local_engine(two_ranks: Ranks, stage: int, case: dict
     ],
 )
 def test_in_parts(
-    two_ranks: Ranks, stage: int, zero: dict[str, Any], dtype: str, label_rows: bool
+    zero_ranks: Ranks, stage: int, zero: dict[str, Any], dtype: str, label_rows: bool
 ) -> None:
     case = {"dtype": dtype, "accumulation": 2, "zero": zero, "label_rows": label_rows}
-    check(case, two_ranks.run(compare, stage, case))
+    check(case, zero_ranks.run(compare, stage, case))
 
 
 @pytest.mark.parametrize(("stage", "dtype"), [(0, "fp16"), (1, "fp16"), (2, "fp32"), (3, "fp16")])
-def test_a_resumed_run_ends_with_the_same_bits(two_ranks: Ranks, stage: int, dtype: str) -> None:
-    for made in two_ranks.run(resume, stage, {"dtype": dtype, "accumulation": 1}):
+def test_a_resumed_run_ends_with_the_same_bits(zero_ranks: Ranks, stage: int, dtype: str) -> None:
+    for made in zero_ranks.run(resume, stage, {"dtype": dtype, "accumulation": 1}):
         assert made["error"] == 0.0
         assert made["moved"] > 0.0
         assert f"under ZeRO {stage}" in made["problem"]
@@ -112,8 +107,8 @@ def test_a_resumed_run_ends_with_the_same_bits(two_ranks: Ranks, stage: int, dty
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_an_overflow_of_one_rank_skips_the_step_on_all(two_ranks: Ranks, stage: int) -> None:
-    results = two_ranks.run(overflow, stage)
+def test_an_overflow_of_one_rank_skips_the_step_on_all(zero_ranks: Ranks, stage: int) -> None:
+    results = zero_ranks.run(overflow, stage)
     assert results[0] == results[1]
     scales = [scale for scale, _, _ in results[0]]
     skipped = [skip for _, skip, _ in results[0]]
@@ -125,6 +120,6 @@ def test_an_overflow_of_one_rank_skips_the_step_on_all(two_ranks: Ranks, stage: 
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_nan_without_float16_ends_the_run_on_all_ranks(two_ranks: Ranks, stage: int) -> None:
-    for message in two_ranks.run(not_a_number, stage):
+def test_nan_without_float16_ends_the_run_on_all_ranks(zero_ranks: Ranks, stage: int) -> None:
+    for message in zero_ranks.run(not_a_number, stage):
         assert "NaN or infinite" in message

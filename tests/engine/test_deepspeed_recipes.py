@@ -32,6 +32,15 @@ def test_is_completed_from_its_options(file: Path) -> None:
     assert made.offloads == (file.stem == "zero3_offload")
 
 
+@pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
+def test_is_found_by_its_name(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert read_deepspeed_config(file.stem) == read_deepspeed_config(file)
+    # A file of the user's comes first.
+    Path(file.stem).write_text('{"steps_per_print": 7}')
+    assert read_deepspeed_config(file.stem) == {"steps_per_print": 7}
+
+
 def test_a_file_for_another_precision_is_refused() -> None:
     options = TrainingConfig.create(task_name="quickstart", output_dir="x")
     file = next(file for file in SHIPPED if file.stem == "zero2_bf16")
