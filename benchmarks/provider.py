@@ -93,7 +93,7 @@ def selected(providers: Iterable[Provider], names: Sequence[str]) -> list[Provid
     return [provider for provider in providers if not names or provider.name in names]
 
 
-def check_names(names: Sequence[str], known: Iterable[str]) -> None:
+def check_names(names: Sequence[str], known: Iterable[str], option: str = "providers") -> None:
     """Refuses what no case of a run knows.
 
     Raises:
@@ -102,4 +102,4 @@ def check_names(names: Sequence[str], known: Iterable[str]) -> None:
     known = list(known)
     for name in names:
         if name not in known:
-            raise ValueError(f"providers: there is none named {name!r}.{did_you_mean(name, known)}")
+            raise ValueError(f"{option}: there is none named {name!r}.{did_you_mean(name, known)}")

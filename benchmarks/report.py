@@ -57,14 +57,19 @@ def main() -> int:
 
 
 def read_directory(directory: Path) -> dict[str, Result]:
-    """The results of one machine by suite.
+    """The results of one machine by the name of their file.
 
     Raises:
         ValueError: a file of a schema that this version does not know.
     """
     found = {}
-    for name in SUITES:
-        file = directory / f"{name}.json"
+    files = [
+        file
+        for name in SUITES
+        # Some cases of a suite may have a file of their own.
+        for file in [directory / f"{name}.json", *sorted(directory.glob(f"{name}_*.json"))]
+    ]
+    for file in files:
         if not file.is_file():
             continue
         result = read_any(file)
@@ -73,7 +78,7 @@ def read_directory(directory: Path) -> dict[str, Result]:
                 f"{str(file)!r} has schema {result['schema']}, this version reads {SCHEMA} and "
                 "what came before it: measure it again with this version (fusedacl bench)."
             )
-        found[name] = result
+        found[file.stem] = result
     return found
 
 
@@ -131,7 +136,7 @@ def _section(name: str, result: Result, directory: Path, beside: Path | None) ->
         return VERSION_0[name](result)
     if name == "growth":
         return growth_section(result, _link(directory / growth_figure.FILES[0], beside))
-    if name == "step":
+    if name.startswith("step"):
         has_figure = bool(result.get("figures"))
         return step_section(
             result, _link(directory / result["figures"][0], beside) if has_figure else None

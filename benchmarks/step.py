@@ -69,6 +69,8 @@ BARS = (
     ("CE under DeepSpeed over local", "deepspeed_ce", CE, 1.15),
     ("exact gate under DeepSpeed over local", "deepspeed_acl", ACL, 1.15),
 )
+CACHED_BATCH = "cached"
+CASES = ("minilm", "bert-base", CACHED_BATCH)
 MAX_CACHED_MEMORY = 1.3
 MAX_CACHED_TIME = 1.45
 
@@ -126,7 +128,7 @@ PRESETS = {
                 Turns(rounds=4, steps=2, profiled=2, memory=False, providers=LARGE),
             ),
         ),
-        Chunks(Case("minilm", 32, 48), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
+        Chunks(Case("minilm", 32, 64), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
     ),
     "quick": Preset(
         (
@@ -149,6 +151,7 @@ class Options:
     """
     preset: one of PRESETS, or what it holds. providers: names, empty for all; without `ACL` among
         them the cached batch is left out.
+    cases: of CASES, empty for all. Some of them leave a file with their names in its own.
     output_dir: where step.json and the figure go, the file after every case; None: nowhere.
     """
 
@@ -156,6 +159,12 @@ class Options:
     providers: tuple[str, ...] = ()
     threads: int = 2
     output_dir: Path | None = None
+    cases: tuple[str, ...] = ()
+
+    @property
+    def stem(self) -> str:
+        """Of the files that it leaves."""
+        return "_".join(("step", *self.cases))
 
 
 def main() -> None:
@@ -163,6 +172,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a small model, few steps")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--providers", default="", help=f"of {', '.join(WORDS)} (default: all)")
+    parser.add_argument("--cases", default="", help=f"of {', '.join(CASES)} (default: all)")
     parser.add_argument("--output_dir", type=Path, help="where step.json and the figure go")
     arguments = parser.parse_args()
     preset = "quick" if arguments.quick else "full"
@@ -171,6 +181,7 @@ def main() -> None:
         tuple(name for name in arguments.providers.split(",") if name),
         arguments.threads,
         arguments.output_dir or default_directory(machine_name(), preset),
+        tuple(name for name in arguments.cases.split(",") if name),
     )
     try:
         run(options)
@@ -188,6 +199,7 @@ def run(options: Options) -> Result:
         SystemExit: trainers that should train alike do not.
     """
     check_names(options.providers, WORDS)
+    check_names(options.cases, CASES, "cases")
     if options.output_dir is not None:
         require_matplotlib()
     torch.set_num_threads(options.threads)
@@ -196,24 +208,24 @@ def run(options: Options) -> Result:
     else:
         name, preset = options.preset, PRESETS[options.preset]
     directory = options.output_dir or Path()
-    file = ResultFile(directory / "step.json", "step", name, machine=machine_name())
+    file = ResultFile(directory / f"{options.stem}.json", "step", name, machine=machine_name())
     cases = file.result["cases"] = []
     wanted = options.providers or tuple(WORDS)
     with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
         for case, turns in preset.cases:
             names = [name for name in wanted if name in (turns.providers or WORDS)]
-            if not names:
+            if not names or case.model not in (options.cases or [case.model]):
                 continue
             cases.append(measure(case, turns, names, files, options.threads))
             print(text(cases[-1]))
             if options.output_dir is not None:
                 file.save()
-        if ACL in wanted:
+        if ACL in wanted and CACHED_BATCH in (options.cases or [CACHED_BATCH]):
             cases.append(measure_cached(preset.cached, files, options.threads))
             print(text(cases[-1]))
     if options.output_dir is not None:
-        file.result["figures"] = draw(file.result, options.output_dir)
+        file.result["figures"] = draw(file.result, options.output_dir, options.stem)
         file.save()
         print(f"written: {file.path}, {', '.join(file.result['figures'])}")
     return file.result
@@ -252,7 +264,7 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
     )
     for name, one in tqdm(running.items(), desc="profile", leave=False):
         if isinstance(one, Ours) and turns.profiled:
-            one.turn(WARM_UP + turns.profiled, profile_steps=turns.profiled)
+            one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
             times[name]["shares"] = one.shares
     if turns.memory:
         makers = {name: partial(contestant, name, case, files) for name in running}

@@ -42,8 +42,8 @@ NAMES = {
 }
 
 
-def draw(result: Result, directory: Path) -> list[str]:
-    """step.png and step.svg: a bar a provider of ours, as long as its median step."""
+def draw(result: Result, directory: Path, stem: str = "step") -> list[str]:
+    """PNG and SVG of that name: a bar a provider of ours, as long as its median step."""
     from matplotlib.figure import Figure
 
     cases = [
@@ -94,7 +94,7 @@ def draw(result: Result, directory: Path) -> list[str]:
         f"{threads} thread{'' if threads == 1 else 's'}, float32",
         fontsize=11,
     )
-    files = ["step.png", "step.svg"]
+    files = [f"{stem}.png", f"{stem}.svg"]
     directory.mkdir(parents=True, exist_ok=True)
     for file in files:
         # Without the date, so that equal numbers make equal files.

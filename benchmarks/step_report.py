@@ -14,8 +14,8 @@ def step_section(result: Result, figure: str | None = None) -> list[str]:
     lines = [
         "### A training step, float32",
         "",
-        "The contestants took turns of several steps, whose first is left out, and trained alike "
-        "without dropout before anything was timed. Peak memory is what a step takes beside "
+        "The contestants took turns of several steps, whose first ones are left out; they trained "
+        "alike without dropout before anything was timed. Peak memory is what a step takes beside "
         "weights and optimizer state: gradients and activations, by the high-water mark of a "
         "process of its own.",
     ]

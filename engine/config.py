@@ -225,7 +225,7 @@ class RunOptions:
     greater_is_better: bool | None = option(
         None, "with it: more of that score is better; unset: of all but loss"
     )
-    profile_steps: int = option(
+    profile: int = option(
         0,
         "profile so many optimizer steps, after 3 to warm up: where their time goes is printed and"
         " written to profile.json; 0: none",
@@ -233,7 +233,7 @@ class RunOptions:
         at_most=50,
     )
     profile_trace: bool = option(
-        False, "with --profile_steps: also write trace.json.gz, for Perfetto or chrome://tracing"
+        False, "with --profile: also write trace.json.gz, for Perfetto or chrome://tracing"
     )
     report_to: str = option("none", "also write to TensorBoard", choices=("none", "tensorboard"))
     device: str = option("auto", "auto: a GPU where there is one", choices=("auto", "cpu", "cuda"))
@@ -308,8 +308,8 @@ class TrainingConfig:
         check_scope(self)
         if self.optimization.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
-        if self.run.profile_trace and self.run.profile_steps == 0:
-            raise ValueError("profile_trace needs steps to trace: set profile_steps, such as 10.")
+        if self.run.profile_trace and self.run.profile == 0:
+            raise ValueError("profile_trace needs steps to trace: set profile, such as 10.")
         self._check_best()
         if self.run.overwrite_output_dir and self.run.resume_from_checkpoint:
             raise ValueError(

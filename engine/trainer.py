@@ -285,14 +285,14 @@ class Trainer:
 
     def _check_profile(self) -> int:
         """How many steps to profile, which the stage must have after those that warm up."""
-        num_steps = self.config.run.profile_steps
+        num_steps = self.config.run.profile
         left = self.stage_ends[self.stage_index] - self.step
         if num_steps and WARM_UP + num_steps > left:
             of_what = "stage" if len(self.stages) > 1 else "run"
             most = left - WARM_UP
             remedy = f"Profile at most {most}." if most > 0 else "Profile a longer one."
             raise ValueError(
-                f"profile_steps={num_steps}: this {of_what} has {left} steps to do, the first "
+                f"profile={num_steps}: this {of_what} has {left} steps to do, the first "
                 f"{WARM_UP} of which warm up. {remedy}"
             )
         return num_steps

@@ -196,3 +196,10 @@ def test_peaks_are_of_the_last_step() -> None:
     for name, size in (("small", 32), ("large", 96)):
         assert isinstance(found[name], int)
         assert found[name] / 2**20 == pytest.approx(size, abs=6)
+
+
+def test_some_cases_leave_a_file_of_their_own() -> None:
+    assert Options().stem == "step"
+    assert Options(cases=("minilm", "cached")).stem == "step_minilm_cached"
+    with pytest.raises(ValueError, match="cases: there is none named 'minlm'.*'minilm'"):
+        run(Options(cases=("minlm",)))

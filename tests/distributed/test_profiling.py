@@ -26,7 +26,7 @@ def test_the_first_process_profiles_its_exchanges(
         "negatives": "global", "deepspeed_config": str(zero),
     }  # fmt: skip
     profiled, plain = tmp_path / "profiled", tmp_path / "plain"
-    two_ranks.run(trained, {**options, "output_dir": str(profiled), "profile_steps": 2})
+    two_ranks.run(trained, {**options, "output_dir": str(profiled), "profile": 2})
     two_ranks.run(trained, {**options, "output_dir": str(plain)})
     profile = json.loads((profiled / "profile.json").read_text())
     assert profile["num_steps"] == 2

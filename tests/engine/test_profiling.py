@@ -158,7 +158,7 @@ CE_PARTS = {"data", "forward", "ce_backward", "optimizer", "other"}
                 "gradient_accumulation_steps": 2,
                 "contrastive_batch_size": 16,
                 "max_steps": 4,
-                "profile_steps": 1,
+                "profile": 1,
             },
             {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"},
         ),
@@ -167,10 +167,10 @@ CE_PARTS = {"data", "forward", "ce_backward", "optimizer", "other"}
 def test_the_parts_of_a_step(
     options: dict[str, Any], changes: dict[str, Any], parts: set[str]
 ) -> None:
-    profile = profile_of(run(options, **{"profile_steps": 2, **changes}))
+    profile = profile_of(run(options, **{"profile": 2, **changes}))
     assert trained_parts(profile) == parts
     assert sum(profile["shares"].values()) == pytest.approx(1)
-    assert profile["num_steps"] == changes.get("profile_steps", 2)
+    assert profile["num_steps"] == changes.get("profile", 2)
     # What is not marked is Python between the marks.
     assert profile["shares"]["other"] < 0.5
 
@@ -194,7 +194,7 @@ def test_parts_take_the_time_that_is_spent_in_them(
 
     slower(gate, "grad_dot_norm", 0.5)
     slower(step_losses, "collate", 0.2)
-    profile = profile_of(run(options, objective="acl", max_steps=4, profile_steps=1))
+    profile = profile_of(run(options, objective="acl", max_steps=4, profile=1))
     ms = {name: share * profile["step_ms"] for name, share in profile["shares"].items()}
     assert ms["gate"] >= 500 and ms["data"] >= 200
     assert profile["step_ms"] >= 700
@@ -204,7 +204,7 @@ def test_training_is_the_same_with_and_without(
     options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "fusedacl"):
-        profiled = run(options, profile_steps=2, profile_trace=True)
+        profiled = run(options, profile=2, profile_trace=True)
     assert "angle check and combination" in caplog.text
     plain = run(options, output_dir=str(tmp_path / "plain"))
     assert not (plain / "profile.json").exists() and not (plain / "trace.json.gz").exists()
@@ -239,7 +239,7 @@ def test_a_run_that_ends_early_leaves_no_marks_and_no_profile(
 
     monkeypatch.setattr(LocalEngine, "step", fails)
     with pytest.raises(FloatingPointError):
-        run(options, profile_steps=3)
+        run(options, profile=3)
     assert not (Path(options["output_dir"]) / "profile.json").exists()
     assert not step_parts._marks
     # Nothing is being profiled any more: a profiler can begin.
@@ -251,13 +251,13 @@ def test_a_run_that_ends_early_leaves_no_marks_and_no_profile(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"profile_steps": -1}, "profile_steps=-1 is out of range"),
-        ({"profile_steps": 51}, "it must be at most 50"),
-        ({"profile_steps": 4}, "this run has 6 steps to do, the first 3 .* at most 3"),
-        ({"profile_steps": 1, "max_steps": 3}, "has 3 steps to do.* a longer one"),
+        ({"profile": -1}, "profile=-1 is out of range"),
+        ({"profile": 51}, "it must be at most 50"),
+        ({"profile": 4}, "this run has 6 steps to do, the first 3 .* at most 3"),
+        ({"profile": 1, "max_steps": 3}, "has 3 steps to do.* a longer one"),
         ({"profile_trace": True}, "profile_trace needs steps"),
         (
-            {"profile_steps": 4, "strategy": "two_stage"},
+            {"profile": 4, "strategy": "two_stage"},
             "this stage has 6 steps to do",
         ),
     ],
@@ -276,4 +276,4 @@ def test_steps_left_are_counted_from_where_a_run_resumes(options: dict[str, Any]
     directory = Path(options["output_dir"])
     resumed = {"save_steps": 2, "resume_from_checkpoint": str(directory / "checkpoint-4")}
     with pytest.raises(ValueError, match="has 2 steps to do"):
-        run(options, profile_steps=1, **resumed)
+        run(options, profile=1, **resumed)
