@@ -56,8 +56,8 @@ def _rows(machine: str, kind: str, case: Result) -> list[list[str]]:
         [
             f"{NAMES[kind]}, {case['words'].partition(' ')[2]}",
             peer,
-            f"{ours['p50_ms']:.3g} ms",
-            f"{theirs['p50_ms']:.3g} ms",
+            milliseconds(ours["p50_ms"]),
+            milliseconds(theirs["p50_ms"]),
             f"{theirs['p50_ms'] / ours['p50_ms']:.2f} times",
             memory,
             machine,
@@ -80,3 +80,8 @@ def write_headline(readme: Path, table: str) -> None:
             "between them."
         )
     write_whole(readme, f"{before}{BEGIN}\n\n{table}\n\n{END}{after}")
+
+
+def milliseconds(value: float) -> str:
+    """Three digits, without an exponent."""
+    return f"{value:,.0f} ms" if value >= 100 else f"{value:.3g} ms"
