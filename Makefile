@@ -6,6 +6,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt
 
+# Tests at a time. Those of several ranks start up to four processes of their own.
+TEST_PROCESSES ?= 2
+
 # The range of Triton that is claimed: both ends are compiled by `make targets`.
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
@@ -15,8 +18,9 @@ NEWEST_TRITON := 3.9.0
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
 
+# A file's tests stay in one process: some of them share ranks that wait for work.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

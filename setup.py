@@ -31,6 +31,7 @@ EXTRAS["dev"] = [
     # A CUDA build of torch brings its own; the CPU build, with which most of us test, none.
     "triton>=3.3.1; platform_system == 'Linux'",
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "ruff>=0.9",
     "mypy>=1.13",
     "types-PyYAML",

@@ -99,6 +99,8 @@ class SteppedTrainer(Trainer):
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__(config)
         self.prepare()
+        # Nobody else knows its directory; the next kind of exit has one of the same name.
+        self.lock.release()
         self._steps: Iterator[None] | None = None
 
     def one_step(self) -> None:

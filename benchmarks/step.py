@@ -125,7 +125,7 @@ PRESETS = {
             (Case("minilm", 32, 48), Turns(rounds=5, steps=4, profiled=4, memory=True)),
             (
                 Case("bert-base", 8, 64),
-                Turns(rounds=4, steps=2, profiled=2, memory=False, providers=LARGE),
+                Turns(rounds=5, steps=4, profiled=2, memory=False, providers=LARGE),
             ),
         ),
         Chunks(Case("minilm", 32, 64), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
@@ -227,7 +227,7 @@ def run(options: Options) -> Result:
     if options.output_dir is not None:
         file.result["figures"] = draw(file.result, options.output_dir, options.stem)
         file.save()
-        print(f"written: {file.path}, {', '.join(file.result['figures'])}")
+        print(f"written: {', '.join((str(file.path), *file.result['figures']))}")
     return file.result
 
 

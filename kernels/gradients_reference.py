@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 Gradients = Sequence[Tensor | None]
+# Elements that are widened to float64 at a time. One float32 product over an embedding table is
+# off by 1e-4 already, and a widened copy of all of it takes twice its memory.
+PIECE = 2**22
 
 
 def grad_dot_norm(
@@ -47,14 +50,15 @@ def flat(tensor: Tensor) -> Tensor:
 
 def pair_sums(left: Tensor | None, right: Tensor | None) -> Tensor:
     """(x . y, |x|^2, |y|^2) [3] float64 of one entry."""
-    x, y = (None if t is None else flat(t).to(sum_dtype(t)) for t in (left, right))
+    x, y = (None if t is None else flat(t).split(PIECE) for t in (left, right))
     some = x if x is not None else y
     assert some is not None, "an entry that is None on both sides is left out"
-    dot = zero = some.new_zeros((), dtype=torch.float64)
-    if x is not None and y is not None:
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        dot = torch.dot(x.to(dtype), y.to(dtype)).double()
-    return torch.stack([dot, *(zero if t is None else torch.dot(t, t).double() for t in (x, y))])
+    sums = torch.zeros(3, dtype=torch.float64, device=some[0].device)
+    for column, (us, vs) in enumerate(((x, y), (x, x), (y, y))):
+        if us is not None and vs is not None:
+            for u, v in zip(us, vs, strict=True):
+                sums[column] += torch.dot(u.double(), v.double())
+    return sums
 
 
 def combine_(left: Tensor, right: Tensor | None, used: Tensor, factor: Tensor) -> None:

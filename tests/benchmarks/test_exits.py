@@ -31,6 +31,11 @@ def test_second_stage_times_the_three_ways(runs: Runs, name: str) -> None:
     assert result["cached_faster"] == times["together"]["p50_ms"] / times["cached"]["p50_ms"]
 
 
+def test_kinds_of_exits_follow_each_other(runs: Runs) -> None:
+    first, second = (second_stage(runs, name)["options"] for name in ("mha_ce", "linear_acl"))
+    assert first["exit_head"] != second["exit_head"]
+
+
 def test_a_cache_that_trains_otherwise_is_not_timed(
     runs: Runs, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -182,7 +182,8 @@ def test_the_command_draws_and_writes(
     assert text.startswith("Before.\n\n") and text.endswith("\n\nAfter.\n") and "old" not in text
     assert (
         "| contrastive loss, forward + backward, M=4096 d=64 float32 | pytorch-metric-learning "
-        "| 40 ms | 400 ms | 10.00 times | 1.0 against 1.0 MiB | some-machine |" in text
+        "| 40 ms | 400 ms | 10.00 times | 1.0 against 1.0 MiB | dense: 0.75 times | some-machine |"
+        in text
     )
     # Written again, it is the same.
     assert report.main() == 0
