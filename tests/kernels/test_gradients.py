@@ -78,10 +78,12 @@ def test_many_elements_lose_nothing(monkeypatch: pytest.MonkeyPatch, impl: str) 
     ones = torch.ones(2**24 + 3000)
     sums = grad_dot_norm([ones], [ones], impl=impl)
     assert sums.tolist() == [[float(torch.tensor(2.0**24 + 3000))] * 3]
-    # Each addition of these rounds.
+    # Each addition of these rounds: one float32 product over all is off by more.
     tenths = ones.fill_(0.1)
     exact = tenths[0].double().item() ** 2 * tenths.numel()
-    assert grad_dot_norm([tenths], [tenths], impl=impl)[0].tolist() == pytest.approx([exact] * 3)
+    assert grad_dot_norm([tenths], [tenths], impl=impl)[0].tolist() == pytest.approx(
+        [exact] * 3, rel=2e-5
+    )
 
 
 def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
