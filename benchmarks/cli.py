@@ -1,9 +1,10 @@
 """The command `fusedacl bench`, also `python -m fusedacl.benchmarks`."""
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -208,29 +209,36 @@ def _all(arguments: list[str]) -> int:
     device = torch.device(config.how.device)
     known = _known(["loss", "angle"], device)
     named = provider_names(config.what.providers, known)
-    statuses = []
+    statuses, seconds = [], {}
     for suite in ("loss", "angle", "growth"):
         own = _known(["loss", "angle"] if suite == "growth" else [suite], device)
         if named and not set(named) & set(own):
             print(f"\nbench {suite}: none of the named providers takes part, left out.")
             continue
-        print(f"\nBENCH {suite.upper()}", flush=True)
-        statuses.append(
-            _growth(config, known) if suite == "growth" else _of_cases(suite, config, known)
-        )
+        with _timed(suite, seconds):
+            statuses.append(
+                _growth(config, known) if suite == "growth" else _of_cases(suite, config, known)
+            )
     for suite in OWN_COMMAND_LINE:
         if device != CPU:
             print(f"\nbench {suite} measures the CPU: left out with --device {device}.")
             continue
-        print(f"\nBENCH {suite.upper()}", flush=True)
         options = ["--preset", config.how.preset]
         if config.how.output_dir is not None:
             options += ["--output_dir", config.how.output_dir]
-        data = os.environ.get("FUSEDACL_DATA")
-        if suite == "exits" and data and (Path(data) / "mrpc").is_dir():
-            options += ["--data_dir", data]
-        statuses.append(_elsewhere(suite, options))
+        with _timed(suite, seconds):
+            statuses.append(_elsewhere(suite, options))
+    took = ", ".join(f"{suite} {each:.0f} s" for suite, each in seconds.items())
+    print(f"\nbench all took {sum(seconds.values()):.0f} s: {took}")
     return max(statuses, default=0)
+
+
+@contextmanager
+def _timed(suite: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"\nBENCH {suite.upper()}", flush=True)
+    start = time.monotonic()
+    yield
+    seconds[suite] = time.monotonic() - start
 
 
 def _compare(arguments: list[str]) -> int:

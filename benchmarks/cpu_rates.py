@@ -23,10 +23,12 @@ ROUNDS = 5
 WIDTH = 768
 
 
-def machine_rates(width: int) -> dict[str, Callable[[], object]]:
+def machine_rates(
+    width: int, dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], object]]:
     """RATE_CALLS products and exponentials of one block, into memory that is already there."""
-    left, right = torch.randn(2, BLOCK, width)
-    out = torch.empty(BLOCK, BLOCK)
+    left, right = torch.randn(2, BLOCK, width).to(dtype)
+    out = torch.empty(BLOCK, BLOCK, dtype=dtype)
     exponents = torch.rand(BLOCK, BLOCK)
 
     def gemm() -> None:
@@ -46,6 +48,11 @@ def memory_rates() -> dict[str, Callable[[], object]]:
     return {"copy": lambda: target.copy_(source), "read": lambda: torch.dot(source, target)}
 
 
+def product_rate(times: Mapping[str, Any], width: int) -> float:
+    """FLOPs a second, by the median of the products of `machine_rates`."""
+    return 2 * BLOCK**2 * width * RATE_CALLS / (times["p50_ms"] / 1e3)
+
+
 def rates_from(times: Mapping[str, Mapping[str, Any]], width: int) -> Rates:
     """Rates by the medians of `machine_rates` and `memory_rates`, whichever took part.
 
@@ -54,10 +61,9 @@ def rates_from(times: Mapping[str, Mapping[str, Any]], width: int) -> Rates:
     seconds = {name: times[name]["p50_ms"] / 1e3 for name in times}
     flops, exponentials, rate_of_bytes = {}, float("inf"), float("inf")
     if "gemm" in seconds:
-        per_block = seconds["gemm"] / RATE_CALLS
         # 16 bits are computed in float32 where the CPU has no products of them.
         flops = dict.fromkeys(
-            (torch.float32, torch.float16, torch.bfloat16), 2 * BLOCK**2 * width / per_block
+            (torch.float32, torch.float16, torch.bfloat16), product_rate(times["gemm"], width)
         )
         exponentials = BLOCK**2 * RATE_CALLS / seconds["exp"]
     if "copy" in seconds:

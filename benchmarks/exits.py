@@ -9,6 +9,7 @@ ACL-CL of several exits in one call, beside a loop over dense losses. Losses, gr
 predictions are compared before anything is timed.
 """
 
+import os
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -25,10 +26,11 @@ from ..engine.quickstart import minilm_path
 from ..kernels import acl_cl_loss
 from .baselines import dense_supcon
 from .measure import Result, command_line, interleave, ratio, write
-from .second_stage import BATCH_SIZE, STAGES, Runs, refuse, second_stage
+from .product_floor import PRODUCTS, add_floors, flops_of, product_turn
+from .second_stage import BATCH_SIZE, STAGES, WIDTH, Runs, refuse, second_stage
 
 TEMPERATURE = 0.5
-WIDTH = 64
+EXIT_WIDTH = 64
 # Texts of a sample at batch size 1.
 NUM_SINGLE = 16
 # Of the largest value: early exit adds in the encoder's order, without masks it does not need.
@@ -40,9 +42,11 @@ Loss = Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
 
 
 def main() -> None:
-    more = {"--data_dir": {"type": Path, "help": "directory with mrpc/ (default: embedded texts)"}}
-    arguments = command_line(__doc__, more)
+    words = "directory with mrpc/ (default: $FUSEDACL_DATA, if it is one; else embedded texts)"
+    arguments = command_line(__doc__, {"--data_dir": {"type": Path, "help": words}})
     quick, data_dir = arguments.quick, arguments.data_dir
+    if data_dir is None and not quick:
+        data_dir = real_texts()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
@@ -76,6 +80,12 @@ def main() -> None:
         write(result, arguments.output_dir / "exits.json")
 
 
+def real_texts() -> Path | None:
+    """The directory of data sets that the environment names, if MRPC is in it."""
+    directory = os.environ.get("FUSEDACL_DATA")
+    return Path(directory) if directory and (Path(directory) / "mrpc").is_dir() else None
+
+
 def computes_bfloat16() -> bool:
     """Whether the CPU has products in bfloat16; emulated ones say nothing."""
     capabilities = torch.cpu.get_capabilities()
@@ -100,17 +110,18 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
         if not torch.equal(ours.predictions, plain.argmax(dim=-1)) or ours.mean_layer != last:
             raise SystemExit(f"{head}: early exit does not answer as the last exit: not timed")
         refuse(f"{head}, early exit: probabilities", ours.probabilities, plain, MAX_ERROR)
-    times = interleave(
-        {
-            "full": lambda: [full_model(model, batch) for batch in batches],
-            "early_exit": lambda: [engine(**batch) for batch in batches],
-        },
-        rounds=rounds,
-    )
+    calls: dict[str, Callable[[], object]] = {
+        "full": lambda: [full_model(model, batch) for batch in batches],
+        "early_exit": lambda: [engine(**batch) for batch in batches],
+    }
+    flops = {name: flops_of(call) for name, call in calls.items()}
+    times = interleave(calls | {PRODUCTS: product_turn(WIDTH)}, rounds=rounds)
+    rate = add_floors(times, flops, WIDTH)
     result = {
         "exit_head": head,
         "batch": batch_size,
         "batches": len(batches),
+        **rate,
         "times": times,
         "over_full": ratio(times, "early_exit", "full"),
     }
@@ -146,9 +157,10 @@ def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
     """ACL-CL of E exits, forward + backward."""
     torch.manual_seed(0)
     students = [
-        torch.randn(num_exits, rows, WIDTH, requires_grad=True) for rows in (BATCH_SIZE, num_labels)
+        torch.randn(num_exits, rows, EXIT_WIDTH, requires_grad=True)
+        for rows in (BATCH_SIZE, num_labels)
     ]
-    teachers = [torch.randn(rows, WIDTH) for rows in (BATCH_SIZE, num_labels)]
+    teachers = [torch.randn(rows, EXIT_WIDTH) for rows in (BATCH_SIZE, num_labels)]
     labels = torch.randint(num_labels, (BATCH_SIZE,))
     losses: dict[str, Loss] = {"fusedacl": batched, "dense": dense_loop}
     exact = [tensor.detach().double().requires_grad_() for tensor in students]
@@ -158,21 +170,20 @@ def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
         found = values(loss(students, teachers, labels), students)
         for what, value, reference in zip(("loss", "gradient"), found, wanted, strict=True):
             refuse(f"ACL-CL, {name}: {what}", value, reference, MAX_LOSS_ERROR)
-    times = interleave(
-        {
-            name: partial(forward_backward, loss, students, teachers, labels)
-            for name, loss in losses.items()
-        },
-        rounds=rounds,
-        repeats=10,
-    )
+    calls: dict[str, Callable[[], object]] = {
+        name: partial(forward_backward, loss, students, teachers, labels)
+        for name, loss in losses.items()
+    }
+    flops = {name: flops_of(call) for name, call in calls.items()}
+    times = interleave(calls | {PRODUCTS: product_turn(EXIT_WIDTH)}, rounds=rounds, repeats=10)
+    rate = add_floors(times, flops, EXIT_WIDTH)
     faster = ratio(times, "dense", "fusedacl")
     print(
-        f"ACL-CL, E={num_exits} N={BATCH_SIZE} K={num_labels} d={WIDTH}: "
+        f"ACL-CL, E={num_exits} N={BATCH_SIZE} K={num_labels} d={EXIT_WIDTH}: "
         f"{times['fusedacl']['p50_ms']:.2f} ms, {faster:.2f}x faster than a dense loss an exit"
     )
-    shape = {"exits": num_exits, "samples": BATCH_SIZE, "labels": num_labels, "width": WIDTH}
-    return {"shape": shape, "times": times, "faster_than_dense": faster}
+    shape = {"exits": num_exits, "samples": BATCH_SIZE, "labels": num_labels, "width": EXIT_WIDTH}
+    return {"shape": shape, **rate, "times": times, "faster_than_dense": faster}
 
 
 def batched(

@@ -62,6 +62,13 @@ def interleave(
     return interleave_samples(turns, rounds=rounds)
 
 
+def seconds(call: Callable[[], object]) -> float:
+    """Of one call on the CPU."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
 def _seconds_per_call(
     function: Callable[[], object], repeats: int, device: torch.device = CPU
 ) -> list[float]:

@@ -6,6 +6,7 @@ That is exits and scaling, and loss, angle and step as they were before results 
 from ..engine.report import markdown_table
 from .cost_model import WORDS
 from .measure import Result
+from .product_floor import EXPLAINED
 from .scaling import MAX_BYTES_ERROR
 
 HEADER = ["what", "median (20th to 80th percentile), ms", "time relative to the first"]
@@ -93,7 +94,7 @@ def exits_section(result: Result) -> list[str]:
     return [
         "### Several exits",
         "",
-        f"{shape['model']}; texts: {shape['texts']}; float32 unless bfloat16 is named.",
+        f"{shape['model']}; texts: {shape['texts']}; float32 unless bfloat16 is named. {EXPLAINED}",
         "",
         f"A step of the second stage, {shape['batch']} texts, on the frozen backbone. Each exit "
         "trained alone is a run of its own, with a pass through the backbone of its own; the "
@@ -206,10 +207,14 @@ def _scaling_cells(row: Result) -> list[str]:
 def _table(times: Result, names: dict[str, str]) -> str:
     """Above 1 the others take longer than the first name, below 1 they are faster."""
     ours = times[next(iter(names))]["p50_ms"]
-    rows = [HEADER, ["---"] * len(HEADER)]
+    has_floor = any("over_floor" in times[key] for key in names)
+    header = [*HEADER, "time over floor"] if has_floor else HEADER
+    rows = [header, ["---"] * len(header)]
     for key, words in names.items():
         p20, p50, p80 = (times[key][f"p{percent}_ms"] for percent in (20, 50, 80))
         digits = 2 if p50 < 10 else 1
         spread = f"{p50:.{digits}f} ({p20:.{digits}f} to {p80:.{digits}f})"
         rows.append([words, spread, "-" if p50 == ours else f"{p50 / ours:.2f}"])
+        if has_floor:
+            rows[-1].append(f"{times[key]['over_floor']:.2f}")
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)

@@ -1,7 +1,7 @@
 """Exits of the second stage trained together, one at a time, and from the feature cache."""
 
-import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,12 @@ from ..engine.config import TrainingConfig
 from ..engine.objectives import ExitLosses
 from ..engine.tracking import MetricsLog
 from ..engine.trainer import Trainer
-from .measure import Result, quantiles, ratio
+from .measure import Result, quantiles, ratio, seconds
+from .product_floor import PRODUCTS, add_floors, flops_of, product_turn
 
 BATCH_SIZE = 32
+# Of MiniLM, for which the rate of matrix products is measured.
+WIDTH = 384
 STAGES: dict[str, dict[str, Any]] = {
     "mha_acl": {"exit_head": "mha", "objective": "acl", "gate": "angle"},
     "mha_ce": {"exit_head": "mha", "objective": "ce"},
@@ -126,26 +129,29 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
     """Milliseconds a batch of the three ways, which take turns on the batches of an epoch."""
     options = STAGES[name] | ({"bf16": True} if bf16 else {})
     check(runs, name, options)
-    together = runs.second_stage("together", options)
-    contestants = {
-        "together": [together],
-        "apart": runs.apart(options),
-        "cached": [runs.cached(options)],
+    # The order of an epoch is the seed's, so these are the batches that are timed.
+    flops = {
+        contestant: _mean_flops(trainers, runs.num_batches)
+        for contestant, trainers in _contestants(runs, options).items()
     }
-    samples: dict[str, list[float]] = {contestant: [] for contestant in contestants}
+    contestants = _contestants(runs, options)
+    turns = {name: partial(_one_batch, trainers) for name, trainers in contestants.items()}
+    turns[PRODUCTS] = product_turn(WIDTH, torch.bfloat16 if bf16 else torch.float32)
+    samples: dict[str, list[float]] = {contestant: [] for contestant in turns}
     for number in tqdm(range(WARM_UP + runs.num_batches), desc=name, leave=False):
-        for contestant, trainers in contestants.items():
-            start = time.perf_counter()
-            for trainer in trainers:
-                trainer.one_step()
+        for contestant, turn in turns.items():
+            took = seconds(turn)
             if number >= WARM_UP:
-                samples[contestant].append(time.perf_counter() - start)
-    times = {contestant: quantiles(seconds) for contestant, seconds in samples.items()}
-    totals = {contestant: sum(seconds) for contestant, seconds in samples.items()}
+                samples[contestant].append(took)
+    times = {contestant: quantiles(values) for contestant, values in samples.items()}
+    totals = {contestant: sum(values) for contestant, values in samples.items()}
+    (together,) = contestants["together"]
+    rate = add_floors(times, flops, WIDTH)
     result = {
         "options": options,
         "exits": len(contestants["apart"]),
         "mean_tokens": float(together.train_split.lengths.mean()),
+        **rate,
         "times": times,
         "faster_than_apart": ratio(times, "apart", "together"),
         "cached_faster": ratio(times, "together", "cached"),
@@ -161,6 +167,32 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
         f"(sums: {result['total_cached_faster']:.2f})"
     )
     return result
+
+
+def _contestants(runs: Runs, options: dict[str, Any]) -> dict[str, list["SteppedTrainer"]]:
+    """New runs of each way, which begin with the same batch."""
+    return {
+        "together": [runs.second_stage("together", options)],
+        "apart": runs.apart(options),
+        "cached": [runs.cached(options)],
+    }
+
+
+def _one_batch(trainers: Sequence["SteppedTrainer"]) -> None:
+    for trainer in trainers:
+        trainer.one_step()
+
+
+def _mean_flops(trainers: Sequence["SteppedTrainer"], num_batches: int) -> int:
+    """FLOPs of matrix products a batch, of the batches after those that warm up."""
+    for _ in range(WARM_UP):
+        _one_batch(trainers)
+
+    def batches() -> None:
+        for _ in range(num_batches):
+            _one_batch(trainers)
+
+    return flops_of(batches, num_batches)
 
 
 def check(runs: Runs, name: str, options: dict[str, Any]) -> None:

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from ..engine import distributed
 from ..engine.profiling import WARM_UP
 from ..engine.report import require_matplotlib, text_table
-from .measure import Result, interleave_samples, machine_name, ratio
+from .measure import Result, interleave_samples, machine_name, ratio, seconds
+from .product_floor import PRODUCTS, add_floors, flops_of, product_turn
 from .provider import check_names
 from .result import ResultFile, default_directory
 from .step_figure import draw
@@ -79,7 +80,7 @@ MAX_CACHED_TIME = 1.45
 class Turns:
     """How a case is measured: rounds of turns, timed and profiled steps of a turn, memory.
 
-    providers: names, empty for all.
+    providers: names, empty for all. has_bars: whether the promises are for a case of this size.
     """
 
     rounds: int
@@ -87,6 +88,7 @@ class Turns:
     profiled: int
     memory: bool
     providers: tuple[str, ...] = ()
+    has_bars: bool = True
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ PRESETS = {
             (Case("minilm", 32, 48), Turns(rounds=5, steps=4, profiled=4, memory=True)),
             (
                 Case("bert-base", 8, 64),
-                Turns(rounds=5, steps=4, profiled=2, memory=False, providers=LARGE),
+                Turns(rounds=5, steps=3, profiled=2, memory=False, providers=LARGE),
             ),
         ),
         Chunks(Case("minilm", 32, 64), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
@@ -134,13 +136,13 @@ PRESETS = {
         (
             (
                 Case("minilm", 8, 24, num_layers=3),
-                Turns(rounds=1, steps=2, profiled=1, memory=False, providers=QUICK),
+                Turns(rounds=1, steps=2, profiled=1, memory=False, providers=QUICK, has_bars=False),
             ),
         ),
         Chunks(
             Case("minilm", 4, 24, num_layers=3),
             4,
-            Turns(rounds=1, steps=2, profiled=0, memory=True),
+            Turns(rounds=1, steps=2, profiled=0, memory=True, has_bars=False),
         ),
     ),
 }
@@ -253,15 +255,11 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
         for name in WORDS
         if name in names and name not in left_out
     }
-    losses, wrong = check(case, running, files)
+    losses, flops, wrong = check(case, running, files)
     for name, why in wrong.items():
         left_out[name] = why
         del running[name]
-    times = interleave_samples(
-        {name: partial(one.turn, turns.steps + WARM_UP_STEPS) for name, one in running.items()},
-        rounds=turns.rounds,
-        skip=WARM_UP_STEPS,
-    )
+    times, rate = timed(running, flops, case.width, turns, skip=WARM_UP_STEPS)
     for name, one in tqdm(running.items(), desc="profile", leave=False):
         if isinstance(one, Ours) and turns.profiled:
             one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
@@ -273,20 +271,39 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
         "case": asdict(case),
         "words": case.words,
         "losses": losses,
+        **rate,
         "providers": times,
         "left_out": left_out,
         "bars": [
             bar(what, ratio(times, slower, faster), most)
             for what, slower, faster, most in BARS
-            if slower in times and faster in times
+            if turns.has_bars and slower in times and faster in times
         ],
     }
 
 
+def timed(
+    running: Mapping[str, Contestant], flops: Mapping[str, int], width: int, turns: Turns, skip: int
+) -> tuple[dict[str, Result], Result]:
+    """Times by contestant, with the floors of their matrix products; and the products' rate."""
+    num_steps = turns.steps + skip
+    product = product_turn(width)
+    times = interleave_samples(
+        {
+            **{name: partial(one.turn, num_steps) for name, one in running.items()},
+            PRODUCTS: lambda: [seconds(product) for _ in range(num_steps)],
+        },
+        rounds=turns.rounds,
+        skip=skip,
+    )
+    rate = add_floors(times, {name: flops[name] for name in running}, width)
+    return times, rate
+
+
 def check(
     case: Case, contestants: Mapping[str, Contestant], files: Files
-) -> tuple[dict[str, list[tuple[float, float | None]]], dict[str, str]]:
-    """The losses of some steps, and who of the others' may not be timed.
+) -> tuple[dict[str, list[tuple[float, float | None]]], dict[str, int], dict[str, str]]:
+    """The losses of some steps, FLOPs of a step, and who of the others' may not be timed.
 
     Raises:
         SystemExit: one of ours is wrong.
@@ -295,10 +312,12 @@ def check(
     needed = dict.fromkeys([*contestants, CE, *(ALIKE[n] for n in contestants if n in ALIKE)])
     if any(name not in (CE, HUGGING_FACE) for name in contestants):
         needed[ACL] = None
-    losses = {}
+    losses, flops = {}, {}
     for name in tqdm(needed, desc="check", leave=False):
         one = contestants.get(name) or contestant(name, case, files)
-        one.turn(CHECK_STEPS, dropout=0.0, logging_steps=1)
+        flops[name] = flops_of(
+            partial(one.turn, CHECK_STEPS, dropout=0.0, logging_steps=1), CHECK_STEPS
+        )
         losses[name] = one.losses
     wrong = {}
     for name in contestants:
@@ -314,7 +333,7 @@ def check(
             if name in OURS:
                 raise SystemExit(f"{case.words}, {name}: {why}")
             wrong[name] = why
-    return losses, wrong
+    return losses, flops, wrong
 
 
 def _relative(found: float | None, exact: float | None) -> float:
@@ -339,22 +358,23 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
         ONE_SHOT: partial(contestant, ACL, case, files, per_device_train_batch_size=whole),
     }
     running = {name: make() for name, make in makers.items()}
-    for name in (CACHED, ONE_SHOT):
-        running[name].turn(CACHED_CHECK_STEPS, dropout=0.0, logging_steps=1)
+    flops = {
+        name: flops_of(
+            partial(one.turn, CACHED_CHECK_STEPS, dropout=0.0, logging_steps=1), CACHED_CHECK_STEPS
+        )
+        for name, one in running.items()
+    }
     pairs = zip(running[CACHED].losses, running[ONE_SHOT].losses, strict=True)
     error = max(
         _relative(a, b) for found, exact in pairs for a, b in zip(found, exact, strict=True)
     )
     if not error <= MAX_ERROR:
         raise SystemExit(f"{chunks.words}: the losses differ by {error:.1e} (relative): not timed")
-    times = interleave_samples(
-        {name: partial(one.turn, turns.steps + 1) for name, one in running.items()},
-        rounds=turns.rounds,
-        skip=1,
-    )
+    times, rate = timed(running, flops, case.width, turns, skip=1)
     result: Result = {
         "case": {**asdict(case), "chunks": number},
         "words": chunks.words,
+        **rate,
         "providers": times,
         "left_out": {},
         "bars": [
@@ -367,6 +387,8 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
         if cached is not None and one_chunk is not None:
             what = "cached over one chunk, peak memory"
             result["bars"].append(bar(what, cached / one_chunk, MAX_CACHED_MEMORY))
+    if not turns.has_bars:
+        result["bars"] = []
     return result
 
 
@@ -394,10 +416,11 @@ def text(case: Result) -> str:
                 f"{row['p50_ms']:.0f}",
                 f"{row['p20_ms']:.0f} to {row['p80_ms']:.0f}",
                 f"{row['p50_ms'] / base['p50_ms']:.2f}",
+                f"{row['over_floor']:.2f}",
                 "-" if peak is None else f"{peak / 2**20:.0f}",
             ]
         )
-    header = [case["words"], "ms", "20th to 80th", "relative", "peak MiB"]
+    header = [case["words"], "ms", "20th to 80th", "relative", "x floor", "peak MiB"]
     lines = [text_table(header, rows)]
     lines += [
         f"{b['what']}: {b['value']:.2f} (at most {b['at_most']}: {'yes' if b['met'] else 'no'})"

@@ -63,6 +63,11 @@ class Case:
     num_layers: int | None = None
 
     @property
+    def width(self) -> int:
+        """Of the hidden states, for which the rate of matrix products is measured."""
+        return {"minilm": 384, "bert-base": 768}.get(self.model, 64)
+
+    @property
     def words(self) -> str:
         names = {"minilm": "MiniLM (6 x 384)", "bert-base": "BERT-base's shape, random weights"}
         layers = "" if self.num_layers is None else f", {self.num_layers} layers"

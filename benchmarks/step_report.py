@@ -2,6 +2,7 @@
 
 from ..engine.report import markdown_table
 from .measure import Result
+from .product_floor import EXPLAINED
 from .report_cases import case_table, left_out_words
 from .step_words import CACHED_WORDS, WORDS
 
@@ -17,7 +18,7 @@ def step_section(result: Result, figure: str | None = None) -> list[str]:
         "The contestants took turns of several steps, whose first ones are left out; they trained "
         "alike without dropout before anything was timed. Peak memory is what a step takes beside "
         "weights and optimizer state: gradients and activations, by the high-water mark of a "
-        "process of its own.",
+        f"process of its own. {EXPLAINED}",
     ]
     for case in result["cases"]:
         names = WORDS | CACHED_WORDS
