@@ -80,6 +80,8 @@ def test_several_exits(tmp_path: Path) -> None:
             }
         ],
     }
+    for over_floor, entry in zip((20.0, 50.0), result["losses"][0]["times"].values(), strict=True):
+        entry["over_floor"] = over_floor
     (tmp_path / "exits.json").write_text(json.dumps(result))
     text = page([tmp_path])
     assert "mha exits, ACL-CL with the gate, bfloat16, 53 tokens on average." in text
@@ -91,7 +93,7 @@ def test_several_exits(tmp_path: Path) -> None:
     assert "linear exits, a batch of 16:" in text
     assert "| early exit that nothing leaves | 116.0 (116.0 to 116.0) | 1.16 |" in text
     assert "E = 11, N = 32, K = 77, d = 64:" in text
-    assert "| a dense loss an exit, eager PyTorch | 5.00 (5.00 to 5.00) | 2.50 |" in text
+    assert "| a dense loss an exit, eager PyTorch | 5.00 (5.00 to 5.00) | 2.50 | 50.00 |" in text
 
 
 def entry(p50: float, peak: int | None = 2**20, floor_ms: float = 1.0) -> dict[str, Any]:

@@ -74,9 +74,15 @@ def test_a_whole_run_leaves_a_file_and_a_figure(
     assert one != two != three
     for name, times in first["providers"].items():
         assert times["samples"] == 4
+        assert times["over_floor"] > 1
         assert ("shares" in times) == (name in step_providers.OURS)
         if "shares" in times:
             assert sum(times["shares"].values()) == pytest.approx(1)
+    # The same products by hand; two backward passes, less what is shared; one pass less again.
+    flops = {name: times["flops"] for name, times in first["providers"].items()}
+    assert flops[CE] == flops[HUGGING_FACE] < flops["fusedacl_acl_head"] < flops[ACL]
+    assert flops[ACL] < 2 * flops[CE]
+    assert first["gigaflops"] > 0
     assert first["providers"][ACL]["shares"]["contrastive_backward"] > 0
     assert first["providers"][CE]["shares"]["contrastive_backward"] == 0
     assert [found["what"] for found in cached["bars"]] == ["cached over one shot, time"]
