@@ -36,6 +36,7 @@ from .step_memory import peaks
 from .step_providers import OURS, Case, Contestant, Files, Ours, contestant, obstacle
 from .step_words import (
     ACL,
+    BARS,
     CACHED,
     CACHED_WORDS,
     CE,
@@ -62,14 +63,6 @@ ALIKE = {
     TWO_BACKWARD: ACL,
     "deepspeed_acl": ACL,
 }
-# What, the time of one over that of another, at most.
-BARS = (
-    ("exact gate over CE", ACL, CE, 1.75),
-    ("gate on the last 2 layers over CE", "fusedacl_acl_top2", CE, 1.25),
-    ("gate on the representation over CE", "fusedacl_acl_head", CE, 1.05),
-    ("CE under DeepSpeed over local", "deepspeed_ce", CE, 1.15),
-    ("exact gate under DeepSpeed over local", "deepspeed_acl", ACL, 1.15),
-)
 CACHED_BATCH = "cached"
 CASES = ("minilm", "bert-base", CACHED_BATCH)
 MAX_CACHED_MEMORY = 1.3
@@ -120,7 +113,7 @@ LARGE = (
     "fusedacl_acl_head",
     TWO_BACKWARD,
 )
-QUICK = (CE, HUGGING_FACE, ACL, "fusedacl_acl_top2", "fusedacl_acl_head")
+QUICK = (CE, HUGGING_FACE, ACL, "fusedacl_acl_head")
 PRESETS = {
     "full": Preset(
         (

@@ -47,6 +47,9 @@ def peaks(
                 found[name] = f"no answer within {CHILD_SECONDS:g} seconds"
                 break
             found[name] = receiver.recv()
+        else:
+            # It leaves by itself, so that Python finds nothing to clean up after it.
+            process.join(CHILD_SECONDS)
     except EOFError:
         found[name] = "the process that measures memory ended without an answer"
     finally:

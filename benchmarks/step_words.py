@@ -16,6 +16,14 @@ WORDS = {
     "deepspeed_ce": "fusedacl, CE, DeepSpeed with one process",
     "deepspeed_acl": "fusedacl, ACL-Grad, DeepSpeed with one process",
 }
+# What, the time of one over that of another, at most.
+BARS = (
+    ("exact gate over CE", ACL, CE, 1.75),
+    ("gate on the last 2 layers over CE", "fusedacl_acl_top2", CE, 1.25),
+    ("gate on the representation over CE", "fusedacl_acl_head", CE, 1.05),
+    ("CE under DeepSpeed over local", "deepspeed_ce", CE, 1.15),
+    ("exact gate under DeepSpeed over local", "deepspeed_acl", ACL, 1.15),
+)
 # The contestants of a cached batch.
 ONE_CHUNK, CACHED, ONE_SHOT = "one_chunk", "cached_batch", "one_shot"
 CACHED_WORDS = {
