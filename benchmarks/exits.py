@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -31,6 +32,7 @@ from .second_stage import BATCH_SIZE, STAGES, WIDTH, Runs, refuse, second_stage
 
 TEMPERATURE = 0.5
 EXIT_WIDTH = 64
+QUICK_LAYERS = 3
 # Texts of a sample at batch size 1.
 NUM_SINGLE = 16
 # Of the largest value: early exit adds in the encoder's order, without masks it does not need.
@@ -50,13 +52,16 @@ def main() -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as directory:
-        texts = {"task_name": "quickstart"}
+        options: dict[str, Any] = {"task_name": "quickstart"}
         if data_dir is not None:
-            texts = {"task_name": "mrpc", "data_dir": str(data_dir)}
-        runs = Runs(Path(directory), str(minilm_path()), 2 if quick else 10, **texts)
+            options = {"task_name": "mrpc", "data_dir": str(data_dir)}
+        runs = Runs(
+            Path(directory), str(minilm_path()), 2 if quick else 10,
+            num_layers=QUICK_LAYERS if quick else None, **options,
+        )  # fmt: skip
         result: Result = {
             "shape": {
-                "model": "MiniLM, 6 x 384",
+                "model": f"MiniLM, {QUICK_LAYERS if quick else 6} x {WIDTH}",
                 "texts": "embedded" if data_dir is None else "MRPC",
                 "batch": BATCH_SIZE,
             },

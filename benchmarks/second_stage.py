@@ -38,20 +38,32 @@ class Runs:
     """Training runs of the second stage over one first stage for each kind of exit.
 
     encoder: name or path of the backbone; num_batches: of an epoch, full ones.
-    data: options that say on which texts.
+    num_layers: the backbone's first ones only. data: options that say on which texts.
     """
 
-    def __init__(self, directory: Path, encoder: str, num_batches: int, **data: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        encoder: str,
+        num_batches: int,
+        num_layers: int | None = None,
+        **data: Any,
+    ) -> None:
         self.directory = directory
         self.encoder = encoder
         self.num_batches = num_batches
+        self.num_layers = num_layers
         self.data = data
         self._first: dict[str, SteppedTrainer] = {}
 
     def first_stage(self, head: str) -> "SteppedTrainer":
         """The encoder with new exits, saved: how well its last exit does costs no time."""
         if head not in self._first:
-            options = {"model_name_or_path": self.encoder, "exit_head": head}
+            options = {
+                "model_name_or_path": self.encoder,
+                "exit_head": head,
+                "num_hidden_layers": self.num_layers,
+            }
             trainer = SteppedTrainer(self._config(f"first_{head}", options))
             save_model(self._model(head), trainer.model, trainer.tokenizer)
             self._first[head] = trainer

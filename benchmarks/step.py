@@ -135,7 +135,7 @@ PRESETS = {
         Chunks(
             Case("minilm", 4, 24, num_layers=3),
             4,
-            Turns(rounds=1, steps=2, profiled=0, memory=True, has_bars=False),
+            Turns(rounds=1, steps=2, profiled=0, memory=False, has_bars=False),
         ),
     ),
 }
