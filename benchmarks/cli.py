@@ -209,7 +209,8 @@ def _all(arguments: list[str]) -> int:
     device = torch.device(config.how.device)
     known = _known(["loss", "angle"], device)
     named = provider_names(config.what.providers, known)
-    statuses, seconds = [], {}
+    statuses: list[int] = []
+    seconds: dict[str, float] = {}
     for suite in ("loss", "angle", "growth"):
         own = _known(["loss", "angle"] if suite == "growth" else [suite], device)
         if named and not set(named) & set(own):

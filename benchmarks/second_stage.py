@@ -1,6 +1,6 @@
 """Exits of the second stage trained together, one at a time, and from the feature cache."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
         for contestant, trainers in _contestants(runs, options).items()
     }
     contestants = _contestants(runs, options)
-    turns = {name: partial(_one_batch, trainers) for name, trainers in contestants.items()}
+    turns: dict[str, Callable[[], object]] = {
+        name: partial(_one_batch, trainers) for name, trainers in contestants.items()
+    }
     turns[PRODUCTS] = product_turn(WIDTH, torch.bfloat16 if bf16 else torch.float32)
     samples: dict[str, list[float]] = {contestant: [] for contestant in turns}
     for number in tqdm(range(WARM_UP + runs.num_batches), desc=name, leave=False):

@@ -30,7 +30,8 @@ def test_second_stage_times_the_three_ways(runs: Runs, name: str) -> None:
     assert result["faster_than_apart"] == times["apart"]["p50_ms"] / times["together"]["p50_ms"]
     assert result["cached_faster"] == times["together"]["p50_ms"] / times["cached"]["p50_ms"]
     flops = {way: time["flops"] for way, time in times.items()}
-    assert flops["apart"] > flops["together"] > flops["cached"] > 0
+    # One exit learns here, alone or not.
+    assert flops["apart"] == flops["together"] > flops["cached"] > 0
     assert times["cached"]["over_floor"] > 0 and result["gigaflops"] > 0
 
 
