@@ -264,11 +264,17 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit of this file's checkout, with "+changes" when files differ from it."""
+    """The commit of this file's checkout, with "+changes" when what runs may differ from it.
+
+    What other runs have measured does not count.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
+    code = ["--", ":/", ":!results"]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", *code], capture_output=True, text=True
+        )
     except FileNotFoundError:
         return "unknown: git is not installed"
     if head.returncode != 0:

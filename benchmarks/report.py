@@ -122,8 +122,9 @@ def page(directories: Sequence[Path], beside: Path | None = None) -> str:
     ]
     for directory, found in zip(directories, results, strict=True):
         parts += ["", f"## Machine `{directory.name}`"]
+        explained: set[str] = set()
         for name, result in found.items():
-            parts += ["", *_section(name, result, directory, beside)]
+            parts += ["", *_section(name, result, directory, beside, explained)]
             parts += ["", _provenance(result["environment"])]
         if any(roofline.points(result) for result in _of_cases(found)):
             file = _link(directory / roofline.FILES[0], beside)
@@ -131,16 +132,20 @@ def page(directories: Sequence[Path], beside: Path | None = None) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _section(name: str, result: Result, directory: Path, beside: Path | None) -> list[str]:
+def _section(
+    name: str, result: Result, directory: Path, beside: Path | None, explained: set[str]
+) -> list[str]:
+    """Lines of one file; `explained`: what earlier files of the machine have explained."""
     if result.get("schema", 0) == 0:
         return VERSION_0[name](result)
     if name == "growth":
         return growth_section(result, _link(directory / growth_figure.FILES[0], beside))
     if name.startswith("step"):
-        has_figure = bool(result.get("figures"))
-        return step_section(
-            result, _link(directory / result["figures"][0], beside) if has_figure else None
-        )
+        figures = result.get("figures")
+        figure = _link(directory / figures[0], beside) if figures else None
+        is_first = "step" not in explained
+        explained.add("step")
+        return step_section(result, figure, is_first)
     if name in OWN_SECTIONS:
         return OWN_SECTIONS[name](result)
     return cases_section(result)

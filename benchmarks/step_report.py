@@ -7,19 +7,20 @@ from .report_cases import case_table, left_out_words
 from .step_words import BARS, CACHED_WORDS, WORDS
 
 
-def step_section(result: Result, figure: str | None = None) -> list[str]:
+def step_section(result: Result, figure: str | None = None, explained: bool = True) -> list[str]:
     """Every case with its providers, the ratios beside what they should be, who was left out.
 
-    figure: where it is, seen from the page.
+    figure: where it is, seen from the page. explained: whether how it was measured is said.
     """
-    lines = [
-        "### A training step, float32",
-        "",
-        "The contestants took turns of several steps, whose first ones are left out; they trained "
-        "alike without dropout before anything was timed. Peak memory is what a step takes beside "
-        "weights and optimizer state: gradients and activations, by the high-water mark of a "
-        f"process of its own. {EXPLAINED}",
-    ]
+    lines = ["### A training step, float32"]
+    if explained:
+        lines += [
+            "",
+            "The contestants took turns of several steps, whose first ones are left out; they "
+            "trained alike without dropout before anything was timed. Peak memory is what a step "
+            "takes beside weights and optimizer state: gradients and activations, by the "
+            f"high-water mark of a process of its own. {EXPLAINED}",
+        ]
     for case in result["cases"]:
         names = WORDS | CACHED_WORDS
         named = {names[name]: row for name, row in case["providers"].items()}

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
+from torch.nn import Parameter, functional
 from transformers import get_linear_schedule_with_warmup
 
 from ..kernels import gated_combine_, grad_dot_norm
@@ -123,6 +123,8 @@ class DeepSpeedEngine:
             self._frozen = {
                 id(p): p.detach().cpu().clone() for p in model.parameters() if not p.requires_grad
             }
+        # ZeRO 3 puts another one there, for every model of the process: one that rounds otherwise.
+        self._linear = functional.linear
         self.engine = _initialize(model, base, self.scheduler, self.settings.config)
         self.gradients: ZeroGradients = zero_gradients(
             self.engine, 2 if self.gated else 1, offloads=self.settings.offloads
@@ -346,6 +348,7 @@ class DeepSpeedEngine:
         # Left in place, these would shard what the model does from now on.
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
+        functional.linear = self._linear
         _make_plain(self.model, full, self.device)
 
 

@@ -13,7 +13,7 @@ pytest.importorskip("deepspeed")
 from fusedacl.engine import TrainingConfig, distributed, train
 from fusedacl.engine.trainer import Trainer
 from rank_pool import Ranks
-from training_cases import refused, stopped, trained, weights_hash
+from training_cases import linear_is_torchs, refused, stopped, trained, weights_hash
 
 
 @pytest.fixture
@@ -66,6 +66,8 @@ def test_two_processes_train_as_one(case: str, options, two_ranks: Ranks, tmp_pa
         },
     )  # fmt: skip
     assert of_both[0] == of_both[1]
+    # ZeRO 3 has one of its own, which rounds otherwise.
+    assert two_ranks.run(linear_is_torchs) == [True, True]
     twice = {"per_device_train_batch_size": 2 * settings["per_device_train_batch_size"]}
     if "contrastive_batch_size" in settings:
         twice["contrastive_batch_size"] = 2 * settings["contrastive_batch_size"]
