@@ -72,8 +72,8 @@ class How:
     peaks: bool = option(True, "measure peak memory (on a CPU in a child process)")
     output_dir: str | None = option(
         None,
-        "where the JSON file goes (unset: benchmarks/results/<machine> for the full preset in a "
-        "checkout, else runs/bench/<machine>)",
+        "where the JSON file goes (unset: benchmarks/results/<machine> for all of the full preset "
+        "in a checkout, else runs/bench/<machine>)",
     )
 
 
@@ -179,4 +179,6 @@ def settings_of(
 def output_directory(config: BenchConfig) -> Path:
     if config.how.output_dir is not None:
         return Path(config.how.output_dir)
-    return default_directory(machine_name(torch.device(config.how.device)), config.how.preset)
+    # A part of the full preset must not take the place of a whole one's file.
+    preset = config.how.preset if config.what == What() else "custom"
+    return default_directory(machine_name(torch.device(config.how.device)), preset)

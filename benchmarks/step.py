@@ -171,11 +171,13 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, help="where step.json and the figure go")
     arguments = parser.parse_args()
     preset = "quick" if arguments.quick else "full"
+    # Some providers must not take the place of all in a committed file.
+    whole = "custom" if arguments.providers else preset
     options = Options(
         preset,
         tuple(name for name in arguments.providers.split(",") if name),
         arguments.threads,
-        arguments.output_dir or default_directory(machine_name(), preset),
+        arguments.output_dir or default_directory(machine_name(), whole),
         tuple(name for name in arguments.cases.split(",") if name),
     )
     try:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fusedacl.benchmarks import cli, growth, measure, memory, runner
-from fusedacl.benchmarks.bench_options import BenchConfig, sizes
+from fusedacl.benchmarks.bench_options import BenchConfig, output_directory, sizes
 from fusedacl.benchmarks.floors import Rates
 from fusedacl.benchmarks.result import read_result
 from fusedacl.engine.cli import main as fusedacl
@@ -201,3 +201,11 @@ def test_nothing_in_the_engine_needs_the_benchmarks() -> None:
         if "..benchmarks" in path.read_text(encoding="utf-8")
     ]
     assert users == ["cli.py"]
+
+
+def test_a_part_of_the_sizes_does_not_replace_the_committed_file() -> None:
+    whole, part = (
+        output_directory(build(BenchConfig, options)) for options in ({}, {"rows": "64"})
+    )
+    assert whole.parts[-3:-1] == ("benchmarks", "results")
+    assert part.parts[:2] == ("runs", "bench")
