@@ -74,7 +74,7 @@ def test_a_whole_run_leaves_a_file_and_a_figure(
     assert one != two != three
     for name, times in first["providers"].items():
         assert times["samples"] == 4
-        assert times["over_floor"] > 1
+        assert times["over_floor"] > 0
         assert ("shares" in times) == (name in step_providers.OURS)
         if "shares" in times:
             assert sum(times["shares"].values()) == pytest.approx(1)
