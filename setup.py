@@ -4,6 +4,7 @@
 names because Hugging Face publishes a distribution whose import name is `kernels`.
 """
 
+import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -23,6 +24,12 @@ EXTRAS = {
     ],
     "tensorboard": [TENSORBOARD],
 }
+# The threads of PyTorch: its libgomp is loaded first, and a process has one of each name.
+OPENMP = (
+    {"extra_compile_args": ["-fopenmp"], "extra_link_args": ["-fopenmp"], "libraries": ["m"]}
+    if sys.platform == "linux"
+    else {}
+)
 EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["bench"],
@@ -57,10 +64,11 @@ setup(
         "fusedacl.kernels": "kernels",
         "fusedacl.benchmarks": "benchmarks",
     },
-    # Needs only a C compiler, no headers of Python. Without one the installation goes on, and
-    # operations of PyTorch do its work.
+    # They need only a C compiler, no headers of Python. Without one the installation goes on, and
+    # operations of PyTorch do their work.
     ext_modules=[
-        Extension("fusedacl.kernels._gradients_loop", ["kernels/gradients_loop.c"], optional=True)
+        Extension(f"fusedacl.kernels._{loop}", [f"kernels/{loop}.c"], optional=True, **OPENMP)
+        for loop in ("gradients_loop", "supcon_loop")
     ],
     package_data={
         "fusedacl.engine": [

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from ..kernels import acl_cl_loss, acl_loss, gated_combine_, grad_dot_norm, supcon_loss
-from ..kernels.gradients_tiled import compiled_loop
+from ..kernels.compiled import library
 from ..kernels.machine import interpreting, triton_obstacle
 
 CPU = torch.device("cpu")
@@ -104,7 +104,8 @@ def _loss(
             partial(_forward_backward, LOSSES[name], inputs, labels, reduction=reduction, impl=impl)
         )
 
-    return Case(", ".join(words), prepare, no_interpreter if impl == "triton" else lambda: None)
+    obstacle = no_interpreter if impl == "triton" else no_compiled_loop
+    return Case(", ".join(words), prepare, obstacle)
 
 
 def _sizes(impl: str, sizes: Sequence[int], num_labels: int) -> Case:
@@ -194,9 +195,9 @@ def no_interpreter() -> str | None:
 
 
 def no_compiled_loop() -> str | None:
-    if compiled_loop() is not None:
+    if library("gradients_loop") is not None and library("supcon_loop") is not None:
         return None
-    return "fusedacl was installed without its compiled loop (it needs a C compiler)"
+    return "fusedacl was installed without its compiled loops (they need a C compiler)"
 
 
 def _no_stand_in_for_ranks() -> str | None:

@@ -38,10 +38,10 @@ def choose(impl: str, workload: Workload) -> str:
 
     "auto" on a GPU is one launch for a small batch, else the fused kernels where Triton reaches the
     matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run, for it was the faster
-    one at every size measured (float32, forward + backward, one thread of an AVX-512 Xeon;
-    microseconds reference / tiled): 34 rows of width 64: 343 / 314, of width 768: 540 / 467; 131 of
-    64: 624 / 438; 515 of 64: 4068 / 1907; 11 exits of 34 rows: 740 / 512; 4096 of 64: 561000 /
-    38000.
+    one at every size measured, also without its compiled loop (float32, forward + backward, one
+    thread of an AVX-512 Xeon; microseconds reference / tiled): 34 rows of width 64: 343 / 314, of
+    width 768: 540 / 467; 131 of 64: 624 / 438; 515 of 64: 4068 / 1907; 11 exits of 34 rows: 740 /
+    512; 4096 of 64: 561000 / 38000.
     """
     chosen, refused = decide(impl, workload)
     if not torch.compiler.is_compiling():

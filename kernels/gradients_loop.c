@@ -51,11 +51,13 @@
     }                                                                                            \
                                                                                                  \
     /* pieces [num_pieces][3]: address of x, address of y, count; sums [num_pieces][3]. */       \
-    void NAME(const int64_t *pieces, int64_t num_pieces, double *sums)                           \
+    void NAME(const int64_t *pieces, int64_t num_pieces, double *sums, int64_t num_threads)      \
     {                                                                                            \
-        for (int64_t i = 0; i < num_pieces; i++, pieces += 3, sums += 3)                         \
-            NAME##_piece((const REAL *)(intptr_t)pieces[0], (const REAL *)(intptr_t)pieces[1],   \
-                         pieces[2], sums);                                                       \
+        _Pragma("omp parallel for schedule(dynamic) num_threads(num_threads) if(num_threads > 1)") \
+        for (int64_t i = 0; i < num_pieces; i++)                                                 \
+            NAME##_piece((const REAL *)(intptr_t)pieces[3 * i],                                  \
+                         (const REAL *)(intptr_t)pieces[3 * i + 1], pieces[3 * i + 2],           \
+                         sums + 3 * i);                                                          \
     }
 
 PAIR_SUMS(pair_sums_float, float)

@@ -4,19 +4,15 @@ The sums come from a compiled loop (gradients_loop.c), which reads both gradient
 compiler was found at installation, from three products of a chunk that stays in cache.
 """
 
-import bisect
 import ctypes
 import functools
-import importlib.util
-import itertools
 import math
-import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
+from .compiled import library
 from .gradients_reference import Gradients, combine_, flat, sum_dtype
 
 # Elements of a chunk for each thread, which PyTorch's operations take one after the other: the
@@ -99,26 +95,8 @@ def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> list[float]:
     if loop is None or num_pieces == 0:
         return list(sums)
     function = loop.pair_sums_float if dtype == torch.float32 else loop.pair_sums_double
-    counts = pieces[2::3]
-
-    def take(first: int, last: int) -> None:
-        # ctypes releases the interpreter's lock meanwhile.
-        function(
-            ctypes.byref(table, first * 24), ctypes.c_int64(last - first),
-            ctypes.byref(sums, first * 24),
-        )  # fmt: skip
-
-    num_threads = torch.get_num_threads()
-    if num_threads == 1 or sum(counts) <= PIECE:
-        take(0, num_pieces)
-        return list(sums)
-    # As many elements for each thread, in a run of pieces.
-    reached = list(itertools.accumulate(counts))
-    ends = [
-        bisect.bisect_left(reached, reached[-1] * (thread + 1) // num_threads) + 1
-        for thread in range(num_threads)
-    ]
-    list(thread_pool(num_threads).map(take, [0, *ends[:-1]], ends))
+    num_threads = torch.get_num_threads() if sum(pieces[2::3]) > PIECE else 1
+    function(table, ctypes.c_int64(num_pieces), sums, ctypes.c_int64(num_threads))
     return list(sums)
 
 
@@ -162,19 +140,7 @@ def chunk_size() -> int:
 @functools.cache
 def compiled_loop() -> ctypes.CDLL | None:
     """gradients_loop.c, or None where the package was installed without it."""
-    spec = importlib.util.find_spec("fusedacl.kernels._gradients_loop")
-    if spec is None or spec.origin is None:
-        return None
-    library = ctypes.CDLL(spec.origin)
-    library.pair_sums_float.restype = library.pair_sums_double.restype = None
-    return library
-
-
-@functools.cache
-def thread_pool(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="fusedacl-gradients")
-
-
-# A forked process has none of its parent's threads.
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=thread_pool.cache_clear)
+    loop = library("gradients_loop")
+    if loop is not None:
+        loop.pair_sums_float.restype = loop.pair_sums_double.restype = None
+    return loop

@@ -17,6 +17,8 @@ are visited. The diagonal of e adds to G_i a multiple of z_i, which the last lin
 
 exp needs no shift by a maximum: |s_ij| <= 1 / temperature, and the sums stay inside float32 while
 that is at most 70, inside float64 while it is at most 690.
+
+On the CPU a small batch is computed by one compiled call (supcon_compiled.py), not by tiles.
 """
 
 import functools
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from . import supcon_compiled
 from .machine import triton_obstacle
 from .rows import ZERO_NORM, accumulate_dtype, compute_classes, parts_in_order
 
@@ -191,6 +194,14 @@ def forward(
     Shapes: a leading exit dimension is there when the embeddings have one.
     """
     parts = (embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings)
+    present = [part for part in parts if part is not None]
+    dtype = compute_dtype(temperature, *(part.dtype for part in present))
+    if supcon_compiled.takes(present, dtype, reduction):
+        losses, gradient = supcon_compiled.loss_and_gradient(
+            *parts[:1], labels, *parts[1:],
+            temperature, denominator, reduction, ignore_index, with_gradient,
+        )  # fmt: skip
+        return losses, [] if gradient is None else [gradient]
     rows = prepare(
         embeddings, labels, *parts[1:], temperature, denominator, reduction, ignore_index
     )
@@ -203,7 +214,7 @@ def forward(
         half = half_operands(embeddings, temperature, *parts[1:])
         sums = pair_sums(y, weight, classes, denominator, half, classes.shape[0])
     losses = reduced_losses(rows, sums, denominator, reduction)
-    losses = losses.to(accumulate_dtype(*(part.dtype for part in parts if part is not None)))
+    losses = losses.to(accumulate_dtype(*(part.dtype for part in present)))
     if not with_gradient:
         return losses, []
     if not one_tile or reduction == "none":
@@ -542,7 +553,8 @@ def _(
     )
     if not with_gradient:
         return loss, []
-    if fits_one_tile(y) and reduction != "none":
+    at_once = fits_one_tile(y) and reduction != "none"
+    if at_once or supcon_compiled.takes(parts, dtype, reduction):
         num_trained = sum(part.shape[-2] for part in parts[: 1 if label_embeddings is None else 2])
         return loss, [y.new_empty(*leading, num_trained, width)]
     return loss, [

@@ -20,6 +20,7 @@ from fusedacl.kernels import (
     grad_dot_norm,
     reference,
     rows,
+    supcon_compiled,
     supcon_tiled,
 )
 from torch import Tensor
@@ -120,6 +121,7 @@ def test_losses(monkeypatch: pytest.MonkeyPatch, implementation: str, kind: str)
 @pytest.mark.parametrize("tile", [4, 512])
 def test_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     """Several tiles with the kernels between their products, and one tile without."""
+    monkeypatch.setattr(supcon_compiled, "MAX_ROWS", 0)
     monkeypatch.setattr(supcon_tiled, "TILE", tile)
     monkeypatch.setattr(supcon_tiled, "GPU_TILE", tile)
     monkeypatch.setattr(supcon_tiled, "ONE_TILE", tile * tile)

@@ -14,12 +14,13 @@ from contrastive_cases import (
     make_inputs,
     run,
 )
-from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss, supcon_tiled
+from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_compiled, supcon_loss, supcon_tiled
 from torch import Tensor
 
 
 def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     """Tiles of that many rows; class sums by mask only where the tile is the shipped one."""
+    monkeypatch.setattr(supcon_compiled, "MAX_ROWS", 0)
     monkeypatch.setattr(supcon_tiled, "TILE", tile)
     monkeypatch.setattr(supcon_tiled, "ONE_TILE", tile * tile)
     monkeypatch.setattr(supcon_tiled, "FEW_ROWS", 128 if tile == 512 else 0)

@@ -13,7 +13,7 @@ from contrastive_cases import (
     make_inputs,
     run,
 )
-from fusedacl.kernels import supcon_tiled
+from fusedacl.kernels import supcon_compiled, supcon_tiled
 
 KINDS = ({"num_labels": None}, {"num_labels": 5}, {"num_labels": 3, "teacher": True, "exits": 2})
 
@@ -21,6 +21,7 @@ KINDS = ({"num_labels": None}, {"num_labels": 5}, {"num_labels": 3, "teacher": T
 @pytest.fixture(autouse=True)
 def small_gpu_tiles(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
     """Several tiles, also at the edge, each of several blocks."""
+    monkeypatch.setattr(supcon_compiled, "MAX_ROWS", 0)
     monkeypatch.setattr(supcon_tiled, "TILE", 48)
     monkeypatch.setattr(supcon_tiled, "GPU_TILE", 48)
     monkeypatch.setattr(supcon_tiled, "ONE_TILE", 0)

@@ -1,0 +1,416 @@
+/* The contrastive loss of a small batch and its gradient in one call: at 32 samples PyTorch's forty
+ * operations cost many times what they compute.
+ *
+ * The algebra and its names are those of supcon_tiled.py. Plain C without Python's headers, called
+ * through ctypes (supcon_compiled.py).
+ */
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+/* The block of a matrix product that stays in registers: twelve sums, two loads and a broadcast are
+ * fifteen of sixteen 256-bit registers. */
+#define ROWS 6
+#define LANES 8
+#define COLUMNS (2 * LANES)
+/* Summands that are added to one another before their sum is added to the others': rounding grows
+ * with their number. */
+#define SUMMANDS 128
+
+/* A vector this short has no direction (rows.ZERO_NORM). */
+#define ZERO_NORM 1e-12f
+#define SMALLEST 1.17549435e-38f
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* They go through pointers, for by value they would depend on the target's calling convention. */
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+
+/* As in supcon_compiled.py. */
+enum denominator { ALL, OTHERS, NEGATIVES };
+enum reduction { MEAN, SUM };
+
+enum step { NORMALIZE, PAIRS, GRADIENT };
+
+/* Classes of rows that do not exist: labelled ignore_index, or padding. */
+enum { IGNORED = -1, PADDING = -2 };
+
+/* supcon_compiled.Problem, field by field. */
+struct problem {
+    /* Samples [E][N][d], label embeddings [E][K][d], and their teachers' [N][d] and [K][d]; null
+     * where there are none. */
+    const float *parts[4];
+    const int64_t *labels; /* [N] */
+    float *losses;         /* [E] */
+    float *gradient;       /* [E][N + K][d], or null */
+    int64_t num_exits, num_samples, num_labels, num_copies; /* 2 copies with teachers, else 1 */
+    int64_t width, ignore_index, denominator, reduction;
+    double temperature;
+};
+
+/* What one exit needs beside its inputs. Threads that share out its rows, in blocks of ROWS, write
+ * apart from each other in every step but NORMALIZE. */
+struct scratch {
+    float *y;        /* [columns][width], zeros beyond M and d */
+    float *panels;   /* [columns / COLUMNS][d][COLUMNS]: y again, sixteen rows side by side */
+    float *products; /* [rows][width]: G, where the panels were */
+    float *pairs;    /* [rows][columns]: e, then the pairs' weights in the gradient */
+    float *sums;     /* [classes][width] of y */
+    float *inverse_norm, *exists, *inverse_positives, *weight, *u, *losses; /* [columns] */
+    int32_t *classes, *members;                                             /* [columns] */
+    int64_t rows, columns, width; /* M and d, and more for whole blocks */
+};
+
+INLINE int64_t rounded_up(int64_t count, int64_t multiple)
+{
+    return (count + multiple - 1) / multiple * multiple;
+}
+
+INLINE int64_t num_trained(const struct problem *p)
+{
+    return p->num_samples + p->num_labels;
+}
+
+INLINE int64_t num_rows(const struct problem *p)
+{
+    return num_trained(p) * p->num_copies;
+}
+
+/* Lays the arrays out from `start`; returns how many floats they take. */
+static int64_t lay_out(const struct problem *p, float *start, struct scratch *s)
+{
+    int64_t used = 0;
+    s->rows = rounded_up(num_rows(p), ROWS);
+    s->columns = rounded_up(s->rows, COLUMNS);
+    s->width = rounded_up(p->width, COLUMNS);
+#define TAKE(NAME, COUNT) (s->NAME = (void *)(start + used), used += (COUNT))
+    TAKE(y, s->columns * s->width);
+    TAKE(panels, s->columns * s->width);
+    s->products = s->panels;
+    TAKE(pairs, s->rows * s->columns);
+    TAKE(sums, s->columns * s->width);
+    TAKE(inverse_norm, s->columns);
+    TAKE(exists, s->columns);
+    TAKE(inverse_positives, s->columns);
+    TAKE(weight, s->columns);
+    TAKE(u, s->columns);
+    TAKE(losses, s->columns);
+    TAKE(classes, s->columns);
+    TAKE(members, s->columns);
+#undef TAKE
+    return used;
+}
+
+/* exp for |x| <= 87: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; NaN stays NaN. */
+INLINE void exponentiate(lanes *e)
+{
+    /* Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+    const float shift = 12582912.0f;
+    const int32_t shift_bits = 0x4B400000, bias = 127, mantissa_bits = 23;
+    union { lanes real; integers bits; } shifted = {.real = *e * 1.44269504f + shift}, power;
+    lanes n = shifted.real - shift;
+    /* ln 2 in two parts, the first exact times n. */
+    lanes r = *e - n * 0.693359375f;
+    r += n * 2.12194440e-4f;
+    lanes tail = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    tail = tail * r + 8.3334519073e-3f;
+    tail = tail * r + 4.1665795894e-2f;
+    tail = tail * r + 1.6666665459e-1f;
+    tail = tail * r + 5.0000001201e-1f;
+    power.bits = (shifted.bits - shift_bits + bias) << mantissa_bits;
+    *e = (tail * (r * r) + r + 1.0f) * power.real;
+}
+
+INLINE float total(const lanes *sums)
+{
+    lanes x = *sums;
+    return ((x[0] + x[4]) + (x[1] + x[5])) + ((x[2] + x[6]) + (x[3] + x[7]));
+}
+
+INLINE float dot(const float *x, const float *y, int64_t width)
+{
+    lanes sum = {0}, other = {0};
+    for (int64_t k = 0; k < width; k += COLUMNS) {
+        sum += *(const lanes *)(x + k) * *(const lanes *)(y + k);
+        other += *(const lanes *)(x + k + LANES) * *(const lanes *)(y + k + LANES);
+    }
+    sum += other;
+    return total(&sum);
+}
+
+/* out [ROWS][COLUMNS] = a [ROWS][depth] b [depth][COLUMNS]. */
+INLINE void block_product(const float *a, int64_t a_stride, const float *b, int64_t b_stride,
+                          int64_t depth, float *out, int64_t out_stride)
+{
+    for (int64_t start = 0; start == 0 || start < depth; start += SUMMANDS) {
+        int64_t stop = start + SUMMANDS < depth ? start + SUMMANDS : depth;
+        lanes sums[ROWS][2] = {{{0}}};
+        for (int64_t k = start; k < stop; k++, b += b_stride) {
+            lanes left = *(const lanes *)b, right = *(const lanes *)(b + LANES);
+#pragma GCC unroll 6
+            for (int row = 0; row < ROWS; row++) {
+                float x = a[row * a_stride + k];
+                sums[row][0] += x * left;
+                sums[row][1] += x * right;
+            }
+        }
+#pragma GCC unroll 6
+        for (int row = 0; row < ROWS; row++)
+#pragma GCC unroll 2
+            for (int side = 0; side < 2; side++) {
+                lanes *sum = (lanes *)(out + row * out_stride + side * LANES);
+                if (start > 0)
+                    sums[row][side] += *sum;
+                *sum = sums[row][side];
+            }
+    }
+}
+
+/* Classes of the rows and how many rows each has. A class is known by its label where there are
+ * label embeddings, else by its first row. Returns the position of a label outside [0, K), or -1. */
+static int64_t find_classes(const struct problem *p, struct scratch *s)
+{
+    memset(s->members, 0, sizeof(int32_t) * s->columns);
+    for (int64_t i = 0; i < p->num_samples; i++) {
+        int64_t label = p->labels[i], first = 0;
+        if (label == p->ignore_index) {
+            s->classes[i] = IGNORED;
+        } else if (p->num_labels > 0) {
+            if (label < 0 || label >= p->num_labels)
+                return i;
+            s->classes[i] = (int32_t)label;
+        } else {
+            while (p->labels[first] != label)
+                first++;
+            s->classes[i] = (int32_t)first;
+        }
+    }
+    for (int64_t label = 0; label < p->num_labels; label++)
+        s->classes[p->num_samples + label] = (int32_t)label;
+    for (int64_t i = num_trained(p); i < s->columns; i++)
+        s->classes[i] = i < num_rows(p) ? s->classes[i - num_trained(p)] : PADDING;
+    for (int64_t i = 0; i < s->columns; i++) {
+        s->exists[i] = s->classes[i] >= 0;
+        if (s->classes[i] >= 0)
+            s->members[s->classes[i]]++;
+    }
+    return -1;
+}
+
+/* 1 / the number of positives, and the rows' weights in the loss. */
+static void weigh_rows(const struct problem *p, struct scratch *s)
+{
+    int64_t num_existing = 0, num_counted = 0;
+    for (int64_t i = 0; i < s->columns; i++)
+        num_existing += s->classes[i] >= 0;
+    for (int64_t i = 0; i < s->columns; i++) {
+        int32_t members = s->classes[i] < 0 ? 1 : s->members[s->classes[i]];
+        int no_negative = p->denominator == NEGATIVES && members == num_existing;
+        s->inverse_positives[i] = no_negative || members == 1 ? 0 : 1.0f / (members - 1);
+        num_counted += s->inverse_positives[i] > 0;
+    }
+    float weight = p->reduction == MEAN && num_counted > 0 ? 1.0f / num_counted : 1.0f;
+    for (int64_t i = 0; i < s->columns; i++)
+        s->weight[i] = s->inverse_positives[i] > 0 ? weight : 0;
+}
+
+/* y, its panels, and the sum over each class. */
+INLINE void normalize(const struct problem *p, struct scratch *s, int64_t exit)
+{
+    int64_t sizes[4] = {p->num_samples, p->num_labels, p->num_samples, p->num_labels}, i = 0;
+    float root = (float)sqrt(p->temperature);
+    memset(s->y, 0, sizeof(float) * s->columns * s->width);
+    memset(s->sums, 0, sizeof(float) * s->columns * s->width);
+    for (int part = 0; part < 2 * p->num_copies; part++) {
+        /* Teachers are shared by the exits. */
+        const float *x = p->parts[part] + (part < 2 ? exit * sizes[part] * p->width : 0);
+        for (int64_t row = 0; row < sizes[part]; row++, i++, x += p->width) {
+            float *y = s->y + i * s->width;
+            s->inverse_norm[i] = 0;
+            if (s->classes[i] < 0)
+                continue;
+            memcpy(y, x, sizeof(float) * p->width);
+            float norm = sqrtf(dot(y, y, s->width));
+            s->inverse_norm[i] = norm <= ZERO_NORM ? 0 : 1 / (norm * root);
+            float *sum = s->sums + s->classes[i] * s->width;
+            for (int64_t k = 0; k < s->width; k += LANES) {
+                *(lanes *)(y + k) *= s->inverse_norm[i];
+                *(lanes *)(sum + k) += *(lanes *)(y + k);
+            }
+        }
+    }
+    for (int64_t first = 0; first < s->columns; first += COLUMNS)
+        for (int64_t k = 0; k < p->width; k++)
+            for (int64_t column = 0; column < COLUMNS; column++)
+                s->panels[first * p->width + k * COLUMNS + column] =
+                    s->y[(first + column) * s->width + k];
+}
+
+/* e of the ROWS rows from `first` with all columns, and the rows' u and losses. */
+INLINE void pair_up(const struct problem *p, struct scratch *s, int64_t first)
+{
+    lanes sums[ROWS] = {{0}};
+    for (int64_t column = 0; column < s->columns; column += COLUMNS) {
+        float *pairs = s->pairs + first * s->columns + column;
+        block_product(s->y + first * s->width, s->width, s->panels + column * p->width, COLUMNS,
+                      p->width, pairs, s->columns);
+        for (int row = 0; row < ROWS; row++, pairs += s->columns) {
+            for (int side = 0; side < COLUMNS; side += LANES) {
+                lanes *e = (lanes *)(pairs + side);
+                exponentiate(e);
+                *e *= *(lanes *)(s->exists + column + side);
+                if (p->denominator == NEGATIVES)
+                    *(integers *)e &=
+                        *(integers *)(s->classes + column + side) != s->classes[first + row];
+            }
+            int64_t diagonal = first + row - column;
+            if (p->denominator == OTHERS && diagonal >= 0 && diagonal < COLUMNS)
+                pairs[diagonal] = 0;
+            sums[row] += *(lanes *)pairs + *(lanes *)(pairs + LANES);
+        }
+    }
+    for (int64_t i = first; i < first + ROWS; i++) {
+        const float *y = s->y + i * s->width;
+        float sum = total(&sums[i - first]), positives = 0;
+        /* A row with nothing to compare has D = 0 and does not count: 0 * log D is 0. */
+        sum = sum < SMALLEST ? SMALLEST : sum;
+        s->u[i] = s->weight[i] / sum;
+        if (s->classes[i] >= 0)
+            positives = dot(s->sums + s->classes[i] * s->width, y, s->width) - dot(y, y, s->width);
+        s->losses[i] = s->weight[i] * (logf(sum) - positives * s->inverse_positives[i]);
+    }
+}
+
+INLINE float sum_losses(const struct problem *p, const struct scratch *s)
+{
+    double loss = 0;
+    for (int64_t i = 0; i < num_rows(p); i++)
+        loss += s->losses[i];
+    return (float)loss;
+}
+
+/* The gradient of those of the ROWS rows from `first` that are trained. */
+INLINE void differentiate(const struct problem *p, struct scratch *s, int64_t exit, int64_t first)
+{
+    float *pairs = s->pairs + first * s->columns, *product = s->products + first * s->width;
+    for (int row = 0; row < ROWS; row++)
+        for (int64_t column = 0; column < s->columns; column += LANES)
+            *(lanes *)(pairs + row * s->columns + column) *=
+                *(lanes *)(s->u + column) + s->u[first + row];
+    for (int64_t k = 0; k < s->width; k += COLUMNS)
+        block_product(pairs, s->columns, s->y + k, s->width, num_rows(p), product + k, s->width);
+    for (int64_t i = first; i < first + ROWS && i < num_trained(p); i++, product += s->width) {
+        float *gradient = p->gradient + (exit * num_trained(p) + i) * p->width;
+        if (s->classes[i] < 0) {
+            memset(gradient, 0, sizeof(float) * p->width);
+            continue;
+        }
+        const float *y = s->y + i * s->width, *sum = s->sums + s->classes[i] * s->width;
+        /* All rows of a class have the same v, so both class terms are equal. */
+        float twice_v = 2 * s->weight[i] * s->inverse_positives[i];
+        for (int64_t k = 0; k < s->width; k += LANES)
+            *(lanes *)(product + k) -=
+                twice_v * (*(const lanes *)(sum + k) - *(const lanes *)(y + k));
+        float projection = (float)p->temperature * dot(product, y, s->width);
+        for (int64_t k = 0; k < s->width; k += LANES)
+            *(lanes *)(product + k) =
+                (*(lanes *)(product + k) - *(const lanes *)(y + k) * projection) *
+                s->inverse_norm[i];
+        memcpy(gradient, product, sizeof(float) * p->width);
+    }
+}
+
+INLINE void step_through(const struct problem *p, struct scratch *s, enum step step, int64_t exit,
+                      int64_t first, int64_t last)
+{
+    if (step == NORMALIZE)
+        normalize(p, s, exit);
+    if (step == GRADIENT && first == 0)
+        p->losses[exit] = sum_losses(p, s);
+    for (int64_t row = first * ROWS; row < last * ROWS; row += ROWS) {
+        if (step == PAIRS)
+            pair_up(p, s, row);
+        else if (step == GRADIENT && p->gradient && row < num_trained(p))
+            differentiate(p, s, exit, row);
+    }
+}
+
+/* The same for every machine and for those with fused multiply-add, who get twice the speed. Not by
+ * target_clones: its "avx2,fma" makes two clones, one without the other. ANY_MACHINE is for tests. */
+static void step_anywhere(const struct problem *p, struct scratch *s, enum step step,
+                               int64_t exit, int64_t first, int64_t last)
+{
+    step_through(p, s, step, exit, first, last);
+}
+
+#if defined(__x86_64__) && !defined(ANY_MACHINE)
+__attribute__((target("avx2,fma")))
+static void step_with_fma(const struct problem *p, struct scratch *s, enum step step,
+                          int64_t exit, int64_t first, int64_t last)
+{
+    step_through(p, s, step, exit, first, last);
+}
+
+static int has_fma(void)
+{
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+#else
+#define step_with_fma step_anywhere
+#define has_fma() 0
+#endif
+
+/* One step of an exit for the blocks of rows first <= block < last. */
+static void take_step(const struct problem *p, float *scratch, int step, int64_t exit,
+                      int64_t first, int64_t last)
+{
+    struct scratch s;
+    lay_out(p, scratch, &s);
+    (has_fma() ? step_with_fma : step_anywhere)(p, &s, (enum step)step, exit, first, last);
+}
+
+/* How many floats of scratch an exit needs. */
+int64_t supcon_scratch(const struct problem *p)
+{
+    struct scratch s;
+    return lay_out(p, 0, &s);
+}
+
+/* Losses and gradients of all exits, by so many threads. Every row is one thread's, so that the bits
+ * do not depend on their number. `scratch` is enough for min(threads, exits) exits.
+ * Returns the position of a label outside [0, K), or -1. */
+int64_t supcon_loss(const struct problem *p, float *scratch, int64_t num_threads)
+{
+    struct scratch s;
+    int64_t size = lay_out(p, scratch, &s), num_blocks = s.rows / ROWS;
+    if (num_rows(p) == 0) {
+        memset(p->losses, 0, sizeof(float) * p->num_exits);
+        return -1;
+    }
+    int64_t num_teams = num_threads < p->num_exits ? num_threads : p->num_exits;
+    for (int64_t team = 0; team < num_teams; team++) {
+        lay_out(p, scratch + team * size, &s);
+        int64_t outside = find_classes(p, &s);
+        if (outside >= 0)
+            return outside;
+        weigh_rows(p, &s);
+    }
+    if (p->num_exits >= num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)
+        for (int64_t team = 0; team < num_teams; team++)
+            for (int64_t exit = team; exit < p->num_exits; exit += num_teams)
+                for (int step = NORMALIZE; step <= GRADIENT; step++)
+                    take_step(p, scratch + team * size, step, exit, 0, num_blocks);
+        return -1;
+    }
+    for (int64_t exit = 0; exit < p->num_exits; exit++) {
+        take_step(p, scratch, NORMALIZE, exit, 0, num_blocks);
+        for (int step = PAIRS; step <= GRADIENT; step++)
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+            for (int64_t share = 0; share < num_threads; share++)
+                take_step(p, scratch, step, exit, num_blocks * share / num_threads,
+                          num_blocks * (share + 1) / num_threads);
+    }
+    return -1;
+}
