@@ -120,7 +120,7 @@ PRESETS = {
             (Case("minilm", 32, 48), Turns(rounds=5, steps=4, profiled=4, memory=True)),
             (
                 Case("bert-base", 8, 64),
-                Turns(rounds=5, steps=3, profiled=2, memory=False, providers=LARGE),
+                Turns(rounds=5, steps=3, profiled=2, memory=True, providers=LARGE),
             ),
         ),
         Chunks(Case("minilm", 32, 64), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
