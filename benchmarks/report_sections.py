@@ -105,7 +105,8 @@ def exits_section(result: Result) -> list[str]:
         "The full model is the same backbone, called as a whole, with its last exit alone.",
         *(line for case in result["early_exit"] for line in _early_exit(case)),
         "",
-        "ACL-CL, forward + backward, all exits in one call:",
+        "ACL-CL, forward + backward, all exits in one call (the floor of both: one product for all "
+        "pairs, one for the gradient):",
         *(line for case in result["losses"] for line in _exit_losses(case)),
     ]
 
