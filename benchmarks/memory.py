@@ -19,8 +19,8 @@ import torch
 from .measure import _status_bytes
 from .provider import Suite
 
-# glibc's names: the size from which memory comes from the system, and goes back to it; how many such
-# pieces there may be; and how much freed memory is kept at the heap's end.
+# glibc's names: the size from which memory comes from the system and goes back to it, how many such
+# pieces there may be, and how much freed memory is kept at the end of the heap.
 M_MMAP_THRESHOLD = -3
 M_MMAP_MAX, DEFAULT_MMAP_MAX = -4, 65536
 M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD, EVERYTHING = -1, 128 * 1024, -1
