@@ -4,6 +4,7 @@ import argparse
 import multiprocessing
 import os
 import platform
+import random
 import re
 import subprocess
 import time
@@ -116,11 +117,11 @@ def interleave_samples(
     The first `skip` samples of every turn are left out.
     """
     samples: dict[str, list[float]] = {name: [] for name in turns}
-    names = list(turns)
-    for number in range(rounds):
-        # Who comes first finds the memory as the last one left it: not always the same.
-        first = number * len(names) // rounds
-        for name in [*names[first:], *names[:first]]:
+    order = random.Random(0)
+    for _ in range(rounds):
+        # Who comes next finds cache and memory as the last one left them, and what the system does
+        # afterwards: not always the same.
+        for name in order.sample(list(turns), len(turns)):
             samples[name] += turns[name]()[skip:]
     return {name: quantiles(values) for name, values in samples.items()}
 

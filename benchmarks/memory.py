@@ -5,11 +5,10 @@ of its resident memory (Linux: /proc/self/clear_refs resets the mark): freed mem
 system at once there, so that the mark shows what is held.
 """
 
-import contextlib
 import ctypes
 import multiprocessing
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,11 +18,8 @@ import torch
 from .measure import _status_bytes
 from .provider import Suite
 
-# glibc's names: the size from which memory comes from the system and goes back to it, how many such
-# pieces there may be, and how much freed memory is kept at the end of the heap.
+# glibc's name for the size from which memory comes from the system, and goes back to it.
 M_MMAP_THRESHOLD = -3
-M_MMAP_MAX, DEFAULT_MMAP_MAX = -4, 65536
-M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD, EVERYTHING = -1, 128 * 1024, -1
 # Where Linux does not tell.
 DEFAULT_CACHE = 32 * 2**20
 GPU_CACHE = 64 * 2**20
@@ -45,28 +41,6 @@ def cache_bytes(device: torch.device | None = None) -> int:
         if match:
             sizes.append(int(match[1]) * {"K": 2**10, "M": 2**20}[match[2]])
     return max(sizes, default=DEFAULT_CACHE)
-
-
-@contextlib.contextmanager
-def freed_memory_kept() -> Iterator[None]:
-    """Within the block this process keeps what is freed, where its allocator is glibc's.
-
-    Else the system takes back what one contestant frees while the next is timed: on a virtual
-    machine that reports free pages to its host, reading 0.9 GB took 33 ms or, two seconds after
-    somebody had freed as much, 95 ms. And nobody's time holds the system's clearing of pages.
-    """
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
-        yield
-        return
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, EVERYTHING)
-    try:
-        yield
-    finally:
-        libc.mallopt(M_MMAP_MAX, DEFAULT_MMAP_MAX)
-        libc.mallopt(M_TRIM_THRESHOLD, DEFAULT_TRIM_THRESHOLD)
-        libc.malloc_trim(0)
 
 
 def available_bytes(device: torch.device) -> int:

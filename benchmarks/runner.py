@@ -164,8 +164,7 @@ def run_case(
     of_rates = suite.rate_calls(case) if device.type == "cpu" else {}
     rotations = {name: Rotation(call, inputs) for name, call in calls.items()}
     try:
-        with memory.freed_memory_kept():
-            times = timed(device, rotations | of_rates, settings)
+        times = timed(device, rotations | of_rates, settings)
         launched = {name: launches(turn, device) for name, turn in rotations.items()}
         peaks: dict[str, Any] = {
             name: extra_device_memory(turn, device) for name, turn in rotations.items()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -310,21 +308,3 @@ def test_gpu_kernels_name_what_they_need() -> None:
         (cut,) = [each for each in on_gpu if each.name == "cut-cross-entropy"]
         reason = cut.obstacle(LOSS_CASES[0], torch.device("cuda"))
         assert reason is not None and "pip install" in reason
-
-
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux")
-def test_freed_memory_is_kept_while_contestants_take_turns() -> None:
-    """As a system sees it: within the block the pages stay, after it they are given back."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "malloc_trim"):
-        pytest.skip("the allocator is not glibc's")
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    size = 2**28
-    before = resident()
-    with memory.freed_memory_kept():
-        torch.ones(size // 4)
-        assert resident() > before + size // 2
-    assert resident() < before + size // 2
