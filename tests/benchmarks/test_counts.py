@@ -209,7 +209,7 @@ def test_the_command_compares_and_accepts(
     assert counts.main(["--write"]) == 0
     assert counts.main(["--only", "scl tiled", "--places"]) == 0
     shown = capsys.readouterr().out
-    assert "kernels.supcon_tiled.prepare: " in shown
+    assert "kernels.supcon_compiled.loss_and_gradient: " in shown
     record = json.loads(file.read_text())
     assert list(record["cases"]) == [case.name for case in small]
 
