@@ -17,7 +17,7 @@ from .rows import check_range
 # All pairs of an exit are there at once, here 4 MiB. Up to here this was faster than tiles at every
 # size measured (forward + backward, two threads of an AVX2 EPYC; milliseconds here / by tiles): 34
 # rows of width 64: 0.23 / 0.60; 512 of 768: 6.7 / 7.7; 1024 of 64: 2.5 / 5.0, of 768: 24 / 30; 12
-# exits of 182 rows of 64: 1.3 / 6.2.
+# exits of 182 rows of 64: 1.3 / 6.2. With one thread 512 rows of 768 were about equal: 12.3 / 11.8.
 MAX_ROWS = 1024
 # Multiply-adds from which threads are worth waking.
 WORTH_THREADS = 4_000_000

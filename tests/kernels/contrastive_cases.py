@@ -53,6 +53,15 @@ def loss_function(inputs: Inputs) -> Callable[..., Tensor]:
     return acl_loss if "label_embeddings" in inputs else supcon_loss
 
 
+def operator_arguments(reduction: str, device: str = "cpu") -> tuple[Any, ...]:
+    """Arguments of the tiled and the fused operator, with exits, teacher and an ignored label."""
+    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32, device=device)
+    samples, label_embeddings, *teachers = inputs.values()
+    labels = torch.tensor([0, 1, -100, 0, 2], device=device)
+    trained = samples.requires_grad_(), label_embeddings.requires_grad_()
+    return (trained[0], labels, trained[1], *teachers, 0.5, "all", reduction, -100, True)
+
+
 def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any) -> list[Tensor]:
     """Loss and gradients of the trained inputs for an upstream gradient (ones if None)."""
     copies = {

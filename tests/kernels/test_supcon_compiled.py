@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import DENOMINATORS, LABELS, check_error, make_inputs, run
+from contrastive_cases import (
+    DENOMINATORS,
+    LABELS,
+    check_error,
+    make_inputs,
+    operator_arguments,
+    run,
+)
 from fusedacl.kernels import acl_loss, supcon_compiled, supcon_tiled
 
 KINDS: list[dict[str, Any]] = [
@@ -153,16 +160,7 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch, counted: list[in
 
 
 def test_operators_pass_opcheck() -> None:
-    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32)
-    samples, label_embeddings = (
-        inputs[name].requires_grad_() for name in ("embeddings", "label_embeddings")
-    )
-    arguments = (
-        samples, torch.tensor([0, 1, -100, 0, 2]), label_embeddings,
-        inputs["teacher_embeddings"], inputs["teacher_label_embeddings"],
-        0.5, "all", "mean", -100, True,
-    )  # fmt: skip
-    torch.library.opcheck(supcon_tiled.supcon_tiled, arguments)
+    torch.library.opcheck(supcon_tiled.supcon_tiled, operator_arguments("mean"))
 
 
 def test_a_machine_without_fused_multiply_add(

@@ -15,6 +15,7 @@ from contrastive_cases import (
     check_error,
     loss_function,
     make_inputs,
+    operator_arguments,
     run,
 )
 from fusedacl.kernels import (
@@ -287,16 +288,7 @@ def test_second_derivative_is_refused() -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_operators_pass_opcheck(reduction: str) -> None:
-    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32, device=DEVICE)
-    samples, label_embeddings = (
-        inputs[name].requires_grad_() for name in ("embeddings", "label_embeddings")
-    )
-    arguments = (
-        samples, torch.tensor([0, 1, -100, 0, 2], device=DEVICE), label_embeddings,
-        inputs["teacher_embeddings"], inputs["teacher_label_embeddings"],
-        0.5, "all", reduction, -100, True,
-    )  # fmt: skip
-    torch.library.opcheck(supcon_fused.supcon_fused, arguments)
+    torch.library.opcheck(supcon_fused.supcon_fused, operator_arguments(reduction, DEVICE))
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -12,6 +12,7 @@ from contrastive_cases import (
     Inputs,
     loss_function,
     make_inputs,
+    operator_arguments,
     run,
 )
 from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_compiled, supcon_loss, supcon_tiled
@@ -225,16 +226,7 @@ def test_second_derivative_is_refused() -> None:
 @pytest.mark.parametrize("tile", [4, 512])
 def test_operators_pass_opcheck(monkeypatch: pytest.MonkeyPatch, tile: int, reduction: str) -> None:
     set_tile(monkeypatch, tile)
-    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32)
-    samples, label_embeddings = (
-        inputs[name].requires_grad_() for name in ("embeddings", "label_embeddings")
-    )
-    arguments = (
-        samples, torch.tensor([0, 1, -100, 0, 2]), label_embeddings,
-        inputs["teacher_embeddings"], inputs["teacher_label_embeddings"],
-        0.5, "all", reduction, -100, True,
-    )  # fmt: skip
-    torch.library.opcheck(supcon_tiled.supcon_tiled, arguments)
+    torch.library.opcheck(supcon_tiled.supcon_tiled, operator_arguments(reduction))
 
 
 @pytest.mark.parametrize("impl", ["tiled", "reference"])
