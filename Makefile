@@ -58,8 +58,7 @@ bench-gpu: $(VENV)/.dev
 # The generated pages, from the files in docs/results/ and benchmarks/results/.
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
-	$(BIN)/python -m fusedacl.engine.report docs/results/*.json --output docs/results.md
-	$(BIN)/fusedacl report docs/results/trec6 --output_dir docs/reports/trec6
+	$(BIN)/python -m fusedacl.engine.analysis.results_page docs/results --output docs/results.md
 	$(BIN)/python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md \
 	  --readme README.md
 

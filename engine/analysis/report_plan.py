@@ -5,6 +5,9 @@
       ablation: {methods: {ACL: ACL, "no ACL-Grad": ACL without gate}}
       grid: [{option: aux_weight, methods: {ACL: ACL sweep, "CE+SCL": CE+SCL sweep}}]
       full_model: {methods: {CE: CE, "ACL-CL, exit 3": {method: ACL, layer: 3}}}
+      claims:
+        - {claim: ACL beats 2ST on shallow exits, better: ACL, than: 2ST-MHA, exits: shallow}
+        - {claim: lambda matters less, better: ACL, than: CE+SCL, spread_over: aux_weight}
 
 Where methods are listed by printed names, the name in the recipe follows.
 """
@@ -18,7 +21,8 @@ from typing import Any
 from ..options import did_you_mean
 from ..recipe import listed_options
 
-_KEYS = ("layer_scores", "ablation", "grid", "full_model")
+_KEYS = ("layer_scores", "ablation", "grid", "full_model", "claims")
+_CLAIM_KEYS = ("claim", "better", "than", "exits", "spread_over")
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,30 @@ class GridPlan:
 
 
 @dataclass(frozen=True)
+class ClaimPlan:
+    """That one method is better than another, on average over all exits or the lower half of them.
+
+    spread_over: an option with a list of values in both; better is then the smaller spread of the
+    scores over the values.
+    """
+
+    text: str
+    better: str
+    than: str
+    shallow: bool = False
+    spread_over: str | None = None
+
+    @property
+    def measure(self) -> str:
+        """What is compared, in words."""
+        exits = "the lower half of the exits" if self.shallow else "the exits"
+        mean = f"the mean score over {exits}"
+        if self.spread_over is None:
+            return f"{mean}."
+        return f"{mean}, the highest less the lowest over the values of {self.spread_over}."
+
+
+@dataclass(frozen=True)
 class ReportPlan:
     """Printed name -> method, for each kind of analysis; the first of an ablation is the reference.
 
@@ -48,6 +76,7 @@ class ReportPlan:
     ablation: Mapping[str, Target]
     grids: tuple[GridPlan, ...]
     full_model: Mapping[str, Target]
+    claims: tuple[ClaimPlan, ...] = ()
 
 
 def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
@@ -72,12 +101,16 @@ def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
     grids = asked.get("grid") or []
     if not isinstance(grids, list):
         raise ValueError(f"report.grid: expected a list of tables, got {grids!r}.")
+    claims = asked.get("claims") or []
+    if not isinstance(claims, list):
+        raise ValueError(f"report.claims: expected a list of claims, got {claims!r}.")
     curves = named if isinstance(named, Mapping) else {str(name): name for name in named}
     return ReportPlan(
         _targets(curves, methods, "report.layer_scores") if curves else {},
         _of_mapping(asked, "ablation", methods),
         tuple(_grid(table, methods, lists) for table in grids),
         _of_mapping(asked, "full_model", methods),
+        tuple(_claim(claim, methods, lists) for claim in claims),
     )
 
 
@@ -114,6 +147,41 @@ def _grid(table: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]]
                 f"report.grid: method {target.method!r} has no list of values for {option!r}."
             )
     return GridPlan(option, targets)
+
+
+def _claim(claim: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> ClaimPlan:
+    if not isinstance(claim, Mapping) or not {"claim", "better", "than"} <= set(claim):
+        raise ValueError(f"report.claims: expected `claim`, `better` and `than`, got {claim!r}.")
+    for key in claim:
+        if key not in _CLAIM_KEYS:
+            raise ValueError(
+                f"report.claims: unknown key {key!r}.{did_you_mean(str(key), _CLAIM_KEYS)}"
+            )
+    exits = claim.get("exits", "all")
+    if exits not in ("all", "shallow"):
+        raise ValueError(f"report.claims: exits={exits!r} is neither 'all' nor 'shallow'.")
+    sides = {key: str(claim[key]) for key in ("better", "than")}
+    named = _targets(sides, methods, "report.claims")
+    if sides["better"] == sides["than"]:
+        raise ValueError(f"report.claims: {sides['better']!r} is compared with itself.")
+    option = claim.get("spread_over")
+    for target in named.values():
+        listed = lists[target.method]
+        if listed != ([] if option is None else [option]):
+            wanted = f"a list of values for {option!r} and no other" if option else "no such list"
+            raise ValueError(
+                f"report.claims: method {target.method!r} gives lists of values to {listed}; a "
+                f"claim with spread_over={option!r} needs {wanted}."
+            )
+    if option is not None:
+        first, second = (methods[name][option] for name in sides.values())
+        if sorted(first) != sorted(second):
+            # The longer list would have the larger spread.
+            raise ValueError(
+                f"report.claims: {option} has the values {first} in {sides['better']!r} and "
+                f"{second} in {sides['than']!r}; a spread compares equal lists only."
+            )
+    return ClaimPlan(str(claim["claim"]), **sides, shallow=exits == "shallow", spread_over=option)
 
 
 def _targets(named: Any, methods: Mapping[str, Any], where: str) -> dict[str, Target]:

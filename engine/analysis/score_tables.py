@@ -33,10 +33,7 @@ _COUNTS = (
     "Mean ± standard deviation (n - 1) over the seeds; a single seed has no deviation. Where a "
     "row's numbers of seeds differ, each is in brackets."
 )
-_BOLD = (
-    "**Bold**: the best of its column, where it leads by more than the larger of the two "
-    "deviations."
-)
+_BOLD = "**Bold**: the best of its column, where it leads by more than the sum of both deviations."
 _DOTS = "Large: mean over the seeds; small: each seed."
 
 

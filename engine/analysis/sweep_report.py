@@ -9,6 +9,7 @@ from typing import Any
 
 from ..recipe import slug
 from ..report import require_matplotlib
+from .claims import claims_section
 from .exit_tables import exits_section
 from .findings import layer_findings, overall_finding
 from .gate_report import gate_section
@@ -34,11 +35,15 @@ _MOST_PANELS = 6
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was written: the page, and its parts for those who want to print them."""
+    """What was written: the page, and its parts for those who want to print them.
+
+    facts: what was run, name -> value.
+    """
 
     page: Path
     findings: Sequence[str]
     sections: Sequence[Section]
+    facts: Mapping[str, str]
 
 
 def write_report(
@@ -102,7 +107,9 @@ def report_sweep(
         grid_section(sweep, grid, metric, output_dir / f"values_{slug(grid.option)}_{number}")
         for number, grid in enumerate(plan.grids, start=1)
     ]
-    sections += tables
+    # First, being what a reader came for.
+    claims = claims_section(sweep, plan.claims, metric, output_dir / "claims")
+    sections = [claims, *sections, *tables]
     for task in sweep.tasks:
         place = output_dir / f"gate_angles_{slug(task)}"
         sections.append(_gate_angles(sweep, task, place))
@@ -112,15 +119,16 @@ def report_sweep(
         sections.append(exits_section(runs, task, place, f"Early exit: {task}"))
     sections += [_extras(output_dir, [directory]), _missing(sweep)]
     sections.append(_commands(sweep))
-    findings = [_progress(sweep)]
+    findings = [_progress(sweep), "" if claims is None else claims.text]
     if reference is not None:
         findings.append(overall_finding(curves, reference))
     findings += [section.text for section in tables if section is not None]
     there = [section for section in sections if section is not None]
     title = f"Sweep report: {', '.join(sweep.tasks)}"
     findings = [finding for finding in findings if finding]
-    page = write_page(output_dir / PAGE_FILE, title, findings, there, _facts(sweep))
-    return Report(page, findings, there)
+    facts = _facts(sweep)
+    page = write_page(output_dir / PAGE_FILE, title, findings, there, facts)
+    return Report(page, findings, there, facts)
 
 
 def report_runs(paths: Sequence[Path], output_dir: Path, metric: str | None = None) -> Report:
@@ -145,8 +153,9 @@ def report_runs(paths: Sequence[Path], output_dir: Path, metric: str | None = No
     methods = ", ".join(curve.label for curve in scores.curves)
     findings = [f"Scores of every exit on {scores.data}: {methods}."]
     together = SweepResults(Path("."), {}, tuple(runs), {})
-    page = write_page(output_dir / PAGE_FILE, f"Runs on {data}", findings, there, _facts(together))
-    return Report(page, findings, there)
+    facts = _facts(together)
+    page = write_page(output_dir / PAGE_FILE, f"Runs on {data}", findings, there, facts)
+    return Report(page, findings, there, facts)
 
 
 def _run_by_hand(path: Path) -> SweepRun:
@@ -257,10 +266,7 @@ def _facts(sweep: SweepResults) -> dict[str, str]:
     seeds = sorted({run.seed for run in sweep.runs})
     options = [run.results["options"] for run in sweep.done if run.results]
     seconds = sum(float((run.results or {}).get("train_seconds", 0)) for run in sweep.done)
-    data = [
-        f"{task} ({', '.join(splits)})" if (splits := sweep.splits(task)) else task
-        for task in sweep.tasks
-    ]
+    data = [f"{task} ({words})" if (words := _texts(sweep, task)) else task for task in sweep.tasks]
     models = dict.fromkeys(
         _model_name(values) for values in options if not values.get("stage1_model")
     )
@@ -282,6 +288,19 @@ def _facts(sweep: SweepResults) -> dict[str, str]:
     recorded: Mapping[str, Any] = sweep.environment
     facts |= {str(name).capitalize(): str(value) for name, value in recorded.items()}
     return facts
+
+
+def _texts(sweep: SweepResults, task: str) -> str:
+    """What of a task's texts was used: "validation; 10,000 training texts"."""
+    words = [", ".join(sweep.splits(task))]
+    for option, of_what in (("max_train_samples", "training"), ("max_eval_samples", "evaluation")):
+        limits = {
+            run.results["options"].get(option)
+            for run in sweep.done
+            if run.task == task and run.results is not None
+        }
+        words += [f"{limit:,} {of_what} texts" for limit in sorted(limits - {None})]
+    return "; ".join(word for word in words if word)
 
 
 def _model_name(options: Mapping[str, Any]) -> str:
