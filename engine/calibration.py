@@ -37,6 +37,11 @@ if TYPE_CHECKING:
 
 # No threshold lies between signals that are nearer than this: rounding would decide.
 _SAFE_GAP = 4e-6
+# What `area_under_curve` is, for those who read it in a table.
+AREA_WORDS = (
+    "mean, over all budgets from the first exit's operations to the full model's, of the best score"
+    " within the budget"
+)
 
 
 def replay(policy: Policy, readings: ExitReadings) -> Tensor:
@@ -147,6 +152,24 @@ def frontier(rows: Sequence[SweepRow]) -> list[SweepRow]:
         if not best or row.score > best[-1].score:
             best.append(row)
     return best
+
+
+def spread_out(
+    rows: Sequence[SweepRow], number: int, chosen: SweepRow | None = None
+) -> list[SweepRow]:
+    """At most `number` (3 or more) settings of the frontier, spread over its operations.
+
+    Cheapest first, with both of its ends, and with `chosen` whether it lies on it or not.
+    """
+    assert number >= 3, number
+    kept = frontier(rows)
+    if chosen is not None and chosen not in kept:
+        kept = sorted([*kept, chosen], key=lambda row: row.flops_share)
+    while len(kept) > number:
+        # The one least missed: its neighbours are the nearest to each other.
+        inner = [place for place in range(1, len(kept) - 1) if kept[place] != chosen]
+        del kept[min(inner, key=lambda at: kept[at + 1].flops_share - kept[at - 1].flops_share)]
+    return kept
 
 
 def area_under_curve(rows: Sequence[SweepRow], readings: ExitReadings, metric: str) -> float:

@@ -142,7 +142,9 @@ class OptimizationOptions:
     )
     stage1_model: str | None = option(
         None,
-        "two_stage: a run that trained backbone and last exit already, in place of the first stage",
+        "two_stage: directory of a run of fusedacl train that trained backbone and last exit"
+        " already, in place of the first stage; a plain Hugging Face classifier is not taken: train"
+        " its encoder by --model_name_or_path",
     )
     stage2_epochs: float | None = option(
         None, "two_stage: epochs of the second stage; unset: --num_train_epochs", above=0
@@ -510,7 +512,9 @@ class ExitsOptions:
         " evaluation split) too",
     )
     policy: str | None = option(
-        None, "one of them: calibrate it for the target and store it with the model"
+        None,
+        "one of them: calibrate it for the target and store it with the model, which may not be a"
+        " checkpoint of a run (a copy of one may)",
     )
     metric: str | None = option(None, "metric to sweep for; unset: the task's main one")
     max_quality_loss: float | None = option(
@@ -525,7 +529,9 @@ class ExitsOptions:
     )
     num_thresholds: int = option(33, "thresholds to try per policy", at_least=3)
     measure: bool = option(
-        False, "time each policy's setting for the target against the full model, batch 1 and 32"
+        False,
+        "time each policy's setting for the target against the full model, batch 1 and 32; with"
+        " output_dir up to six settings along its curve, that one among them",
     )
     measured_samples: int = option(200, "texts to time, spread over the split", at_least=1)
     output_dir: str | None = option(None, "directory for exits.json, tables and figure")

@@ -9,16 +9,18 @@ from typing import Any
 
 from .batching import encode
 from .calibration import (
+    AREA_WORDS,
     SweepRow,
     Target,
     area_under_curve,
     calibration_record,
     choose,
     policy_grid,
+    spread_out,
     store_policy,
     sweep,
 )
-from .checkpoint import write_json
+from .checkpoint import check_not_sealed, write_json
 from .config import ExitsConfig
 from .cross_fitting import cross_fit
 from .data import load_splits
@@ -42,6 +44,9 @@ from .report import require_matplotlib, text_table
 logger = logging.getLogger("fusedacl")
 DEFAULT_MAX_QUALITY_LOSS = 0.01
 MEASURED_BATCH_SIZES = (1, 32)
+# Of one policy: enough for the shape of its curve. They take turns with one pass of the full model;
+# if each takes half of its time, six take 4 passes' time where one takes 1.5.
+MAX_TIMED_SETTINGS = 6
 _DEFAULT_SAMPLES = ExitsConfig().exits.measured_samples
 
 
@@ -49,8 +54,10 @@ def study_exits(config: ExitsConfig) -> dict[str, Any]:
     """Sweep policies on the first evaluation split; calibrate and store one where asked to.
 
     Returns (and writes to exits.json in `output_dir` as it goes, with tables and figure) the full
-    model's score, per policy its chosen setting, area under the curve and times; and printable
-    `lines`. A KeyboardInterrupt ends it early: what was done is kept, and `complete` is false.
+    model's score, per policy its chosen setting, area under the curve and times (`measured`: the
+    chosen setting's; `timed`: of all settings that were timed, with what they score and cost); and
+    printable `lines`. A KeyboardInterrupt ends it early: what was done is kept, and `complete` is
+    false.
 
     Raises:
         ValueError: a mistake in the options, the data or the model; a target out of reach of the
@@ -78,6 +85,8 @@ class ExitStudy:
             raise ValueError(
                 f"policy is stored with the model: {str(self.model_dir)!r} is no local directory."
             )
+        if self.options.policy is not None and is_named:
+            check_not_sealed(self.model_dir)
         self.output_dir = None
         if self.options.output_dir is not None:
             self.output_dir = Path(self.options.output_dir)
@@ -111,11 +120,12 @@ class ExitStudy:
         )
         self.curves: dict[str, list[SweepRow]] = {}
         self.chosen: dict[str, SweepRow] = {}
-        self.measured: dict[Policy, list[MeasuredSpeed]] = {}
+        self.to_time: dict[str, list[SweepRow]] = {}
+        self.measured: dict[Policy, tuple[MeasuredSpeed, ...]] = {}
         self.is_stored = False
 
     def run(self) -> dict[str, Any]:
-        """Sweep all policies, then time the chosen settings; see `study_exits`."""
+        """Sweep all policies, then time some settings of each; see `study_exits`."""
         trained, progress = self.trained, not self.config.model.disable_tqdm
         self.readings = read_exits(
             trained.model,
@@ -149,7 +159,7 @@ class ExitStudy:
             if self.options.measure:
                 self._draw()
                 # The stored one first: its times are those that matter most.
-                for name in sorted(self.chosen, key=lambda name: name != self.options.policy):
+                for name in sorted(self.to_time, key=lambda name: name != self.options.policy):
                     self._measure(name)
                     self._save()
             self.results["complete"] = True
@@ -174,6 +184,11 @@ class ExitStudy:
             found |= self._record(name, chosen)
             self.chosen[name] = chosen
         self.curves[name] = rows
+        if self.output_dir is not None:
+            self.to_time[name] = spread_out(rows, MAX_TIMED_SETTINGS, self.chosen.get(name))
+        elif name in self.chosen:
+            # Only the chosen setting's times are printed.
+            self.to_time[name] = [self.chosen[name]]
         self.results["policies"][name] = found
         if name == self.options.policy:
             self._store(found)
@@ -222,12 +237,12 @@ class ExitStudy:
         self.is_stored = True
 
     def _measure(self, name: str) -> None:
-        policy = self.chosen[name].policy
-        speeds = [
+        rows, found = self.to_time[name], self.results["policies"][name]
+        by_size = [
             measure_speed(
                 self.trained.model,
                 self.encoded,
-                policy,
+                [row.policy for row in rows],
                 size,
                 pad_token_id=self.trained.tokenizer.pad_token_id,
                 dtype=self.trained.dtype,
@@ -236,12 +251,29 @@ class ExitStudy:
             )
             for size in MEASURED_BATCH_SIZES
         ]
-        self.measured[policy] = speeds
-        self.results["policies"][name]["measured"] = list(map(dataclasses.asdict, speeds))
-        words = ", ".join(f"{s.speedup:.2f}x at batch {s.batch_size}" for s in speeds)
-        logger.info(f"{policy}: {words} ({len(self.measured)} of {len(self.chosen)} timed)")
+        found["timed"] = []
+        for row, speeds in zip(rows, zip(*by_size, strict=True), strict=True):
+            self.measured[row.policy] = speeds
+            measured = list(map(dataclasses.asdict, speeds))
+            found["timed"].append(
+                {
+                    "parameters": row.policy.parameters,
+                    "score": row.score,
+                    "mean_layer": row.mean_layer,
+                    "flops_share": row.flops_share,
+                    "measured": measured,
+                }
+            )
+            words = ", ".join(f"{s.speedup:.2f}x at batch {s.batch_size}" for s in speeds)
+            logger.info(f"{row.policy}: {words}")
+            if row == self.chosen.get(name):
+                found["measured"] = measured
+        logger.info(f"{self._num_timed()} of {len(self.to_time)} policies timed")
         if name == self.options.policy:
             write_early_exit(self.model_dir / "README.md", self.results, name)
+
+    def _num_timed(self) -> int:
+        return sum("timed" in found for found in self.results["policies"].values())
 
     def _save(self) -> None:
         if self.output_dir is not None:
@@ -251,11 +283,11 @@ class ExitStudy:
     def _draw(self) -> None:
         """Tables and figure of what has been swept."""
         if self.output_dir is not None and self.curves:
-            rows = [row for curve in self.curves.values() for row in curve]
-            write_tables(rows, self.metric, self.output_dir / "exits", self.measured)
-            draw_quality_speed(
-                self.curves, self.results["full_score"], self.metric, self.output_dir / "exits"
-            )
+            path, policies = self.output_dir / "exits", self.results["policies"]
+            areas = {name: policies[name]["area_under_curve"] for name in self.curves}
+            write_tables(self.curves, areas, self.metric, path, self.measured)
+            full_score = self.results["full_score"]
+            draw_quality_speed(self.curves, full_score, self.metric, path, self.measured)
 
     def _lines(self) -> list[str]:
         """What the command prints: a table of the chosen settings, and what its columns mean."""
@@ -270,6 +302,7 @@ class ExitStudy:
             text_table(header, table),
             f"{metric}: on the texts that the setting was chosen on. cross-fitted: chosen on one "
             "half of them, scored on the other, both ways.",
+            f"area: {AREA_WORDS}.",
         ]
         if Learned.name in results["policies"]:
             lines.append(
@@ -277,7 +310,10 @@ class ExitStudy:
                 f"scored with a layer fitted on it ({NUM_FOLDS} folds)."
             )
         if self.measured:
-            lines.append(f"batch …: speed against the full model on {results['machine']}.")
+            others = ""
+            if self.output_dir is not None:
+                others = f" Other settings' times are in {self.output_dir / 'exits.csv'}."
+            lines.append(f"batch …: speed against the full model on {results['machine']}.{others}")
         if self.is_stored:
             lines.append(
                 f"{self.options.policy} is stored with the model: `fusedacl predict --policy "
@@ -290,7 +326,7 @@ class ExitStudy:
     def _interrupted(self) -> str:
         where = "" if self.output_dir is None else f" What is done is in {self.output_dir}."
         swept = f"{len(self.curves)} of {len(self.names)} policies are swept"
-        timed = f", {len(self.measured)} of {len(self.chosen)} timed" * self.options.measure
+        timed = f", {self._num_timed()} of {len(self.to_time)} timed" * self.options.measure
         return f"Interrupted: {swept}{timed}.{where}"
 
 

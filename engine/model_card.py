@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from .calibration import AREA_WORDS
 from .config import TrainingConfig
 from .gate_scope import scope_words
 from .options import write_whole
@@ -93,9 +94,10 @@ def _early_exit_lines(study: Mapping[str, Any], policy: str) -> list[str]:
         header.append(f"{metric}, cross-fitted")
         full.append(full[-1])
         early.append(f"{facts['cross_fitted']['score']:.4f}")
-    header += ["mean layer", "FLOPs"]
-    full += [f"{study['exit_layers'][-1]:.2f}", "100%"]
+    header += ["mean layer", "FLOPs", "area under the curve"]
+    full += [f"{study['exit_layers'][-1]:.2f}", "100%", ""]
     early += [f"{facts['mean_layer']:.2f}", f"{facts['flops_share']:.0%}"]
+    early.append(f"{stored['area_under_curve']:.4f}")
     measured = stored.get("measured", [])
     for speed in measured:
         header.append(f"speed, batch {speed['batch_size']}")
@@ -105,7 +107,8 @@ def _early_exit_lines(study: Mapping[str, Any], policy: str) -> list[str]:
     lines = ["## Early exit", "", markdown_table(header, [full, early]), ""]
     lines += [
         f"The setting was chosen for {target} on {facts['num_samples']} texts ({facts['data']}) in "
-        f"{facts['dtype']}, at most {facts['max_seq_length']} tokens each."
+        f"{facts['dtype']}, at most {facts['max_seq_length']} tokens each. Area under the curve of "
+        f"the settings of `{policy}`: {AREA_WORDS}."
     ]
     if facts["cross_fitted"] is not None:
         lines[-1] += (
@@ -114,8 +117,8 @@ def _early_exit_lines(study: Mapping[str, Any], policy: str) -> list[str]:
         )
     if measured:
         lines[-1] += (
-            f" Speed: of {measured[0]['num_texts']} texts against the full model, the two taking "
-            f"turns, median of {measured[0]['repeats']} passes, on {study['machine']}."
+            f" Speed: of {measured[0]['num_texts']} texts against the full model, in turns with "
+            f"it, median of {measured[0]['repeats']} passes, on {study['machine']}."
         )
     use = "Use: `fusedacl predict --policy stored`, or `model.early_exit(inputs)`."
     return [*lines, "", use, "", *_made_with(study)]

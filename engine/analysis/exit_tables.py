@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..calibration import AREA_WORDS
 from ..report import write_tables
 from .figures import COLORS, MARKERS, legend_below, metric_words, new_figure, plain, save_figure
 from .page import Figure, Section, Table
@@ -40,7 +41,7 @@ def exits_section(
         }
     )
     header = ["method", "seed", "policy", "setting", "score", "cross-fitted", "full model"]
-    header += ["mean layer", "FLOPs"]
+    header += ["mean layer", "FLOPs", "area"]
     header += [f"speed-up, batch {size}" for size in sizes]
     rows = []
     points: list[tuple[str, str, float, float]] = []
@@ -58,6 +59,8 @@ def exits_section(
             row += [f"{100 * chosen['score']:.1f}"]
             row += ["" if unseen is None else f"{100 * unseen:.1f}", f"{100 * full:.1f}"]
             row += [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}"]
+            area = facts.get("area_under_curve")
+            row.append("" if area is None else f"{100 * area:.1f}")
             speeds = {speed["batch_size"]: speed["speedup"] for speed in facts.get("measured", ())}
             rows.append([*row, *(f"{speeds[s]:.2f}x" if s in speeds else "" for s in sizes)])
             best = chosen["score"] if unseen is None else unseen
@@ -67,14 +70,15 @@ def exits_section(
         f"The setting that `fusedacl exits` chose for each policy on {data}: {metric} in percent, "
         "beside the full model's; FLOPs as a share of the full model's. One row a run: nothing is "
         "averaged. Score: on the texts that the setting was chosen on; cross-fitted: each text "
-        "under a setting that others chose."
+        f"under a setting that others chose. Area: the policy's {AREA_WORDS}."
     )
     if not rows:
         return Section(title, words, notes=notes)
-    unseen_at = header.index("cross-fitted")
-    if not any(row[unseen_at] for row in rows):
-        for row in [header, *rows]:
-            del row[unseen_at]
+    for name in ("cross-fitted", "area"):
+        place = header.index(name)
+        if not any(row[place] for row in rows):
+            for row in [header, *rows]:
+                del row[place]
     figures = _draw(points, metric, path)
     tables = write_tables(path, header, rows, "\n\n".join([words, *notes]))
     caption = (
@@ -85,7 +89,11 @@ def exits_section(
     # One a method: the seeds' pictures are beside their runs.
     first = {label: run for label, run, _ in reversed(found)}
     curves = [
-        Figure(picture, f"{label}, seed {run.seed}: every setting of each policy on {data}.")
+        Figure(
+            picture,
+            f"{label}, seed {run.seed}: the best settings of each policy on {data}, against "
+            "operations and, where they were timed, measured speed.",
+        )
         for label, run in reversed(first.items())
         if (picture := run.directory / "exits" / "exits.svg").is_file()
     ]
@@ -107,6 +115,7 @@ def _read(run: SweepRun, label: str, notes: list[str]) -> dict[str, Any] | None:
             policy.items()
             if "calibration" in policy:
                 policy["parameters"].items()
+                0.0 * policy.get("area_under_curve", 0)
                 0 * policy["calibration"]["score"] * policy["calibration"]["flops_share"]
     except FileNotFoundError:
         return None

@@ -19,6 +19,7 @@ from fusedacl.engine.calibration import (
     frontier,
     policy_grid,
     replay,
+    spread_out,
     store_policy,
     sweep,
 )
@@ -97,6 +98,19 @@ def test_the_frontier_drops_what_is_beaten() -> None:
         (0.5, 0.7),
         (0.9, 0.8),
     ]
+
+
+def test_settings_spread_over_the_frontier() -> None:
+    """Few of many: both ends, the chosen one, and no crowd elsewhere."""
+    shares = [0.1, 0.11, 0.12, 0.13, 0.3, 0.5, 0.52, 0.7, 0.9, 1.0]
+    rows = [row(share, share) for share in shares]
+    beaten, chosen = row(0.6, 0.2), rows[2]
+    kept = spread_out([*rows[::-1], beaten], 6, chosen)
+    assert [r.flops_share for r in kept] == [0.1, 0.12, 0.3, 0.5, 0.7, 1.0]
+    assert spread_out(rows, 10) == rows
+    # A budget of layers may choose what another setting beats in operations.
+    assert [r.flops_share for r in spread_out([*rows, beaten], 4, beaten)] == [0.1, 0.3, 0.6, 1.0]
+    assert spread_out(rows[:1], 3, rows[0]) == rows[:1]
 
 
 def test_choosing() -> None:

@@ -51,6 +51,20 @@ def test_sweep_store_and_serve(
     assert written == {"exits.json", "exits.csv", "exits.md", "exits.png", "exits.svg"}
     results = json.loads((out / "exits.json").read_text())
     assert [speed["batch_size"] for speed in results["policies"]["voting"]["measured"]] == [1, 32]
+    with (out / "exits.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for name, found in results["policies"].items():
+        rows = [row for row in table if row["policy"] == name]
+        assert {row["area_under_curve"] for row in rows} == {f"{found['area_under_curve']:.4f}"}
+        timed = [row for row in rows if row["speedup_batch_1"] and row["speedup_batch_32"]]
+        assert len(timed) == len(found["timed"]) <= exit_study.MAX_TIMED_SETTINGS
+        layers = [f"{row['mean_layer']:.3f}" for row in found["timed"]]
+        assert sorted(row["mean_layer"] for row in timed) == sorted(layers)
+        if "parameters" in found:
+            at = [row["parameters"] for row in found["timed"]].index(found["parameters"])
+            assert found["timed"][at]["measured"] == found["measured"]
+    assert len(results["policies"]["entropy"]["timed"]) > 1
+    assert f"Other settings' times are in {out / 'exits.csv'}" in printed
     assert results["complete"] and results["command"].startswith("fusedacl exits --model_name")
     model = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert model.config.exit_policy["name"] == "entropy"
@@ -107,12 +121,12 @@ def test_ctrl_c_keeps_what_is_done(
     out = tmp_path / "report"
     timed, seen = [], []
 
-    def interrupted(*arguments: Any, **options: Any) -> MeasuredSpeed:
+    def interrupted(*arguments: Any, **options: Any) -> list[MeasuredSpeed]:
         # What is on disk when a policy's turn comes.
         seen.append(json.loads((out / "exits.json").read_text()))
         if len(timed) == 3:
             raise KeyboardInterrupt
-        timed.append(arguments[2].name)
+        timed.append(arguments[2][0].name)
         return measure_speed(*arguments, **options)
 
     monkeypatch.setattr(exit_study, "measure_speed", interrupted)
@@ -131,6 +145,27 @@ def test_ctrl_c_keeps_what_is_done(
     assert "measured" not in results["policies"]["entropy"]
     assert [speed["num_texts"] for speed in results["policies"]["voting"]["measured"]] == [4, 4]
     assert {path.name for path in out.iterdir()} >= {"exits.csv", "exits.md", "exits.png"}
+
+
+def test_times_that_nothing_would_show_are_not_taken(
+    model_dir: Path,
+    tiny_data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[Any] = []
+
+    def measured(*arguments: Any, **options: Any) -> list[MeasuredSpeed]:
+        timed.append(arguments[2])
+        return measure_speed(*arguments, **options)
+
+    monkeypatch.setattr(exit_study, "measure_speed", measured)
+    # Patience cannot leave at the first exit: it has no setting for this target.
+    options = ["--policies", "entropy,patience", "--max_mean_layer", "1", "--measure"]
+    assert run(model_dir, tiny_data, *options, "--measured_samples", "4") == 0
+    assert [[policy.name for policy in policies] for policies in timed] == [["entropy"]] * 2
+    printed = capsys.readouterr().out
+    assert "target out of reach" in printed and "exits.csv" not in printed
 
 
 def test_ctrl_c_before_anything_is_stored(

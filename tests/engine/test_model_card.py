@@ -32,6 +32,7 @@ STUDY: dict[str, Any] = {
     "policies": {
         "entropy": {
             "name": "entropy",
+            "area_under_curve": 0.78125,
             "parameters": {"threshold": 0.25},
             "calibration": {
                 "data": "opinions, validation",
@@ -113,9 +114,9 @@ def test_early_exit_is_replaced_not_repeated(tmp_path: Path) -> None:
     write_early_exit(path, STUDY, "entropy")
     first = path.read_text()
     assert first.startswith(before) and "Own words." in first
-    assert "|  | setting | accuracy | accuracy, cross-fitted | mean layer | FLOPs |" in first
-    assert "| full model |  | 0.8125 | 0.8125 | 2.00 | 100% |" in first
-    assert "| `entropy` | threshold 0.25 | 0.8000 | 0.7875 | 1.50 | 75% |" in first
+    assert "|  | setting | accuracy | accuracy, cross-fitted | mean layer | FLOPs | area" in first
+    assert "| full model |  | 0.8125 | 0.8125 | 2.00 | 100% |  |" in first
+    assert "| `entropy` | threshold 0.25 | 0.8000 | 0.7875 | 1.50 | 75% | 0.7812 |" in first
     assert "max_quality_loss 0.02 on 24 texts (opinions, validation) in bfloat16, at" in first
     assert "fusedacl exits --policy entropy" in first and "speed" not in first
     write_early_exit(path, STUDY, "entropy")
@@ -127,7 +128,7 @@ def test_early_exit_is_replaced_not_repeated(tmp_path: Path) -> None:
     write_early_exit(path, timed, "entropy")
     second = path.read_text()
     assert second.count("## Early exit") == 1 and second.endswith("\nMore words.\n")
-    assert "| 75% | 1.50x | 1.25x |" in second and "speed, batch 32 |" in second
+    assert "| 75% | 0.7812 | 1.50x | 1.25x |" in second and "speed, batch 32 |" in second
     assert "on Some CPU, 2 threads." in second
 
 
@@ -139,5 +140,5 @@ def test_what_was_not_cross_fitted_has_no_column(tmp_path: Path) -> None:
     # A model without a card, such as a checkpoint, gets one of this alone.
     assert card.data.library_name == "fusedacl"
     assert f"# {tmp_path.name}" in card.text
-    assert "| `entropy` | threshold 0.25 | 0.8000 | 1.50 | 75% |" in card.text
+    assert "| `entropy` | threshold 0.25 | 0.8000 | 1.50 | 75% | 0.7812 |" in card.text
     assert "cross-fitted" not in card.text.lower()

@@ -22,6 +22,8 @@ from fusedacl.engine.quality_speed import (
     measure_speed,
     write_tables,
 )
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from transformers import BertConfig, BertModel
 
 ROWS = [
@@ -30,14 +32,17 @@ ROWS = [
     SweepRow(Patience(1), 0.8, 2.0, 0.5, {2: 4}),
     SweepRow(FixedLayer(1), 0.6, 1.0, 0.25, {1: 4}),
 ]
+CURVES = {"entropy": ROWS[:2], "patience": ROWS[2:3], "fixed_layer": ROWS[3:]}
+AREAS = {"entropy": 0.75125, "patience": 0.7, "fixed_layer": 0.61}
+MEASURED = {
+    ROWS[0].policy: [MeasuredSpeed(1, 100, 5, 2.0, 5.0, 2.5)],
+    ROWS[2].policy: [MeasuredSpeed(32, 100, 5, 1.0, 2.0, 2.0)],
+}
 
 
 def test_tables(tmp_path: Path) -> None:
-    measured = {
-        ROWS[0].policy: [MeasuredSpeed(1, 100, 5, 2.0, 5.0, 2.5)],
-        ROWS[2].policy: [MeasuredSpeed(32, 100, 5, 1.0, 2.0, 2.0)],
-    }
-    csv_file, markdown_file = write_tables(ROWS, "accuracy", tmp_path / "exits", measured)
+    path = tmp_path / "exits"
+    csv_file, markdown_file = write_tables(CURVES, AREAS, "accuracy", path, MEASURED)
     with csv_file.open(newline="") as file:
         table = list(csv.DictReader(file))
     assert table[0]["policy"] == "entropy"
@@ -45,20 +50,55 @@ def test_tables(tmp_path: Path) -> None:
     assert table[0]["accuracy"] == "0.7500"
     assert table[0]["speedup_batch_1"] == "2.50"
     assert table[0]["speedup_batch_32"] == table[1]["speedup_batch_1"] == ""
+    areas = [row["area_under_curve"] for row in table]
+    assert areas == ["0.7512", "0.7512", "0.7000", "0.6100"]
     lines = markdown_file.read_text().splitlines()
-    assert len(lines) == 2 + len(ROWS)
-    assert lines[0].startswith("| policy | parameters | accuracy | mean_layer | flops_share |")
+    assert lines[0] == "| policy | area under the curve |"
+    assert lines[3] == "| patience | 0.7000 |"
+    lines = lines[-2 - len(ROWS) :]
+    assert lines[0].startswith("| policy | parameters | accuracy | mean_layer | flops_share | ms_")
     assert lines[4].startswith("| patience | patience=1 | 0.8000 | 2.000 | 0.5000 |")
 
 
 def test_figure(tmp_path: Path) -> None:
-    curves = {"entropy": ROWS[:2], "patience": ROWS[2:3], "fixed_layer": ROWS[3:]}
-    png, svg = draw_quality_speed(curves, 0.82, "accuracy", tmp_path / "v1.5")
+    png, svg = draw_quality_speed(CURVES, 0.82, "accuracy", tmp_path / "v1.5")
     assert (png.name, svg.name) == ("v1.5.png", "v1.5.svg")
     assert png.stat().st_size > 10_000
     assert "<svg" in svg.read_text()
     with pytest.raises(ValueError, match="curves is empty"):
         draw_quality_speed({"entropy": []}, 0.8, "accuracy", tmp_path / "none")
+
+
+def test_times_are_panels_of_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a batch size, with the settings that were timed in it and the full model."""
+    drawn = []
+    savefig = Figure.savefig
+
+    def kept(self: Figure, *arguments: Any, **options: Any) -> None:
+        drawn.append(self)
+        savefig(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", kept)
+    draw_quality_speed(CURVES, 0.82, "accuracy", tmp_path / "plain")
+    assert len(drawn[0].axes) == 1
+    draw_quality_speed(CURVES, 0.82, "accuracy", tmp_path / "timed", MEASURED)
+    operations, one_by_one, batches = drawn[-1].axes
+    assert [points(axes)["entropy"] for axes in (operations, one_by_one, batches)] == [
+        [(0.42, 0.75), (0.8, 0.8125)],
+        [(2.5, 0.75)],
+        [],
+    ]
+    assert points(batches)["patience"] == [(2.0, 0.8)]
+    assert points(one_by_one)["full model"] == [(1, 0.82)]
+    assert "measured speed, batch 32" in batches.get_xlabel()
+
+
+def points(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """The points of each line."""
+    return {
+        str(line.get_label()): list(zip(line.get_xdata(), line.get_ydata(), strict=True))
+        for line in axes.get_lines()
+    }
 
 
 def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,39 +136,45 @@ def lengths_from_4_to_23() -> EncodedSplit:
 
 def test_times() -> None:
     model, encoded = two_exit_model(), lengths_from_4_to_23()
-    speed = measure_speed(model, encoded, FixedLayer(1), 4, pad_token_id=0, max_texts=8, repeats=3)
+    (speed,) = measure_speed(
+        model, encoded, [FixedLayer(1)], 4, pad_token_id=0, max_texts=8, repeats=3
+    )
     assert (speed.batch_size, speed.num_texts, speed.repeats) == (4, 8, 3)
     # One layer of six: faster, whatever else the machine does.
     assert speed.speedup > 1
     assert 0 < speed.early_ms < speed.full_ms
 
 
-def test_the_two_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Early exit and the full model batch by batch; which of them goes first alternates."""
-    turns, clock = [], iter(range(1000))
-    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))
+def test_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Settings and the full model batch by batch; who goes first rotates."""
+    turns, clock = [], [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     call, forward = EarlyExit.__call__, BertModel.forward
 
     def early(self: EarlyExit, *arguments: Any, **inputs: Any) -> Any:
-        turns.append("early")
+        turns.append(str(self.policy.parameters["layer"]))
+        clock[0] += 2 if turns[-1] == "1" else 5
         return call(self, *arguments, **inputs)
 
     def full(self: BertModel, *arguments: Any, **inputs: Any) -> Any:
         turns.append("full")
+        clock[0] += 10
         return forward(self, *arguments, **inputs)
 
     monkeypatch.setattr(EarlyExit, "__call__", early)
     monkeypatch.setattr(BertModel, "forward", full)
     model, encoded = two_exit_model(), lengths_from_4_to_23()
-    speed = measure_speed(model, encoded, FixedLayer(1), 4, pad_token_id=0, max_texts=8, repeats=3)
-    warm, rounds = turns[:2], turns[2:]
-    assert warm == ["early", "full"]
-    # Three passes of two batches, one second a call.
-    assert rounds == ["full", "early", "early", "full"] * 1 + [
-        *["early", "full", "full", "early"],
-        *["full", "early", "early", "full"],
+    policies = [FixedLayer(1), FixedLayer(6)]
+    speeds = measure_speed(model, encoded, policies, 4, pad_token_id=0, max_texts=8, repeats=3)
+    warm, rounds = turns[:3], turns[3:]
+    assert warm == ["full", "1", "6"]
+    # Three passes of two batches.
+    first, second, third = ["full", "1", "6"], ["1", "6", "full"], ["6", "full", "1"]
+    assert rounds == [*first, *second, *second, *third, *third, *first]
+    assert [(s.early_ms, s.full_ms, s.speedup) for s in speeds] == [
+        (500, 2500, 5),
+        (1250, 2500, 2),
     ]
-    assert (speed.early_ms, speed.full_ms, speed.speedup) == (250, 250, 1)
 
 
 def test_the_machine_is_named() -> None:
