@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import collectives, distributed
 from .config import TrainingConfig
-from .manifest import fault, flush, sealed, write_manifest
+from .manifest import MANIFEST_FILE, fault, flush, sealed, write_manifest
 from .options import build, flatten, read_file, write_whole
 
 CONFIG_FILE = "config.yaml"
@@ -212,6 +212,21 @@ def _directories(output_dir: Path) -> list[Path]:
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, by the names and sizes of their files."""
     return [path for path in _directories(output_dir) if fault(path, thorough=False) is None]
+
+
+def check_not_sealed(directory: Path) -> None:
+    """Refuse to change the model in a checkpoint: its manifest would call it damaged afterwards.
+
+    Raises:
+        ValueError: the directory is a checkpoint of a run, by its name and its manifest.
+    """
+    directory = directory.resolve()
+    if directory in _directories(directory.parent) and (directory / MANIFEST_FILE).is_file():
+        raise ValueError(
+            f"model_name_or_path={str(directory)!r} is a checkpoint: with another policy stored in "
+            "it, it would count as damaged, and no run could be resumed from it. Name the run's "
+            f"directory, {str(directory.parent)!r}, or a copy of the checkpoint under another name."
+        )
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:

@@ -23,6 +23,11 @@ from .modeling import MultiExitForSequenceClassification
 from .precision import autocast
 
 logger = logging.getLogger("fusedacl")
+# What to do about a model whose answers are not finite.
+BROKEN_MODEL = (
+    "its weights are damaged or its training diverged. Take another checkpoint, or train again "
+    "with a lower learning_rate."
+)
 
 
 # Not in inference mode: a sharded weight that was gathered there could not be trained afterwards.
@@ -92,6 +97,21 @@ def predict_logits_together(
     return logits
 
 
+def check_finite(logits: Tensor, exit_layers: Sequence[int]) -> None:
+    """Refuse logits [E, n, K] of which no metric and no threshold can be taken.
+
+    Raises:
+        FloatingPointError: naming the first exit whose logits are NaN or infinite.
+    """
+    for layer, exit_logits in zip(exit_layers, logits, strict=True):
+        broken = int((~torch.isfinite(exit_logits).all(dim=-1)).sum())
+        if broken:
+            raise FloatingPointError(
+                f"The exit on layer {layer} answers {broken} of {len(exit_logits)} texts with NaN "
+                f"or infinite logits: {BROKEN_MODEL}"
+            )
+
+
 def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """The named metrics of predicted classes [n] against true ones [n], as fractions.
 
@@ -132,6 +152,7 @@ def evaluate_split(
 
     Raises:
         ValueError: the model has other classes than the labels need.
+        FloatingPointError: an exit's logits are NaN or infinite.
     """
     labels = encoded.labels
     if labels is None:
@@ -145,6 +166,8 @@ def evaluate_split(
     layers = model.exit_layers
     if positions is not None:
         layers = [model.exit_layers[position] for position in positions]
+    # The argmax of NaN is a class: it would be scored as an answer.
+    check_finite(logits, layers)
     results = {}
     for layer, exit_logits in zip(layers, logits, strict=True):
         scores = score(metrics, exit_logits.argmax(dim=-1).numpy(), labels.numpy())
@@ -158,6 +181,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
 
     Raises:
         ValueError: a mistake in the configuration, the data or the model directory.
+        FloatingPointError: as `evaluate_split`; nothing is written.
     """
     output_file = None if config.output.output_file is None else Path(config.output.output_file)
     if output_file is not None and not output_file.parent.is_dir():

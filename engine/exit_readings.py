@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from .batching import EncodedSplit, collate, epoch_batches
 from .early_exiting import certainty_of, check_has_earlier_exits
-from .evaluation import score
+from .evaluation import check_finite, score
 from .exit_policies import ExitReading
 from .precision import autocast
 
@@ -99,7 +98,7 @@ def read_exits(
     logits, certainties, embeddings = _pass(
         model, encoded, batch_size, pad_token_id, dtype, progress, keep_embeddings
     )
-    _check_finite(logits, model.exit_layers, dtype)
+    check_finite(logits, model.exit_layers)
     return ExitReadings(
         logits=logits,
         labels=labels,
@@ -156,19 +155,6 @@ def _pass(
         for module in trained:
             module.training = True
     return logits, certainties, embeddings
-
-
-def _check_finite(logits: Tensor, exit_layers: Sequence[int], dtype: torch.dtype) -> None:
-    """Refuse logits [E, n, K] that no metric and no threshold can be taken of."""
-    for layer, exit_logits in zip(exit_layers, logits, strict=True):
-        broken = int((~torch.isfinite(exit_logits).all(dim=-1)).sum())
-        if broken:
-            raise FloatingPointError(
-                f"The exit on layer {layer} answers {broken} of {len(exit_logits)} texts with NaN "
-                f"or infinite logits in {dtype_name(dtype)}: its weights are damaged or its "
-                "training diverged. Take another checkpoint, or train again with a lower "
-                "learning_rate."
-            )
 
 
 def _labels(encoded: EncodedSplit) -> Tensor:

@@ -7,10 +7,12 @@ read. Linear exits read the first token only, so only its states are kept for th
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,9 @@ logger = logging.getLogger("fusedacl")
 STATES_FILE = "states.float16"
 META_FILE = "meta.json"
 LOCK_FILE = ".lock"
+# What a disk without room for a file answers, and one on which none can be reserved.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FeatureCache:
@@ -43,7 +48,7 @@ class FeatureCache:
 
     Raises:
         ValueError: the directory holds the states of other texts, another backbone or other layers,
-            or the disk has no room for them (said before anything is written).
+            or the disk has no room for them (which is reserved before anything is written).
     """
 
     def __init__(
@@ -134,18 +139,29 @@ class FeatureCache:
     def _make(self, directory: Path) -> None:
         """The file at its full size, announced."""
         directory.mkdir(parents=True, exist_ok=True)
+        file = directory / STATES_FILE
+        # What a killed run has left takes the room of what replaces it.
+        file.unlink(missing_ok=True)
         free = shutil.disk_usage(directory).free
         logger.info(
             "Feature cache: writing %.2f GB (%d tokens, %d layers, width %d, float16) to %s.",
             self.num_bytes / 1e9, *self.shape, directory,
         )  # fmt: skip
         if self.num_bytes > free:
-            raise ValueError(
-                f"feature_cache={str(directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and "
-                f"{free / 1e9:.2f} GB are free. Name a directory on a larger disk, or leave "
-                "feature_cache out."
-            )
-        np.memmap(directory / STATES_FILE, dtype=np.float16, mode="w+", shape=self.shape)
+            raise self._no_room(directory, f"{free / 1e9:.2f} GB are free")
+        try:
+            _reserve(file, self.num_bytes)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            if error.errno not in _NO_ROOM:
+                raise
+            raise self._no_room(directory, f"the disk has no room: {error.strerror}") from None
+
+    def _no_room(self, directory: Path, why: str) -> ValueError:
+        return ValueError(
+            f"feature_cache={str(directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and {why}."
+            " Name a directory on a larger disk, or leave feature_cache out."
+        )
 
     @torch.inference_mode()
     def _write(
@@ -193,6 +209,23 @@ class FeatureCache:
         mask = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
         layers = torch.from_numpy(padded).to(device).float().unbind(dim=2)
         return list(layers), mask.to(device)
+
+
+def _reserve(file: Path, num_bytes: int) -> None:
+    """An empty file of that size, its blocks on the disk where the system can promise them.
+
+    Without them a disk that fills up meanwhile ends the process that writes to the mapped file, by
+    a signal and without a word.
+    """
+    with file.open("wb") as handle:
+        # macOS has no such call, and some network file systems answer that they cannot.
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(handle.fileno(), 0, num_bytes)
+            except OSError as error:
+                if error.errno not in _CANNOT_RESERVE:
+                    raise
+        handle.truncate(num_bytes)
 
 
 def texts_hash(encoded: EncodedSplit) -> str:

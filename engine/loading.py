@@ -102,21 +102,14 @@ def load_trained(
         ValueError: the directory holds none, or a damaged one.
     """
     where = f"{option}={path!r}"
-    if Path(path).is_dir():
-        config_file = Path(path) / "config.json"
-        if not config_file.is_file():
-            raise ValueError(
-                f"{where} holds no config.json: name the output_dir of a finished run, or one of "
-                "its checkpoint directories."
-            )
-        try:
-            model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{where}: config.json is damaged: {error}") from None
-        if model_type != MultiExitConfig.model_type:
-            raise ValueError(
-                f"{where} is a {model_type} model, not one that `fusedacl train` has fine-tuned."
-            )
+    model_type = _model_type(path, where)
+    if model_type != MultiExitConfig.model_type:
+        raise ValueError(
+            f"{where} is a {model_type} model, not one that `fusedacl train` has fine-tuned. "
+            "Fine-tune it first, with an exit in place of its classifier (if it has one): "
+            f"`fusedacl train --model_name_or_path {path} --task_name … --output_dir runs/mine`; "
+            f"then {option} is runs/mine."
+        )
     try:
         # transformers gives a model, and with output_loading_info a pair.
         loaded: Any = MultiExitForSequenceClassification.from_pretrained(
@@ -134,3 +127,21 @@ def load_trained(
             f"{' and more' if len(missing) > 3 else ''}. Copy the directory again, or train again."
         )
     return model
+
+
+def _model_type(path: str, where: str) -> str | None:
+    """What config.json, of a directory or of a model of the hub, says that the model is."""
+    config_file = Path(path) / "config.json"
+    if Path(path).is_dir() and not config_file.is_file():
+        raise ValueError(
+            f"{where} holds no config.json: name the output_dir of a finished run, or one of "
+            "its checkpoint directories."
+        )
+    try:
+        if config_file.is_file():
+            return json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        return MultiExitConfig.get_config_dict(path)[0].get("model_type")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: config.json is damaged: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} cannot be loaded: {error}{nearest_directory(path)}") from None

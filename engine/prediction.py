@@ -15,7 +15,7 @@ from .calibration import calibration_mismatch
 from .config import PredictionConfig
 from .data import TextSplit, read_unlabelled
 from .early_exiting import EarlyExit
-from .evaluation import predict_logits
+from .evaluation import BROKEN_MODEL, predict_logits
 from .exit_policies import parse_policy
 from .loading import TrainedModel
 
@@ -96,8 +96,7 @@ def _check_finite(probabilities: torch.Tensor) -> None:
     if len(broken):
         raise FloatingPointError(
             f"The model answers {len(broken)} of {len(probabilities)} texts (the first in row "
-            f"{int(broken[0]) + 1}) with NaN: its weights are damaged or its training diverged. "
-            "Take another checkpoint, or train again with a lower learning_rate."
+            f"{int(broken[0]) + 1}) with NaN: {BROKEN_MODEL}"
         )
 
 

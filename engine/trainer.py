@@ -86,7 +86,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
 
     Raises:
         ValueError: a mistake in the configuration or the data, before any training.
-        FloatingPointError: NaN or infinite representations or gradients.
+        FloatingPointError: NaN or infinite representations, gradients or evaluated logits.
         OSError: the disk is full, and earlier checkpoints are intact; another process is gone.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
@@ -685,17 +685,20 @@ class Trainer:
         """Split -> layer -> metrics, for every evaluation split."""
         results = {}
         for name in self.data.evaluation_splits:
-            by_layer = evaluate_split(
-                self.model,
-                self.encoded[name],
-                self.data.metrics,
-                self.config.optimization.per_device_eval_batch_size,
-                pad_token_id=self.tokenizer.pad_token_id,
-                context=self.engine.forward_context,
-                # Before their stage exits hold random weights.
-                positions=None if self.stage is self.stages[-1] else self.stage.exits,
-                progress=not self.config.run.disable_tqdm and distributed.rank() == 0,
-            )
+            try:
+                by_layer = evaluate_split(
+                    self.model,
+                    self.encoded[name],
+                    self.data.metrics,
+                    self.config.optimization.per_device_eval_batch_size,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    context=self.engine.forward_context,
+                    # Before their stage exits hold random weights.
+                    positions=None if self.stage is self.stages[-1] else self.stage.exits,
+                    progress=not self.config.run.disable_tqdm and distributed.rank() == 0,
+                )
+            except FloatingPointError as error:
+                raise FloatingPointError(f"Step {self.step}, {name}: {error}") from None
             results[name] = by_layer
             for layer, metrics in by_layer.items():
                 place = {"step": self.step, "epoch": round(self.step / self.steps_per_epoch, 4)}

@@ -41,9 +41,18 @@ def fixed_seed() -> None:
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A local directory in hub layout: a random 2-layer BERT with a WordPiece tokenizer."""
+    return write_bert(tmp_path_factory.mktemp("tiny_bert"), num_layers=2)
+
+
+@pytest.fixture(scope="session")
+def deep_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_bert` with 4 layers."""
+    return write_bert(tmp_path_factory.mktemp("deep_bert"), num_layers=4)
+
+
+def write_bert(directory: Path, num_layers: int) -> Path:
     from transformers import BertConfig, BertForMaskedLM, BertTokenizerFast
 
-    directory = tmp_path_factory.mktemp("tiny_bert")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (directory / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
     BertTokenizerFast.from_pretrained(directory).save_pretrained(directory)
@@ -51,7 +60,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = BertConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=num_layers,
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=64,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from fusedacl.engine import TrainingConfig
 from fusedacl.engine.checkpoint import (
     CONFIG_FILE,
     STATE_FILE,
+    check_not_sealed,
     check_same_run,
     checkpoints,
     find_checkpoint,
@@ -124,6 +126,19 @@ def test_unknown_checkpoint(tmp_path: Path) -> None:
     save(tmp_path, 5)
     with pytest.raises(ValueError, match="There: checkpoint-5"):
         find_checkpoint(tmp_path, "checkpoint-6")
+
+
+def test_a_checkpoint_is_sealed_and_its_copy_is_not(tmp_path: Path) -> None:
+    checkpoint = save(tmp_path / "run", 5)
+    (tmp_path / "link").symlink_to(checkpoint)
+    for name in (checkpoint, tmp_path / "link", checkpoint / "." / ".." / checkpoint.name):
+        with pytest.raises(ValueError, match="^model_name_or_path=.*5' is a checkpoint.*or a copy"):
+            check_not_sealed(name)
+    check_not_sealed(tmp_path / "run")
+    check_not_sealed(shutil.copytree(checkpoint, tmp_path / "run" / "served"))
+    # Of another program: no manifest, no run of ours that resumes from it.
+    (tmp_path / "checkpoint-7").mkdir()
+    check_not_sealed(tmp_path / "checkpoint-7")
 
 
 def test_output_dir_is_protected(tmp_path: Path) -> None:

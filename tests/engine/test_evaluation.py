@@ -11,6 +11,7 @@ import pytest
 import torch
 from fusedacl.engine import EvaluationConfig, TrainingConfig, evaluate, train
 from fusedacl.engine.batching import encode
+from fusedacl.engine.cli import main
 from fusedacl.engine.columns import TextSplit
 from fusedacl.engine.evaluation import evaluate_split, predict_logits, score
 from fusedacl.engine.loading import TrainedModel
@@ -118,6 +119,25 @@ def test_the_model_keeps_its_mode(finished) -> None:
     trained.model.train()
     predict_logits(trained.model, encoded, 1, pad_token_id=0)
     assert trained.model.training
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_answers_that_are_none_are_not_scored(
+    finished, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], value: float
+) -> None:
+    trained = TrainedModel(config_of(finished, Path()).model, None)
+    with torch.no_grad():
+        trained.model.exits[0].classifier.weight[0, 0] = value
+    trained.model.save_pretrained(tmp_path)
+    trained.tokenizer.save_pretrained(tmp_path)
+    file = tmp_path / "metrics.json"
+    command = ["evaluate", "--model_name_or_path", str(tmp_path), "--output_file", str(file)]
+    source = ["--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
+    assert main([*command, *source]) == 1
+    told = capsys.readouterr()
+    assert "The exit on layer 2 answers 24 of 24 texts with NaN or infinite logits" in told.err
+    assert "Take another checkpoint" in told.err
+    assert told.out == "" and not file.exists()
 
 
 def test_more_classes_than_the_model_has(finished) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -159,6 +161,62 @@ def test_a_disk_without_room_is_noticed_before_writing(
     with pytest.raises(ValueError, match="GB are needed and 0.00 GB are free"):
         open_cache(tmp_path, parts)
     assert not (tmp_path / STATES_FILE).exists()
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room is reserved: what is missing of it is no signal that ends the process later."""
+    asked = []
+
+    def full(descriptor: int, start: int, length: int) -> None:
+        asked.append((start, length))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ValueError, match=r"^feature_cache=.* No space left.*larger disk, or"):
+            open_cache(tmp_path, parts)
+    assert not (tmp_path / STATES_FILE).exists() and not (tmp_path / META_FILE).exists()
+    cache = open_cache(tmp_path, parts)
+    assert asked == [(0, cache.num_bytes)]
+
+
+def test_where_no_room_can_be_reserved(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems, and macOS, which has no such call: the cache is made all the same.
+
+    Another error is not taken for that.
+    """
+
+    def answers(number: int) -> Any:
+        def refuse(*arguments: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return refuse
+
+    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        open_cache(tmp_path / "broken", parts)
+    assert not (tmp_path / "broken" / STATES_FILE).exists()
+    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EOPNOTSUPP))
+    network = open_cache(tmp_path / "network", parts)
+    monkeypatch.delattr(os, "posix_fallocate")
+    elsewhere = open_cache(tmp_path / "macos", parts)
+    assert np.array_equal(network.states, elsewhere.states)
+    assert (tmp_path / "macos" / STATES_FILE).stat().st_size == elsewhere.num_bytes
+
+
+def test_what_a_killed_run_left_takes_no_room(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / STATES_FILE
+    left.write_bytes(b"0" * 10_000)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if left.exists() else 10**9)
+    )
+    open_cache(tmp_path, parts)
 
 
 def test_second_stage_with_and_without(

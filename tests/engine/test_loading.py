@@ -58,6 +58,22 @@ def test_not_a_trained_model(content: str | None, message: str, tmp_path: Path) 
         TrainedModel(InferenceOptions(model_name_or_path=str(tmp_path)), None)
 
 
+@pytest.mark.parametrize("option", ["model_name_or_path", "stage1_model"])
+def test_a_plain_classifier_is_told_what_to_do(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    words = "an exit in place of its classifier.*`fusedacl train --model_name_or_path"
+    then = f"then {option} is runs/mine"
+    with pytest.raises(ValueError, match=f"^{option}=.*is a bert.*{words} {tmp_path} .*{then}"):
+        load_trained(str(tmp_path), option)
+    # Of the hub, which is asked for the configuration only.
+    told = {"model_type": "roberta"}
+    monkeypatch.setattr(MultiExitConfig, "get_config_dict", lambda name: (told, {}))
+    with pytest.raises(ValueError, match=f"^{option}=.*is a roberta.*{words} some/model .*{then}"):
+        load_trained("some/model", option)
+
+
 def test_truncated_weights(tiny_bert: Path, tmp_path: Path) -> None:
     model = MultiExitForSequenceClassification.from_encoder(str(tiny_bert), label_names=["a", "b"])
     model.save_pretrained(tmp_path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusedacl.engine.analysis.report_plan import plan_report
 from fusedacl.engine.modeling import parse_layers
 from fusedacl.engine.recipe import plan_cells, read_recipe, shipped_recipes, slug
 
@@ -98,6 +99,7 @@ def test_shipped_recipes_are_whole(name: str) -> None:
     planned = {cell.method for cell in cells}
     assert planned == set(made["methods"])
     assert "report" in made
+    plan_report(made)
 
 
 def test_the_papers_recipe_is_the_papers() -> None:

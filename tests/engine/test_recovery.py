@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -29,6 +30,7 @@ from fusedacl.engine.checkpoint import (
     step_of,
     tidy,
 )
+from fusedacl.engine.cli import main
 from fusedacl.engine.config import RunOptions
 from fusedacl.engine.manifest import MANIFEST_FILE, fault, sealed, write_manifest
 from fusedacl.engine.run_lock import RunLock
@@ -433,6 +435,23 @@ def test_another_best_than_the_metrics_have(options) -> None:
     del options["save_steps"]
     with pytest.raises(ValueError, match="'acuracy' is not reported.*Did you mean 'accuracy'"):
         train(TrainingConfig.create(**options))
+
+
+def test_exits_stores_no_policy_in_a_checkpoint(
+    options, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options |= {"strategy": "joint", "num_train_epochs": 1, "save_steps": 4}
+    train(TrainingConfig.create(**options))
+    run = Path(options["output_dir"])
+    source = ["--task_name", "opinions", "--data_dir", options["data_dir"], "--disable_tqdm"]
+    command = ["exits", "--policy", "entropy", "--max_mean_layer", "2", *source]
+    assert main([*command, "--model_name_or_path", str(run / "checkpoint-8")]) == 2
+    assert "is a checkpoint: with another policy stored in it" in capsys.readouterr().err
+    assert fault(run / "checkpoint-8") is None
+    copy = shutil.copytree(run / "checkpoint-8", tmp_path / "copy")
+    for directory in (copy, run):
+        assert main([*command, "--model_name_or_path", str(directory)]) == 0
+    train(TrainingConfig.create(**options, resume_from_checkpoint="checkpoint-8"))
 
 
 def test_a_checkpoint_of_another_run(options, tmp_path: Path) -> None:

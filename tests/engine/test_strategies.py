@@ -10,18 +10,26 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification, TrainingConfig
+from fusedacl.engine import (
+    EvaluationConfig,
+    MultiExitConfig,
+    MultiExitForSequenceClassification,
+    TrainingConfig,
+    evaluate,
+)
 from fusedacl.engine.config import ObjectiveOptions
+from fusedacl.engine.feature_cache import META_FILE
+from fusedacl.engine.loading import load_tokenizer
 from fusedacl.engine.local import LocalEngine
 from fusedacl.engine.modeling import MultiExitOutput, parse_layers
 from fusedacl.engine.objectives import ExitLosses, Teacher, distillation, exit_losses
-from fusedacl.engine.options import read_file
+from fusedacl.engine.options import build, read_file
 from fusedacl.engine.strategies import Stage, plan_stages, prepare, stage_losses, stage_states
 from fusedacl.engine.trainer import Interrupted, Trainer, train
 from fusedacl.kernels import acl_cl_loss, acl_loss
 from torch import Tensor
 from torch.nn import functional
-from transformers import BertConfig
+from transformers import BertConfig, BertForSequenceClassification
 
 CPU = torch.device("cpu")
 
@@ -97,26 +105,26 @@ def train_stage(
 
 @pytest.mark.parametrize("objective", ["ce", "scl", "acl"])
 @pytest.mark.parametrize("head", ["mha", "linear"])
+@pytest.mark.parametrize("exit_layers", [[1, 2, 3, 4], [1, 3, 4]])
 def test_exits_together_equal_each_alone(
-    model: MultiExitForSequenceClassification, objective: str, head: str
+    model: MultiExitForSequenceClassification, exit_layers: list[int], objective: str, head: str
 ) -> None:
     """On a frozen backbone, with clipping that acts, the gate and distillation.
 
     In float64: the bias of the attention's keys has gradient zero, and AdamW would make steps of
     what float32 leaves of it.
     """
-    if head == "linear":
-        model = MultiExitForSequenceClassification(
-            MultiExitConfig(
-                model.config.backbone_config, exit_layers=[1, 2, 3, 4], exit_head="linear",
-                exit_dropout=0.0, num_labels=3,
-            )
-        )  # fmt: skip
+    model = MultiExitForSequenceClassification(
+        MultiExitConfig(
+            model.config.backbone_config, exit_layers=exit_layers, exit_head=head, exit_width=16,
+            exit_dropout=0.0, num_labels=3,
+        )
+    )  # fmt: skip
     config = config_of(
         strategy="two_stage", objective=objective, aux_weight=0.3, distill_weight=0.4,
         max_grad_norm=0.05,
     )  # fmt: skip
-    stage = plan_stages(config, num_exits=4, has_stage1=True)[0]
+    stage = plan_stages(config, num_exits=len(exit_layers), has_stage1=True)[0]
     model.double()
     together = copy.deepcopy(model)
     train_stage(together, stage, config)
@@ -211,15 +219,46 @@ def weights(directory: Path) -> dict[str, Tensor]:
     return safetensors.torch.load_file(directory / "model.safetensors")
 
 
-@pytest.mark.parametrize("strategy", ["joint", "alternating", "two_stage"])
-def test_every_strategy_learns(options, strategy: str) -> None:
-    results = run(options, strategy=strategy, num_train_epochs=10, save_steps=0)
+@pytest.mark.parametrize(
+    ("encoder", "exit_layers"),
+    [("tiny_bert", None), ("deep_bert", "2,4")],
+    ids=["every layer", "layers 2 and 4 of 4"],
+)
+@pytest.mark.parametrize(
+    ("strategy", "feature_cache"),
+    [("joint", False), ("alternating", False), ("two_stage", False), ("two_stage", True)],
+)
+def test_every_strategy_learns(
+    options,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    encoder: str,
+    exit_layers: str | None,
+    strategy: str,
+    feature_cache: bool,
+) -> None:
+    options["model_name_or_path"] = str(request.getfixturevalue(encoder))
+    if feature_cache:
+        options["feature_cache"] = str(tmp_path / "cache")
+    results = run(
+        options, strategy=strategy, exit_layers=exit_layers, num_train_epochs=10, save_steps=0
+    )
     by_layer = results["metrics"]["validation"]
-    assert list(by_layer) == [1, 2]
+    first, last = layers = parse_layers(exit_layers) or [1, 2]
+    assert list(by_layer) == layers
     assert min(scores["accuracy"] for scores in by_layer.values()) > 0.7  # chance: 0.5
     groups = {row["group"] for row in results["gate"]}
-    shared = {"exit 1", "exit 2", "backbone"}
-    assert groups == ({"model", "exit 1"} if strategy == "two_stage" else shared)
+    shared = {f"exit {first}", f"exit {last}", "backbone"}
+    assert groups == ({"model", f"exit {first}"} if strategy == "two_stage" else shared)
+    names = ("task_name", "data_dir", "disable_tqdm")
+    source = {name: options[name] for name in names}
+    if feature_cache:
+        assert json.loads((tmp_path / "cache" / META_FILE).read_text())["layers"] == layers
+    saved = build(EvaluationConfig, {**source, "model_name_or_path": str(tmp_path / "run")})
+    again = evaluate(saved)["validation"]
+    assert list(again) == layers
+    for layer in layers:
+        assert again[layer] == pytest.approx(by_layer[layer], rel=1e-5)
 
 
 def test_second_stage_leaves_the_first_ones_model(options, tmp_path: Path) -> None:
@@ -233,7 +272,7 @@ def test_second_stage_leaves_the_first_ones_model(options, tmp_path: Path) -> No
     assert changed and all(name.startswith("exits.0.") for name in changed)
 
 
-def test_second_stage_on_an_existing_model(options, tmp_path: Path) -> None:
+def test_second_stage_on_an_existing_model(options, tiny_data: Path, tmp_path: Path) -> None:
     first = str(tmp_path / "first")
     run(options, output_dir=first)
     encoder = options["model_name_or_path"]
@@ -243,7 +282,13 @@ def test_second_stage_on_an_existing_model(options, tmp_path: Path) -> None:
     before, after = weights(tmp_path / "first"), weights(tmp_path / "run")
     for name, value in before.items():
         assert torch.equal(after[name.replace("exits.0.", "exits.1.")], value)
+    (tmp_path / "moods").mkdir()
+    for file in (tiny_data / "opinions").iterdir():
+        moods = file.read_text().replace("negative", "sad").replace("positive", "glad")
+        (tmp_path / "moods" / file.name).write_text(moods)
+    other = {"task_name": "moods", "data_dir": str(tmp_path)}
     for changes, message in (
+        (other, r"has classes \['negative', 'positive'\], this run \['glad', 'sad'\]"),
         ({"exit_head": "linear"}, "stage1_model=.*has exit_head mha, this run linear"),
         ({"exit_width": 32}, "exits of width 64 with 4 heads, this run of 32"),
         ({"exit_layers": "1"}, "has last exit layer 2, this run 1"),
@@ -254,6 +299,20 @@ def test_second_stage_on_an_existing_model(options, tmp_path: Path) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run({**second, "output_dir": str(tmp_path / "no")}, strategy="two_stage", **changes)
+
+
+def test_a_plain_classifier_becomes_a_first_stage(options, tmp_path: Path) -> None:
+    """By the command that the refusal names."""
+    classifier, first = str(tmp_path / "classifier"), str(tmp_path / "first")
+    encoder = options["model_name_or_path"]
+    BertForSequenceClassification.from_pretrained(encoder).save_pretrained(classifier)
+    load_tokenizer(encoder).save_pretrained(classifier)
+    second = {**options, "model_name_or_path": None, "strategy": "two_stage", "max_steps": 1}
+    with pytest.raises(ValueError, match=f"`fusedacl train --model_name_or_path {classifier} "):
+        run(second, stage1_model=classifier)
+    run(options, model_name_or_path=classifier, output_dir=first, max_steps=1)
+    results = run(second, stage1_model=first)
+    assert list(results["metrics"]["validation"]) == [1, 2]
 
 
 def test_alternating_rests_the_other_exits_in_odd_epochs(options, tmp_path: Path) -> None:

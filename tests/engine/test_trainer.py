@@ -184,6 +184,26 @@ def test_nan_stops_the_run_and_names_the_step(options, monkeypatch) -> None:
         run(options)
 
 
+def test_nan_in_an_evaluation_stops_the_run(options, monkeypatch) -> None:
+    """The step's own losses were finite; what was saved before stays."""
+    trained = Trainer._train_step
+
+    def poisoned(self: Trainer, *arguments: Any) -> None:
+        trained(self, *arguments)
+        if self.step == 8:
+            with torch.no_grad():
+                self.model.exits[0].classifier.weight.fill_(float("nan"))
+
+    monkeypatch.setattr(Trainer, "_train_step", poisoned)
+    message = "Step 8, validation: The exit on layer 2 answers 24 of 24 texts with NaN"
+    with pytest.raises(FloatingPointError, match=message):
+        run(options, save_steps=None)
+    left = Path(options["output_dir"])
+    assert [path.name for path in left.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert [record["step"] for record in records(left, "validation")] == [4]
+    assert not (left / "results.json").exists()
+
+
 def test_a_gradient_that_is_not_finite_names_the_step(options) -> None:
     with pytest.raises(FloatingPointError, match="Step [0-9]+: "):
         run(options, learning_rate=1e30, max_grad_norm=0, warmup_ratio=0)
