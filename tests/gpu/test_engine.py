@@ -1,0 +1,134 @@
+"""Training and early exit on the GPU: the first losses of a CPU run, and the same answers."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, train
+from fusedacl.engine.cli import main
+
+DEVICE = "cuda"
+STRATEGIES = ["single", "joint", "alternating", "two_stage"]
+
+
+def options_of(deep_bert: Path, tiny_data: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(deep_bert),
+        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "save_steps": 0,
+        "exit_layers": "1,3,4", "num_train_epochs": 2, "logging_steps": 1, "disable_tqdm": True,
+        **changes,
+    }  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [record["loss"] for record in records if record["split"] == "train"]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_first_losses_are_those_of_the_cpu(
+    deep_bert: Path, tiny_data: Path, tmp_path: Path, strategy: str
+) -> None:
+    """The later ones are not compared: AdamW enlarges rounding where a gradient is near zero."""
+    found = []
+    for number, device in enumerate(("cpu", DEVICE)):
+        run = tmp_path / str(number)
+        options = options_of(deep_bert, tiny_data, strategy=strategy, device=device)
+        if strategy == "single":
+            options.pop("exit_layers")
+        train(TrainingConfig.create(**options, output_dir=str(run)))
+        found.append(losses(run))
+    on_cpu, on_gpu = found
+    assert len(on_cpu) == len(on_gpu)
+    assert on_gpu[:2] == pytest.approx(on_cpu[:2], rel=1e-3)
+    assert all(map(math.isfinite, on_gpu))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_second_stage_from_cached_features(
+    deep_bert: Path, tiny_data: Path, tmp_path: Path, precision: str
+) -> None:
+    options = options_of(deep_bert, tiny_data, strategy="two_stage", device=DEVICE)
+    if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        pytest.skip("this GPU has no bf16")
+    options |= {} if precision == "fp32" else {precision: True}
+    first = train(TrainingConfig.create(**options, output_dir=str(tmp_path / "plain")))
+    cached = train(
+        TrainingConfig.create(
+            **options, output_dir=str(tmp_path / "cached"), feature_cache=str(tmp_path / "cache")
+        )
+    )
+    assert first["num_steps"] == cached["num_steps"]
+    # The states are kept in float16.
+    plain, from_cache = losses(tmp_path / "plain"), losses(tmp_path / "cached")
+    second_stage = len(plain) // 2
+    assert from_cache[second_stage] == pytest.approx(plain[second_stage], rel=2e-2)
+
+
+@pytest.fixture(scope="module")
+def trained(deep_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU: torch finds no CUDA device")
+    run = tmp_path_factory.mktemp("trained")
+    options = options_of(deep_bert, tiny_data, strategy="joint", device=DEVICE)
+    train(TrainingConfig.create(**options, output_dir=str(run)))
+    return run
+
+
+@pytest.mark.parametrize(
+    ("policy", "parameters"),
+    [("max_probability", {"threshold": 0.55}), ("entropy", {"threshold": 0.6}),
+     ("patience", {"patience": 2}), ("voting", {"votes": 2}), ("fixed_layer", {"layer": 3})],
+)  # fmt: skip
+def test_early_exit_answers_do_not_depend_on_the_batch(
+    trained: Path, tiny_data: Path, policy: str, parameters: dict[str, Any]
+) -> None:
+    from transformers import AutoTokenizer
+
+    model = MultiExitForSequenceClassification.from_pretrained(trained).eval()
+    rows = (tiny_data / "opinions" / "validation.jsonl").read_text().splitlines()
+    texts = [json.loads(row)["sentence"] for row in rows]
+    inputs = AutoTokenizer.from_pretrained(trained)(texts, padding=True, return_tensors="pt")
+    answers = []
+    for device in ("cpu", DEVICE):
+        model.to(device)
+        for size in (1, 7, len(texts)):
+            parts = [
+                model.early_exit(
+                    {
+                        name: value[start : start + size].to(device)
+                        for name, value in inputs.items()
+                    },
+                    policy,
+                    **parameters,
+                )
+                for start in range(0, len(texts), size)
+            ]
+            answers.append(
+                [torch.cat([getattr(part, field).cpu() for part in parts])
+                 for field in ("predictions", "exit_layers")]
+            )  # fmt: skip
+    for found in answers[1:]:
+        assert all(map(torch.equal, found, answers[0]))
+
+
+def test_policies_are_timed_on_the_gpu(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    status = main(
+        [
+            "exits", "--model_name_or_path", str(trained), "--task_name", "opinions",
+            "--data_dir", str(tiny_data), "--device", DEVICE, "--policies", "max_probability",
+            "--measure", "--measured_samples", "8", "--output_dir", str(tmp_path / "exits"),
+            "--disable_tqdm",
+        ]
+    )  # fmt: skip
+    assert status == 0
+    found = json.loads((tmp_path / "exits" / "exits.json").read_text())
+    timed = found["policies"]["max_probability"]["timed"]
+    assert timed
+    for setting in timed:
+        assert {speed["batch_size"] for speed in setting["measured"]} == {1, 32}
