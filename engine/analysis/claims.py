@@ -150,11 +150,13 @@ def _scores(sweep: SweepResults, task: str, method: str, claim: ClaimPlan, metri
     for run in sweep.runs:
         if (run.task, run.method) == (task, method):
             by_seed.setdefault(run.seed, []).append(run)
-    return _spreads(by_seed, metric, claim.shallow)
+    return _spreads(by_seed, len(sweep.grids(method)), metric, claim.shallow)
 
 
-def _spreads(by_seed: Mapping[int, Sequence[SweepRun]], metric: str, shallow: bool) -> Seeds:
-    """The highest less the lowest score of a seed over the values of the option."""
+def _spreads(
+    by_seed: Mapping[int, Sequence[SweepRun]], num_values: int, metric: str, shallow: bool
+) -> Seeds:
+    """The highest less the lowest score of a seed over all values of the option."""
     values: dict[int, float] = {}
     problems: dict[int, str] = {}
     for seed, runs in by_seed.items():
@@ -162,6 +164,9 @@ def _spreads(by_seed: Mapping[int, Sequence[SweepRun]], metric: str, shallow: bo
             scores = [_of_exits(run, metric, shallow) for run in runs]
         except NotThereError as error:
             problems[seed] = str(error)
+            continue
+        if len(scores) < num_values:
+            problems[seed] = f"{len(scores)} of {num_values} values"
             continue
         values[seed] = max(scores) - min(scores)
     return Seeds(values, problems)

@@ -65,6 +65,10 @@ def test_of_spreads_the_smaller_is_better() -> None:
     found, notes = weigh(sweep_of(*runs[:-1], run_of("rte", "B", 2, None, aux_weight=1.0)), CALM)
     assert [of_task.verdict for of_task in found] == ["one seed: no claim"]
     assert notes == ["Missing: B on rte, seed 2 (waiting)."]
+    # Nor has it one where a value is not among the runs at all.
+    found, notes = weigh(sweep_of(*runs[:-1]), CALM)
+    assert [of_task.verdict for of_task in found] == ["one seed: no claim"]
+    assert notes == ["Missing: B on rte, seed 2 (2 of 3 values)."]
 
 
 def test_what_is_not_sure_is_said(tmp_path: Path) -> None:
