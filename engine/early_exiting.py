@@ -13,7 +13,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
@@ -26,6 +28,9 @@ from .precision import autocast
 
 if TYPE_CHECKING:
     from .modeling import MultiExitForSequenceClassification
+
+# int64 [N]: places of texts, or their tokens.
+Rows = NDArray[np.int64]
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -76,10 +81,14 @@ class _Stage:
 
 @dataclass
 class _Flight:
-    """Texts under way together. rows [N]: their places in the answer; lengths [N]: their tokens."""
+    """Texts under way together. rows [N]: their places in the answer; lengths [N]: their tokens.
 
-    rows: Tensor  # CPU
-    lengths: Tensor  # CPU
+    What is kept about texts is NumPy's, as in `EncodedSplit`: between two layers an operation of
+    PyTorch on a few numbers takes tens of microseconds, its code having left the cache.
+    """
+
+    rows: Rows
+    lengths: Rows
     hidden: Tensor  # [N, T, H]
     attention_mask: Tensor  # [N, T]
     memory: Memory
@@ -89,11 +98,11 @@ class _Flight:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, keep: Tensor) -> _Flight:
-        """The texts `keep` (places, on the CPU), no wider than their longest."""
+    def select(self, keep: Rows) -> _Flight:
+        """The texts `keep` (places), no wider than their longest."""
         lengths = self.lengths[keep]
         width = int(lengths.max())
-        index = keep.to(self.hidden.device)
+        index = torch.from_numpy(keep).to(self.hidden.device)
         return _Flight(
             self.rows[keep],
             lengths,
@@ -111,8 +120,8 @@ def _merged(flights: Sequence[_Flight]) -> _Flight:
     missing = [width - flight.hidden.shape[1] for flight in flights]
     pairs = list(zip(flights, missing, strict=True))
     return _Flight(
-        torch.cat([flight.rows for flight in flights]),
-        torch.cat([flight.lengths for flight in flights]),
+        np.concatenate([flight.rows for flight in flights]),
+        np.concatenate([flight.lengths for flight in flights]),
         torch.cat([functional.pad(flight.hidden, (0, 0, 0, columns)) for flight, columns in pairs]),
         torch.cat(
             [functional.pad(flight.attention_mask, (0, columns)) for flight, columns in pairs]
@@ -131,18 +140,22 @@ def _full_batches(flights: Sequence[_Flight], batch_size: int | None) -> list[_F
     together = _merged(flights)
     if len(together) <= batch_size:
         return [together]
-    return [together.select(rows) for rows in torch.arange(len(together)).split(batch_size)]
+    places = np.arange(len(together))
+    return [
+        together.select(places[first : first + batch_size])
+        for first in range(0, len(together), batch_size)
+    ]
 
 
 class _Answers:
     """Logits and exit layers as texts leave, put in the input's order at the end."""
 
     def __init__(self, num_rows: int) -> None:
-        self.exit_layers = torch.zeros(num_rows, dtype=torch.int64)
-        self._rows: list[Tensor] = []
+        self.exit_layers = np.zeros(num_rows, dtype=np.int64)
+        self._rows: list[Rows] = []
         self._logits: list[Tensor] = []
 
-    def add(self, rows: Tensor, logits: Tensor, layer: int) -> None:
+    def add(self, rows: Rows, logits: Tensor, layer: int) -> None:
         self.exit_layers[rows] = layer
         self._rows.append(rows)
         self._logits.append(logits)
@@ -150,9 +163,8 @@ class _Answers:
     def logits(self) -> Tensor:
         """[n, K] on the CPU, by one transfer."""
         left = torch.cat(self._logits).cpu()
-        ordered = torch.empty_like(left)
-        ordered[torch.cat(self._rows)] = left
-        return ordered
+        places = np.concatenate(self._rows).argsort()
+        return left[torch.from_numpy(places)]
 
 
 class EarlyExit:
@@ -213,7 +225,7 @@ class EarlyExit:
         if token_type_ids is not None:
             batch["token_type_ids"] = token_type_ids
         num_rows = len(input_ids)
-        return self._run(iter([(torch.arange(num_rows), batch)]), num_rows, repack_to=None)
+        return self._run(iter([(np.arange(num_rows), batch)]), num_rows, repack_to=None)
 
     def predict(
         self,
@@ -233,24 +245,24 @@ class EarlyExit:
             encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
         )
 
-        def collated() -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        def collated() -> Iterator[tuple[Rows, dict[str, Tensor]]]:
             for indices in tqdm(
                 batches, desc="predict", leave=False, disable=None if progress else True
             ):
-                yield torch.from_numpy(indices), collate(encoded, indices, pad_token_id)
+                yield indices, collate(encoded, indices, pad_token_id)
 
         return self._run(collated(), len(encoded), repack_to=batch_size if repack else None)
 
     def _run(
         self,
-        batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]],
+        batches: Iterable[tuple[Rows, Mapping[str, Tensor]]],
         num_rows: int,
         repack_to: int | None,
     ) -> EarlyExitOutput:
         if self.model.training:
             self.model.eval()
         answers = _Answers(num_rows)
-        lengths = torch.empty(num_rows, dtype=torch.int64)
+        lengths = np.empty(num_rows, dtype=np.int64)
         device = self.model.device
         with torch.inference_mode(), autocast(device, self.dtype):
             self._run_all(batches, device, answers, lengths, repack_to)
@@ -260,18 +272,18 @@ class EarlyExit:
         return EarlyExitOutput(
             predictions=logits.argmax(dim=-1),
             probabilities=probabilities,
-            exit_layers=answers.exit_layers,
-            lengths=lengths,
+            exit_layers=torch.from_numpy(answers.exit_layers),
+            lengths=torch.from_numpy(lengths),
             costs=self._costs,
             full_cost=self._full_cost,
         )
 
     def _run_all(
         self,
-        batches: Iterable[tuple[Tensor, Mapping[str, Tensor]]],
+        batches: Iterable[tuple[Rows, Mapping[str, Tensor]]],
         device: torch.device,
         answers: _Answers,
-        lengths: Tensor,
+        lengths: Rows,
         repack_to: int | None,
     ) -> None:
         """Answers all batches; fills in the `lengths` [n] of the texts."""
@@ -289,7 +301,7 @@ class EarlyExit:
                 if left is not None:
                     waiting[stage + 1].append(left)
 
-    def _depart(self, rows: Tensor, batch: Mapping[str, Tensor], device: torch.device) -> _Flight:
+    def _depart(self, rows: Rows, batch: Mapping[str, Tensor], device: torch.device) -> _Flight:
         """Embeds a batch."""
         input_ids = batch["input_ids"]
         mask = batch.get("attention_mask")
@@ -337,7 +349,7 @@ class EarlyExit:
         layers, head = self.stages[stage].layers, self.stages[stage].head
         hidden, mask = flight.hidden, flight.attention_mask
         if flight.context is None:
-            padded = bool((flight.lengths < hidden.shape[1]).any())
+            padded = int(flight.lengths.min()) < hidden.shape[1]
             flight.context = self.layers.context(hidden, mask, padded)
         for layer in layers:
             hidden = self.layers.run(layer, hidden, flight.context)
@@ -353,17 +365,17 @@ class EarlyExit:
         reading = ExitReading(exit_layer, logits, certainty)
         leaving, flight.memory = self.policy.leaves(reading, flight.memory)
         # The one transfer an exit costs: N booleans.
-        leaving = leaving.cpu()
-        num_leaving = int(leaving.count_nonzero())
+        gone = leaving.cpu().numpy()
+        num_leaving = np.count_nonzero(gone)
         flight.hidden = hidden
         if num_leaving == 0:
             return flight
         if num_leaving == len(flight):
             answers.add(flight.rows, logits, exit_layer)
             return None
-        gone = leaving.nonzero().squeeze(1)
-        answers.add(flight.rows[gone], logits.index_select(0, gone.to(logits.device)), exit_layer)
-        return flight.select((~leaving).nonzero().squeeze(1))
+        places = torch.from_numpy(np.flatnonzero(gone)).to(logits.device)
+        answers.add(flight.rows[gone], logits.index_select(0, places), exit_layer)
+        return flight.select(np.flatnonzero(~gone))
 
 
 def early_exit(
@@ -511,22 +523,22 @@ def _stages(model: MultiExitForSequenceClassification, policy: Policy) -> list[_
     return stages
 
 
-def _lengths(attention_mask: Tensor) -> Tensor:
-    """Tokens of each right-padded text, int64 [N] on the CPU.
+def _lengths(attention_mask: Tensor) -> Rows:
+    """Tokens of each right-padded text, int64 [N].
 
     Raises:
         ValueError: no text, a text without a token, or padding before a token.
     """
-    mask = attention_mask.cpu().bool()
+    mask = attention_mask.cpu().numpy() != 0
     if mask.shape[0] == 0:
         raise ValueError("input_ids has no rows: there is nothing to predict.")
-    lengths = mask.sum(dim=1)
     # In a right-padded mask, no 1 follows a 0.
-    if not bool(mask[:, 0].all()) or bool((mask[:, 1:] & ~mask[:, :-1]).any()):
+    if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError(
             "attention_mask: padding must be on the right of each text, which has a token at least "
             "(tokenizer.padding_side = 'right')."
         )
+    lengths: Rows = mask.sum(axis=1, dtype=np.int64)
     return lengths
 
 

@@ -133,7 +133,7 @@ class Entropy(ThresholdPolicy):
     def signal(reading: ExitReading) -> Tensor:
         # softmax subtracts the maximum and entr(0) is 0: finite whatever the logits.
         entropy = torch.special.entr(torch.softmax(reading.logits, dim=-1)).sum(dim=-1)
-        return entropy / math.log(reading.logits.shape[-1])
+        return entropy.mul_(1 / math.log(reading.logits.shape[-1]))
 
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
         return self.signal(reading) < self.threshold, memory
