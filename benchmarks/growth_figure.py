@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+from ..engine.analysis.figures import save_figure
 from .measure import Result
 from .roofline import COLORS
 
-FILES = ("growth.png", "growth.svg")
+NAME = "growth"
 AXES = {
     "M": "M, rows of supcon_loss",
     "d": "d, width of the rows",
@@ -45,10 +46,7 @@ def draw(result: Result, machine: str, directory: Path) -> list[str]:
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     figure.suptitle(f"How cost grows, {machine}: forward + backward, and the angle's sums")
     directory.mkdir(parents=True, exist_ok=True)
-    for file in FILES:
-        metadata = {"Date": None} if file.endswith("svg") else None
-        figure.savefig(directory / file, dpi=110, metadata=metadata)
-    return list(FILES)
+    return [file.name for file in save_figure(figure, directory / NAME)]
 
 
 def _line(axes: Any, cases: list[Result], name: str, key: str, unit: float, color: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..engine.options import write_whole
 from ..engine.report import require_matplotlib
-from . import growth_figure, report_sections, roofline
+from . import growth_figure, report_sections, roofline, scaling_figure, step_figure
 from .headline import headline, write_headline
 from .measure import Result
 from .report_cases import cases_section, growth_section
@@ -83,7 +83,7 @@ def read_directory(directory: Path) -> dict[str, Result]:
 
 
 def draw(directories: Sequence[Path], results: Sequence[dict[str, Result]]) -> None:
-    """The roofline and the growth of every machine that measured them, beside its files."""
+    """Every figure that the machines' files have numbers for, beside the files."""
     require_matplotlib()
     for directory, found in zip(directories, results, strict=True):
         of_cases = _of_cases(found)
@@ -91,6 +91,11 @@ def draw(directories: Sequence[Path], results: Sequence[dict[str, Result]]) -> N
             roofline.draw(of_cases, directory.name, directory)
         if "growth" in found:
             growth_figure.draw(found["growth"], directory.name, directory)
+        for name, result in found.items():
+            if result.get("figures") and name.startswith("step"):
+                step_figure.draw(result, directory, name)
+            elif result.get("figures") and name == "scaling":
+                scaling_figure.draw(result, directory)
 
 
 def _of_cases(found: dict[str, Result]) -> list[Result]:
@@ -127,7 +132,7 @@ def page(directories: Sequence[Path], beside: Path | None = None) -> str:
             parts += ["", *_section(name, result, directory, beside, explained)]
             parts += ["", _provenance(result["environment"])]
         if any(roofline.points(result) for result in _of_cases(found)):
-            file = _link(directory / roofline.FILES[0], beside)
+            file = _link(directory / f"{roofline.NAME}.png", beside)
             parts += ["", f"![Roofline of {directory.name}]({file})"]
     return "\n".join(parts) + "\n"
 
@@ -139,7 +144,7 @@ def _section(
     if result.get("schema", 0) == 0:
         return VERSION_0[name](result)
     if name == "growth":
-        return growth_section(result, _link(directory / growth_figure.FILES[0], beside))
+        return growth_section(result, _link(directory / f"{growth_figure.NAME}.png", beside))
     if name.startswith("step"):
         figures = result.get("figures")
         figure = _link(directory / figures[0], beside) if figures else None

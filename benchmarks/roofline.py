@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from ..engine.analysis.figures import save_figure
 from .measure import Result
 
-FILES = ("roofline.png", "roofline.svg")
+NAME = "roofline"
 COLORS = (
     "#55a868", "#c44e52", "#4c72b0", "#dd8452", "#8172b3", "#937860", "#da8bc3", "#8c8c8c",
     "#ccb974", "#64b5cd", "#1b4f2a", "#7f1d1d", "#173f73", "#b15928", "#4b2e83", "#000000",
@@ -151,8 +152,4 @@ def draw(results: Sequence[Result], machine: str, directory: Path) -> list[str]:
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     figure.suptitle(f"Roofline, {machine}: forward + backward; roofs measured in the same runs")
     directory.mkdir(parents=True, exist_ok=True)
-    for file in FILES:
-        # Without the date, so that equal numbers make equal files.
-        metadata = {"Date": None} if file.endswith("svg") else None
-        figure.savefig(directory / file, dpi=110, metadata=metadata)
-    return list(FILES)
+    return [file.name for file in save_figure(figure, directory / NAME)]

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..engine.analysis.figures import save_figure
 from .cost_model import WORDS
 from .measure import Result
 from .scaling_options import CPU_PRESET
@@ -64,12 +65,7 @@ def draw(result: Result, directory: Path) -> list[str]:
         "Lines: model, faint where the method has no room"
     )
     directory.mkdir(parents=True, exist_ok=True)
-    files = ["scaling.png", "scaling.svg"]
-    for file in files:
-        # Without the date, so that equal numbers make equal files.
-        metadata = {"Date": None} if file.endswith("svg") else None
-        figure.savefig(directory / file, dpi=110, metadata=metadata)
-    return files
+    return [file.name for file in save_figure(figure, directory / "scaling")]
 
 
 def _marker(shape: str) -> Any:

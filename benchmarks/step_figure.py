@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from ..engine.analysis.figures import save_figure
 from ..engine.step_parts import (
     CE_BACKWARD,
     COMMUNICATION,
@@ -94,10 +95,5 @@ def draw(result: Result, directory: Path, stem: str = "step") -> list[str]:
         f"{threads} thread{'' if threads == 1 else 's'}, float32",
         fontsize=11,
     )
-    files = [f"{stem}.png", f"{stem}.svg"]
     directory.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        # Without the date, so that equal numbers make equal files.
-        metadata = {"Date": None} if file.endswith("svg") else None
-        figure.savefig(directory / file, dpi=110, metadata=metadata)
-    return files
+    return [file.name for file in save_figure(figure, directory / stem)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,19 @@ def test_the_command_draws_and_writes(
     readme.write_text("No markers.\n")
     assert report.main() == 2
     assert "needs the markers" in capsys.readouterr().err
+
+
+def test_the_committed_page_and_figures_are_those_of_the_committed_files(tmp_path: Path) -> None:
+    root = Path(__file__).parents[2]
+    directories = sorted((root / "benchmarks" / "results").iterdir())
+    committed = (root / "docs" / "performance.md").read_text()
+    assert page(directories, beside=root / "docs") == committed
+    copies = [tmp_path / directory.name for directory in directories]
+    for directory, copy in zip(directories, copies, strict=True):
+        shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    report.draw(copies, [report.read_directory(copy) for copy in copies])
+    for directory, copy in zip(directories, copies, strict=True):
+        assert {file.name for file in copy.iterdir()} == {file.name for file in directory.iterdir()}
 
 
 def test_a_foreign_schema_is_refused(
