@@ -529,7 +529,8 @@ def _lengths(attention_mask: Tensor) -> Rows:
     Raises:
         ValueError: no text, a text without a token, or padding before a token.
     """
-    mask = attention_mask.cpu().numpy() != 0
+    # NumPy has no bfloat16, which a mask may be in.
+    mask = attention_mask.bool().cpu().numpy()
     if mask.shape[0] == 0:
         raise ValueError("input_ids has no rows: there is nothing to predict.")
     # In a right-padded mask, no 1 follows a 0.
