@@ -58,8 +58,8 @@ bench-gpu: $(VENV)/.dev
 # The generated pages, from the files in docs/results/ and benchmarks/results/.
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
-	$(BIN)/python -m fusedacl.engine.analysis.results_page docs/results --output docs/results.md
-	$(BIN)/python -m fusedacl.benchmarks.report benchmarks/results/* --output docs/performance.md \
+	$(BIN)/python -m fusedacl.engine.reports.results_page docs/results --output docs/results.md
+	$(BIN)/python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --output docs/performance.md \
 	  --readme README.md
 
 $(VENV)/bin/python:

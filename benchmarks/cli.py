@@ -13,21 +13,22 @@ from typing import Any
 
 import torch
 
-from ..engine.options import did_you_mean, parse
-from ..engine.report import require_matplotlib
-from . import angle, floors, growth, loss
-from .bench_options import (
-    BenchConfig,
-    output_directory,
-    provider_names,
-    settings_of,
-    sizes,
-)
-from .measure import CPU
-from .memory import Child
-from .provider import Suite
-from .result import ResultFile, rates_result
-from .runner import Settings, refuse_what_cannot_fit, run_cases
+from ..engine.config.fields import parse
+from ..engine.runtime.plots import require_matplotlib
+from ..engine.runtime.text import did_you_mean
+from .floors.machine import measured
+from .floors.rates import DTYPE_NAMES, Rates, rates_result
+from .measuring.environment import CPU
+from .measuring.memory import Child
+from .measuring.result_file import ResultFile
+from .options import BenchConfig, output_directory, provider_names, settings_of, sizes
+from .suites import growth
+from .suites.gate import suite as angle
+from .suites.gate.case import AngleCase
+from .suites.loss import suite as loss
+from .suites.loss.case import LOSSES, LossCase
+from .suites.runner import Settings, refuse_what_cannot_fit, run_cases
+from .suites.suite import Suite
 
 USAGE = """usage: fusedacl bench <suite> [config.yaml] [--option value …]
 
@@ -90,9 +91,9 @@ def _known(suites: Sequence[str], device: torch.device) -> list[str]:
     """Names of all providers of suites, in their order."""
     cases: list[tuple[Suite, Any]] = []
     if "loss" in suites:
-        cases += [(loss.SUITE, loss.LossCase(kind, 4, 8, 2)) for kind in loss.LOSSES]
+        cases += [(loss.SUITE, LossCase(kind, 4, 8, 2)) for kind in LOSSES]
     if "angle" in suites:
-        cases += [(angle.SUITE, angle.AngleCase(task, 1000)) for task in angle.TASKS]
+        cases += [(angle.SUITE, AngleCase(task, 1000)) for task in angle.TASKS]
     found = [provider.name for suite, case in cases for provider in suite.providers(case, device)]
     return list(dict.fromkeys(found))
 
@@ -122,18 +123,17 @@ def _of_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = Non
         return _finished(file, run_cases(made, cases, settings, file, rates))
 
 
-def _machine(file: ResultFile, settings: Settings) -> floors.Rates:
+def _machine(file: ResultFile, settings: Settings) -> Rates:
     """The machine's rates, measured and kept in the file."""
     try:
-        rates = floors.measured(settings.device)
+        rates = measured(settings.device)
     except ImportError as error:
         raise ValueError(
             f"device={str(settings.device)!r}: {error}. Run: pip install triton"
         ) from error
     file.result["rates"] = rates_result(rates)
     products = ", ".join(
-        f"{floors.DTYPE_NAMES[dtype]} {value / 1e9:.0f} GFLOP/s"
-        for dtype, value in rates.flops.items()
+        f"{DTYPE_NAMES[dtype]} {value / 1e9:.0f} GFLOP/s" for dtype, value in rates.flops.items()
     )
     print(
         f"{rates.name}: {products}; {rates.exponentials / 1e9:.2f} Gexp/s; "
@@ -193,7 +193,7 @@ def _elsewhere(suite: str, arguments: list[str]) -> int:
             words.append(word)
     before, sys.argv = sys.argv, [f"fusedacl bench {suite}", *words]
     try:
-        import_module(f".{suite}", __package__).main()
+        import_module(f".suites.{suite}.suite", __package__).main()
     except SystemExit as stop:
         if isinstance(stop.code, str):
             print(f"fusedacl bench {suite}: {stop.code}", file=sys.stderr)
@@ -243,8 +243,8 @@ def _timed(suite: str, seconds: dict[str, float]) -> Iterator[None]:
 
 
 def _compare(arguments: list[str]) -> int:
-    from .compare import compare_files
-    from .compare_commits import compare_commits
+    from .comparing.commits import compare_commits
+    from .comparing.files import compare_files
 
     parser = argparse.ArgumentParser(
         prog="fusedacl bench compare",

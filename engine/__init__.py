@@ -4,14 +4,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config import EvaluationConfig, ExitsConfig, PredictionConfig, TrainingConfig
-    from .early_exiting import EarlyExit, early_exit
-    from .evaluation import evaluate
-    from .exit_study import study_exits
-    from .gate import GateDecision, GradientGate
-    from .modeling import MultiExitConfig, MultiExitForSequenceClassification
-    from .prediction import predict
-    from .trainer import train
+    from .config.commands import EvaluationConfig, ExitsConfig, PredictionConfig
+    from .config.training import TrainingConfig
+    from .inference.calibration.study import study_exits
+    from .inference.evaluation import evaluate
+    from .inference.prediction import predict
+    from .model.early_exit import EarlyExit, early_exit
+    from .model.multi_exit import MultiExitConfig, MultiExitForSequenceClassification
+    from .objectives.gate import GateDecision, GradientGate
+    from .training.run import train
 
 __all__ = [
     "EarlyExit",
@@ -31,20 +32,20 @@ __all__ = [
 ]
 
 _HOMES = {
-    "EarlyExit": "early_exiting",
-    "EvaluationConfig": "config",
-    "ExitsConfig": "config",
-    "GateDecision": "gate",
-    "GradientGate": "gate",
-    "MultiExitConfig": "modeling",
-    "MultiExitForSequenceClassification": "modeling",
-    "PredictionConfig": "config",
-    "TrainingConfig": "config",
-    "early_exit": "early_exiting",
-    "evaluate": "evaluation",
-    "predict": "prediction",
-    "study_exits": "exit_study",
-    "train": "trainer",
+    "EarlyExit": "model.early_exit",
+    "EvaluationConfig": "config.commands",
+    "ExitsConfig": "config.commands",
+    "GateDecision": "objectives.gate",
+    "GradientGate": "objectives.gate",
+    "MultiExitConfig": "model.multi_exit",
+    "MultiExitForSequenceClassification": "model.multi_exit",
+    "PredictionConfig": "config.commands",
+    "TrainingConfig": "config.training",
+    "early_exit": "model.early_exit",
+    "evaluate": "inference.evaluation",
+    "predict": "inference.prediction",
+    "study_exits": "inference.calibration.study",
+    "train": "training.run",
 }
 
 

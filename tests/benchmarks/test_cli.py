@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from fusedacl.benchmarks import cli, growth, measure, memory, runner
-from fusedacl.benchmarks.bench_options import BenchConfig, output_directory, sizes
-from fusedacl.benchmarks.floors import Rates
-from fusedacl.benchmarks.result import read_result
-from fusedacl.engine.cli import main as fusedacl
-from fusedacl.engine.options import build
+from fusedacl.benchmarks import cli
+from fusedacl.benchmarks.floors.rates import Rates
+from fusedacl.benchmarks.measuring import clock, memory
+from fusedacl.benchmarks.measuring.result_file import read_result
+from fusedacl.benchmarks.options import BenchConfig, output_directory, sizes
+from fusedacl.benchmarks.suites import growth, runner
+from fusedacl.engine.cli.main import main as fusedacl
+from fusedacl.engine.config.fields import build
 
 TINY = ["--rows", "24", "--widths", "8", "--samples", "6", "--classes", "2", "--exits", "1,2"]
 TINY += ["--parameters", "2000", "--rounds", "1", "--peaks", "false", "--threads", "1"]
@@ -26,10 +28,10 @@ OWN = ("loss", "angle", "growth")
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rates of nothing, few input sets: only the program is tried."""
     rates = Rates("here", {torch.float32: 1e9}, 1e9, 1e9, overlaps_units=False)
-    monkeypatch.setattr("fusedacl.benchmarks.floors.measured", lambda device: rates)
+    monkeypatch.setattr("fusedacl.benchmarks.cli.measured", lambda device: rates)
     monkeypatch.setattr(memory, "cache_bytes", lambda device=None: 4096)
-    monkeypatch.setattr("fusedacl.benchmarks.cpu_rates.BLOCK", 8)
-    monkeypatch.setattr(measure, "MAX_REPEATS", 1)
+    monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.BLOCK", 8)
+    monkeypatch.setattr(clock, "MAX_REPEATS", 1)
     monkeypatch.setattr(runner, "MAX_REPEATS", 1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FUSEDACL_DATA", raising=False)
@@ -125,7 +127,7 @@ def test_loss_leaves_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 def test_wrong_results_of_ours_are_status_1(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from fusedacl.benchmarks import loss_providers
+    from fusedacl.benchmarks.suites.loss import providers as loss_providers
 
     loss = loss_providers.supcon_loss
     monkeypatch.setattr(
@@ -149,7 +151,7 @@ def test_all_runs_every_suite(
 
         def main() -> None:
             heard[name] = sys.argv[1:]
-            if name == ".step":
+            if name == ".suites.step.suite":
                 raise SystemExit("losses differ: not timed")
 
         module.main = main  # type: ignore[attr-defined]
@@ -163,7 +165,7 @@ def test_all_runs_every_suite(
     options = ["--preset", "quick", "--output_dir", str(tmp_path), "--providers", "fusedacl"]
     assert cli.main(["all", *TINY, *options]) == 1
     told = ["--quick", "--output_dir", str(tmp_path)]
-    assert heard == {f".{name}": told for name in ("step", "exits", "scaling")}
+    assert heard == {f".suites.{name}.suite": told for name in ("step", "exits", "scaling")}
     assert sys.argv == before
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json" for name in OWN}
     found = read_result(tmp_path / "growth.json")
@@ -200,7 +202,7 @@ def test_nothing_in_the_engine_needs_the_benchmarks() -> None:
         for path in engine.rglob("*.py")
         if "..benchmarks" in path.read_text(encoding="utf-8")
     ]
-    assert users == ["cli.py"]
+    assert users == ["main.py"]
 
 
 def test_a_part_of_the_sizes_does_not_replace_the_committed_file() -> None:

@@ -20,7 +20,10 @@ from contrastive_cases import (
     make_inputs,
     run,
 )
-from fusedacl.kernels import acl_cl_loss, acl_loss, dispatch, supcon_loss, supcon_tiled
+from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
+from fusedacl.kernels.contrastive import dispatch
+from fusedacl.kernels.contrastive.sharded import agreement
+from fusedacl.kernels.contrastive.tiled import loss as tiled
 from rank_pool import Ranks
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -69,22 +72,22 @@ def losses_on_rank(rank: int, cases: list[tuple[Any, ...]]) -> list[list[Tensor]
 
 def losses_in_small_tiles(rank: int, cases: list[tuple[Any, ...]]) -> list[list[Tensor] | None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(supcon_tiled, "TILE", 4)
-        patch.setattr(supcon_tiled, "FEW_ROWS", 0)
+        patch.setattr(tiled, "TILE", 4)
+        patch.setattr(tiled, "FEW_ROWS", 0)
         return losses_on_rank(rank, cases)
 
 
 def fused_losses_on_rank(rank: int, cases: list[tuple[Any, ...]]) -> list[list[Tensor] | None]:
-    from fusedacl.kernels import pair_kernels, row_kernels, supcon_fused
-    from fusedacl.kernels.pair_kernels import Blocks, Tile
+    from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
+    from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
 
     def small_tiles(capability: int, dtype: torch.dtype, width: int) -> Blocks:
         return Blocks(Tile(32, 16, width, 0, 4, 2), Tile(16, 32, width, width, 4, 2))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dispatch, "SMALL_ROWS", 0)
-        patch.setattr(supcon_fused, "shipped", small_tiles)
-        for module in (pair_kernels, row_kernels):
+        patch.setattr(large_batches, "shipped", small_tiles)
+        for module in (pair_sums, row_steps):
             patch.setattr(module, "PADDED_ROWS", 32)
         return losses_on_rank(rank, cases)
 
@@ -538,11 +541,11 @@ def test_what_is_no_group() -> None:
 
 
 def test_a_device_without_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedacl.kernels import global_rows
+    from fusedacl.kernels.contrastive.sharded import batch as global_rows
 
     monkeypatch.setattr(global_rows, "device_types", lambda group: ["cuda"])
     with pytest.raises(ValueError, match="embeddings are on cpu and .* for cuda only"):
-        global_rows.check_device(None, torch.device("cpu"))
+        agreement.check_device(None, torch.device("cpu"))
 
 
 def compiled_on_rank(rank: int) -> str:
@@ -587,7 +590,7 @@ def test_a_rank_without_backward() -> None:
 def test_dispatch_never_takes_one_launch_for_rows_of_several_ranks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from fusedacl.kernels import machine
+    from fusedacl.kernels.support import machine
 
     for module in (dispatch, machine):
         monkeypatch.setattr(module, "capability", lambda device: 90)

@@ -19,10 +19,10 @@ import torch
 pytest.importorskip("deepspeed")
 
 from fusedacl.engine import MultiExitForSequenceClassification, evaluate
-from fusedacl.engine.checkpoint import checkpoints, step_of
-from fusedacl.engine.config import EvaluationConfig
-from fusedacl.engine.manifest import fault
-from fusedacl.engine.options import build
+from fusedacl.engine.config.commands import EvaluationConfig
+from fusedacl.engine.config.fields import build
+from fusedacl.engine.runtime.manifest import fault, step_of
+from fusedacl.engine.training.storage.checkpoint import checkpoints
 from rank_pool import Ranks
 from training_cases import trained
 
@@ -126,7 +126,7 @@ def assert_goes_on(options: dict[str, Any], two_ranks: Ranks, undisturbed: Path)
 
 def test_a_rank_dies_in_the_middle_of_a_save(options, two_ranks: Ranks, tmp_path: Path) -> None:
     options["deepspeed_config"] = zero(tmp_path, 2)
-    started = launch(options, str(HERE / "dying_rank.py"))
+    started = launch(options, str(HERE.parent / "support" / "dying_rank.py"))
     wait_for(tmp_path / "run" / "checkpoint-3", started)
     words = ended(started, options["output_dir"])
     assert started.returncode == 1

@@ -18,7 +18,7 @@ def test_every_public_name_resolves() -> None:
 
 def test_a_mistyped_flag_does_not_wait_for_torch() -> None:
     code = (
-        "import sys; from fusedacl.engine.cli import main; "
+        "import sys; from fusedacl.engine.cli.main import main; "
         "assert main(['train', '--taks_name', 'x']) == 2; "
         "assert not {'torch', 'transformers'} & set(sys.modules)"
     )

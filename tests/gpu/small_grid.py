@@ -83,24 +83,25 @@ def dtypes_here() -> tuple[torch.dtype, ...]:
 
 
 def check_small() -> None:
-    from fusedacl.kernels import dispatch, supcon_small
+    from fusedacl.kernels.contrastive import dispatch
+    from fusedacl.kernels.contrastive.gpu import small_batches
 
-    dispatch.SMALL_ROWS = supcon_small.MAX_ROWS
+    dispatch.SMALL_ROWS = small_batches.MAX_ROWS
     losses("triton", (1, 17, 33, 61), dtypes_here())
 
 
 def check_fused() -> None:
-    from fusedacl.kernels import dispatch
+    from fusedacl.kernels.contrastive import dispatch
 
     dispatch.SMALL_ROWS = 0
     losses("triton", (1, 61, 130), dtypes_here())
 
 
 def check_tiled() -> None:
-    from fusedacl.kernels import supcon_tiled
+    from fusedacl.kernels.contrastive.tiled import loss as tiled
 
     # Several tiles, also at the edge, each of several blocks.
-    supcon_tiled.GPU_TILE, supcon_tiled.ONE_TILE, supcon_tiled.FEW_ROWS = 48, 0, 0
+    tiled.GPU_TILE, tiled.ONE_TILE, tiled.FEW_ROWS = 48, 0, 0
     losses("tiled", (61, 100), dtypes_here())
 
 

@@ -15,8 +15,8 @@ from contrastive_cases import (
     make_inputs,
     run,
 )
-from fusedacl.kernels import dispatch
-from fusedacl.kernels.dispatch import Workload
+from fusedacl.kernels.contrastive import dispatch
+from fusedacl.kernels.contrastive.dispatch import Workload
 
 DEVICE = torch.device("cuda")
 IMPLEMENTATIONS = ("supcon_small", "supcon_fused", "tiled")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, train
-from fusedacl.engine.cli import main
+from fusedacl.engine.cli.main import main
 
 DEVICE = "cuda"
 STRATEGIES = ["single", "joint", "alternating", "two_stage"]

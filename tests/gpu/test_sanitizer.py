@@ -10,7 +10,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).with_name("small_grid.py")
-CASES = Path(__file__).parent.parent / "kernels"
+CASES = Path(__file__).parent.parent / "support"
 FOUND_ERRORS = 9
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).with_name("small_grid.py")
-CASES = Path(__file__).parent.parent / "kernels"
+CASES = Path(__file__).parent.parent / "support"
 
 
 @pytest.mark.parametrize("name", ["supcon_small", "tiled", "gradients"])

@@ -11,18 +11,11 @@ from typing import Any
 import pytest
 import torch
 from contrastive_cases import DEVICE, Inputs, make_inputs, run
-from fusedacl.benchmarks.counting import is_host_read
-from fusedacl.kernels import (
-    angle_degrees,
-    combined_squared_norm,
-    dispatch,
-    gated_combine_,
-    grad_dot_norm,
-    reference,
-    rows,
-    supcon_compiled,
-    supcon_tiled,
-)
+from fusedacl.benchmarks.measuring.counting import is_host_read
+from fusedacl.kernels import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
+from fusedacl.kernels.contrastive import batch, dispatch, reference
+from fusedacl.kernels.contrastive.tiled import cpu_loop
+from fusedacl.kernels.contrastive.tiled import loss as tiled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -51,7 +44,7 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     def compute_classes(*arguments: Any) -> tuple[Tensor, bool]:
         with _disable_current_modes():
-            classes, _ = rows.compute_classes(*arguments)
+            classes, _ = batch.compute_classes(*arguments)
         # What it answers where it does not look.
         return classes, True
 
@@ -65,9 +58,9 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def loss_modules() -> list[Any]:
-    from fusedacl.kernels import supcon_fused, supcon_small
+    from fusedacl.kernels.contrastive.gpu import large_batches, small_batches
 
-    return [reference, supcon_tiled, supcon_fused, supcon_small]
+    return [reference, tiled, large_batches, small_batches]
 
 
 def test_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +85,7 @@ def test_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_classes_are_not_read(num_labels: int | None) -> None:
     """A tensor on the device "meta" has no values: reading one raises."""
     labels = torch.zeros(5, dtype=torch.int64, device="meta")
-    classes, may_ignore = rows.compute_classes(labels, num_labels, -100, 2)
+    classes, may_ignore = batch.compute_classes(labels, num_labels, -100, 2)
     assert classes.shape == (2 * (5 + (num_labels or 0)),)
     assert may_ignore
 
@@ -121,12 +114,12 @@ def test_losses(monkeypatch: pytest.MonkeyPatch, implementation: str, kind: str)
 @pytest.mark.parametrize("tile", [4, 512])
 def test_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
     """Several tiles with the kernels between their products, and one tile without."""
-    monkeypatch.setattr(supcon_compiled, "MAX_ROWS", 0)
-    monkeypatch.setattr(supcon_tiled, "TILE", tile)
-    monkeypatch.setattr(supcon_tiled, "GPU_TILE", tile)
-    monkeypatch.setattr(supcon_tiled, "ONE_TILE", tile * tile)
-    monkeypatch.setattr(supcon_tiled, "FEW_ROWS", 0)
-    monkeypatch.setattr(supcon_tiled, "has_epilogue", lambda tensor: True)
+    monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
+    monkeypatch.setattr(tiled, "TILE", tile)
+    monkeypatch.setattr(tiled, "GPU_TILE", tile)
+    monkeypatch.setattr(tiled, "ONE_TILE", tile * tile)
+    monkeypatch.setattr(tiled, "FEW_ROWS", 0)
+    monkeypatch.setattr(tiled, "has_epilogue", lambda tensor: True)
     inputs = make_inputs(9, 3, dtype=torch.float16, device=DEVICE)
     with no_reads(monkeypatch):
         run(inputs, torch.arange(9, device=DEVICE) % 3, None, impl="tiled")
@@ -136,13 +129,13 @@ def test_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
 @pytest.mark.parametrize("groups", [None, [0, 2, 0]])
 def test_gradients(monkeypatch: pytest.MonkeyPatch, impl: str, groups: list[int] | None) -> None:
     """Sums, decision, combination, loss-scale removal, clipping, and what is logged of them."""
-    from fusedacl.kernels import gradients_fused
+    from fusedacl.kernels.gradients import gpu
 
     a, b = ([torch.randn(shape, device=DEVICE) for shape in ((3, 4), 7, 2)] for _ in range(2))
     some = [b[0].t().contiguous().t(), b[1], None]
     scale = torch.tensor(0.5, device=DEVICE)
     # The largest angle as a cosine: a constant, found on the host once, from no tensor of the step.
-    gradients_fused.lowest_cosine_bits(90.0)
+    gpu.lowest_cosine_bits(90.0)
     with no_reads(monkeypatch):
         for max_norm, clip_groups in ((None, False), (1.0, False), (1.0, True)):
             stats = grad_dot_norm(a, some, groups=groups, impl=impl)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 from fusedacl.kernels import tuning
-from fusedacl.kernels.pair_kernels import Tile
+from fusedacl.kernels.contrastive.gpu import tiles
+from fusedacl.kernels.contrastive.gpu.tiles import Tile
 from fusedacl.kernels.tuning import Kernel
 
 GPU = torch.device("cuda", 0)
@@ -27,13 +28,13 @@ BEST = Tile(rows=64, columns=32, chunk=64, output=0, num_warps=8, num_stages=2)
 def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FUSEDACL_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    tuning.entries.cache_clear()
-    tuning.tuned.cache_clear()
+    tiles.entries.cache_clear()
+    tiles.tuned.cache_clear()
     return tmp_path / "tuning.json"
 
 
 def remember(tile: Any, kernel: str = "row_sums", width: int = 64) -> None:
-    name = tuning.entry_name(kernel, GPU, torch.float16, width)
+    name = tiles.entry_name(kernel, GPU, torch.float16, width)
     tuning.store({name: {"tile": tile}})
 
 
@@ -62,13 +63,13 @@ def fake(cost: Callable[[Tile], float]) -> tuple[Kernel, tuning.Timer]:
 
 
 def test_what_was_stored_is_found() -> None:
-    assert tuning.tuned("row_sums", GPU, torch.float16, 64) is None
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) is None
     remember(asdict(BEST))
-    assert tuning.tuned("row_sums", GPU, torch.float16, 64) == BEST
-    assert tuning.tuned("row_sums", GPU, torch.float16, 128) is None
-    assert tuning.tuned("row_sums", GPU, torch.float32, 64) is None
-    assert tuning.tuned("pair_gradient", GPU, torch.float16, 64) is None
-    assert tuning.tuned("row_sums", torch.device("cpu"), torch.float16, 64) is None
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
+    assert tiles.tuned("row_sums", GPU, torch.float16, 128) is None
+    assert tiles.tuned("row_sums", GPU, torch.float32, 64) is None
+    assert tiles.tuned("pair_gradient", GPU, torch.float16, 64) is None
+    assert tiles.tuned("row_sums", torch.device("cpu"), torch.float16, 64) is None
 
 
 @pytest.mark.parametrize("changed", ["GPU", "triton", "fusedacl"])
@@ -81,16 +82,16 @@ def test_a_tile_is_for_one_gpu_and_for_one_version(
     elif changed == "triton":
         monkeypatch.setattr("triton.__version__", "99.0")
     else:
-        monkeypatch.setattr(tuning, "version", lambda name: "99.0")
-    assert tuning.tuned("row_sums", GPU, torch.float16, 64) is None
+        monkeypatch.setattr(tiles, "version", lambda name: "99.0")
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) is None
 
 
 def test_the_file_is_read_once(own_cache: Path) -> None:
     remember(asdict(BEST))
-    assert tuning.tuned("row_sums", GPU, torch.float16, 64) == BEST
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
     own_cache.unlink()
-    assert tuning.tuned("row_sums", GPU, torch.float16, 128) is None
-    assert tuning.tuned("row_sums", GPU, torch.float16, 64) == BEST
+    assert tiles.tuned("row_sums", GPU, torch.float16, 128) is None
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
 
 
 @pytest.mark.parametrize(
@@ -100,8 +101,8 @@ def test_the_file_is_read_once(own_cache: Path) -> None:
         "[]",
         "\xff",
         json.dumps({"schema": 0, "entries": {}}),
-        json.dumps({"schema": tuning.SCHEMA}),
-        json.dumps({"schema": tuning.SCHEMA, "entries": {"name": 3}}),
+        json.dumps({"schema": tiles.SCHEMA}),
+        json.dumps({"schema": tiles.SCHEMA, "entries": {"name": 3}}),
     ],
 )
 def test_a_damaged_file_is_ignored_with_one_warning_and_replaced_by_the_next_search(
@@ -109,13 +110,13 @@ def test_a_damaged_file_is_ignored_with_one_warning_and_replaced_by_the_next_sea
 ) -> None:
     own_cache.write_text(content, encoding="latin-1")
     for width in (64, 128):
-        assert tuning.tuned("row_sums", GPU, torch.float16, width) is None
+        assert tiles.tuned("row_sums", GPU, torch.float16, width) is None
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert str(own_cache) in record.getMessage()
     assert "Remove it" in record.getMessage()
     remember(asdict(BEST))
-    assert tuning.tuned("row_sums", GPU, torch.float16, 64) == BEST
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
 
 
 @pytest.mark.parametrize(
@@ -126,7 +127,7 @@ def test_an_incomplete_tile_is_ignored_with_a_warning(
 ) -> None:
     remember(tile)
     for _ in range(2):
-        assert tuning.tuned("row_sums", GPU, torch.float16, 64) is None
+        assert tiles.tuned("row_sums", GPU, torch.float16, 64) is None
     (record,) = caplog.records
     assert "its tile of row_sums does not give" in record.getMessage()
 
@@ -144,10 +145,10 @@ def test_writers_at_the_same_time_lose_nothing(own_cache: Path) -> None:
 def test_the_file_lies_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FUSEDACL_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
-    assert tuning.cache_file() == Path("/caches/fusedacl/tuning.json")
+    assert tiles.cache_file() == Path("/caches/fusedacl/tuning.json")
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", "/home/someone")
-    assert tuning.cache_file() == Path("/home/someone/.cache/fusedacl/tuning.json")
+    assert tiles.cache_file() == Path("/home/someone/.cache/fusedacl/tuning.json")
 
 
 def test_the_search_walks_to_the_fastest_tile() -> None:
@@ -238,7 +239,7 @@ def test_the_command_measures_prints_and_stores(
     assert len(printed) == 2
     assert "row_sums torch.float16 width 64: rows 64, columns 32" in printed[0]
     assert printed[1] == f"kept in {own_cache}"
-    assert tuning.tuned("row_sums", GPU, torch.float16, 64) == BEST
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
 
 
 def test_the_command_refuses_where_there_is_nothing_to_measure(

@@ -1,0 +1,1 @@
+"""Two result files, or two commits, side by side."""

@@ -1,0 +1,113 @@
+"""The same bench run from two commits, in turns, and the comparison of what it measured.
+
+Each commit's engine/ and kernels/ are laid out in a temporary directory with the benchmarks of this
+checkout, so that only the code under test differs; its compiled loop is built there.
+"""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..measuring.environment import Result
+from ..measuring.result_file import read_result
+from .files import compare, merged
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+# What a tree needs of a commit; the benchmarks are this checkout's.
+PARTS = ("engine", "kernels")
+BUILD_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+def compare_commits(
+    commits: Sequence[str], suite: str, options: Sequence[str], repeats: int = 2
+) -> str:
+    """Runs `bench suite options` from both, A B B A …, and compares.
+
+    Raises:
+        ValueError: no git checkout, an unknown commit, or a run that failed, with what it said.
+    """
+    hashes = [commit_hash(name) for name in commits]
+    with tempfile.TemporaryDirectory(prefix="fusedacl_bench_") as directory:
+        sites = []
+        for index, commit in enumerate(hashes):
+            sites.append(lay_out(commit, Path(directory) / f"tree{index}"))
+        runs: list[list[Result]] = [[], []]
+        for number in range(repeats):
+            for index in (0, 1) if number % 2 == 0 else (1, 0):
+                print(f"run {number + 1} of {repeats}, {commits[index]}", flush=True)
+                output = Path(directory) / f"run{number}_{index}"
+                found = run_from(sites[index], suite, [*options, "--output_dir", str(output)])
+                found["environment"]["commit"] = hashes[index]
+                runs[index].append(found)
+    old, new = (merged(of_commit) for of_commit in runs)
+    return compare(old, new, names=(commits[0], commits[1]))
+
+
+def commit_hash(name: str) -> str:
+    try:
+        found = _git("rev-parse", "--verify", "--quiet", "--end-of-options", f"{name}^{{commit}}")
+    except FileNotFoundError:
+        raise ValueError(
+            "commits: git is not installed, so no commit can be checked out."
+        ) from None
+    if found.returncode != 0:
+        raise ValueError(
+            f"commits: {name!r} is no commit of the checkout in {str(CHECKOUT)!r}: name a hash, a "
+            "branch or HEAD~1, or compare two result files."
+        )
+    return found.stdout.decode().strip()
+
+
+def lay_out(commit: str, tree: Path) -> Path:
+    """The directory to import from: fusedacl/{engine,kernels,benchmarks}."""
+    tree.mkdir(parents=True)
+    archive = _git("archive", "--format=tar", commit, *PARTS, *BUILD_FILES)
+    if archive.returncode != 0:
+        raise ValueError(f"commits: {commit} cannot be laid out: {archive.stderr.decode().strip()}")
+    with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as packed:
+        packed.extractall(tree, filter="data")
+    site = tree / "site" / "fusedacl"
+    site.mkdir(parents=True)
+    for part in PARTS:
+        (site / part).symlink_to(tree / part, target_is_directory=True)
+    (site / "benchmarks").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    # setup.py names this package too.
+    (tree / "benchmarks").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, capture_output=True
+    )
+    return site.parent
+
+
+def run_from(site: Path, suite: str, arguments: Sequence[str]) -> Result:
+    """What `bench suite` leaves when its packages are those of a tree.
+
+    Raises:
+        ValueError: it failed, or another fusedacl was imported.
+    """
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    where = subprocess.run(
+        [sys.executable, "-c", "import fusedacl.kernels as k; print(k.__file__)"],
+        cwd=site, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    if not where.stdout.startswith(str(site)):
+        raise ValueError(
+            f"commits: fusedacl was imported from {where.stdout.strip()!r} and not from the "
+            f"commit's tree {where.stderr.strip()[-300:]}"
+        )
+    command = [sys.executable, "-m", "fusedacl.benchmarks", suite, *arguments]
+    done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True)
+    output = Path(arguments[list(arguments).index("--output_dir") + 1]) / f"{suite}.json"
+    if done.returncode != 0:
+        words = (done.stderr or done.stdout).strip()[-2000:]
+        raise ValueError(f"commits: {' '.join(command[1:])} failed there: {words}")
+    return read_result(output)
+
+
+def _git(*arguments: str) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(["git", "-C", str(CHECKOUT), *arguments], capture_output=True)

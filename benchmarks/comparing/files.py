@@ -1,0 +1,194 @@
+"""Two results side by side: what is faster, what is slower, and what the noise hides.
+
+A change is named only where four things agree: the medians differ by more than either run
+scatters, the intervals from the 20th to the 80th percentile do not touch, the machine itself (its
+rates of matrix product, exponential and copy) and the case's other providers, which are not our
+code, moved by less, and neither run is marked noisy.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ...engine.runtime.text import text_table
+from ..measuring.environment import Result
+from ..measuring.result_file import read_result, spread, timings
+
+FASTER, SLOWER, SAME = "faster", "slower", "no change seen"
+NOT_JUDGED = "not judged: noisy"
+VERDICTS = (FASTER, SLOWER, SAME, NOT_JUDGED)
+Times = dict[tuple[str, ...], Result]
+# Below this, two runs on the same machine differ by themselves.
+MIN_CHANGE = 0.03
+RATES = ("giga_exponentials_per_second", "gigabytes_per_second")
+ENVIRONMENT = ("cpu", "gpu", "cores", "threads", "torch", "python", "driver", "cuda", "triton")
+
+
+def compare_files(old: Path, new: Path) -> str:
+    """The table of two files, and what else differs between them.
+
+    Raises:
+        ValueError: a file of another schema, or two files that have no case in common.
+    """
+    results = [read_result(path) for path in (old, new)]
+    return compare(results[0], results[1], names=(str(old), str(new)))
+
+
+def compare(old: Result, new: Result, names: tuple[str, str] = ("old", "new")) -> str:
+    """See `compare_files`; results in place of files."""
+    if old["benchmark"] != new["benchmark"]:
+        raise ValueError(
+            f"{names[0]} is of bench {old['benchmark']} and {names[1]} of bench "
+            f"{new['benchmark']}: name two files of one suite."
+        )
+    drift = machine_drift(old, new)
+    lines = [f"old: {_of(old)}", f"new: {_of(new)}", *_differences(old, new)]
+    lines.append(
+        "noise: times scatter by "
+        f"{old['noise']['spread']:.1%} (old) and {new['noise']['spread']:.1%} (new), "
+        f"typically; the machine's own rates differ by {drift:.1%} at most."
+    )
+    for name, result in zip(("old", "new"), (old, new), strict=True):
+        if result["noise"]["noisy"]:
+            lines.append(f"{name} is noisy: {'; '.join(result['noise']['why'])}.")
+    rows = changes(old, new, drift)
+    if not rows:
+        raise ValueError(f"{names[0]} and {names[1]} have no case in common: nothing to compare.")
+    header = ["case", "old ms", "new ms", "new / old", "noise", "verdict"]
+    cells = [
+        [
+            row["words"], f"{row['old_ms']:.4g}", f"{row['new_ms']:.4g}", f"{row['ratio']:.3f}",
+            f"{row['noise']:.1%}", row["verdict"],
+        ]
+        for row in rows
+    ]  # fmt: skip
+    counts = {word: sum(row["verdict"] == word for row in rows) for word in VERDICTS}
+    lines += ["", text_table(header, cells), ""]
+    lines.append(", ".join(f"{number} {word}" for word, number in counts.items()))
+    return "\n".join(lines)
+
+
+def changes(old: Result, new: Result, drift: float = 0.0) -> list[Result]:
+    """Every time that both have, the ratio of medians and what may be said of it."""
+    before, after = _times(old), _times(new)
+    noisy = old["noise"]["noisy"] or new["noise"]["noisy"]
+    rows = []
+    for path, times in before.items():
+        if path not in after:
+            continue
+        control = max(drift, _control(before, after, path))
+        row = judge(times, after[path], control)
+        if noisy and row["verdict"] != SAME:
+            row["verdict"] = NOT_JUDGED
+        rows.append({"words": ": ".join(path)} | row)
+    return rows
+
+
+def _control(before: Times, after: Times, path: tuple[str, ...]) -> float:
+    """How far the other providers of a case, which are not our code, moved between the runs."""
+    moved = [
+        abs(math.log(after[other]["p50_ms"] / times["p50_ms"]))
+        for other, times in before.items()
+        if other[:-1] == path[:-1] and other != path and times.get("ours") is False
+        and other in after
+    ]  # fmt: skip
+    return math.exp(statistics.median(moved)) - 1 if moved else 0.0
+
+
+def judge(old: Mapping[str, Any], new: Mapping[str, Any], drift: float = 0.0) -> Result:
+    """One pair of times."""
+    change = new["p50_ms"] / old["p50_ms"]
+    noise = max(spread(dict(old)), spread(dict(new)), drift, MIN_CHANGE)
+    verdict = SAME
+    if change < 1 / (1 + noise) and new["p80_ms"] < old["p20_ms"]:
+        verdict = FASTER
+    elif change > 1 + noise and new["p20_ms"] > old["p80_ms"]:
+        verdict = SLOWER
+    return {
+        "old_ms": old["p50_ms"], "new_ms": new["p50_ms"], "ratio": change, "noise": noise,
+        "verdict": verdict,
+    }  # fmt: skip
+
+
+def machine_drift(old: Result, new: Result) -> float:
+    """The largest relative difference of the rates that both runs measured, 0 without any."""
+    found = []
+    for key in RATES:
+        found += _ratios(old.get("rates") or {}, new.get("rates") or {}, key)
+    flops = [(result.get("rates") or {}).get("gigaflops", {}) for result in (old, new)]
+    for key in flops[0]:
+        found += _ratios(flops[0], flops[1], key)
+    return max((abs(ratio - 1) for ratio in found), default=0.0)
+
+
+def _ratios(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> list[float]:
+    return [new[key] / old[key]] if old.get(key) and new.get(key) else []
+
+
+def merged(runs: list[Result]) -> Result:
+    """Several runs of one commit as one result: medians of their times, spread between the runs.
+
+    The interval is the widest of any run, and no narrower than the medians of the runs lie apart.
+    """
+    first, found = runs[0], [_times(run) for run in runs]
+    times = {}
+    for path in found[0]:
+        of_path = [each[path] for each in found if path in each]
+        medians = [each["p50_ms"] for each in of_path]
+        times["\n".join(path)] = {
+            "p20_ms": min(min(each["p20_ms"] for each in of_path), *medians),
+            "p50_ms": statistics.median(medians),
+            "p80_ms": max(max(each["p80_ms"] for each in of_path), *medians),
+            "samples": sum(each["samples"] for each in of_path),
+            "ours": of_path[0].get("ours"),
+        }
+    typical = statistics.median([spread(each) for each in times.values()]) if times else 0.0
+    why = list(dict.fromkeys(words for run in runs for words in run["noise"]["why"]))
+    noise = first["noise"] | {"spread": typical, "noisy": bool(why), "why": why}
+    return {key: first[key] for key in ("schema", "benchmark", "preset", "environment")} | {
+        "rates": _best_rates(runs), "noise": noise, "merged": times,
+    }  # fmt: skip
+
+
+def _best_rates(runs: list[Result]) -> Result:
+    """Of each rate the fastest run's: what the machine could do."""
+    best: Result = {"gigaflops": {}}
+    for rates in (run.get("rates") or {} for run in runs):
+        for dtype, value in rates.get("gigaflops", {}).items():
+            best["gigaflops"][dtype] = max(value, best["gigaflops"].get(dtype, 0.0))
+        for key in RATES:
+            if rates.get(key):
+                best[key] = max(rates[key], best.get(key, 0.0))
+    return best
+
+
+def _times(result: Result) -> Times:
+    """Every time by what it is of; names of merged runs are paths already."""
+    if "merged" in result:
+        return {tuple(key.split("\n")): value for key, value in result["merged"].items()}
+    sections = {
+        key: value
+        for key, value in result.items()
+        if key not in ("environment", "rates", "noise", "growth")
+    }
+    return dict(timings(sections))
+
+
+def _of(result: Result) -> str:
+    environment = result["environment"]
+    return f"commit {environment['commit']}, {environment['date']}, preset {result['preset']}"
+
+
+def _differences(old: Result, new: Result) -> list[str]:
+    """The lines on what else differs, the machine first."""
+    before, after = old["environment"], new["environment"]
+    found = [
+        f"{key} differs: {before.get(key)} and {after.get(key)}."
+        for key in ENVIRONMENT
+        if before.get(key) != after.get(key)
+    ]
+    if any(before.get(key) != after.get(key) for key in ("cpu", "gpu", "cores", "threads")):
+        found.append("These are different machines or settings: ratios are not the code's alone.")
+    return found

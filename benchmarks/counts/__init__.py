@@ -1,0 +1,1 @@
+"""Operations, bytes and launches held against the accepted ones."""

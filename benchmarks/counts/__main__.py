@@ -1,0 +1,246 @@
+"""What losses, training steps and inference do, in counts that are the same on any machine.
+
+    python -m fusedacl.benchmarks.counts                        prints them, and what has changed
+    python -m fusedacl.benchmarks.counts --write                accepts them
+    python -m fusedacl.benchmarks.counts --only 'step: acl' --places
+
+Operations of PyTorch, operations of matrix products, bytes, host reads, passes through the model,
+Triton launches and collectives, on the CPU with one thread. Status 1: they are not those of
+counts.json, which was accepted with the versions that it names.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ...engine.runtime.files import write_json
+from ...engine.runtime.text import text_table
+from ..measuring.counting import Counts, count
+from .kernel_cases import Case, kernel_cases
+from .step_cases import model_cases
+
+EXPECTED = Path(__file__).with_name("expected.json")
+ACCEPT = "python -m fusedacl.benchmarks.counts --write"
+# A part of what is expected. Bytes depend on when Python lets go of a tensor; with another minor
+# version of these packages the same call may take other operations.
+TOLERANCE = 0.01
+TOLERANCE_ELSEWHERE = 0.1
+PACKAGES = ("torch", "transformers")
+IN_BYTES = ("allocated_bytes", "peak_bytes")
+# The first call of a case makes what is kept: the optimizer's state, tables, caches.
+CALLS = 2
+
+Record = dict[str, Any]
+
+
+def cases() -> list[Case]:
+    return [*kernel_cases(), *model_cases()]
+
+
+def measure(case: Case, directory: Path, calls: int = CALLS) -> tuple[Counts, Counter[str]]:
+    """The counts of a case's last call, and its operations by place; `directory` is for its files.
+
+    Raises:
+        RuntimeError: of three calls or more, the last two did not do the same.
+    """
+    with _one_thread():
+        subject = case.prepare(directory)
+        found = [count(subject.call, subject.watched) for _ in range(calls)]
+    if calls > 2 and found[-2] != found[-1]:
+        changes = compare_case(case.name, found[-2][0].record(), found[-1][0].record(), exact=True)
+        raise RuntimeError(f"a call does not repeat: {'; '.join(changes)}")
+    return found[-1]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What is cut into pieces for the threads is cut alike everywhere."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def versions() -> dict[str, str]:
+    """Package -> major and minor version, with which other counts may be right."""
+    return {name: ".".join(version(name).split(".")[:2]) for name in PACKAGES}
+
+
+def read_expected() -> Record:
+    """{"versions": …, "cases": {name: record}} of counts.json.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not EXPECTED.is_file():
+        raise ValueError(f"{EXPECTED}: no such file; in a checkout {ACCEPT} writes it.")
+    found: Record = json.loads(EXPECTED.read_text(encoding="utf-8"))
+    return found
+
+
+def compare(expected: Record, found: Mapping[str, Record]) -> list[str]:
+    """What has changed in the cases found, one line each."""
+    exact = expected["versions"] == versions()
+    lines: list[str] = []
+    for name, record in found.items():
+        if name in expected["cases"]:
+            lines += compare_case(name, expected["cases"][name], record, exact=exact)
+        else:
+            lines.append(f"{name}: a new case")
+    return lines
+
+
+def compare_case(name: str, expected: Record, found: Record, *, exact: bool) -> list[str]:
+    """What has changed in one case; `exact`: the versions are those of `expected`."""
+    lines = []
+    for what in Counts.__dataclass_fields__:
+        before, after = expected[what], found[what]
+        tolerance = 0.0
+        if what in IN_BYTES:
+            tolerance = TOLERANCE if exact else TOLERANCE_ELSEWHERE
+        elif what == "operations" and not exact:
+            tolerance = TOLERANCE_ELSEWHERE
+        if before == after or (tolerance and _near(_total(before), _total(after), tolerance)):
+            continue
+        line = f"{name}: {what}: expected {_total(before):,}, found {_total(after):,}"
+        if isinstance(before, dict):
+            changes = [
+                f"{key} {before.get(key, 0)} -> {after.get(key, 0)}"
+                for key in sorted({*before, *after})
+                if before.get(key, 0) != after.get(key, 0)
+            ]
+            line += f" ({', '.join(changes)})"
+        lines.append(line)
+    return lines
+
+
+def _near(expected: int, found: int, tolerance: float) -> bool:
+    return abs(found - expected) <= tolerance * expected
+
+
+def _total(value: int | dict[str, int]) -> int:
+    return sum(value.values()) if isinstance(value, dict) else value
+
+
+def explain(lines: Sequence[str]) -> str:
+    """The lines of `compare`, and what to do about them."""
+    return "\n".join([*lines, f"If that is as it should be, accept it: {ACCEPT}"])
+
+
+def table(found: Mapping[str, Record]) -> str:
+    header = (
+        *("case", "operations", "MFLOP", "KiB", "peak KiB", "host reads"),
+        *("backbone", "launches", "binaries", "collectives"),
+    )
+    rows = []
+    for name, record in found.items():
+        numbers = (
+            str(_total(record["operations"])),
+            f"{record['flops'] / 1e6:.1f}",
+            f"{record['allocated_bytes'] / 1024:.0f}",
+            f"{record['peak_bytes'] / 1024:.0f}",
+            str(_total(record["host_reads"])),
+            str(record["passes"].get("backbone", 0)),
+            str(_total(record["launches"])),
+            str(record["binaries"]),
+            str(_total(record["collectives"])),
+        )
+        rows.append((name, *numbers))
+    return text_table(header, rows)
+
+
+def write(found: Mapping[str, Record], kept: Sequence[str]) -> None:
+    """counts.json from what was found; of the cases `kept`, what it held before.
+
+    Raises:
+        ValueError: that was counted with other versions.
+    """
+    before = read_expected() if EXPECTED.is_file() else {"versions": versions(), "cases": {}}
+    if kept and before["versions"] != versions():
+        raise ValueError(
+            f"{EXPECTED.name} holds the counts of {before['versions']}, and this is {versions()}: "
+            "accept all cases together."
+        )
+    known = {name: before["cases"][name] for name in kept if name in before["cases"]} | dict(found)
+    in_order = {case.name: known[case.name] for case in cases() if case.name in known}
+    write_json(EXPECTED, {"versions": versions(), "cases": in_order})
+    print(f"written: {EXPECTED}")
+
+
+def print_places(places: Counter[str]) -> None:
+    """How many operations come from each function, and which."""
+    by_function: dict[str, list[str]] = {}
+    totals: Counter[str] = Counter()
+    for place, number in places.most_common():
+        function, _, name = place.rpartition(": ")
+        totals[function] += number
+        by_function.setdefault(function, []).append(f"{name} {number}")
+    for function, number in totals.most_common():
+        print(f"{number:6d}  {function}: {', '.join(by_function[function])}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", action="store_true", help="accept the counts: counts.json")
+    parser.add_argument("--only", metavar="TEXT", help="the cases whose names begin with it")
+    parser.add_argument("--places", action="store_true", help="print where operations come from")
+    options = parser.parse_args(arguments)
+    chosen = [case for case in cases() if case.name.startswith(options.only or "")]
+    if not chosen:
+        names = ", ".join(case.name for case in cases())
+        parser.error(f"--only {options.only}: no case begins with it; there are: {names}")
+    # Before the kernels are imported.
+    os.environ["TRITON_INTERPRET"] = "1"
+    _hush()
+    found: dict[str, Record] = {}
+    places: dict[str, Counter[str]] = {}
+    left_out: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as directory:
+        for case in tqdm(chosen, leave=False, disable=None):
+            reason = case.obstacle()
+            if reason is not None:
+                left_out[case.name] = reason
+                continue
+            counts, places[case.name] = measure(
+                case, Path(directory), calls=CALLS + 1 if options.write else CALLS
+            )
+            found[case.name] = counts.record()
+    print(table(found))
+    for name, reason in left_out.items():
+        print(f"not counted: {name}: {reason}")
+    for name in found if options.places else ():
+        print(f"\n{name}")
+        print_places(places[name])
+    if options.write:
+        write(found, [case.name for case in cases() if case.name not in found])
+        return 0
+    changes = compare(read_expected(), found)
+    if changes:
+        print(explain(changes), file=sys.stderr)
+    return 1 if changes else 0
+
+
+def _hush() -> None:
+    """No progress bars of models that are saved and loaded."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Time, memory and operation counts, and the file they are kept in."""

@@ -1,0 +1,98 @@
+"""The machine, versions and commit that a result belongs to."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...engine.runtime.machine import cpu_model
+
+Result = dict[str, Any]
+CPU = torch.device("cpu")
+
+
+def machine_name(device: torch.device = CPU) -> str:
+    """A folder name such as intel-xeon-2core or nvidia-h200."""
+    if device.type == "cuda":
+        return "-".join(re.findall(r"[a-z0-9]+", gpu_name(device).lower()))
+    words = re.sub(r"\(.*?\)|@.*|\b(CPU|Processor)\b", " ", cpu_model()).lower()
+    return "-".join([*re.findall(r"[a-z0-9]+", words), f"{os.cpu_count()}core"])
+
+
+def gpu_name(device: torch.device) -> str:
+    """As the driver has it; the CPU's where the device is one."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
+
+
+def environment(device: torch.device = CPU) -> Result:
+    """What a reader needs to judge or repeat the numbers."""
+    gpu = _gpu(device) if device.type == "cuda" else {}
+    return gpu | {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_average": os.getloadavg(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "pytorch_metric_learning": _version("pytorch-metric-learning"),
+        "torchjd": _version("torchjd"),
+        "openmp": {key: value for key, value in os.environ.items() if key.startswith("OMP_")},
+    }
+
+
+def _gpu(device: torch.device) -> Result:
+    properties = torch.cuda.get_device_properties(device)
+    return {
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "gpu_memory_bytes": properties.total_memory,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "triton": _version("triton"),
+    }
+
+
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True)
+    except FileNotFoundError:
+        return "unknown: nvidia-smi is not installed"
+    return answer.stdout.partition("\n")[0].strip() or "unknown"
+
+
+def _commit() -> str:
+    """The commit of this file's checkout, with "+changes" when what runs may differ from it.
+
+    What other runs have measured does not count.
+    """
+    git = ["git", "-C", str(Path(__file__).parent)]
+    code = ["--", ":/", ":!results"]
+    try:
+        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+        status = subprocess.run(
+            [*git, "status", "--porcelain", *code], capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "unknown: git is not installed"
+    if head.returncode != 0:
+        return "none"
+    return head.stdout.strip() + ("+changes" if status.stdout else "")
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "absent"

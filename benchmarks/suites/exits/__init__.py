@@ -1,0 +1,1 @@
+"""Exits trained together, and early exit."""

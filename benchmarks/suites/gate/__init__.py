@@ -1,0 +1,1 @@
+"""The angle check and the gate beside their peers."""

@@ -1,0 +1,163 @@
+"""Who reads two lists of gradients, and who combines them: ours, and what one would use instead."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ....kernels import gated_combine_, grad_dot_norm
+from ....kernels.gradients.angle import choose
+from .. import baselines
+from ..suite import Provider, installed, missing
+
+if TYPE_CHECKING:
+    from .case import AngleCase, AngleInputs
+
+OURS = "fusedacl"
+WEIGHT = 0.02
+MAX_ANGLE = 90.0
+
+SUMS, COMBINED, CLIPPED, PCGRAD = (
+    "a.b, |a|^2, |b|^2",
+    "the combination, clipped",
+    "a, unscaled and clipped",
+    "PCGrad's sum",
+)
+DotNorm = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+
+
+def providers(case: "AngleCase", device: torch.device) -> list[Provider]:
+    """Of the case's task."""
+    return {"dot_norm": _of_sums, "combine": _of_combination, "gate": _of_gate}[case.task](device)
+
+
+def _of_sums(device: torch.device) -> list[Provider]:
+    def make(function: DotNorm) -> Callable[["AngleCase", torch.device], Any]:
+        return lambda case, device: lambda inputs: function(inputs.a, inputs.b)
+
+    ours = [
+        Provider(
+            _our_name(impl), make(partial(grad_dot_norm, impl=impl)), SUMS, _little,
+            partial(_our_obstacle, impl), is_ours=True,
+        )
+        for impl in ("auto", "triton", "tiled", "reference")
+    ]  # fmt: skip
+    others: list[tuple[str, DotNorm, Callable[[AngleCase], int]]] = [
+        ("concatenate + dot + norms", baselines.concatenated_dot_norm, _flat_copies),
+        ("loop over parameters", baselines.looped_dot_norm, _widened_copy),
+        ("torch._foreach norms + dots", baselines.foreach_dot_norm, _widened_copy),
+    ]
+    return [
+        *ours,
+        *(Provider(name, make(function), SUMS, size) for name, function, size in others),
+        Provider(
+            "apex l2norm + dots", make(baselines.apex_dot_norm), SUMS,
+            _widened_copy, _apex_obstacle,
+        ),
+    ]  # fmt: skip
+
+
+def _of_combination(device: torch.device) -> list[Provider]:
+    def ours(impl: str, case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
+        one = torch.ones((), device=device)
+        return lambda inputs: _combine(inputs, inputs.stats, one, impl)
+
+    return [
+        *(
+            Provider(
+                _our_name(impl), partial(ours, impl), COMBINED, _little,
+                partial(_our_obstacle, impl), is_ours=True,
+            )
+            for impl in ("auto", "triton", "tiled", "reference")
+        ),
+        Provider("torch._foreach combine + clip", _foreach_gate, COMBINED, _little),
+        Provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
+    ]  # fmt: skip
+
+
+def _of_gate(device: torch.device) -> list[Provider]:
+    def ours(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
+        one = torch.ones((), device=device)
+        return lambda inputs: _combine(inputs, grad_dot_norm(inputs.a, inputs.b), one, "auto")
+
+    def concatenated(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
+        return lambda inputs: baselines.concatenated_gate_(
+            inputs.a, inputs.b, WEIGHT, MAX_ANGLE, inputs.max_norm
+        )
+
+    return [
+        Provider(OURS, ours, COMBINED, _little, is_ours=True),
+        Provider("concatenate + cosine + loop", concatenated, COMBINED, _flat_copies),
+        Provider(
+            "TorchJD PCGrad",
+            lambda case, device: lambda inputs: baselines.stacked_pcgrad(inputs.a, inputs.b),
+            PCGRAD,
+            # The Jacobian, its rows once more while it is stacked, the result.
+            lambda case: 5 * case.elements * case.torch_dtype.itemsize,
+            lambda case, device: missing("torchjd", "torchjd"),
+        ),
+        Provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
+    ]
+
+
+def _combine(inputs: "AngleInputs", stats: Tensor, one: Tensor, impl: str) -> Tensor:
+    return gated_combine_(
+        inputs.a, inputs.b, stats, weight=WEIGHT, max_angle=MAX_ANGLE, scale=one,
+        max_norm=inputs.max_norm, impl=impl,
+    )  # fmt: skip
+
+
+def _foreach_gate(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
+    one = torch.ones(1, device=device)
+    return lambda inputs: baselines.foreach_gate_(inputs.a, inputs.b, WEIGHT, one, inputs.max_norm)
+
+
+def _unscale_and_clip(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
+    one, found_inf = torch.ones(1, device=device), torch.zeros(1, device=device)
+    return lambda inputs: baselines.unscale_and_clip_(inputs.a, one, found_inf, inputs.max_norm)
+
+
+def _our_name(impl: str) -> str:
+    return OURS if impl == "auto" else f"{OURS} {impl}"
+
+
+def _our_obstacle(impl: str, case: "AngleCase", device: torch.device) -> str | None:
+    if impl == "auto":
+        return None
+    try:
+        choose(impl, device)
+    except ValueError as error:
+        return str(error)
+    if choose("auto", device) == impl:
+        return f'it is what "auto" takes here: {OURS}'
+    return None
+
+
+def _apex_obstacle(case: "AngleCase", device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return "apex's kernels run on NVIDIA GPUs only: --device cuda"
+    if installed("amp_C"):
+        return missing("apex", "apex")
+    return (
+        "apex with its kernels is not installed. Run: pip install --no-build-isolation "
+        "--config-settings '--build-option=--cpp_ext' --config-settings "
+        "'--build-option=--cuda_ext' git+https://github.com/NVIDIA/apex"
+    )
+
+
+def _little(case: "AngleCase") -> int:
+    """Partial sums."""
+    return 2**20 + case.elements // 2**10
+
+
+def _flat_copies(case: "AngleCase") -> int:
+    """Both lists flat, and in float32 where they are not."""
+    size = case.torch_dtype.itemsize
+    return 2 * case.elements * (size + (0 if size >= 4 else 4))
+
+
+def _widened_copy(case: "AngleCase") -> int:
+    """The largest tensors in float32, where they are not."""
+    return 2**20 + (0 if case.torch_dtype.itemsize >= 4 else 3 * case.elements)

@@ -1,0 +1,162 @@
+"""The suite of the gradient-angle check over the parameters of a BERT.
+
+Tasks: `dot_norm`, the three sums the angle is made of; `combine`, the gated combination with
+loss-scale removal and clipping, given the sums; `gate`, both. What others do in their place is
+beside it and is checked against float64 of what it computes itself (PCGrad is another rule; unscale
+and clip alone is what a step in float16 pays anyway).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....kernels import grad_dot_norm
+from ...floors import cpu as cpu_rates
+from ...floors.loss_and_gate import combine_floor, dot_norm_floor
+from ...floors.rates import Floor, Rates
+from ..suite import Call, Provider
+from . import providers as angle_providers
+from .case import AngleCase, AngleInputs
+from .providers import COMBINED, PCGRAD, SUMS, WEIGHT
+from .shapes import num_elements
+
+TASKS = ("dot_norm", "combine", "gate")
+# With which the combination is checked: it clips.
+CHECKED_NORM = 1.0
+OUR_MAX_ERROR = 1e-5
+# A float32 norm of 23 million elements may be off by some percent.
+OTHERS_MAX_ERROR = 5e-2
+# Tensors of which the combination is checked, in copies.
+NUM_CHECKED = 3
+# Elements of a float64 block of the check.
+BLOCK = 2**24
+
+
+class AngleSuite:
+    name = "angle"
+
+    def providers(self, case: AngleCase, device: torch.device) -> list[Provider]:
+        return angle_providers.providers(case, device)
+
+    def input_bytes(self, case: AngleCase) -> int:
+        # The largest tensor also as random float32 numbers, twice.
+        largest = max(num_elements([shape]) for shape in case.shapes)
+        return 2 * case.elements * case.torch_dtype.itemsize + 8 * largest
+
+    def check_bytes(self, case: AngleCase) -> int:
+        return 8 * 3 * min(BLOCK, case.elements)
+
+    def inputs(self, case: AngleCase, device: torch.device, number: int) -> Sequence[AngleInputs]:
+        generator = torch.Generator(device=device).manual_seed(0)
+        found = []
+        for _ in range(number):
+            a, b = [], []
+            for shape in case.shapes:
+                x, noise = (
+                    torch.randn(shape, generator=generator, device=device) for _ in range(2)
+                )
+                a.append(x.to(case.torch_dtype))
+                b.append(noise.add_(x, alpha=0.1).to(case.torch_dtype))
+            found.append(AngleInputs(a, b, grad_dot_norm(a, b)))
+        return found
+
+    def exact(self, formula: str, case: AngleCase, inputs: AngleInputs) -> list[Tensor]:
+        """The sums [3] of everything, or what some tensors become; clipped in any case."""
+        if formula == SUMS:
+            return [_sums(inputs.a, inputs.b)]
+        few = _few(inputs)
+        a, b = ([tensor.double() for tensor in tensors] for tensors in (few.a, few.b))
+        if formula == PCGRAD:
+            return [_pcgrad(_flat(a), _flat(b))]
+        weight = WEIGHT if formula == COMBINED else 0.0
+        combined = [(1 - weight) * x + weight * y for x, y in zip(a, b, strict=True)]
+        factor = (CHECKED_NORM / (_flat(combined).norm() + 1e-6)).clamp(max=1)
+        return [x * factor for x in combined]
+
+    def error(self, call: Call, case: AngleCase, inputs: AngleInputs, exact: list[Tensor]) -> float:
+        if len(exact) == 1 and exact[0].shape == (3,):
+            found = [call(inputs).reshape(3).double()]
+            # Each sum by itself: the dot product is the small one.
+            errors = [float(((found[0] - exact[0]) / exact[0]).abs().max())]
+        else:
+            few = _few(inputs)
+            returned = call(few)
+            found = few.a if len(exact) > 1 else [returned]
+            errors = [
+                float((x.double() - wanted).abs().max() / wanted.abs().max())
+                for x, wanted in zip(found, exact, strict=True)
+            ]
+        worst = max(errors)
+        return worst if all(error == error for error in errors) else float("inf")
+
+    def max_error(self, provider: Provider, case: AngleCase) -> float:
+        if not provider.is_ours:
+            return OTHERS_MAX_ERROR
+        if provider.formula == SUMS:
+            return OUR_MAX_ERROR
+        # Half a unit of what is written, a few times; float16 has subnormal numbers there.
+        return max(OUR_MAX_ERROR, 4 * torch.finfo(case.torch_dtype).eps)
+
+    def rate_calls(self, case: AngleCase) -> dict[str, Callable[[], object]]:
+        return cpu_rates.memory_rates()
+
+    def rates(self, case: AngleCase, times: Mapping[str, Any]) -> Rates:
+        return cpu_rates.rates_from(times, width=0)
+
+    def floor(self, rates: Rates, case: AngleCase) -> Floor:
+        size = case.torch_dtype.itemsize
+        seconds = {
+            "dot_norm": dot_norm_floor(rates, case.elements, size),
+            "combine": combine_floor(rates, case.elements, size),
+        }
+        seconds["gate"] = sum(seconds.values())
+        return Floor(seconds[case.task], "memory")
+
+    def shrunk(self, case: AngleCase) -> AngleCase | None:
+        if case.parameters < 2000:
+            return None
+        return replace(case, parameters=case.parameters // 2)
+
+    def words(self, case: AngleCase) -> str:
+        return f"{case.task} of {len(case.shapes)} tensors, {case.elements:,} x 2, {case.dtype}"
+
+
+def _few(inputs: AngleInputs) -> AngleInputs:
+    a, b = inputs.a[-NUM_CHECKED:], inputs.b[-NUM_CHECKED:]
+    return AngleInputs([x.clone() for x in a], b, grad_dot_norm(a, b), CHECKED_NORM)
+
+
+def _sums(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    sums = torch.zeros(3, dtype=torch.float64, device=a[0].device)
+    for x, y in zip(a, b, strict=True):
+        for u, v in zip(x.reshape(-1).split(BLOCK), y.reshape(-1).split(BLOCK), strict=True):
+            u, v = u.double(), v.double()
+            sums += torch.stack([u @ v, u @ u, v @ v])
+    return sums
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+
+def _pcgrad(a: Tensor, b: Tensor) -> Tensor:
+    """Each gradient less its part against the other, if it has one; their sum."""
+    against = (a @ b).clamp(max=0)
+    return a - against / (b @ b) * b + b - against / (a @ a) * a
+
+
+def cases(
+    *, tasks: Sequence[str], parameters: Sequence[int], dtypes: Sequence[str]
+) -> list[AngleCase]:
+    values: list[tuple[str, int, str]] = [
+        (task, number, dtype) for number in parameters for dtype in dtypes for task in tasks
+    ]
+    return [AngleCase(*value) for value in values]
+
+
+SUITE = AngleSuite()

@@ -1,0 +1,130 @@
+"""How cost grows along one size at a time: measured points, and exponents fitted to them.
+
+M, d, K and E are the loss's (rows, width, label embeddings, exits), P the elements of each list of
+gradients. The exponents are slopes of least squares between the logarithms of size and of time (or
+peak memory), over the upper half of the points: small sizes are mostly the cost of a call.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..measuring.environment import Result
+from .gate.case import AngleCase
+from .gate.suite import SUITE as ANGLE
+from .loss.case import LossCase
+from .loss.suite import SUITE as LOSS
+from .suite import Suite
+
+# Fewer points have no slope worth a name.
+MIN_POINTS = 3
+# Ours and those that others use; the rest would say the same again.
+LOSS_PROVIDERS = ("fusedacl", "dense", "checkpointed row blocks", "pytorch-metric-learning")
+ANGLE_PROVIDERS = ("fusedacl", "concatenate + dot + norms", "torch._foreach norms + dots")
+M_OF_WIDTHS = 2048
+
+
+@dataclass(frozen=True)
+class Series:
+    """One axis: the suite, its providers and a case for each size."""
+
+    axis: str
+    suite: Suite
+    providers: tuple[str, ...]
+    sizes: tuple[int, ...]
+    cases: tuple[Any, ...]
+
+
+SIZES: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {
+    ("cpu", "quick"): {
+        "M": (64, 128, 256, 512), "d": (64, 256), "K": (2, 100), "E": (1, 4),
+        "P": (1_000_000, 2_000_000),
+    },
+    ("cpu", "full"): {
+        "M": tuple(2**exponent for exponent in range(6, 15)),
+        "d": (64, 128, 256, 512, 1024),
+        "K": (2, 10, 100, 1000, 10000),
+        "E": (1, 2, 4, 8, 16, 24),
+        "P": (10**6, 10**7, 10**8, 3 * 10**8, 10**9),
+    },
+}  # fmt: skip
+SIZES["cuda", "quick"] = SIZES["cpu", "quick"] | {"M": (1024, 2048, 4096, 8192)}
+SIZES["cuda", "full"] = SIZES["cpu", "full"] | {
+    "M": tuple(2**exponent for exponent in range(6, 17))
+}
+AXES = ("M", "d", "K", "E", "P")
+
+
+def all_series(
+    device: str, preset: str, dtype: str, samples: int, axes: Sequence[str] = AXES
+) -> list[Series]:
+    sizes = SIZES[device, preset]
+    width = 64
+    rows = M_OF_WIDTHS if preset == "full" else 256
+    cases: dict[str, list[Any]] = {
+        "M": [LossCase("supcon", size, width, 16, dtype=dtype) for size in sizes["M"]],
+        "d": [LossCase("supcon", rows, size, 16, dtype=dtype) for size in sizes["d"]],
+        "K": [LossCase("acl", samples, width, size, dtype=dtype) for size in sizes["K"]],
+        "E": [LossCase("acl", samples, width, 2, size, dtype) for size in sizes["E"]],
+        "P": [AngleCase("dot_norm", size, dtype) for size in sizes["P"]],
+    }
+    return [
+        Series(
+            axis, ANGLE if axis == "P" else LOSS,
+            ANGLE_PROVIDERS if axis == "P" else LOSS_PROVIDERS, sizes[axis], tuple(cases[axis]),
+        )
+        for axis in axes
+    ]  # fmt: skip
+
+
+def exponent(points: Sequence[tuple[float, float]]) -> float | None:
+    """The slope of log y over log x in the upper half of the points, None for too few.
+
+    points: (x, y); those whose y is not above 0 are left out.
+    """
+    usable = sorted((x, y) for x, y in points if x > 0 and y > 0)
+    upper = usable[min(len(usable) // 2, max(0, len(usable) - MIN_POINTS)) :]
+    if len(upper) < MIN_POINTS or upper[0][0] == upper[-1][0]:
+        return None
+    logs = [(math.log(x), math.log(y)) for x, y in upper]
+    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in logs)
+    return covariance / sum((x - mean_x) ** 2 for x, _ in logs)
+
+
+def fits(cases: Sequence[Result]) -> list[Result]:
+    """Of every axis and provider of a growth file's cases: exponents and the points they are of."""
+    found: dict[tuple[str, str], list[Result]] = {}
+    for case in cases:
+        for name, entry in case["providers"].items():
+            point = {"size": case["size"], "ms": entry["p50_ms"], "bytes": entry["peak_bytes"]}
+            found.setdefault((case["axis"], name), []).append(point)
+    return [
+        {
+            "axis": axis,
+            "provider": name,
+            "largest": max(point["size"] for point in points),
+            "time": exponent([(point["size"], point["ms"]) for point in points]),
+            "memory": exponent([(point["size"], point["bytes"] or 0) for point in points]),
+        }
+        for (axis, name), points in found.items()
+    ]
+
+
+def sentences(growth: Sequence[Result]) -> list[str]:
+    """A line an axis: M: time ~ M^1.98 (fusedacl), …; memory ~ M^1.02 (fusedacl), …"""
+    lines = []
+    for axis in dict.fromkeys(fit["axis"] for fit in growth):
+        parts = []
+        for what in ("time", "memory"):
+            slopes = [
+                f"{axis}^{fit[what]:.2f} ({fit['provider']}, to {fit['largest']:,})"
+                for fit in growth
+                if fit["axis"] == axis and fit[what] is not None
+            ]
+            if slopes:
+                parts.append(f"{what} ~ {', '.join(slopes)}")
+        words = "; ".join(parts) or f"fewer than {MIN_POINTS} points, no exponent"
+        lines.append(f"{axis}: {words}")
+    return lines

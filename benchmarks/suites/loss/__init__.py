@@ -1,0 +1,1 @@
+"""The contrastive losses beside their peers."""

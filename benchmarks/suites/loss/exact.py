@@ -1,0 +1,96 @@
+"""float64 of the contrastive losses that providers compute, in blocks of rows, at any size.
+
+The formula of kernels/contrastive/reference.py with its sums over blocks: the loss at its full
+size, its gradient in some rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Rows of which the gradient is checked.
+NUM_CHECKED = 256
+# Pairs of a float64 block: 256 MiB.
+BLOCK_PAIRS = 2**25
+
+# What the denominator sums over, and what the mean is taken over. METHOD: eq. 1; Khosla et al.
+# 2020 and every library; SupContrast, whose mean counts anchors without a positive.
+ALL, OTHERS, OTHERS_ALL_ROWS = (
+    "all rows, mean of anchors",
+    "other rows, mean of anchors",
+    "other rows, mean of all rows",
+)
+
+
+@dataclass(frozen=True)
+class Exact:
+    """The loss, and its gradient [n, d] in some rows [n], float64."""
+
+    loss: Tensor
+    rows: Tensor
+    gradient: Tensor
+
+
+def exact_in_blocks(
+    embeddings: Tensor,
+    labels: Tensor,
+    formula: str = OTHERS,
+    *,
+    temperature: float,
+    num_checked: int = NUM_CHECKED,
+) -> Exact:
+    """Loss of rows [M, d] with labels 0, 1, …, and the gradient of rows spread over them."""
+    x = embeddings.double()
+    norm = x.norm(dim=1, keepdim=True)
+    z = x / norm
+    num_rows, without_itself = z.shape[0], formula != ALL
+    block = max(1, min(num_rows, BLOCK_PAIRS // num_rows))
+    everything = torch.arange(num_rows, device=z.device)
+    denominators = torch.cat(
+        [
+            exponentials(z, part, temperature, without_itself).sum(1)
+            for part in everything.split(block)
+        ]
+    )
+
+    num_classes = int(labels.max()) + 1
+    sums = z.new_zeros(num_classes, z.shape[1]).index_add_(0, labels, z)
+    of_class = sums[labels]  # [M, d]
+    num_positives = (torch.bincount(labels, minlength=num_classes)[labels] - 1).double()
+    is_anchor = num_positives > 0
+    positive_mean = ((of_class - z) * z).sum(1) / temperature / num_positives.clamp(min=1)
+    counted = num_rows if formula == OTHERS_ALL_ROWS else int(is_anchor.sum())
+    weight = is_anchor / counted
+    loss = ((denominators.log() - positive_mean) * weight).sum()
+
+    rows = everything[:: max(1, num_rows // num_checked)]
+    u = weight / denominators
+    v = weight / num_positives.clamp(min=1)
+    gradients = []
+    for part in rows.split(block):
+        pairs = exponentials(z, part, temperature, without_itself) * (u[part, None] + u)
+        of_z = (pairs @ z - 2 * v[part, None] * (of_class - z)[part]) / temperature
+        # The diagonal's part is parallel to z and goes with the normalisation.
+        along = (of_z * z[part]).sum(1, keepdim=True)
+        gradients.append((of_z - along * z[part]) / norm[part])
+    return Exact(loss, rows, torch.cat(gradients))
+
+
+def exponentials(z: Tensor, rows: Tensor, temperature: float, without_itself: bool) -> Tensor:
+    """e_ij [rows, M]; 0 for a row with itself where it does not count."""
+    pairs = (z[rows] @ z.T).div_(temperature).exp_()
+    return pairs.scatter_(1, rows[:, None], 0.0) if without_itself else pairs
+
+
+def error_of(loss: Tensor, gradient: Tensor, upstream: float, exact: Exact) -> dict[str, float]:
+    """Largest differences relative to the largest exact values; a NaN counts as infinite."""
+    pairs = {
+        "loss": (loss, exact.loss),
+        "gradient": (gradient[exact.rows], exact.gradient * upstream),
+    }
+    errors = {
+        what: float((found.double() - wanted).abs().max() / wanted.abs().max())
+        for what, (found, wanted) in pairs.items()
+    }
+    return {what: error if error == error else float("inf") for what, error in errors.items()}

@@ -1,0 +1,236 @@
+"""Who computes the contrastive loss: ours by each implementation, and what one would use instead.
+
+A peer computes the loss of rows [M, d] with labels [M]; for `acl_loss` it gets samples and label
+embeddings concatenated, and for several exits it is called in a loop, as its users would.
+"""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ....kernels import acl_loss, supcon_loss
+from ....kernels.contrastive.dispatch import Workload, choose, obstacle, triton_file
+from .. import baselines
+from ..suite import Provider, missing
+from .exact import ALL, OTHERS, OTHERS_ALL_ROWS
+
+if TYPE_CHECKING:
+    from .case import LossCase, LossInputs
+
+TEMPERATURE = 0.5
+OURS = "fusedacl"
+# Beyond the inputs, in bytes per pair of rows in float32: the resident memory that forward +
+# backward of 1024 to 4096 rows adds on the CPU, rounded up.
+BYTES_PER_PAIR = {"reference": 29, "dense": 29, "compiled": 21, "supcontrast": 30, "metric": 46}
+# Rows of a block of the checkpointed loss.
+BLOCK_ROWS = 1024
+
+# Of rows [M, d], labels [M] and the number of classes.
+RowLoss = Callable[[Tensor, Tensor, int], Tensor]
+Result = tuple[Tensor, ...]
+
+
+def providers(case: "LossCase", device: torch.device) -> list[Provider]:
+    """Ours as "auto" chooses, each implementation by its name, then the others."""
+    denominators = ALL if case.loss == "acl" else OTHERS
+    ours = [
+        _ours(case, device, denominators, impl) for impl in ("auto", "tiled", "triton", "reference")
+    ]
+    dense = partial(_dense, denominators)
+    return [
+        *ours,
+        _by_rows("dense", dense, denominators, _pairs_of("dense")),
+        _by_rows(
+            "dense torch.compile", dense, denominators, _pairs_of("compiled"), _compiler_obstacle,
+            compiled=True,
+        ),
+        _by_rows(
+            "dense autocast", partial(_autocast, denominators), denominators, _pairs_of("dense"),
+            _autocast_obstacle,
+        ),
+        _by_rows(
+            "checkpointed row blocks", partial(_checkpointed, denominators), denominators,
+            _blocks,
+        ),
+        _by_rows("SupContrast", _supcontrast, OTHERS_ALL_ROWS, _pairs_of("supcontrast")),
+        Provider(
+            "pytorch-metric-learning", _metric_learning, OTHERS, _pairs_of("metric"),
+            lambda case, device: missing("pytorch_metric_learning", "pytorch-metric-learning"),
+        ),
+        Provider("inf-cl", _inf_cl, OTHERS, _linear, _inf_cl_obstacle),
+        Provider("cut-cross-entropy", _cut, OTHERS, _linear, _cut_obstacle),
+    ]  # fmt: skip
+
+
+def _linear(case: "LossCase") -> int:
+    """Rows, their gradients and class sums in float32, a few times; one tile."""
+    rows = case.exits * (8 * case.num_rows + 4 * case.classes) * case.width * 4
+    return rows + 32 * 2**20
+
+
+def _pairs_of(kind: str) -> Callable[["LossCase"], int]:
+    def extra_bytes(case: "LossCase") -> int:
+        pairs = case.exits * case.num_rows**2
+        return pairs * BYTES_PER_PAIR[kind] * case.torch_dtype.itemsize // 4 + _linear(case)
+
+    return extra_bytes
+
+
+def _blocks(case: "LossCase") -> int:
+    of_block = min(BLOCK_ROWS, case.num_rows) * case.num_rows
+    return of_block * BYTES_PER_PAIR["dense"] + _linear(case)
+
+
+def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Provider:
+    workload = Workload(device, case.torch_dtype, TEMPERATURE, case.num_rows, case.width)
+    name = OURS if impl == "auto" else f"{OURS} {impl}"
+
+    def why_not(case: "LossCase", device: torch.device) -> str | None:
+        file = triton_file(workload) if impl == "triton" else impl
+        if impl != "auto" and choose("auto", workload) == file:
+            return f'it is what "auto" takes here: {OURS}'
+        return None if impl == "auto" else obstacle(file, workload)
+
+    make = partial(_make_ours, impl)
+    extra_bytes = _pairs_of("reference") if impl == "reference" else _linear
+    return Provider(name, make, formula, extra_bytes, why_not, is_ours=True)
+
+
+def _make_ours(impl: str, case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
+    if case.loss == "acl":
+        return partial(forward_backward, partial(acl_loss, temperature=TEMPERATURE, impl=impl))
+    loss = partial(supcon_loss, temperature=TEMPERATURE, denominator="others", impl=impl)
+    return partial(forward_backward, loss)
+
+
+def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> Result:
+    """The losses, and the gradients of the rows that have one."""
+    wanted = inputs.leaves
+    value = loss(inputs.embeddings, inputs.labels, *wanted[1:])
+    upstream = torch.full_like(value, inputs.upstream)
+    return value.detach(), *torch.autograd.grad(value, wanted, upstream)
+
+
+def over_exits(loss: RowLoss, *arguments: Tensor) -> Tensor:
+    """A loss of rows for samples [(E,) N, d] and label embeddings [(E,) K, d], if there are any."""
+    embeddings, labels, *more = arguments
+    if not more:
+        return loss(embeddings, labels, int(labels.shape[0]))
+    (label_embeddings,) = more
+    num_classes = label_embeddings.shape[-2]
+    row_labels = torch.cat([labels, torch.arange(num_classes, device=labels.device)])
+    if embeddings.dim() == 2:
+        return loss(torch.cat([embeddings, label_embeddings]), row_labels, num_classes)
+    return torch.stack(
+        [
+            loss(torch.cat([samples, rows]), row_labels, num_classes)
+            for samples, rows in zip(embeddings, label_embeddings, strict=True)
+        ]
+    )
+
+
+def _by_rows(
+    name: str,
+    loss: RowLoss,
+    formula: str,
+    extra_bytes: Callable[["LossCase"], int],
+    why_not: Callable[["LossCase", torch.device], str | None] = lambda case, device: None,
+    compiled: bool = False,
+) -> Provider:
+    def make(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
+        whole: Callable[..., Tensor] = partial(over_exits, loss)
+        if compiled:
+            # What was compiled for other shapes counts against a limit.
+            torch._dynamo.reset()
+            whole = torch.compile(whole, dynamic=False)
+        return partial(forward_backward, whole)
+
+    return Provider(name, make, formula, extra_bytes, why_not)
+
+
+def _dense(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return baselines.dense_supcon(rows, labels, TEMPERATURE, "all" if formula == ALL else "others")
+
+
+def _autocast(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    with torch.autocast(rows.device.type, dtype=rows.dtype):
+        return _dense(formula, rows, labels, num_classes)
+
+
+def _checkpointed(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    return baselines.checkpointed_supcon(
+        rows, labels, TEMPERATURE, "all" if formula == ALL else "others", BLOCK_ROWS
+    )
+
+
+def _supcontrast(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    z = torch.nn.functional.normalize(rows, dim=1)
+    return baselines.supcontrast(z[:, None], labels, TEMPERATURE)
+
+
+def _metric_learning(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
+    loss = baselines.metric_learning_supcon(TEMPERATURE)
+    whole = partial(over_exits, lambda rows, labels, num_classes: loss(rows, labels))
+    return partial(forward_backward, whole)
+
+
+def _by_log_sum_exp(log_sum_exp: Callable[[Tensor], Tensor]) -> Callable[["LossInputs"], Any]:
+    def loss(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        return baselines.supcon_by_log_sum_exp(log_sum_exp, rows, labels, num_classes, TEMPERATURE)
+
+    return partial(forward_backward, partial(over_exits, loss))
+
+
+def _inf_cl(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
+    return _by_log_sum_exp(baselines.flash_log_sum_exp())
+
+
+def _cut(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
+    return _by_log_sum_exp(baselines.cut_log_sum_exp(accumulate_float32=True))
+
+
+def _inf_cl_obstacle(case: "LossCase", device: torch.device) -> str | None:
+    return _needs_gpu("inf-cl", device) or missing("inf_cl", "inf-cl")
+
+
+def _cut_obstacle(case: "LossCase", device: torch.device) -> str | None:
+    reason = _needs_gpu("cut-cross-entropy", device)
+    reason = reason or missing("cut_cross_entropy", "cut-cross-entropy")
+    if reason is None:
+        from cut_cross_entropy import linear_cross_entropy
+
+        if "return_lse" not in inspect.signature(linear_cross_entropy).parameters:
+            reason = (
+                "this cut-cross-entropy has no return_lse. Run: "
+                "pip install git+https://github.com/apple/ml-cross-entropy"
+            )
+    return reason
+
+
+def _needs_gpu(name: str, device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"{name} runs on NVIDIA GPUs only: --device cuda"
+
+
+def _autocast_obstacle(case: "LossCase", device: torch.device) -> str | None:
+    if case.torch_dtype == torch.float32:
+        return "float32 has nothing to cast: --dtypes float16 or bfloat16"
+    return None
+
+
+def _compiler_obstacle(case: "LossCase", device: torch.device) -> str | None:
+    """torch.compile needs a C++ compiler for the CPU, Triton for a GPU."""
+    if device.type == "cuda":
+        found = importlib.util.find_spec("triton") is not None
+        return None if found else "torch.compile needs triton. Run: pip install triton"
+    from torch._inductor import cpp_builder
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except Exception as error:
+        return f"torch.compile needs a C++ compiler (install g++ or clang): {error}"
+    return None

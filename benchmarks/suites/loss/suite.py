@@ -1,0 +1,165 @@
+"""The suite of the contrastive loss, forward + backward.
+
+A case is either `supcon_loss` of one batch [M, d] or `acl_loss` of N samples and K label embeddings
+for E exits at once. Each provider computes a formula of its own (what the denominator sums over,
+what the mean counts); its loss and gradient are checked against float64 of that formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...floors import cpu as cpu_rates
+from ...floors.loss_and_gate import loss_floor
+from ...floors.rates import Floor, Rates
+from ..suite import Call, Provider
+from . import providers as loss_providers
+from .case import LossCase, LossInputs
+from .exact import BLOCK_PAIRS, Exact, error_of, exact_in_blocks
+from .providers import TEMPERATURE
+
+# Relative to float64. Ours rounds the result to its dtype; the others compute in it.
+OUR_MAX_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
+OUR_MAX_ERROR_GPU = OUR_MAX_ERROR | {torch.float32: 1e-4}
+OTHERS_MAX_ERROR = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e-3}
+
+
+class LossSuite:
+    name = "loss"
+
+    def providers(self, case: LossCase, device: torch.device) -> list[Provider]:
+        return loss_providers.providers(case, device)
+
+    def input_bytes(self, case: LossCase) -> int:
+        rows = case.exits * case.num_rows * case.width * case.torch_dtype.itemsize
+        # float32 random numbers before they are rounded.
+        return 2 * rows + 8 * case.samples
+
+    def check_bytes(self, case: LossCase) -> int:
+        block = min(case.num_rows**2, BLOCK_PAIRS)
+        return 8 * (3 * block + 6 * case.num_rows * case.width)
+
+    def inputs(self, case: LossCase, device: torch.device, number: int) -> Sequence[LossInputs]:
+        generator = torch.Generator().manual_seed(0)
+        leading = (case.exits,) if case.exits > 1 else ()
+        # One block of memory for all sets, so that they lie side by side as batches do.
+        samples = torch.randn(
+            number, *leading, case.samples, case.width, generator=generator
+        ).to(device, case.torch_dtype)  # fmt: skip
+        labels = torch.randint(case.classes, (number, case.samples), generator=generator).to(device)
+        label_rows = None
+        if case.loss == "acl":
+            label_rows = torch.randn(
+                number, *leading, case.classes, case.width, generator=generator
+            ).to(device, case.torch_dtype)  # fmt: skip
+        return [
+            LossInputs(
+                samples[index].requires_grad_(),
+                labels[index],
+                None if label_rows is None else label_rows[index].requires_grad_(),
+                float(case.num_rows),
+            )
+            for index in range(number)
+        ]
+
+    def exact(self, formula: str, case: LossCase, inputs: LossInputs) -> list[Exact]:
+        """Of each exit."""
+        return [
+            exact_in_blocks(rows, _row_labels(inputs, case), formula, temperature=TEMPERATURE)
+            for rows in _rows(inputs.leaves)
+        ]
+
+    def error(self, call: Call, case: LossCase, inputs: LossInputs, exact: list[Exact]) -> float:
+        losses, *gradients = call(inputs)
+        errors = [
+            max(error_of(loss, gradient, inputs.upstream, wanted).values())
+            for loss, gradient, wanted in zip(
+                losses.reshape(-1), _rows(gradients), exact, strict=True
+            )
+        ]
+        return max(errors)
+
+    def max_error(self, provider: Provider, case: LossCase) -> float:
+        if not provider.is_ours:
+            return OTHERS_MAX_ERROR[case.torch_dtype]
+        limits = OUR_MAX_ERROR_GPU if torch.cuda.is_available() else OUR_MAX_ERROR
+        return limits[case.torch_dtype]
+
+    def rate_calls(self, case: LossCase) -> dict[str, Callable[[], object]]:
+        return cpu_rates.machine_rates(case.width)
+
+    def rates(self, case: LossCase, times: Mapping[str, Any]) -> Rates:
+        return cpu_rates.rates_from(times, case.width)
+
+    def floor(self, rates: Rates, case: LossCase) -> Floor | None:
+        algorithm = "triangle" if rates.overlaps_units else "tiles"
+        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype, algorithm)
+        return None if found is None else Floor(case.exits * found.seconds, found.bound_by)
+
+    def shrunk(self, case: LossCase) -> LossCase | None:
+        if max(case.samples, case.classes) < 4:
+            return None
+        if case.loss == "acl" and case.classes > case.samples:
+            return replace(case, classes=case.classes // 2)
+        return replace(case, samples=case.samples // 2)
+
+    def words(self, case: LossCase) -> str:
+        if case.loss == "supcon":
+            shape = f"M={case.samples} d={case.width}"
+        else:
+            shape = f"E={case.exits} N={case.samples} K={case.classes} d={case.width}"
+        return f"{case.loss}_loss {shape} {case.dtype}"
+
+
+def _rows(leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Samples, then label embeddings [M, d], of each exit."""
+    return [
+        torch.cat(of_exit)
+        for of_exit in zip(
+            *(leaf.detach()[None] if leaf.dim() == 2 else leaf.detach() for leaf in leaves),
+            strict=True,
+        )
+    ]
+
+
+def _row_labels(inputs: LossInputs, case: LossCase) -> Tensor:
+    if inputs.label_embeddings is None:
+        return inputs.labels
+    classes = torch.arange(case.classes, device=inputs.labels.device)
+    return torch.cat([inputs.labels, classes])
+
+
+def cases(
+    *,
+    losses: Sequence[str],
+    rows: Sequence[int],
+    samples: int,
+    widths: Sequence[int],
+    classes: Sequence[int],
+    exits: Sequence[int],
+    dtypes: Sequence[str],
+) -> list[LossCase]:
+    """Every combination: `rows` are supcon's, `classes` and `exits` acl's."""
+    found: list[dict[str, Any]] = []
+    if "supcon" in losses:
+        found += [
+            {"loss": "supcon", "samples": num, "width": width, "classes": 16}
+            for num in rows
+            for width in widths
+        ]
+    if "acl" in losses:
+        found += [
+            {"loss": "acl", "samples": samples, "width": width, "classes": num, "exits": num_exits}
+            for num_exits in exits
+            for num in classes
+            for width in widths[:1]
+        ]
+    return [LossCase(**values, dtype=dtype) for values in found for dtype in dtypes]
+
+
+SUITE = LossSuite()

@@ -1,0 +1,304 @@
+"""Runs the cases of a suite: who fits, who is right, then times in turns and peaks of memory."""
+
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from ...engine.runtime.text import text_table
+from ..floors.rates import Rates, rates_result
+from ..measuring import memory
+from ..measuring.clock import (
+    MAX_REPEATS,
+    _seconds_per_call,
+    interleave_samples,
+    launches,
+    synchronize,
+)
+from ..measuring.environment import Result
+from ..measuring.memory import extra_device_memory
+from ..measuring.result_file import ResultFile
+from .suite import Call, Provider, Suite, selected
+
+# The input sets of a case together take so many caches, so that no call finds its own there.
+CACHES = 1.25
+# Of the smallest cases, whose sets are mostly Python objects.
+MAX_SETS = 8192
+# Of the calls in a row that make a sample, seconds.
+SAMPLE_SECONDS = 0.02
+MIN_ROUNDS = 3
+
+
+class DeviceLost(Exception):
+    """The device does not answer any more; what was finished is in the file."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """
+    rounds: at most; fewer (3 at least) where they would take more than case_seconds.
+    providers: names, empty for all. skipped: what the preset leaves out, with the reason.
+    child: measures peak memory on a CPU; None: it is not measured there.
+    """
+
+    device: torch.device
+    threads: int
+    rounds: int
+    case_seconds: float
+    providers: tuple[str, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    child: memory.Child | None = None
+
+
+class Rotation:
+    """A call that takes the next input set each time."""
+
+    def __init__(self, call: Call, inputs: Sequence[Any]) -> None:
+        self.call = call
+        self.inputs = inputs
+        self.next = 0
+
+    def __call__(self) -> Any:
+        inputs = self.inputs[self.next]
+        self.next = (self.next + 1) % len(self.inputs)
+        return self.call(inputs)
+
+
+def num_input_sets(suite: Suite, case: Any, device: torch.device) -> int:
+    """So many that together they are larger than the cache, of the smallest cases MAX_SETS."""
+    size = suite.input_bytes(case)
+    return max(1, min(MAX_SETS, math.ceil(CACHES * memory.cache_bytes(device) / size)))
+
+
+def plan(
+    suite: Suite, case: Any, settings: Settings
+) -> tuple[list[Provider], dict[str, str], bool]:
+    """Who runs; why the others do not; whether it is memory alone that keeps all from running."""
+    device = settings.device
+    available = memory.available_bytes(device)
+    size = num_input_sets(suite, case, device) * suite.input_bytes(case) + suite.check_bytes(case)
+    fitting, left_out, refused = [], {}, 0
+    for provider in selected(suite.providers(case, device), settings.providers):
+        skipped = None if settings.providers else settings.skipped.get(provider.name)
+        reason = skipped or provider.obstacle(case, device)
+        if reason is None:
+            reason = memory.too_large(size + provider.extra_bytes(case), available)
+            refused += reason is not None
+        if reason is None:
+            fitting.append(provider)
+        else:
+            left_out[provider.name] = reason
+    return fitting, left_out, refused > 0 and not fitting
+
+
+def refuse_what_cannot_fit(suite: Suite, cases: Iterable[Any], settings: Settings) -> None:
+    """Ends a run of which nothing fits, before it begins.
+
+    Raises:
+        ValueError: with the numbers, and a size that fits.
+    """
+    cases = list(cases)
+    plans = [plan(suite, case, settings) for case in cases]
+    if not cases or not all(out_of_memory for _, _, out_of_memory in plans):
+        return
+    name, reason = next(
+        (name, reason) for name, reason in plans[0][1].items() if reason.startswith("does not fit")
+    )
+    smaller = suite.shrunk(cases[0])
+    while smaller is not None and plan(suite, smaller, settings)[2]:
+        smaller = suite.shrunk(smaller)
+    fits = "no size" if smaller is None else suite.words(smaller)
+    raise ValueError(f"{suite.words(cases[0])}: {name} {reason}. This would fit: {fits}.")
+
+
+def run_cases(
+    suite: Suite,
+    cases: Sequence[Any],
+    settings: Settings,
+    file: ResultFile,
+    rates: Rates | None,
+    labels: Sequence[Mapping[str, Any]] = (),
+) -> list[str]:
+    """Appends every case to the file, which is written after each; returns what of ours failed.
+
+    labels: what else is said of each case.
+    """
+    failures: list[str] = []
+    said: set[tuple[str, str]] = set()
+    for index, case in enumerate(cases):
+        try:
+            found, failed = run_case(suite, case, settings, rates)
+        except DeviceLost as error:
+            file.result["stopped"] = str(error)
+            file.save()
+            return [*failures, f"{error}; {index} of {len(cases)} cases are kept in {file.path}"]
+        if labels:
+            found |= labels[index]
+        file.result.setdefault("cases", []).append(found)
+        file.save()
+        print_case(found, said)
+        failures += failed
+    return failures
+
+
+def run_case(
+    suite: Suite, case: Any, settings: Settings, rates: Rates | None
+) -> tuple[Result, list[str]]:
+    """One case of the schema, and what of ours was wrong or failed."""
+    fitting, left_out, _ = plan(suite, case, settings)
+    found: Result = {
+        "case": asdict(case), "words": suite.words(case), "floor_ms": None, "bound_by": None,
+        "providers": {}, "left_out": left_out,
+    }  # fmt: skip
+    if not fitting:
+        return found, []
+    device = settings.device
+    number = num_input_sets(suite, case, device)
+    inputs = suite.inputs(case, device, number)
+    found["input_sets"] = {"number": number, "bytes": number * suite.input_bytes(case)}
+    calls, errors, failures = _checked(suite, case, fitting, inputs, left_out, device)
+    of_rates = suite.rate_calls(case) if device.type == "cpu" else {}
+    rotations = {name: Rotation(call, inputs) for name, call in calls.items()}
+    try:
+        times = timed(device, rotations | of_rates, settings)
+        launched = {name: launches(turn, device) for name, turn in rotations.items()}
+        peaks: dict[str, Any] = {
+            name: extra_device_memory(turn, device) for name, turn in rotations.items()
+        }
+    except RuntimeError as error:
+        refuse_lost(device, error)
+        raise
+    if of_rates:
+        rates = suite.rates(case, times)
+        found["rates"] = rates_result(rates)
+    if settings.child is not None and device.type == "cpu":
+        # The child has inputs of its own.
+        del inputs, rotations
+        peaks = {name: settings.child.peak(suite, name, case) for name in calls}
+    floor = None if rates is None else suite.floor(rates, case)
+    if floor is not None:
+        found |= {"floor_ms": floor.seconds * 1e3, "bound_by": floor.bound_by}
+    for provider in fitting:
+        name = provider.name
+        if name not in calls:
+            continue
+        entry = times[name] | {"error": errors[name], "formula": provider.formula}
+        entry["ours"] = provider.is_ours
+        peak = peaks[name]
+        entry["peak_bytes"] = peak if isinstance(peak, int) else None
+        if isinstance(peak, str):
+            entry["peak_unknown"] = peak
+        entry["over_floor"] = entry["p50_ms"] / found["floor_ms"] if floor is not None else None
+        names_launched = launched[name]
+        if names_launched is not None:
+            entry["launches"] = len(names_launched)
+            if provider.is_ours:
+                entry["launched"] = names_launched
+        found["providers"][name] = entry
+    return found, failures
+
+
+def _checked(
+    suite: Suite,
+    case: Any,
+    fitting: Sequence[Provider],
+    inputs: Sequence[Any],
+    left_out: dict[str, str],
+    device: torch.device,
+) -> tuple[dict[str, Call], dict[str, float], list[str]]:
+    """The calls of those who are right, and their errors; the others are named in `left_out`."""
+    calls, errors, failures = {}, {}, []
+    exact: dict[str, Any] = {}
+    for provider in fitting:
+        if provider.formula not in exact:
+            exact[provider.formula] = suite.exact(provider.formula, case, inputs[0])
+        reason = None
+        try:
+            call = provider.make(case, device)
+            error = suite.error(call, case, inputs[0], exact[provider.formula])
+        except torch.cuda.OutOfMemoryError:
+            reason = "does not fit: out of memory"
+            torch.cuda.empty_cache()
+        except Exception as failure:
+            # Any error of code that is not ours, from its compiler's to its kernels'.
+            refuse_lost(device, failure)
+            reason = f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
+        else:
+            limit = suite.max_error(provider, case)
+            if not error <= limit:
+                reason = f"wrong by {error:.1e} of the largest value, {limit:.0e} is the limit"
+        if reason is None:
+            calls[provider.name], errors[provider.name] = call, error
+            continue
+        left_out[provider.name] = f"{reason}: not timed"
+        if provider.is_ours:
+            failures.append(f"{suite.words(case)}: {provider.name} {reason}")
+    return calls, errors, failures
+
+
+def refuse_lost(device: torch.device, error: Exception) -> None:
+    """Tells a device that is gone from a call that failed.
+
+    Raises:
+        DeviceLost: the device does not answer.
+    """
+    try:
+        synchronize(device)
+    except RuntimeError:
+        words = str(error).partition("\n")[0]
+        raise DeviceLost(f"the device {device} does not answer any more: {words}") from error
+
+
+def timed(
+    device: torch.device, calls: Mapping[str, Callable[[], object]], settings: Settings
+) -> dict[str, Result]:
+    """Milliseconds of each; a sample of a fast call is the mean of several in a row.
+
+    All calls but the rates' were made before. A slow one is repeated less often than a fast one,
+    and all together at most so often as `case_seconds` allow.
+    """
+    turns, total = {}, 0.0
+    for name, call in calls.items():
+        (seconds,) = _seconds_per_call(call, 1, device)
+        if seconds < SAMPLE_SECONDS:
+            (seconds,) = _seconds_per_call(call, 2, device)
+        repeats = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / seconds)))
+        total += seconds * repeats
+        turns[name] = partial(_seconds_per_call, call, repeats, device)
+    affordable = int(settings.case_seconds / total) if total > 0 else settings.rounds
+    rounds = max(min(MIN_ROUNDS, settings.rounds), min(settings.rounds, affordable))
+    return interleave_samples(turns, rounds=rounds)
+
+
+def print_case(found: Result, said: set[tuple[str, str]]) -> None:
+    """A table; why somebody is left out is said once a run."""
+    floor = found["floor_ms"]
+    print(f"\n{found['words']}", end="")
+    print("" if floor is None else f"   floor {floor:.3g} ms ({found['bound_by']})")
+    rows = []
+    first = next(iter(found["providers"].values()), None)
+    for name, entry in found["providers"].items():
+        peak, over = entry["peak_bytes"], entry["over_floor"]
+        rows.append(
+            [
+                name,
+                f"{entry['p50_ms']:.4g}",
+                f"{entry['p20_ms']:.4g} to {entry['p80_ms']:.4g}",
+                f"{entry['p50_ms'] / first['p50_ms']:.2f}" if first else "",
+                "-" if over is None else f"{over:.3g}",
+                "-" if peak is None else f"{peak / 2**20:.1f}",
+                f"{entry['error']:.0e}",
+            ]
+        )
+    if rows:
+        header = ["", "ms", "p20 to p80", "x first", "x floor", "peak MiB", "error"]
+        print(text_table(header, rows))
+    for name, reason in found["left_out"].items():
+        if (name, reason) not in said:
+            print(f"  {name}: {reason}")
+    said.update(found["left_out"].items())
+    sys.stdout.flush()

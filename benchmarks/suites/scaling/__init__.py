@@ -1,0 +1,1 @@
+"""Negatives of all ranks: bytes, memory and time."""

@@ -1,0 +1,220 @@
+"""The loss of `acl_loss(..., process_group=...)` the ways it is done elsewhere.
+
+Each takes the samples, labels and label embeddings of a rank of the default group (all ranks have
+equally many samples) and returns what this rank adds to the objective: the mean over ranks of the
+results is the mean loss of all M rows, and after the ranks' gradients are averaged they are its
+gradients. Denominator "all", reduction "mean".
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, distributed
+from torch.nn.functional import normalize
+
+from ....kernels.contrastive.sharded.agreement import all_gather
+
+# Tags of what travels around the ring at the same time.
+BLOCK, GRADIENT = 0, 1
+
+
+class Anchors(NamedTuple):
+    """Classes and weights of a rank's rows, and what their class has."""
+
+    all_labels: Tensor  # [W, N]
+    classes: Tensor  # [m], of the own samples and the label embeddings
+    num_positives: Tensor  # [m]
+    weights: Tensor  # [m]: their sum over ranks is W
+
+
+def anchors_of(labels: Tensor, num_labels: int) -> Anchors:
+    """Gathers the labels: how many positives a row has depends on all ranks."""
+    num_ranks = distributed.get_world_size()
+    gathered = labels.new_empty(num_ranks * labels.shape[0])
+    all_gather(gathered, labels, distributed.group.WORLD)
+    # The label embeddings' own rows count as well, a row itself does not.
+    num_positives = torch.bincount(gathered, minlength=num_labels)
+    num_anchors = gathered.shape[0] + num_positives.count_nonzero()
+    classes = torch.cat([labels, torch.arange(num_labels)])
+    own = num_positives[classes]
+    # A label embedding is an anchor on every rank, a sample on its own.
+    copies = torch.ones(classes.shape[0])
+    copies[: labels.shape[0]] = num_ranks
+    return Anchors(gathered.view(num_ranks, -1), classes, own, copies * (own > 0) / num_anchors)
+
+
+class GatherWithGradient(torch.autograd.Function):
+    """[W N, d] of all ranks; its gradient goes back to them and is added up there.
+
+    Outside NCCL, gloo's reduce-scatter is an all-reduce, of which a rank keeps its part: twice
+    the bytes. torch.distributed.nn.all_gather does it as here: an all-to-all, and a sum.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = rows.new_empty(distributed.get_world_size() * rows.shape[0], rows.shape[1])
+        all_gather(gathered, rows, distributed.group.WORLD)
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        parts = torch.empty_like(gradient)
+        distributed.all_to_all_single(parts, gradient.contiguous())
+        return parts.unflatten(0, (distributed.get_world_size(), -1)).sum(0)
+
+
+def gather_all(
+    embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float
+) -> Tensor:
+    """The whole M x M matrix on every rank (open_clip's local_loss=False)."""
+    anchors = anchors_of(labels, label_embeddings.shape[0])
+    gathered = GatherWithGradient.apply(normalize(embeddings, dim=1))
+    rows = torch.cat([gathered, normalize(label_embeddings, dim=1)])
+    classes = torch.cat([anchors.all_labels.flatten(), torch.arange(label_embeddings.shape[0])])
+    num_positives = torch.bincount(classes)[classes] - 1
+    is_anchor = num_positives > 0
+    weights = is_anchor / is_anchor.sum()
+    start = 0
+    return _dense(rows, rows, classes, classes, num_positives, weights, start, temperature)
+
+
+def gather_rows(
+    embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float
+) -> Tensor:
+    """The own rows x all rows (open_clip's local_loss=True, sentence-transformers)."""
+    _, classes, num_positives, weights = anchors = anchors_of(labels, label_embeddings.shape[0])
+    samples, label_rows = normalize(embeddings, dim=1), normalize(label_embeddings, dim=1)
+    columns = torch.cat([GatherWithGradient.apply(samples), label_rows])
+    rows = torch.cat([samples, label_rows])
+    column_classes = torch.cat(
+        [anchors.all_labels.flatten(), torch.arange(label_embeddings.shape[0])]
+    )
+    return _dense(
+        rows, columns, classes, column_classes, num_positives, weights,
+        distributed.get_rank() * labels.shape[0], temperature, labels.shape[0],
+    )  # fmt: skip
+
+
+def _dense(
+    rows: Tensor,
+    columns: Tensor,
+    classes: Tensor,
+    column_classes: Tensor,
+    num_positives: Tensor,
+    weights: Tensor,
+    start: int,
+    temperature: float,
+    num_samples: int | None = None,
+) -> Tensor:
+    """The weighted losses of the rows, in eager PyTorch; row 0 is column `start`."""
+    similarity = rows @ (columns / temperature).t()
+    positive = (classes[:, None] == column_classes).to(similarity.dtype)
+    # The pairs of a row with itself; the label embeddings are the last columns.
+    places = torch.arange(rows.shape[0])
+    own_columns = places + start
+    if num_samples is not None:
+        num_labels = rows.shape[0] - num_samples
+        own_columns[num_samples:] = torch.arange(columns.shape[0] - num_labels, columns.shape[0])
+    positive[places, own_columns] = 0
+    positive_mean = (similarity * positive).sum(1) / num_positives.clamp(min=1)
+    return ((similarity.logsumexp(1) - positive_mean) * weights).sum()
+
+
+def ring(
+    embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float
+) -> Tensor:
+    """Blocks travel, and in the backward pass their gradients with them (Inf-CL)."""
+    anchors = anchors_of(labels, label_embeddings.shape[0])
+    scale = temperature**-0.5
+    return RingLoss.apply(
+        normalize(embeddings, dim=1) * scale, normalize(label_embeddings, dim=1) * scale, anchors
+    )
+
+
+class RingLoss(torch.autograd.Function):
+    """The weighted losses of the own rows, from rows y whose products are the similarities."""
+
+    @staticmethod
+    def forward(ctx: Any, samples: Tensor, label_rows: Tensor, anchors: Anchors) -> Tensor:
+        rows = torch.cat([samples, label_rows])
+        sums = rows.new_zeros(rows.shape[0])
+        positives = rows.new_zeros(rows.shape[0])
+        block, owner = samples.contiguous(), distributed.get_rank()
+        for step in range(distributed.get_world_size() + 1):
+            is_last = step == distributed.get_world_size()
+            columns = label_rows if is_last else block
+            exchange = None
+            if step + 1 < distributed.get_world_size():
+                exchange = Exchange(block, BLOCK)
+            classes = _classes(anchors, None if is_last else owner)
+            similarity = rows @ columns.t()
+            same = (anchors.classes[:, None] == classes).to(similarity.dtype)
+            positives += (same * similarity).sum(1)
+            sums += similarity.exp_().sum(1)
+            if exchange is not None:
+                block, owner = exchange.wait(), (owner - 1) % distributed.get_world_size()
+        positives -= rows.square().sum(1)
+        losses = sums.log() - positives / anchors.num_positives.clamp(min=1)
+        ctx.save_for_backward(samples, label_rows, sums)
+        ctx.anchors = anchors
+        return (losses * anchors.weights).sum()
+
+    @staticmethod
+    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+        samples, label_rows, sums = ctx.saved_tensors
+        anchors: Anchors = ctx.anchors
+        num_ranks = distributed.get_world_size()
+        rows = torch.cat([samples, label_rows])
+        weights = anchors.weights * loss_gradient
+        of_denominator = weights / sums
+        of_positives = weights / anchors.num_positives.clamp(min=1)
+        # The pair of a row with itself is no positive, but the blocks count it.
+        gradient = 2 * of_positives[:, None] * rows
+
+        def add_pairs(columns: Tensor, owner: int | None) -> Tensor:
+            """Adds the columns' share to the rows' gradient; returns the columns'."""
+            pairs = (rows @ columns.t()).exp_().mul_(of_denominator[:, None])
+            same = anchors.classes[:, None] == _classes(anchors, owner)
+            pairs -= same * of_positives[:, None]
+            gradient.addmm_(pairs, columns)
+            return pairs.t() @ rows
+
+        block, owner = samples.contiguous(), distributed.get_rank()
+        returning: Exchange | None = None
+        for step in range(num_ranks):
+            exchange = Exchange(block, BLOCK) if step + 1 < num_ranks else None
+            block_gradient = add_pairs(block, owner)
+            if returning is not None:
+                block_gradient += returning.wait()
+            returning = Exchange(block_gradient, GRADIENT) if num_ranks > 1 else None
+            if exchange is not None:
+                block, owner = exchange.wait(), (owner - 1) % num_ranks
+        # After W steps the gradient of the own block is back.
+        own = block_gradient if returning is None else returning.wait()
+        label_gradient = add_pairs(label_rows, None)
+        num_samples = samples.shape[0]
+        return own + gradient[:num_samples], label_gradient + gradient[num_samples:], None
+
+
+def _classes(anchors: Anchors, owner: int | None) -> Tensor:
+    """Of a rank's samples, or of the label embeddings."""
+    num_samples = anchors.all_labels.shape[1]
+    return anchors.classes[num_samples:] if owner is None else anchors.all_labels[owner]
+
+
+class Exchange:
+    """A tensor on its way to the next rank while the previous one's arrives."""
+
+    def __init__(self, sent: Tensor, tag: int) -> None:
+        rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
+        self.sent = sent.contiguous()
+        self.received = torch.empty_like(self.sent)
+        self.requests: list[Any] = [
+            distributed.isend(self.sent, (rank + 1) % num_ranks, tag=tag),
+            distributed.irecv(self.received, (rank - 1) % num_ranks, tag=tag),
+        ]
+
+    def wait(self) -> Tensor:
+        for request in self.requests:
+            request.wait()
+        return self.received

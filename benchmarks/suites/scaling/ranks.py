@@ -1,0 +1,225 @@
+"""What a rank does for `scaling`: rates, then the losses, checked before they are counted."""
+
+import ctypes
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, distributed
+
+from ....kernels import acl_loss
+from ....kernels.contrastive.sharded.agreement import all_gather
+from ...floors.cpu import BLOCK, RATE_CALLS, machine_rates
+from ...measuring.environment import Result
+from ...measuring.memory import _status_bytes
+from . import baselines as global_baselines
+from .cost_model import METHODS
+from .loopback import Wire, loopback_bytes
+
+TEMPERATURE = 0.5
+# Relative to the largest value of the reference in float64.
+MAX_ERROR = 1e-5
+SMALL_GATHERS = 20
+LARGE_BYTES = 4 * 2**20
+# glibc's name for the size from which memory comes from the system, and goes back to it.
+M_MMAP_THRESHOLD = -3
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def losses() -> dict[str, Loss]:
+    group = distributed.group.WORLD
+    return {
+        "ours": partial(acl_loss, temperature=TEMPERATURE, process_group=group),
+        **{
+            name: partial(getattr(global_baselines, name), temperature=TEMPERATURE)
+            for name in METHODS
+            if name != "ours"
+        },
+    }
+
+
+def measure(rank: int, num_samples: int, num_labels: int, width: int, rounds: int) -> Result:
+    """Rates of this rank while all are busy, and of each method: ms, bytes, memory.
+
+    Raises:
+        AssertionError: a loss or a gradient differs from the reference of all samples together.
+    """
+    inputs = own_inputs(rank, num_samples, num_labels, width)
+    found = losses()
+    check(found, inputs)
+    methods: dict[str, Result] = {name: count(loss, inputs) for name, loss in found.items()}
+    rates = calibrate(width, rounds)
+    seconds = time_in_turns(found, inputs, rounds)
+    for name, loss in found.items():
+        methods[name]["seconds"] = seconds[name]
+        methods[name]["memory_bytes"] = peak_memory(partial(forward_backward, loss, inputs))
+    return {"rates": rates, "methods": methods}
+
+
+def own_inputs(
+    rank: int | None, num_samples: int, num_labels: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples, labels and label embeddings of a rank; of all ranks for None."""
+    generator = torch.Generator().manual_seed(0)
+    total = num_samples * distributed.get_world_size()
+    embeddings = torch.randn(total, width, generator=generator)
+    labels = torch.randint(num_labels, (total,), generator=generator)
+    label_embeddings = torch.randn(num_labels, width, generator=generator)
+    if rank is not None:
+        own = slice(rank * num_samples, (rank + 1) * num_samples)
+        embeddings, labels = embeddings[own].clone(), labels[own].clone()
+    return embeddings.requires_grad_(), labels, label_embeddings.requires_grad_()
+
+
+def forward_backward(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    embeddings, labels, label_embeddings = inputs
+    embeddings.grad = label_embeddings.grad = None
+    value = loss(embeddings, labels, label_embeddings)
+    value.backward()
+    return value.detach()
+
+
+def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    """Loss and averaged gradients of every method against one process with all samples."""
+    rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
+    num_samples, (num_labels, width) = inputs[0].shape[0], inputs[2].shape
+    expected = [
+        torch.zeros((), dtype=torch.float64),
+        torch.zeros(num_ranks * num_samples, width, dtype=torch.float64),
+        torch.zeros(num_labels, width, dtype=torch.float64),
+    ]
+    if rank == 0:
+        # The dense reference is large: once is enough.
+        embeddings, labels, label_embeddings = own_inputs(None, num_samples, num_labels, width)
+        exact = [
+            tensor.detach().double().requires_grad_() for tensor in (embeddings, label_embeddings)
+        ]
+        value = acl_loss(exact[0], labels, exact[1], temperature=TEMPERATURE, impl="reference")
+        expected = [value.detach(), *torch.autograd.grad(value, exact)]
+    for tensor in expected:
+        distributed.broadcast(tensor, 0)
+    expected[1] = expected[1][rank * num_samples : (rank + 1) * num_samples]
+    for name, loss in found.items():
+        value = forward_backward(loss, inputs).double()
+        assert inputs[0].grad is not None and inputs[2].grad is not None
+        samples, labels_gradient = inputs[0].grad / num_ranks, inputs[2].grad.clone()
+        for tensor in (value, labels_gradient):
+            distributed.all_reduce(tensor)
+            tensor /= num_ranks
+        for what, given, wanted in zip(
+            ("loss", "samples' gradient", "label embeddings' gradient"),
+            (value, samples, labels_gradient),
+            expected,
+            strict=True,
+        ):
+            error = float((given - wanted).abs().max() / wanted.abs().max())
+            assert error <= MAX_ERROR, f"{name}: relative error of the {what} is {error:.1e}"
+
+
+def count(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Result:
+    """Messages and bytes of one forward + backward; the loopback's own count beside them."""
+    with Wire() as wire:
+        forward_backward(loss, inputs)
+    on_loopback = []
+    for _ in range(3):
+        distributed.barrier()
+        before = loopback_bytes()
+        distributed.barrier()
+        forward_backward(loss, inputs)
+        distributed.barrier()
+        after = loopback_bytes()
+        distributed.barrier()
+        if before is not None and after is not None:
+            on_loopback.append(after - before)
+    return {
+        "messages": wire.messages,
+        "sent_bytes": wire.sent_bytes,
+        "received_bytes": wire.received_bytes,
+        # Others only add to it.
+        "loopback_bytes": min(on_loopback, default=None),
+    }
+
+
+def calibrate(width: int, rounds: int) -> Result:
+    """alpha and 1 / beta of an all-gather's steps, products and exponentials a second.
+
+    All ranks do the same at the same time.
+    """
+    num_ranks = distributed.get_world_size()
+    seconds: dict[str, list[float]] = {name: [] for name in ("small", "large", "gemm", "exp")}
+    work = machine_rates(width)
+    for _ in range(rounds):
+        if num_ranks > 1:
+            seconds["small"].append(gather_seconds(8, SMALL_GATHERS))
+            seconds["large"].append(gather_seconds(LARGE_BYTES, 1))
+        for name, call in work.items():
+            distributed.barrier()
+            seconds[name].append(_elapsed(call) / RATE_CALLS)
+    gemm, exp = (statistics.median(seconds[name]) for name in ("gemm", "exp"))
+    rates = {
+        "flops_per_second": 2 * BLOCK**2 * width / gemm,
+        "exponentials_per_second": BLOCK**2 / exp,
+    }
+    if num_ranks == 1:
+        return rates
+    small, large = (statistics.median(seconds[name]) for name in ("small", "large"))
+    steps = num_ranks - 1
+    return rates | {
+        "seconds_per_message": small / steps,
+        "bytes_per_second": steps * LARGE_BYTES / max(large - small, 1e-9),
+    }
+
+
+def gather_seconds(num_bytes: int, repeats: int) -> float:
+    group = distributed.group.WORLD
+    sent = torch.zeros(num_bytes, dtype=torch.uint8)
+    received = torch.empty(distributed.get_world_size() * num_bytes, dtype=torch.uint8)
+    all_gather(received, sent, group)
+    distributed.barrier()
+
+    def gather() -> None:
+        for _ in range(repeats):
+            all_gather(received, sent, group)
+
+    return _elapsed(gather) / repeats
+
+
+def _elapsed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def time_in_turns(
+    found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of this rank, once a round, all ranks starting together."""
+    seconds: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(rounds):
+        for name, loss in found.items():
+            distributed.barrier()
+            seconds[name].append(_elapsed(partial(forward_backward, loss, inputs)))
+    return seconds
+
+
+def peak_memory(call: Callable[[], object]) -> int | None:
+    """Bytes by which a call raises the high-water mark of resident memory (Linux, glibc)."""
+    if sys.platform != "linux":
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return None
+    # What is freed goes back at once, so that the mark shows what is held.
+    libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+    call()
+    libc.malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status_bytes("VmRSS")
+    call()
+    return _status_bytes("VmHWM") - before

@@ -1,0 +1,369 @@
+"""Who takes a training step: our trainer's variants, the Hugging Face Trainer, a hand-written loop.
+
+All train the same model, from the same weights, on the same batches in the same order, with the
+same optimizer and schedule; without dropout their losses agree to rounding.
+"""
+
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy
+from transformers import get_linear_schedule_with_warmup
+
+from ....engine.backends.deepspeed.gradients import check_version
+from ....engine.backends.optimizers import decay_groups
+from ....engine.config.training import TrainingConfig
+from ....engine.data.batching import collate, epoch_batches
+from ....engine.data.quickstart import LABEL_NAMES, minilm_path, quickstart_splits
+from ....engine.model.saved import load_tokenizer
+from ....engine.training.metrics_log import read_records
+from ....engine.training.trainer import Trainer
+from ..baselines import dense_acl
+from ..exits.second_stage import SteppedTrainer
+from .names import ACL, CE, HUGGING_FACE, TWO_BACKWARD
+
+# A multiple of every batch here, so that all steps are of whole batches.
+NUM_TEXTS = 512
+LEARNING_RATE = 1e-4
+AUXILIARY_WEIGHT = 0.02
+
+OURS: dict[str, dict[str, Any]] = {
+    CE: {"objective": "ce"},
+    "fusedacl_scl": {"objective": "scl"},
+    "fusedacl_acl_ungated": {"objective": "acl", "gate": "none"},
+    ACL: {"objective": "acl"},
+    "fusedacl_acl_top2": {"objective": "acl", "gate_scope": "top:2"},
+    "fusedacl_acl_head": {"objective": "acl", "gate_scope": "head"},
+    "deepspeed_ce": {"objective": "ce", "deepspeed_config": "deepspeed.json"},
+    "deepspeed_acl": {"objective": "acl", "deepspeed_config": "deepspeed.json"},
+}
+MODELS = ("minilm", "bert-base")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the shape of its batches.
+
+    model: one of MODELS, or the directory of an encoder with its tokenizer.
+    num_layers: its first ones only; None keeps all.
+    """
+
+    model: str
+    batch: int
+    tokens: int
+    num_layers: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Of the hidden states, for which the rate of matrix products is measured."""
+        return {"minilm": 384, "bert-base": 768}.get(self.model, 64)
+
+    @property
+    def words(self) -> str:
+        names = {"minilm": "MiniLM (6 x 384)", "bert-base": "BERT-base's shape, random weights"}
+        layers = "" if self.num_layers is None else f", {self.num_layers} layers"
+        name = names.get(self.model, Path(self.model).name)
+        return f"{name}{layers}, {self.batch} texts of {self.tokens} tokens"
+
+
+class Files:
+    """Encoders and texts in a directory, made when they are first asked for."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+
+    def encoder(self, case: Case) -> Path:
+        if case.model == "minilm":
+            return minilm_path()
+        if case.model != "bert-base":
+            return Path(case.model)
+        directory = self.directory / case.model
+        if not directory.exists():
+            torch.manual_seed(0)
+            transformers.BertModel(transformers.BertConfig()).save_pretrained(directory)
+            # Its vocabulary is BERT's.
+            load_tokenizer(str(minilm_path())).save_pretrained(directory)
+        return directory
+
+    def texts(self, case: Case) -> Path:
+        """Labelled pairs, each so long that truncation leaves `case.tokens` tokens."""
+        path = self.directory / f"train_{case.tokens}.jsonl"
+        if not path.exists():
+            rows = quickstart_splits(num_train=NUM_TEXTS)["train"]
+            # Every sentence has some words.
+            times = case.tokens // 6 + 1
+            path.write_text(
+                "".join(
+                    json.dumps(
+                        {
+                            "sentence1": f"{row['sentence1']} " * times,
+                            "sentence2": f"{row['sentence2']} " * times,
+                            "label": LABEL_NAMES[int(row["label"])],
+                        }
+                    )
+                    + "\n"
+                    for row in rows
+                )
+            )
+        return path
+
+    def deepspeed(self) -> Path:
+        """What one process does unless told otherwise: no ZeRO."""
+        path = self.directory / "deepspeed.json"
+        path.write_text("{}\n")
+        return path
+
+
+AfterStep = Callable[[int], None]
+
+
+class Clock:
+    """Seconds of each step, from the end of the one before; `after_step` does not count."""
+
+    def __init__(self, after_step: AfterStep | None = None) -> None:
+        self.seconds: list[float] = []
+        self._after_step = after_step
+        self._last = time.perf_counter()
+
+    def tick(self) -> None:
+        self.seconds.append(time.perf_counter() - self._last)
+        if self._after_step is not None:
+            self._after_step(len(self.seconds))
+        self._last = time.perf_counter()
+
+
+class Contestant(Protocol):
+    # Of the steps of the last turn that recorded them: cross-entropy, and what is beside it.
+    losses: list[tuple[float, float | None]]
+
+    def turn(
+        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
+    ) -> list[float]:
+        """Seconds of each step of a new run; `changes`: options of our trainer.
+
+        With `logging_steps=1` it records its losses.
+        """
+
+
+class Ours:
+    """Our trainer with some options."""
+
+    def __init__(self, case: Case, files: Files, name: str, **options: Any) -> None:
+        if "deepspeed_config" in options:
+            options["deepspeed_config"] = str(files.deepspeed())
+        self.options = {
+            "train_file": str(files.texts(case)),
+            "model_name_or_path": str(files.encoder(case)),
+            "num_hidden_layers": case.num_layers,
+            "max_seq_length": case.tokens,
+            "per_device_train_batch_size": case.batch,
+            "learning_rate": LEARNING_RATE,
+            "aux_weight": AUXILIARY_WEIGHT,
+            "save_steps": 0,
+            "disable_tqdm": True,
+            "device": "cpu",
+            **options,
+        }
+        self.losses: list[tuple[float, float | None]] = []
+        self.shares: dict[str, float] = {}
+        self._files, self._name = files, name
+
+    def config(self, num_steps: int, **changes: Any) -> TrainingConfig:
+        # A run holds its directory until it ends, which those here do not.
+        directory = tempfile.mkdtemp(prefix=self._name, dir=self._files.directory)
+        settings = {"output_dir": directory, "max_steps": num_steps, "logging_steps": num_steps}
+        return TrainingConfig.create(**{**self.options, **settings, **changes})
+
+    def turn(
+        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
+    ) -> list[float]:
+        trainer = SteppedTrainer(self.config(num_steps, **changes))
+        clock = Clock(after_step)
+        with trainer.profiler:
+            for _ in range(num_steps):
+                with trainer.profiler.step():
+                    trainer.one_step()
+                clock.tick()
+        if trainer.profiler.profile is not None:
+            self.shares = trainer.profiler.profile["shares"]
+        records = read_records(trainer.output_dir / "metrics.jsonl")
+        self.losses = [(record["loss_ce"], record.get("loss_aux")) for record in records]
+        trainer.engine.close()
+        return clock.seconds
+
+
+class HuggingFace:
+    """The Hugging Face Trainer with the same model, whose own loss it takes."""
+
+    def __init__(self, case: Case, files: Files) -> None:
+        self.files = files
+        self.ours = Ours(case, files, HUGGING_FACE, objective="ce")
+        self.losses: list[tuple[float, float | None]] = []
+
+    def turn(
+        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
+    ) -> list[float]:
+        trainer = Trainer(self.ours.config(num_steps, **changes))
+        options = trainer.config.optimization
+        callback = _ClockCallback(after_step)
+        made = transformers.Trainer(
+            model=trainer.model,
+            args=transformers.TrainingArguments(
+                output_dir=str(self.files.directory / HUGGING_FACE),
+                max_steps=num_steps,
+                per_device_train_batch_size=options.per_device_train_batch_size,
+                learning_rate=options.learning_rate,
+                warmup_steps=round(options.warmup_ratio * num_steps),
+                weight_decay=options.weight_decay,
+                max_grad_norm=options.max_grad_norm,
+                optim="adamw_torch_fused",
+                use_cpu=True,
+                save_strategy="no",
+                logging_steps=trainer.config.run.logging_steps,
+                report_to="none",
+                disable_tqdm=True,
+                # In the order of our batches.
+                train_sampling_strategy="sequential",
+            ),
+            train_dataset=_features(trainer),
+            data_collator=transformers.DataCollatorWithPadding(trainer.tokenizer),
+            callbacks=[callback],
+        )
+        made.remove_callback(transformers.PrinterCallback)
+        made.train()
+        self.losses = [(loss, None) for loss in callback.losses]
+        return callback.clock.seconds
+
+
+class _ClockCallback(transformers.TrainerCallback):
+    def __init__(self, after_step: AfterStep | None) -> None:
+        self.after_step = after_step
+        self.losses: list[float] = []
+
+    def on_train_begin(self, *arguments: Any, **options: Any) -> None:
+        self.clock = Clock(self.after_step)
+
+    def on_step_end(self, *arguments: Any, **options: Any) -> None:
+        self.clock.tick()
+
+    def on_log(self, *arguments: Any, logs: dict[str, float] | None = None, **options: Any) -> None:
+        if logs and "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+
+
+def _features(trainer: Trainer) -> list[dict[str, Any]]:
+    """The texts of an epoch, in the order of our batches."""
+    split = trainer.train_split
+    assert split.labels is not None
+    features = []
+    for row in np.concatenate(_batches(trainer, epoch=0)):
+        span = slice(split.offsets[row], split.offsets[row + 1])
+        feature = {"input_ids": split.tokens[span].tolist(), "labels": int(split.labels[row])}
+        feature["attention_mask"] = [1] * len(feature["input_ids"])
+        if split.token_types is not None:
+            feature["token_type_ids"] = split.token_types[span].tolist()
+        features.append(feature)
+    return features
+
+
+def _batches(trainer: Trainer, epoch: int) -> list[np.ndarray]:
+    options = trainer.config.optimization
+    return epoch_batches(
+        trainer.train_split.lengths, trainer.batch_size, seed=options.seed, epoch=epoch
+    )
+
+
+class TwoBackward:
+    """ACL-Grad as one writes it in plain PyTorch, with a dense contrastive loss."""
+
+    def __init__(self, case: Case, files: Files) -> None:
+        self.ours = Ours(case, files, TWO_BACKWARD, objective="acl")
+        self.losses: list[tuple[float, float | None]] = []
+
+    def turn(
+        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
+    ) -> list[float]:
+        trainer = Trainer(self.ours.config(num_steps, **changes))
+        options, model = trainer.config.optimization, trainer.model.train()
+        parameters = list(model.parameters())
+        optimizer = torch.optim.AdamW(
+            decay_groups(parameters, options.weight_decay), lr=options.learning_rate, fused=True
+        )
+        scheduler = get_linear_schedule_with_warmup(
+            optimizer, round(options.warmup_ratio * num_steps), num_steps
+        )
+        is_recorded = trainer.config.run.logging_steps == 1
+        self.losses = []
+        clock = Clock(after_step)
+        for step in range(num_steps):
+            epoch, index = divmod(step, trainer.steps_per_epoch)
+            if index == 0:
+                batches = _batches(trainer, epoch)
+            padding = trainer.tokenizer.pad_token_id
+            batch = collate(trainer.train_split, batches[index], padding)
+            labels = batch.pop("labels")
+            output = model(**batch)
+            main = cross_entropy(output.logits, labels)
+            auxiliary = dense_acl(
+                output.exit_embeddings[-1], labels, model.label_embeddings_of([-1])[0]
+            )
+            main_gradient = _flat(torch.autograd.grad(
+                main, parameters, retain_graph=True, allow_unused=True
+            ), parameters)  # fmt: skip
+            auxiliary_gradient = _flat(
+                torch.autograd.grad(auxiliary, parameters, allow_unused=True), parameters
+            )
+            if cosine_similarity(main_gradient, auxiliary_gradient, dim=0) >= 0:
+                main_gradient = torch.lerp(main_gradient, auxiliary_gradient, AUXILIARY_WEIGHT)
+            parts = main_gradient.split([parameter.numel() for parameter in parameters])
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.grad = part.view_as(parameter)
+            torch.nn.utils.clip_grad_norm_(parameters, options.max_grad_norm)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+            if is_recorded:
+                self.losses.append((main.item(), auxiliary.item()))
+            # What a step held is free before the next one, as in a function of its own.
+            del output, main, auxiliary, main_gradient, auxiliary_gradient, parts, part
+            clock.tick()
+        return clock.seconds
+
+
+def _flat(gradients: tuple[Tensor | None, ...], parameters: list[torch.nn.Parameter]) -> Tensor:
+    return torch.cat(
+        [
+            (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
+            for gradient, parameter in zip(gradients, parameters, strict=True)
+        ]
+    )
+
+
+def contestant(name: str, case: Case, files: Files, **more: Any) -> Contestant:
+    """The provider of that name; `more`: options of our trainer beside its own."""
+    if name == HUGGING_FACE:
+        return HuggingFace(case, files)
+    if name == TWO_BACKWARD:
+        return TwoBackward(case, files)
+    return Ours(case, files, name, **{**OURS[name], **more})
+
+
+def obstacle(name: str) -> str | None:
+    """Why a provider cannot run here, or None."""
+    options = OURS.get(name, {})
+    try:
+        if "deepspeed_config" in options:
+            check_version()
+        TrainingConfig.create(**options)
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,1 +1,0 @@
-"""What runs are worth: figures, tables and pages from the directories that they left."""

@@ -1,0 +1,1 @@
+"""The DeepSpeed backend and its adapters for ZeRO."""

@@ -1,0 +1,440 @@
+"""The DeepSpeed engine: several processes, ZeRO 0 to 3, the interface of the local engine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter, functional
+from transformers import get_linear_schedule_with_warmup
+
+from ....kernels import gated_combine_, grad_dot_norm
+from ....kernels.gradients.angle import choose, combined_squared_norm
+from ...config.training import TrainingConfig
+from ...model.multi_exit import MultiExitForSequenceClassification
+from ...objectives.gate import decision_of, used_weight, weighted_sum
+from ...objectives.losses import ExitLosses
+from ...runtime import processes
+from ...runtime.device import choose_dtype
+from ...runtime.profiler_marks import (
+    CE_BACKWARD,
+    COMMUNICATION,
+    CONTRASTIVE_BACKWARD,
+    GATE,
+    OPTIMIZER,
+    part,
+)
+from ..interface import StepReport
+from ..loss_scaling import DeepSpeedLossScaler
+from ..optimizers import decay_groups, new_optimizer
+from .gate_scope import SharedScope
+from .gradients import ZeroGradients, check_version
+from .settings import complete
+from .zero_layout import zero_gradients
+
+MAIN, AUXILIARY = 0, 1
+
+
+class DeepSpeedEngine:
+    """Forward context, two backward passes, one optimizer step, on all processes alike.
+
+    Every process calls the same methods in the same order and with as many micro-batches a step:
+    each of them exchanges gradients. The model's weights are in the precision of the run until
+    `close`, which gives them back whole and in float32.
+
+    Args:
+        model, num_steps, device, groups, independent, learning_rate, gate_scope: as for
+            `LocalEngine`.
+        deepspeed_config: the JSON object; see `deepspeed_config.complete`.
+        optimizer: adamw or apex_fused_adam.
+
+    Raises:
+        ValueError: DeepSpeed is missing or another version, or a setting that cannot work.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        num_steps: int,
+        device: torch.device,
+        *,
+        groups: Mapping[str, Sequence[Parameter]] | None = None,
+        independent: bool = False,
+        learning_rate: float | None = None,
+        gate_scope: str = "all",
+        deepspeed_config: Mapping[str, Any] | None = None,
+        optimizer: str = "adamw",
+    ) -> None:
+        options = config.optimization
+        self.device = device
+        self.model = model
+        self.weight = config.objective.aux_weight
+        self.max_angle = config.objective.max_angle
+        self.impl = config.objective.impl
+        # Whether two gradients of all parameters are kept; a scope decides before there are any.
+        self.gated = config.gated and gate_scope == "all"
+        self.scope: SharedScope | None = None
+        self._scope_stats: Tensor | None = None
+        if config.objective.gate_agreement_steps:
+            raise ValueError(
+                f"gate_agreement_steps={config.objective.gate_agreement_steps}: under DeepSpeed "
+                "there is no exact decision beside that of gate_scope. Compare them in a run of "
+                "one process without deepspeed_config, and leave it out here."
+            )
+        self.independent = independent
+        self.max_norm = options.max_grad_norm or None
+        self.dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
+        check_version()
+        choose(self.impl, device)
+        if groups is None:
+            groups = {"model": [p for p in model.parameters() if p.requires_grad]}
+        self.groups = {name: list(parameters) for name, parameters in groups.items()}
+        self.parameters = [p for parameters in self.groups.values() for p in parameters]
+        _check_groups(model, self.parameters)
+        peak = options.learning_rate if learning_rate is None else learning_rate
+        self.settings = complete(
+            deepspeed_config or {},
+            config,
+            world_size=processes.world_size(),
+            num_trained=sum(p.numel() for p in self.parameters),
+            clips=not independent,
+        )
+        self.scaler = DeepSpeedLossScaler(self.dtype == torch.float16, self.settings.loss_scale)
+        # A group of parameters that rests must not have its steps counted with others'.
+        parts = [
+            part
+            for group in self.groups.values()
+            for part in decay_groups(group, options.weight_decay)
+            if part["params"]
+        ]
+        base = new_optimizer(optimizer, parts, peak, device)
+        self.scheduler = get_linear_schedule_with_warmup(
+            base, round(options.warmup_ratio * num_steps), num_steps
+        )
+        if config.gated and gate_scope != "all":
+            self.scope = SharedScope(cast(MultiExitForSequenceClassification, model), gate_scope)
+        # DeepSpeed rounds the weights to half precision, and would make its masters from that.
+        before = {id(p): p.detach().clone() for p in self.parameters}
+        self._frozen: dict[int, Tensor] = {}
+        if self.dtype != torch.float32:
+            self._frozen = {
+                id(p): p.detach().cpu().clone() for p in model.parameters() if not p.requires_grad
+            }
+        # ZeRO 3 puts another one there, for every model of the process: one that rounds otherwise.
+        self._linear = functional.linear
+        self.engine = _initialize(model, base, self.scheduler, self.settings.config)
+        self.gradients: ZeroGradients = zero_gradients(
+            self.engine, 2 if self.gated else 1, offloads=self.settings.offloads
+        )
+        self.gradients.start_from(before)
+        self.gradients.set_loss_scale(self.scaler.scale)
+        positions = {
+            id(p): index for index, group in enumerate(self.groups.values()) for p in group
+        }
+        self._piece_groups = [positions[id(piece.parameter)] for piece in self.gradients.pieces]
+        self._in_forward = False
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that both losses carry in their backward passes."""
+        return self.scaler.scale
+
+    def forward_context(self) -> AbstractContextManager[Any]:
+        """Where the model is called and its weights are read; they are cast already."""
+        return self._forward() if self.settings.stage == 3 else contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def _forward(self) -> Iterator[None]:
+        if not self._in_forward:
+            self._in_forward = True
+            self.gradients.begin_forward()
+        self.engine._forward_prologue((), {})
+        try:
+            yield
+        finally:
+            self.engine._forward_epilogue()
+
+    @part(CE_BACKWARD)
+    def backward(self, losses: ExitLosses, share: float = 1.0) -> None:
+        """Accumulate the gradients of one micro-batch.
+
+        `share`: its part of the samples of this optimizer step on all processes; the shares of all
+        processes and micro-batches add up to 1.
+        """
+        self._in_forward = False
+        factor = share * processes.world_size()  # DeepSpeed takes the mean over the processes
+        if self.gradients.wants_scaled_loss:
+            factor *= self.scaler.scale
+        if self.scope is not None and losses.auxiliary is not None:
+            loss = self._decided(losses, share * processes.world_size())
+            self.gradients.accumulate(MAIN, factor * loss, retain_graph=False)
+            return
+        if not self.gated or losses.auxiliary is None:
+            self.gradients.accumulate(
+                MAIN, factor * losses.weighted(self.weight), retain_graph=False
+            )
+            return
+        if losses.auxiliary.requires_grad:
+            with part(CONTRASTIVE_BACKWARD):
+                self.gradients.accumulate(
+                    AUXILIARY, factor * losses.auxiliary.sum(), retain_graph=True
+                )
+        self.gradients.accumulate(MAIN, factor * losses.main.sum(), retain_graph=False)
+
+    @part(GATE)
+    def _decided(self, losses: ExitLosses, factor: float) -> Tensor:
+        """The losses, weighted as the angle over the scope says, alike on every process."""
+        assert self.scope is not None and losses.auxiliary is not None
+        assert self._scope_stats is None, "the configuration allows one batch a step"
+        main, auxiliary = losses.main.sum(), losses.auxiliary.sum()
+        scaled = factor * self.scaler.scale
+        self._scope_stats = self.scope.stats(
+            self.gradients, scaled * main, scaled * auxiliary, self.impl
+        )
+        used = used_weight(self._scope_stats, self.weight, self.max_angle)
+        return weighted_sum(main, auxiliary, used)
+
+    @part(OPTIMIZER)
+    def step(self, *, compare: bool = False) -> StepReport:
+        """Decide, unscale, clip and update, or skip, alike on every process.
+
+        `compare`: refused when the engine was made, so never asked for.
+        """
+        assert not compare
+        learning_rate = self.scheduler.get_last_lr()[0]
+        scale = self.scaler.scale
+        gradients = self.gradients
+        # Each process may hold no part of a group: a zero stands for it, so that all have all.
+        stand_ins: list[Tensor | None] = [
+            torch.zeros(1, device=gradients.device) for _ in self.groups
+        ]
+        groups = [*self._piece_groups, *range(len(self.groups))]
+        auxiliary: list[Tensor | None] = [None] * len(groups)
+        with part(COMMUNICATION):
+            if self.gated:
+                auxiliary = [*gradients.reduced(AUXILIARY), *stand_ins]
+            main = [*gradients.reduced(MAIN), *stand_ins]
+        # Without the gate this is the norm to clip by.
+        with part(GATE if self.gated else OPTIMIZER):
+            own_stats = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
+        stats, reached, finite = self._totals(own_stats)
+        if not finite and not self.scaler.enabled:
+            raise FloatingPointError(
+                "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, "
+                "usually helps."
+            )
+        used = torch.zeros(len(self.groups), device=gradients.device)
+        if finite:
+            with part(GATE if self.gated else OPTIMIZER):
+                used = gated_combine_(
+                    main,
+                    auxiliary,
+                    stats,
+                    weight=self.weight if self.gated else 0.0,
+                    max_angle=self.max_angle,
+                    max_norm=self.max_norm * scale if self.independent and self.max_norm else None,
+                    clip_groups=self.independent,
+                    groups=groups,
+                    impl=self.impl,
+                )
+        else:
+            used.fill_(torch.nan)
+        grad_norm = combined_squared_norm(stats, used).sum().sqrt() / scale
+        decision = None
+        if self.gated:
+            decision = decision_of(stats, used, self.max_angle, grad_norm)
+        elif self._scope_stats is not None:
+            used = used_weight(self._scope_stats, self.weight, self.max_angle)
+            decision = decision_of(self._scope_stats, used, self.max_angle, grad_norm)
+            self._scope_stats = None
+        self._update(main[: len(gradients.pieces)], reached, finite)
+        return StepReport(float(grad_norm), learning_rate, scale, not finite, decision)
+
+    def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool], bool]:
+        """Sums over the processes, which parameters a gradient reached, whether all is finite.
+
+        The host reads all of it at once: every read waits for the device.
+        """
+        reached = torch.tensor(self.gradients.reached, dtype=torch.float64, device=self.device)
+        own = stats.double().to(self.device)
+        both = torch.cat([own.flatten(), reached])
+        if processes.world_size() > 1:
+            torch.distributed.all_reduce(both)
+        scope = [] if self._scope_stats is None else [self._scope_stats.double().flatten()]
+        values = torch.cat([both, *scope]).tolist()
+        start, stop = own.numel(), both.numel()
+        finite = all(map(math.isfinite, [*values[:start], *values[stop:]]))
+        sums = own if self.gradients.replicated else both[:start].view_as(own)
+        return sums.to(stats), [value > 0 for value in values[start:stop]], finite
+
+    def _update(self, combined: Sequence[Tensor | None], reached: list[bool], finite: bool) -> None:
+        gradients = self.gradients
+        given = [gradient for gradient in combined if gradient is not None]
+        kept = gradients.keep(reached)
+        gradients.put(given, finite)
+        self.engine.step()
+        if self.engine.was_step_applied() != finite:
+            raise RuntimeError(
+                f"deepspeed {'skipped a good' if finite else 'took a bad'} step: this version "
+                "decides otherwise than fusedacl expects. Please report it."
+            )
+        gradients.restore(kept)
+        gradients.reset()
+        self.scaler.update(overflow=not finite)
+        gradients.set_loss_scale(self.scaler.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What this process needs to continue; each process has its own."""
+        return {
+            "masters": [master.detach().clone() for master in self.gradients.masters()],
+            "optimizer": self.gradients.optimizer_state(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "layout": self._layout(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict` of the same process. Collective.
+
+        Raises:
+            ValueError: it comes from another number of processes, another process or ZeRO stage.
+        """
+        layout = self._layout()
+        if state["layout"] != layout:
+            was, now = (_words(which) for which in (state["layout"], layout))
+            raise ValueError(
+                f"The checkpoint's optimizer belongs to {was}; this is {now}. Resume with as many "
+                "processes and the same ZeRO stage."
+            )
+        with torch.no_grad():
+            for master, saved in zip(self.gradients.masters(), state["masters"], strict=True):
+                master.data.copy_(saved)
+        self.gradients.load_optimizer_state(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.gradients.publish()
+        self.gradients.set_loss_scale(self.scaler.scale)
+
+    def _layout(self) -> dict[str, Any]:
+        return {
+            "stage": self.settings.stage,
+            "world_size": processes.world_size(),
+            "rank": processes.rank(),
+            "dtype": str(self.dtype),
+            "sizes": [master.numel() for master in self.gradients.masters()],
+        }
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The model's `state_dict`, whole and in float32, on the CPU of every process. Collective.
+
+        Trained weights come from the optimizer's masters, frozen ones from before their rounding.
+        """
+        return self.gradients.full_state_dict(self._frozen)
+
+    def close(self) -> None:
+        """End training and give the model its weights back, whole and in float32. Collective.
+
+        A new engine may then be made for other trained parameters: ones that are frozen under a
+        living engine would go on moving.
+        """
+        full = self.full_state_dict()
+        self.gradients.release()
+        if self.scope is not None:
+            self.scope.close()
+        self.engine.destroy()
+        # Left in place, these would shard what the model does from now on.
+        self.engine.module_forward_pre_hook.remove()
+        self.engine.module_forward_post_hook.remove()
+        functional.linear = self._linear
+        _make_plain(self.model, full, self.device)
+
+
+def _initialize(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    config: dict[str, Any],
+) -> Any:
+    """`deepspeed.initialize`, without what it would compile on a machine without GPUs."""
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.utils import logger
+
+    logger.setLevel(logging.WARNING)
+    # DeepSpeed calls torch by names that torch has renamed; nobody here can change that.
+    warnings.filterwarnings(
+        "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
+    )
+    if "fp16" in config and not get_accelerator().is_fp16_supported():
+        raise ValueError(
+            "fp16: DeepSpeed refuses it on this device, which has no such arithmetic. Use bf16 or "
+            "neither, or the local engine, which emulates it."
+        )
+    # On a CPU it would compile this for minutes, and only there would it be used.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(verbose=False)
+    # It wants this of a run without a launcher too. Left there, others take it for a launcher's.
+    has_rank = "LOCAL_RANK" in os.environ
+    os.environ.setdefault("LOCAL_RANK", "0")
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
+        )
+    finally:
+        if not has_rank:
+            del os.environ["LOCAL_RANK"]
+    return engine
+
+
+def _check_groups(model: nn.Module, parameters: Sequence[Parameter]) -> None:
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    if not trained or trained != {id(p) for p in parameters} or len(parameters) != len(trained):
+        raise ValueError(
+            "groups must hold each parameter with requires_grad=True once, and no other: DeepSpeed "
+            f"moves all of them (groups: {len(parameters)}, trained: {len(trained)})."
+        )
+
+
+def _make_plain(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
+    """Replace every parameter of a model by an ordinary one with these values."""
+    made: dict[int, Parameter] = {}
+    for prefix, module in model.named_modules():
+        # ZeRO 3 puts a dictionary of its own here, and keeps ours.
+        plain = getattr(module, "_original_parameters", None)
+        parameters = {} if plain is None else plain
+        for name, old in list(module._parameters.items()):
+            if old is not None and id(old) not in made:
+                value = weights[f"{prefix}.{name}" if prefix else name]
+                # A copy: the state dict may be given away, and must not train on.
+                made[id(old)] = Parameter(
+                    value.to(device, copy=True), requires_grad=old.requires_grad
+                )
+            parameters[name] = None if old is None else made[id(old)]
+        if plain is None:
+            module._parameters.update(parameters)
+        else:
+            module._parameters = parameters
+            del module._original_parameters
+        for name, buffer in module._buffers.items():
+            full = f"{prefix}.{name}" if prefix else name
+            if buffer is not None and buffer.is_floating_point():
+                module._buffers[name] = (
+                    weights[full].to(device) if full in weights else buffer.float()
+                )
+
+
+def _words(layout: Mapping[str, Any]) -> str:
+    return (
+        f"process {layout['rank']} of {layout['world_size']} under ZeRO {layout['stage']} in "
+        f"{str(layout['dtype']).removeprefix('torch.')}"
+    )

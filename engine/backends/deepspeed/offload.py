@@ -1,0 +1,99 @@
+"""Optimizer offload: masters, moments and reduced gradients in host memory, under ZeRO 1 to 3.
+
+DeepSpeed then leaves what it reduced beside the masters, in their `.grad`, and forgets it only when
+the next gradient comes. Norms and overflow it notes while it copies: what is put back needs both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .gradients import ZeroGradients
+from .stages import Stage1, Stage2, Stage3
+
+
+class _OnHost(ZeroGradients):
+    """`.grad` of the masters, where a piece lies at the place that it has in its master."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def _spans(self) -> list[Tensor]:
+        """Where the pieces of a gradient lie, as views."""
+        spans = []
+        for piece in self.pieces:
+            master = self.master_of(piece)
+            gradient = master.grad
+            assert gradient is not None, "DeepSpeed makes it once, for the whole run"
+            weights = self.states(piece)[0]
+            offset = weights.storage_offset() - master.storage_offset()
+            spans.append(gradient.view(-1)[offset : offset + weights.numel()])
+        return spans
+
+    def _forget(self) -> None:
+        """A parameter that a loss does not reach would keep what lies there from before."""
+        for master in self.masters():
+            assert master.grad is not None
+            master.grad.zero_()
+
+    def _take(self) -> list[Tensor]:
+        # The copies to the host may still be under way.
+        getattr(self.optimizer, "_wait_for_offload_copies", lambda: None)()
+        return [span.clone() for span in self._spans()]
+
+    def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
+        optimizer = self.optimizer
+        self._forget()
+        for piece, span, gradient in zip(self.pieces, self._spans(), gradients, strict=True):
+            span.copy_(gradient.reshape(-1))
+            number = optimizer.get_param_id(piece.parameter)
+            optimizer.norm_for_param_grads[number] = torch.linalg.vector_norm(span)
+
+
+class _FlatOnHost(_OnHost):
+    def _begin(self) -> None:
+        self._forget()
+        # As if it were the first backward pass of a step: what came before has been taken.
+        self.optimizer.micro_step_id = -1
+        self.optimizer.norm_for_param_grads = {}
+
+    def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
+        super().put(gradients, finite)
+        self.optimizer.local_overflow = not finite
+
+
+class OffloadedStage1(_FlatOnHost, Stage1):
+    """Stage 1 with its optimizer in host memory."""
+
+    def reduced(self, kind: int) -> list[Tensor]:
+        self._begin()
+        return super().reduced(kind)
+
+
+class OffloadedStage2(_FlatOnHost, Stage2):
+    """Stage 2 with its optimizer in host memory."""
+
+    def _backward(self, loss: Tensor, retain_graph: bool) -> None:
+        self._begin()
+        super()._backward(loss, retain_graph)
+
+
+class OffloadedStage3(_OnHost, Stage3):
+    """Stage 3 with its optimizer in host memory."""
+
+    def _backward(self, loss: Tensor, retain_graph: bool) -> None:
+        self._forget()
+        super()._backward(loss, retain_graph)
+
+    def _take(self) -> list[Tensor]:
+        self.optimizer.micro_step_id = 0
+        return super()._take()
+
+    def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
+        super().put(gradients, finite)
+        # The overflow check reads this buffer, not what was just put.
+        self.optimizer.grad_partitions_flat_buffer.fill_(0.0 if finite else torch.inf)

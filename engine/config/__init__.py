@@ -1,0 +1,1 @@
+"""Options of every command, from the command line and from YAML."""

@@ -1,0 +1,230 @@
+"""Options: dataclass fields that know their help, choices and bounds, and their two spellings.
+
+A section is a frozen dataclass of options; a configuration is a frozen dataclass of sections. The
+names of all options of a configuration are distinct, so a YAML file and the command line are flat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import shlex
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from ..runtime.files import read_file, write_whole
+from ..runtime.text import did_you_mean
+
+Configuration = TypeVar("Configuration")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its help text (unit included), choices and bounds."""
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "at_least": at_least,
+        "at_most": at_most,
+        "above": above,
+    }
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def _options(cls: type) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
+    """Option name -> (section name, field, type), in order, for a configuration class."""
+    found = {}
+    for section_name, section in typing.get_type_hints(cls).items():
+        hints = typing.get_type_hints(section)
+        for field in dataclasses.fields(section):
+            found[field.name] = (section_name, field, hints[field.name])
+    return found
+
+
+def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> Any:
+    """`value` as the option's type: YAML reads 2e-5 as text, the command line reads all as text."""
+    says_none = isinstance(value, str) and value.lower() in ("none", "null")
+    if value is None or (says_none and value not in (choices or ())):
+        if type(None) in typing.get_args(hint):
+            return None
+        raise ValueError(f"{name}: a value is needed, got {value!r}.")
+    kind = _kind(hint)
+    problem = f"{name}: expected {kind.__name__}, got {value!r}."
+    if kind is bool:
+        if isinstance(value, bool):
+            return value
+        words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+        if str(value).lower() not in words:
+            raise ValueError(f"{problem} Write true or false.")
+        return words[str(value).lower()]
+    if kind is str:
+        return str(value)
+    if isinstance(value, bool):
+        raise ValueError(problem)
+    try:
+        number = float(value)
+        if kind is int:
+            # '10' stays exact; '10.0' and 1e3 are integers written otherwise.
+            if not number.is_integer():
+                raise ValueError
+            return (
+                int(value)
+                if isinstance(value, str) and value.lstrip("-").isdigit()
+                else int(number)
+            )
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(problem) from None
+    if not math.isfinite(number):
+        raise ValueError(f"{problem} A finite number is needed.")
+    return number
+
+
+def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
+    if value is None:
+        return
+    choices = metadata["choices"]
+    if choices is not None and value not in choices:
+        raise ValueError(f"{name}={value!r} is not a choice.{did_you_mean(str(value), choices)}")
+    for bound, holds, words in (
+        ("at_least", lambda limit: value >= limit, "at least"),
+        ("at_most", lambda limit: value <= limit, "at most"),
+        ("above", lambda limit: value > limit, "more than"),
+    ):
+        limit = metadata[bound]
+        if limit is not None and not holds(limit):
+            raise ValueError(f"{name}={value!r} is out of range: it must be {words} {limit}.")
+
+
+def build(cls: type[Configuration], values: Mapping[str, Any]) -> Configuration:
+    """A configuration from flat option names to values.
+
+    Raises:
+        ValueError: an unknown name (the nearest is offered), a wrong type or a value out of range.
+    """
+    options = _options(cls)
+    for name in values:
+        if name not in options:
+            raise ValueError(f"Unknown option {name!r}.{did_you_mean(name, options)}")
+    sections: dict[str, dict[str, Any]] = {section: {} for section in typing.get_type_hints(cls)}
+    for name, value in values.items():
+        section, field, hint = options[name]
+        value = _coerce(name, value, hint, field.metadata["choices"])
+        _check(name, value, field.metadata)
+        sections[section][name] = value
+    hints = typing.get_type_hints(cls)
+    return cls(**{section: hints[section](**chosen) for section, chosen in sections.items()})
+
+
+def flatten(config: Any) -> dict[str, Any]:
+    """Option name -> value, in the order of the sections: the inverse of `build`."""
+    sections = (getattr(config, field.name) for field in dataclasses.fields(config))
+    return {name: value for section in sections for name, value in vars(section).items()}
+
+
+def write_yaml(config: Any, path: Path) -> None:
+    """The resolved configuration, one section after another, as a file that `read_file` reads."""
+    lines = []
+    for section in dataclasses.fields(config):
+        lines.append(f"# {section.name}")
+        lines.append(yaml.safe_dump(vars(getattr(config, section.name)), sort_keys=False))
+    write_whole(path, "\n".join(lines))
+
+
+def command_line(config: Any, program: str) -> str:
+    """The command that gives `config`: each option whose value is not its default."""
+    words = [program]
+    defaults = flatten(type(config)())
+    for name, value in flatten(config).items():
+        if value != defaults[name]:
+            words.append(f"--{name}" if value is True else f"--{name} {shlex.quote(str(value))}")
+    return " ".join(words)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a user's mistake as the ValueError that a wrong YAML file gives."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message[0].upper() + message[1:] + ".")
+
+
+_METAVARS = {str: "TEXT", int: "INT", float: "FLOAT", bool: "BOOL"}
+
+
+def parser(cls: type, program: str, description: str) -> argparse.ArgumentParser:
+    """The command line of a configuration: an optional YAML/JSON file, then one flag an option."""
+    made = _Parser(
+        prog=program,
+        usage=f"{program} [config.yaml] [--option value ...]",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("config_file", nargs="?", help="YAML or JSON file with any of the options")
+    groups: dict[str, Any] = {}
+    for name, (section, field, hint) in _options(cls).items():
+        if section not in groups:
+            groups[section] = made.add_argument_group(section)
+        choices = field.metadata["choices"]
+        words = field.metadata["help"].replace("%", "%%")
+        groups[section].add_argument(
+            f"--{name}",
+            nargs="?" if hint is bool else None,
+            const=True if hint is bool else None,
+            metavar="|".join(choices) if choices else _METAVARS[_kind(hint)],
+            help=f"{words} (default: {'unset' if field.default is None else field.default})",
+        )
+    return made
+
+
+def _kind(hint: Any) -> type:
+    """The type of an option's values, None left out."""
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not type(None))
+
+
+def parse(
+    cls: type[Configuration], program: str, description: str, arguments: list[str]
+) -> Configuration:
+    """A configuration from the command line; flags win over the file.
+
+    Raises:
+        ValueError: as `build`, and for an unknown flag (the nearest is offered).
+    """
+    values = given(cls, arguments, program, description)
+    config_file = values.pop("config_file", None)
+    from_file = read_file(config_file) if config_file else {}
+    return build(cls, {**from_file, **values})
+
+
+def given(
+    cls: type, arguments: list[str], program: str = "", description: str = ""
+) -> dict[str, Any]:
+    """Option name -> text, for the options that a command line gives; not yet checked.
+
+    Raises:
+        ValueError: an unknown flag (the nearest is offered).
+    """
+    known, unknown = parser(cls, program, description).parse_known_args(arguments)
+    for flag in unknown:
+        if flag.startswith("--"):
+            name = flag[2:].split("=")[0].replace("-", "_")
+            raise ValueError(
+                f"Unknown flag {flag.split('=')[0]!r}.{did_you_mean(name, _options(cls))}"
+            )
+    if unknown:
+        raise ValueError(f"Unexpected argument {unknown[0]!r}. Options are written --name value.")
+    return vars(known)

@@ -1,0 +1,265 @@
+"""The configuration of each command: frozen dataclasses, flat in YAML and on the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from .fields import build
+from .gate_scope import parse_scope
+from .sections import (
+    ModelOptions,
+    ObjectiveOptions,
+    OptimizationOptions,
+    RunOptions,
+    TrainingDataOptions,
+)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """All options of `fusedacl train`; `TrainingConfig.create(task_name="rte", …)` makes one."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    data: TrainingDataOptions = field(default_factory=TrainingDataOptions)
+    objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
+    optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
+    run: RunOptions = field(default_factory=RunOptions)
+
+    @classmethod
+    def create(cls, **options: Any) -> TrainingConfig:
+        """A configuration from flat option names, as on the command line.
+
+        Raises:
+            ValueError: an unknown option, a wrong type, or a value out of range.
+        """
+        return build(cls, options)
+
+    @property
+    def gated(self) -> bool:
+        """Whether the angle check (ACL-Grad) is on."""
+        if self.objective.gate is None:
+            return self.objective.objective == "acl"
+        return self.objective.gate == "angle"
+
+    def resolved(self) -> TrainingConfig:
+        """The same configuration with contradictions refused and what is implied written out.
+
+        Raises:
+            ValueError: options that contradict each other or are missing, before any work.
+        """
+        if self.optimization.fp16 and self.optimization.bf16:
+            raise ValueError("fp16 and bf16 are both on: choose one.")
+        if self.run.output_dir is None:
+            raise ValueError("output_dir is missing: name the directory that the run may fill.")
+        if self.optimization.stage1_model is not None and self.model.model_name_or_path is not None:
+            raise ValueError(
+                "model_name_or_path and stage1_model are both given: the backbone is the "
+                "stage1_model's, so leave model_name_or_path out."
+            )
+        if (
+            self.model.model_name_or_path is None
+            and self.optimization.stage1_model is None
+            and self.data.task_name != "quickstart"
+        ):
+            raise ValueError(
+                "model_name_or_path is missing: a Hugging Face encoder (bert-base-uncased) or a "
+                "local directory."
+            )
+        if self.objective.objective == "ce" and self.objective.gate == "angle":
+            raise ValueError("gate=angle needs a contrastive loss: objective=acl or scl, not ce.")
+        if (
+            self.model.exit_head == "mha"
+            and self.model.exit_width % self.model.exit_attention_heads
+        ):
+            raise ValueError(
+                f"exit_width={self.model.exit_width} is not a multiple of "
+                f"exit_attention_heads={self.model.exit_attention_heads}."
+            )
+        self._check_strategy()
+        self._check_contrastive_batch()
+        check_scope(self)
+        if self.optimization.max_steps == 0:
+            raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
+        if self.run.profile_trace and self.run.profile == 0:
+            raise ValueError("profile_trace needs steps to trace: set profile, such as 10.")
+        self._check_best()
+        if self.run.overwrite_output_dir and self.run.resume_from_checkpoint:
+            raise ValueError(
+                "overwrite_output_dir would delete the checkpoint of resume_from_checkpoint."
+            )
+        gate = "angle" if self.gated else "none"
+        objective = dataclasses.replace(
+            self.objective, gate=gate, cross_layer=self.contrasts_layers
+        )
+        return dataclasses.replace(self, objective=objective)
+
+    def _check_best(self) -> None:
+        """Refuse what would leave the best model unknown or unsaved."""
+        run = self.run
+        if not run.load_best_model_at_end:
+            for name in ("metric_for_best_model", "greater_is_better"):
+                if getattr(run, name) is not None:
+                    raise ValueError(
+                        f"{name}={getattr(run, name)} chooses the best model: set "
+                        "load_best_model_at_end too, or leave it out."
+                    )
+            return
+        if run.save_steps == 0:
+            raise ValueError(
+                "load_best_model_at_end needs checkpoints to choose from, and save_steps=0 saves "
+                "none: leave save_steps out (each epoch), or set it."
+            )
+        every = {"eval_steps": run.eval_steps, "save_steps": run.save_steps}
+        if (run.eval_steps is None) != (run.save_steps is None):
+            unset = next(name for name, value in every.items() if value is None)
+            given = next(name for name, value in every.items() if value is not None)
+            raise ValueError(
+                f"load_best_model_at_end: {given}={every[given]}, but {unset} is unset, which "
+                f"means each epoch. A checkpoint needs its scores: set {unset}={every[given]} "
+                "too, or leave both out."
+            )
+        if run.eval_steps and run.save_steps and run.save_steps % run.eval_steps:
+            raise ValueError(
+                f"load_best_model_at_end: save_steps={run.save_steps} is not a multiple of "
+                f"eval_steps={run.eval_steps}, so checkpoints would lack their scores."
+            )
+
+    @property
+    def contrasts_layers(self) -> bool:
+        """Whether the second stage's contrastive batch holds the teacher's rows (ACL-CL)."""
+        if self.objective.cross_layer is None:
+            return self.optimization.strategy == "two_stage" and self.objective.objective == "acl"
+        return self.objective.cross_layer
+
+    @property
+    def without_effect(self) -> list[str]:
+        """Options, as "name=value", that were set and that the objective does not use.
+
+        They are not refused: runs that are to be compared share them whatever their objective.
+        """
+        unused = [] if self.gated else ["max_angle"]
+        if self.objective.objective == "ce":
+            unused += ["aux_weight", "temperature", "contrastive_reduction", "denominator"]
+        default = ObjectiveOptions()
+        values = {name: getattr(self.objective, name) for name in unused}
+        return [
+            f"{name}={value}" for name, value in values.items() if value != getattr(default, name)
+        ]
+
+    @property
+    def chunks_together(self) -> int:
+        """Forward passes whose samples are one contrastive batch."""
+        options = self.optimization
+        size = options.contrastive_batch_size or options.per_device_train_batch_size
+        return size // options.per_device_train_batch_size
+
+    def _check_contrastive_batch(self) -> None:
+        options = self.optimization
+        size, chunk = options.contrastive_batch_size, options.per_device_train_batch_size
+        if size is None:
+            return
+        of_step = chunk * options.gradient_accumulation_steps
+        if self.objective.objective == "ce":
+            raise ValueError(
+                f"contrastive_batch_size={size}: objective=ce contrasts nothing; leave it out."
+            )
+        if size % chunk or of_step % size:
+            raise ValueError(
+                f"contrastive_batch_size={size} must be a multiple of per_device_train_batch_size="
+                f"{chunk} and a whole part of an optimizer step's {of_step} samples (times "
+                f"gradient_accumulation_steps={options.gradient_accumulation_steps}). Use "
+                f"contrastive_batch_size={chunk * -(-size // chunk)} with "
+                f"gradient_accumulation_steps={-(-size // chunk)} for one such batch a step."
+            )
+
+    def _check_strategy(self) -> None:
+        """Refuse options that the strategy or the objective would leave without effect."""
+        strategy = self.optimization.strategy
+        if strategy != "two_stage":
+            for name, value, unset in (
+                ("cross_layer", self.objective.cross_layer, (None, False)),
+                ("distill_weight", self.objective.distill_weight, (0.0,)),
+                ("stage1_model", self.optimization.stage1_model, (None,)),
+                ("feature_cache", self.optimization.feature_cache, (None,)),
+                ("stage2_epochs", self.optimization.stage2_epochs, (None,)),
+                ("stage2_learning_rate", self.optimization.stage2_learning_rate, (None,)),
+            ):
+                if value not in unset:
+                    raise ValueError(
+                        f"{name}={value} belongs to the second stage of strategy=two_stage; "
+                        f"strategy={strategy} has none."
+                    )
+        default = ObjectiveOptions()
+        if (
+            self.objective.distill_weight == 0
+            and self.objective.distill_temperature != default.distill_temperature
+        ):
+            raise ValueError(
+                f"distill_temperature={self.objective.distill_temperature:g} has no effect without "
+                "distillation: set distill_weight (with strategy=two_stage), or leave it out."
+            )
+        if (
+            self.objective.objective == "acl"
+            and not self.gated
+            and self.objective.max_angle != default.max_angle
+        ):
+            raise ValueError(
+                f"max_angle={self.objective.max_angle:g} has no effect with gate=none: use "
+                "gate=angle, or leave it out."
+            )
+        if self.objective.cross_layer and self.objective.objective != "acl":
+            raise ValueError(
+                f"cross_layer needs objective=acl: with {self.objective.objective} there are no "
+                "label embeddings in the contrastive batch."
+            )
+        if self.optimization.stage1_model is not None and self.model.num_hidden_layers is not None:
+            raise ValueError("num_hidden_layers has no effect on a stage1_model: leave it out.")
+        if strategy == "single" and self.model.exit_layers is not None:
+            raise ValueError(
+                f"exit_layers={self.model.exit_layers!r}: strategy=single trains the last layer's "
+                "exit only. Use joint, two_stage or alternating, or num_hidden_layers for a "
+                "shorter backbone."
+            )
+
+
+def check_scope(config: TrainingConfig) -> None:
+    """Refuse a scope that the other options leave without meaning.
+
+    Raises:
+        ValueError: naming both options and what would do.
+    """
+    objective, options = config.objective, config.optimization
+    scope = objective.gate_scope
+    if parse_scope(scope) is None:
+        if objective.gate_agreement_steps:
+            raise ValueError(
+                f"gate_agreement_steps={objective.gate_agreement_steps}: gate_scope=all is the "
+                "exact decision itself. Use gate_scope=top:2 or head, or leave it out."
+            )
+        return
+    if not config.gated:
+        raise ValueError(
+            f"gate_scope={scope} has no effect without the angle check: use objective=acl (or scl) "
+            "with gate=angle, or leave gate_scope out."
+        )
+    if options.strategy in ("joint", "alternating"):
+        raise ValueError(
+            f"gate_scope={scope}: strategy={options.strategy} trains several exits, which decide "
+            "for themselves, and so does the backbone: there is no single decision to take at a "
+            "cut. Use gate_scope=all."
+        )
+    if options.stage1_model is not None:
+        raise ValueError(
+            f"gate_scope={scope} belongs to the first stage, which stage1_model replaces; the "
+            "second trains exits alone, with the exact decision. Leave gate_scope out."
+        )
+    if options.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"gate_scope={scope} decides within a forward pass, before the rest of its backward "
+            "pass; gradient_accumulation_steps="
+            f"{options.gradient_accumulation_steps} (which contrastive_batch_size needs too) makes "
+            "an optimizer step of several. Use gate_scope=all, or a larger "
+            "per_device_train_batch_size."
+        )

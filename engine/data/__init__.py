@@ -1,0 +1,1 @@
+"""Labelled texts from any source, encoded, in batches."""

@@ -1,0 +1,273 @@
+"""Where the splits of a data set come from: the hub, a local directory, two files, the quickstart.
+
+A source is opened cheaply; the rows of a split are read when somebody asks for them.
+"""
+
+import difflib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from ..runtime.text import did_you_mean
+from .columns import LABEL_COLUMNS, Classes
+from .quickstart import LABEL_NAMES, quickstart_splits
+from .tables import EXTENSIONS, check_file_exists, read_table, read_utf8
+from .tasks import (
+    GLUE_REPOSITORY,
+    GLUE_TASKS,
+    QUICKSTART,
+    GlueTask,
+    check_not_excluded,
+    task_metrics,
+)
+
+SPLIT_NAMES = ("train", "validation", "test", "validation_matched", "validation_mismatched")
+# What other collections call the same splits.
+_OTHER_SPLIT_NAMES = {
+    "dev": "validation",
+    "val": "validation",
+    "valid": "validation",
+    "training": "train",
+    "testing": "test",
+}
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """One split not read yet; `where` names it in messages."""
+
+    where: str
+    read: Callable[[], pa.Table]
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Named splits, and what is known about them before a row is read."""
+
+    name: str
+    splits: dict[str, SplitSource]
+    classes: Classes | None = None
+    text_columns: tuple[str, ...] = ()
+    metrics: tuple[str, ...] = field(default_factory=partial(task_metrics, None))
+
+
+def open_files(train_file: str | None, validation_file: str | None) -> DataSource:
+    """A training and a validation file; either may be None."""
+    given = {
+        "train": ("train_file", train_file),
+        "validation": ("validation_file", validation_file),
+    }
+    splits = {}
+    for split, (argument, path) in given.items():
+        if path is not None:
+            check_file_exists(Path(path), argument)
+            splits[split] = SplitSource(f"{argument}={path!r}", partial(read_table, path, argument))
+    return DataSource(Path(train_file or validation_file or "").stem, splits)
+
+
+def open_directory(data_dir: str, task_name: str) -> DataSource:
+    """The files `<data_dir>/<task_name>/<split>.<extension>`, with `labels.json` if it is there.
+
+    Raises:
+        ValueError: no such directory or task, a misnamed split file (the nearest name is offered),
+            two files for one split, a damaged labels.json, another number of classes than GLUE's.
+    """
+    check_not_excluded(task_name)
+    directory = Path(data_dir)
+    if not directory.is_dir():
+        siblings = directory.absolute().parent
+        names = [e.name for e in siblings.iterdir() if e.is_dir()] if siblings.is_dir() else []
+        hint = did_you_mean(directory.name, names) if names else ""
+        raise ValueError(f"data_dir={data_dir!r}: no such directory.{hint}")
+    tasks = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
+    if task_name not in tasks and task_name.lower() in tasks:
+        task_name = task_name.lower()
+    if task_name not in tasks:
+        hint = did_you_mean(task_name.lower(), tasks) if tasks else " It holds no folder at all."
+        raise ValueError(
+            f"task_name={task_name!r}: data_dir={data_dir!r} has no folder of that name.{hint}"
+        )
+    folder = directory / task_name
+    splits = _split_files(folder)
+    glue = GLUE_TASKS.get(task_name)
+    classes = _labels_json(folder / "labels.json")
+    if glue is not None:
+        classes = _checked_against_glue(classes, glue, task_name)
+    return DataSource(
+        task_name,
+        {
+            split: SplitSource(str(path), partial(read_table, path, f"{split} split"))
+            for split, path in splits.items()
+        },
+        classes,
+        () if glue is None else glue.text_columns,
+        task_metrics(task_name),
+    )
+
+
+def open_hub(
+    dataset_name: str, dataset_config_name: str | None, task_name: str | None = None
+) -> DataSource:
+    """A data set of the hub, or of a local directory laid out like one, through `datasets`.
+
+    Raises:
+        ValueError: no such data set or configuration, damaged files.
+        ConnectionError: the hub is out of reach and the data set is not in the local cache.
+    """
+    glue = GLUE_TASKS.get(task_name) if task_name is not None else None
+    # Messages name what the user wrote.
+    argument = f"dataset_name={dataset_name!r}"
+    if task_name is not None:
+        argument = f"task_name={task_name!r} (from {dataset_name})"
+    loaded = _load_dataset(dataset_name, dataset_config_name, argument)
+    name = task_name or dataset_config_name or Path(dataset_name).name
+    classes = None
+    splits = {}
+    for split, dataset in loaded.items():
+        where = f"split {split!r} of {dataset_name}"
+        splits[split] = SplitSource(where, partial(_rows_of, dataset, where))
+        for column in LABEL_COLUMNS:
+            # Only datasets.ClassLabel has names.
+            names = getattr(dataset.features.get(column), "names", None)
+            if names and classes is None:
+                classes = Classes(list(names), dataset_name, by_index=True)
+    return DataSource(
+        name,
+        splits,
+        classes,
+        () if glue is None else glue.text_columns,
+        task_metrics(task_name),
+    )
+
+
+def open_task(task_name: str) -> DataSource:
+    """A GLUE task from the hub, or the embedded quickstart set.
+
+    Raises:
+        ValueError: an unknown task (the nearest name is offered), or an excluded one.
+        ConnectionError: as `open_hub`.
+    """
+    check_not_excluded(task_name)
+    task = task_name.lower()
+    if task == QUICKSTART:
+        return _open_quickstart()
+    if task not in GLUE_TASKS:
+        raise ValueError(
+            f"task_name={task_name!r} is not a task known by name."
+            f"{did_you_mean(task, [*GLUE_TASKS, QUICKSTART])} A data set of your own: "
+            "--data_dir DIR with a folder of that name, --dataset_name, or --train_file."
+        )
+    return open_hub(GLUE_REPOSITORY, task, task)
+
+
+def _open_quickstart() -> DataSource:
+    rows = quickstart_splits()
+    return DataSource(
+        QUICKSTART,
+        {
+            split: SplitSource(f"{QUICKSTART} {split}", partial(pa.Table.from_pylist, rows[split]))
+            for split in rows
+        },
+        Classes(list(LABEL_NAMES), QUICKSTART, by_index=True),
+    )
+
+
+def _split_files(folder: Path) -> dict[str, Path]:
+    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS and f.is_file())
+    splits: dict[str, Path] = {}
+    for file in files:
+        if file.stem not in SPLIT_NAMES:
+            continue
+        if file.stem in splits:
+            raise ValueError(
+                f"{folder} has two files for the split {file.stem!r}: {splits[file.stem].name} and "
+                f"{file.name}; keep one."
+            )
+        splits[file.stem] = file
+    for file in files:
+        near = difflib.get_close_matches(file.stem, SPLIT_NAMES, n=1, cutoff=0.85)
+        meant = _OTHER_SPLIT_NAMES.get(file.stem) or (near[0] if near else None)
+        # A file beside a complete set (oos_validation, train_small) is none of our business.
+        if meant is not None and not any(split.startswith(meant) for split in splits):
+            raise ValueError(
+                f"{file}: {file.stem!r} is not a split name. Did you mean {meant!r}? Rename the "
+                f"file to {meant}{file.suffix}."
+            )
+    if not splits:
+        raise ValueError(
+            f"{folder} holds no split; put {'|'.join(SPLIT_NAMES[:3])} there, each as "
+            f"{', '.join(EXTENSIONS)}. Its data files are: "
+            f"{', '.join(file.name for file in files) or 'none'}."
+        )
+    return splits
+
+
+def _labels_json(path: Path) -> Classes | None:
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(read_utf8(path, str(path)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error}); write a list of class names.") from error
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{path}: expected a list of class names such as ["no", "yes"].')
+    return Classes(names, str(path), by_index=True)
+
+
+def _checked_against_glue(classes: Classes | None, glue: GlueTask, task_name: str) -> Classes:
+    if classes is None:
+        return Classes(list(glue.label_names), f"GLUE's {task_name}", by_index=True)
+    if len(classes.names) != len(glue.label_names):
+        raise ValueError(
+            f"{classes.origin} lists {len(classes.names)} classes, GLUE's {task_name} has "
+            f"{len(glue.label_names)}: {', '.join(glue.label_names)}. Give the folder another name "
+            "if it is another task."
+        )
+    return classes
+
+
+def _load_dataset(
+    dataset_name: str, dataset_config_name: str | None, argument: str
+) -> dict[str, Any]:
+    # Imported here: it takes most of a second, and local files do without it.
+    import datasets
+
+    looks_local = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1
+    if looks_local and not Path(dataset_name).is_dir():
+        raise ValueError(f"{argument}: no such directory; give a directory or a name on the hub.")
+    try:
+        loaded = datasets.load_dataset(dataset_name, dataset_config_name)
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{argument} cannot be fetched: the Hugging Face hub is out of reach ({error}). Go "
+            "online, or keep the files locally: --data_dir DIR with <task_name>/train.parquet and "
+            "the like, or --dataset_name with a local directory."
+        ) from error
+    except FileNotFoundError as error:
+        raise ValueError(f"{argument}: no such data set ({error}); check the name.") from error
+    except (pa.ArrowException, UnicodeError, datasets.exceptions.DatasetsError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"{argument}: a file cannot be read ({cause}); copy it again.") from error
+    except ValueError as error:
+        # "BuilderConfig 'x' not found. Available: ['a', 'b']", "Config name is missing. …"
+        reason, *available = re.split("[Aa]vailable", str(error), maxsplit=1)
+        known = re.findall(r"'([^']+)'", available[0]) if available else []
+        hint = did_you_mean(dataset_config_name or "", known) if known else ""
+        raise ValueError(
+            f"{argument}, dataset_config_name={dataset_config_name!r}: "
+            f"{reason.splitlines()[0].strip()}{hint}"
+        ) from error
+    return dict(loaded)
+
+
+def _rows_of(dataset: Any, where: str) -> pa.Table:
+    table = dataset.with_format("arrow")[:]
+    if table.num_rows == 0:
+        raise ValueError(f"{where} holds no rows.")
+    return table

@@ -1,0 +1,330 @@
+"""Recipes: a YAML file that says which runs an experiment is made of.
+
+    defaults: {model_name_or_path: bert-base-uncased, learning_rate: 2e-5}
+    seeds: [1, 2, 3]
+    tasks:
+      mrpc: {}
+      cola: {seeds: [1], methods: [CE]}
+    methods:
+      CE: {objective: ce}
+      ACL: {stage1: CE, strategy: two_stage, objective: acl}
+      CE+SCL sweep: {objective: scl, aux_weight: [0.005, 0.02, 0.1]}
+
+A cell is one run: a task, a method, a value of each option that the method gives a list, and a
+seed. `stage1` names the method whose run, of the same task and seed, is the first stage. The layers
+of `exit_layers: [2, 4, 6]` are one value; a list of such lists, or of texts, gives several.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config.sections import RunOptions
+from ..config.training import TrainingConfig
+from ..runtime.files import read_file
+from ..runtime.text import did_you_mean
+
+_SHIPPED = Path(__file__).with_name("recipes")
+_KEYS = ("defaults", "seeds", "share_features", "tasks", "methods", "report")
+_TASK_KEYS = ("seeds", "methods")
+# Options that say what a task's data are: with one of them the task's name is only a name.
+_DATA_OPTIONS = ("task_name", "dataset_name", "train_file")
+# What belongs to the model that a first stage brings along.
+_MODEL_OPTIONS = ("model_name_or_path", "num_hidden_layers")
+# Of a second stage's exits and of its teacher, which are compared in one space.
+_EXIT_OPTIONS = ("exit_head", "exit_width", "exit_attention_heads")
+# With others of these the backbone's states are others, or of other texts or layers.
+_FEATURE_OPTIONS = ("exit_layers", "max_seq_length", "max_train_samples", "fp16", "bf16")
+# What the sweep itself decides.
+_OWN_OPTIONS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a sweep.
+
+    grid: the values of the options for which the method gives a list; directory: within the sweep;
+    options: of `fusedacl train`, without the paths that the sweep gives; stage1: directory of the
+    cell whose run is the first stage; features: directory of the feature cache.
+    """
+
+    task: str
+    method: str
+    seed: int
+    grid: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    directory: str = ""
+    stage1: str | None = None
+    features: str | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: "mrpc, ACL, aux_weight 0.1, seed 2"."""
+        values = [f"{option} {value}" for option, value in self.grid.items()]
+        return ", ".join([self.task, self.method, *values, f"seed {self.seed}"])
+
+    def config(self, sweep_dir: Path) -> TrainingConfig:
+        """The configuration of its run, for a sweep in that directory."""
+        paths = {"output_dir": str(sweep_dir / self.directory)}
+        if self.stage1 is not None:
+            paths["stage1_model"] = str(sweep_dir / self.stage1)
+        if self.features is not None:
+            paths["feature_cache"] = str(sweep_dir / self.features)
+        return TrainingConfig.create(**self.options, **paths, seed=self.seed, disable_tqdm=True)
+
+
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """A recipe, by its file or its shipped name; not yet checked: `plan_cells` does that.
+
+    Raises:
+        ValueError: there is no such file, or it or its `defaults` are no YAML mapping.
+    """
+    path = Path(name)
+    if not path.exists() and path.name == str(name) and not path.suffix:
+        if str(name) not in shipped_recipes():
+            raise ValueError(
+                f"recipe={str(name)!r} is neither a file nor a shipped recipe."
+                f"{did_you_mean(str(name), shipped_recipes())}"
+            )
+        path = _SHIPPED / f"{name}.yaml"
+    recipe = read_file(path)
+    _defaults(recipe)
+    return recipe
+
+
+def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
+    """Every run of a recipe, first stages before what builds on them.
+
+    Raises:
+        ValueError: an unknown key, method or option, a value out of range, or options that
+            contradict each other, naming the cell.
+    """
+    _check_keys(recipe, _KEYS, "the recipe")
+    tasks, methods = (_mapping(recipe, key) for key in ("tasks", "methods"))
+    if not tasks or not methods:
+        missing = " and ".join(key for key in ("tasks", "methods") if not recipe.get(key))
+        raise ValueError(f"tasks and methods are needed: the recipe has no {missing}.")
+    if not isinstance(recipe.get("share_features", False), bool):
+        raise ValueError(f"share_features={recipe['share_features']!r}: write true or false.")
+    for name, method in methods.items():
+        _check_stage1(name, methods)
+        _check_lists(name, method)
+    _check_slugs(methods, "methods")
+    _check_slugs(tasks, "tasks")
+    seeds = {
+        task: _seeds(tasks[task].get("seeds", recipe.get("seeds", [42])), task) for task in tasks
+    }
+    cells: list[Cell] = []
+    # Seed by seed, so that what is there when a sweep stops compares all tasks and methods.
+    for turn in range(max(map(len, seeds.values()))):
+        for task, of_task in tasks.items():
+            if turn < len(seeds[task]):
+                names = _names(of_task.get("methods", list(methods)), methods, f"tasks: {task}")
+                for name in names:
+                    cells += _cells(recipe, task, of_task, name, methods, seeds[task][turn])
+    _check_cells(cells)
+    return cells
+
+
+def _cells(
+    recipe: Mapping[str, Any],
+    task: str,
+    of_task: Mapping[str, Any],
+    name: str,
+    methods: Mapping[str, Any],
+    seed: int,
+) -> list[Cell]:
+    """The cells of one task, method and seed, one a point of the method's grid."""
+    method = dict(methods[name])
+    first = method.pop("stage1", None)
+    inherited = _defaults(recipe)
+    inherited |= {key: value for key, value in of_task.items() if key not in _TASK_KEYS}
+    if not any(option in inherited for option in _DATA_OPTIONS):
+        inherited["task_name"] = task
+    if first is not None:
+        for option in _MODEL_OPTIONS:
+            inherited.pop(option, None)
+    options = inherited | method
+    for option in _OWN_OPTIONS:
+        if option in options:
+            raise ValueError(f"{option} is the sweep's own: leave it out of the recipe.")
+    lists = {option: method[option] for option in listed_options(method)}
+    cells = []
+    for values in itertools.product(*lists.values()):
+        grid = {option: _one_value(value) for option, value in zip(lists, values, strict=True)}
+        # A path among the values must not lead out of the sweep.
+        place = "".join(f"/{option}-{slug(str(value))}" for option, value in grid.items())
+        stage1 = None if first is None else f"cells/{slug(task)}/{slug(first)}/seed-{seed}"
+        directory = f"cells/{slug(task)}/{slug(name)}{place}/seed-{seed}"
+        features = None
+        if options.get("strategy") == "two_stage" and recipe.get("share_features", False):
+            # What one first stage gives, all second stages with that kind of exit can read.
+            head = options.get("exit_head", "mha")
+            own = {name: (options | grid)[name] for name in _FEATURE_OPTIONS if name in method}
+            words = "".join(f"-{name}-{slug(str(_one_value(own[name])))}" for name in own)
+            features = f"features/{slug(stage1 or directory)}-{head}{words}"
+        cells.append(
+            Cell(
+                task,
+                name,
+                seed,
+                grid,
+                options | grid,
+                directory,
+                stage1,
+                features,
+            )
+        )
+    return cells
+
+
+def listed_options(method: Mapping[str, Any]) -> list[str]:
+    """The options to which a method gives several values; layers of exits are one value."""
+    return [
+        option
+        for option, value in method.items()
+        if isinstance(value, list)
+        and not (option == "exit_layers" and all(type(layer) is int for layer in value))
+    ]
+
+
+def _one_value(value: Any) -> Any:
+    """A value as it is; a list of layers as text, "2,4,6"."""
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _check_lists(name: str, method: Mapping[str, Any]) -> None:
+    for option, value in method.items():
+        if value == []:
+            raise ValueError(
+                f"methods: {name}: {option} has an empty list of values: give it one at least, or "
+                "leave it out."
+            )
+
+
+def _check_cells(cells: Sequence[Cell]) -> None:
+    """Check every run's options, and that no two runs are one."""
+    configs: dict[str, TrainingConfig] = {}
+    seen: dict[Any, Cell] = {}
+    for cell in cells:
+        try:
+            config = cell.config(Path("sweep")).resolved()
+            if cell.stage1 is not None:
+                _check_teacher(config, configs[cell.stage1])
+        except ValueError as error:
+            raise ValueError(f"{cell.name}: {error}") from None
+        optimization = dataclasses.replace(config.optimization, feature_cache=None)
+        what = dataclasses.replace(config, optimization=optimization, run=RunOptions())
+        for key in (cell.directory, (cell.task, cell.method, what)):
+            other = seen.setdefault(key, cell)
+            if other is not cell:
+                raise ValueError(
+                    f"{other.name} and {cell.name} are the same run, or would share a directory: "
+                    "take one value out of the list."
+                )
+        configs[cell.directory] = config
+
+
+def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
+    """Check that a second stage's exits are of its teacher's kind."""
+    names = _EXIT_OPTIONS if config.model.exit_head == "mha" else _EXIT_OPTIONS[:1]
+    for name in names:
+        ours, theirs = getattr(config.model, name), getattr(first.model, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name}={ours!r}, and its stage1 has {theirs!r}: name a stage1 with the same kind "
+                "of exit."
+            )
+
+
+def _check_stage1(name: str, methods: Mapping[str, Any]) -> None:
+    """Check what a method builds on."""
+    method = methods[name]
+    first = method.get("stage1")
+    if first is None:
+        return
+    if first not in methods:
+        raise ValueError(
+            f"methods: {name}: stage1={first!r} is no method of the recipe."
+            f"{did_you_mean(str(first), methods)}"
+        )
+    if listed_options(methods[first]):
+        raise ValueError(
+            f"methods: {name}: stage1={first!r} has a list of values; name a method of one run."
+        )
+    if "stage1" in methods[first]:
+        raise ValueError(f"methods: {name}: stage1={first!r} has a stage1 itself: one is enough.")
+
+
+def _names(names: Any, methods: Mapping[str, Any], where: str) -> list[str]:
+    """The methods of a task, and the first stages that they need, before them."""
+    if not isinstance(names, list) or not names:
+        raise ValueError(f"{where}: expected a list of methods, got {names!r}.")
+    wanted: list[str] = []
+    for name in map(str, names):
+        if name not in methods:
+            raise ValueError(
+                f"{where}: {name!r} is no method of the recipe.{did_you_mean(name, methods)}"
+            )
+        wanted += [methods[name]["stage1"], name] if "stage1" in methods[name] else [name]
+    return list(dict.fromkeys(wanted))
+
+
+def _seeds(seeds: Any, task: str) -> list[int]:
+    whole = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not whole or not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds of {task}: expected a list of different integers, got {seeds!r}.")
+    return list(seeds)
+
+
+def _mapping(recipe: Mapping[str, Any], key: str) -> dict[str, Any]:
+    values = recipe.get(key) or {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{key}: expected `name: options` lines, got {values!r}.")
+    for name, value in values.items():
+        if value is not None and not isinstance(value, Mapping):
+            raise ValueError(f"{key}: {name}: expected options, got {value!r}.")
+    found = {str(name): dict(value or {}) for name, value in values.items()}
+    for value in found.values():
+        # YAML reads a method's name such as 1 as a number.
+        first = value.pop("stage1", None)
+        if first is not None:
+            value["stage1"] = str(first)
+    return found
+
+
+def _defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    values = recipe.get("defaults") or {}
+    if not isinstance(values, Mapping):
+        raise ValueError(f"defaults: expected `option: value` lines, got {values!r}.")
+    return dict(values)
+
+
+def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)}")
+
+
+def slug(name: str) -> str:
+    """A name as a directory's: "2ST-MHA + KD" is 2st-mha-kd."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "unnamed"
+
+
+def _check_slugs(names: Iterable[str], key: str) -> None:
+    seen: dict[str, str] = {}
+    for name in names:
+        other = seen.setdefault(slug(name), name)
+        if other != name:
+            raise ValueError(f"{key}: {other!r} and {name!r} would share a directory: rename one.")

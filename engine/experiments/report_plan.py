@@ -1,0 +1,210 @@
+"""Which analyses a sweep's report holds: the `report` section of its recipe, or what suits it.
+
+    report:
+      layer_scores: [JT, ALT, 2ST-MHA, ACL]
+      ablation: {methods: {ACL: ACL, "no ACL-Grad": ACL without gate}}
+      grid: [{option: aux_weight, methods: {ACL: ACL sweep, "CE+SCL": CE+SCL sweep}}]
+      full_model: {methods: {CE: CE, "ACL-CL, exit 3": {method: ACL, layer: 3}}}
+      claims:
+        - {claim: ACL beats 2ST on shallow exits, better: ACL, than: 2ST-MHA, exits: shallow}
+        - {claim: lambda matters less, better: ACL, than: CE+SCL, spread_over: aux_weight}
+
+Where methods are listed by printed names, the name in the recipe follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..runtime.text import did_you_mean
+from .recipe import listed_options
+
+_KEYS = ("layer_scores", "ablation", "grid", "full_model", "claims")
+_CLAIM_KEYS = ("claim", "better", "than", "exits", "spread_over")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A method of the recipe, and the layer of an exit (None: the last)."""
+
+    method: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class GridPlan:
+    """A table of an option's values: printed name -> method that gives the option a list."""
+
+    option: str
+    methods: Mapping[str, Target]
+
+
+@dataclass(frozen=True)
+class ClaimPlan:
+    """That one method is better than another, on average over all exits or the lower half of them.
+
+    spread_over: an option with a list of values in both; better is then the smaller spread of the
+    scores over the values.
+    """
+
+    text: str
+    better: str
+    than: str
+    shallow: bool = False
+    spread_over: str | None = None
+
+    @property
+    def measure(self) -> str:
+        """What is compared, in words."""
+        exits = "the lower half of the exits" if self.shallow else "the exits"
+        mean = f"the mean score over {exits}"
+        if self.spread_over is None:
+            return f"{mean}."
+        return f"{mean}, the highest less the lowest over the values of {self.spread_over}."
+
+
+@dataclass(frozen=True)
+class ReportPlan:
+    """Printed name -> method, for each kind of analysis; the first of an ablation is the reference.
+
+    An empty one is not made.
+    """
+
+    layer_scores: Mapping[str, Target]
+    ablation: Mapping[str, Target]
+    grids: tuple[GridPlan, ...]
+    full_model: Mapping[str, Target]
+    claims: tuple[ClaimPlan, ...] = ()
+
+
+def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
+    """The analyses that a recipe asks for; all that suit its methods where it asks for none.
+
+    Raises:
+        ValueError: an unknown key or method, or a grid table of a method without that list.
+    """
+    methods = {str(name): dict(options or {}) for name, options in recipe["methods"].items()}
+    lists = {name: listed_options(options) for name, options in methods.items()}
+    asked = recipe.get("report")
+    if asked is None:
+        return _suitable(methods, lists)
+    if not isinstance(asked, Mapping):
+        raise ValueError(f"report: expected `analysis: …` lines, got {asked!r}.")
+    for key in asked:
+        if key not in _KEYS:
+            raise ValueError(f"report: unknown key {key!r}.{did_you_mean(str(key), _KEYS)}")
+    named = asked.get("layer_scores") or []
+    if not isinstance(named, list | Mapping):
+        raise ValueError(f"report.layer_scores: expected a list of methods, got {named!r}.")
+    grids = asked.get("grid") or []
+    if not isinstance(grids, list):
+        raise ValueError(f"report.grid: expected a list of tables, got {grids!r}.")
+    claims = asked.get("claims") or []
+    if not isinstance(claims, list):
+        raise ValueError(f"report.claims: expected a list of claims, got {claims!r}.")
+    curves = named if isinstance(named, Mapping) else {str(name): name for name in named}
+    return ReportPlan(
+        _targets(curves, methods, "report.layer_scores") if curves else {},
+        _of_mapping(asked, "ablation", methods),
+        tuple(_grid(table, methods, lists) for table in grids),
+        _of_mapping(asked, "full_model", methods),
+        tuple(_claim(claim, methods, lists) for claim in claims),
+    )
+
+
+def _suitable(methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> ReportPlan:
+    plain = {name: Target(name) for name in methods if not lists[name]}
+    options = dict.fromkeys(option for names in lists.values() for option in names)
+    grids = tuple(
+        GridPlan(option, {name: Target(name) for name in methods if option in lists[name]})
+        for option in options
+    )
+    several = {name: Target(name) for name in plain if methods[name].get("strategy")}
+    return ReportPlan(several, {}, grids, plain)
+
+
+def _of_mapping(
+    asked: Mapping[str, Any], key: str, methods: Mapping[str, Any]
+) -> dict[str, Target]:
+    section = asked.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping) or list(section) != ["methods"]:
+        raise ValueError(f"report.{key}: expected `methods: {{printed name: method}}`.")
+    return _targets(section["methods"], methods, f"report.{key}.methods")
+
+
+def _grid(table: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> GridPlan:
+    if not isinstance(table, Mapping) or set(table) != {"option", "methods"}:
+        raise ValueError(f"report.grid: expected `option` and `methods`, got {table!r}.")
+    option = str(table["option"])
+    targets = _targets(table["methods"], methods, "report.grid.methods")
+    for target in targets.values():
+        if option not in lists[target.method]:
+            raise ValueError(
+                f"report.grid: method {target.method!r} has no list of values for {option!r}."
+            )
+    return GridPlan(option, targets)
+
+
+def _claim(claim: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> ClaimPlan:
+    if not isinstance(claim, Mapping) or not {"claim", "better", "than"} <= set(claim):
+        raise ValueError(f"report.claims: expected `claim`, `better` and `than`, got {claim!r}.")
+    for key in claim:
+        if key not in _CLAIM_KEYS:
+            raise ValueError(
+                f"report.claims: unknown key {key!r}.{did_you_mean(str(key), _CLAIM_KEYS)}"
+            )
+    exits = claim.get("exits", "all")
+    if exits not in ("all", "shallow"):
+        raise ValueError(f"report.claims: exits={exits!r} is neither 'all' nor 'shallow'.")
+    sides = {key: str(claim[key]) for key in ("better", "than")}
+    named = _targets(sides, methods, "report.claims")
+    if sides["better"] == sides["than"]:
+        raise ValueError(f"report.claims: {sides['better']!r} is compared with itself.")
+    option = claim.get("spread_over")
+    for target in named.values():
+        listed = lists[target.method]
+        if listed != ([] if option is None else [option]):
+            wanted = f"a list of values for {option!r} and no other" if option else "no such list"
+            raise ValueError(
+                f"report.claims: method {target.method!r} gives lists of values to {listed}; a "
+                f"claim with spread_over={option!r} needs {wanted}."
+            )
+    if option is not None:
+        first, second = (methods[name][option] for name in sides.values())
+        if sorted(first) != sorted(second):
+            # The longer list would have the larger spread.
+            raise ValueError(
+                f"report.claims: {option} has the values {first} in {sides['better']!r} and "
+                f"{second} in {sides['than']!r}; a spread compares equal lists only."
+            )
+    return ClaimPlan(str(claim["claim"]), **sides, shallow=exits == "shallow", spread_over=option)
+
+
+def _targets(named: Any, methods: Mapping[str, Any], where: str) -> dict[str, Target]:
+    if not isinstance(named, Mapping) or not named:
+        raise ValueError(f"{where}: expected `printed name: method` pairs, got {named!r}.")
+    found = {}
+    for label, value in named.items():
+        target = _target(value, f"{where}: {label}")
+        if target.method not in methods:
+            raise ValueError(
+                f"{where}: {target.method!r} is no method of the recipe."
+                f"{did_you_mean(target.method, methods)}"
+            )
+        found[str(label)] = target
+    return found
+
+
+def _target(value: Any, where: str) -> Target:
+    if not isinstance(value, Mapping):
+        return Target(str(value))
+    if "method" not in value or not set(value) <= {"method", "layer"}:
+        raise ValueError(f"{where}: expected a method, or {{method: …, layer: …}}, got {value!r}.")
+    layer = value.get("layer")
+    if layer is not None and (type(layer) is not int or layer < 1):
+        raise ValueError(f"{where}: layer={layer!r} is no layer; the first is 1.")
+    return Target(str(value["method"]), layer)

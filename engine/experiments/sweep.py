@@ -1,0 +1,408 @@
+"""`fusedacl sweep`: the runs of a recipe, some at a time, each a process with its own directory.
+
+Stopping loses nothing: run the same command again, and finished runs stay, a stopped one goes on
+from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import yaml
+
+from ..config.fields import flatten
+from ..config.training import TrainingConfig
+from ..runtime.files import write_json, write_whole
+from ..runtime.machine import cpu_model
+from ..runtime.sweep_lock import SweepLock
+from ..runtime.text import text_table
+from ..training.storage.checkpoint import CONFIG_FILE, changed_options, checkpoints
+from .recipe import Cell, plan_cells
+from .report_plan import plan_report
+
+logger = logging.getLogger("fusedacl")
+SWEEP_FILE = "sweep.json"
+SCHEMA = 1
+# Where things lie, which a moved sweep changes.
+_PLACES = ("stage1_model", "feature_cache")
+_POLL_SECONDS = 0.2
+# After the signal: a step of the largest model and its checkpoint fit into this.
+_STOP_SECONDS = 600.0
+
+
+class SweepStopped(Exception):
+    """A signal stopped the sweep, after its runs had saved checkpoints."""
+
+    def __init__(self, number: int, directory: Path) -> None:
+        super().__init__(
+            f"Stopped by {signal.Signals(number).name}; run the same command again to go on in "
+            f"{directory}."
+        )
+        self.exit_code = 128 + number
+
+
+@dataclass
+class _Run:
+    """A cell and what became of it."""
+
+    cell: Cell
+    status: str = "waiting"
+    seconds: float | None = None
+    error: str | None = None
+    process: subprocess.Popen[bytes] | None = None
+    started: float = 0.0
+
+
+class Sweep:
+    """The cells of a recipe in a directory. Everything that can be refused is, before any run.
+
+    Args:
+        workers: runs at a time; None: `default_workers`.
+
+    Raises:
+        ValueError: a mistake in the recipe (see `plan_cells`), or the directory is a file or holds
+            runs with other options.
+    """
+
+    def __init__(
+        self, recipe: Mapping[str, Any], directory: str | Path, workers: int | None = None
+    ) -> None:
+        if workers is not None and workers < 1:
+            raise ValueError(f"workers={workers}: at least one run at a time.")
+        self.recipe = dict(recipe)
+        self.runs = [_Run(cell) for cell in plan_cells(recipe)]
+        # Its mistakes are told before days of training, not after.
+        plan_report(recipe)
+        self.directory = Path(directory).resolve()
+        if self.directory.exists() and not self.directory.is_dir():
+            raise ValueError(f"output_dir={str(directory)!r} is a file; name a directory.")
+        self.workers = workers or default_workers()
+        self.by_directory = {run.cell.directory: run for run in self.runs}
+        self.signal: int | None = None
+        self.lock = SweepLock(self.directory)
+        for run in self.runs:
+            self._look(run)
+
+    def _look(self, run: _Run) -> None:
+        """What a run's directory says of it."""
+        directory = self.directory / run.cell.directory
+        if not (directory / CONFIG_FILE).is_file():
+            return
+        changed = changed_options(directory, run.cell.config(self.directory), free=_PLACES)
+        if changed:
+            raise ValueError(
+                f"{run.cell.name}: {str(directory)!r} holds a run with other options "
+                f"({'; '.join(changed)}). Delete it, or name another output_dir for the changed "
+                "recipe."
+            )
+        results = read_results(directory)
+        if results is not None:
+            run.status, run.seconds = "done", results.get("train_seconds")
+
+    def recall(self) -> None:
+        """Take from sweep.json what became of runs that are not done: for `--status`."""
+        try:
+            cells = json.loads((self.directory / SWEEP_FILE).read_text(encoding="utf-8"))["cells"]
+            seen = {cell["directory"]: (cell["status"], cell["error"]) for cell in cells}
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        for run in self.runs:
+            if run.status == "done" or run.cell.directory not in seen:
+                continue
+            run.status, run.error = seen[run.cell.directory]
+            if run.status == "running" and not self.lock.is_held():
+                # The sweep was killed, and could not say so.
+                run.status = "interrupted"
+
+    def run(self) -> list[Path]:
+        """Run what is not done; returns the directories of all finished runs.
+
+        Raises:
+            SweepStopped: SIGINT or SIGTERM came; the runs under way saved checkpoints.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with self.lock.held(), self._signals_noted():
+            write_whole(
+                self.directory / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False)
+            )
+            self._write()
+            for run in self.runs:
+                self._drop_features(run)
+            try:
+                self._loop()
+            finally:
+                self._stop_all()
+                self._write()
+        if self.signal is not None:
+            raise SweepStopped(self.signal, self.directory)
+        return [self.directory / run.cell.directory for run in self.runs if run.status == "done"]
+
+    def _loop(self) -> None:
+        while self.signal is None:
+            under_way = [run for run in self.runs if run.status == "running"]
+            for run in under_way:
+                self._finish(run)
+            self._block()
+            free = self.workers - sum(run.status == "running" for run in self.runs)
+            for run in [run for run in self.runs if self._ready(run)][: max(0, free)]:
+                # A run that starts may be the one that writes the features another waits for.
+                if self._ready(run):
+                    self._start(run)
+            if not any(run.status == "running" for run in self.runs):
+                return
+            time.sleep(_POLL_SECONDS)
+
+    def _ready(self, run: _Run) -> bool:
+        first = run.cell.stage1
+        if run.status != "waiting" or (
+            first is not None and self.by_directory[first].status != "done"
+        ):
+            return False
+        # One run at a time writes a cache; the others then read it.
+        sharing = self._sharing(run)
+        cache = self.directory / (run.cell.features or "")
+        return (cache / "meta.json").is_file() or all(r.status != "running" for r in sharing)
+
+    def _sharing(self, run: _Run) -> list[_Run]:
+        """The other runs that read the same features."""
+        features = run.cell.features
+        return [
+            other
+            for other in self.runs
+            if features is not None and other is not run and other.cell.features == features
+        ]
+
+    def _block(self) -> None:
+        for run in self.runs:
+            first = run.cell.stage1
+            if run.status == "waiting" and first is not None:
+                before = self.by_directory[first]
+                if before.status in ("failed", "blocked"):
+                    run.status, run.error = "blocked", f"its first stage failed: {before.cell.name}"
+
+    def command(self, run: _Run) -> list[str]:
+        """The command that trains a cell, from its beginning or from its checkpoint."""
+        directory = self.directory / run.cell.directory
+        command = [sys.executable, "-m", "fusedacl.engine", "train"]
+        defaults = flatten(TrainingConfig())
+        for name, value in flatten(run.cell.config(self.directory)).items():
+            if value != defaults[name]:
+                command += [f"--{name}", str(value)]
+        if checkpoints(directory):
+            command += ["--resume_from_checkpoint", "latest"]
+        elif directory.exists():
+            command += ["--overwrite_output_dir", "true"]
+        return command
+
+    def _start(self, run: _Run) -> None:
+        directory = self.directory / run.cell.directory
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        if not checkpoints(directory):
+            self._drop_features_of(run)
+        command = self.command(run)
+        threads = str(max(1, (os.cpu_count() or 1) // self.workers))
+        with log_file(directory).open("ab") as log:
+            run.process = subprocess.Popen(
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={"OMP_NUM_THREADS": threads, **os.environ},
+                pass_fds=self.lock.descriptors,
+                # A Ctrl-C in the terminal is ours to pass on, once.
+                start_new_session=True,
+            )
+        run.status, run.started = "running", time.monotonic()
+        self._write()
+
+    def _finish(self, run: _Run) -> None:
+        """Note the end of a run, if it has ended."""
+        assert run.process is not None
+        code = run.process.poll()
+        if code is None:
+            return
+        directory = self.directory / run.cell.directory
+        run.seconds = round(time.monotonic() - run.started, 1)
+        results = read_results(directory)
+        if code == 0 and results is not None:
+            run.status = "done"
+        elif self.signal is not None:
+            run.status = "interrupted"
+        else:
+            run.status = "failed"
+            log = log_file(directory)
+            # Within the sweep, which may move.
+            place = log.relative_to(self.directory)
+            run.error = f"{_ending(code)}: {_last_line(log)} ({place})"
+        self._drop_features(run)
+        self._write()
+        self._announce(run, results)
+
+    def _drop_features_of(self, first: _Run) -> None:
+        """Delete the features of a first stage that is trained anew: its weights may differ."""
+        for run in self.runs:
+            trained_by = run.cell.stage1 or run.cell.directory
+            if run.cell.features is not None and trained_by == first.cell.directory:
+                shutil.rmtree(self.directory / run.cell.features, ignore_errors=True)
+
+    def _drop_features(self, run: _Run) -> None:
+        """Delete a run's features, gigabytes, where nobody will read them again."""
+        if run.cell.features is not None and all(
+            other.status not in ("waiting", "running") for other in [run, *self._sharing(run)]
+        ):
+            shutil.rmtree(self.directory / run.cell.features, ignore_errors=True)
+
+    def _announce(self, run: _Run, results: dict[str, Any] | None) -> None:
+        ended = [other for other in self.runs if other.status in ("done", "failed", "blocked")]
+        words = run.error or (main_score(results) if results else run.status)
+        left = ""
+        timed = [other.seconds for other in ended if other.seconds]
+        to_do = sum(other.status in ("waiting", "running") for other in self.runs)
+        if timed and to_do:
+            minutes = to_do * sum(timed) / len(timed) / self.workers / 60
+            left = f"; about {minutes:.0f} min left"
+        logger.info(
+            "[%d/%d] %s: %s (%.0f s%s)",
+            len(ended), len(self.runs), run.cell.name, words, run.seconds or 0.0, left,
+        )  # fmt: skip
+
+    def _stop_all(self) -> None:
+        """Ask the runs under way to save and end, and wait for them."""
+        under_way = [run for run in self.runs if run.status == "running"]
+        for run in under_way:
+            assert run.process is not None
+            with contextlib.suppress(ProcessLookupError):
+                run.process.terminate()
+        deadline = time.monotonic() + _STOP_SECONDS
+        for run in under_way:
+            assert run.process is not None
+            try:
+                run.process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                run.process.kill()
+                run.process.wait()
+            run.status = "done" if run.process.returncode == 0 else "interrupted"
+
+    def _write(self) -> None:
+        cells = [
+            {
+                "task": run.cell.task,
+                "method": run.cell.method,
+                "seed": run.cell.seed,
+                "grid": dict(run.cell.grid),
+                "directory": run.cell.directory,
+                "status": run.status,
+                "seconds": run.seconds,
+                "error": run.error,
+            }
+            for run in self.runs
+        ]
+        environment = {"machine": f"{cpu_model()}, {os.cpu_count()} cores", "workers": self.workers}
+        values = {
+            "schema": SCHEMA,
+            "recipe": self.recipe,
+            "environment": environment,
+            "cells": cells,
+        }
+        write_json(self.directory / SWEEP_FILE, values)
+        under_way = [
+            run.process.pid for run in self.runs if run.status == "running" and run.process
+        ]
+        self.lock.name([os.getpid(), *under_way])
+
+    def table(self) -> str:
+        """How far each task and method is: a column a task, "2 of 3" done, or what is wrong."""
+        tasks = list(dict.fromkeys(run.cell.task for run in self.runs))
+        rows = []
+        for method in dict.fromkeys(run.cell.method for run in self.runs):
+            row = [method]
+            for task in tasks:
+                runs = [r for r in self.runs if (r.cell.task, r.cell.method) == (task, method)]
+                row.append(_progress([run.status for run in runs]))
+            rows.append(row)
+        return text_table(["method", *tasks], rows)
+
+    @property
+    def failures(self) -> list[str]:
+        """One line a run that failed or could not start."""
+        return [f"{run.cell.name}: {run.error}" for run in self.runs if run.error is not None]
+
+    @contextlib.contextmanager
+    def _signals_noted(self) -> Iterator[None]:
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal is None:
+                self.signal = number
+                logger.warning("%s: the runs save and stop …", signal.Signals(number).name)
+
+        previous = {
+            number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def default_workers() -> int:
+    """Runs at a time: one for every two cores, and one where a GPU does the work."""
+    import torch
+
+    return 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
+
+
+def read_results(directory: Path) -> dict[str, Any] | None:
+    """The results of a run, None where it has none (yet)."""
+    try:
+        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return results if isinstance(results, dict) else None
+
+
+def main_score(results: Mapping[str, Any]) -> str:
+    """The first metric of the last exit on the first split, in words."""
+    for by_layer in results["metrics"].values():
+        layer = max(by_layer, key=int)
+        name, value = next(iter(by_layer[layer].items()))
+        return f"{name} {value:.4f}"
+    return "done"
+
+
+def log_file(directory: Path) -> Path:
+    """Where a run's output goes: beside its directory, which a restart may empty."""
+    return directory.with_name(directory.name + ".log")
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    if code >= 0:
+        return f"exit status {code}"
+    name = signal.Signals(-code).name
+    return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    return lines[-1] if lines else "no output"
+
+
+def _progress(statuses: Sequence[str]) -> str:
+    if not statuses:
+        return ""
+    words = f"{statuses.count('done')} of {len(statuses)}"
+    others = {s: statuses.count(s) for s in ("running", "failed", "blocked", "interrupted")}
+    return ", ".join([words, *(f"{number} {name}" for name, number in others.items() if number)])

@@ -1,0 +1,370 @@
+"""`fusedacl exits`: what early exit costs and brings, policy by policy, and the choice of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any
+
+from ...config.commands import ExitsConfig
+from ...config.fields import command_line
+from ...data.batching import encode
+from ...data.dataset import load_splits
+from ...model.early_exit import check_has_earlier_exits
+from ...model.exit_policies import Learned, Policy, policy_class
+from ...model.multi_exit import MultiExitConfig
+from ...model.saved import TrainedModel
+from ...runtime.device import dtype_name
+from ...runtime.files import write_json
+from ...runtime.machine import machine_name, versions
+from ...runtime.manifest import check_not_sealed
+from ...runtime.plots import require_matplotlib
+from ...runtime.text import did_you_mean, text_table
+from .card import write_early_exit
+from .cross_fitting import cross_fit
+from .figures import draw_quality_speed, write_speed_tables
+from .learned_exit import NUM_FOLDS, with_learned_exit
+from .readings import read_exits
+from .search import (
+    AREA_WORDS,
+    SweepRow,
+    Target,
+    area_under_curve,
+    calibration_record,
+    choose,
+    policy_grid,
+    spread_out,
+    store_policy,
+    sweep,
+)
+from .timing import MeasuredSpeed, measure_speed
+
+logger = logging.getLogger("fusedacl")
+DEFAULT_MAX_QUALITY_LOSS = 0.01
+MEASURED_BATCH_SIZES = (1, 32)
+# Of one policy: enough for the shape of its curve. They take turns with one pass of the full model;
+# if each takes half of its time, six take 4 passes' time where one takes 1.5.
+MAX_TIMED_SETTINGS = 6
+_DEFAULT_SAMPLES = ExitsConfig().exits.measured_samples
+
+
+def study_exits(config: ExitsConfig) -> dict[str, Any]:
+    """Sweep policies on the first evaluation split; calibrate and store one where asked to.
+
+    Returns (and writes to exits.json in `output_dir` as it goes, with tables and figure) the full
+    model's score, per policy its chosen setting, area under the curve and times (`measured`: the
+    chosen setting's; `timed`: of all settings that were timed, with what they score and cost); and
+    printable `lines`. A KeyboardInterrupt ends it early: what was done is kept, and `complete` is
+    false.
+
+    Raises:
+        ValueError: a mistake in the options, the data or the model; a target out of reach of the
+            policy to store.
+        FloatingPointError: the model's logits are NaN or infinite.
+    """
+    return ExitStudy(config).run()
+
+
+class ExitStudy:
+    """One study. Everything that can be refused is refused by the constructor."""
+
+    def __init__(self, config: ExitsConfig) -> None:
+        self.config, self.options = config, config.exits
+        self.names = _policy_names(config)
+        self.target = _target(config)
+        if not self.options.measure and self.options.measured_samples != _DEFAULT_SAMPLES:
+            raise ValueError(
+                f"measured_samples={self.options.measured_samples} belongs to measure: add "
+                "--measure, or leave it out."
+            )
+        self.model_dir = Path(config.model.model_name_or_path or "")
+        is_named = config.model.model_name_or_path is not None
+        if self.options.policy is not None and is_named and not self.model_dir.is_dir():
+            raise ValueError(
+                f"policy is stored with the model: {str(self.model_dir)!r} is no local directory."
+            )
+        if self.options.policy is not None and is_named:
+            check_not_sealed(self.model_dir)
+        self.output_dir = None
+        if self.options.output_dir is not None:
+            self.output_dir = Path(self.options.output_dir)
+            require_matplotlib()
+        self.trained = TrainedModel(config.model, config.data.max_seq_length)
+        check_has_earlier_exits(self.trained.model)
+        data = load_splits(
+            task_name=config.data.task_name,
+            data_dir=config.data.data_dir,
+            dataset_name=config.data.dataset_name,
+            dataset_config_name=config.data.dataset_config_name,
+            validation_file=config.data.validation_file,
+            max_eval_samples=config.data.max_eval_samples,
+            needs_train=False,
+            label_names=self.trained.label_names,
+        )
+        for note in data.notes:
+            logger.info(note)
+        if not data.evaluation_splits:
+            raise ValueError(f"{data.name} has no labelled split to calibrate on.")
+        self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
+        if self.metric not in data.metrics:
+            raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
+        split = data.evaluation_splits[0]
+        self.data_name = f"{data.name}, {split}"
+        self.encoded = encode(
+            data.splits[split],
+            self.trained.tokenizer,
+            self.trained.max_length,
+            model_limit=self.trained.limit,
+        )
+        self.curves: dict[str, list[SweepRow]] = {}
+        self.chosen: dict[str, SweepRow] = {}
+        self.to_time: dict[str, list[SweepRow]] = {}
+        self.measured: dict[Policy, tuple[MeasuredSpeed, ...]] = {}
+        self.is_stored = False
+
+    def run(self) -> dict[str, Any]:
+        """Sweep all policies, then time some settings of each; see `study_exits`."""
+        trained, progress = self.trained, not self.config.model.disable_tqdm
+        self.readings = read_exits(
+            trained.model,
+            self.encoded,
+            self.config.model.per_device_eval_batch_size,
+            pad_token_id=trained.tokenizer.pad_token_id,
+            dtype=trained.dtype,
+            progress=progress,
+            keep_embeddings=Learned.name in self.names,
+        )
+        if Learned.name in self.names:
+            self.readings = with_learned_exit(self.readings)
+        self.results: dict[str, Any] = {
+            "data": self.data_name,
+            "num_samples": len(self.readings),
+            "dtype": dtype_name(trained.dtype),
+            "max_seq_length": trained.max_length,
+            "exit_layers": self.readings.exit_layers,
+            "metric": self.metric,
+            "full_score": self.readings.score(self.metric),
+            "policies": {},
+            "machine": machine_name(trained.device),
+            "versions": versions(),
+            "command": command_line(self.config, "fusedacl exits"),
+            "complete": False,
+        }
+        try:
+            for name in self.names:
+                self._sweep(name)
+                self._save()
+            if self.options.measure:
+                self._draw()
+                # The stored one first: its times are those that matter most.
+                for name in sorted(self.to_time, key=lambda name: name != self.options.policy):
+                    self._measure(name)
+                    self._save()
+            self.results["complete"] = True
+        except KeyboardInterrupt:
+            pass
+        self._save()
+        self._draw()
+        return {**self.results, "lines": self._lines()}
+
+    def _sweep(self, name: str) -> None:
+        """Try the settings of a policy, choose one for the target, store it where asked to."""
+        readings, metric = self.readings, self.metric
+        rows = sweep(readings, policy_grid(name, readings, self.options.num_thresholds), metric)
+        found: dict[str, Any] = {"area_under_curve": area_under_curve(rows, readings, metric)}
+        try:
+            chosen = choose(rows, self.results["full_score"], self.target)
+        except ValueError as error:
+            if name == self.options.policy:
+                raise
+            logger.info(f"{name}: {error}")
+        else:
+            found |= self._record(name, chosen)
+            self.chosen[name] = chosen
+        self.curves[name] = rows
+        if self.output_dir is not None:
+            self.to_time[name] = spread_out(rows, MAX_TIMED_SETTINGS, self.chosen.get(name))
+        elif name in self.chosen:
+            # Only the chosen setting's times are printed.
+            self.to_time[name] = [self.chosen[name]]
+        self.results["policies"][name] = found
+        if name == self.options.policy:
+            self._store(found)
+
+    def _record(self, name: str, chosen: SweepRow) -> dict[str, Any]:
+        record = calibration_record(
+            chosen,
+            self.readings,
+            data=self.data_name,
+            metric=self.metric,
+            target=self.target,
+            dtype=self.trained.dtype,
+            max_seq_length=self.trained.max_length,
+        )
+        facts = record["calibration"]
+        if name == Learned.name:
+            # What the scores of this one mean: see `learned_exit.with_learned_exit`.
+            facts["learned_exit"] = {"fitted_on": self.data_name, "num_folds": NUM_FOLDS}
+        try:
+            scored = cross_fit(
+                name,
+                self.readings,
+                self.metric,
+                self.target,
+                num_thresholds=self.options.num_thresholds,
+            )
+            facts["cross_fitted"] = dataclasses.asdict(scored)
+        except ValueError as error:
+            logger.info(f"{name}, cross-fitted: {error}")
+            facts["cross_fitted"] = None
+        return record
+
+    def _store(self, record: dict[str, Any]) -> None:
+        """Write the policy into the model's configuration and card."""
+        kept = {name: record[name] for name in ("name", "parameters", "calibration")}
+        store_policy(self.trained.model, kept)
+        if self.options.policy == Learned.name:
+            self.trained.model.save_pretrained(self.model_dir)
+        else:
+            # The weights on disk are as they were, and so is their learned exit or its absence:
+            # one that was fitted for the sweep is not among them.
+            on_disk = MultiExitConfig.from_pretrained(self.model_dir)
+            on_disk.exit_policy = kept
+            on_disk.save_pretrained(self.model_dir)
+        write_early_exit(self.model_dir / "README.md", self.results, kept["name"])
+        self.is_stored = True
+
+    def _measure(self, name: str) -> None:
+        rows, found = self.to_time[name], self.results["policies"][name]
+        by_size = [
+            measure_speed(
+                self.trained.model,
+                self.encoded,
+                [row.policy for row in rows],
+                size,
+                pad_token_id=self.trained.tokenizer.pad_token_id,
+                dtype=self.trained.dtype,
+                max_texts=self.options.measured_samples,
+                progress=not self.config.model.disable_tqdm,
+            )
+            for size in MEASURED_BATCH_SIZES
+        ]
+        found["timed"] = []
+        for row, speeds in zip(rows, zip(*by_size, strict=True), strict=True):
+            self.measured[row.policy] = speeds
+            measured = list(map(dataclasses.asdict, speeds))
+            found["timed"].append(
+                {
+                    "parameters": row.policy.parameters,
+                    "score": row.score,
+                    "mean_layer": row.mean_layer,
+                    "flops_share": row.flops_share,
+                    "measured": measured,
+                }
+            )
+            words = ", ".join(f"{s.speedup:.2f}x at batch {s.batch_size}" for s in speeds)
+            logger.info(f"{row.policy}: {words}")
+            if row == self.chosen.get(name):
+                found["measured"] = measured
+        logger.info(f"{self._num_timed()} of {len(self.to_time)} policies timed")
+        if name == self.options.policy:
+            write_early_exit(self.model_dir / "README.md", self.results, name)
+
+    def _num_timed(self) -> int:
+        return sum("timed" in found for found in self.results["policies"].values())
+
+    def _save(self) -> None:
+        if self.output_dir is not None:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+            write_json(self.output_dir / "exits.json", self.results)
+
+    def _draw(self) -> None:
+        """Tables and figure of what has been swept."""
+        if self.output_dir is not None and self.curves:
+            path, policies = self.output_dir / "exits", self.results["policies"]
+            areas = {name: policies[name]["area_under_curve"] for name in self.curves}
+            write_speed_tables(self.curves, areas, self.metric, path, self.measured)
+            full_score = self.results["full_score"]
+            draw_quality_speed(self.curves, full_score, self.metric, path, self.measured)
+
+    def _lines(self) -> list[str]:
+        """What the command prints: a table of the chosen settings, and what its columns mean."""
+        results, metric = self.results, self.metric
+        header = ["policy", "setting", metric, "cross-fitted", "mean layer", "FLOPs", "area"]
+        if self.measured:
+            header += [f"batch {size}" for size in MEASURED_BATCH_SIZES]
+        table = [_row(found, name, len(header) - 7) for name, found in results["policies"].items()]
+        lines = [
+            f"full model: {metric} {results['full_score']:.4f} on {results['num_samples']} texts "
+            f"({self.data_name}), {results['dtype']}, at most {results['max_seq_length']} tokens",
+            text_table(header, table),
+            f"{metric}: on the texts that the setting was chosen on. cross-fitted: chosen on one "
+            "half of them, scored on the other, both ways.",
+            f"area: {AREA_WORDS}.",
+        ]
+        if Learned.name in results["policies"]:
+            lines.append(
+                f"learned: its layer was fitted on these texts too ({self.data_name}); no text was "
+                f"scored with a layer fitted on it ({NUM_FOLDS} folds)."
+            )
+        if self.measured:
+            others = ""
+            if self.output_dir is not None:
+                others = f" Other settings' times are in {self.output_dir / 'exits.csv'}."
+            lines.append(f"batch …: speed against the full model on {results['machine']}.{others}")
+        if self.is_stored:
+            lines.append(
+                f"{self.options.policy} is stored with the model: `fusedacl predict --policy "
+                "stored`."
+            )
+        if not results["complete"]:
+            lines.append(self._interrupted())
+        return lines
+
+    def _interrupted(self) -> str:
+        where = "" if self.output_dir is None else f" What is done is in {self.output_dir}."
+        swept = f"{len(self.curves)} of {len(self.names)} policies are swept"
+        timed = f", {self._num_timed()} of {len(self.to_time)} timed" * self.options.measure
+        return f"Interrupted: {swept}{timed}.{where}"
+
+
+def _policy_names(config: ExitsConfig) -> list[str]:
+    names = [name.strip() for name in config.exits.policies.split(",") if name.strip()]
+    if config.exits.policy is not None:
+        names.append(config.exits.policy)
+    if not names:
+        raise ValueError("policies is empty: name one policy at least.")
+    for name in names:
+        policy_class(name)
+    return list(dict.fromkeys(names))
+
+
+def _target(config: ExitsConfig) -> Target:
+    given = {
+        name: getattr(config.exits, name)
+        for name in ("max_quality_loss", "max_mean_layer", "max_flops_share")
+        if getattr(config.exits, name) is not None
+    }
+    return Target(**(given or {"max_quality_loss": DEFAULT_MAX_QUALITY_LOSS}))
+
+
+def _row(found: dict[str, Any], name: str, num_speeds: int) -> list[str]:
+    """A policy's line in the table."""
+    area = f"{found['area_under_curve']:.4f}"
+    if "calibration" not in found:
+        return [name, "target out of reach", "", "", "", "", area, *[""] * num_speeds]
+    facts = found["calibration"]
+    setting = " ".join(f"{key}={value:.4g}" for key, value in found["parameters"].items())
+    unseen = facts["cross_fitted"]
+    speeds = [f"{speed['speedup']:.2f}x" for speed in found.get("measured", ())]
+    return [
+        name,
+        setting,
+        f"{facts['score']:.4f}",
+        "-" if unseen is None else f"{unseen['score']:.4f}",
+        f"{facts['mean_layer']:.2f}",
+        f"{facts['flops_share']:.0%}",
+        area,
+        *(speeds or [""] * num_speeds),
+    ]

@@ -1,0 +1,108 @@
+"""What early exit costs and brings: measured times, tables and the quality-speed figure."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ...data.batching import EncodedSplit, collate, epoch_batches
+from ...model.early_exit import EarlyExit
+from ...model.exit_policies import Policy
+from ...runtime.device import autocast
+
+if TYPE_CHECKING:
+    from ...model.multi_exit import MultiExitForSequenceClassification
+
+
+@dataclass(frozen=True)
+class MeasuredSpeed:
+    """Wall-clock of one policy against the full model on the same texts.
+
+    Milliseconds per text, medians over `repeats` passes; speedup: the median of full / early over
+    the passes, in each of which all that were timed took turns batch by batch.
+    """
+
+    batch_size: int
+    num_texts: int
+    repeats: int
+    early_ms: float
+    full_ms: float
+    speedup: float
+
+
+@torch.inference_mode()
+def measure_speed(
+    model: MultiExitForSequenceClassification,
+    encoded: EncodedSplit,
+    policies: Sequence[Policy],
+    batch_size: int,
+    *,
+    pad_token_id: int,
+    dtype: torch.dtype = torch.float32,
+    max_texts: int = 200,
+    repeats: int = 3,
+    progress: bool = False,
+) -> list[MeasuredSpeed]:
+    """Time policies and the plain full model (backbone and last exit), all taking turns.
+
+    The texts are spread evenly over the split, collated beforehand and on the model's device; a
+    pass runs all of their batches. The model is left in evaluation mode.
+    """
+    texts = np.unique(np.linspace(0, len(encoded) - 1, min(max_texts, len(encoded))).astype(int))
+    batches = epoch_batches(
+        encoded.lengths[texts], batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+    )
+    inputs = []
+    for indices in batches:
+        tensors = collate(encoded, texts[indices], pad_token_id)
+        tensors.pop("labels", None)
+        inputs.append({name: value.to(model.device) for name, value in tensors.items()})
+
+    def full(**batch: Tensor) -> None:
+        with autocast(model.device, dtype):
+            states = model.backbone(**batch, return_dict=True).last_hidden_state
+            logits = model.exits[-1](states, batch["attention_mask"]).logits
+        torch.softmax(logits.float(), dim=-1).cpu()
+
+    engines = [EarlyExit(model, policy, dtype=dtype) for policy in policies]
+    runs: list[Callable[..., Any]] = [full, *engines]
+    for run in runs:
+        run(**inputs[0])
+    seconds = np.zeros((repeats, len(runs)))
+    names = ", ".join(dict.fromkeys(policy.name for policy in policies))
+    rounds = tqdm(
+        total=repeats * len(inputs),
+        desc=f"time {names}, batch {batch_size}",
+        leave=False,
+        disable=None if progress else True,
+    )
+    with rounds:
+        for repeat in range(repeats):
+            for number, batch in enumerate(inputs, start=repeat):
+                # Who goes first rotates: none always finds the warmer cache.
+                for turn in range(number, number + len(runs)):
+                    run = runs[turn % len(runs)]
+                    start = time.perf_counter()
+                    run(**batch)
+                    seconds[repeat, turn % len(runs)] += time.perf_counter() - start
+                rounds.update()
+    milliseconds = 1000 * np.median(seconds, axis=0) / len(texts)
+    speedups = np.median(seconds[:, :1] / seconds, axis=0)
+    return [
+        MeasuredSpeed(
+            batch_size=batch_size,
+            num_texts=len(texts),
+            repeats=repeats,
+            early_ms=float(milliseconds[place]),
+            full_ms=float(milliseconds[0]),
+            speedup=float(speedups[place]),
+        )
+        for place in range(1, len(runs))
+    ]

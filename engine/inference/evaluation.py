@@ -1,0 +1,129 @@
+"""Scores of every exit on a labelled split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..config.commands import EvaluationConfig
+from ..data.batching import EncodedSplit, encode
+from ..data.dataset import load_splits
+from ..model.multi_exit import MultiExitForSequenceClassification
+from ..model.saved import TrainedModel
+from ..runtime.files import write_json
+from .logits import check_finite, predict_logits_together
+
+logger = logging.getLogger("fusedacl")
+
+
+def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The named metrics of predicted classes [n] against true ones [n], as fractions.
+
+    accuracy; f1 (of class 1, as GLUE has it); macro_f1 (mean over the classes that occur);
+    matthews_correlation.
+    """
+    from sklearn import metrics as sklearn_metrics
+
+    scores: dict[str, float] = {}
+    for metric in metrics:
+        if metric == "accuracy":
+            scores[metric] = sklearn_metrics.accuracy_score(labels, predictions)
+        elif metric == "f1":
+            scores[metric] = sklearn_metrics.f1_score(labels, predictions, zero_division=0.0)
+        elif metric == "macro_f1":
+            scores[metric] = sklearn_metrics.f1_score(
+                labels, predictions, average="macro", zero_division=0.0
+            )
+        elif metric == "matthews_correlation":
+            scores[metric] = sklearn_metrics.matthews_corrcoef(labels, predictions)
+        else:
+            raise ValueError(f"metric={metric!r} is not one that score knows.")
+    return {metric: float(value) for metric, value in scores.items()}
+
+
+def evaluate_split(
+    model: MultiExitForSequenceClassification,
+    encoded: EncodedSplit,
+    metrics: Sequence[str],
+    batch_size: int,
+    *,
+    positions: Sequence[int] | None = None,
+    **options: Any,
+) -> dict[int, dict[str, float]]:
+    """Layer of each exit -> its metrics and mean cross-entropy `loss` on a labelled split.
+
+    `positions` and `options` are those of `predict_logits`.
+
+    Raises:
+        ValueError: the model has other classes than the labels need.
+        FloatingPointError: an exit's logits are NaN or infinite.
+    """
+    labels = encoded.labels
+    if labels is None:
+        raise ValueError("The split has no labels: there is nothing to evaluate against.")
+    if int(labels.max()) >= model.num_labels:
+        raise ValueError(
+            f"The split has label {int(labels.max())}, but the model was trained with "
+            f"{model.num_labels} classes: 0 to {model.num_labels - 1}."
+        )
+    logits = predict_logits_together(model, encoded, batch_size, positions=positions, **options)
+    layers = model.exit_layers
+    if positions is not None:
+        layers = [model.exit_layers[position] for position in positions]
+    # The argmax of NaN is a class: it would be scored as an answer.
+    check_finite(logits, layers)
+    results = {}
+    for layer, exit_logits in zip(layers, logits, strict=True):
+        scores = score(metrics, exit_logits.argmax(dim=-1).numpy(), labels.numpy())
+        loss = torch.nn.functional.cross_entropy(exit_logits, labels)
+        results[layer] = {**scores, "loss": float(loss)}
+    return results
+
+
+def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]:
+    """Evaluation split -> layer -> metrics of a trained model on a labelled data set.
+
+    Raises:
+        ValueError: a mistake in the configuration, the data or the model directory.
+        FloatingPointError: as `evaluate_split`; nothing is written.
+    """
+    output_file = None if config.output.output_file is None else Path(config.output.output_file)
+    if output_file is not None and not output_file.parent.is_dir():
+        raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
+    trained = TrainedModel(config.model, config.data.max_seq_length)
+    data = load_splits(
+        task_name=config.data.task_name,
+        data_dir=config.data.data_dir,
+        dataset_name=config.data.dataset_name,
+        dataset_config_name=config.data.dataset_config_name,
+        validation_file=config.data.validation_file,
+        max_eval_samples=config.data.max_eval_samples,
+        needs_train=False,
+        label_names=trained.label_names,
+    )
+    for note in data.notes:
+        logger.info(note)
+    if not data.evaluation_splits:
+        raise ValueError(f"{data.name} has no labelled split to evaluate on.")
+    results = {
+        name: evaluate_split(
+            trained.model,
+            encode(
+                data.splits[name], trained.tokenizer, trained.max_length, model_limit=trained.limit
+            ),
+            data.metrics,
+            config.model.per_device_eval_batch_size,
+            pad_token_id=trained.tokenizer.pad_token_id,
+            dtype=trained.dtype,
+            progress=not config.model.disable_tqdm,
+        )
+        for name in data.evaluation_splits
+    }
+    if output_file is not None:
+        write_json(output_file, results)
+    return results

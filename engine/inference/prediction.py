@@ -1,0 +1,123 @@
+"""Labels and probabilities for a file of texts."""
+
+from __future__ import annotations
+
+import csv
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.commands import PredictionConfig
+from ..data.batching import encode
+from ..data.dataset import TextSplit, read_unlabelled
+from ..model.early_exit import EarlyExit
+from ..model.exit_policies import calibration_mismatch, parse_policy
+from ..model.saved import TrainedModel
+from .logits import BROKEN_MODEL, predict_logits
+
+logger = logging.getLogger("fusedacl")
+OUTPUT_EXTENSIONS = (".csv", ".jsonl")
+
+
+def predict(config: PredictionConfig) -> Path:
+    """Write one row a text: its label and each class's probability; returns the file.
+
+    The columns are `label` and `probability_<class>`, in the order of the input's rows; with early
+    exit also `exit_layer`, the layer where the text left.
+
+    Raises:
+        ValueError: a mistake in the configuration, the texts or the model directory.
+        FloatingPointError: the model answers a text with NaN; nothing is written.
+    """
+    options = config.prediction
+    if options.input_file is None or options.output_file is None:
+        missing = "input_file" if options.input_file is None else "output_file"
+        raise ValueError(f"{missing} is missing: predict reads input_file, writes output_file.")
+    output_file = Path(options.output_file)
+    if output_file.suffix not in OUTPUT_EXTENSIONS:
+        raise ValueError(
+            f"output_file={str(output_file)!r} must end in one of {', '.join(OUTPUT_EXTENSIONS)}."
+        )
+    if not output_file.parent.is_dir():
+        raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
+    if output_file.resolve() == Path(options.input_file).resolve():
+        raise ValueError(f"output_file={str(output_file)!r} is the input_file: name another file.")
+    if options.text_pair_column is not None and options.text_column is None:
+        raise ValueError("text_pair_column needs text_column: name both columns.")
+    columns = [name for name in (options.text_column, options.text_pair_column) if name is not None]
+    texts: TextSplit = read_unlabelled(options.input_file, columns=columns or None)
+    trained = TrainedModel(config.model, options.max_seq_length)
+    engine = None
+    if options.policy is not None:
+        stored = options.policy == "stored"
+        policy = None if stored else parse_policy(options.policy)
+        engine = EarlyExit(trained.model, policy, dtype=trained.dtype)
+        if stored:
+            mismatch = calibration_mismatch(
+                trained.model.config.exit_policy, trained.dtype, trained.max_length
+            )
+            if mismatch is not None:
+                logger.warning(mismatch)
+    elif options.repack:
+        raise ValueError("repack belongs to early exit: name a policy, or leave it out.")
+    encoded = encode(texts, trained.tokenizer, trained.max_length, model_limit=trained.limit)
+    inference: dict[str, Any] = {
+        "pad_token_id": trained.tokenizer.pad_token_id,
+        "progress": not config.model.disable_tqdm,
+    }
+    batch_size = config.model.per_device_eval_batch_size
+    exit_layers = None
+    if engine is None:
+        logits = predict_logits(
+            trained.model, encoded, batch_size, dtype=trained.dtype, **inference
+        )
+        probabilities = torch.softmax(logits[-1], dim=-1)  # [n, K]
+    else:
+        left = engine.predict(encoded, batch_size, repack=options.repack, **inference)
+        logger.info(
+            f"early exit, {engine.policy}: {left.mean_layer:.2f} of "
+            f"{trained.model.exit_layers[-1]} layers per text, {left.flops_share:.0%} of the FLOPs"
+        )
+        probabilities, exit_layers = left.probabilities, left.exit_layers.tolist()
+    _check_finite(probabilities)
+    names = trained.label_names
+    labels = [names[index] for index in probabilities.argmax(dim=-1).tolist()]
+    _write(output_file, names, labels, probabilities.tolist(), exit_layers)
+    return output_file
+
+
+def _check_finite(probabilities: torch.Tensor) -> None:
+    """Refuse to write answers [n, K] that are none."""
+    broken = (~torch.isfinite(probabilities).all(dim=-1)).nonzero().flatten()
+    if len(broken):
+        raise FloatingPointError(
+            f"The model answers {len(broken)} of {len(probabilities)} texts (the first in row "
+            f"{int(broken[0]) + 1}) with NaN: {BROKEN_MODEL}"
+        )
+
+
+def _write(
+    path: Path,
+    names: list[str],
+    labels: list[str],
+    probabilities: list[list[float]],
+    exit_layers: list[int] | None,
+) -> None:
+    fields = ["label", *(f"probability_{name}" for name in names)]
+    if exit_layers is not None:
+        fields.append("exit_layer")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        if path.suffix == ".csv":
+            writer.writerow(fields)
+        for index, (label, row) in enumerate(zip(labels, probabilities, strict=True)):
+            values: list[Any] = [label, *(round(value, 6) for value in row)]
+            if exit_layers is not None:
+                values.append(exit_layers[index])
+            if path.suffix == ".csv":
+                writer.writerow(values)
+            else:
+                file.write(json.dumps(dict(zip(fields, values, strict=True))) + "\n")

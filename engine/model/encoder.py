@@ -1,0 +1,67 @@
+"""Encoders of transformers: loading, random weights, dropout."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from typing import Any
+
+import torch
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+# How the encoders of transformers spell their dropout probabilities.
+_DROPOUT_NAMES = (
+    "hidden_dropout_prob",
+    "attention_probs_dropout_prob",
+    "dropout",
+    "attention_dropout",
+    "embedding_dropout",
+    "mlp_dropout",
+    "hidden_dropout",
+    "embd_pdrop",
+)
+
+
+def set_dropout(config: PretrainedConfig, probability: float) -> None:
+    """Set every dropout probability in an encoder's configuration.
+
+    Raises:
+        ValueError: the configuration has no dropout that we know.
+    """
+    names = [
+        name for name in _DROPOUT_NAMES if isinstance(getattr(config, name, None), float | int)
+    ]
+    if not names:
+        raise ValueError(
+            f"dropout={probability}: a {config.model_type} encoder has no dropout setting that is "
+            "known here; leave dropout out."
+        )
+    for name in names:
+        setattr(config, name, probability)
+
+
+def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
+    """No pooler, where the encoder lets us say so: its weights would be saved and never trained."""
+    encoder_class: Any = AutoModel._model_mapping.get(type(config), None)
+    if encoder_class is None:
+        return {}
+    has_pooler = "add_pooling_layer" in inspect.signature(encoder_class).parameters
+    return {"add_pooling_layer": False} if has_pooler else {}
+
+
+def random_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    return AutoModel.from_config(config, **_encoder_options(config))
+
+
+def pretrained_encoder(name_or_path: str, config: PretrainedConfig) -> PreTrainedModel:
+    # The pooler and a pretraining head are left behind on purpose: no report about them.
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            return AutoModel.from_pretrained(
+                name_or_path, config=config, dtype=torch.float32, **_encoder_options(config)
+            )
+    finally:
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,380 @@
+"""When a text leaves at an exit: one small rule a policy, decided for each text by itself.
+
+A policy sees the exits in the order of their layers. What it decides on a text depends on that
+text's own readings and memory alone, never on the rest of the batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ..runtime.device import dtype_name
+from ..runtime.text import did_you_mean
+
+if TYPE_CHECKING:
+    from .multi_exit import MultiExitForSequenceClassification
+
+# What a policy carries from exit to exit: tensors [N, …], one row a text.
+Memory = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ExitReading:
+    """What N texts showed at one exit.
+
+    layer: the exit's.  logits [N, K], float32.
+    certainty [N]: the learned exit's probability that the exit's answer is right; None without one.
+    """
+
+    layer: int
+    logits: Tensor
+    certainty: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Frozen parameters and the rule; the last exit takes whatever no rule let go."""
+
+    name: ClassVar[str]
+    needs_learned_exit: ClassVar[bool] = False
+
+    @abstractmethod
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        """Which texts leave at this exit, bool [N], and what to remember of them.
+
+        `memory` is empty at the first exit, and what the exit before returned at the others.
+        """
+
+    def reads(self, layer: int) -> bool:
+        """Whether the exit on `layer` has to be computed."""
+        return True
+
+    def limits(self, num_exits: int) -> dict[str, int]:
+        """The largest value that can still be reached, for parameters that count exits."""
+        return {}
+
+    def check(self, exit_layers: Sequence[int]) -> None:
+        """Refuse a model whose exits this policy cannot work with.
+
+        Raises:
+            ValueError: naming the parameter.
+        """
+        for name, most in self.limits(len(exit_layers)).items():
+            if getattr(self, name) > most:
+                raise ValueError(
+                    f"{self.name}: {name}={getattr(self, name)} can never be reached with "
+                    f"{len(exit_layers)} exits: use {most} or less."
+                )
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """The parameters by name; `make_policy(name, **parameters)` makes the policy again."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        words = ", ".join(f"{name} {value:g}" for name, value in self.parameters.items())
+        return f"{self.name.replace('_', ' ')} ({words})"
+
+    def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(type(self)).items():
+            if name not in self.parameters:
+                continue
+            value = getattr(self, name)
+            if kind is float:
+                _check_threshold(f"{self.name}: {name}", value)
+            else:
+                _check_count(f"{self.name}: {name}", value)
+
+
+@dataclass(frozen=True)
+class ThresholdPolicy(Policy):
+    """A text leaves on one side of a threshold. At both ends of its range: nobody, or everybody."""
+
+    threshold: float
+
+    @staticmethod
+    @abstractmethod
+    def signal(reading: ExitReading) -> Tensor:
+        """The number in [0, 1] that is compared, float32 [N]."""
+
+
+@dataclass(frozen=True)
+class MaximumProbability(ThresholdPolicy):
+    """Leave when the largest class probability is above the threshold; 1: nobody does."""
+
+    name = "max_probability"
+
+    @staticmethod
+    def signal(reading: ExitReading) -> Tensor:
+        return torch.softmax(reading.logits, dim=-1).amax(dim=-1)
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.signal(reading) > self.threshold, memory
+
+
+@dataclass(frozen=True)
+class Entropy(ThresholdPolicy):
+    """Leave when the entropy of the class probabilities is below the threshold; 0: nobody does.
+
+    H = -sum_k p_k log p_k, divided by log K, so that thresholds mean the same for any number of
+    classes. After BranchyNet (arXiv 1709.01686) and DeeBERT (arXiv 2004.12993), which leave it in
+    nats.
+    """
+
+    name = "entropy"
+
+    @staticmethod
+    def signal(reading: ExitReading) -> Tensor:
+        # softmax subtracts the maximum and entr(0) is 0: finite whatever the logits.
+        entropy = torch.special.entr(torch.softmax(reading.logits, dim=-1)).sum(dim=-1)
+        return entropy.mul_(1 / math.log(reading.logits.shape[-1]))
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.signal(reading) < self.threshold, memory
+
+
+@dataclass(frozen=True)
+class Learned(ThresholdPolicy):
+    """Leave when the learned exit holds the answer for right with more than this probability.
+
+    The model's learned exit is one linear layer on the exits' representations h, the same for all
+    exits, as in BERxiT (learning to exit; EACL 2021). See `learned_exit.with_learned_exit`.
+    """
+
+    name = "learned"
+    needs_learned_exit = True
+
+    @staticmethod
+    def signal(reading: ExitReading) -> Tensor:
+        assert reading.certainty is not None  # EarlyExit has refused a model without it
+        return reading.certainty
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.signal(reading) > self.threshold, memory
+
+
+@dataclass(frozen=True)
+class Patience(Policy):
+    """Leave when `patience` exits in a row gave the same answer as the exit before them.
+
+    PABEE (arXiv 2006.04152): the count starts at 0 with the first exit, grows by 1 at an exit that
+    agrees with the one before, else falls back to 0. So patience 1 can leave at the second exit.
+    """
+
+    name = "patience"
+    patience: int
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        answer = reading.logits.argmax(dim=-1)
+        if memory:
+            count = torch.where(answer == memory["answer"], memory["count"] + 1, 0)
+        else:
+            count = torch.zeros_like(answer)
+        return count >= self.patience, {"answer": answer, "count": count}
+
+    def limits(self, num_exits: int) -> dict[str, int]:
+        return {"patience": num_exits - 1}
+
+
+@dataclass(frozen=True)
+class PatienceConfidence(Policy):
+    """Leave when `patience` exits in a row were each confident, whatever they answered.
+
+    After PCEE-BERT (Findings of NAACL 2022). Confident: the largest class probability is above the
+    threshold. With patience 1 this is the policy max_probability.
+    """
+
+    name = "patience_confidence"
+    patience: int
+    threshold: float
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        confident = MaximumProbability.signal(reading) > self.threshold
+        before = memory["count"] if memory else torch.zeros_like(confident, dtype=torch.int64)
+        count = torch.where(confident, before + 1, 0)
+        return count >= self.patience, {"count": count}
+
+    def limits(self, num_exits: int) -> dict[str, int]:
+        return {"patience": num_exits}
+
+
+@dataclass(frozen=True)
+class Voting(Policy):
+    """Leave when `votes` of the exits so far, in a row or not, gave the same answer.
+
+    The voting criterion of "Early Exiting with Ensemble Internal Classifiers" (arXiv 2105.13792)
+    without its exponent of the number of voters: max_c #{exits so far that answer c} >= votes. The
+    vote that completes the number is the current exit's, so its answer is the elected class. The
+    last exit answers by itself, without an election.
+    """
+
+    name = "voting"
+    votes: int
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        num_classes = reading.logits.shape[-1]
+        votes = functional.one_hot(reading.logits.argmax(dim=-1), num_classes)
+        if memory:
+            votes = votes + memory["votes"]
+        return votes.amax(dim=-1) >= self.votes, {"votes": votes}
+
+    def limits(self, num_exits: int) -> dict[str, int]:
+        return {"votes": num_exits}
+
+
+@dataclass(frozen=True)
+class FixedLayer(Policy):
+    """All leave at the exit on `layer`; no other exit is computed."""
+
+    name = "fixed_layer"
+    layer: int
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        here = reading.layer == self.layer
+        return torch.full_like(reading.logits[:, 0], here, dtype=torch.bool), memory
+
+    def reads(self, layer: int) -> bool:
+        return layer == self.layer
+
+    def check(self, exit_layers: Sequence[int]) -> None:
+        if self.layer not in exit_layers:
+            layers = ", ".join(map(str, exit_layers))
+            raise ValueError(
+                f"fixed_layer: layer={self.layer} carries no exit; the exits are on layers "
+                f"{layers}."
+            )
+
+
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy
+    for policy in (
+        MaximumProbability,
+        Entropy,
+        Patience,
+        PatienceConfidence,
+        Voting,
+        Learned,
+        FixedLayer,
+    )
+}
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The policy of that name.
+
+    Raises:
+        ValueError: there is none; the nearest name is offered.
+    """
+    if name not in POLICIES:
+        raise ValueError(f"policy={name!r} is not a policy.{did_you_mean(name, POLICIES)}")
+    return POLICIES[name]
+
+
+def make_policy(name: str, **parameters: Any) -> Policy:
+    """The policy of that name with these parameters, such as ("entropy", threshold=0.3).
+
+    Raises:
+        ValueError: an unknown name or parameter (the nearest is offered), a missing one, or a value
+            out of range.
+    """
+    found = policy_class(name)
+    known = [field.name for field in dataclasses.fields(found)]
+    for parameter in parameters:
+        if parameter not in known:
+            raise ValueError(
+                f"{name} has no parameter {parameter!r}.{did_you_mean(parameter, known)}"
+            )
+    missing = [parameter for parameter in known if parameter not in parameters]
+    if missing:
+        raise ValueError(f"The policy {name} needs a value for {' and '.join(missing)}.")
+    return found(**parameters)
+
+
+def parse_policy(text: str) -> Policy:
+    """A policy as the command line has it, "patience_confidence:patience=2,threshold=0.9".
+
+    Raises:
+        ValueError: as `make_policy`, or the text has another form.
+    """
+    name, _, assignments = text.partition(":")
+    parameters: dict[str, Any] = {}
+    for assignment in filter(None, assignments.split(",")):
+        parameter, _, value = assignment.partition("=")
+        try:
+            is_integer = value.strip().lstrip("+-").isdigit()
+            parameters[parameter.strip()] = int(value) if is_integer else float(value)
+        except ValueError:
+            raise ValueError(
+                f"policy={text!r}: {assignment!r} is not of the form parameter=number, as in "
+                "'entropy:threshold=0.3'."
+            ) from None
+    return make_policy(name.strip(), **parameters)
+
+
+def policy_from_record(record: Mapping[str, Any]) -> Policy:
+    """The policy of a record {"name": …, "parameters": {…}}, as a model's configuration keeps it.
+
+    Raises:
+        ValueError: it does not describe a policy.
+    """
+    name, parameters = record.get("name"), record.get("parameters")
+    if not isinstance(name, str) or not isinstance(parameters, Mapping):
+        raise ValueError(f"{dict(record)!r} describes no policy: it needs a name and parameters.")
+    return make_policy(name, **parameters)
+
+
+def _check_threshold(where: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{where}={value!r} is out of range: it must be a number from 0 to 1.")
+
+
+def _check_count(where: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{where}={value!r} is out of range: it must be an integer of 1 or more.")
+
+
+def calibration_mismatch(
+    record: Mapping[str, Any], dtype: torch.dtype, max_seq_length: int
+) -> str | None:
+    """A sentence on how this inference differs from what a record was calibrated with, or None.
+
+    Records of other makers may lack what is compared; then there is nothing to say.
+    """
+    made = record.get("calibration") or {}
+    now = {"dtype": dtype_name(dtype), "max_seq_length": max_seq_length}
+    differing = [name for name in now if name in made and made[name] != now[name]]
+    if not differing:
+        return None
+    then, here = (
+        " and ".join(f"{name} {values[name]}" for name in differing) for values in (made, now)
+    )
+    return (
+        f"The stored policy was calibrated with {then}, this run has {here}: score and speed may "
+        "differ from the calibrated ones. Run `fusedacl exits` with the same options to calibrate "
+        "for them."
+    )
+
+
+def stored_policy(model: MultiExitForSequenceClassification) -> Policy:
+    """The policy that calibration stored in the model's configuration.
+
+    Raises:
+        ValueError: there is none, or it has been damaged.
+    """
+    record = getattr(model.config, "exit_policy", None)
+    if record is None:
+        raise ValueError(
+            "The model stores no early-exit policy: run `fusedacl exits` to calibrate one, or name "
+            "a policy with its parameters."
+        )
+    return policy_from_record(record)

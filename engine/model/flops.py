@@ -1,0 +1,59 @@
+"""Floating-point operations of a model with exits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from .encoder_layers import Flops, encoder_layers
+from .exit_policies import Policy
+from .exits import Exit, LinearExit
+
+if TYPE_CHECKING:
+    from .multi_exit import MultiExitForSequenceClassification
+
+
+def exit_flops(
+    model: MultiExitForSequenceClassification, policy: Policy | None = None
+) -> list[Flops]:
+    """Operations on a text that leaves at each of the exits, in their order.
+
+    Layers up to the exit and every exit on the way that the policy reads; None: all.
+    """
+    layers = encoder_layers(model.backbone)
+    learned = policy is not None and policy.needs_learned_exit
+    spent = layers.embedding_flops()
+    found = []
+    first = 1
+    for exit_layer, head in zip(model.exit_layers, model.exits, strict=True):
+        for layer in range(first, exit_layer + 1):
+            spent += layers.flops(layer)
+        first = exit_layer + 1
+        is_last = exit_layer == model.exit_layers[-1]
+        if policy is None or policy.reads(exit_layer) or is_last:
+            spent += head_flops(cast(Exit, head))
+            if learned and not is_last:
+                spent += Flops(per_text=2 * cast(Exit, head).classifier.in_features)
+        found.append(spent)
+    return found
+
+
+def full_flops(model: MultiExitForSequenceClassification) -> Flops:
+    """Operations of the model up to its last exit, without the other exits."""
+    layers = encoder_layers(model.backbone)
+    spent = layers.embedding_flops() + head_flops(cast(Exit, model.exits[-1]))
+    for layer in range(1, model.exit_layers[-1] + 1):
+        spent += layers.flops(layer)
+    return spent
+
+
+def head_flops(head: Exit) -> Flops:
+    """Of one exit; the mha head attends from the first token alone."""
+    classifier = 2 * head.classifier.weight.numel()
+    if isinstance(head, LinearExit):
+        return Flops(per_text=classifier)
+    every_token = head.down_projection.weight.numel() + head.key_value.weight.numel()
+    first_token = head.query.weight.numel() + head.output.weight.numel()
+    return Flops(
+        per_text=2 * first_token + classifier,
+        per_token=2 * every_token + 4 * head.classifier.in_features,
+    )

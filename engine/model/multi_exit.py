@@ -1,0 +1,367 @@
+"""A Hugging Face encoder with classifiers ("exits") on its layers, as a Hugging Face model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput
+
+from ..runtime.text import did_you_mean, nearest_directory
+from .encoder import pretrained_encoder, random_encoder, set_dropout
+from .exits import Exit, LinearExit, MHAExit
+
+if TYPE_CHECKING:
+    from ..data.batching import EncodedSplit
+    from .early_exit import EarlyExitOutput
+    from .exit_policies import Policy
+
+EXIT_HEADS = ("mha", "linear")
+
+
+class MultiExitConfig(PretrainedConfig):
+    """Configuration of `MultiExitForSequenceClassification`.
+
+    Args:
+        backbone_config: the encoder's configuration, or its dictionary (with `model_type`).
+        exit_layers: layers (1 = first) that carry an exit, ascending; None: the last layer only.
+        exit_head: "mha" or "linear".
+        exit_width: width of the mha head's representation.
+        exit_attention_heads: attention heads of the mha head.
+        exit_dropout: dropout probability of the exits.
+        max_seq_length: tokens per text that the model was trained with, for evaluation and serving.
+        exit_policy: the calibrated early-exit policy, as `calibration_record` makes it.
+        learned_exit: whether the model has the learned exit of the policy "learned".
+
+    Raises:
+        ValueError: an unknown head, a layer that the backbone does not have, or repeated layers.
+    """
+
+    model_type = "fusedacl_multi_exit"
+
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        exit_layers: Sequence[int] | None = None,
+        exit_head: str = "mha",
+        exit_width: int = 64,
+        exit_attention_heads: int = 4,
+        exit_dropout: float = 0.1,
+        max_seq_length: int | None = None,
+        exit_policy: dict[str, Any] | None = None,
+        learned_exit: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(backbone_config, dict):
+            values = dict(backbone_config)
+            backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        # transformers makes configurations without arguments too, to see their defaults.
+        self.backbone_config = backbone_config
+        self.exit_head = exit_head
+        self.exit_width = exit_width
+        self.exit_attention_heads = exit_attention_heads
+        self.exit_dropout = exit_dropout
+        self.max_seq_length = max_seq_length
+        self.exit_policy = exit_policy
+        self.learned_exit = learned_exit
+        self.exit_layers = list(exit_layers) if exit_layers is not None else None
+        if exit_head not in EXIT_HEADS:
+            raise ValueError(f"exit_head={exit_head!r}.{did_you_mean(exit_head, EXIT_HEADS)}")
+        if backbone_config is not None:
+            self.exit_layers = self._checked_layers(backbone_config.num_hidden_layers)
+        super().__init__(**kwargs)
+
+    def _checked_layers(self, num_layers: int) -> list[int]:
+        layers = [num_layers] if self.exit_layers is None else self.exit_layers
+        if not layers or layers != sorted(set(layers)):
+            raise ValueError(f"exit_layers={layers} must be ascending layers without repetition.")
+        if layers[0] < 1 or layers[-1] > num_layers:
+            raise ValueError(
+                f"exit_layers={layers}: the backbone has layers 1 to {num_layers} only."
+            )
+        return layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as a dictionary, the backbone's nested in it."""
+        values = super().to_dict()
+        if self.backbone_config is not None:
+            values["backbone_config"] = self.backbone_config.to_dict()
+        return values
+
+
+@dataclass
+class MultiExitOutput(ModelOutput):
+    """E exits, N samples, K labels.
+
+    loss: sum of the exits' mean cross-entropies, where labels were given.
+    logits [N, K]: the last exit's.  exit_logits [E, N, K].
+    exit_embeddings [E, N, d]: the representations that the classifiers read.
+    """
+
+    loss: Tensor | None = None
+    # Always given; ModelOutput wants a default of all fields but the first.
+    logits: Tensor = None  # type: ignore[assignment]
+    exit_logits: Tensor = None  # type: ignore[assignment]
+    exit_embeddings: Tensor = None  # type: ignore[assignment]
+
+
+class MultiExitForSequenceClassification(PreTrainedModel):
+    """A text encoder of transformers with an exit on each of `config.exit_layers`.
+
+    The representation of a text is its first token's ([CLS], <s>), so padding must be on the right.
+    """
+
+    config_class = MultiExitConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: MultiExitConfig, backbone: PreTrainedModel | None = None) -> None:
+        """`backbone`: an encoder to build upon; None makes one with random weights."""
+        super().__init__(config)
+        if config.backbone_config is None or config.exit_layers is None:
+            raise ValueError("backbone_config is missing: MultiExitConfig(backbone_config, …).")
+        self.num_labels = cast(int, config.num_labels)
+        self.exit_layers = config.exit_layers
+        self.backbone = backbone if backbone is not None else random_encoder(config.backbone_config)
+        self.exits = nn.ModuleList(self._new_exit() for _ in config.exit_layers)
+        # Made by `fit_learned_exit`; here it is only found again by from_pretrained.
+        self.learned_exit: nn.Linear | None = None
+        if config.learned_exit:
+            width = cast(Exit, self.exits[0]).classifier.in_features
+            self.learned_exit = nn.Linear(width, 1)
+        self.post_init()
+
+    def _new_exit(self) -> Exit:
+        config = self.config
+        hidden_size = config.backbone_config.hidden_size
+        if config.exit_head == "linear":
+            return LinearExit(hidden_size, self.num_labels, config.exit_dropout)
+        return MHAExit(
+            hidden_size,
+            self.num_labels,
+            config.exit_dropout,
+            config.exit_width,
+            config.exit_attention_heads,
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Reached by the exits only (the backbone initialises itself). Variance-preserving: with
+        # the encoders' 0.02, the mha head would hand a signal of about 0.01 to its classifier.
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_encoder(
+        cls,
+        name_or_path: str,
+        *,
+        label_names: Sequence[str],
+        dropout: float | None = None,
+        num_hidden_layers: int | None = None,
+        **exit_options: Any,
+    ) -> MultiExitForSequenceClassification:
+        """New exits on a pretrained encoder (hub name, local directory, or a model of this class).
+
+        Args:
+            label_names: one name a class; K = len(label_names).
+            dropout: dropout probability of the encoder and the exits; None keeps the encoder's
+                and 0.1 for the exits.
+            num_hidden_layers: keep the first layers only (BERT-6L); None keeps all.
+            exit_options: exit_layers (empty: every layer), exit_head, … of `MultiExitConfig`.
+
+        Raises:
+            ValueError: the encoder cannot be loaded, has no dropout to set, or fewer layers.
+        """
+        try:
+            config = AutoConfig.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"model_name_or_path={name_or_path!r} cannot be loaded: it is neither a local "
+                "directory with config.json and weights nor a model that the hub gave."
+                f"{nearest_directory(name_or_path)} ({error})"
+            ) from None
+        is_ours = isinstance(config, MultiExitConfig)
+        if num_hidden_layers is not None:
+            _truncate(config, num_hidden_layers)
+        if dropout is not None:
+            set_dropout(config.backbone_config if is_ours else config, dropout)
+            exit_options.setdefault("exit_dropout", dropout)
+        try:
+            if is_ours:
+                backbone = cls.from_pretrained(name_or_path, config=config).backbone
+            else:
+                backbone = pretrained_encoder(name_or_path, config)
+        except Exception as error:
+            # safetensors, the hub client and transformers each raise errors of their own here.
+            raise ValueError(
+                f"model_name_or_path={name_or_path!r}: the weights cannot be loaded: {error}"
+            ) from None
+        if exit_options.get("exit_layers") == []:
+            exit_options["exit_layers"] = list(range(1, backbone.config.num_hidden_layers + 1))
+        made = MultiExitConfig(
+            backbone.config,
+            id2label=dict(enumerate(label_names)),
+            label2id={name: index for index, name in enumerate(label_names)},
+            **exit_options,
+        )
+        return cls(made, backbone)
+
+    @property
+    def label_embeddings(self) -> Tensor:
+        """The classifiers' weights [E, K, d] (a view, not a copy, where there is one exit)."""
+        return self.label_embeddings_of(range(len(self.exits)))
+
+    def label_embeddings_of(self, positions: Sequence[int]) -> Tensor:
+        """The classifiers' weights [E, K, d] of some exits, by their positions in `exit_layers`."""
+        weights = [cast(Exit, self.exits[position]).classifier.weight for position in positions]
+        return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
+
+    def forward(
+        self,
+        input_ids: Tensor,  # [N, T]
+        attention_mask: Tensor | None = None,  # [N, T], 1 for tokens, 0 for padding
+        token_type_ids: Tensor | None = None,  # [N, T]
+        labels: Tensor | None = None,  # [N]
+        **backbone_options: Any,
+    ) -> MultiExitOutput:
+        """Logits and representations of every exit; one pass through the backbone."""
+        states = self.exit_states(input_ids, attention_mask, token_type_ids, **backbone_options)
+        return self.classify(states, attention_mask, labels)
+
+    def early_exit(
+        self,
+        inputs: Mapping[str, Tensor] | EncodedSplit,
+        policy: Policy | str | None = None,
+        **options: Any,
+    ) -> EarlyExitOutput:
+        """Answers where each text leaves at the first exit that the policy is content with.
+
+            model.early_exit(tokenizer(texts, padding=True, return_tensors="pt")).predictions
+
+        `policy`: a name with its parameters (`threshold=…`) among the options, a `Policy`, or None:
+        the one that `fusedacl exits` stored. The options are those of `early_exiting.early_exit`.
+
+        Raises:
+            ValueError: the model has one exit or stores no policy; a mistake in the policy.
+        """
+        from .early_exit import early_exit
+
+        return early_exit(self, inputs, policy, **options)
+
+    def exit_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+        **backbone_options: Any,
+    ) -> list[Tensor]:
+        """Hidden states [N, T, H] of the exits' layers; one pass through the backbone.
+
+        positions: of the exits in `exit_layers`; None: all.
+        """
+        layers = self.exit_layers
+        if positions is not None:
+            layers = [self.exit_layers[position] for position in positions]
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if token_type_ids is not None:
+            backbone_options["token_type_ids"] = token_type_ids
+        num_layers = self.config.backbone_config.num_hidden_layers
+        states = self.backbone(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            # Keeping all layers' states costs memory: only where an exit reads them.
+            output_hidden_states=layers != [num_layers],
+            **{**backbone_options, "return_dict": True},
+        )
+        # The last layer's output is read after a final norm, where the encoder has one.
+        return [
+            states.last_hidden_state if layer == num_layers else states.hidden_states[layer]
+            for layer in layers
+        ]
+
+    def classify(
+        self,
+        hidden_states: Sequence[Tensor],
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        positions: Sequence[int] | None = None,
+    ) -> MultiExitOutput:
+        """The exits on what `exit_states` gave for the same positions."""
+        if attention_mask is None:
+            attention_mask = hidden_states[0].new_ones(hidden_states[0].shape[:2])
+        positions = range(len(self.exits)) if positions is None else positions
+        exits = [
+            self.exits[position](hidden, attention_mask)
+            for position, hidden in zip(positions, hidden_states, strict=True)
+        ]
+        exit_logits = torch.stack([output.logits for output in exits])
+        loss = None
+        if labels is not None:
+            repeated = labels.repeat(len(exits))
+            loss = len(exits) * functional.cross_entropy(exit_logits.flatten(0, 1), repeated)
+        return MultiExitOutput(
+            loss=loss,
+            logits=exit_logits[-1],
+            exit_logits=exit_logits,
+            exit_embeddings=torch.stack([output.embeddings for output in exits]),
+        )
+
+
+def parse_layers(text: str | None) -> list[int]:
+    """Layers of `exit_layers`: 'all' or None (both the empty list), or a list such as '2,4,6'.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if text is None or text.strip().lower() == "all":
+        return []
+    parts = text.strip("[] ").split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"exit_layers={text!r} is neither 'all' nor a list such as 2,4,6.")
+    return [int(part) for part in parts]
+
+
+def label_names(config: PretrainedConfig) -> list[str]:
+    """The classes' names, in the order of the logits."""
+    names = cast(dict[int, str], config.id2label)
+    return [names[index] for index in sorted(names)]
+
+
+def _truncate(config: PretrainedConfig, num_hidden_layers: int) -> None:
+    if isinstance(config, MultiExitConfig):
+        raise ValueError(
+            f"num_hidden_layers={num_hidden_layers}: model_name_or_path is a model with exits "
+            "already. Truncate the encoder that it was made from."
+        )
+    if num_hidden_layers > config.num_hidden_layers:
+        raise ValueError(
+            f"num_hidden_layers={num_hidden_layers}: the encoder has {config.num_hidden_layers} "
+            "layers only."
+        )
+    config.num_hidden_layers = num_hidden_layers
+
+
+AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig, exist_ok=True)
+
+
+AutoModelForSequenceClassification.register(
+    MultiExitConfig, MultiExitForSequenceClassification, exist_ok=True
+)

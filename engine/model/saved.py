@@ -1,0 +1,143 @@
+"""Models and tokenizers from a directory or the hub, and what they can take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from ..config.commands import InferenceOptions
+from ..runtime.device import choose_device, choose_dtype
+from ..runtime.text import nearest_directory
+from .multi_exit import MultiExitConfig, MultiExitForSequenceClassification, label_names
+
+DEFAULT_MAX_LENGTH = 128
+
+
+def load_tokenizer(
+    name_or_path: str, option: str = "model_name_or_path"
+) -> PreTrainedTokenizerBase:
+    """The model's tokenizer, with a padding token and padding on the right ([CLS] stays first).
+
+    `option`: the option that named it, for messages.
+
+    Raises:
+        ValueError: there is no tokenizer, or it cannot pad.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    except (OSError, TypeError, ValueError) as error:  # TypeError: transformers 4, no vocabulary
+        raise ValueError(
+            f"{option}={name_or_path!r} has no tokenizer that can be loaded: {error}"
+        ) from None
+    if tokenizer.pad_token_id is None:
+        raise ValueError(
+            f"The tokenizer of {name_or_path!r} has no padding token: choose a BERT-like encoder."
+        )
+    # Where the vocabulary's files are missing, transformers makes a tokenizer that knows no word.
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ValueError(
+            f"{option}={name_or_path!r} has no tokenizer that can be loaded: its "
+            "vocabulary is empty. Put tokenizer.json (or vocab.txt) beside config.json."
+        )
+    tokenizer.padding_side = "right"
+    return tokenizer
+
+
+def length_limit(
+    model: MultiExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> int:
+    """The longest input in tokens that both the encoder's positions and the tokenizer allow."""
+    limit = int(tokenizer.model_max_length)  # 10^30 where the tokenizer knows none
+    positions = getattr(model.config.backbone_config, "max_position_embeddings", None)
+    if positions is not None:
+        # RoBERTa and its kin count positions from padding_idx + 1.
+        table = getattr(getattr(model.backbone, "embeddings", None), "position_embeddings", None)
+        reserved = getattr(table, "padding_idx", None)
+        limit = min(limit, positions - (0 if reserved is None else reserved + 1))
+    return limit
+
+
+class TrainedModel:
+    """A model that a run left, ready for inference, with its tokenizer and sequence length.
+
+    Raises:
+        ValueError: `model_name_or_path` is missing or is not a model of fusedacl, or the machine
+            cannot run it as asked.
+    """
+
+    def __init__(self, options: InferenceOptions, max_length: int | None) -> None:
+        path = options.model_name_or_path
+        if path is None:
+            raise ValueError("model_name_or_path is missing: name the output_dir of a run.")
+        self.device = choose_device(options.device)
+        self.dtype = choose_dtype(self.device, fp16=False, bf16=options.bf16)
+        self.model = load_trained(path).eval()
+        nn.Module.to(self.model, self.device)
+        self.tokenizer = load_tokenizer(path)
+        self.limit = length_limit(self.model, self.tokenizer)
+        trained = self.model.config.max_seq_length
+        self.max_length = max_length or trained or min(DEFAULT_MAX_LENGTH, self.limit)
+
+    @property
+    def label_names(self) -> list[str]:
+        """The classes' names, in the order of the logits."""
+        return label_names(self.model.config)
+
+
+def load_trained(
+    path: str, option: str = "model_name_or_path"
+) -> MultiExitForSequenceClassification:
+    """A model that `fusedacl train` saved; `option`: the one that named it, for messages.
+
+    Raises:
+        ValueError: the directory holds none, or a damaged one.
+    """
+    where = f"{option}={path!r}"
+    model_type = _model_type(path, where)
+    if model_type != MultiExitConfig.model_type:
+        raise ValueError(
+            f"{where} is a {model_type} model, not one that `fusedacl train` has fine-tuned. "
+            "Fine-tune it first, with an exit in place of its classifier (if it has one): "
+            f"`fusedacl train --model_name_or_path {path} --task_name … --output_dir runs/mine`; "
+            f"then {option} is runs/mine."
+        )
+    try:
+        # transformers gives a model, and with output_loading_info a pair.
+        loaded: Any = MultiExitForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True
+        )
+    except Exception as error:
+        # safetensors, the hub client and transformers each raise errors of their own here.
+        raise ValueError(f"{where} cannot be loaded: {error}{nearest_directory(path)}") from None
+    model, report = loaded
+    # transformers fills what is missing with random numbers.
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise ValueError(
+            f"{where} is damaged: its weights lack {', '.join(missing[:3])}"
+            f"{' and more' if len(missing) > 3 else ''}. Copy the directory again, or train again."
+        )
+    return model
+
+
+def _model_type(path: str, where: str) -> str | None:
+    """What config.json, of a directory or of a model of the hub, says that the model is."""
+    config_file = Path(path) / "config.json"
+    if Path(path).is_dir() and not config_file.is_file():
+        raise ValueError(
+            f"{where} holds no config.json: name the output_dir of a finished run, or one of "
+            "its checkpoint directories."
+        )
+    try:
+        if config_file.is_file():
+            return json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
+        return MultiExitConfig.get_config_dict(path)[0].get("model_type")
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{where}: config.json is damaged: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{where} cannot be loaded: {error}{nearest_directory(path)}") from None

@@ -1,0 +1,1 @@
+"""Losses of the exits, large contrastive batches, and the gate."""

@@ -1,0 +1,130 @@
+"""Contrastive batches larger than one forward pass can hold.
+
+The contrastive loss needs the representations of all its samples at once, the backbone's graph does
+not: representations first, chunk by chunk without a graph; then the loss and its gradient with
+respect to them; then each chunk again with a graph, into which that gradient is fed. The second
+pass draws the random numbers of the first, so that dropout is the same. Memory is that of one
+chunk, time that of one more forward pass (Gao et al. 2021, arXiv 2101.06983, GradCache).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ..config.sections import ObjectiveOptions
+from ..model.multi_exit import MultiExitOutput
+from ..runtime.profiler_marks import CONTRASTIVE_BACKWARD, part
+from .losses import ExitLosses, Teacher, contrastive_loss, main_losses
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What the exits make of some samples: outputs of E exits, their labels [N], the teacher."""
+
+    output: MultiExitOutput
+    labels: Tensor
+    teacher: Teacher | None
+
+
+def cached_losses(
+    forwards: Sequence[Callable[[], Chunk]],
+    label_embeddings: Callable[[], Tensor],
+    options: ObjectiveOptions,
+    *,
+    shares: Sequence[float],
+    weight: float,
+    loss_scale: float,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    process_group: ProcessGroup | None = None,
+) -> Iterator[ExitLosses]:
+    """The losses of each chunk of one contrastive batch, to be back-propagated one after another.
+
+    The sum over the chunks of the auxiliary losses, and of their gradients, is `weight` times the
+    contrastive loss of the whole batch, and its gradient.
+
+    Args:
+        forwards: runs the model on a chunk; called twice, with the same random numbers.
+        label_embeddings: gives the classifiers' weights [E, K, d].
+        shares: what each chunk's main loss is multiplied by; weight: the contrastive loss's factor.
+        loss_scale: factor that the losses will carry in float16, lest the gradient that is kept
+            between the passes underflow.
+        context: where the model's weights can be read.
+        process_group: as for `exit_losses`.
+    """
+    before, seen = [], []
+    with torch.no_grad():
+        for forward in forwards:
+            before.append(_random_state(device))
+            chunk = forward()
+            seen.append((chunk.output.exit_embeddings, chunk.labels, chunk.teacher))
+    samples = torch.cat([embeddings for embeddings, _, _ in seen], dim=1).requires_grad_()
+    with context():
+        weights = label_embeddings().detach().clone().requires_grad_()
+    value = contrastive_loss(
+        options,
+        samples,
+        weights,
+        torch.cat([labels for _, labels, _ in seen]),
+        _join([teacher for _, _, teacher in seen]),
+        process_group,
+    )
+    assert value is not None  # the configuration refuses such batches without a contrastive term
+    with part(CONTRASTIVE_BACKWARD):
+        of_samples, of_weights = torch.autograd.grad(
+            (loss_scale * value).sum(), [samples, weights], allow_unused=True
+        )
+    value = value.detach()
+    start = 0
+    for index, forward in enumerate(forwards):
+        _set_random_state(before[index], device)
+        chunk = forward()
+        embeddings = chunk.output.exit_embeddings  # [E, N, d]
+        stop = start + embeddings.shape[1]
+        linked = _product(embeddings, of_samples[:, start:stop])
+        if index == 0 and of_weights is not None:
+            with context():
+                linked = linked + _product(label_embeddings(), of_weights)
+        linked = linked / loss_scale
+        main, cross_entropy = main_losses(options, chunk.output, chunk.labels, chunk.teacher)
+        # The gradient of `linked`, and an equal part of the value.
+        auxiliary = linked - linked.detach() + value / len(forwards)
+        yield ExitLosses(main, auxiliary, cross_entropy).times(shares[index], weight)
+        start = stop
+
+
+def _product(rows: Tensor, gradient: Tensor) -> Tensor:
+    """Scalar products [E] of rows [E, N, d] and their gradient, in float32 at least."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    return (rows.to(dtype) * gradient.to(dtype)).sum(dim=(1, 2))
+
+
+def _join(teachers: Sequence[Teacher | None]) -> Teacher | None:
+    """One teacher for all chunks; its label embeddings are the same in each."""
+    found = [teacher for teacher in teachers if teacher is not None]
+    if not found:
+        return None
+    return Teacher(
+        torch.cat([teacher.embeddings for teacher in found]),
+        found[0].label_embeddings,
+        torch.cat([teacher.logits for teacher in found]),
+    )
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), on_gpu
+
+
+def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
+    on_cpu, on_gpu = state
+    torch.set_rng_state(on_cpu)
+    if on_gpu is not None:
+        torch.cuda.set_rng_state(on_gpu, device)

@@ -1,0 +1,181 @@
+"""The losses of a batch: cross-entropy, distillation, and the contrastive term beside them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import functional
+
+from ...kernels import acl_cl_loss, acl_loss, supcon_loss
+from ..config.sections import ObjectiveOptions
+from ..model.multi_exit import MultiExitOutput
+from ..runtime.profiler_marks import CONTRASTIVE_LOSS, FORWARD, part
+
+# The label of a text that counts in no loss.
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class ExitLosses:
+    """One value an exit: L_ce [E], and the contrastive L_scl or L_acl [E] where there is one.
+
+    With distillation `main` is (1 - w) L_ce + w L_kd. `cross_entropy` [E] is L_ce alone, for the
+    log: without a graph, and of the exits that are trained only.
+    """
+
+    main: Tensor
+    auxiliary: Tensor | None
+    cross_entropy: Tensor | None = None
+
+    def times(self, main: float, auxiliary: float) -> ExitLosses:
+        """Each loss multiplied by its factor."""
+        return ExitLosses(
+            main * self.main,
+            None if self.auxiliary is None else auxiliary * self.auxiliary,
+            None if self.cross_entropy is None else main * self.cross_entropy,
+        )
+
+    def values(self) -> Tensor:
+        """main, cross_entropy and auxiliary, 0 where there is none, without their graph: [3, E]."""
+        main = self.main.detach()
+        rest = (self.cross_entropy, self.auxiliary)
+        return torch.stack(
+            [main, *(torch.zeros_like(main) if x is None else x.detach() for x in rest)]
+        )
+
+    def weighted(self, weight: float) -> Tensor:
+        """(1 - weight) main + weight auxiliary, summed over the exits; weight is lambda."""
+        if self.auxiliary is None:
+            return self.main.sum()
+        return ((1 - weight) * self.main + weight * self.auxiliary).sum()
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen last exit on the same batch: constants.
+
+    embeddings [N, d], label_embeddings [K, d], logits [N, K].
+    """
+
+    embeddings: Tensor
+    label_embeddings: Tensor
+    logits: Tensor
+
+
+def exit_losses(
+    options: ObjectiveOptions,
+    output: MultiExitOutput,
+    label_embeddings: Tensor,
+    labels: Tensor,
+    teacher: Teacher | None = None,
+    process_group: ProcessGroup | None = None,
+) -> ExitLosses:
+    """Losses of E exits on one batch.
+
+    Args:
+        output: exit_logits [E, N, K] and exit_embeddings [E, N, d] of a forward pass.
+        label_embeddings: the classifiers' weights [E, K, d].
+        labels: [N], classes; `IGNORED` where a text counts in no loss.
+        teacher: the last exit, where the exits learn from it: by `distill_weight`, and as rows of
+            the contrastive batch (ACL-CL) where `cross_layer` is on.
+        process_group: the processes whose samples are contrasted with each other; None: this one's
+            alone.
+    """
+    main, cross_entropy = main_losses(options, output, labels, teacher)
+    auxiliary = contrastive_loss(
+        options, output.exit_embeddings, label_embeddings, labels, teacher, process_group
+    )
+    return ExitLosses(main, auxiliary, cross_entropy)
+
+
+@part(FORWARD)
+def main_losses(
+    options: ObjectiveOptions,
+    output: MultiExitOutput,
+    labels: Tensor,
+    teacher: Teacher | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`ExitLosses.main` [E] and `ExitLosses.cross_entropy` [E]; arguments as for `exit_losses`."""
+    logits = output.exit_logits.float()  # [E, N, K]
+    num_exits, num_samples, num_labels = logits.shape
+    each = functional.cross_entropy(
+        logits.view(-1, num_labels),
+        labels.repeat(num_exits),
+        ignore_index=IGNORED,
+        reduction="none",
+    )
+    cross_entropy = each.view(num_exits, num_samples).mean(dim=1)
+    main = cross_entropy
+    if teacher is not None and options.distill_weight > 0:
+        weight = options.distill_weight
+        main = (1 - weight) * main + weight * distillation(
+            logits, teacher.logits.float(), options.distill_temperature
+        )
+    return main, cross_entropy.detach()
+
+
+def contrastive_loss(
+    options: ObjectiveOptions,
+    samples: Tensor,
+    label_embeddings: Tensor,
+    labels: Tensor,
+    teacher: Teacher | None = None,
+    process_group: ProcessGroup | None = None,
+) -> Tensor | None:
+    """L_scl, L_acl or L_aclcl [E] of representations [E, N, d]; None where the objective has none.
+
+    The other arguments are those of `exit_losses`.
+    """
+    settings: dict[str, Any] = {
+        "temperature": options.temperature,
+        "denominator": options.denominator,
+        "reduction": options.contrastive_reduction,
+        "impl": options.impl,
+        "ignore_index": IGNORED,
+        "process_group": process_group,
+    }
+    if options.objective == "ce":
+        return None
+    with part(CONTRASTIVE_LOSS):
+        if options.objective == "scl":
+            return supcon_loss(samples, labels, **settings)
+        if teacher is not None and options.cross_layer:
+            constants = (teacher.embeddings.to(samples.dtype), teacher.label_embeddings)
+            return acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
+        return acl_loss(samples, labels, label_embeddings, **settings)
+
+
+def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) [E], the mean over the samples.
+
+    Args:
+        logits: [E, N, K]; teacher_logits: [N, K].
+
+    Source: Hinton et al. 2015, arXiv 1503.02531.
+    """
+    student = functional.log_softmax(logits / temperature, dim=-1)
+    wanted = functional.log_softmax(teacher_logits / temperature, dim=-1)
+    divergence = functional.kl_div(
+        student, wanted.expand_as(student), reduction="none", log_target=True
+    )
+    return temperature**2 * divergence.sum(dim=-1).mean(dim=-1)
+
+
+def check_finite(output: MultiExitOutput, step: int) -> None:
+    """Refuse to train on NaN or infinite representations.
+
+    Raises:
+        FloatingPointError: naming the exit, the number of bad samples and the step.
+    """
+    bad = ~torch.isfinite(output.exit_embeddings).all(dim=-1)  # [E, N]
+    for index, count in enumerate(bad.sum(dim=1).tolist()):
+        if count:
+            raise FloatingPointError(
+                f"Step {step}: the representations of {count} of {bad.shape[1]} samples at exit "
+                f"{index + 1} of {bad.shape[0]} are NaN or infinite. A lower learning_rate, "
+                "max_grad_norm=1, or bf16 instead of fp16 usually helps."
+            )

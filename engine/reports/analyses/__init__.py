@@ -1,0 +1,1 @@
+"""Analyses of a trained model: gradient angles, representations."""

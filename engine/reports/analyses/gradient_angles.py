@@ -1,0 +1,316 @@
+"""The angle between the gradients of two losses, over a trained model's parameters and layers.
+
+    g_ce, g_c      gradients of the cross-entropy and of the contrastive loss of one batch
+    angle          acos(g_ce . g_c / (|g_ce| |g_c|)) in degrees
+
+The parameters stay as they are and dropout is off: what differs between batches is the batch.
+Figure 2 of arXiv 2602.03563 shows these angles; it does not say whether dropout was on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from ....kernels import grad_dot_norm
+from ....kernels.gradients.angle import angle_degrees, within_angle
+from ...config.commands import AngleConfig
+from ...config.training import TrainingConfig
+from ...data.batching import EncodedSplit, collate, encode, epoch_batches
+from ...experiments.runs import load_data, load_model, method_of, run_config
+from ...model.multi_exit import MultiExitForSequenceClassification
+from ...objectives.losses import ExitLosses
+from ...training.stages import Stage, plan_stages, prepare, stage_losses, stage_states
+
+ALL = "all parameters"
+BACKBONE = "backbone"
+EMBEDDINGS = "embeddings"
+# A final norm, DeBERTa's relative positions, layers that share their weights.
+REST = "rest of backbone"
+MAX_BATCHES = 200
+RIGHT_ANGLE = 90.0
+
+
+@dataclass(frozen=True)
+class AngleRecords:
+    """The angles of one run: B batches, G groups of parameters that share none.
+
+    label: the run's method; data: its data set; contrastive: "SCL", "ACL" or "ACL-CL".
+    settings: what else the angles depend on, in words.
+    groups: their names, from the embeddings to the exits.
+    stats [B, G, 3]: (g_ce . g_c, |g_ce|^2, |g_c|^2), float64.
+    num_single_class: batches all of whose labels are the same.
+    """
+
+    label: str
+    data: str
+    contrastive: str
+    settings: str
+    groups: tuple[str, ...]
+    stats: np.ndarray
+    num_single_class: int
+
+    @property
+    def num_batches(self) -> int:
+        return len(self.stats)
+
+    @property
+    def names(self) -> list[str]:
+        """What has an angle: all parameters, the backbone where it has parts, and each group."""
+        if len(self.groups) == 1:
+            return list(self.groups)
+        backbone = [BACKBONE] if len(self._members(BACKBONE)) > 1 else []
+        return [ALL, *backbone, *self.groups]
+
+    def totals(self, name: str) -> np.ndarray:
+        """The stats [B, 3] of one of `names`; those of several groups are their sum."""
+        return self.stats[:, self._members(name)].sum(axis=1)
+
+    def angles(self, name: str) -> np.ndarray:
+        """Degrees [B]; 90 where a gradient is zero."""
+        return angle_degrees(torch.from_numpy(self.totals(name))).numpy()
+
+    def cosines(self, name: str) -> np.ndarray:
+        """Cosines [B]; 0 where a gradient is zero."""
+        dot, main, auxiliary = self.totals(name).T
+        product = np.sqrt(main) * np.sqrt(auxiliary)
+        return np.divide(dot, product, out=np.zeros_like(dot), where=product > 0)
+
+    def share_above(self, name: str, angle: float = RIGHT_ANGLE) -> float:
+        """Share of the batches at which a gate of so many degrees would drop the term."""
+        return float((~within_angle(torch.from_numpy(self.totals(name)), angle)).double().mean())
+
+    def num_undefined(self, name: str) -> int:
+        """Batches where a gradient is zero, so that the angle is 90 by convention."""
+        return int((self.totals(name)[:, 1:] == 0).any(axis=1).sum())
+
+    def _members(self, name: str) -> list[int]:
+        if name == ALL:
+            return list(range(len(self.groups)))
+        if name == BACKBONE:
+            return [i for i, group in enumerate(self.groups) if not group.startswith("exit ")]
+        return [self.groups.index(name)]
+
+
+def measure_angles(
+    run: Path, config: AngleConfig | None = None, label: str | None = None
+) -> AngleRecords:
+    """Angles of a trained run over training batches, its parameters unchanged, in float32.
+
+    Batches, sequence length, temperature, denominator and reduction are the run's. The exit that
+    `exit_layer` names is measured over what its strategy trains with it: backbone and exit, or, in
+    the second stage of two_stage, the exit alone beside its frozen teacher. The cross-entropy is
+    the bare one, without distillation.
+
+    Args:
+        run: the output directory, or one of its checkpoints.
+        label: the run's name in tables and figures; None: its method.
+
+    Raises:
+        ValueError: no such run, exit or data, or a device that is not there.
+        FloatingPointError: a gradient is NaN or infinite; the batch is named.
+    """
+    config = AngleConfig() if config is None else config
+    options = config.angles
+    given = run_config(run)
+    trained = load_model(run, config.device.device)
+    model, tokenizer = trained.model, trained.tokenizer
+    stage = choose_stage(given, model, options.exit_layer, run)
+    contrasted = contrastive_config(given, stage, options.contrastive)
+    data = load_data(run, given, trained.label_names, vars(config.data), needs_train=True)
+    split = encode(data.splits["train"], tokenizer, trained.max_length, model_limit=trained.limit)
+    # With a contrastive_batch_size, that many samples are contrasted in a step.
+    batch_size = (
+        options.per_device_train_batch_size
+        or given.optimization.contrastive_batch_size
+        or given.optimization.per_device_train_batch_size
+    )
+    seed = given.optimization.seed if options.seed is None else options.seed
+    batches = list(
+        training_batches(split, batch_size, seed, options.num_batches, given.data.group_by_length)
+    )
+    prepare(model, stage)
+    model.eval()  # `prepare` has turned dropout on.
+    names, parameters, groups = parameter_groups(model)
+    rows, reached, num_single_class = [], np.zeros(len(names), dtype=bool), 0
+    shown = tqdm(
+        batches,
+        desc=f"angles of {run.name}",
+        leave=False,
+        disable=True if config.device.disable_tqdm else None,
+    )
+    for number, indices in enumerate(shown, start=1):
+        batch = collate(split, indices, tokenizer.pad_token_id)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        num_single_class += int(batch["labels"].unique().numel() == 1)
+        losses = _batch_losses(model, stage, contrasted, batch)
+        main, auxiliary = _both_gradients(losses, parameters)
+        stats = grad_dot_norm(main, auxiliary, groups=groups).double().cpu().numpy()
+        if not np.isfinite(stats).all():
+            bad = names[int(np.flatnonzero(~np.isfinite(stats).all(axis=1))[0])]
+            raise FloatingPointError(
+                f"run {str(run)!r}, batch {number} of {len(batches)}: a gradient of {bad} is NaN "
+                "or infinite. The run has diverged: measure an earlier checkpoint of it."
+            )
+        rows.append(stats)
+        for group, left, right in zip(groups, main, auxiliary, strict=True):
+            reached[group] |= left is not None or right is not None
+    # The layers after an exit have no part in its losses.
+    kept = np.flatnonzero(reached)
+    objective = contrasted.objective
+    contrastive = objective.objective.upper() + ("-CL" if objective.cross_layer else "")
+    layers = ", ".join(str(model.exit_layers[position]) for position in stage.exits)
+    settings = (
+        f"{data.name}: {len(batches)} batches of {batch_size}, seed {seed}; exit {layers}, "
+        f"cross-entropy against {contrastive}, temperature {objective.temperature:g}, "
+        f"denominator {objective.denominator}, reduction {objective.contrastive_reduction}"
+    )
+    return AngleRecords(
+        method_of(given) if label is None else label,
+        data.name,
+        contrastive,
+        settings,
+        tuple(names[index] for index in kept),
+        np.stack(rows)[:, kept],
+        num_single_class,
+    )
+
+
+def choose_stage(
+    config: TrainingConfig,
+    model: MultiExitForSequenceClassification,
+    exit_layer: str | None,
+    run: Path,
+) -> Stage:
+    """The part of the run's strategy that trains the exit of `exit_layer`, and this exit alone.
+
+    exit_layer: a layer; "all": the exits that the strategy's last stage trains together; None: the
+    last one.
+
+    Raises:
+        ValueError: the model has no such exit.
+    """
+    stages = plan_stages(config, len(model.exit_layers))
+    if exit_layer is not None and exit_layer.strip().lower() == "all":
+        return dataclasses.replace(stages[-1], alternates=False)
+    layers = [str(layer) for layer in model.exit_layers]
+    wanted = layers[-1] if exit_layer is None else exit_layer.strip()
+    if wanted not in layers:
+        raise ValueError(
+            f"exit_layer={exit_layer!r}: run {str(run)!r} has no exit there. Choose 'all' or one "
+            f"of {', '.join(layers)}."
+        )
+    position = layers.index(wanted)
+    stage = next(stage for stage in stages if position in stage.exits)
+    return dataclasses.replace(stage, exits=(position,), alternates=False)
+
+
+def contrastive_config(
+    config: TrainingConfig, stage: Stage, contrastive: str | None
+) -> TrainingConfig:
+    """The run's options, with the contrastive loss to measure and nothing but cross-entropy.
+
+    contrastive: None: the run's own, SCL for runs of cross-entropy alone. ACL of an exit with a
+    teacher is ACL-CL, unless the run went without.
+    """
+    trained_with = config.objective.objective
+    chosen = contrastive or ("acl" if trained_with == "acl" else "scl")
+    wants_teacher = config.contrasts_layers if trained_with == "acl" else True
+    objective = dataclasses.replace(
+        config.objective,
+        objective=chosen,
+        cross_layer=chosen == "acl" and stage.has_teacher and wants_teacher,
+        distill_weight=0.0,
+        # This machine may lack what the run's had.
+        impl="auto",
+    )
+    return dataclasses.replace(config, objective=objective)
+
+
+def training_batches(
+    split: EncodedSplit,
+    batch_size: int,
+    seed: int,
+    num_batches: int | None,
+    group_by_length: bool = False,
+) -> Iterator[np.ndarray]:
+    """Rows of the batches that training begins with; one epoch's, 200 at most, by default."""
+    wanted, epoch = num_batches, 0
+    while wanted is None or wanted > 0:
+        batches = epoch_batches(
+            split.lengths, batch_size, seed=seed, epoch=epoch, group_by_length=group_by_length
+        )
+        if wanted is None:
+            wanted = min(len(batches), MAX_BATCHES)
+        yield from batches[:wanted]
+        wanted, epoch = wanted - len(batches), epoch + 1
+
+
+def parameter_groups(
+    model: MultiExitForSequenceClassification,
+) -> tuple[list[str], list[Parameter], list[int]]:
+    """Names of groups, the parameters that are trained, and the group of each.
+
+    Groups, where they hold such a parameter: embeddings, "layer 1" (the first) to the last, the
+    rest of the backbone, and "exit m" of layer m.
+    """
+    homes: dict[Parameter, str] = {}
+    layers = _layer_modules(model.backbone)
+    for number, layer in enumerate(layers, start=1):
+        homes |= dict.fromkeys(layer.parameters(), f"layer {number}")
+    for number, exit_module in zip(model.exit_layers, model.exits, strict=True):
+        homes |= dict.fromkeys(exit_module.parameters(), f"exit {number}")
+    embeddings = getattr(model.backbone, "embeddings", model.backbone.get_input_embeddings())
+    homes |= dict.fromkeys(embeddings.parameters(), EMBEDDINGS)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = [homes.get(parameter, REST) for parameter in parameters]
+    order = [EMBEDDINGS, *(f"layer {number + 1}" for number in range(len(layers))), REST]
+    order += [f"exit {number}" for number in model.exit_layers]
+    names = [name for name in order if name in found]
+    return names, parameters, [names.index(name) for name in found]
+
+
+def _layer_modules(backbone: PreTrainedModel) -> Sequence[nn.Module]:
+    """The encoder's layers: the outermost list of modules that is as long as it has layers.
+
+    Called encoder.layer, transformer.layer or layers, by family. Empty where layers share weights.
+    """
+    num_layers: int = backbone.config.num_hidden_layers
+    for module in backbone.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return list(module)
+    return []
+
+
+def _batch_losses(
+    model: MultiExitForSequenceClassification,
+    stage: Stage,
+    config: TrainingConfig,
+    batch: dict[str, Tensor],
+) -> ExitLosses:
+    labels = batch.pop("labels")
+    states = stage_states(model, stage, stage.exits, batch)
+    mask = batch["attention_mask"]
+    _, losses = stage_losses(model, stage, stage.exits, states, mask, config, labels)
+    return losses
+
+
+def _both_gradients(
+    losses: ExitLosses, parameters: Sequence[Parameter]
+) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
+    """Gradients of the two losses, each summed over the exits; None where one does not reach."""
+    assert losses.auxiliary is not None  # `contrastive_config` has asked for one.
+    auxiliary = torch.autograd.grad(
+        losses.auxiliary.sum(), parameters, retain_graph=True, allow_unused=True
+    )
+    main = torch.autograd.grad(losses.main.sum(), parameters, allow_unused=True)
+    return main, auxiliary

@@ -1,0 +1,302 @@
+"""`fusedacl tsne`: representations and label embeddings of some runs, drawn and measured.
+
+Figure 6 of arXiv 2602.03563: one column a run, one row an exit.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...config.commands import TSNEConfig
+from ...experiments.runs import check_distinct, distinct_labels, method_of, run_config
+from ...model.multi_exit import MultiExitConfig
+from ...runtime.files import write_whole
+from ...runtime.plots import legend_below, new_figure, require_matplotlib, save_figure
+from ...runtime.text import text_table, write_tables
+from ..page.page import CAPTION_SUFFIX, Section, write_page
+from ..page.page import Figure as PageFigure
+from .representations import Representations, choose_layers, measure_alignment, read_representations
+
+TABLE_HEADER = (
+    "run", "exit", "texts", "own label", "nearest other", "margin", "nearest is own", "silhouette",
+)  # fmt: skip
+# Okabe and Ito's, which those who see few colours tell apart; points are too small for markers
+# alone. A star is a label embedding.
+_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f7f7f", "#f0e442")
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
+_PANELS_A_ROW = 3
+# Beyond these, names and legend would hide the points.
+MAX_NAMED_CLASSES = 20
+NOTES = (
+    "Cosines between representations and label embeddings, both of length 1 as the contrastive "
+    "loss sees them; dropout off. Margin: the mean of a text's cosine to its own label embedding "
+    "less that to the nearest other. Silhouette: of the true classes, by cosine distance, texts "
+    "only. None of these depends on t-SNE.",
+    "t-SNE keeps neighbours; sizes of groups and distances between them mean nothing.",
+)
+
+
+def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[str, list[Path]]:
+    """Draw and measure the exits of some runs; a printable table, and the files written.
+
+    Raises:
+        ValueError: no such run, exit or data; `output_dir` is missing; too few texts for the
+            perplexity; matplotlib or scikit-learn is missing.
+        FloatingPointError: a representation is NaN or infinite.
+    """
+    if config.tsne.output_dir is None:
+        raise ValueError("output_dir is missing: name the directory for tables and figures.")
+    require_matplotlib()
+    require_sklearn()
+    check_distinct(runs)
+    configs = [run_config(run) for run in runs]
+    data = [str(given.data.task_name or given.data.dataset_name) for given in configs]
+    methods = [method_of(given) for given in configs]
+    labels = distinct_labels(runs, methods, data, config.tsne.labels)
+    layers = choose_layers(config.tsne.exit_layers, [_exit_layers(run) for run in runs])
+    found = [
+        read_representations(run, given, label, config, layers)
+        for run, given, label in zip(runs, configs, labels, strict=True)
+    ]
+    for exits in found:
+        check_perplexity(config.tsne.perplexity, len(exits[0].samples), len(exits[0].class_names))
+    rows = alignment_rows([one for exits in found for one in exits])
+    files = write_representations(found, rows, config)
+    return "\n".join([text_table(TABLE_HEADER, rows), "", *NOTES]), files
+
+
+def require_sklearn() -> None:
+    """Check that t-SNE can be computed, before any work.
+
+    Raises:
+        ValueError: scikit-learn is not installed.
+    """
+    try:
+        import sklearn.manifold  # noqa: F401
+    except ImportError:
+        raise ValueError("t-SNE needs scikit-learn. Run: pip install scikit-learn") from None
+
+
+def check_perplexity(perplexity: float, num_samples: int, num_classes: int) -> None:
+    """Refuse a perplexity for which there are too few points.
+
+    t-SNE looks at the 3 perplexity nearest neighbours of each point (van der Maaten 2014).
+
+    Raises:
+        ValueError: saying the largest perplexity that works.
+    """
+    points = num_samples + num_classes
+    largest = (points - 1) // 3
+    if perplexity > largest:
+        raise ValueError(
+            f"perplexity={perplexity:g} needs {math.ceil(3 * perplexity) + 1} points; there are "
+            f"{num_samples} texts and {num_classes} label embeddings. The largest that works is "
+            f"{largest}; or raise max_samples, where the split has more texts."
+            if largest >= 1
+            else f"perplexity={perplexity:g}: {points} points are too few for any."
+        )
+
+
+def embed(exit_of_run: Representations, perplexity: float, seed: int) -> np.ndarray:
+    """t-SNE of the texts and then the label embeddings, by cosine distance: [n + K, 2]."""
+    from sklearn.manifold import TSNE
+
+    points = np.concatenate([exit_of_run.samples, exit_of_run.label_embeddings])
+    made = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
+    return made.fit_transform(points.astype(np.float32))
+
+
+def alignment_rows(exits: Sequence[Representations]) -> list[list[str]]:
+    """The cells of `TABLE_HEADER`, a row for each exit of each run."""
+    rows = []
+    for one in exits:
+        found = measure_alignment(one)
+        rows.append(
+            [
+                one.label,
+                str(one.layer),
+                str(len(one.samples)),
+                f"{found.own:.4f}",
+                f"{found.nearest_other:.4f}",
+                f"{found.margin:.4f}",
+                f"{found.nearest_is_own:.1%}",
+                "" if found.silhouette is None else f"{found.silhouette:.4f}",
+            ]
+        )
+    return rows
+
+
+def write_representations(
+    found: Sequence[Sequence[Representations]], rows: Sequence[Sequence[str]], config: TSNEConfig
+) -> list[Path]:
+    """tsne.png, .svg and .csv, representations.csv and .md, index.html; returns the files.
+
+    found: for each run its exits, the same layers in all.
+    """
+    output_dir = Path(str(config.tsne.output_dir))
+    points = [
+        [embed(one, config.tsne.perplexity, config.tsne.seed) for one in exits] for exits in found
+    ]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tables = [
+        *write_tables(output_dir / "representations", TABLE_HEADER, rows, "\n\n".join(NOTES)),
+        output_dir / "tsne.csv",
+    ]
+    write_whole(tables[-1], _points_csv(found, points))
+    figures = draw(found, points, output_dir / "tsne")
+    caption = _caption(found, config)
+    write_whole(output_dir / f"tsne{CAPTION_SUFFIX}", caption + "\n")
+    files = [*figures, *tables]
+    page = write_page(
+        output_dir / "index.html",
+        "Representations and label embeddings",
+        [
+            f"{row[0]}, exit {row[1]}: {row[6]} of {row[2]} texts lie nearest to their own label "
+            f"embedding; the mean margin of all is {row[5]} in cosine."
+            for row in rows
+        ],
+        [
+            Section(
+                "Representations",
+                figures=[PageFigure(figures[1], caption)],
+                tables=[(TABLE_HEADER, rows)],
+                notes=NOTES,
+                files=files,
+            )
+        ],
+    )
+    return [*files, page]
+
+
+def draw(
+    found: Sequence[Sequence[Representations]],
+    points: Sequence[Sequence[np.ndarray]],
+    path: Path,
+) -> list[Path]:
+    """One column a run, one row an exit (one run: rows of three exits): `path`.png and .svg.
+
+    points: those of `embed` [n + K, 2], in the order of `found`. Label embeddings are stars.
+    """
+    from matplotlib.lines import Line2D
+
+    num_rows, num_columns = len(found[0]), len(found)
+    if num_columns == 1:
+        # The exits of one run are read like text.
+        num_columns = min(num_rows, _PANELS_A_ROW)
+        num_rows = math.ceil(num_rows / num_columns)
+    figure = new_figure(0.6 + 4.4 * num_columns, 0.9 + 4.0 * num_rows)
+    grid = figure.subplots(num_rows, num_columns, squeeze=False)
+    every = list(grid.flat if len(found) == 1 else grid.T.flat)
+    exits = [pair for pairs in zip(found, points, strict=True) for pair in zip(*pairs, strict=True)]
+    for axes, (one, where) in zip(every, exits, strict=False):
+        _scatter(axes, one, where)
+        axes.set_title(f"{one.label}, exit {one.layer}")
+    for axes in every[len(exits) :]:
+        axes.set_visible(False)
+    names = found[0][0].class_names
+    same_classes = all(of_run[0].class_names == names for of_run in found)
+    if same_classes and len(names) <= MAX_NAMED_CLASSES:
+        handles, texts = grid[0][0].get_legend_handles_labels()
+        star = Line2D([], [], marker="*", color="0.6", linestyle="", markeredgecolor="black")
+        star.set_markersize(12)
+        legend_below(figure, [*handles, star], [*texts, "label embedding"])
+    return save_figure(figure, path)
+
+
+def _scatter(axes: Any, one: Representations, where: np.ndarray) -> None:
+    from matplotlib.patheffects import withStroke
+
+    num_samples = len(one.samples)
+    texts, stars = where[:num_samples], where[num_samples:]
+    size = 18 if num_samples <= 400 else 9
+    for index, name in enumerate(one.class_names):
+        chosen = texts[one.classes == index]
+        color = _COLORS[index % len(_COLORS)]
+        # A colour comes again with another marker.
+        marker = _MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)]
+        axes.scatter(
+            chosen[:, 0], chosen[:, 1], s=size, color=color, marker=marker, alpha=0.55,
+            linewidths=0, label=name,
+        )  # fmt: skip
+    named = len(one.class_names) <= MAX_NAMED_CLASSES
+    axes.margins(0.1)
+    for index, (x, y) in enumerate(stars):
+        color = _COLORS[index % len(_COLORS)]
+        axes.scatter(
+            x, y, s=300 if named else 90, marker="*", color=color, edgecolors="black", zorder=3
+        )
+    for index, (across, above) in enumerate(_name_places(where, stars) if named else ()):
+        axes.annotate(
+            one.class_names[index], stars[index], xytext=(0, 11 if above else -11),
+            textcoords="offset points", ha=across, va="bottom" if above else "top", fontsize=9,
+            fontweight="bold", zorder=4,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )  # fmt: skip
+    # Coordinates of t-SNE have no meaning.
+    axes.set_xticks([])
+    axes.set_yticks([])
+
+
+def _name_places(where: np.ndarray, stars: np.ndarray) -> list[tuple[str, bool]]:
+    """For each star, how its name is aligned with it, inside the picture, and whether above it."""
+    low, extent = where.min(axis=0), np.ptp(where, axis=0)
+    shares = (stars - low) / np.where(extent > 0, extent, 1)  # [K, 2], in [0, 1]
+    places: list[tuple[str, bool]] = []
+    order = np.arange(len(stars))
+    for index, (x, y) in enumerate(shares):
+        across = "left" if x < 0.15 else "right" if x > 0.85 else "center"
+        # Of stars that lie close together, the highest alone is named above.
+        near = (np.abs(shares - (x, y)) < (0.3, 0.12)).all(axis=1)
+        higher = near & ((shares[:, 1] > y) | ((shares[:, 1] == y) & (order < index)))
+        places.append((across, not higher.any()))
+    return places
+
+
+def _caption(found: Sequence[Sequence[Representations]], config: TSNEConfig) -> str:
+    data = dict.fromkeys(one.data for exits in found for one in exits)
+    sizes = dict.fromkeys(str(len(exits[0].samples)) for exits in found)
+    many = any(len(exits[0].class_names) > MAX_NAMED_CLASSES for exits in found)
+    unnamed = " Colours repeat, and names are left out: there are too many classes." if many else ""
+    return (
+        f"t-SNE of the representations of {' or '.join(sizes)} texts ({'; '.join(data)}) by true "
+        f"class, and of the label embeddings (stars). Cosine distance, perplexity "
+        f"{config.tsne.perplexity:g}, seed {config.tsne.seed}, dropout off.{unnamed}"
+    )
+
+
+def _points_csv(
+    found: Sequence[Sequence[Representations]], points: Sequence[Sequence[np.ndarray]]
+) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["run", "exit", "what", "class", "x", "y"])
+    for exits, placed in zip(found, points, strict=True):
+        for one, where in zip(exits, placed, strict=True):
+            kinds = ["text"] * len(one.samples) + ["label embedding"] * len(one.class_names)
+            classes = [*one.classes.tolist(), *range(len(one.class_names))]
+            for kind, index, (x, y) in zip(kinds, classes, where, strict=True):
+                name = one.class_names[index]
+                writer.writerow([one.label, one.layer, kind, name, f"{x:.4f}", f"{y:.4f}"])
+    return text.getvalue()
+
+
+def _exit_layers(run: Path) -> list[int]:
+    """The layers with an exit, from the model's configuration alone."""
+    file = run / "config.json"
+    if not file.is_file():
+        raise ValueError(
+            f"run {str(run)!r} holds no config.json: it is not finished. Name a finished run, or "
+            "one of its checkpoint directories."
+        )
+    try:
+        config = MultiExitConfig.from_pretrained(run)
+    except (OSError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(file)!r} is damaged: {error}") from None
+    return list(config.exit_layers or [])

@@ -1,0 +1,221 @@
+"""Representations of texts at a model's exits beside the label embeddings, and how they lie.
+
+    h_i    the sample representation that an exit's classifier reads
+    l_k    the classifier's weight for class k, its label embedding
+    both divided by their length, as the contrastive loss sees them
+
+Source: arXiv 2602.03563, section 5.7 and Figure 6, which shows pictures only. The numbers here do
+not depend on t-SNE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+
+from ...config.commands import TSNEConfig
+from ...config.training import TrainingConfig
+from ...data.batching import EncodedSplit, collate, encode, epoch_batches
+from ...data.columns import TextSplit
+from ...data.dataset import TextData
+from ...experiments.runs import load_data, load_model
+from ...model.multi_exit import MultiExitForSequenceClassification, parse_layers
+from ...model.saved import TrainedModel
+
+
+@dataclass(frozen=True)
+class Representations:
+    """One exit of one run: n texts, K classes, d dimensions; all rows of length 1 (or 0).
+
+    label: the run's; data: its data set and split; layer: the exit's (1 = first).
+    samples [n, d]; label_embeddings [K, d]; classes [n], each text's true class.
+    """
+
+    label: str
+    data: str
+    layer: int
+    samples: np.ndarray
+    label_embeddings: np.ndarray
+    classes: np.ndarray
+    class_names: list[str]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """How the texts of an exit lie to the label embeddings and to each other; cosines in [-1, 1].
+
+    own: mean cosine of a text to its own class's label embedding; nearest_other: to the nearest of
+    the others; margin: own less nearest_other; nearest_is_own: share of the texts to which no label
+    embedding is nearer than their own.
+    silhouette: of the true classes, by cosine distance, over the texts; None where they are all of
+    one class, or each of its own.
+    """
+
+    own: float
+    nearest_other: float
+    margin: float
+    nearest_is_own: float
+    silhouette: float | None
+
+
+def read_representations(
+    run: Path, given: TrainingConfig, label: str, config: TSNEConfig, exit_layers: Sequence[int]
+) -> list[Representations]:
+    """The exits of a trained run on texts of its first evaluation split, one entry a layer.
+
+    Args:
+        given: the run's options.
+        exit_layers: of the exits wanted; the model must have them.
+
+    Raises:
+        ValueError: no model, no such exit, no labelled evaluation split, or the data are gone.
+        FloatingPointError: a representation or label embedding is NaN or infinite.
+    """
+    trained = load_model(run, config.device.device)
+    model = trained.model
+    for layer in exit_layers:
+        if layer not in model.exit_layers:
+            raise ValueError(
+                f"exit_layers: run {str(run)!r} has no exit on layer {layer}; it has "
+                f"{', '.join(map(str, model.exit_layers))}."
+            )
+    # Of all the split's texts, however few of them the run was evaluated on.
+    whole = dataclasses.replace(given, data=dataclasses.replace(given.data, max_eval_samples=None))
+    data = load_data(run, whole, trained.label_names, vars(config.data), needs_train=False)
+    encoded, split = _drawn_texts(data, trained, config)
+    assert encoded.labels is not None  # `load_splits` evaluates labelled splits only.
+    positions = [model.exit_layers.index(layer) for layer in exit_layers]
+    samples = _embeddings(
+        trained,
+        encoded,
+        positions,
+        config.tsne.per_device_eval_batch_size,
+        None if config.device.disable_tqdm else f"representations of {run.name}",
+    )
+    found = []
+    for position, layer, vectors in zip(positions, exit_layers, samples, strict=True):
+        label_embeddings = _label_embeddings(model, position)
+        for what, rows in (("representation", vectors), ("label embedding", label_embeddings)):
+            bad = ~np.isfinite(rows).all(axis=1)
+            if bad.any():
+                raise FloatingPointError(
+                    f"run {str(run)!r}, exit {layer}: {bad.sum()} of {len(rows)} {what}s are NaN "
+                    "or infinite. The run has diverged: look at an earlier checkpoint of it."
+                )
+        found.append(
+            Representations(
+                label,
+                f"{data.name}, {split}",
+                layer,
+                vectors,
+                label_embeddings,
+                encoded.labels.numpy(),
+                trained.label_names,
+            )
+        )
+    return found
+
+
+def measure_alignment(exit_of_run: Representations) -> Alignment:
+    """How the texts lie to the label embeddings and to each other."""
+    from sklearn.metrics import silhouette_score
+
+    samples, classes = exit_of_run.samples, exit_of_run.classes
+    cosines = samples @ exit_of_run.label_embeddings.T  # [n, K]
+    rows = np.arange(len(samples))
+    own = cosines[rows, classes]
+    others = cosines.copy()
+    others[rows, classes] = -np.inf
+    nearest_other = others.max(axis=1)
+    num_classes = len(np.unique(classes))
+    silhouette = None
+    if 2 <= num_classes < len(samples):
+        silhouette = float(silhouette_score(samples, classes, metric="cosine"))
+    return Alignment(
+        own=float(own.mean()),
+        nearest_other=float(nearest_other.mean()),
+        margin=float((own - nearest_other).mean()),
+        nearest_is_own=float((own >= nearest_other).mean()),
+        silhouette=silhouette,
+    )
+
+
+def choose_layers(text: str | None, available: Sequence[Sequence[int]]) -> list[int]:
+    """Layers of `exit_layers`, given those of each run; unset: first, middle, last in common.
+
+    Raises:
+        ValueError: it names no layers, or the runs have none in common to choose from.
+    """
+    common = sorted(set(available[0]).intersection(*available[1:]))
+    if text is not None:
+        layers = parse_layers(text)
+        if layers:
+            return sorted(set(layers))
+    if not common:
+        raise ValueError(
+            "exit_layers: the runs have no exit layer in common ("
+            + "; ".join(", ".join(map(str, layers)) for layers in available)
+            + "). Draw them separately."
+        )
+    if text is not None:
+        return common
+    return sorted({common[0], common[len(common) // 2], common[-1]})
+
+
+def _drawn_texts(
+    data: TextData, trained: TrainedModel, config: TSNEConfig
+) -> tuple[EncodedSplit, str]:
+    """At most `max_samples` texts of the first evaluation split, drawn by the seed; its name."""
+    if not data.evaluation_splits:
+        raise ValueError(f"{data.name} has no labelled evaluation split to take texts from.")
+    name = data.evaluation_splits[0]
+    split = data.splits[name]
+    number = min(config.tsne.max_samples, len(split))
+    random = np.random.default_rng(config.tsne.seed)
+    rows = np.sort(random.choice(len(split), number, replace=False))
+    assert split.labels is not None
+    drawn = TextSplit(
+        [split.first[row] for row in rows],
+        None if split.second is None else [split.second[row] for row in rows],
+        [split.labels[row] for row in rows],
+    )
+    encoded = encode(drawn, trained.tokenizer, trained.max_length, model_limit=trained.limit)
+    return encoded, name
+
+
+@torch.inference_mode()
+def _embeddings(
+    trained: TrainedModel,
+    encoded: EncodedSplit,
+    positions: Sequence[int],
+    batch_size: int,
+    description: str | None,
+) -> list[np.ndarray]:
+    """Representations of length 1, [n, d] of each exit, in the split's order."""
+    model, rows = trained.model, []
+    batches = epoch_batches(
+        encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+    )
+    for indices in tqdm(
+        batches, desc=description, leave=False, disable=True if description is None else None
+    ):
+        batch = collate(encoded, indices, trained.tokenizer.pad_token_id)
+        batch.pop("labels", None)
+        batch = {name: value.to(model.device) for name, value in batch.items()}
+        states = model.exit_states(**batch, positions=positions)
+        output = model.classify(states, batch["attention_mask"], positions=positions)
+        rows.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
+    order = np.argsort(np.concatenate(batches))
+    return list(torch.cat(rows, dim=1).numpy()[:, order])
+
+
+def _label_embeddings(model: MultiExitForSequenceClassification, position: int) -> np.ndarray:
+    weight = model.label_embeddings_of([position])[0].detach().float()
+    return functional.normalize(weight, dim=-1).cpu().numpy()

@@ -1,0 +1,190 @@
+"""Claims of a recipe ("ACL-CL beats 2ST on shallow exits"), each held against the runs' scores."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...experiments.report_plan import ClaimPlan
+from ...experiments.results import NotThereError, Seeds, SweepResults, SweepRun, missing_notes
+from ...runtime.text import write_tables
+from ..page.page import Section, Table
+from .findings import Comparison, compare
+
+_RULES = (
+    "Scores in percent (of a spread: in points), mean ± standard deviation (n - 1) over the seeds; "
+    "difference in points, positive where the claim is right; noise: the sum of both deviations, "
+    "which a difference must exceed to count."
+)
+_NUMBERS = [
+    "claim", "better", "than", "task", "mean_better", "deviation_better", "mean_than",
+    "deviation_than", "difference", "noise",
+]  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What one task says to a claim; the scores are fractions, one a seed."""
+
+    claim: ClaimPlan
+    task: str
+    better: Seeds
+    than: Seeds
+
+    @property
+    def comparison(self) -> Comparison:
+        """Positive where the claim is right: of spreads, the smaller one is the better."""
+        ours, theirs = (list(seeds.values.values()) for seeds in (self.better, self.than))
+        found = compare(ours, theirs)
+        if self.claim.spread_over is None:
+            return found
+        return dataclasses.replace(found, difference=-found.difference)
+
+    @property
+    def verdict(self) -> str:
+        """ "holds", "the contrary", "within the deviations" or "one seed: no claim"."""
+        if self.comparison.noise is None:
+            return "one seed: no claim"
+        if not self.comparison.is_clear:
+            return "within the deviations"
+        return "holds" if self.comparison.difference > 0 else "the contrary"
+
+    @property
+    def cells(self) -> list[str]:
+        found = self.comparison
+        noise = "" if found.noise is None else f"{found.noise:.1f}"
+        scores = [self.better.words, self.than.words]
+        return [self.task, *scores, f"{found.difference:+.1f}", noise, self.verdict]
+
+    @property
+    def numbers(self) -> list[str]:
+        """The row of a CSV file, as fractions."""
+        found = self.comparison
+        values = [self.better.mean, self.better.deviation, self.than.mean, self.than.deviation]
+        values += [found.difference / 100, None if found.noise is None else found.noise / 100]
+        numbers = ["" if value is None else f"{value:.6f}" for value in values]
+        return [self.claim.text, self.claim.better, self.claim.than, self.task, *numbers]
+
+
+def weigh(
+    sweep: SweepResults, claim: ClaimPlan, metric: str | None = None
+) -> tuple[list[Evidence], list[str]]:
+    """What each task says to a claim, and notes on what is missing.
+
+    Raises:
+        ValueError: the runs do not report `metric`.
+    """
+    evidence, notes = [], []
+    for task in sweep.tasks:
+        found = sweep.metric(task, metric)
+        methods = (claim.better, claim.than)
+        planned = {run.method for run in sweep.runs if run.task == task}
+        if found is None or not planned.issuperset(methods):
+            continue
+        layers = {layers for method in methods for layers in _layers(sweep, task, method)}
+        if len(layers) > 1:
+            words = " and ".join(", ".join(map(str, numbers)) for numbers in sorted(layers))
+            notes.append(f"“{claim.text}” on {task}: not compared, exits on layers {words}.")
+            continue
+        sides = [_scores(sweep, task, method, claim, found) for method in methods]
+        for method, seeds in zip(methods, sides, strict=True):
+            notes += missing_notes(method, task, seeds.problems)
+        if all(sides):
+            evidence.append(Evidence(claim, task, *sides))
+    return evidence, notes
+
+
+def verdict_words(claim: ClaimPlan, evidence: Sequence[Evidence]) -> str:
+    """One sentence: where the claim holds, where its contrary, and where neither is sure."""
+    places: dict[str, list[str]] = {}
+    for of_task in evidence:
+        places.setdefault(of_task.verdict, []).append(of_task.task)
+    words = [
+        f"{start} {', '.join(places[verdict])}"
+        for verdict, start in (
+            ("holds", "holds on"),
+            ("the contrary", "the contrary is seen on"),
+            ("within the deviations", "the difference is within the deviations on"),
+            ("one seed: no claim", "a single seed, hence no claim, on"),
+        )
+        if verdict in places
+    ]
+    return f"“{claim.text}”: {'; '.join(words) or 'no run speaks to it yet'}."
+
+
+def claims_section(
+    sweep: SweepResults, claims: Sequence[ClaimPlan], metric: str | None, path: Path
+) -> Section | None:
+    """One table a claim, a row a task; `path`.csv and .md hold all. None where no run is done."""
+    sentences, tables, rows, numbers, notes = [], [], [], [], []
+    for claim in claims:
+        evidence, missing = weigh(sweep, claim, metric)
+        notes += missing
+        if not evidence:
+            continue
+        sentences.append(verdict_words(claim, evidence))
+        header = ["task", claim.better, claim.than, "difference", "noise", "verdict"]
+        cells = [of_task.cells for of_task in evidence]
+        tables.append(Table(header, cells, f"“{claim.text}”: {claim.measure}"))
+        rows += [[claim.text, claim.better, claim.than, *row] for row in cells]
+        numbers += [of_task.numbers for of_task in evidence]
+    if not tables:
+        return None
+    notes = [*dict.fromkeys(notes), _RULES]
+    of_page = ["claim", "better", "than", "task", "its score", "the other's", *header[3:]]
+    files = write_tables(
+        path, of_page, rows, "\n\n".join([*sentences, *notes]), (_NUMBERS, numbers)
+    )
+    return Section("Claims", " ".join(sentences), tables=tables, notes=notes, files=files)
+
+
+def _scores(sweep: SweepResults, task: str, method: str, claim: ClaimPlan, metric: str) -> Seeds:
+    if claim.spread_over is None:
+        (grid,) = sweep.grids(method)
+        return sweep.seeds(task, method, grid, lambda run: _of_exits(run, metric, claim.shallow))
+    by_seed: dict[int, list[SweepRun]] = {}
+    for run in sweep.runs:
+        if (run.task, run.method) == (task, method):
+            by_seed.setdefault(run.seed, []).append(run)
+    return _spreads(by_seed, len(sweep.grids(method)), metric, claim.shallow)
+
+
+def _spreads(
+    by_seed: Mapping[int, Sequence[SweepRun]], num_values: int, metric: str, shallow: bool
+) -> Seeds:
+    """The highest less the lowest score of a seed over all values of the option."""
+    values: dict[int, float] = {}
+    problems: dict[int, str] = {}
+    for seed, runs in by_seed.items():
+        try:
+            scores = [_of_exits(run, metric, shallow) for run in runs]
+        except NotThereError as error:
+            problems[seed] = str(error)
+            continue
+        if len(scores) < num_values:
+            problems[seed] = f"{len(scores)} of {num_values} values"
+            continue
+        values[seed] = max(scores) - min(scores)
+    return Seeds(values, problems)
+
+
+def _of_exits(run: SweepRun, metric: str, shallow: bool) -> float:
+    """The mean over a run's exits, or over the lower half of them; raises NotThereError."""
+    layers = sorted(run.layers())
+    if shallow:
+        layers = layers[: max(1, len(layers) // 2)]
+    return statistics.mean(run.score(metric, layer) for layer in layers)
+
+
+def _layers(sweep: SweepResults, task: str, method: str) -> set[tuple[int, ...]]:
+    """The layers with an exit in a method's finished runs."""
+    found = set()
+    for run in sweep.runs:
+        if (run.task, run.method) == (task, method):
+            with contextlib.suppress(NotThereError):
+                found.add(tuple(sorted(run.layers())))
+    return found

@@ -1,0 +1,160 @@
+"""Early exit of several runs in one table, from what `fusedacl exits` left in RUN/exits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...experiments.results import SweepRun
+from ...inference.calibration.search import AREA_WORDS
+from ...runtime.plots import COLORS, MARKERS, legend_below, new_figure, plain, save_figure
+from ...runtime.text import write_tables
+from ..page.page import Figure, Section, Table
+from .score_figures import metric_words
+
+EXITS_FILE = Path("exits") / "exits.json"
+
+
+def exits_section(
+    runs: Mapping[str, Sequence[SweepRun]], data: str, path: Path, title: str
+) -> Section | None:
+    """The chosen setting of each policy, score against operations: label -> runs, one row a run.
+
+    Writes `path`.png, .svg, .csv, .md. None where no run holds an exits.json.
+    """
+    notes: list[str] = []
+    found: list[tuple[str, SweepRun, dict[str, Any]]] = []
+    for label, group in runs.items():
+        for run in group:
+            study = _read(run, label, notes)
+            if study is not None:
+                found.append((label, run, study))
+    if not found:
+        return None
+    sizes = sorted(
+        {
+            speed["batch_size"]
+            for _, _, study in found
+            for policy in study["policies"].values()
+            for speed in policy.get("measured", ())
+        }
+    )
+    header = ["method", "seed", "policy", "setting", "score", "cross-fitted", "full model"]
+    header += ["mean layer", "FLOPs", "area"]
+    header += [f"speed-up, batch {size}" for size in sizes]
+    rows = []
+    points: list[tuple[str, str, float, float]] = []
+    for label, run, study in found:
+        full = study["full_score"]
+        for policy, facts in study["policies"].items():
+            if "calibration" not in facts:
+                notes.append(f"{label}, seed {run.seed}: {policy} did not reach the target.")
+                continue
+            chosen = facts["calibration"]
+            setting = " ".join(f"{k}={v:.4g}" for k, v in facts["parameters"].items())
+            row = [label, str(run.seed), policy.replace("_", " "), setting]
+            # On texts that the setting was not chosen on, where that could be done.
+            unseen = (chosen.get("cross_fitted") or {}).get("score")
+            row += [f"{100 * chosen['score']:.1f}"]
+            row += ["" if unseen is None else f"{100 * unseen:.1f}", f"{100 * full:.1f}"]
+            row += [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}"]
+            area = facts.get("area_under_curve")
+            row.append("" if area is None else f"{100 * area:.1f}")
+            speeds = {speed["batch_size"]: speed["speedup"] for speed in facts.get("measured", ())}
+            rows.append([*row, *(f"{speeds[s]:.2f}x" if s in speeds else "" for s in sizes)])
+            best = chosen["score"] if unseen is None else unseen
+            points.append((label, policy, chosen["flops_share"], best - full))
+    metric = metric_words(found[0][2]["metric"])
+    words = (
+        f"The setting that `fusedacl exits` chose for each policy on {data}: {metric} in percent, "
+        "beside the full model's; FLOPs as a share of the full model's. One row a run: nothing is "
+        "averaged. Score: on the texts that the setting was chosen on; cross-fitted: each text "
+        f"under a setting that others chose. Area: the policy's {AREA_WORDS}."
+    )
+    if not rows:
+        return Section(title, words, notes=notes)
+    for name in ("cross-fitted", "area"):
+        place = header.index(name)
+        if not any(row[place] for row in rows):
+            for row in [header, *rows]:
+                del row[place]
+    figures = _draw(points, metric, path)
+    tables = write_tables(path, header, rows, "\n\n".join([words, *notes]))
+    caption = (
+        f"{metric[0].upper()}{metric[1:]} lost or won against operations saved on {data}, one mark "
+        "a policy and run, at the chosen setting, cross-fitted where there is such a score. Up and "
+        "to the left is better; the full model is at 100 % and 0."
+    )
+    # One a method: the seeds' pictures are beside their runs.
+    first = {label: run for label, run, _ in reversed(found)}
+    curves = [
+        Figure(
+            picture,
+            f"{label}, seed {run.seed}: the best settings of each policy on {data}, against "
+            "operations and, where they were timed, measured speed.",
+        )
+        for label, run in reversed(first.items())
+        if (picture := run.directory / "exits" / "exits.svg").is_file()
+    ]
+    return Section(
+        title,
+        figures=[Figure(figures[1], caption), *curves],
+        tables=[Table(header, rows, words)],
+        notes=notes,
+        files=[*figures, *tables],
+    )
+
+
+def _read(run: SweepRun, label: str, notes: list[str]) -> dict[str, Any] | None:
+    file = run.directory / EXITS_FILE
+    try:
+        study = json.loads(file.read_text(encoding="utf-8"))
+        study["metric"], 0 * study["full_score"]
+        for policy in study["policies"].values():
+            policy.items()
+            if "calibration" in policy:
+                policy["parameters"].items()
+                0.0 * policy.get("area_under_curve", 0)
+                0 * policy["calibration"]["score"] * policy["calibration"]["flops_share"]
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        notes.append(f"{label}, seed {run.seed}: its {EXITS_FILE} is damaged and left out.")
+        return None
+    return dict(study)
+
+
+def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Path) -> list[Path]:
+    labels = list(dict.fromkeys(label for label, *_ in points))
+    policies = list(dict.fromkeys(policy for _, policy, *_ in points))
+    figure = new_figure(7.5, 4.6)
+    axes = figure.subplots()
+    for label, policy, share, difference in points:
+        axes.plot(
+            100 * share,
+            100 * difference,
+            color=COLORS[labels.index(label) % len(COLORS)],
+            marker=MARKERS[policies.index(policy) % len(MARKERS)],
+            markersize=7,
+            alpha=0.8,
+            linestyle="",
+            gid=f"series-{labels.index(label)}-{len(axes.lines)}",
+        )
+    axes.axhline(0, color="#000000", linewidth=0.8, linestyle="--")
+    axes.axvline(100, color="#000000", linewidth=0.8, linestyle="--")
+    axes.set_xlim(left=0)
+    axes.set_xlabel("operations per text (% of the full model's FLOPs)")
+    axes.set_ylabel(f"{metric}: difference to the full model (points)")
+    plain(axes)
+    # Methods by colour first, so that their legend entries carry their series' numbers.
+    handles: list[Any] = []
+    for index in range(len(labels)):
+        handles += axes.plot([], [], color=COLORS[index % len(COLORS)], linewidth=4)
+    for index in range(len(policies)):
+        handles += axes.plot(
+            [], [], color="#7d7d7d", marker=MARKERS[index % len(MARKERS)], linestyle=""
+        )
+    legend_below(figure, handles, [*labels, *(name.replace("_", " ") for name in policies)])
+    return save_figure(figure, path)

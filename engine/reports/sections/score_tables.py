@@ -1,0 +1,264 @@
+"""Tables of a sweep: the full models' scores, an ablation, and the values of one option.
+
+They have the shapes of Tables 1 to 3 of arXiv 2602.03563. A mean over tasks is given only where
+every task has a score; what is missing is named below each table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...experiments.report_plan import GridPlan, Target
+from ...experiments.results import Seeds, SweepResults, grid_label
+from ...runtime.text import write_tables
+from ..page.page import Figure, Section, Table
+from .findings import table_finding
+from .operations import operations
+from .score_figures import draw_dots, draw_values
+from .task_scores import (
+    Column,
+    Row,
+    TaskScores,
+    collect,
+    common_tasks,
+    finished,
+    main_columns,
+    planned_tasks,
+    rows_of,
+)
+
+_COUNTS = (
+    "Mean ± standard deviation (n - 1) over the seeds; a single seed has no deviation. Where a "
+    "row's numbers of seeds differ, each is in brackets."
+)
+_BOLD = "**Bold**: the best of its column, where it leads by more than the sum of both deviations."
+_DOTS = "Large: mean over the seeds; small: each seed."
+
+
+def ablation_section(
+    sweep: SweepResults, targets: Mapping[str, Target], metric: str | None, path: Path
+) -> Section | None:
+    """Cross-layer averages by task and the differences to the first row (Table 2).
+
+    Writes `path`.png, .svg, .csv, .md. None where no run is done.
+    """
+    rows = rows_of(sweep, targets)
+    planned = planned_tasks(sweep, rows)
+    tasks = common_tasks(sweep, rows) or list(planned)
+    columns = main_columns(sweep, tasks, metric)
+    scores = collect(sweep, rows, columns, lambda run, _, column: run.average(column.metric))
+    if not scores:
+        return None
+    header = ["method", "seeds"]
+    for column in columns:
+        header += [column.label, "difference"]
+    several = len(columns) > 1
+    header += ["mean of tasks", "difference"] if several else []
+    reference, _ = scores.over_tasks(rows[0])
+    lines = []
+    for row in rows:
+        line = [row.label, scores.counts(row)]
+        for column in columns:
+            line += [scores.cell(row, column), scores.difference(row, column)]
+        if several:
+            mean, words = scores.over_tasks(row)
+            known = mean is not None and reference is not None and row is not rows[0]
+            line += [words, f"{100 * ((mean or 0) - (reference or 0)):+.1f}" if known else ""]
+        lines.append(line)
+    words = (
+        f"Average score over the layers of all exits, in percent ({scores.metrics()}). "
+        f"Difference: to {rows[0].label}, in points. {_COUNTS} {_BOLD}"
+    )
+    notes = [
+        f"Not in the table: {task}, for which the recipe runs {', '.join(labels)} only."
+        for task, labels in planned.items()
+        if task not in tasks
+    ]
+    text = table_finding("Average over the exits", rows[0].label, scores.by_row())
+    section = Section("Ablation", text, tables=[Table(header, lines, words)])
+    return _written(section, scores, "Average score over the exits (%)", path, notes)
+
+
+def full_model_section(
+    sweep: SweepResults, targets: Mapping[str, Target], metric: str | None, path: Path
+) -> Section | None:
+    """Scores of last or named exits by task, with their operations (Table 1).
+
+    Writes `path`.png, .svg, .csv, .md. None where no run is done.
+    """
+    rows = rows_of(sweep, targets)
+    tasks, common = list(planned_tasks(sweep, rows)), common_tasks(sweep, rows)
+    columns: list[Column] = []
+    for task in tasks:
+        found = sweep.metric(task, metric)
+        for index, split in enumerate(sweep.splits(task) if found else []):
+            label = f"{task}, {split.removeprefix('validation_')}" if index else task
+            counts = index == 0 and task in common
+            columns.append(Column(task, split, str(found), label, counts, is_main=index == 0))
+    scores = collect(
+        sweep,
+        rows,
+        columns,
+        lambda run, row, column: run.score(column.metric, row.layer, column.split),
+    )
+    if not scores:
+        return None
+    flops, flops_words, flops_notes = _flops(sweep, rows, tasks)
+    header = ["method", "seeds", *(("GFLOPs", "share") if flops_words else ())]
+    header += [column.label for column in columns]
+    several = len(scores.counted) > 1
+    if several:
+        header.append("mean of tasks" if common == tasks else f"mean of {', '.join(common)}")
+    lines = []
+    for row in rows:
+        line = [row.label, scores.counts(row), *(flops[row.label] if flops_words else ())]
+        line += [scores.cell(row, column) for column in columns]
+        lines.append([*line, scores.over_tasks(row)[1]] if several else line)
+    words = (
+        f"Score of the last exit, or of the exit that a row names, in percent "
+        f"({scores.metrics()}). {flops_words} {_COUNTS} {_BOLD}"
+    )
+    text = table_finding("Full models", rows[0].label, scores.by_row())
+    section = Section("Full models", text, tables=[Table(header, lines, words)])
+    return _written(section, scores, "Score (%)", path, flops_notes)
+
+
+def grid_section(
+    sweep: SweepResults, plan: GridPlan, metric: str | None, path: Path
+) -> Section | None:
+    """Cross-layer averages by the value of an option (Table 3): table and lines.
+
+    Writes `path`.png, .svg, .csv, .md. None where no run is done.
+    """
+    # Line -> value -> row; what else a method has a list for makes lines of its own.
+    points: dict[str, dict[Any, Row]] = {}
+    for name, target in plan.methods.items():
+        for row in rows_of(sweep, {name: target}):
+            others = tuple(pair for pair in row.grid if pair[0] != plan.option)
+            points.setdefault(grid_label(name, others), {})[dict(row.grid)[plan.option]] = row
+    rows = [row for of_line in points.values() for row in of_line.values()]
+    tasks = list(planned_tasks(sweep, rows))
+    columns = main_columns(sweep, tasks, metric)
+    scores = collect(sweep, rows, columns, lambda run, _, column: run.average(column.metric))
+    if not scores:
+        return None
+    header = [plan.option]
+    header += [
+        line if len(columns) == 1 else f"{column.task}: {line}"
+        for column in columns
+        for line in points
+    ]
+    lines = []
+    for value in dict.fromkeys(value for of_line in points.values() for value in of_line):
+        cells = [
+            scores.at(of_line[value], column) if value in of_line else Seeds({}, {})
+            for column in columns
+            for of_line in points.values()
+        ]
+        words = [f"{seeds.words} ({len(seeds)})" if seeds else "" for seeds in cells]
+        lines.append([str(value), *words])
+    words_of_table = (
+        f"Average score over the layers of all exits, in percent ({scores.metrics()}), by "
+        f"{plan.option}. Mean ± standard deviation (n - 1), in brackets the number of seeds."
+    )
+    notes = scores.notes()
+    done = [run for row in rows for task in tasks for run in finished(sweep, task, row)]
+    if all(len(run.layers()) == 1 for run in done):
+        notes.insert(0, "Each of these runs has one exit: its score is the average.")
+    figures = draw_values(
+        {
+            column.task: {
+                line: [(value, scores.at(row, column)) for value, row in of_line.items()]
+                for line, of_line in points.items()
+            }
+            for column in columns
+        },
+        plan.option,
+        "average over the exits (%)",
+        path,
+    )
+    caption = (
+        f"Average score over the exits by {plan.option}: mean over the seeds, and the range from "
+        "the lowest to the highest seed. The values are evenly spaced, whatever their size."
+    )
+    text = "\n\n".join([words_of_table, *notes])
+    tables = write_tables(path, header, lines, text, scores.numbers())
+    return Section(
+        f"Values of {plan.option}",
+        figures=[Figure(figures[1], caption)],
+        tables=[Table(header, lines, words_of_table)],
+        notes=notes,
+        files=[*figures, *tables],
+    )
+
+
+def _written(
+    section: Section, scores: TaskScores, axis: str, path: Path, more_notes: Sequence[str]
+) -> Section:
+    """The section with its figure, notes and files."""
+    figures = draw_dots(
+        {
+            column.label: [(row.label, scores.at(row, column)) for row in scores.rows]
+            for column in scores.columns
+        },
+        axis,
+        path,
+    )
+    (table,) = section.tables
+    assert isinstance(table, Table)
+    notes = [*scores.notes(), *more_notes]
+    text = "\n\n".join([table.caption, *notes])
+    tables = write_tables(path, table.header, table.rows, text, scores.numbers())
+    return Section(
+        section.title,
+        section.text,
+        figures=[Figure(figures[1], f"{axis}. {_DOTS}")],
+        tables=section.tables,
+        notes=notes,
+        files=[*figures, *tables],
+    )
+
+
+def _flops(
+    sweep: SweepResults, rows: Sequence[Row], tasks: Sequence[str]
+) -> tuple[dict[str, list[str]], str, list[str]]:
+    """Row -> its two cells on operations; what they are (nothing: there are none); notes."""
+    found: dict[tuple[str, str], float] = {}
+    lengths: dict[str, int] = {}
+    unread: dict[str, list[str]] = {}
+    for row in rows:
+        for task in tasks:
+            for run in finished(sweep, task, row)[:1]:
+                try:
+                    found[row.label, task], lengths[task] = operations(run.directory, row.layer)
+                except (ValueError, OSError) as error:
+                    unread.setdefault(str(error), []).append(f"{row.label} on {task}")
+    cells = {}
+    for row in rows:
+        here = {task: found[row.label, task] for task in tasks if (row.label, task) in found}
+        most = {task: max(value for (_, of), value in found.items() if of == task) for task in here}
+        cells[row.label] = [
+            _range([f"{value / 1e9:.2f}" for value in here.values()]),
+            _range([f"{value / most[task]:.0%}" for task, value in here.items()]),
+        ]
+    texts = "; ".join(
+        f"{length} on {', '.join(task for task in lengths if lengths[task] == length)}"
+        for length in dict.fromkeys(lengths.values())
+    )
+    words = (
+        f"GFLOPs: matrix products on one text of max_seq_length tokens ({texts}), a multiply and "
+        "an add being two, of a model that ends with that exit; share: of the largest in the table."
+        if texts
+        else ""
+    )
+    notes = [f"No FLOPs for {'; '.join(which)}: {error}." for error, which in unread.items()]
+    return cells, words, notes
+
+
+def _range(words: Sequence[str]) -> str:
+    ordered = sorted(dict.fromkeys(words), key=lambda word: float(word.rstrip("%")))
+    if len(ordered) < 2:
+        return "".join(ordered)
+    return f"{ordered[0]} to {ordered[-1]}"

@@ -1,0 +1,219 @@
+"""Scores by method and task, as the tables of a report show them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...experiments.report_plan import Target
+from ...experiments.results import Grid, Seeds, SweepResults, SweepRun, grid_label, missing_notes
+from ...runtime.text import leader
+from .score_figures import metric_words
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row: its printed label, and the method, grid point and exit (None: the last) behind it."""
+
+    label: str
+    method: str
+    grid: Grid
+    layer: int | None = None
+
+
+@dataclass(frozen=True)
+class Column:
+    """A task's score on one split.
+
+    is_main: the task's first split, or all that there is; counts: in the mean over tasks.
+    """
+
+    task: str
+    split: str | None
+    metric: str
+    label: str
+    counts: bool = True
+    is_main: bool = True
+
+
+@dataclass(frozen=True)
+class TaskScores:
+    """A score, or why there is none, for every row and column."""
+
+    rows: Sequence[Row]
+    columns: Sequence[Column]
+    scores: Mapping[tuple[str, str], Seeds]
+
+    def __bool__(self) -> bool:
+        return any(self.scores.values())
+
+    def at(self, row: Row, column: Column) -> Seeds:
+        return self.scores[row.label, column.label]
+
+    @property
+    def counted(self) -> list[Column]:
+        """The columns that a mean over tasks is of."""
+        return [column for column in self.columns if column.counts]
+
+    @cached_property
+    def leaders(self) -> set[tuple[str, str]]:
+        """Row and column of each clear best."""
+        found = set()
+        for column in self.columns:
+            there = {row.label: list(self.at(row, column).values.values()) for row in self.rows}
+            best = leader({label: values for label, values in there.items() if values})
+            found |= {(best, column.label)} if best is not None else set()
+        return found
+
+    def counts(self, row: Row) -> str:
+        """Numbers of seeds in a row: "3" or "2 to 3"."""
+        numbers = {len(self.at(row, column)) for column in self.columns}
+        few, many = min(numbers), max(numbers)
+        return str(many) if few == many else f"{few} to {many}"
+
+    def cell(self, row: Row, column: Column) -> str:
+        """The score in words, with its number of seeds where the row has several."""
+        seeds = self.at(row, column)
+        if not seeds:
+            return ""
+        words = f"**{seeds.words}**" if (row.label, column.label) in self.leaders else seeds.words
+        return words if self.counts(row).isdigit() else f"{words} ({len(seeds)})"
+
+    def difference(self, row: Row, column: Column) -> str:
+        """To the first row, in points."""
+        seeds, reference = self.at(row, column), self.at(self.rows[0], column)
+        if row is self.rows[0] or not seeds or not reference:
+            return ""
+        return f"{100 * (seeds.mean - reference.mean):+.1f}"
+
+    def over_tasks(self, row: Row) -> tuple[float | None, str]:
+        """The mean over the counted tasks, where all are there, and in words.
+
+        With a deviation where all tasks have the same seeds.
+        """
+        of_tasks = [self.at(row, column) for column in self.counted]
+        if not of_tasks or not all(of_tasks):
+            return None, ""
+        mean = statistics.mean(seeds.mean for seeds in of_tasks)
+        if len({tuple(seeds.values) for seeds in of_tasks}) > 1:
+            return mean, f"{100 * mean:.1f}"
+        by_seed = zip(*(seeds.values.values() for seeds in of_tasks), strict=True)
+        return mean, Seeds(dict(enumerate(map(statistics.mean, by_seed))), {}).words
+
+    def notes(self) -> list[str]:
+        """What is missing, and what that does to the means over tasks."""
+        missing = [
+            note
+            for row in self.rows
+            for column in self.columns
+            for note in missing_notes(row.label, column.task, self.at(row, column).problems)
+        ]
+        notes = list(dict.fromkeys(missing))
+        for row in self.rows if len(self.counted) > 1 else []:
+            of_tasks = {column.label: self.at(row, column) for column in self.counted}
+            absent = [label for label, seeds in of_tasks.items() if not seeds]
+            if absent:
+                notes.append(f"{row.label} has no mean of tasks: nothing on {', '.join(absent)}.")
+            elif len({tuple(seeds.values) for seeds in of_tasks.values()}) > 1:
+                notes.append(
+                    f"{row.label}: the mean of tasks is of different seeds on different tasks, "
+                    "hence without a deviation."
+                )
+        return notes
+
+    def by_row(self) -> dict[str, dict[str, Seeds]]:
+        """Row -> task -> scores on its main split."""
+        main = [column for column in self.columns if column.is_main]
+        return {
+            row.label: {column.task: self.at(row, column) for column in main} for row in self.rows
+        }
+
+    def metrics(self) -> str:
+        """ "F1 on mrpc; accuracy on rte, sst2"."""
+        tasks: dict[str, list[str]] = {}
+        for column in self.columns:
+            tasks.setdefault(metric_words(column.metric), []).append(column.task)
+        return "; ".join(
+            f"{metric} on {', '.join(dict.fromkeys(names))}" for metric, names in tasks.items()
+        )
+
+    def numbers(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of a CSV file: one row a score, as a fraction."""
+        header = ["method", "task", "split", "metric", "seeds", "mean", "standard_deviation"]
+        rows = []
+        for row in self.rows:
+            for column in self.columns:
+                seeds = self.at(row, column)
+                rows.append(
+                    [
+                        row.label,
+                        column.task,
+                        column.split or "",
+                        column.metric,
+                        " ".join(map(str, seeds.values)),
+                        f"{seeds.mean:.6f}" if seeds else "",
+                        "" if seeds.deviation is None else f"{seeds.deviation:.6f}",
+                    ]
+                )
+        return header, rows
+
+
+def rows_of(sweep: SweepResults, targets: Mapping[str, Target]) -> list[Row]:
+    """The rows of some methods, one each grid point."""
+    return [
+        Row(grid_label(label, grid), target.method, grid, target.layer)
+        for label, target in targets.items()
+        for grid in sweep.grids(target.method)
+    ]
+
+
+def finished(sweep: SweepResults, task: str, row: Row) -> list[SweepRun]:
+    """The finished seeds of a row on a task that were evaluated."""
+    runs = sweep.of(task, row.method, row.grid)
+    return [run for run in runs if run.results and run.results["metrics"]]
+
+
+def planned_tasks(sweep: SweepResults, rows: Sequence[Row]) -> dict[str, list[str]]:
+    """Task -> the rows that the sweep runs on it, for the tasks with any."""
+    planned = {
+        task: [row.label for row in rows if sweep.of(task, row.method, row.grid)]
+        for task in sweep.tasks
+    }
+    return {task: labels for task, labels in planned.items() if labels}
+
+
+def common_tasks(sweep: SweepResults, rows: Sequence[Row]) -> list[str]:
+    """The tasks on which the sweep runs every row."""
+    planned = planned_tasks(sweep, rows)
+    return [task for task, labels in planned.items() if len(labels) == len(rows)]
+
+
+def main_columns(sweep: SweepResults, tasks: Sequence[str], metric: str | None) -> list[Column]:
+    """One column a task with a finished run: its main split.
+
+    Raises:
+        ValueError: a task's runs do not report `metric`.
+    """
+    found = {task: sweep.metric(task, metric) for task in tasks}
+    return [Column(task, None, name, task) for task, name in found.items() if name is not None]
+
+
+def collect(
+    sweep: SweepResults,
+    rows: Sequence[Row],
+    columns: Sequence[Column],
+    read: Callable[[SweepRun, Row, Column], float],
+) -> TaskScores:
+    """What `read` finds in each run."""
+    scores = {}
+    for row in rows:
+        for column in columns:
+
+            def score(run: SweepRun, row: Row = row, column: Column = column) -> float:
+                return read(run, row, column)
+
+            seeds = sweep.seeds(column.task, row.method, row.grid, score)
+            scores[row.label, column.label] = seeds
+    return TaskScores(rows, columns, scores)

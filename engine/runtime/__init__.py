@@ -1,0 +1,1 @@
+"""Processes, devices, files, locks and plots; nothing here knows a model or a loss."""

@@ -1,0 +1,104 @@
+"""What the processes of a run tell each other; alone, each of these is the plain thing.
+
+Every process must call them in the same order.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import processes
+
+Result = TypeVar("Result")
+
+
+def group() -> dist.ProcessGroup | None:
+    """All processes of the run; None where there is one."""
+    return dist.group.WORLD if processes.world_size() > 1 else None
+
+
+def gathered(value: Any) -> list[Any]:
+    """The value of each process, by rank."""
+    if processes.world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * processes.world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the processes."""
+    if processes.world_size() > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def largest(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
+    if processes.world_size() == 1:
+        return number
+    tensor = torch.tensor(number, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)
+
+
+def together(action: Callable[[], Result]) -> Result:
+    """What `action` gives here, if it succeeds everywhere.
+
+    Raises:
+        ValueError, OSError: it failed on some process, which is named. Without this the others
+            would wait for it until they run out of time.
+    """
+    result, failure = None, None
+    try:
+        result = action()
+    except (ValueError, OSError) as error:
+        if processes.world_size() == 1:
+            raise
+        failure = error
+    told = None if failure is None else (isinstance(failure, ValueError), str(failure))
+    answers = gathered((socket.gethostname(), told))
+    for rank, (host, found) in enumerate(answers):
+        if found is not None:
+            is_mistake, message = found
+            # A mistake that every process makes is told as a single process would tell it.
+            if any(other != found for _, other in answers):
+                message = f"Process {rank} on {host}: {message}"
+            raise ValueError(message) if is_mistake else OSError(message)
+    return result  # type: ignore[return-value]
+
+
+def from_first(make: Callable[[], Result]) -> Result:
+    """What `make` gives on process 0, on all of them.
+
+    Raises:
+        ValueError, OSError: it failed there.
+    """
+    made = together(lambda: make() if processes.rank() == 0 else None)
+    values = [made]
+    if processes.world_size() > 1:
+        dist.broadcast_object_list(values, src=0)
+    return values[0]  # type: ignore[return-value]
+
+
+def check_alike(what: str, value: Any) -> None:
+    """Refuse processes that differ in what must be the same.
+
+    Raises:
+        ValueError: naming the first process that differs from process 0, and both values.
+    """
+    answers = gathered((socket.gethostname(), value))
+    (first_host, first), *others = answers
+    for rank, (host, other) in enumerate(others, start=1):
+        if other != first:
+            raise ValueError(
+                f"{what}: process 0 on {first_host} has {first}, process {rank} on {host} has "
+                f"{other}. All processes of a run need the same."
+            )

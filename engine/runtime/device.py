@@ -1,0 +1,71 @@
+"""Which arithmetic a run uses, and dynamic loss scaling for float16."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+logger = logging.getLogger("fusedacl")
+
+
+def choose_device(name: str) -> torch.device:
+    """'auto' | 'cpu' | 'cuda' -> the device.
+
+    Raises:
+        ValueError: cuda is asked for and this torch sees no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            "device=cuda: torch sees no GPU here. Use device=cpu, or install a CUDA build of torch."
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def choose_dtype(device: torch.device, *, fp16: bool, bf16: bool) -> torch.dtype:
+    """The dtype of matrix products under autocast; float32: no autocast.
+
+    Raises:
+        ValueError: bf16 on a GPU without it (before Ampere, such as V100).
+    """
+    if bf16 and device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8:
+        name = torch.cuda.get_device_name(device)
+        raise ValueError(f"bf16: {name} has no bfloat16 arithmetic. Use fp16.")
+    dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+    if device.type == "cpu" and not computes(dtype):
+        _warn_slow(dtype)
+    return dtype
+
+
+def computes(dtype: torch.dtype) -> bool:
+    """Whether this CPU has fast matrix products of that dtype; without them they are emulated."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
+
+
+@functools.cache
+def _warn_slow(dtype: torch.dtype) -> None:
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    logger.warning(
+        "%s: this CPU has no such arithmetic and emulates it, tens of times slower than float32. "
+        "Leave %s out, unless results in that precision are what you want.",
+        name, name,
+    )  # fmt: skip
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Mixed precision for a forward pass; does nothing for float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32" for torch.float32, as records keep it."""
+    return str(dtype).removeprefix("torch.")

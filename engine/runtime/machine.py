@@ -1,0 +1,50 @@
+"""The machine and the versions that a result was made with."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = (
+    "fusedacl",
+    "torch",
+    "triton",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "deepspeed",
+)
+
+
+def versions() -> dict[str, str]:
+    """Package -> installed version, those that are absent left out; Python's too."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def machine_name(device: torch.device | None = None) -> str:
+    """What a time is taken on: the GPU's name, or the CPU's with the threads of torch."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    number = torch.get_num_threads()
+    return f"{cpu_model()}, {number} thread{'' if number == 1 else 's'}"
+
+
+def cpu_model() -> str:
+    """The CPU's name, as its maker writes it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())

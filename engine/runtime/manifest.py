@@ -1,0 +1,95 @@
+"""What a checkpoint consists of, written when all of it is there: sizes and checksums."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from .files import flush, write_whole
+
+CHECKPOINT_PREFIX = "checkpoint-"
+
+
+MANIFEST_FILE = "manifest.json"
+
+
+def sealed(file: Path) -> dict[str, str | int]:
+    """Size (bytes) and SHA-256 of a file, which is on the disk then."""
+    flush(file)
+    return {"bytes": file.stat().st_size, "sha256": _checksum(file)}
+
+
+def write_manifest(directory: Path, files: Mapping[str, Mapping[str, str | int]]) -> None:
+    """Note the directory's files, as `sealed` gave them; nothing may be written there after it."""
+    write_whole(directory / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n")
+    flush(directory / MANIFEST_FILE)
+
+
+def fault(directory: Path, *, thorough: bool = True) -> str | None:
+    """What is wrong with a checkpoint, in words; None: it is what was saved.
+
+    `thorough`: read every byte; else look at the sizes only.
+    """
+    try:
+        text = (directory / MANIFEST_FILE).read_text(encoding="utf-8")
+        noted = {
+            str(name): (int(seal["bytes"]), str(seal["sha256"]))
+            for name, seal in json.loads(text)["files"].items()
+        }
+    except FileNotFoundError:
+        return f"{directory.name} is incomplete: it has no {MANIFEST_FILE}, which is written last"
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{directory.name} is damaged: {MANIFEST_FILE} cannot be read ({error!r})"
+    for name, (size, checksum) in noted.items():
+        try:
+            found = (directory / name).stat().st_size
+            changed = found == size and thorough and _checksum(directory / name) != checksum
+        except FileNotFoundError:
+            return f"{directory.name} is damaged: {name} is missing"
+        except OSError as error:
+            return f"{directory.name} is damaged: {name} cannot be read ({error})"
+        if found != size:
+            return f"{directory.name} is damaged: {name} has {found} bytes, {size} were saved"
+        if changed:
+            return f"{directory.name} is damaged: {name} is not what was saved (other SHA-256)"
+    return None
+
+
+def _checksum(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step that a checkpoint's directory is named after."""
+    return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX).split(".")[0])
+
+
+def checkpoint_directories(output_dir: Path) -> list[Path]:
+    """All that is named as a checkpoint, complete or not, oldest first."""
+    found = [
+        path
+        for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*")
+        if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit() and path.is_dir()
+    ]
+    return sorted(found, key=step_of)
+
+
+def check_not_sealed(directory: Path) -> None:
+    """Refuse to change the model in a checkpoint: its manifest would call it damaged afterwards.
+
+    Raises:
+        ValueError: the directory is a checkpoint of a run, by its name and its manifest.
+    """
+    directory = directory.resolve()
+    if (
+        directory in checkpoint_directories(directory.parent)
+        and (directory / MANIFEST_FILE).is_file()
+    ):
+        raise ValueError(
+            f"model_name_or_path={str(directory)!r} is a checkpoint: with another policy stored in "
+            "it, it would count as damaged, and no run could be resumed from it. Name the run's "
+            f"directory, {str(directory.parent)!r}, or a copy of the checkpoint under another name."
+        )

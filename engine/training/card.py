@@ -1,0 +1,131 @@
+"""The README.md of a final model: what it is, how it was made, what it scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..config.gate_scope import scope_words
+from ..config.training import TrainingConfig
+from ..model.card import _METADATA, _TAGS, front_matter, made_with
+from ..runtime.text import markdown_table
+
+_OBJECTIVES = {
+    "ce": "cross-entropy",
+    "scl": "cross-entropy and supervised contrastive loss (CE+SCL)",
+    "acl": "cross-entropy and aligned contrastive loss (ACL, arXiv 2602.03563)",
+}
+_STRATEGIES = {
+    "single": "single (backbone and last exit)",
+    "joint": "joint (all exits at once)",
+    "two_stage": "two_stage (backbone and last exit, then the other exits on the frozen backbone)",
+    "alternating": "alternating (the last exit alone in odd epochs, all exits in even ones)",
+}
+
+
+def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any]) -> str:
+    """A model card with the hub's metadata, from a run's configuration and results."""
+    objective = _OBJECTIVES[config.objective.objective]
+    if config.gated:
+        objective += f", gated at {config.objective.max_angle:g} degrees (ACL-Grad)"
+        if config.objective.gate_scope != "all":
+            objective += f", the angle over {scope_words(config.objective.gate_scope)}"
+    names = {name for scores in _scores(results) for name in scores if name != "loss"}
+    is_local = Path(base_model).exists()
+    title = Path(base_model).name if is_local else base_model
+    metadata = {
+        **_METADATA,
+        # The hub knows models by their names there.
+        **({} if is_local else {"base_model": base_model}),
+        "tags": _TAGS,
+        "metrics": sorted(names),
+    }
+    lines = front_matter(metadata)
+    lines += [f"# {title} fine-tuned on {results['data']}", ""]
+    lines += [f"- Base model: {base_model}", f"- Data: {results['data']}"]
+    lines += [f"- Objective: {objective}", *_strategy(config)]
+    lines += [_terms(config), *_exits(config), _optimizer(config)]
+    lines += [f"- Steps: {results['num_steps']}, seed {config.optimization.seed}", ""]
+    best = results.get("best", {})
+    is_best = best.get("step") is not None
+    which = f"step {best['step']}, the best by {best['metric']}" if is_best else "the last step"
+    lines += [f"## Scores after {which}", "", *_score_lines(results), ""]
+    lines += ["## Made with", "", *made_with(results)]
+    lines += ["", "## Use", "", "```python"]
+    lines += ["from fusedacl.engine import MultiExitForSequenceClassification", ""]
+    lines += ['model = MultiExitForSequenceClassification.from_pretrained("this directory")', "```"]
+    return "\n".join(lines) + "\n"
+
+
+def _score_lines(results: Mapping[str, Any]) -> list[str]:
+    """A list of one exit's scores, a table of several exits'."""
+    if not results["metrics"]:
+        return ["There was no labelled split to evaluate on."]
+    if all(len(by_layer) == 1 for by_layer in results["metrics"].values()):
+        return [
+            f"- {split}, exit at layer {layer}: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            for split, by_layer in results["metrics"].items()
+            for layer, scores in by_layer.items()
+        ]
+    names = list(dict.fromkeys(name for scores in _scores(results) for name in scores))
+    rows = [
+        [split, str(layer), *(f"{scores[name]:.4f}" for name in names)]
+        for split, by_layer in results["metrics"].items()
+        for layer, scores in by_layer.items()
+    ]
+    return [markdown_table(["split", "exit at layer", *names], rows)]
+
+
+def _strategy(config: TrainingConfig) -> list[str]:
+    options = config.optimization
+    lines = [f"- Strategy: {_STRATEGIES[options.strategy]}"]
+    if options.stage1_model is not None:
+        lines.append(f"- First stage: taken from {options.stage1_model}")
+    return lines
+
+
+def _optimizer(config: TrainingConfig) -> str:
+    options = config.optimization
+    precision = "float16" if options.fp16 else "bfloat16" if options.bf16 else "float32"
+    words = f"- AdamW, peak learning rate {options.learning_rate:g}"
+    if options.stage2_learning_rate is not None:
+        words += f" (second stage {options.stage2_learning_rate:g})"
+    if options.max_steps < 0:
+        words += f", {options.num_train_epochs:g} epoch{'s' * (options.num_train_epochs != 1)}"
+        if options.stage2_epochs is not None:
+            words += f" (second stage {options.stage2_epochs:g})"
+    batch = options.per_device_train_batch_size * options.gradient_accumulation_steps
+    return f"{words}, {batch} texts a step, {precision}"
+
+
+def _terms(config: TrainingConfig) -> str:
+    objective = config.objective
+    if objective.objective == "ce":
+        return "- Contrastive term: none"
+    return (
+        f"- Contrastive term: lambda {objective.aux_weight:g}, tau {objective.temperature:g}, "
+        f"{objective.contrastive_reduction} over anchors, denominator {objective.denominator}"
+    )
+
+
+def _exits(config: TrainingConfig) -> list[str]:
+    """How the exits were made and trained."""
+    lines = [f"- Exits: {config.model.exit_head} head"]
+    if config.optimization.strategy == "single":
+        return lines
+    layers = config.model.exit_layers or "all"
+    lines[0] += " on all layers" if layers == "all" else f" on layers {layers}"
+    if config.objective.cross_layer:
+        lines.append("- The other exits are contrasted with the frozen last one (ACL-CL)")
+    if config.objective.distill_weight > 0:
+        lines.append(
+            f"- Distilled from the last exit: weight {config.objective.distill_weight:g}, "
+            f"temperature {config.objective.distill_temperature:g}"
+        )
+    return lines
+
+
+def _scores(results: Mapping[str, Any]) -> list[dict[str, float]]:
+    return [scores for by_layer in results["metrics"].values() for scores in by_layer.values()]

@@ -1,0 +1,264 @@
+"""Hidden states of a frozen backbone on disk, read in place of running the backbone again.
+
+One float16 array [tokens, layers, H] in a memory-mapped file: a text's states are one contiguous
+read. Linear exits read the first token only, so only its states are kept for them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..data.batching import EncodedSplit, collate, epoch_batches
+from ..model.multi_exit import MultiExitForSequenceClassification
+from ..runtime import collectives, processes
+from ..runtime.device import autocast
+from ..runtime.files import write_json
+
+logger = logging.getLogger("fusedacl")
+
+STATES_FILE = "states.float16"
+META_FILE = "meta.json"
+LOCK_FILE = ".lock"
+# What a disk without room for a file answers, and one on which none can be reserved.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
+
+
+class FeatureCache:
+    """The states of some exits' layers for every text of a split, made here if they are not there.
+
+    Args:
+        directory: of this cache alone; made if it does not exist.
+        positions: of the exits in `exit_layers` whose layers' states are kept.
+        batch_size, pad_token_id, dtype: of the backbone's pass over the split.
+
+    Raises:
+        ValueError: the directory holds the states of other texts, another backbone or other layers,
+            or the disk has no room for them (which is reserved before anything is written).
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: MultiExitForSequenceClassification,
+        encoded: EncodedSplit,
+        positions: list[int],
+        *,
+        batch_size: int,
+        pad_token_id: int,
+        dtype: torch.dtype = torch.float32,
+        progress: bool = False,
+    ) -> None:
+        self.first_only = model.config.exit_head == "linear"
+        num_texts = len(encoded)
+        self.offsets = np.arange(num_texts + 1) if self.first_only else encoded.offsets
+        width = model.config.backbone_config.hidden_size
+        self.shape = (int(self.offsets[-1]), len(positions), width)
+        meta = {
+            "texts": texts_hash(encoded),
+            "weights": weights_hash(model),
+            "layers": [model.exit_layers[position] for position in positions],
+            "first_token_only": self.first_only,
+            "backbone_dtype": str(dtype),
+            "shape": list(self.shape),
+        }
+        with contextlib.ExitStack() as held:
+            if collectives.from_first(lambda: self._is_there_alone(directory, meta, held)):
+                logger.info("Feature cache: reading %s.", directory)
+            else:
+                collectives.from_first(lambda: self._make(directory))
+                # The processes of a run write a part each.
+                collectives.together(
+                    lambda: self._write(
+                        directory, model, encoded, positions, batch_size, pad_token_id, dtype,
+                        progress,
+                    )
+                )  # fmt: skip
+                collectives.from_first(lambda: write_json(directory / META_FILE, meta))
+        self.states = np.memmap(
+            directory / STATES_FILE, dtype=np.float16, mode="r", shape=self.shape
+        )
+
+    def _is_there_alone(
+        self, directory: Path, meta: dict[str, Any], held: contextlib.ExitStack
+    ) -> bool:
+        """`_is_there`, and nobody else writes or looks while `held` is.
+
+        Two runs that both found nothing would empty the file that the other one reads.
+        """
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((directory / LOCK_FILE).open("a"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info("Feature cache: waiting for the run that writes %s.", directory)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return self._is_there(directory, meta)
+
+    def _is_there(self, directory: Path, meta: dict[str, Any]) -> bool:
+        try:
+            found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return False
+        except (json.JSONDecodeError, UnicodeDecodeError):
+            found = {}
+        found = found if isinstance(found, dict) else {}
+        differing = [name for name in meta if found.get(name) != meta[name]]
+        if differing:
+            raise ValueError(
+                f"feature_cache={str(directory)!r} holds the states of another run: "
+                f"{', '.join(differing)} differ. Delete it, or name another directory."
+            )
+        states = directory / STATES_FILE
+        size = states.stat().st_size if states.is_file() else 0
+        if size != self.num_bytes:
+            raise ValueError(
+                f"feature_cache={str(directory)!r} is damaged: {STATES_FILE} has {size} bytes and "
+                f"should have {self.num_bytes}. Delete it."
+            )
+        return True
+
+    @property
+    def num_bytes(self) -> int:
+        return 2 * int(np.prod(self.shape))
+
+    def _make(self, directory: Path) -> None:
+        """The file at its full size, announced."""
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / STATES_FILE
+        # What a killed run has left takes the room of what replaces it.
+        file.unlink(missing_ok=True)
+        free = shutil.disk_usage(directory).free
+        logger.info(
+            "Feature cache: writing %.2f GB (%d tokens, %d layers, width %d, float16) to %s.",
+            self.num_bytes / 1e9, *self.shape, directory,
+        )  # fmt: skip
+        if self.num_bytes > free:
+            raise self._no_room(directory, f"{free / 1e9:.2f} GB are free")
+        try:
+            _reserve(file, self.num_bytes)
+        except OSError as error:
+            file.unlink(missing_ok=True)
+            if error.errno not in _NO_ROOM:
+                raise
+            raise self._no_room(directory, f"the disk has no room: {error.strerror}") from None
+
+    def _no_room(self, directory: Path, why: str) -> ValueError:
+        return ValueError(
+            f"feature_cache={str(directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and {why}."
+            " Name a directory on a larger disk, or leave feature_cache out."
+        )
+
+    @torch.inference_mode()
+    def _write(
+        self,
+        directory: Path,
+        model: MultiExitForSequenceClassification,
+        encoded: EncodedSplit,
+        positions: list[int],
+        batch_size: int,
+        pad_token_id: int,
+        dtype: torch.dtype,
+        progress: bool,
+    ) -> None:
+        states = np.memmap(directory / STATES_FILE, dtype=np.float16, mode="r+", shape=self.shape)
+        batches = epoch_batches(
+            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+        )
+        own = batches[processes.rank() :: processes.world_size()]
+        for indices in tqdm(own, desc="features", leave=False, disable=None if progress else True):
+            batch = collate(encoded, indices, pad_token_id)
+            batch.pop("labels", None)
+            batch = {name: value.to(model.device) for name, value in batch.items()}
+            with autocast(model.device, dtype):
+                layers = model.exit_states(**batch, positions=positions)
+            half = torch.stack(layers, dim=2).half()  # [N, T, L, H]
+            if not torch.isfinite(half).all():
+                raise ValueError(
+                    f"feature_cache={str(directory)!r}: this backbone's states are beyond "
+                    "float16's 65504, or not finite. Leave feature_cache out."
+                )
+            stacked = half.cpu().numpy()
+            for row, index in enumerate(indices):
+                start, stop = self.offsets[index], self.offsets[index + 1]
+                states[start:stop] = stacked[row, : stop - start]
+        states.flush()
+
+    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """States [N, T, H] float32 of each layer, zero where padded, and the mask [N, T]."""
+        starts, stops = self.offsets[indices], self.offsets[indices + 1]
+        lengths = stops - starts
+        _, num_layers, width = self.shape
+        padded = np.zeros((len(indices), lengths.max(), num_layers, width), dtype=np.float16)
+        for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
+            padded[row, : stop - start] = self.states[start:stop]
+        mask = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
+        layers = torch.from_numpy(padded).to(device).float().unbind(dim=2)
+        return list(layers), mask.to(device)
+
+
+def _reserve(file: Path, num_bytes: int) -> None:
+    """An empty file of that size, its blocks on the disk where the system can promise them.
+
+    Without them a disk that fills up meanwhile ends the process that writes to the mapped file, by
+    a signal and without a word.
+    """
+    with file.open("wb") as handle:
+        # macOS has no such call, and some network file systems answer that they cannot.
+        if hasattr(os, "posix_fallocate"):
+            try:
+                os.posix_fallocate(handle.fileno(), 0, num_bytes)
+            except OSError as error:
+                if error.errno not in _CANNOT_RESERVE:
+                    raise
+        handle.truncate(num_bytes)
+
+
+def texts_hash(encoded: EncodedSplit) -> str:
+    """SHA-256 of the tokens of a split."""
+    digest = hashlib.sha256()
+    for array in (encoded.tokens, encoded.offsets, encoded.token_types):
+        digest.update(b"none" if array is None else np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def weights_hash(model: MultiExitForSequenceClassification) -> str:
+    """SHA-256 of the backbone's weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def check_directory(directory: Path, encoded: EncodedSplit) -> None:
+    """What can be refused before the first stage has been trained.
+
+    Raises:
+        ValueError: the place is a file, or holds the states of other texts.
+    """
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"feature_cache={str(directory)!r} is a file; name a directory.")
+    try:
+        found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
+        return
+    if not isinstance(found, dict) or found.get("texts") != texts_hash(encoded):
+        raise ValueError(
+            f"feature_cache={str(directory)!r} holds the states of other texts. Delete it, or name "
+            "another directory."
+        )

@@ -1,0 +1,147 @@
+"""What a run writes while it trains: metrics.jsonl, TensorBoard, and the gate's history."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from ..runtime.files import write_whole
+
+
+class Log(Protocol):
+    """Where the records of a run go."""
+
+    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]: ...
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+
+class NoLog:
+    """Of a process that leaves the writing to another."""
+
+    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
+        """None are known here."""
+        return {}
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Written elsewhere."""
+
+    def __enter__(self) -> NoLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+
+class MetricsLog:
+    """Appends one JSON object a line to `metrics.jsonl`, and the numbers to TensorBoard if asked.
+
+    resume_step: what was written after this step goes. keep_evaluations: whether those of the step
+        itself stay; where they came after its checkpoint, a kill may have left a part of them.
+
+    Raises:
+        ValueError: report_to=tensorboard where the package is not installed.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        report_to: str,
+        resume_step: int | None = None,
+        keep_evaluations: bool = True,
+    ) -> None:
+        path = output_dir / "metrics.jsonl"
+        if resume_step is not None and path.exists():
+            _keep_until(path, resume_step, keep_evaluations)
+        self._writer = None
+        if report_to == "tensorboard":
+            self._writer = _tensorboard_writer(output_dir, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
+        """Split -> layer -> metrics of the evaluations already written for `step`."""
+        found: dict[str, dict[int, dict[str, float]]] = {}
+        for record in read_records(Path(self._file.name)):
+            if record["step"] == step and "exit" in record:
+                found.setdefault(record["split"], {})[record["exit"]] = record["metrics"]
+        return found
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One logged step or evaluation; `step` and `split` are in every record."""
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name} could not be written: {error}. Free some space; a run with "
+                "checkpoints goes on with --resume_from_checkpoint latest."
+            ) from error
+        if self._writer is None:
+            return
+        place = (
+            record["split"] if "exit" not in record else f"{record['split']}/exit{record['exit']}"
+        )
+        numbers = {**record, **record.get("metrics", {})}
+        for name, value in numbers.items():
+            if isinstance(value, (int, float)) and name not in ("step", "exit"):
+                self._writer.add_scalar(f"{place}/{name}", value, record["step"])
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; a line that a killed run left unfinished is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _keep_until(path: Path, step: int, keep_evaluations: bool) -> None:
+    """Drop the records after `step`: the resumed run writes them again."""
+    kept = [
+        record
+        for record in read_records(path)
+        if record["step"] < step
+        or (record["step"] == step and (keep_evaluations or "exit" not in record))
+    ]
+    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+
+def require_reporting(report_to: str) -> None:
+    """Check, before any work, that what `report_to` names is installed.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if report_to == "tensorboard":
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise ValueError(
+                "report_to=tensorboard: the package is not installed. "
+                "Run: pip install 'fusedacl[tensorboard]'"
+            ) from None
+
+
+def _tensorboard_writer(output_dir: Path, resume_step: int | None) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    purge_step = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)

@@ -1,0 +1,259 @@
+"""Where the time of a training step goes, as torch.profiler saw it.
+
+The engine marks the parts of a step (`step_parts`); a `StepProfiler` looks at some steps of a run.
+Parts may lie within each other: an instant belongs to the one that was begun last, so no time
+counts twice and the shares add up to 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from ..runtime.files import write_json
+from ..runtime.profiler_marks import COMMUNICATION, OTHER, PREFIX, STEP, WORDS, mark_parts, part
+from ..runtime.text import text_table
+
+logger = logging.getLogger("fusedacl")
+# Steps of a run before those that are profiled; the profiler itself warms up in the last of them.
+WARM_UP = 3
+PROFILE_FILE = "profile.json"
+TRACE_FILE = "trace.json.gz"
+SCHEMA = 1
+
+# What torch.distributed calls its exchanges, from their beginning to their end.
+_EXCHANGES = ("gloo:", "nccl:")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A part that ran from `start` to `end`, in microseconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Timeline:
+    """Which part each instant of some steps belongs to.
+
+    `intervals`: the steps, named "step", and parts on any thread; outside steps nothing counts.
+    """
+
+    def __init__(self, intervals: Iterable[Interval]) -> None:
+        # Of those that begin together, the shorter ones lie within the longer ones.
+        ordered = sorted(intervals, key=lambda interval: (interval.start, -interval.end))
+        changes = [(interval.start, index) for index, interval in enumerate(ordered)]
+        changes += [(interval.end, index) for index, interval in enumerate(ordered)]
+        open_ones: set[int] = set()
+        self._starts: list[float] = []
+        self._parts: list[str | None] = []
+        for time, index in sorted(changes):
+            open_ones ^= {index}
+            names = [ordered[i].name for i in open_ones]
+            name = ordered[max(open_ones)].name if STEP in names else None
+            self._starts.append(time)
+            self._parts.append(OTHER if name == STEP else name)
+
+    def part_at(self, time: float) -> str | None:
+        """None: no step was running."""
+        index = bisect_right(self._starts, time) - 1
+        return self._parts[index] if index >= 0 else None
+
+    def seconds(self) -> dict[str, float]:
+        """Of each part; the sum is that of the steps."""
+        totals = dict.fromkeys(WORDS, 0.0)
+        for index, name in enumerate(self._parts[:-1]):
+            if name is not None:
+                totals[name] += (self._starts[index + 1] - self._starts[index]) * 1e-6
+        return totals
+
+
+def find_intervals(events: Iterable[Any]) -> Iterator[Interval]:
+    """The marked parts, and the exchanges, among a profiler's events."""
+    for event in events:
+        if event.device_type != DeviceType.CPU:
+            continue
+        name = None
+        if event.name.startswith(PREFIX):
+            name = event.name.removeprefix(PREFIX)
+        elif event.name.startswith(_EXCHANGES):
+            name = COMMUNICATION
+        if name is not None:
+            yield Interval(name, event.time_range.start, event.time_range.end)
+
+
+def device_seconds(events: Iterable[Any], timeline: Timeline) -> dict[str, float]:
+    """What the kernels and copies took that each part launched, from whichever thread."""
+    totals = dict.fromkeys(WORDS, 0.0)
+    for event in events:
+        name = timeline.part_at(event.time_range.start)
+        if event.device_type != DeviceType.CPU or name is None:
+            continue
+        for kernel in event.kernels:
+            # The parts themselves are among them, from their first kernel to their last.
+            if not kernel.name.startswith(PREFIX):
+                exchanged = kernel.name.lower().startswith("nccl")
+                totals[COMMUNICATION if exchanged else name] += kernel.duration * 1e-6
+    return totals
+
+
+def summarize(events: Iterable[Any], device: torch.device) -> dict[str, Any]:
+    """Shares of a profiler's steps: of the host's time, and of the device's where it has one.
+
+    Raises:
+        ValueError: no step is among the events.
+    """
+    events = list(events)
+    intervals = list(find_intervals(events))
+    num_steps = sum(interval.name == STEP for interval in intervals)
+    if num_steps == 0:
+        raise ValueError("events: no step is among them.")
+    timeline = Timeline(intervals)
+    on_host = timeline.seconds()
+    total = sum(on_host.values())
+    found: dict[str, Any] = {
+        "num_steps": num_steps,
+        "step_ms": total / num_steps * 1e3,
+        "time_of": "host",
+        "shares": _shares(on_host),
+    }
+    if device.type == "cuda":
+        on_device = device_seconds(events, timeline)
+        busy = sum(on_device.values())
+        # A driver may not let the profiler look at the device.
+        if busy > 0:
+            found |= {
+                "time_of": "device",
+                "shares": _shares(on_device),
+                "host_shares": _shares(on_host),
+                "device_busy": busy / total,
+            }
+    return found
+
+
+def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    total = sum(seconds.values())
+    return {name: value / total for name, value in seconds.items()}
+
+
+def table(profile: Mapping[str, Any]) -> str:
+    """The parts of a step, their share of its time and their milliseconds."""
+    step_ms, shares = profile["step_ms"], profile["shares"]
+    on_device = profile["time_of"] == "device"
+    busy_ms = step_ms * profile.get("device_busy", 1.0)
+    rows = [
+        [WORDS[name], f"{share:.1%}", f"{share * busy_ms:.2f}"]
+        for name, share in shares.items()
+        if share > 0
+    ]
+    rows.append(["all", "100.0%", f"{busy_ms:.2f}"])
+    words = f"{profile['num_steps']} steps, {step_ms:.1f} ms each with the profiler on"
+    if on_device:
+        words += f"; the device is busy {profile['device_busy']:.0%} of it"
+    header = ["part of a step", "share", "ms on the device" if on_device else "ms"]
+    return f"{words}\n{text_table(header, rows)}"
+
+
+class StepProfiler:
+    """Profiles `num_steps` steps after `WARM_UP`, then writes profile.json and logs its table.
+
+    Every step of the run is wrapped in `step`, and the run in the profiler itself. What is
+    computed does not change.
+
+    Args:
+        num_steps: 0: none, nothing is done or written.
+        trace: also write all that the profiler saw, in the format of Chrome's tracing.
+    """
+
+    def __init__(
+        self, num_steps: int, device: torch.device, directory: Path, *, trace: bool = False
+    ) -> None:
+        self.num_steps = num_steps
+        self.device = device
+        self.directory = directory
+        self.trace = trace
+        # What profile.json holds, once it is done.
+        self.profile: dict[str, Any] | None = None
+        self._seen = 0
+        self._profiler: profile | None = None
+
+    def __enter__(self) -> StepProfiler:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        # A run that ends before its time leaves no profile.
+        self._stop()
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one optimizer step."""
+        if self.num_steps == 0 or self.profile is not None:
+            yield
+            return
+        self._seen += 1
+        if self._seen == WARM_UP:
+            self._start()
+        if self._seen <= WARM_UP:
+            yield
+            return
+        with part(STEP):
+            yield
+        if self._seen == WARM_UP + self.num_steps:
+            self._finish()
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        # Kineto would announce its start and end among the run's own lines.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+        self._profiler = profile(activities=activities)
+        self._profiler.start()
+        mark_parts(True)
+
+    def _stop(self) -> profile | None:
+        profiler, self._profiler = self._profiler, None
+        if profiler is not None:
+            mark_parts(False)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            profiler.stop()
+        return profiler
+
+    def _finish(self) -> None:
+        profiler = self._stop()
+        assert profiler is not None
+        self.profile = {
+            "schema": SCHEMA,
+            "device": _device_name(self.device),
+            "warm_up_steps": WARM_UP,
+            **summarize(profiler.events(), self.device),
+        }
+        write_json(self.directory / PROFILE_FILE, self.profile)
+        written = str(self.directory / PROFILE_FILE)
+        if self.trace:
+            # Its ending has it compressed.
+            profiler.export_chrome_trace(str(self.directory / TRACE_FILE))
+            written += f" and {TRACE_FILE}"
+        logger.info("%s\nwritten: %s", table(self.profile), written)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,60 @@
+"""A training run from its configuration to its results."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from ..config.fields import flatten
+from ..config.training import TrainingConfig
+from ..runtime import collectives, processes
+from ..runtime.failures import Peers
+from ..runtime.machine import versions
+from .builder import uses_deepspeed
+from .trainer import Trainer, logger
+
+
+def train(config: TrainingConfig) -> dict[str, Any]:
+    """Fine-tune an encoder as `config` says; returns what is written to `results.json`.
+
+    Where a launcher (torchrun, deepspeed) has started several processes, all of them call this.
+
+    Raises:
+        ValueError: a mistake in the configuration or the data, before any training.
+        FloatingPointError: NaN or infinite representations, gradients or evaluated logits.
+        OSError: the disk is full, and earlier checkpoints are intact; another process is gone.
+        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+    """
+    config.resolved()
+    if uses_deepspeed(config):
+        processes.join(config.run.device, config.run.ddp_timeout)
+        check_alike(config)
+    if processes.rank() > 0:
+        logger.setLevel(logging.WARNING)
+    peers = Peers()
+    trainer: Trainer | None = None
+    try:
+        trainer = collectives.together(lambda: Trainer(config))
+        trainer.peers = peers
+        collectives.together(trainer.prepare)
+        return trainer.run()
+    except RuntimeError as error:
+        explained = peers.explain(error, 0 if trainer is None else trainer.step)
+        if explained is None:
+            raise
+        raise explained from error
+    finally:
+        if trainer is not None:
+            trainer.lock.release()
+
+
+def check_alike(config: TrainingConfig) -> None:
+    """Refuse processes with other options or other versions of what computes. Collective.
+
+    Raises:
+        ValueError: naming the process and what differs.
+    """
+    for name, value in flatten(config).items():
+        collectives.check_alike(name, value)
+    for name, number in versions().items():
+        collectives.check_alike(f"version of {name}", number)

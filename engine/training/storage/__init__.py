@@ -1,0 +1,1 @@
+"""A run's directory: checkpoints, the best model, the locks on it."""

@@ -1,0 +1,343 @@
+"""Checkpoints that are complete or absent, and what a run's directory holds."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ...config.fields import build, flatten
+from ...config.training import TrainingConfig
+from ...runtime import collectives, processes
+from ...runtime.files import flush, read_file
+from ...runtime.manifest import (
+    CHECKPOINT_PREFIX,
+    checkpoint_directories,
+    fault,
+    sealed,
+    step_of,
+    write_manifest,
+)
+
+CONFIG_FILE = "config.yaml"
+STATE_FILE = "training_state.pt"
+PARTIAL = ".partial"
+_REPLACED = ".replaced"
+# Of checkpoints that are later than the one from which the run was resumed.
+_ASIDE = ".superseded"
+
+logger = logging.getLogger("fusedacl")
+
+
+def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
+    """Fill `directory` by `write(temporary directory)`; it then exists whole, or not at all.
+
+    Raises:
+        OSError: the disk is full or not writable; what was there before is intact.
+    """
+    partial = _partial(directory)
+    try:
+        with _told(directory):
+            _begin(partial)
+            write(partial)
+            for file in partial.iterdir():
+                flush(file)
+            _publish(partial, directory)
+    except Exception:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _partial(directory: Path) -> Path:
+    return directory.with_name(directory.name + PARTIAL)
+
+
+def _begin(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+
+
+def _publish(partial: Path, directory: Path) -> None:
+    """Give a directory its name, in place of what has it."""
+    flush(partial)
+    replaced = directory.with_name(directory.name + _REPLACED)
+    if directory.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        directory.replace(replaced)
+    partial.replace(directory)
+    flush(directory.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _told(directory: Path) -> Iterator[None]:
+    """What a full disk means for the run, in words."""
+    try:
+        yield
+    except Exception as error:
+        # safetensors reports a full disk by an exception of its own.
+        if not isinstance(error, OSError) and "No space left" not in str(error):
+            raise
+        kept = ", ".join(path.name for path in checkpoints(directory.parent))
+        remedy = (
+            f"complete checkpoints there: {kept}. Free some space, then "
+            "--resume_from_checkpoint latest."
+            if kept
+            else "there is no checkpoint to resume from. Free some space and run again."
+        )
+        raise OSError(
+            f"{directory.name} could not be saved in {str(directory.parent)!r}: {error}. "
+            f"Nothing saved earlier was touched; {remedy}"
+        ) from error
+
+
+def save_model(
+    directory: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    weights: dict[str, Tensor] | None = None,
+) -> None:
+    """config.json, model.safetensors and the tokenizer's files; `weights`: in place of its own."""
+    model.save_pretrained(directory, state_dict=weights)
+    tokenizer.save_pretrained(directory)
+
+
+def save_checkpoint(
+    output_dir: Path,
+    step: int,
+    model: PreTrainedModel,
+    weights: dict[str, Tensor],
+    tokenizer: PreTrainedTokenizerBase,
+    state: dict[str, Any],
+    keep: int | None,
+    best: int | None = None,
+) -> Path:
+    """Write `checkpoint-<step>` with the model and each process's `state`; forget older ones.
+
+    `weights`: the model's, whole. `keep`: checkpoints that stay, the newest and that of the step
+    `best`, which always does; None: all. Every process of the run calls this.
+
+    Raises:
+        OSError: see `write_atomically`.
+    """
+    directory = checkpoint_of(output_dir, step)
+    partial = _partial(directory)
+    rank = processes.rank()
+
+    def begin() -> None:
+        if rank == 0:
+            with _told(directory):
+                _begin(partial)
+
+    def write_own() -> dict[str, dict[str, str | int]]:
+        with _told(directory):
+            if rank == 0:
+                save_model(partial, model, tokenizer, weights)
+            # By a file of ours: given a path, torch reports a full disk as an internal error.
+            with (partial / state_file(rank)).open("wb") as file:
+                torch.save(state, file)
+            own = {state_file(rank)}
+            if rank == 0:
+                own |= {file.name for file in partial.iterdir() if not _is_state(file)}
+            return {name: sealed(partial / name) for name in sorted(own)}
+
+    def publish() -> None:
+        if rank == 0:
+            with _told(directory):
+                write_manifest(
+                    partial, {name: seal for part in parts for name, seal in part.items()}
+                )
+                _publish(partial, directory)
+
+    try:
+        # Each of these ends on all processes before the next begins on any.
+        collectives.together(begin)
+        parts = collectives.gathered(collectives.together(write_own))
+        collectives.together(publish)
+    except Exception:
+        if rank == 0:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if rank == 0 and keep is not None:
+        _forget(output_dir, step, keep, best)
+    return directory
+
+
+def _forget(output_dir: Path, step: int, keep: int, best: int | None) -> None:
+    """Delete the checkpoints before `step` that are too many, and those that were set aside."""
+    older = [path for path in checkpoints(output_dir) if step_of(path) < step]
+    spared = [path for path in older if step_of(path) == best]
+    others = [path for path in older if step_of(path) != best]
+    num_kept = max(0, keep - 1 - len(spared))
+    too_many = others[: len(others) - num_kept]
+    aside = [
+        path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*{_ASIDE}") if step_of(path) <= step
+    ]
+    for path in (*too_many, *aside):
+        # By this name a kill in the middle leaves nothing that looks like a checkpoint.
+        partial = output_dir / f"{CHECKPOINT_PREFIX}{step_of(path)}{PARTIAL}"
+        shutil.rmtree(partial, ignore_errors=True)
+        path.replace(partial)
+        shutil.rmtree(partial)
+
+
+def state_file(rank: int) -> str:
+    """The name of the file with a process's state."""
+    return STATE_FILE if rank == 0 else f"training_state-process{rank}.pt"
+
+
+def _is_state(file: Path) -> bool:
+    return file.name.startswith("training_state")
+
+
+def checkpoint_of(output_dir: Path, step: int) -> Path:
+    """Where the checkpoint of an optimizer step is, if it was saved."""
+    return output_dir / f"{CHECKPOINT_PREFIX}{step}"
+
+
+def checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first, by the names and sizes of their files."""
+    return [
+        path for path in checkpoint_directories(output_dir) if fault(path, thorough=False) is None
+    ]
+
+
+def find_checkpoint(output_dir: Path, name: str) -> Path:
+    """The checkpoint that `resume_from_checkpoint` names: 'latest', a name in the run, or a path.
+
+    Every byte of it is checked. 'latest' is the newest that is as it was saved; newer ones that are
+    not are named in the log.
+
+    Raises:
+        ValueError: there is none, or the one that is named is not as it was saved.
+    """
+    found = checkpoint_directories(output_dir)
+    if name == "latest":
+        for path in reversed(found):
+            problem = fault(path)
+            if problem is None:
+                return path
+            logger.warning("Not resuming from %s: %s.", path.name, problem)
+    for candidate in (output_dir / name, Path(name)):
+        if candidate.resolve() in [path.resolve() for path in found]:
+            problem = fault(candidate)
+            if problem is None:
+                return candidate
+            raise ValueError(f"resume_from_checkpoint={name!r}: {problem}. {_complete(output_dir)}")
+    raise ValueError(
+        f"resume_from_checkpoint={name!r}: no such complete checkpoint in {str(output_dir)!r}. "
+        f"{_complete(output_dir)}"
+    )
+
+
+def _complete(output_dir: Path) -> str:
+    names = ", ".join(path.name for path in checkpoints(output_dir))
+    if not names:
+        return "There: none; --overwrite_output_dir starts anew."
+    return f"There: {names}; 'latest' takes the newest that is whole."
+
+
+def tidy(output_dir: Path) -> None:
+    """Delete what a killed run left half-written, or half-deleted, among its checkpoints."""
+    for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL}"):
+        shutil.rmtree(path)
+
+
+def set_aside(output_dir: Path, step: int) -> None:
+    """Rename what was saved after `step`, from where the run goes on: it will be saved again.
+
+    Left in place they would be the newest, and metrics.jsonl would not lead to them.
+    """
+    for path in reversed(checkpoint_directories(output_dir)):
+        if step_of(path) > step:
+            aside = path.with_name(path.name + _ASIDE)
+            shutil.rmtree(aside, ignore_errors=True)
+            path.replace(aside)
+            logger.info("%s is later than step %d: it is now %s.", path.name, step, aside.name)
+
+
+def load_state(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """A process's training state in a checkpoint; tensors and plain values only, never code.
+
+    Raises:
+        ValueError: the file is damaged, or a run of another number of processes wrote it.
+    """
+    state = _load(checkpoint / STATE_FILE)
+    before = state.get("world_size", 1)
+    if before != world_size:
+        raise ValueError(
+            f"{str(checkpoint)!r} was saved by a run of {before} process(es); this one has "
+            f"{world_size}. Each holds its part of the optimizer: resume with {before}, or start a "
+            f"new run from the weights alone (model_name_or_path={str(checkpoint)!r})."
+        )
+    return state if rank == 0 else _load(checkpoint / state_file(rank))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{str(path)!r} is damaged and cannot be resumed from: {error}") from None
+
+
+def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
+    """Refuse to resume with options other than the run's.
+
+    Raises:
+        ValueError: naming the options that differ. Those of the section `run` may.
+    """
+    changed = changed_options(output_dir, config)
+    if changed:
+        raise ValueError(
+            f"resume_from_checkpoint: the options differ from those in "
+            f"{str(output_dir / CONFIG_FILE)!r} ({'; '.join(changed)}). "
+            "Resume with the same options, or start a new run."
+        )
+
+
+def check_own(checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig) -> None:
+    """Refuse a checkpoint that another run saved, and that was put among this one's.
+
+    Raises:
+        ValueError: naming the options that differ.
+    """
+    changed = _differences(state["options"], lasting_options(config))
+    if changed:
+        raise ValueError(
+            f"{str(checkpoint)!r} was saved by a run with other options ({'; '.join(changed)}). "
+            "Take it out of this run's directory; 'latest' then finds this run's own."
+        )
+
+
+def changed_options(
+    output_dir: Path, config: TrainingConfig, free: Collection[str] = ()
+) -> list[str]:
+    """How a run's options differ from `config`: "name: this then, that now", one each.
+
+    Those of the section `run` and those named in `free` may differ.
+    """
+    saved = build(TrainingConfig, read_file(output_dir / CONFIG_FILE)).resolved()
+    return _differences(lasting_options(saved), lasting_options(config), free)
+
+
+def _differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
+) -> list[str]:
+    return [
+        f"{name}: {saved[name]!r} then, {now[name]!r} now"
+        for name in now
+        if name in saved and name not in free and now[name] != saved[name]
+    ]
+
+
+def lasting_options(config: TrainingConfig) -> dict[str, Any]:
+    """The options that make a run what it is: all but those of the section `run`."""
+    resolved = config.resolved()
+    return {name: v for name, v in flatten(resolved).items() if name not in vars(resolved.run)}

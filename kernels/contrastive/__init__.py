@@ -1,0 +1,1 @@
+"""Supervised contrastive losses without the matrix of pairs."""

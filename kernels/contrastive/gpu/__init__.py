@@ -1,0 +1,1 @@
+"""The losses by Triton kernels."""

@@ -1,0 +1,156 @@
+"""Tile shapes of the pair kernels: those shipped, and those that tuning found on this GPU."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+from dataclasses import dataclass, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Rows are padded to a multiple of every block, so that blocks are loaded without a mask.
+PADDED_ROWS = 128
+# Up to here a block of rows holds the gradient of the whole width in registers.
+ONE_CHUNK = 256
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one kernel walks over the pairs.
+
+    rows, columns: of the tile of pairs that a program holds; they divide PADDED_ROWS.
+    chunk: columns of z that enter one matrix product of similarities; divides the padded width.
+    output: columns of the gradient that a program holds (the forward pass has none: 0); divides
+        the padded width. Each further chunk of the output computes the similarities once more.
+    """
+
+    rows: int
+    columns: int
+    chunk: int
+    output: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """The tiles of both passes."""
+
+    forward: Tile
+    backward: Tile
+
+
+def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
+    """The tiles for unit rows of this dtype (float16, float32) and padded width.
+
+    Chosen by the compiled kernels' resources and the floors, not by a clock: `tuning` is for that.
+    Nothing spills; then as many rows as registers hold, since every block of rows reads all the
+    columns; then the most warps a multiprocessor: some compute exponentials while others multiply.
+    Compute capability 8.6, 8.9 and 12.x have 99 KiB of shared memory a program, 8.0 has 163.
+    """
+    little_memory = capability in (86, 89) or capability >= 120
+    if dtype == torch.float32:
+        # A product of three tf32 ones holds three times the operands: smaller chunks.
+        chunk, output = min(width, 32), min(width, 128)
+        wide = width > 64
+        columns = 16 if wide and capability >= 90 else 32
+        num_warps = 8 if capability >= 100 or (wide and capability < 90) else 4
+        return Blocks(Tile(128, 64, chunk, 0, 8, 2), Tile(64, columns, chunk, output, num_warps, 2))
+    if width > ONE_CHUNK:
+        # Similarities are computed width / 256 times, three times at 768: the backward pass there
+        # takes twice the products of one that could hold the whole width.
+        forward = Tile(128, 64, 64, 0, 4, 3) if capability >= 100 else Tile(128, 128, 64, 0, 8, 2)
+        return Blocks(forward, Tile(64, 64, 64, ONE_CHUNK, 8, 2))
+    # From 9.0 on the matrix unit takes 64 rows at a time from each group of four warps, and is fast
+    # enough to want two groups' rows for every column that it reads.
+    rows = 128 if capability >= 90 and not (little_memory and width == 256) else 64
+    if width == 256:
+        num_warps = 4 if capability >= 100 else 8
+        return Blocks(Tile(128, 64, 256, 0, num_warps, 2), Tile(rows, 64, 256, 256, 8, 2))
+    if width == 128:
+        forward = Tile(128, 64, 128, 0, 8, 2 if little_memory else 3)
+        return Blocks(forward, Tile(rows, 64, 128, 128, rows // 16, 2))
+    return Blocks(Tile(128, 64, width, 0, 8, 3), Tile(128, 64, width, width, 8, 3))
+
+
+logger = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+def cache_file() -> Path:
+    """$FUSEDACL_CACHE/tuning.json, by default in the user's cache directory."""
+    folder = os.environ.get("FUSEDACL_CACHE")
+    if folder:
+        return Path(folder, "tuning.json")
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return caches / "fusedacl" / "tuning.json"
+
+
+@functools.cache
+def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> Tile | None:
+    """The tile measured on this GPU with these versions for a padded width, or None."""
+    if device.type != "cuda":
+        return None
+    found = entries().get(entry_name(kernel, device, dtype, width))
+    if found is None:
+        return None
+    tile = found.get("tile")
+    names = [field.name for field in fields(Tile)]
+    if not (
+        isinstance(tile, dict)
+        and set(tile) == set(names)
+        and all(type(number) is int for number in tile.values())
+    ):
+        warn_about(cache_file(), f"its tile of {kernel} does not give {', '.join(names)}")
+        return None
+    return Tile(**tile)
+
+
+def entry_name(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
+    import triton
+
+    try:
+        own = version("fusedacl")
+    except PackageNotFoundError:
+        own = "unknown"
+    where = (torch.cuda.get_device_name(device), f"triton {triton.__version__}", f"fusedacl {own}")
+    return " | ".join((kernel, str(dtype).removeprefix("torch."), f"width {width}", *where))
+
+
+@functools.cache
+def entries() -> dict[str, dict[str, Any]]:
+    """What the file holds, read once."""
+    return read(cache_file())
+
+
+def read(path: Path) -> dict[str, dict[str, Any]]:
+    """The entries of a file by name; none, with a warning, if it is not a file of ours."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warn_about(path, str(error))
+        return {}
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        warn_about(path, f"its schema is not {SCHEMA}")
+        return {}
+    found = content.get("entries")
+    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
+        warn_about(path, "it has no entries by name")
+        return {}
+    return found
+
+
+def warn_about(path: Path, reason: str) -> None:
+    logger.warning(
+        "%s is ignored, and the shipped tiles are used: %s. Remove it, or measure anew with "
+        "python -m fusedacl.kernels.tuning",
+        path, reason,
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Agreement of all ranks of a process group on one batch, before any rank computes."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+# Bytes of the description of a call.
+DESCRIPTION_BYTES = 512
+# A refusal's text is cut to this: a character takes up to six bytes.
+REFUSAL_CHARACTERS = 80
+
+ProcessGroup = Any
+
+
+def check_process_group(process_group: ProcessGroup) -> int:
+    """The number of its ranks.
+
+    Raises:
+        TypeError, ValueError: what is no process group, or none that this process takes part in.
+    """
+    if not distributed.is_available():
+        raise ValueError("process_group was given, but this torch is built without distributed")
+    if process_group == distributed.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "process_group is that of other ranks: this process is no member of it and must not "
+            "take part in the loss (torch.distributed.new_group lists the members)"
+        )
+    if not isinstance(process_group, distributed.ProcessGroup):
+        raise TypeError(
+            f"process_group must be a torch.distributed.ProcessGroup or None, not "
+            f"{type(process_group).__name__} (all ranks: torch.distributed.group.WORLD, after "
+            "torch.distributed.init_process_group; of a DeviceMesh: mesh.get_group())"
+        )
+    if not distributed.is_initialized():
+        raise ValueError(
+            "process_group was given, but torch.distributed is not initialised (any more): "
+            "torch.distributed.init_process_group comes first"
+        )
+    if distributed.get_rank(process_group) < 0:
+        raise ValueError("process_group was destroyed, or this process is no member of it")
+    return distributed.get_world_size(process_group)
+
+
+def device_types(process_group: ProcessGroup) -> list[str]:
+    """The types of devices on whose tensors the group has collectives."""
+    # "cpu:gloo,cuda:nccl"
+    backends = str(distributed.get_backend_config(process_group)).split(",")
+    return [backend.partition(":")[0] for backend in backends]
+
+
+def check_device(process_group: ProcessGroup, device: torch.device) -> None:
+    """Raises ValueError where the group cannot gather tensors of this device."""
+    found = device_types(process_group)
+    if device.type not in found:
+        raise ValueError(
+            f"embeddings are on {device} and process_group has collectives for {', '.join(found)} "
+            "only: move the embeddings, or make the group with a backend for them "
+            '(backend="cpu:gloo,cuda:nccl")'
+        )
+
+
+def announce_refusal(process_group: ProcessGroup, error: Exception) -> None:
+    """The other ranks' call of `agree` then raises too, instead of waiting for this rank."""
+    exchange(process_group, -1, f"{type(error).__name__}: {error}"[:REFUSAL_CHARACTERS])
+
+
+def agree(process_group: ProcessGroup, num_samples: int, call: dict[str, Any]) -> tuple[int, ...]:
+    """The number of samples of every rank, if all ranks describe the same call.
+
+    Args:
+        call: names and values (those of JSON) that must be the same on all ranks.
+
+    Raises:
+        ValueError: on every rank, naming what differs and who passes what.
+    """
+    counts, descriptions = exchange(process_group, num_samples, call)
+    for rank, count in enumerate(counts):
+        if count < 0:
+            raise ValueError(
+                f"rank {rank} of process_group refused its arguments and computes no loss "
+                f"({json.loads(descriptions[rank])} …)"
+            )
+    if len(set(descriptions)) > 1:
+        raise ValueError(differences([json.loads(text) for text in descriptions]))
+    return counts
+
+
+def exchange(
+    process_group: ProcessGroup, count: int, description: Any
+) -> tuple[tuple[int, ...], list[bytes]]:
+    """Every rank's count and its description as JSON, with one all-gather."""
+    text = json.dumps(description, ensure_ascii=False).encode(errors="replace")
+    assert len(text) <= DESCRIPTION_BYTES, f"a description of {len(text)} bytes"
+    message = count.to_bytes(8, "little", signed=True) + text.ljust(DESCRIPTION_BYTES)
+    # On the CPU where the group can do that: there the sizes are known without waiting for a GPU.
+    types = device_types(process_group)
+    sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)
+    sent = sent.to("cpu" if "cpu" in types else types[0])
+    received = sent.new_empty(distributed.get_world_size(process_group), len(message))
+    all_gather(received, sent, process_group)
+    messages = [row.tobytes() for row in received.cpu().numpy()]
+    counts = tuple(int.from_bytes(message[:8], "little", signed=True) for message in messages)
+    return counts, [message[8:].rstrip() for message in messages]
+
+
+def differences(calls: list[dict[str, Any]]) -> str:
+    """What the ranks' calls do not have in common, in words."""
+    found = []
+    for name in dict.fromkeys(name for call in calls for name in call):
+        ranks_by_value: dict[str, list[int]] = {}
+        for rank, call in enumerate(calls):
+            ranks_by_value.setdefault(str(call.get(name)), []).append(rank)
+        if len(ranks_by_value) > 1:
+            values = "; ".join(
+                f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
+                for value, ranks in ranks_by_value.items()
+            )
+            found.append(f"{name} ({values})")
+    return (
+        f"the ranks of process_group differ in {' and in '.join(found)}: every rank must pass the "
+        "same, and only the number of samples may differ"
+    )
+
+
+def all_gather(received: Tensor, sent: Tensor, process_group: ProcessGroup) -> None:
+    """received [W, ..] <- sent [..] of every rank."""
+    # As bytes: backends differ in the dtypes that they know.
+    received_bytes = received.view(-1).view(torch.uint8)
+    sent_bytes = sent.contiguous().view(-1).view(torch.uint8)
+    # torch 2.13 renamed it, and warns of the old name.
+    renamed = getattr(distributed, "all_gather_single", None)
+    gather = renamed or distributed.all_gather_into_tensor
+    gather(received_bytes, sent_bytes, group=process_group)

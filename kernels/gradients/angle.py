@@ -1,0 +1,301 @@
+"""The angle between two lists of gradients, and their gated combination, in one pass each.
+
+    stats = (a . b, |a|^2, |b|^2)          angle = acos(a . b / (|a| |b|)) in degrees
+    l'    = weight if angle <= max_angle else 0
+    a    <- scale ((1 - l') a + l' b)
+
+Source: arXiv 2602.03563, equations 2 and 4 (ACL-Grad).
+"""
+
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..support.machine import triton_obstacle
+from ..support.names import check_name
+from . import cpu, reference
+from .reference import Gradients
+
+IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
+
+
+def grad_dot_norm(
+    a: Gradients, b: Gradients, *, groups: Sequence[int] | None = None, impl: str = "auto"
+) -> Tensor:
+    """(a . b, |a|^2, |b|^2) of two lists of gradients, per group.
+
+    Args:
+        a, b: equally long lists; entry i of both has the same shape. None stands for zeros.
+        groups: the group 0..G-1 of every entry; None: one group.
+        impl: "triton" reads both lists once in one launch (GPU); "tiled" reads them once (CPU);
+            "reference" makes three passes anywhere; "auto" takes the one that fits. On a GPU none
+            waits for the device.
+
+    Returns:
+        [G, 3] float32, accumulated in float64 over chunks of float32 sums (float64 gradients:
+        of float64 sums). The same call gives the same bits.
+
+    Raises:
+        TypeError, ValueError: naming the entry and what would do.
+    """
+    device, num_groups = _check_lists(a, b, groups)
+    name = choose(impl, device, a, b)
+    if name == "triton":
+        from . import gpu
+
+        return gpu.grad_dot_norm(a, b, groups, num_groups)
+    module = cpu if name == "tiled" else reference
+    return module.grad_dot_norm(a, b, groups, num_groups)
+
+
+def gated_combine_(
+    a: Gradients,
+    b: Gradients,
+    stats: Tensor,
+    *,
+    weight: float,
+    max_angle: float = 90.0,
+    scale: float | Tensor | None = None,
+    max_norm: float | None = None,
+    clip_groups: bool = False,
+    groups: Sequence[int] | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """a <- scale ((1 - l') a + l' b) in place, l' = weight where the angle is small enough.
+
+    Args:
+        a, b: as in `grad_dot_norm`; an entry of `a` may be None only where that of `b` is too.
+        stats: [G, 3] of `grad_dot_norm` for the same lists and groups.
+        weight: l' in [0, 1] where the two agree; elsewhere l' = 0.
+        max_angle: the largest angle in degrees, in [0, 180], at which they agree. With a zero
+            gradient on either side the angle is 90.
+        scale: a factor for the result (loss-scale removal): a number or a 0-dim tensor.
+        max_norm: clip the scaled result, all groups together, to this norm. If the stats of any
+            group are not finite there is no norm, and no gradient is written.
+        clip_groups: clip each group by its own norm instead; a group whose stats are not finite
+            then keeps its gradients, and the others are written.
+        groups, impl: as in `grad_dot_norm`.
+
+    Returns:
+        [G] float32: the l' used. NaN where the stats are not finite: that group has no angle and
+        its gradients are left as they are, so the caller has to skip the step.
+
+    Raises:
+        TypeError, ValueError: naming the argument and what would do.
+    """
+    device, num_groups = _check_lists(a, b, groups)
+    if tuple(stats.shape) != (num_groups, 3):
+        raise ValueError(
+            f"stats has shape {tuple(stats.shape)}: {num_groups} group(s) need [{num_groups}, 3], "
+            "as grad_dot_norm returns for the same lists and groups"
+        )
+    if stats.device != device:
+        raise ValueError(
+            f"stats is on {stats.device} and the gradients on {device}: pass what grad_dot_norm "
+            "returned for them"
+        )
+    if isinstance(scale, Tensor) and scale.device.type != "cpu" and scale.device != device:
+        raise ValueError(f"scale is on {scale.device} and the gradients on {device}: move it")
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight is {weight}: it must lie in [0, 1]")
+    if not 0 <= max_angle <= 180:
+        raise ValueError(f"max_angle is {max_angle}: it must lie in [0, 180] degrees")
+    for index, (left, right) in enumerate(zip(a, b, strict=True)):
+        if left is None and right is not None:
+            raise ValueError(
+                f"a[{index}] is None but b[{index}] is not: there is nothing to write to "
+                "(torch.zeros_like(b[i]) makes a place)"
+            )
+        if left is not None and not left.is_contiguous() and _is_expanded(left):
+            raise ValueError(
+                f"a[{index}] has shape {tuple(left.shape)} and strides {left.stride()}: several of "
+                "its elements share one place, so nothing can be written to it (.clone() it)"
+            )
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm is {max_norm}: it must be > 0, or None for no clipping")
+    name = choose(impl, device, a, b)
+    if name == "triton":
+        from . import gpu
+
+        return gpu.gated_combine_(
+            a, b, stats, weight=weight, max_angle=max_angle, scale=scale, max_norm=max_norm,
+            clip_groups=clip_groups, groups=groups, num_groups=num_groups,
+        )  # fmt: skip
+    used, factor = _decide(stats, weight, max_angle, scale, max_norm, clip_groups)
+    module = cpu if name == "tiled" else reference
+    with torch.no_grad():
+        module.gated_combine_(a, b, used, factor, groups)
+    return used.float()
+
+
+def angle_degrees(stats: Tensor) -> Tensor:
+    """Angle [G] in degrees, float32, from the [G, 3] of `grad_dot_norm`.
+
+    90 where a gradient is zero, NaN where the stats are not finite. Waits for no device.
+    """
+    return _angle(stats).float()
+
+
+def within_angle(stats: Tensor, max_angle: float) -> Tensor:
+    """Whether the angle is at most `max_angle` degrees, bool [G]: the gate's decision.
+
+    In float64: `angle_degrees` is rounded. False where the stats are not finite.
+    """
+    return _angle(stats) <= max_angle
+
+
+def combined_squared_norm(stats: Tensor, used: Tensor) -> Tensor:
+    """|(1 - l') a + l' b|^2 [G], float32, before any scale; without another pass.
+
+    Args:
+        stats: [G, 3] of `grad_dot_norm`.
+        used: the l' [G] that `gated_combine_` returned (NaN stays NaN).
+    """
+    dot, a_squared, b_squared = stats.double().unbind(1)
+    used = used.double()
+    kept = 1 - used
+    squared = kept.square() * a_squared + 2 * used * kept * dot + used.square() * b_squared
+    return squared.clamp(min=0).float()
+
+
+def _angle(stats: Tensor) -> Tensor:
+    # In float64 acos(0) is 90 degrees to the last bit, so that a threshold of 90 keeps 90.
+    dot, a_squared, b_squared = stats.double().unbind(1)
+    product = a_squared.sqrt() * b_squared.sqrt()
+    cosine = (dot / product).masked_fill(product == 0, 0).clamp(-1, 1)
+    return torch.rad2deg(torch.acos(cosine)).masked_fill(~stats.isfinite().all(1), torch.nan)
+
+
+def _decide(
+    stats: Tensor,
+    weight: float,
+    max_angle: float,
+    scale: float | Tensor | None,
+    max_norm: float | None,
+    clip_groups: bool,
+) -> tuple[Tensor, Tensor]:
+    """The l' [G] and the factors [G], both float64; they stay on the device."""
+    used = within_angle(stats, max_angle).double() * weight
+    used = used.masked_fill(~stats.isfinite().all(1), torch.nan)
+    factor = torch.ones_like(used)
+    if scale is not None:
+        factor = factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
+    if max_norm is not None:
+        # In float64: a norm of float16 gradients that still carry their loss scale may be huge.
+        squared = combined_squared_norm(stats, used).double()
+        norm = (squared if clip_groups else squared.sum()).sqrt() * factor.abs()
+        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)
+    return used, factor
+
+
+def choose(impl: str, device: torch.device, a: Gradients = (), b: Gradients = ()) -> str:
+    """The implementation that runs, "reference", "tiled" or "triton"; ValueError if it cannot."""
+    check_name("impl", impl, IMPLEMENTATIONS)
+    on_cpu = device.type == "cpu"
+    if impl == "auto":
+        if on_cpu:
+            return "tiled"
+        return "triton" if _triton_obstacle(device, a, b) is None else "reference"
+    if impl == "triton":
+        reason = _triton_obstacle(device, a, b)
+        if reason is not None:
+            raise ValueError(f"impl='triton' cannot run: {reason}")
+    if impl == "tiled" and not on_cpu:
+        raise ValueError(
+            f"impl='tiled' cannot run: it is for the CPU, the gradients are on {device} "
+            "(impl='reference' runs anywhere)"
+        )
+    return impl
+
+
+def _triton_obstacle(device: torch.device, a: Gradients, b: Gradients) -> str | None:
+    reason = triton_obstacle(device)
+    if reason is None:
+        from . import gpu
+
+        reason = gpu.obstacle(a, b)
+    return reason
+
+
+def explain(device: torch.device) -> str:
+    """One line for people: what impl="auto" takes on this device."""
+    name = choose("auto", device)
+    how = "three passes of torch.dot"
+    if name == "tiled" and cpu.compiled_loop() is not None:
+        how = "a compiled loop, one pass over memory"
+    elif name == "tiled":
+        how = (
+            "products of chunks that stay in cache (a compiled loop is faster: it is built when "
+            "fusedacl is installed where a C compiler is)"
+        )
+    elif name == "triton":
+        how = "one launch, one pass over memory"
+    reason = None if name == "triton" else triton_obstacle(device)
+    why = "" if reason is None else f"; triton cannot run: {reason}"
+    return f"gradient dot and norms on {device.type}: {name}, {how}{why}"
+
+
+def _check_lists(
+    a: Gradients, b: Gradients, groups: Sequence[int] | None
+) -> tuple[torch.device, int]:
+    """The device of the gradients (the CPU if all are None) and the number of groups."""
+    if len(a) != len(b):
+        raise ValueError(
+            f"a has {len(a)} entries and b {len(b)}: they must be equally long, with None for a "
+            "parameter that a loss does not reach"
+        )
+    if len(a) == 0:
+        raise ValueError("a and b are empty: pass the gradients of at least one parameter")
+    device = next((t.device for t in (*a, *b) if isinstance(t, Tensor)), torch.device("cpu"))
+    for index, (left, right) in enumerate(zip(a, b, strict=True)):
+        # Hundreds of entries every step: one look at each, and the words only where it fails.
+        for side, tensor in (("a", left), ("b", right)):
+            if not _is_gradient(tensor, device):
+                _refuse(f"{side}[{index}]", tensor, device)
+        if left is not None and right is not None and left.shape != right.shape:
+            raise ValueError(
+                f"a[{index}] has shape {tuple(left.shape)} and b[{index}] {tuple(right.shape)}: "
+                "both must be gradients of the same parameter"
+            )
+    num_groups = 1
+    if groups is not None:
+        if len(groups) != len(a):
+            raise ValueError(
+                f"groups has {len(groups)} entries and a {len(a)}: it needs one per gradient"
+            )
+        if set(map(type, groups)) != {int} or min(groups) < 0:
+            raise ValueError(f"groups is {list(groups)}: every entry must be an int >= 0")
+        num_groups = max(groups) + 1
+    return device, num_groups
+
+
+def _is_gradient(tensor: Tensor | None, device: torch.device) -> bool:
+    return tensor is None or (
+        isinstance(tensor, Tensor)
+        and tensor.layout is torch.strided
+        and tensor.is_floating_point()
+        and tensor.device == device
+    )
+
+
+def _refuse(name: str, tensor: Any, device: torch.device) -> NoReturn:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or None, not {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(
+            f"{name} is sparse ({tensor.layout}): convert it (.to_dense()), or build the embedding "
+            "with sparse=False"
+        )
+    if not tensor.is_floating_point():
+        raise TypeError(f"{name} is {tensor.dtype}: a gradient must be a floating-point tensor")
+    raise ValueError(
+        f"{name} is on {tensor.device} and the first gradient on {device}: all gradients must be "
+        "on one device"
+    )
+
+
+def _is_expanded(tensor: Tensor) -> bool:
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() > 0 and any(size > 1 and stride == 0 for size, stride in sizes)

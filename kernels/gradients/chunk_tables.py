@@ -1,0 +1,212 @@
+"""Tables that tell a GPU program which chunk of which tensor is its own."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from .reference import Gradients
+
+# Elements of a program, and those that it takes at a time: 8 a thread are one 128-bit load of
+# float16 and two of float32. BERT-base (110M elements) gives 6700 programs, many waves on any GPU.
+CHUNK = 16384
+
+# Lists of different shapes, dtypes or groups whose tables are kept, and sets of addresses of each.
+MAX_LAYOUTS = 8
+MAX_ADDRESSES = 8
+
+ABSENT = tl.constexpr(0)
+FLOAT16 = tl.constexpr(1)
+BFLOAT16 = tl.constexpr(2)
+FLOAT32 = tl.constexpr(3)
+NUM_CODES = tl.constexpr(4)
+DTYPES = (None, torch.float16, torch.bfloat16, torch.float32)
+CODES = {
+    (left, right): len(DTYPES) * left_code + right_code
+    for left_code, left in enumerate(DTYPES)
+    for right_code, right in enumerate(DTYPES)
+}
+
+
+class Lists(NamedTuple):
+    """Two lists of gradients as the tables need them, a value (two addresses) per entry."""
+
+    sizes: tuple[int, ...]
+    codes: tuple[int, ...]
+    addresses: tuple[int, ...]
+    # Index, and what is read instead of a and b: either may be a copy, which must outlive the call.
+    stand_ins: list[tuple[int, Tensor | None, Tensor | None]]
+
+
+def read_lists(a: Gradients, b: Gradients) -> Lists:
+    sizes, codes = [], []
+    addresses: list[int] = []
+    stand_ins = []
+    for index, (left, right) in enumerate(zip(a, b, strict=True)):
+        # Hundreds of entries a step: the usual case comes first and is short.
+        if (
+            left is not None
+            and right is not None
+            and left.is_contiguous()
+            and right.is_contiguous()
+        ):
+            sizes.append(left.numel())
+            codes.append(CODES[left.dtype, right.dtype])
+            addresses += left.data_ptr(), right.data_ptr()
+            continue
+        left, right = in_one_order(left, right)
+        stand_ins.append((index, left, right))
+        some = left if left is not None else right
+        sizes.append(0 if some is None else some.numel())
+        dtypes = [None if t is None else t.dtype for t in (left, right)]
+        codes.append(CODES[dtypes[0], dtypes[1]])
+        addresses += (0 if t is None else t.data_ptr() for t in (left, right))
+    return Lists(tuple(sizes), tuple(codes), tuple(addresses), stand_ins)
+
+
+def in_one_order(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Both in one order of memory without gaps: themselves, or copies where they are not."""
+    left, right = (
+        t if t is None or is_dense(t) else t.detach().contiguous() for t in (left, right)
+    )
+    if left is not None and right is not None and left.stride() != right.stride():
+        # The strides of a dense tensor are kept.
+        right = torch.empty_like(left, dtype=right.dtype).copy_(right.detach())
+    return left, right
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill their memory, in any order of dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class Layout:
+    """The tables, on the device, of lists of certain sizes, dtypes and groups; no gradients.
+
+    chunks [2, num_chunks] int32: entry, and number within the entry; by group, then by entry.
+    entries [3, n] int64: size, codes, group.
+    group_starts [G + 1] int32: the first chunk of each group.
+    """
+
+    def __init__(
+        self, lists: Lists, groups: Sequence[int] | None, num_groups: int, device: torch.device
+    ) -> None:
+        sizes, codes, of_entry = (
+            torch.tensor(column, dtype=torch.int64, device="cpu")
+            for column in (lists.sizes, lists.codes, groups or [0] * len(lists.sizes))
+        )
+        num_chunks = (sizes + CHUNK - 1) // CHUNK
+        order = of_entry.argsort(stable=True)
+        counts = num_chunks[order]
+        entry = order.repeat_interleave(counts)
+        first = (counts.cumsum(0) - counts).repeat_interleave(counts)
+        number = torch.arange(len(entry), device="cpu") - first
+        group_starts = torch.zeros(num_groups + 1, dtype=torch.int64, device="cpu")
+        group_starts.index_add_(0, of_entry + 1, num_chunks)
+        self.device = device
+        self.num_chunks, self.num_entries = len(entry), len(sizes)
+        self.chunks = self.upload(torch.stack([entry, number]).int())
+        self.entries = self.upload(torch.stack([sizes, codes, of_entry]))
+        self.group_starts = self.upload(group_starts.cumsum(0).int())
+        self.address_tables: OrderedDict[tuple[int, ...], Tensor] = OrderedDict()
+        self.spares: list[Tensor] = []
+
+    def upload(self, table: Tensor, staging: Tensor | None = None) -> Tensor:
+        """The table on the device, which is not waited for.
+
+        PyTorch hands pinned memory to nobody else while a copy from it is under way.
+        """
+        if self.device.type != "cuda":
+            return table
+        if staging is None:
+            staging = torch.empty_like(table, pin_memory=True)
+        return staging.copy_(table).to(self.device, non_blocking=True)
+
+    def find_addresses(self, addresses: tuple[int, ...], capturing: bool) -> Tensor:
+        """[n, 2] int64; never written again, for a CUDA graph may be reading it."""
+        table = self.address_tables.get(addresses)
+        if table is None:
+            on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+            if capturing:
+                # Before torch 2.8 no memory can be pinned during a capture. The copy becomes part
+                # of the graph, so its source stays, and before a replay the table is empty.
+                staging = self.spares.pop() if self.spares else on_host.pin_memory()
+                table = self.upload(on_host, staging)
+                for_graphs.append(staging)
+            else:
+                table = self.upload(on_host)
+                keep(self.address_tables, addresses, table, MAX_ADDRESSES)
+        if self.device.type == "cuda" and not capturing:
+            # One for each of the two calls of a step.
+            while len(self.spares) < 2:
+                self.spares.append(torch.empty_like(table, device="cpu", pin_memory=True))
+        return table
+
+
+def keep(cache: OrderedDict[Any, Any], key: Any, value: Any, size: int) -> None:
+    """As the newest of at most `size`."""
+    cache[key] = value
+    cache.move_to_end(key)
+    while len(cache) > size:
+        cache.popitem(last=False)
+
+
+layouts: OrderedDict[tuple[Any, ...], Layout] = OrderedDict()
+# What captured graphs read: nobody tells when one is gone, so it stays.
+for_graphs: list[Any] = []
+lock = threading.Lock()
+
+
+def find_tables(
+    lists: Lists, groups: Sequence[int] | None, num_groups: int, device: torch.device
+) -> tuple[Layout, Tensor]:
+    """The layout and the address table of these lists, for use on the current stream.
+
+    Raises:
+        RuntimeError: a CUDA graph is being captured and such lists were not seen before.
+    """
+    capturing, stream = False, 0
+    if device.type == "cuda":
+        capturing = torch.cuda.is_current_stream_capturing()
+        stream = torch.cuda.current_stream(device).cuda_stream
+    lists_key = (
+        lists.sizes, lists.codes, None if groups is None else tuple(groups), num_groups, device,
+    )  # fmt: skip
+    key = (stream, lists_key)
+    with lock:
+        if capturing:
+            # A capture starts on an idle device: the tables made on any stream are there.
+            key = next((found for found in layouts if found[1] == lists_key), key)
+        layout = layouts.get(key)
+        if layout is None and capturing:
+            raise RuntimeError(
+                "gradients of these shapes, dtypes and groups are new while a CUDA graph is being "
+                "captured: run the step once before the capture"
+            )
+        if layout is None:
+            layout = Layout(lists, groups, num_groups, device)
+        keep(layouts, key, layout, MAX_LAYOUTS)
+        table = layout.find_addresses(lists.addresses, capturing)
+        if capturing:
+            for_graphs.append((layout, table))
+    return layout, table
+
+
+def device_of(a: Gradients, b: Gradients) -> torch.device:
+    return next((t.device for t in (*a, *b) if t is not None), torch.device("cpu"))
+
+
+def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,1 @@
+"""What several kernels need: the machine, compiled loops, names, variants."""

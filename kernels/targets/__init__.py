@@ -1,0 +1,1 @@
+"""Compilation of every kernel for every supported GPU, without one."""

@@ -1,0 +1,265 @@
+"""Compilation of kernel variants for GPUs that are not present, and the resources they need."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from types import ModuleType
+from typing import cast
+
+from ..support.variant import Variant
+from .chips import CHIPS, THREADS_PER_WARP
+
+
+@dataclass(frozen=True)
+class Task:
+    """One variant to compile for one compute capability."""
+
+    file: str
+    capability: int
+    variant: Variant
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled variant needs.
+
+    registers: per thread. spilled: bytes per thread in local memory. shared: bytes per block.
+    matrix: matrix instructions in the code (mma, wgmma, tcgen05).
+    loads, wide_loads: load instructions from global memory, and those of 16 bytes or more.
+    """
+
+    registers: int
+    spilled: int
+    shared: int
+    matrix: int
+    loads: int
+    wide_loads: int
+
+
+# What became of a task: what it needs, or why it does not compile.
+Outcome = Resources | str
+
+
+def compile_variant(task: Task) -> tuple[bytes, str, int]:
+    """Binary, PTX, and dynamic shared memory in bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    variant = task.variant
+    kernel = variant.kernel
+    if not isinstance(kernel, triton.JITFunction):
+        raise TypeError(
+            f"the kernel is a {type(kernel).__name__}, not a function under @triton.jit: give that "
+            "one in the variant, and import the kernels without TRITON_INTERPRET"
+        )
+    given = set(variant.types) | set(variant.constants)
+    if given != set(kernel.arg_names):
+        wrong = sorted(given ^ set(kernel.arg_names))
+        raise TypeError(
+            f"{', '.join(wrong)}: the names in types and constants must be the kernel's arguments"
+        )
+    if not variant.divisible_by_16 <= set(variant.types):
+        wrong = sorted(variant.divisible_by_16 - set(variant.types))
+        raise TypeError(f"{', '.join(wrong)}: divisible_by_16 holds what types does not name")
+    source = ASTSource(
+        fn=kernel,
+        signature={name: variant.types.get(name, "constexpr") for name in kernel.arg_names},
+        constexprs=dict(variant.constants),
+        attrs={
+            (index,): [["tt.divisibility", 16]]
+            for index, name in enumerate(kernel.arg_names)
+            if name in variant.divisible_by_16
+        },
+    )
+    compiled = triton.compile(
+        source,
+        target=GPUTarget("cuda", task.capability, THREADS_PER_WARP),
+        options={"num_warps": variant.num_warps, "num_stages": variant.num_stages},
+    )
+    return compiled.asm["cubin"], compiled.asm["ptx"], compiled.metadata.shared
+
+
+def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int) -> Resources:
+    import triton
+
+    # It lies beside the assembler in Triton's own package, and so knows what that one wrote.
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary)
+        file.flush()
+        listing = subprocess.run(
+            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    usage = parse_usage(listing)
+    static_shared = usage["SHARED"]
+    if capability >= 90 and static_shared > 0:
+        # There the assembler counts what the system reserves in every block that shares at all.
+        static_shared -= CHIPS[capability].shared_reserved
+    loads, wide_loads = count_loads(ptx)
+    return Resources(
+        registers=usage["REG"],
+        spilled=usage["STACK"] + usage["LOCAL"],
+        shared=static_shared + dynamic_shared,
+        matrix=count_matrix_instructions(ptx),
+        loads=loads,
+        wide_loads=wide_loads,
+    )
+
+
+def parse_usage(listing: str) -> dict[str, int]:
+    """REG, STACK, SHARED, LOCAL of the one kernel that `cuobjdump --dump-resource-usage` lists."""
+    fields = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", listing)}
+    missing = {"REG", "STACK", "SHARED", "LOCAL"} - set(fields)
+    if missing:
+        raise ValueError(f"cuobjdump lists no {', '.join(sorted(missing))}: {listing!r}")
+    return fields
+
+
+def count_matrix_instructions(ptx: str) -> int:
+    return len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b", ptx))
+
+
+def count_loads(ptx: str) -> tuple[int, int]:
+    """Load instructions from global memory, and how many of them take 16 bytes or more at once."""
+    widths = []
+    for instruction in re.findall(r"\bld\.global[\w.:]*", ptx):
+        # ld.global.L1::evict_last.v4.b32: four registers of 32 bits.
+        vector = re.search(r"\.v(\d)\.", instruction)
+        bits = int(re.sub(r".*\D", "", instruction))
+        widths.append((int(vector[1]) if vector else 1) * bits // 8)
+    # cp.async.cg.shared.global [to], [from], bytes
+    copies = re.findall(r"\bcp\.async\.c[ag]\.shared\.global[^;,]*,[^;,]*, *(\w+)", ptx)
+    widths += [int(copy, 0) for copy in copies]
+    return len(widths), sum(width >= 16 for width in widths)
+
+
+def list_tasks(files: Mapping[str, ModuleType], capabilities: Sequence[int]) -> list[Task]:
+    tasks = [
+        Task(name, capability, variant)
+        for name, module in files.items()
+        for capability in capabilities
+        for variant in module.variants(capability)
+    ]
+    for name, module in files.items():
+        if not any(module.variants(capability) for capability in CHIPS):
+            raise ValueError(f"{name}.variants ships nothing for any GPU")
+    seen = set()
+    for task in tasks:
+        key = (task.file, task.capability, task.variant.name)
+        if key in seen:
+            raise ValueError(
+                f"{task.file}.variants({task.capability}) names two variants "
+                f"{task.variant.name!r}: say in the names what distinguishes them"
+            )
+        seen.add(key)
+    return tasks
+
+
+@dataclass
+class Worker:
+    """A process that compiles a share of the tasks; `share` holds those not yet reported."""
+
+    process: BaseProcess
+    share: deque[int]
+    log: Path
+
+
+def measure(tasks: Sequence[Task], num_jobs: int) -> list[Outcome]:
+    """The outcome of each task, from `num_jobs` processes.
+
+    A process of their own, because the compiler may end it: some kernels make it abort.
+    """
+    outcomes: dict[int, Outcome] = {}
+    shares = [deque(range(first, len(tasks), num_jobs)) for first in range(num_jobs)]
+    with tempfile.TemporaryDirectory(prefix="fusedacl-targets-") as folder:
+        workers = dict(
+            start_worker(tasks, share, Path(folder, f"{number}.log"))
+            for number, share in enumerate(shares)
+            if share
+        )
+        while workers:
+            for receiver in cast(list[Connection], wait(list(workers))):
+                worker = workers[receiver]
+                try:
+                    outcome = receiver.recv()
+                except EOFError:
+                    del workers[receiver]
+                    worker.process.join()
+                    if not worker.share:
+                        continue
+                    outcome = explain_death(worker)
+                    if len(worker.share) > 1:
+                        rest = deque(list(worker.share)[1:])
+                        workers |= [start_worker(tasks, rest, worker.log)]
+                outcomes[worker.share.popleft()] = outcome
+                show_progress(len(outcomes), len(tasks))
+    return [outcomes[index] for index in range(len(tasks))]
+
+
+def start_worker(tasks: Sequence[Task], share: deque[int], log: Path) -> tuple[Connection, Worker]:
+    # A forked process has the kernels already. Nothing has been compiled here, so that there are
+    # no threads which a fork would lose.
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    work = [tasks[index] for index in share]
+    process = context.Process(target=measure_share, args=(work, sender, log))
+    process.start()
+    # Only the worker holds this end now: its death closes it.
+    sender.close()
+    return receiver, Worker(process, share, log)
+
+
+def measure_share(tasks: Sequence[Task], sender: Connection, log: Path) -> None:
+    """Sends the outcome of one task after the other; what the compiler prints goes to `log`."""
+    # What another run has compiled is no proof about this one.
+    os.environ["TRITON_CACHE_DIR"] = str(log.with_suffix(".cache"))
+    with log.open("w+b") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+        for task in tasks:
+            file.seek(0)
+            file.truncate()
+            try:
+                binary, ptx, dynamic_shared = compile_variant(task)
+            except Exception as error:
+                outcome: Outcome = summarize(f"{type(error).__name__}: {error}", log)
+            else:
+                outcome = read_resources(binary, ptx, dynamic_shared, task.capability)
+            sender.send(outcome)
+
+
+def explain_death(worker: Worker) -> str:
+    code = worker.process.exitcode or 0
+    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+    return summarize(f"the compiler ended its process {how}", worker.log)
+
+
+def summarize(message: str, log: Path) -> str:
+    """The lines that name an error, for both a message and a log can be pages of code."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    telling = [line for line in lines[1:] if re.search("error|fatal|assert", line, re.IGNORECASE)]
+    chosen = [lines[0], *(telling or lines[-1:])[:2]] if len(lines) > 1 else lines
+    printed = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    chosen += [
+        line.strip() for line in printed if re.search("error:|fatal|assertion", line, re.IGNORECASE)
+    ][:2]
+    return "; ".join(line[:200] for line in chosen)
+
+
+def show_progress(num_done: int, num_tasks: int) -> None:
+    if sys.stderr.isatty():
+        end = "\n" if num_done == num_tasks else ""
+        print(f"\rcompiled {num_done} of {num_tasks}", end=end, file=sys.stderr, flush=True)

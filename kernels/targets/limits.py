@@ -1,0 +1,50 @@
+"""Limits that every compiled kernel must keep."""
+
+from __future__ import annotations
+
+from .chips import CHIPS, kib
+from .compilation import Outcome, Task
+
+# From here on an assembler may be too old to know the GPU: the table then says so.
+MAY_BE_UNKNOWN = 100
+
+
+def is_unknown(task: Task, outcome: Outcome) -> bool:
+    """Whether the assembler does not know this GPU yet."""
+    return (
+        task.capability >= MAY_BE_UNKNOWN
+        and isinstance(outcome, str)
+        and "is not defined for option 'gpu-name'" in outcome
+    )
+
+
+def find_failures(task: Task, outcome: Outcome, *, keep_exceptions: bool) -> list[str]:
+    """What is wrong with a variant, each with its remedy."""
+    if isinstance(outcome, str):
+        if is_unknown(task, outcome):
+            return []
+        return [
+            f"does not compile: {outcome}. Change the kernel, or ship no such variant for "
+            f"sm_{task.capability}"
+        ]
+    failures = []
+    variant = task.variant
+    if outcome.spilled > 0 and variant.spills_because is None:
+        failures.append(
+            f"spills {outcome.spilled} bytes per thread: take smaller blocks or more warps, or "
+            "give the measurement that justifies it in spills_because"
+        )
+    if outcome.spilled == 0 and variant.spills_because is not None and not keep_exceptions:
+        failures.append("has a spills_because and does not spill: remove it")
+    limit = CHIPS[task.capability].shared_per_block
+    if outcome.shared > limit:
+        failures.append(
+            f"needs {kib(outcome.shared)} KiB of shared memory, and a block has at most "
+            f"{kib(limit)}: take smaller blocks or fewer stages"
+        )
+    if outcome.matrix == 0 and variant.matrix_unit:
+        failures.append(
+            "promises the matrix unit and has no matrix instruction: give tl.dot operands that the "
+            "unit takes, of at least 16 rows and columns, or set matrix_unit=False"
+        )
+    return failures

@@ -1,0 +1,62 @@
+"""Names, command lines and device measurements."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusedacl.benchmarks.measuring import clock as measure
+from fusedacl.benchmarks.measuring import environment
+from fusedacl.benchmarks.measuring.clock import interleave_on, launches
+from fusedacl.benchmarks.measuring.environment import machine_name
+from fusedacl.benchmarks.measuring.memory import extra_device_memory
+
+CPU = torch.device("cpu")
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (x)")
+
+
+def test_a_gpu_gives_its_results_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_gpu(monkeypatch)
+    assert machine_name(torch.device("cuda")) == "nvidia-h200-x"
+    # What the CPU computes stays with the CPU.
+    assert machine_name() == machine_name(CPU) != "nvidia-h200-x"
+
+
+def test_fast_calls_are_repeated_and_slow_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = {"fast": 0, "slow": 0}
+    seconds = {"fast": 0.001, "slow": 10.0}
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
+
+    def call(name: str) -> None:
+        calls[name] += 1
+        clock[0] += seconds[name]
+
+    times = interleave_on(
+        CPU, {name: lambda name=name: call(name) for name in calls}, rounds=3, sample_seconds=0.02
+    )
+    # Three calls before, then three samples.
+    assert calls == {"fast": 3 + 3 * 20, "slow": 3 + 3}
+    assert times["fast"]["p50_ms"] == pytest.approx(1)
+    assert times["slow"]["samples"] == 3
+
+
+def test_what_only_a_gpu_can_tell_is_absent_on_the_cpu() -> None:
+    assert extra_device_memory(lambda: None, CPU) is None
+    assert launches(lambda: None, CPU) is None
+    assert "gpu" not in environment.environment()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
+def test_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    x = torch.ones(2**20, device=device)
+    assert extra_device_memory(lambda: x + 1, device) == 4 * 2**20
+    names = launches(lambda: (x + 1) * 2, device)
+    assert names is not None and len(names) == 2
+    found = environment.environment(device)
+    assert found["gpu"] == torch.cuda.get_device_name(device)
+    assert found["driver"][0].isdigit()

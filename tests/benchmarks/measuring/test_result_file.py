@@ -1,0 +1,127 @@
+"""Files of another schema are refused in words; a busy machine's result says so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fusedacl.benchmarks.measuring import result_file as results
+from fusedacl.benchmarks.measuring.clock import quantiles
+from fusedacl.benchmarks.measuring.result_file import (
+    ResultFile,
+    default_directory,
+    noise,
+    read_any,
+    read_result,
+    timings,
+    write,
+)
+
+
+def case(name: str, **milliseconds: tuple[float, float, float]) -> dict[str, Any]:
+    """p20, p50 and p80 of each provider."""
+    return {
+        "case": {}, "words": name, "left_out": {},
+        "providers": {
+            provider: {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": 9}
+            for provider, (p20, p50, p80) in milliseconds.items()
+        },
+    }  # fmt: skip
+
+
+def result(*cases: dict[str, Any], load: float = 0.0) -> dict[str, Any]:
+    return {
+        "schema": 1, "benchmark": "loss", "preset": "full", "cases": list(cases),
+        "environment": {"load_average": [load, 0.0, 0.0], "cores": 2, "commit": "c", "date": "d"},
+    }  # fmt: skip
+
+
+def test_a_quiet_machine_is_not_noisy() -> None:
+    found = noise(result(case("one", a=(98, 100, 102), b=(97, 100, 103)), load=0.9))
+    assert found["spread"] == pytest.approx(0.05)
+    assert not found["noisy"] and found["why"] == []
+
+
+@pytest.mark.parametrize(
+    ("spread", "load", "words"), [(30, 0.0, "times scatter by 60%"), (1, 1.5, "load average 1.5")]
+)
+def test_a_busy_machine_is_marked(spread: float, load: float, words: str) -> None:
+    found = noise(result(case("one", a=(100 - spread, 100, 100 + spread)), load=load))
+    assert found["noisy"]
+    assert len(found["why"]) == 1 and words in found["why"][0]
+
+
+def test_what_this_program_did_itself_is_no_noise() -> None:
+    """The load average after a run of its own, while nobody else keeps a core busy."""
+    quiet = result(case("one", a=(99, 100, 101)), load=2.0)
+    quiet["environment"]["busy_cores"] = 0.1
+    assert not noise(quiet)["noisy"]
+    quiet["environment"]["busy_cores"] = 1.0
+    assert noise(quiet)["why"] == ["others kept 1.0 of 2 cores busy before the run"]
+
+
+def test_busy_cores_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """0.75 s of idle and waiting time in half a second, two cores: half a core is busy."""
+    ticks = iter([0, 75])
+    monkeypatch.setattr(results, "_idle_seconds", lambda counts: next(ticks) / 100)
+    monkeypatch.setattr(results.os, "cpu_count", lambda: 2)
+    clock = iter([0.0, 0.5])
+    monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(results.time, "sleep", lambda seconds: None)
+    if Path("/proc/stat").is_file():
+        assert results.busy_cores() == pytest.approx(0.5)
+    counts = tmp_path / "stat"
+    counts.write_text("cpu  10 20 30 4000 500 6 7 8 9 10\ncpu0 1 2\n")
+    monkeypatch.undo()
+    ticks_a_second = results.os.sysconf("SC_CLK_TCK")
+    assert results._idle_seconds(counts) == pytest.approx(4500 / ticks_a_second)
+
+
+def test_times_are_named_by_case_and_provider() -> None:
+    found = dict(timings(result(case("one", a=(1, 2, 3)), case("two", a=(1, 4, 5)))))
+    assert {path: times["p50_ms"] for path, times in found.items()} == {
+        ("one", "a"): 2, ("two", "a"): 4
+    }  # fmt: skip
+
+
+def test_a_file_is_whole_after_every_save(tmp_path: Path) -> None:
+    file = ResultFile(tmp_path / "machine" / "loss.json", "loss", "quick", cases=[])
+    file.result["cases"].append(case("one", a=(1, 2, 3)))
+    file.save()
+    found = read_result(file.path)
+    assert (found["schema"], found["benchmark"], found["preset"]) == (1, "loss", "quick")
+    assert {"commit", "torch", "cpu", "load_average"} <= found["environment"].keys()
+    assert found["cases"] == file.result["cases"]
+    assert found["noise"]["spread"] == pytest.approx(1.0)
+
+
+def test_suites_with_sections_of_their_own_write_the_schema_too(tmp_path: Path) -> None:
+    write({"early_exit": [{"times": {"full": quantiles([0.1, 0.1])}}]}, tmp_path / "exits.json")
+    found = read_result(tmp_path / "exits.json")
+    assert (found["schema"], found["benchmark"], found["noise"]["spread"]) == (1, "exits", 0.0)
+    assert list(timings(found["early_exit"])) != []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (json.dumps({"schema": 2, "environment": {}}), "has schema 2, this version reads schema 1"),
+        (json.dumps({"environment": {}}), "has schema 0, .* measure it again"),
+        (json.dumps([1]), "is not a file that fusedacl bench left"),
+        ("{", "is no JSON file"),
+    ],
+)
+def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "loss.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_result(path)
+    with pytest.raises(ValueError, match="does not exist"):
+        read_any(tmp_path / "none.json")
+
+
+def test_a_quick_run_does_not_overwrite_committed_results() -> None:
+    assert default_directory("m", "quick") == Path("runs/bench/m")
+    assert default_directory("m", "full").parts[-3:] == ("benchmarks", "results", "m")

@@ -1,0 +1,236 @@
+"""The performance page says what the result files say, slower things included."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fusedacl.benchmarks.measuring.clock import quantiles
+from fusedacl.benchmarks.measuring.environment import environment
+from fusedacl.benchmarks.pages import performance, roofline
+from fusedacl.benchmarks.pages.headline import BEGIN, END
+from fusedacl.benchmarks.pages.performance import page
+from fusedacl.benchmarks.suites.growth import fits
+
+
+def write_step(directory: Path, **medians_ms: float) -> None:
+    times: dict[str, Any] = {
+        name: quantiles([value / 1e3 * factor for factor in (0.9, 1.0, 1.1)])
+        for name, value in medians_ms.items()
+    }
+    result = {
+        "environment": environment(),
+        "shape": {"batch": 32, "tokens": 48, "model": "MiniLM"},
+        "times": times,
+    }
+    directory.mkdir(exist_ok=True)
+    (directory / "step.json").write_text(json.dumps(result))
+
+
+def test_ratios_on_both_sides_of_one(tmp_path: Path) -> None:
+    directory = tmp_path / "some-machine"
+    write_step(
+        directory,
+        fusedacl_ce=200,
+        hugging_face_ce=190,
+        fusedacl_scl=210,
+        fusedacl_acl_ungated=220,
+        fusedacl_acl=330,
+    )
+    text = page([directory])
+    assert "## Machine `some-machine`" in text
+    assert "| fusedacl, CE | 200.0 (188.0 to 212.0) | - |" in text
+    assert "| Hugging Face Trainer, CE, the same model | 190.0 (178.6 to 201.4) | 0.95 |" in text
+    assert "| 1.65 |" in text
+    assert "contrastive loss, forward" not in text
+
+
+def test_several_exits(tmp_path: Path) -> None:
+    def times(**medians_ms: float) -> dict[str, Any]:
+        return {name: quantiles([value / 1e3]) for name, value in medians_ms.items()}
+
+    result = {
+        "environment": environment(),
+        "shape": {"model": "MiniLM", "texts": "MRPC", "batch": 32},
+        "second_stage": {
+            "mha_acl": {
+                "options": {"exit_head": "mha", "objective": "acl", "bf16": True},
+                "exits": 5,
+                "mean_tokens": 53.2,
+                "times": times(together=400, apart=1800, cached=80),
+                "total_faster_than_apart": 4.46,
+                "total_cached_faster": 5.12,
+            }
+        },
+        "early_exit": [
+            {
+                "exit_head": "linear",
+                "batch": batch,
+                "batches": 16 // batch,
+                "times": times(full=100, early_exit=100 + batch),
+            }
+            for batch in (1, 16)
+        ],
+        "losses": [
+            {
+                "shape": {"exits": 11, "samples": 32, "labels": 77, "width": 64},
+                "times": times(fusedacl=2, dense=5),
+            }
+        ],
+    }
+    for over_floor, entry in zip((20.0, 50.0), result["losses"][0]["times"].values(), strict=True):
+        entry["over_floor"] = over_floor
+    (tmp_path / "exits.json").write_text(json.dumps(result))
+    text = page([tmp_path])
+    assert "mha exits, ACL-CL with the gate, bfloat16, 53 tokens on average." in text
+    assert "together is 4.46 times as fast as one at a time, and the cache 5.12 times" in text
+    assert "| 5 exits, one at a time | 1800.0 (1800.0 to 1800.0) | 4.50 |" in text
+    assert "| 5 exits together, from the feature cache | 80.0 (80.0 to 80.0) | 0.20 |" in text
+    assert "linear exits, 16 texts one by one:" in text
+    assert "| early exit that nothing leaves | 101.0 (101.0 to 101.0) | 1.01 |" in text
+    assert "linear exits, a batch of 16:" in text
+    assert "| early exit that nothing leaves | 116.0 (116.0 to 116.0) | 1.16 |" in text
+    assert "E = 11, N = 32, K = 77, d = 64:" in text
+    assert "| a dense loss an exit, eager PyTorch | 5.00 (5.00 to 5.00) | 2.50 | 50.00 |" in text
+
+
+def entry(p50: float, peak: int | None = 2**20, floor_ms: float = 1.0) -> dict[str, Any]:
+    return {
+        "p20_ms": 0.9 * p50, "p50_ms": p50, "p80_ms": 1.1 * p50, "samples": 9,
+        "peak_bytes": peak, "error": 1e-7, "formula": "f", "ours": False,
+        "over_floor": p50 / floor_ms,
+    }  # fmt: skip
+
+
+def bench_case(words: str, shape: dict[str, Any], **providers: float) -> dict[str, Any]:
+    return {
+        "case": {"dtype": "float32", **shape}, "words": words, "floor_ms": 1.0, "bound_by": "exp",
+        "providers": {name.replace("_", "-"): entry(p50) for name, p50 in providers.items()},
+        "left_out": {"inf-cl": "inf-cl runs on NVIDIA GPUs only: --device cuda"},
+        "rates": {
+            "gigaflops": {"float32": 100.0}, "giga_exponentials_per_second": 2.0,
+            "gigabytes_per_second": None, "overlaps_units": False,
+        },
+    }  # fmt: skip
+
+
+SUPCON = {"loss": "supcon", "samples": 4096, "width": 64, "classes": 16, "exits": 1}
+
+
+def bench_file(directory: Path, benchmark: str, cases: list[dict[str, Any]], **more: Any) -> None:
+    result = {
+        "schema": 1, "benchmark": benchmark, "preset": "full", "environment": environment(),
+        "rates": {
+            "gigaflops": {"float32": 200.0}, "giga_exponentials_per_second": 3.0,
+            "gigabytes_per_second": 10.0, "overlaps_units": False,
+        },
+        "cases": cases,
+        "noise": {"spread": 0.2, "load_average": [0, 0, 0], "cores": 2, "noisy": True,
+                  "why": ["times scatter by 20%"]},
+    } | more  # fmt: skip
+    directory.mkdir(exist_ok=True)
+    (directory / f"{benchmark}.json").write_text(json.dumps(result))
+
+
+def bench_directory(directory: Path) -> Path:
+    large = bench_case("supcon_loss M=4096 d=64 float32", SUPCON, fusedacl=40.0, dense=30.0,
+                       pytorch_metric_learning=400.0)  # fmt: skip
+    bench_file(directory, "loss", [large])
+    task = {"task": "dot_norm", "parameters": 1000}
+    sums = bench_case("dot_norm of 199 tensors", task, fusedacl=2.0)
+    sums["providers"]["concatenate + dot + norms"] = entry(20.0, peak=None)
+    bench_file(directory, "angle", [sums])
+    points = [
+        bench_case(f"supcon_loss M={size}", SUPCON | {"samples": size}, fusedacl=size**1.5,
+                   dense=size**2) | {"axis": "M", "size": size}
+        for size in (64, 128, 256)
+    ]  # fmt: skip
+    points[-1]["left_out"] = {"SupContrast": "does not fit: about 9 GiB by prediction"}
+    bench_file(directory, "growth", points, growth=fits(points))
+    return directory
+
+
+def test_cases_with_slower_and_faster_providers(tmp_path: Path) -> None:
+    text = page([bench_directory(tmp_path / "some-machine")])
+    assert "supcon_loss M=4096 d=64 float32 (floor 1.00 ms, bound by exp):" in text
+    assert "| fusedacl | 40.0 (36.0 to 44.0) | - | 40.00 | 1.0 |" in text
+    assert "| dense | 30.0 (27.0 to 33.0) | 0.75 | 30.00 | 1.0 |" in text
+    assert "| pytorch-metric-learning | 400 (360 to 440) | 10.00 | 400.00 | 1.0 |" in text
+    assert "| concatenate + dot + norms | 20.0 (18.0 to 22.0) | 10.00 | 20.00 | - |" in text
+    assert "- inf-cl: inf-cl runs on NVIDIA GPUs only: --device cuda.\n" in text
+    assert "**Noisy**: times scatter by 20%." in text
+    assert "| M | fusedacl | 1.50 | 0.00 | 256 |" in text
+    assert "- SupContrast: does not fit: about 9 GiB by prediction." in text
+    assert "![Roofline of some-machine](../benchmarks/results/some-machine/roofline.png)" in text
+
+
+def test_the_command_draws_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = bench_directory(tmp_path / "some-machine")
+    readme = tmp_path / "README.md"
+    readme.write_text(f"Before.\n\n{BEGIN}\nold\n{END}\n\nAfter.\n")
+    output = tmp_path / "docs" / "performance.md"
+    output.parent.mkdir()
+    words = [str(directory), "--output", str(output), "--readme", str(readme)]
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    assert performance.main() == 0
+    for name in ("roofline.png", "roofline.svg", "growth.png", "growth.svg"):
+        assert (directory / name).stat().st_size > 5_000
+    assert "](../some-machine/growth.png)" in output.read_text()
+    text = readme.read_text()
+    assert text.startswith("Before.\n\n") and text.endswith("\n\nAfter.\n") and "old" not in text
+    assert (
+        "| contrastive loss, forward + backward, M=4096 d=64 float32 | pytorch-metric-learning "
+        "| 40 ms | 400 ms | 10.00 times | 1.0 against 1.0 MiB | dense: 0.75 times | some-machine |"
+        in text
+    )
+    # Written again, it is the same.
+    assert performance.main() == 0
+    assert readme.read_text() == text
+    readme.write_text("No markers.\n")
+    assert performance.main() == 2
+    assert "needs the markers" in capsys.readouterr().err
+
+
+def test_the_committed_page_and_figures_are_those_of_the_committed_files(tmp_path: Path) -> None:
+    root = Path(__file__).parents[3]
+    directories = sorted((root / "benchmarks" / "results").iterdir())
+    committed = (root / "docs" / "performance.md").read_text()
+    assert page(directories, beside=root / "docs") == committed
+    copies = [tmp_path / directory.name for directory in directories]
+    for directory, copy in zip(directories, copies, strict=True):
+        shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("*.png", "*.svg"))
+    performance.draw(copies, [performance.read_directory(copy) for copy in copies])
+    for directory, copy in zip(directories, copies, strict=True):
+        assert {file.name for file in copy.iterdir()} == {file.name for file in directory.iterdir()}
+
+
+def test_a_foreign_schema_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "loss.json").write_text(json.dumps({"schema": 7, "environment": {}}))
+    output = tmp_path / "performance.md"
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--output", str(output)])
+    assert performance.main() == 2
+    assert "has schema 7, this version reads 1" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_point_is_where_its_operations_put_it() -> None:
+    """M = 4096, d = 64, float32: 4 M^2 d operations, M d (3 x 4 + 4) bytes."""
+    case = bench_case("c", SUPCON, fusedacl=1000.0)
+    (point,) = roofline.points({"cases": [case]})
+    assert point["intensity"] == pytest.approx(4 * 4096**2 * 64 / (4096 * 64 * 16))
+    assert point["per_second"] == pytest.approx(4 * 4096**2 * 64)
+    limits = roofline.roofs([{"rates": None, "cases": [case, case | {"rates": {
+        "gigaflops": {"float32": 50.0}, "giga_exponentials_per_second": 4.0,
+        "gigabytes_per_second": 9.0, "overlaps_units": False}}]}])  # fmt: skip
+    assert limits == {"flops": 100e9, "exponentials": 4e9, "bytes": 9e9, "overlaps": False}
+    roof, words = roofline.exponential_roof(limits, 64)
+    assert roof == pytest.approx(1 / (1 / 100e9 + 1 / (4 * 64 * 4e9))) and "products" in words
+    assert roofline.exponential_roof(limits | {"overlaps": True}, 64) == (4 * 64 * 4e9, "exp")

@@ -1,0 +1,90 @@
+"""What is timed is the same training, the same answers and the same losses; else nothing is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.benchmarks.suites.exits import suite as exits
+from fusedacl.benchmarks.suites.exits.second_stage import STAGES, Runs, second_stage
+from fusedacl.benchmarks.suites.exits.suite import contrastive_losses, early_exit
+from fusedacl.engine.training.feature_cache import FeatureCache
+
+
+@pytest.fixture
+def runs(tmp_path: Path, tiny_bert: Path, tiny_data: Path) -> Runs:
+    return Runs(
+        tmp_path, str(tiny_bert), 2, task_name="opinions", data_dir=str(tiny_data)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_second_stage_times_the_three_ways(runs: Runs, name: str) -> None:
+    result = second_stage(runs, name)
+    times = result["times"]
+    assert {way: time["samples"] for way, time in times.items()} == {
+        "together": 2, "apart": 2, "cached": 2
+    }  # fmt: skip
+    assert result["faster_than_apart"] == times["apart"]["p50_ms"] / times["together"]["p50_ms"]
+    assert result["cached_faster"] == times["together"]["p50_ms"] / times["cached"]["p50_ms"]
+    flops = {way: time["flops"] for way, time in times.items()}
+    # One exit learns here, alone or not.
+    assert flops["apart"] == flops["together"] > flops["cached"] > 0
+    assert times["cached"]["over_floor"] > 0 and result["gigaflops"] > 0
+
+
+def test_kinds_of_exits_follow_each_other(runs: Runs) -> None:
+    first, second = (second_stage(runs, name)["options"] for name in ("mha_ce", "linear_acl"))
+    assert first["exit_head"] != second["exit_head"]
+
+
+def test_a_cache_that_trains_otherwise_is_not_timed(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = FeatureCache.batch
+
+    def shifted(self: FeatureCache, *arguments: Any) -> Any:
+        layers, mask = states(self, *arguments)
+        return [layer.roll(1, dims=0) for layer in layers], mask
+
+    monkeypatch.setattr(FeatureCache, "batch", shifted)
+    with pytest.raises(SystemExit, match=r"mha_ce, cached, exit 1, main loss: .*: not timed"):
+        second_stage(runs, "mha_ce")
+
+
+@pytest.mark.parametrize("batch_size", [1, 32])
+def test_early_exit_beside_the_last_exit_alone(runs: Runs, batch_size: int) -> None:
+    result = early_exit(runs, "linear", batch_size, rounds=2)
+    assert result["batches"] == (16 if batch_size == 1 else 1)
+    times = result["times"]
+    assert result["over_full"] == times["early_exit"]["p50_ms"] / times["full"]["p50_ms"]
+
+
+def test_early_exit_that_leaves_is_not_timed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = exits.EarlyExit
+    monkeypatch.setattr(
+        exits, "EarlyExit", lambda model, name, threshold: engine(model, name, threshold=1.0)
+    )
+    with pytest.raises(SystemExit, match="early exit does not answer as the last exit"):
+        early_exit(runs, "mha", 32, rounds=1)
+
+
+def test_losses_of_several_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    result = contrastive_losses(3, 5, rounds=2)
+    assert result["shape"] == {"exits": 3, "samples": 32, "labels": 5, "width": 64}
+    assert result["faster_than_dense"] > 0
+    loop = exits.dense_loop
+    monkeypatch.setattr(exits, "dense_loop", lambda *arguments: 1.001 * loop(*arguments))
+    with pytest.raises(SystemExit, match="ACL-CL, dense: loss: relative error"):
+        contrastive_losses(3, 5, rounds=2)
+
+
+def test_bfloat16_is_measured_where_the_cpu_computes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for capabilities, expected in (
+        ({"avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert exits.computes_bfloat16() is expected

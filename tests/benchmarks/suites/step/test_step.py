@@ -1,0 +1,221 @@
+"""What is timed trains alike; memory, parts and bars of a training step; who is left out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.benchmarks.pages.step import step_section
+from fusedacl.benchmarks.suites.step import suite as step
+from fusedacl.benchmarks.suites.step import trainers
+from fusedacl.benchmarks.suites.step.memory import peaks
+from fusedacl.benchmarks.suites.step.names import ACL, CE, HUGGING_FACE, TWO_BACKWARD, WORDS
+from fusedacl.benchmarks.suites.step.suite import (
+    Chunks,
+    Options,
+    Preset,
+    Turns,
+    bar,
+    check,
+    measure,
+    run,
+)
+from fusedacl.benchmarks.suites.step.trainers import Case, Files, contestant, obstacle
+from fusedacl.engine.runtime import processes
+
+TURNS = Turns(rounds=1, steps=2, profiled=0, memory=False)
+
+
+@pytest.fixture
+def case(tiny_bert: Path) -> Case:
+    return Case(str(tiny_bert), batch=4, tokens=12)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainers, "NUM_TEXTS", 48)
+
+
+@pytest.fixture
+def without_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    # What DeepSpeed leaves is taken away with it.
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK")
+    yield
+    processes.leave()
+
+
+def test_a_whole_run_leaves_a_file_and_a_figure(
+    case: Case, tmp_path: Path, without_launcher: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    threads = torch.get_num_threads()
+    # In the second round the others come after DeepSpeed, which leaves its process group.
+    preset = Preset(((case, Turns(2, 2, 1, False)),), Chunks(case, 3, TURNS))
+    names = (
+        CE,
+        ACL,
+        "fusedacl_acl_head",
+        "deepspeed_ce",
+        HUGGING_FACE,
+        TWO_BACKWARD,
+    )
+    result = run(Options(preset, names, threads, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "step.json").read_text()) == json.loads(
+        json.dumps(result)
+    )
+    assert (result["schema"], result["benchmark"]) == (1, "step")
+    first, cached = result["cases"]
+    assert {*first["providers"], *first["left_out"]} == set(names)
+    # DeepSpeed may be missing; all others take part, so they train alike.
+    assert set(first["left_out"]) <= {"deepspeed_ce"}
+    one, two, three = (main for main, _ in first["losses"][CE])
+    assert one != two != three
+    for name, times in first["providers"].items():
+        assert times["samples"] == 4
+        assert times["over_floor"] > 0
+        assert ("shares" in times) == (name in trainers.OURS)
+        if "shares" in times:
+            assert sum(times["shares"].values()) == pytest.approx(1)
+    # The same products by hand; two backward passes, less what is shared; one pass less again.
+    flops = {name: times["flops"] for name, times in first["providers"].items()}
+    assert flops[CE] == flops[HUGGING_FACE] < flops["fusedacl_acl_head"] < flops[ACL]
+    assert flops[ACL] < 2 * flops[CE]
+    assert first["gigaflops"] > 0
+    assert first["providers"][ACL]["shares"]["contrastive_backward"] > 0
+    assert first["providers"][CE]["shares"]["contrastive_backward"] == 0
+    assert [found["what"] for found in cached["bars"]] == ["cached over one shot, time"]
+    assert set(cached["providers"]) == {"one_chunk", "cached_batch", "one_shot"}
+    for name in ("step.png", "step.svg"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+    page = "\n".join(step_section(result, "step.png"))
+    assert f"| {WORDS[CE]} |" in page and "](step.png)" in page
+    assert "| cached batch |" in page and "| exact gate over CE |" in page
+    printed = capsys.readouterr().out
+    assert "exact gate over CE: " in printed and "cached over one shot, time: " in printed
+
+
+def test_a_loop_that_trains_otherwise_is_left_out(
+    case: Case, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It never adds the contrastive gradient; the steps are long enough to show it.
+    monkeypatch.setattr(trainers, "cosine_similarity", lambda *a, **k: torch.tensor(-1.0))
+    monkeypatch.setattr(trainers, "LEARNING_RATE", 1e-2)
+    result = measure(case, TURNS, (CE, TWO_BACKWARD), files, threads=1)
+    assert set(result["providers"]) == {CE}
+    assert "losses differ by" in result["left_out"][TWO_BACKWARD]
+
+
+def test_one_of_ours_that_is_wrong_ends_it(
+    case: Case, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(
+        trainers.OURS, "fusedacl_acl_ungated", {"objective": "acl", "temperature": 0.4}
+    )
+    contestants = {
+        name: contestant(name, case, files) for name in ("fusedacl_acl_ungated", CE)
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="fusedacl_acl_ungated: its losses differ"):
+        check(case, contestants, files)
+
+
+def test_a_cached_batch_that_trains_otherwise_is_not_timed(
+    case: Case, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedacl.engine.training import micro_batches
+
+    cached = micro_batches.cached_losses
+
+    def heavier(*arguments: Any, weight: float, **settings: Any) -> Any:
+        return cached(*arguments, weight=1.01 * weight, **settings)
+
+    monkeypatch.setattr(micro_batches, "cached_losses", heavier)
+    with pytest.raises(SystemExit, match=r"3 chunks.*the losses differ by .*: not timed"):
+        step.measure_cached(Chunks(case, 3, TURNS), files, threads=1)
+
+
+def test_who_cannot_run_is_left_out_with_the_reason(
+    case: Case, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ValueError("deepspeed is not installed: pip install deepspeed")
+
+    monkeypatch.setattr(trainers, "check_version", missing)
+    monkeypatch.setitem(trainers.OURS, "fusedacl_acl_head", {"gate_scop": "head"})
+    assert obstacle(CE) is None
+    names = (CE, "deepspeed_ce", "fusedacl_acl_head")
+    result = measure(case, TURNS, names, files, threads=1)
+    assert set(result["providers"]) == {CE}
+    assert "pip install deepspeed" in result["left_out"]["deepspeed_ce"]
+    assert "Unknown option 'gate_scop'" in result["left_out"]["fusedacl_acl_head"]
+
+
+def test_an_unknown_provider_is_refused() -> None:
+    with pytest.raises(ValueError, match="Did you mean 'fusedacl_ce'"):
+        run(Options(providers=("fusedacl_c",)))
+
+
+def test_bars_are_reported_not_enforced() -> None:
+    assert bar("x", 1.76, 1.75) == {"what": "x", "value": 1.76, "at_most": 1.75, "met": False}
+    assert bar("x", 1.75, 1.75)["met"]
+
+
+class Holder:
+    """Holds so many bytes in its last step, and twice as many in the steps before."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.losses: list[tuple[float, float | None]] = []
+
+    def turn(self, num_steps: int, after_step: Any = None, **changes: Any) -> list[float]:
+        for number in range(1, num_steps + 1):
+            size = self.size if number == num_steps else 2 * self.size
+            torch.ones(size, dtype=torch.uint8)
+            after_step(number)
+        return []
+
+
+class Failing(Holder):
+    def turn(self, num_steps: int, after_step: Any = None, **changes: Any) -> list[float]:
+        raise RuntimeError("no room\nat all")
+
+
+def small_holder() -> Holder:
+    return Holder(32 * 2**20)
+
+
+def large_holder() -> Holder:
+    return Holder(96 * 2**20)
+
+
+def failing() -> Holder:
+    return Failing(0)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="no high-water mark that can be reset"
+)
+def test_peaks_are_of_the_last_step() -> None:
+    found = peaks({"small": small_holder, "failing": failing, "large": large_holder}, threads=1)
+    assert found["failing"] == "RuntimeError: no room"
+    for name, size in (("small", 32), ("large", 96)):
+        assert isinstance(found[name], int)
+        assert found[name] / 2**20 == pytest.approx(size, abs=6)
+
+
+def test_some_cases_leave_a_file_of_their_own() -> None:
+    assert Options().stem == "step"
+    assert Options(cases=("minilm", "cached")).stem == "step_minilm_cached"
+    with pytest.raises(ValueError, match="cases: there is none named 'minlm'.*'minilm'"):
+        run(Options(cases=("minlm",)))

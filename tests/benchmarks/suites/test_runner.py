@@ -1,0 +1,318 @@
+"""Nobody is timed who does not fit, is not there, is wrong, or has lost the device."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.benchmarks.floors.rates import Floor, Rates
+from fusedacl.benchmarks.measuring import memory
+from fusedacl.benchmarks.measuring.result_file import ResultFile, read_result
+from fusedacl.benchmarks.suites import runner
+from fusedacl.benchmarks.suites.gate import case as gate_case
+from fusedacl.benchmarks.suites.gate import suite as angle
+from fusedacl.benchmarks.suites.loss import case as loss_case
+from fusedacl.benchmarks.suites.loss import providers as loss_providers
+from fusedacl.benchmarks.suites.loss import suite as loss
+from fusedacl.benchmarks.suites.runner import (
+    DeviceLost,
+    Rotation,
+    Settings,
+    num_input_sets,
+    plan,
+    refuse_what_cannot_fit,
+    run_case,
+    run_cases,
+)
+from fusedacl.benchmarks.suites.suite import Provider, missing
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, threads=1, rounds=3, case_seconds=1.0)
+
+
+@dataclass(frozen=True)
+class Case:
+    size: int
+
+
+class Sums:
+    """A suite that sums a vector; providers are given."""
+
+    name = "sums"
+
+    def __init__(self, *providers: Provider) -> None:
+        self.given = list(providers)
+
+    def providers(self, case: Case, device: torch.device) -> list[Provider]:
+        return self.given
+
+    def input_bytes(self, case: Case) -> int:
+        return 4 * case.size
+
+    def check_bytes(self, case: Case) -> int:
+        return 0
+
+    def inputs(self, case: Case, device: torch.device, number: int) -> list[torch.Tensor]:
+        return [torch.full((case.size,), float(index + 1)) for index in range(number)]
+
+    def exact(self, formula: str, case: Case, inputs: torch.Tensor) -> float:
+        return float(inputs.double().sum())
+
+    def error(self, call: Any, case: Case, inputs: torch.Tensor, exact: float) -> float:
+        return abs(float(call(inputs)) - exact) / exact
+
+    def max_error(self, provider: Provider, case: Case) -> float:
+        return 1e-5
+
+    def rate_calls(self, case: Case) -> dict[str, Any]:
+        return {"gemm": lambda: torch.ones(8).sum()}
+
+    def rates(self, case: Case, times: Any) -> Rates:
+        assert times["gemm"]["p50_ms"] > 0
+        return Rates("here", {}, 1.0, 1e9)
+
+    def floor(self, rates: Rates, case: Case) -> Floor:
+        return Floor(4 * case.size / rates.bytes, "memory")
+
+    def shrunk(self, case: Case) -> Case | None:
+        return Case(case.size // 2) if case.size > 1 else None
+
+    def words(self, case: Case) -> str:
+        return f"sum of {case.size}"
+
+
+def provider(name: str, function: Any = torch.sum, size: int = 0, **options: Any) -> Provider:
+    return Provider(name, lambda case, device: function, "sum", lambda case: size, **options)
+
+
+def wrong(x: torch.Tensor) -> torch.Tensor:
+    return 1.01 * x.sum()
+
+
+def broken(x: torch.Tensor) -> torch.Tensor:
+    raise RuntimeError("no kernel image\nand more")
+
+
+def test_who_is_right_is_timed_and_the_others_are_named() -> None:
+    suite = Sums(
+        provider("ours", is_ours=True),
+        provider("wrong", wrong),
+        provider("broken", broken),
+        provider("nan", lambda x: x.sum() * torch.nan),
+        provider("elsewhere", obstacle=lambda case, device: missing("no_such_module", "no-such")),
+        provider("large", size=2**61),
+    )
+    found, failures = run_case(suite, Case(64), SETTINGS, None)
+    assert failures == []
+    assert list(found["providers"]) == ["ours"]
+    assert found["left_out"].keys() == {"wrong", "broken", "nan", "elsewhere", "large"}
+    reasons = found["left_out"]
+    assert (
+        reasons["wrong"] == "wrong by 1.0e-02 of the largest value, 1e-05 is the limit: not timed"
+    )
+    assert reasons["broken"] == "failed: RuntimeError: no kernel image: not timed"
+    assert reasons["nan"].startswith("wrong by nan")
+    assert reasons["elsewhere"] == "no-such is not installed. Run: pip install no-such"
+    assert reasons["large"].startswith("does not fit: about 2.1e+09 GiB by prediction")
+    entry = found["providers"]["ours"]
+    assert entry["p20_ms"] <= entry["p50_ms"] <= entry["p80_ms"]
+    assert entry["samples"] == 3 and entry["formula"] == "sum"
+    assert found["floor_ms"] == pytest.approx(4 * 64 / 1e6) and found["bound_by"] == "memory"
+    assert entry["over_floor"] == pytest.approx(entry["p50_ms"] / found["floor_ms"])
+
+
+@pytest.mark.parametrize(("function", "words"), [(wrong, "wrong by"), (broken, "RuntimeError")])
+def test_ours_wrong_or_broken_is_a_failure(function: Any, words: str) -> None:
+    found, failures = run_case(
+        Sums(provider("ours", function, is_ours=True)), Case(8), SETTINGS, None
+    )
+    assert found["providers"] == {}
+    assert len(failures) == 1 and failures[0].startswith("sum of 8: ours") and words in failures[0]
+
+
+def test_inputs_take_turns_and_are_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "cache_bytes", lambda device: 1000)
+    number = num_input_sets(Sums(), Case(25), CPU)
+    assert 100 * number > 1000
+    assert num_input_sets(Sums(), Case(10_000), CPU) == 1
+    seen: list[float] = []
+    turn = Rotation(lambda x: seen.append(float(x[0])), Sums().inputs(Case(2), CPU, 3))
+    for _ in range(4):
+        turn()
+    assert seen == [1, 2, 3, 1]
+
+
+def test_a_preset_leaves_out_unless_it_is_named() -> None:
+    suite = Sums(provider("ours", is_ours=True), provider("slow"))
+    settings = replace(SETTINGS, skipped={"slow": "compiling takes long"})
+    fitting, left_out, _ = plan(suite, Case(4), settings)
+    assert [each.name for each in fitting] == ["ours"]
+    assert left_out == {"slow": "compiling takes long"}
+    fitting, left_out, _ = plan(suite, Case(4), replace(settings, providers=("slow",)))
+    assert [each.name for each in fitting] == ["slow"] and left_out == {}
+
+
+def test_a_size_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    suite = Sums(Provider("ours", lambda case, device: torch.sum, "sum", lambda case: case.size**2))
+    monkeypatch.setattr(memory, "available_bytes", lambda device: 1100)
+    monkeypatch.setattr(memory, "cache_bytes", lambda device: 1)
+    with pytest.raises(ValueError, match=r"sum of 100: ours does not fit: .* fit: sum of 25"):
+        refuse_what_cannot_fit(suite, [Case(100), Case(200)], SETTINGS)
+    # One that fits is enough for the run to go on.
+    refuse_what_cannot_fit(suite, [Case(100), Case(5)], SETTINGS)
+    found, failures = run_case(suite, Case(100), SETTINGS, None)
+    assert found["providers"] == {} and "ours" in found["left_out"] and failures == []
+
+
+def test_what_is_finished_is_kept_when_the_device_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(device: torch.device, error: Exception) -> None:
+        raise DeviceLost(f"the device {device} does not answer any more: {error}")
+
+    def breaks_later(x: torch.Tensor) -> torch.Tensor:
+        if len(x) == 16:
+            raise RuntimeError("unspecified launch failure")
+        return x.sum()
+
+    monkeypatch.setattr(runner, "refuse_lost", lost)
+    file = ResultFile(tmp_path / "sums.json", "sums", "quick", cases=[])
+    suite = Sums(provider("ours", breaks_later, is_ours=True))
+    (failure,) = run_cases(suite, [Case(8), Case(16), Case(32)], SETTINGS, file, None)
+    assert "unspecified launch failure; 1 of 3 cases are kept" in failure
+    found = read_result(file.path)
+    assert [case["words"] for case in found["cases"]] == ["sum of 8"]
+    assert "does not answer" in found["stopped"]
+
+
+def test_a_call_that_failed_on_a_living_device_is_not_a_lost_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    runner.refuse_lost(CPU, RuntimeError("x"))
+
+    def silent(device: torch.device) -> None:
+        raise RuntimeError("no answer")
+
+    monkeypatch.setattr(runner, "synchronize", silent)
+    with pytest.raises(DeviceLost, match="does not answer any more: x"):
+        runner.refuse_lost(CPU, RuntimeError("x\ny"))
+
+
+def test_slow_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounds by what they cost: 20 ms of a fast call, 1 s of the slow one, of 5 s in all."""
+    clock = [0.0]
+    monkeypatch.setattr("fusedacl.benchmarks.measuring.clock.time.perf_counter", lambda: clock[0])
+
+    def call(seconds: float) -> None:
+        clock[0] += seconds
+
+    calls = {"fast": lambda: call(0.001), "slow": lambda: call(1.0)}
+    settings = replace(SETTINGS, rounds=15, case_seconds=5.2)
+    assert runner.timed(CPU, calls, settings)["slow"]["samples"] == 5
+    found = runner.timed(CPU, calls, replace(settings, case_seconds=1.0))
+    assert {times["samples"] for times in found.values()} == {runner.MIN_ROUNDS}
+    assert found["fast"]["p50_ms"] == pytest.approx(1)
+    assert runner.timed(CPU, calls, replace(settings, rounds=1))["slow"]["samples"] == 1
+
+
+def test_peaks_of_a_child_tell_dense_from_ours() -> None:
+    """4 bytes a pair of 1500 rows are 9 MB; ours holds rows, not pairs."""
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system tells no high-water mark")
+    case = loss_case.LossCase("supcon", 1500, 8, 16)
+    with memory.Child(threads=1) as child:
+        ours, dense = (child.peak(loss.SUITE, name, case) for name in ("fusedacl", "dense"))
+        assert isinstance(ours, int) and isinstance(dense, int)
+        assert dense > 4 * 1500**2 and dense > 4 * ours
+        assert "has no provider" in str(child.peak(loss.SUITE, "nobody", case))
+        # A child that dies is named, and the next one measures.
+        child._process.kill()
+        child._process.join()
+        assert "without an answer" in str(child.peak(loss.SUITE, "dense", case))
+        assert isinstance(child.peak(loss.SUITE, "fusedacl", case), int)
+
+
+LOSS_CASES = [
+    loss_case.LossCase("supcon", 40, 8, 16),
+    loss_case.LossCase("supcon", 40, 8, 16, dtype="float16"),
+    loss_case.LossCase("acl", 12, 8, 3),
+    loss_case.LossCase("acl", 12, 8, 3, exits=2, dtype="bfloat16"),
+    # More label embeddings than samples: some have no positive.
+    loss_case.LossCase("acl", 6, 8, 20, exits=2),
+]
+ANGLE_CASES = [
+    gate_case.AngleCase(task, 3000, dtype)
+    for task in angle.TASKS
+    for dtype in ("float32", "float16")
+]
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Few input sets, small rates; the Triton kernels under the interpreter take too long.
+    monkeypatch.setattr(memory, "cache_bytes", lambda device=None: 4096)
+    monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.BLOCK", 8)
+    monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.RATE_CALLS", 1)
+    monkeypatch.setattr(runner, "SAMPLE_SECONDS", 1e-9)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("case", [*LOSS_CASES, *ANGLE_CASES], ids=str)
+def test_every_provider_of_the_suites_computes_what_it_says(case: Any) -> None:
+    suite: Any = loss.SUITE if isinstance(case, loss_case.LossCase) else angle.SUITE
+    settings = replace(SETTINGS, rounds=1, skipped={"dense torch.compile": "slow"})
+    found, failures = run_case(suite, case, settings, None)
+    assert failures == []
+    assert "fusedacl" in found["providers"]
+    # Whoever is left out is not installed here or does not run on a CPU, none is wrong.
+    for name, reason in found["left_out"].items():
+        assert "not timed" not in reason, f"{name}: {reason}"
+    assert found["floor_ms"] > 0
+    json.dumps(found, allow_nan=False)
+
+
+def test_torch_compile_compiles_for_the_shape_of_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+
+    def compile_(function: Any, dynamic: bool) -> Any:
+        compiled.append(dynamic)
+        return function
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(loss_providers, "_compiler_obstacle", lambda case, device: None)
+    settings = replace(SETTINGS, rounds=1, providers=("dense torch.compile",))
+    found, _ = run_case(loss.SUITE, LOSS_CASES[0], settings, None)
+    assert found["providers"].keys() == {"dense torch.compile"}
+    assert compiled == [False]
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpp_builder
+
+    def none() -> str:
+        raise RuntimeError("no working compiler")
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    settings = replace(SETTINGS, providers=("dense torch.compile",))
+    reason = plan(loss.SUITE, LOSS_CASES[0], settings)[1]["dense torch.compile"]
+    assert (
+        reason == "torch.compile needs a C++ compiler (install g++ or clang): no working compiler"
+    )
+
+
+def test_gpu_kernels_name_what_they_need() -> None:
+    left_out = plan(loss.SUITE, LOSS_CASES[0], SETTINGS)[1]
+    assert left_out["inf-cl"] == "inf-cl runs on NVIDIA GPUs only: --device cuda"
+    assert left_out["dense autocast"].startswith("float32 has nothing to cast")
+    assert (
+        "NVIDIA GPUs only" in plan(angle.SUITE, ANGLE_CASES[0], SETTINGS)[1]["apex l2norm + dots"]
+    )
+    if not torch.cuda.is_available():
+        on_gpu = loss.SUITE.providers(LOSS_CASES[0], torch.device("cpu"))
+        (cut,) = [each for each in on_gpu if each.name == "cut-cross-entropy"]
+        reason = cut.obstacle(LOSS_CASES[0], torch.device("cuda"))
+        assert reason is not None and "pip install" in reason

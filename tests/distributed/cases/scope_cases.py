@@ -1,0 +1,143 @@
+"""What the ranks of the scopes' tests do: DeepSpeed beside one process with all ranks' texts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# First: it tells deepspeed to compute on the CPU.
+from zero_cases import CPU, LABELS, NUM_STEPS, batch, options
+
+# isort: split
+import torch
+from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification, TrainingConfig
+from fusedacl.engine.backends.deepspeed.backend import DeepSpeedEngine
+from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.objectives.losses import ExitLosses, exit_losses
+from fusedacl.engine.runtime import processes
+from torch import Tensor
+from transformers import BertConfig
+
+
+def new_model(exit_head: str) -> MultiExitForSequenceClassification:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=53,
+        hidden_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=16,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return MultiExitForSequenceClassification(
+        MultiExitConfig(
+            config, num_labels=LABELS, exit_width=8, exit_dropout=0.0, exit_head=exit_head
+        )
+    )
+
+
+def losses_of(
+    model: MultiExitForSequenceClassification,
+    engine: Any,
+    config: TrainingConfig,
+    batches: list[tuple[Tensor, Tensor]],
+) -> ExitLosses:
+    """Means over the batches; each is contrasted with itself, all of them are one forward pass."""
+    ids = torch.cat([ids for ids, _ in batches])
+    with engine.forward_context():
+        output = model(input_ids=ids)
+    found = []
+    for number, (_, labels) in enumerate(batches):
+        rows = slice(number * len(labels), (number + 1) * len(labels))
+        part = type(output)(
+            logits=output.logits[rows],
+            exit_logits=output.exit_logits[:, rows],
+            exit_embeddings=output.exit_embeddings[:, rows],
+        )
+        with engine.forward_context():
+            found.append(exit_losses(config.objective, part, model.label_embeddings, labels))
+    auxiliary = [losses.auxiliary for losses in found if losses.auxiliary is not None]
+    return ExitLosses(
+        torch.stack([losses.main for losses in found]).mean(0), torch.stack(auxiliary).mean(0)
+    )
+
+
+def sharded(
+    model: MultiExitForSequenceClassification, stage: int, config: TrainingConfig
+) -> DeepSpeedEngine:
+    given: dict[str, Any] = {"zero_optimization": {"stage": stage}}
+    if config.optimization.fp16:
+        given["fp16"] = {"enabled": True, "initial_scale_power": 12}
+    scope = config.objective.gate_scope
+    return DeepSpeedEngine(model, config, NUM_STEPS, CPU, gate_scope=scope, deepspeed_config=given)
+
+
+def compare_scope(
+    rank: int, stage: int, scope: str, max_angle: float, dtype: str, exit_head: str
+) -> dict[str, Any]:
+    """Relative error of the update, decisions and angles, beside the local engine's in float32."""
+    world = processes.world_size()
+    case = {"accumulation": 1, "max_angle": max_angle, "clip": 0.5}
+    changes: dict[str, Any] = {"gate_scope": scope, "impl": "reference"}
+    oracle, model = new_model(exit_head), new_model(exit_head)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = options(case, **changes)
+    local = LocalEngine(oracle, config, NUM_STEPS, CPU, gate_scope=scope)
+    wanted = []
+    for step in range(NUM_STEPS):
+        local.backward(losses_of(oracle, local, config, [batch(step, r) for r in range(world)]))
+        wanted.append(local.step())
+    local.close()
+
+    engine = sharded(model, stage, options(case, **changes, fp16=dtype == "fp16"))
+    found = []
+    for step in range(NUM_STEPS):
+        engine.backward(losses_of(model, engine, config, [batch(step, rank)]), 1 / world)
+        found.append(engine.step())
+    engine.close()
+    final, expected = dict(model.named_parameters()), dict(oracle.named_parameters())
+    # Attention does not depend on the keys' biases: their gradients are rounding, which AdamW
+    # blows up.
+    seen = [name for name in first if not name.endswith(("key.bias", "key_value.bias"))]
+    error = torch.cat([(final[n] - expected[n]).detach().flatten() for n in seen]).norm()
+    moved = torch.cat([(expected[n] - first[n]).detach().flatten() for n in seen]).norm()
+    both = list(zip(found, wanted, strict=True))
+    return {
+        "error": float(error / moved),
+        "kept": [(f.decision.kept.tolist(), w.decision.kept.tolist()) for f, w in both],
+        "angles": [(f.decision.angle.item(), w.decision.angle.item()) for f, w in both],
+        "norms": [(f.grad_norm, w.grad_norm) for f, w in both],
+        "skipped": [f.skipped for f, _ in both],
+    }
+
+
+def overflow_scope(rank: int, stage: int) -> dict[str, Any]:
+    """Three steps of which the first overflows on one rank, in the contrastive loss."""
+    model = new_model("mha")
+    config = options({"accumulation": 1}, gate_scope="head", impl="reference", fp16=True)
+    engine = sharded(model, stage, config)
+    made: dict[str, Any] = {"skipped": [], "moved": [], "scales": []}
+    before = engine.full_state_dict()
+    for step, factor in enumerate((1e9 if rank == 1 else 1.0, 1.0, 1.0)):
+        losses = losses_of(model, engine, config, [batch(step + 1, rank)])
+        assert losses.auxiliary is not None
+        engine.backward(ExitLosses(losses.main, losses.auxiliary * factor), 0.5)
+        report = engine.step()
+        after = engine.full_state_dict()
+        made["skipped"].append(report.skipped)
+        made["moved"].append(any(not torch.equal(after[n], before[n]) for n in after))
+        made["scales"].append(report.loss_scale)
+        before = after
+    engine.close()
+    return made
+
+
+def refuse_agreement(rank: int) -> str:
+    """What is said to a run that asks for the exact decision too."""
+    config = options({"accumulation": 1}, gate_scope="head", gate_agreement_steps=3)
+    try:
+        sharded(new_model("mha"), 1, config)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,65 @@
+"""What the ranks of the training tests do: whole runs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import warnings
+from pathlib import Path
+from typing import Any
+
+# Before deepspeed looks for one: these ranks compute on the CPU, also where there is a GPU.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+from fusedacl.engine import TrainingConfig
+from fusedacl.engine.runtime.signals import Interrupted
+from fusedacl.engine.training.run import train
+from fusedacl.engine.training.trainer import Trainer
+
+# Of torch, about what deepspeed calls.
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def trained(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of a run."""
+    return train(TrainingConfig.create(**options))["metrics"]
+
+
+def linear_is_torchs(rank: int) -> bool:
+    """Whether what a run leaves behind in its process computes as before it."""
+    return torch.nn.functional.linear.__module__.startswith("torch")
+
+
+def stopped(rank: int, options: dict[str, Any], step: int) -> tuple[int, str]:
+    """The exit code and the checkpoint's name of a run that rank 1 alone is told to stop."""
+    original = Trainer._train_step
+
+    def interrupted(self: Trainer, *arguments: Any) -> None:
+        original(self, *arguments)
+        if rank == 1 and self.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    Trainer._train_step = interrupted  # type: ignore[method-assign]
+    try:
+        train(TrainingConfig.create(**options))
+    except Interrupted as stop:
+        return stop.exit_code, str(stop)
+    finally:
+        Trainer._train_step = original  # type: ignore[method-assign]
+    return 0, "was not stopped"
+
+
+def refused(rank: int, options: dict[str, Any], of_rank_1: dict[str, Any]) -> str:
+    """The message of a run that must not start; rank 1 has other options."""
+    try:
+        train(TrainingConfig.create(**{**options, **(of_rank_1 if rank == 1 else {})}))
+    except ValueError as error:
+        return str(error)
+    return "was not refused"
+
+
+def weights_hash(run: Path) -> str:
+    """Of the final model."""
+    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()

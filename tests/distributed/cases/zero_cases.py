@@ -1,0 +1,263 @@
+"""What the ranks of the ZeRO tests do: a tiny BERT under the DeepSpeed and the local engine."""
+
+from __future__ import annotations
+
+import copy
+import os
+import warnings
+from typing import Any
+
+# Before deepspeed looks for one: these ranks compute on the CPU, also where there is a GPU.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from fusedacl.engine import TrainingConfig
+from fusedacl.engine.backends.deepspeed.backend import DeepSpeedEngine
+from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.objectives.losses import ExitLosses
+from fusedacl.engine.runtime import processes
+from fusedacl.kernels import acl_loss, supcon_loss
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+
+CPU = torch.device("cpu")
+# Of torch, about what deepspeed calls.
+warnings.filterwarnings("ignore", category=FutureWarning)
+# DeepSpeed refuses fp16 on a CPU that has to emulate it, which only costs time.
+get_accelerator().is_fp16_supported = lambda: True
+NUM_STEPS = 5
+# Some of the angles of the steps below are smaller, some larger, by degrees.
+MAX_ANGLE = 88.9
+ROWS, TOKENS, LABELS = 6, 7, 3
+
+
+class Net(nn.Module):
+    """Heads that one loss alone reaches, one that none does, and frozen parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=53,
+            hidden_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=40,
+            max_position_embeddings=16,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.classifier = nn.Linear(24, LABELS)
+        self.projection = nn.Linear(24, 10)
+        self.unused = nn.Linear(5, 5)
+        self.bert.embeddings.position_embeddings.requires_grad_(False)
+        for layer in self.bert.encoder.layer:
+            # Attention does not depend on it: its gradient is rounding, which AdamW would blow up.
+            layer.attention.self.key.bias.requires_grad_(False)
+
+    def losses(self, ids: Tensor, labels: Tensor, label_rows: bool) -> ExitLosses:
+        """label_rows: the contrastive loss takes the classifier's weight, not the projection."""
+        hidden = self.bert(input_ids=ids).last_hidden_state[:, 0]
+        main = nn.functional.cross_entropy(self.classifier(hidden).float(), labels)
+        if label_rows:
+            weights = self.classifier.weight.float()
+            auxiliary = acl_loss(hidden.float(), labels, weights, impl="reference")
+        else:
+            rows = self.projection(hidden).float()
+            auxiliary = supcon_loss(rows, labels, temperature=0.3, impl="reference")
+        return ExitLosses(main[None], auxiliary[None])
+
+
+def batch(step: int, number: int) -> tuple[Tensor, Tensor]:
+    """Micro-batch `number`, over all ranks, of a step."""
+    generator = torch.Generator().manual_seed(1000 * step + number)
+    ids = torch.randint(0, 53, (ROWS, TOKENS), generator=generator)
+    return ids, torch.randint(0, LABELS, (ROWS,), generator=generator)
+
+
+def options(case: dict[str, Any], **changes: Any) -> TrainingConfig:
+    values: dict[str, Any] = {
+        "task_name": "quickstart",
+        "output_dir": "unused",
+        "learning_rate": case.get("learning_rate", 1e-3),
+        "aux_weight": 0.3,
+        "max_angle": 90.0 if case.get("gate") == "none" else case.get("max_angle", MAX_ANGLE),
+        "gate": case.get("gate", "angle"),
+        "max_grad_norm": case.get("clip", 0.0),
+        "gradient_accumulation_steps": case["accumulation"],
+        "per_device_train_batch_size": ROWS,
+        "warmup_ratio": 0.2,
+        "weight_decay": 0.1,
+    }
+    return TrainingConfig.create(**values | changes).resolved()
+
+
+def groups_of(net: Net, case: dict[str, Any]) -> dict[str, list[nn.Parameter]] | None:
+    if not case.get("groups"):
+        return None
+    body = {id(p) for p in net.bert.parameters()}
+    trained = [p for p in net.parameters() if p.requires_grad]
+    return {
+        "body": [p for p in trained if id(p) in body],
+        "heads": [p for p in trained if id(p) not in body],
+    }
+
+
+def run(
+    net: Net,
+    engine: Any,
+    case: dict[str, Any],
+    mine: list[int],
+    total: int,
+    steps: range = range(NUM_STEPS),
+) -> list[Any]:
+    """The reports of some steps on the micro-batches `mine` of `total`."""
+    reports = []
+    for step in steps:
+        for number in mine:
+            with engine.forward_context():
+                losses = net.losses(*batch(step, number), case.get("label_rows", False))
+            engine.backward(losses, 1 / total)
+        reports.append(engine.step())
+    return reports
+
+
+def sharded(net: Net, stage: int, case: dict[str, Any]) -> DeepSpeedEngine:
+    """The DeepSpeed engine of a case."""
+    given: dict[str, Any] = {"zero_optimization": {"stage": stage, **case.get("zero", {})}}
+    if case["dtype"] == "fp16":
+        given["fp16"] = {"enabled": True, "initial_scale_power": 12, **case.get("fp16", {})}
+    precision = {} if case["dtype"] == "fp32" else {case["dtype"]: True}
+    return DeepSpeedEngine(
+        net,
+        options(case, **precision),
+        NUM_STEPS,
+        CPU,
+        groups=groups_of(net, case),
+        independent=case.get("independent", False),
+        deepspeed_config=given,
+    )
+
+
+def compare(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
+    """One run of the DeepSpeed engine beside the local engine's on all ranks' batches, float32."""
+    world = processes.world_size()
+    total = world * case["accumulation"]
+    first = {name: p.detach().clone() for name, p in Net().named_parameters()}
+    oracle = Net()
+    local = LocalEngine(
+        oracle,
+        options(case),
+        NUM_STEPS,
+        CPU,
+        groups=groups_of(oracle, case),
+        independent=case.get("independent", False),
+    )
+    wanted = run(oracle, local, case, list(range(total)), total)
+
+    net = Net()
+    engine = sharded(net, stage, case)
+    mine = list(range(rank, total, world))
+    found = run(net, engine, case, mine, total)
+    engine.close()
+    final, expected = dict(net.named_parameters()), dict(oracle.named_parameters())
+    error = {n: (final[n].detach() - expected[n].detach()).double().norm() for n in first}
+    size = {n: (expected[n].detach() - first[n]).double().norm() for n in first}
+    made: dict[str, Any] = {
+        "case": case,
+        "error": float(torch.stack(list(error.values())).norm())
+        / float(torch.stack(list(size.values())).norm()),
+        "unmoved": max(
+            float((final[n].detach() - first[n]).abs().max())
+            for n in first
+            if n.startswith("unused") or "position" in n or "key.bias" in n
+        ),
+        "norms": [(f.grad_norm, w.grad_norm) for f, w in zip(found, wanted, strict=True)],
+        "rates": [(f.learning_rate, w.learning_rate) for f, w in zip(found, wanted, strict=True)],
+        "skipped": [f.skipped for f in found],
+        "dtype": str(final["classifier.weight"].dtype),
+    }
+    if found[0].decision is not None:
+        both = [(f.decision, w.decision) for f, w in zip(found, wanted, strict=True)]
+        made["kept"] = [(f.kept.tolist(), w.kept.tolist()) for f, w in both]
+        made["angles"] = [(f.angle.tolist(), w.angle.tolist()) for f, w in both]
+        made["active"] = [(f.active.tolist(), w.active.tolist()) for f, w in both]
+    return made
+
+
+def weights_of(net: Net) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def resume(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
+    """Two steps, a new engine from what they left, the other steps; beside no interruption."""
+    world = processes.world_size()
+    mine, total = [rank], world
+    whole, interrupted = Net(), Net()
+    engine = sharded(whole, stage, case)
+    run(whole, engine, case, mine, total)
+    engine.close()
+
+    engine = sharded(interrupted, stage, case)
+    run(interrupted, engine, case, mine, total, range(2))
+    state = copy.deepcopy(engine.state_dict())
+    weights = engine.full_state_dict()
+    engine.close()
+    resumed = Net()
+    resumed.load_state_dict(weights)
+    engine = sharded(resumed, stage, case)
+    engine.load_state_dict(state)
+    run(resumed, engine, case, mine, total, range(2, NUM_STEPS))
+    engine.close()
+    final, expected = weights_of(resumed), weights_of(whole)
+    problem = ""
+    try:
+        sharded(Net(), (stage + 1) % 4, case).load_state_dict(state)
+    except ValueError as error:
+        problem = str(error)
+    return {
+        "error": max(float((final[n] - expected[n]).abs().max()) for n in final),
+        "moved": max(float((final[n] - weights[n]).abs().max()) for n in final),
+        "problem": problem,
+    }
+
+
+def overflow(
+    rank: int, stage: int, zero: dict[str, Any] | None = None
+) -> list[tuple[float, bool, float]]:
+    """Loss scale, skipped, and the largest weight change of each step, the first scales too big."""
+    case = {"dtype": "fp16", "accumulation": 1, "fp16": {"initial_scale_power": 16}}
+    case["zero"] = zero or {}
+    net = Net()
+    engine = sharded(net, stage, case)
+    made = []
+    before = engine.full_state_dict()
+    for step in range(1, 10):
+        with engine.forward_context():
+            losses = net.losses(*batch(step, rank), False)
+        # The scale is too big on one rank only, for one of the losses only.
+        losses = ExitLosses(losses.main, losses.auxiliary * (4.0 if rank == 1 else 1.0))
+        engine.backward(losses, 1 / processes.world_size())
+        report = engine.step()
+        after = engine.full_state_dict()
+        moved = max(float((after[n] - before[n]).abs().max()) for n in after)
+        made.append((report.loss_scale, report.skipped, moved))
+        before = after
+    engine.close()
+    return made
+
+
+def not_a_number(rank: int, stage: int) -> str:
+    """What a NaN on one rank raises on this one, without float16."""
+    net = Net()
+    engine = sharded(net, stage, {"dtype": "fp32", "accumulation": 1})
+    losses = net.losses(*batch(0, rank), False)
+    scaled = losses.main * (torch.nan if rank == 1 else 1.0)
+    engine.backward(ExitLosses(scaled, losses.auxiliary), 0.5)
+    try:
+        engine.step()
+    except FloatingPointError as error:
+        return str(error)
+    return ""

@@ -1,0 +1,75 @@
+"""What doctor says about machines that we are not on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+from importlib.machinery import ModuleSpec
+from importlib.metadata import PackageNotFoundError
+
+import pytest
+import torch
+from fusedacl.engine.cli import doctor
+from fusedacl.engine.runtime import machine
+
+
+def test_says_what_this_machine_can_run() -> None:
+    text = "\n".join(doctor.diagnose())
+    assert f"torch {torch.__version__}" in text
+    for heading in ("Device", "Arithmetic", "Implementation of each kernel", "Versions", "Extras"):
+        assert f"\n{heading}\n" in text
+    assert "contrastive loss on cpu" in text or "contrastive loss on cuda" in text
+    assert "tiled" in text
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [((7, 0), "--bf16 is refused"), ((9, 0), "--bf16 (no loss scaling)")],
+)
+def test_arithmetic_follows_the_gpu(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    assert expected in doctor._arithmetic()[0]
+
+
+@pytest.mark.parametrize(
+    ("modules", "expected"),
+    [
+        (set(), "absent. Optional"),
+        ({"apex", "amp_C", "apex.multi_tensor_apply"}, "NVIDIA's, with its CUDA extensions"),
+        ({"apex", "apex.multi_tensor_apply"}, "built without CUDA extensions"),
+        ({"apex"}, "WRONG PROJECT"),
+    ],
+)
+def test_tells_the_two_apexes_apart(
+    modules: set[str], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def find(name: str) -> ModuleSpec | None:
+        return ModuleSpec(name, None) if name in modules else None
+
+    monkeypatch.setattr(importlib.util, "find_spec", find)
+    assert expected in doctor._apex()
+
+
+def test_absent_packages_are_left_out_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package == "deepspeed":
+            raise PackageNotFoundError(package)
+        return "1.2"
+
+    monkeypatch.setattr(machine, "version", version)
+    monkeypatch.setattr(doctor, "version", version)
+    assert "deepspeed" not in machine.versions()
+    assert machine.versions()["torch"] == "1.2"
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert doctor._deepspeed().startswith(
+        "DeepSpeed: absent. Several processes need it: pip install"
+    )
+
+
+def test_another_deepspeed_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.9.1")
+    monkeypatch.setattr(doctor, "version", lambda package: "0.9.1")
+    assert doctor._deepspeed().startswith("DeepSpeed: 0.9.1, which is not supported.")

@@ -1,0 +1,241 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fusedacl.engine.data.batching import EncodedSplit, collate, encode, epoch_batches
+from fusedacl.engine.data.columns import TextSplit
+from transformers import (
+    AutoTokenizer,
+    BertTokenizerFast,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+WORDS = [f"w{number}" for number in range(20)]
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """A WordPiece tokenizer of 25 entries for a model of 32 positions; word w5 is token 10."""
+    path = tmp_path_factory.mktemp("tokenizer") / "vocab.txt"
+    path.write_text("\n".join(SPECIAL_TOKENS + WORDS), encoding="utf-8")
+    tokenizer = BertTokenizerFast(str(path), model_max_length=32)
+    assert tokenizer("w5")["input_ids"] == [2, 10, 3]
+    return tokenizer
+
+
+def random_pairs(num_rows: int, longest: int) -> TextSplit:
+    """Pairs of 1 to `longest` words, with labels 0..2."""
+    random = np.random.default_rng(0)
+
+    def texts() -> list[str]:
+        return [
+            " ".join(random.choice(WORDS, size=random.integers(1, longest + 1)))
+            for _ in range(num_rows)
+        ]
+
+    return TextSplit(texts(), texts(), random.integers(3, size=num_rows).tolist())
+
+
+def rows_of(encoded: EncodedSplit, row: int) -> list[int]:
+    return encoded.tokens[encoded.offsets[row] : encoded.offsets[row + 1]].tolist()
+
+
+@pytest.mark.parametrize("num_rows", [1, 1000, 1001])
+def test_encoding_equals_the_tokenizer_row_by_row(
+    tokenizer: PreTrainedTokenizerBase, num_rows: int
+) -> None:
+    split = random_pairs(num_rows, longest=10)
+    encoded = encode(split, tokenizer, 16)
+    assert len(encoded) == num_rows
+    assert encoded.tokens.dtype == np.int32 and encoded.offsets.dtype == np.int64
+    assert encoded.token_types is not None and split.second is not None
+    num_longer = 0
+    for row in range(num_rows):
+        pair = split.first[row], split.second[row]
+        expected = tokenizer(*pair, truncation=True, max_length=16)
+        assert rows_of(encoded, row) == expected["input_ids"]
+        types = encoded.token_types[encoded.offsets[row] : encoded.offsets[row + 1]]
+        assert types.tolist() == expected["token_type_ids"]
+        num_longer += len(tokenizer(*pair)["input_ids"]) > 16
+    assert encoded.num_truncated == num_longer
+    assert encoded.lengths.tolist() == [len(rows_of(encoded, row)) for row in range(num_rows)]
+    assert encoded.labels is not None and encoded.labels.dtype == torch.int64
+    assert encoded.labels.tolist() == split.labels
+
+
+def test_a_text_that_just_fits_is_not_truncated(tokenizer: PreTrainedTokenizerBase) -> None:
+    split = TextSplit(["w1 w2 w3", "w1 w2 w3 w4", "w1"])
+    encoded = encode(split, tokenizer, 5)
+    assert encoded.lengths.tolist() == [5, 5, 3]
+    assert encoded.num_truncated == 1
+    assert encoded.labels is None
+    assert encode(split, tokenizer, 32).num_truncated == 0
+
+
+def test_token_types_only_where_the_model_has_them(tokenizer: PreTrainedTokenizerBase) -> None:
+    class WithoutTokenTypes(BertTokenizerFast):
+        model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
+
+    plain = WithoutTokenTypes(tokenizer_object=tokenizer.backend_tokenizer)
+    encoded = encode(TextSplit(["w1"], ["w2"], [0]), plain, 8)
+    assert encoded.token_types is None
+    assert "token_type_ids" not in collate(encoded, [0], pad_token_id=0)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "model_limit", "message"),
+    [
+        (33, None, "max_seq_length=33 is beyond the model.*at most 32 tokens; use 32"),
+        (32, 24, "max_seq_length=32 is beyond the model.*at most 24"),
+        (4, None, "max_seq_length=4 leaves no room.*use 5 or more"),
+    ],
+)
+def test_lengths_that_the_model_cannot_take(
+    tokenizer: PreTrainedTokenizerBase, max_length: int, model_limit: int | None, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        encode(random_pairs(3, 2), tokenizer, max_length, model_limit)
+
+
+def test_a_tokenizer_without_a_limit_leaves_it_to_the_model(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    unlimited = BertTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    assert unlimited.model_max_length > 10**20
+    split = TextSplit(["w1 " * 100])
+    assert encode(split, unlimited, 64).lengths.tolist() == [64]
+    with pytest.raises(ValueError, match="at most 48"):
+        encode(split, unlimited, 64, model_limit=48)
+
+
+def test_a_text_without_tokens_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = None
+    bare = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
+    with pytest.raises(ValueError, match="data row 2 has no token"):
+        # A control character, which the normaliser removes.
+        encode(TextSplit(["w1", "\u0001"]), bare, 8)
+
+
+def test_real_tokenizer_counts_what_it_cuts(minilm: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(minilm)
+    texts = ["A caf\u00e9 in Z\u00fcrich.", "unbelievable " * 50, "short"]
+    encoded = encode(TextSplit(texts), tokenizer, 20)
+    assert encoded.num_truncated == 1
+    assert rows_of(encoded, 0) == tokenizer(texts[0])["input_ids"]
+    with pytest.raises(ValueError, match=r"max_seq_length=1024 is beyond the model.*512"):
+        encode(TextSplit(texts), tokenizer, 1024)
+
+
+LENGTHS = np.random.default_rng(1).integers(3, 128, size=1003)
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("batch_size", [1, 7, 32, 1003, 2000])
+def test_an_epoch_has_every_row_once(batch_size: int, shuffle: bool, group_by_length: bool) -> None:
+    batches = epoch_batches(
+        LENGTHS, batch_size, seed=0, epoch=0, shuffle=shuffle, group_by_length=group_by_length
+    )
+    assert sorted(np.concatenate(batches)) == list(range(1003))
+    assert all(len(batch) == batch_size for batch in batches[:-1])
+    assert 1 <= len(batches[-1]) <= batch_size
+
+
+@pytest.mark.parametrize("group_by_length", [False, True])
+def test_batches_depend_on_seed_and_epoch_alone(group_by_length: bool) -> None:
+    def order(seed: int, epoch: int) -> list[int]:
+        batches = epoch_batches(LENGTHS, 8, seed=seed, epoch=epoch, group_by_length=group_by_length)
+        return np.concatenate(batches).tolist()
+
+    # Another user of numpy's global generator changes nothing.
+    first = order(3, 1)
+    np.random.seed(7)
+    assert order(3, 1) == first
+    assert len({tuple(order(*key)) for key in ((3, 1), (3, 2), (4, 1), (1, 3))}) == 4
+
+
+def test_drop_last_leaves_out_random_rows_and_only_the_remainder() -> None:
+    left_out = set()
+    for epoch in range(4):
+        batches = epoch_batches(
+            LENGTHS, 100, seed=0, epoch=epoch, group_by_length=True, drop_last=True
+        )
+        assert [len(batch) for batch in batches] == [100] * 10
+        left_out |= set(range(1003)) - set(np.concatenate(batches).tolist())
+    assert len(left_out) > 3
+
+
+def padded_tokens(batches: list[np.ndarray]) -> int:
+    return sum(len(batch) * int(LENGTHS[batch].max()) for batch in batches)
+
+
+def test_grouping_pads_little_and_starts_with_the_longest_batch() -> None:
+    plain = epoch_batches(LENGTHS, 16, seed=0, epoch=0)
+    grouped = epoch_batches(LENGTHS, 16, seed=0, epoch=0, group_by_length=True)
+    assert padded_tokens(plain) > 1.5 * LENGTHS.sum()
+    assert padded_tokens(grouped) < 1.1 * LENGTHS.sum()
+    longest = [int(LENGTHS[batch].max()) for batch in grouped[:-1]]
+    assert longest[0] == max(longest)
+    # Neither rising nor falling after that: training must not see lengths in order.
+    steps = np.sign(np.diff(longest[1:]))
+    assert min((steps > 0).sum(), (steps < 0).sum()) > len(steps) // 4
+
+
+def test_without_shuffling_rows_come_in_order_or_longest_first() -> None:
+    batches = epoch_batches(LENGTHS, 10, seed=0, epoch=0, shuffle=False)
+    assert np.concatenate(batches).tolist() == list(range(1003))
+    batches = epoch_batches(LENGTHS, 10, seed=0, epoch=0, shuffle=False, group_by_length=True)
+    assert (np.diff(LENGTHS[np.concatenate(batches)]) <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 8, "seed": -1}, "seed=-1"),
+        ({"batch_size": 8, "epoch": -1}, "epoch=-1"),
+        ({"batch_size": 2000, "drop_last": True}, "drop_last leaves no batch: 1003 rows"),
+        ({"batch_size": 8, "lengths": np.zeros(0, dtype=np.int64)}, "no rows to batch"),
+    ],
+)
+def test_batches_that_cannot_be(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        epoch_batches(**{"lengths": LENGTHS, "seed": 0, "epoch": 0, **arguments})
+
+
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_collate_equals_the_padding_of_the_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, multiple: int | None
+) -> None:
+    split = random_pairs(50, longest=8)
+    encoded = encode(split, tokenizer, 32)
+    indices = np.array([49, 0, 7, 7, 23])
+    batch = collate(encoded, indices, tokenizer.pad_token_id, multiple)
+    assert split.second is not None and split.labels is not None
+    expected = tokenizer(
+        [split.first[row] for row in indices],
+        [split.second[row] for row in indices],
+        padding=True,
+        pad_to_multiple_of=multiple,
+        return_tensors="pt",
+    )
+    assert set(batch) == {*expected, "labels"}
+    for name, tensor in expected.items():
+        assert batch[name].dtype == torch.int64
+        assert torch.equal(batch[name], tensor)
+    assert batch["labels"].tolist() == [split.labels[row] for row in indices]
+
+
+def test_collate_pads_with_the_given_token_and_takes_any_sequence(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    encoded = encode(TextSplit(["w1 w2", "w3"]), tokenizer, 32)
+    batch = collate(encoded, [1, 0], pad_token_id=99)
+    assert batch["input_ids"].tolist() == [[2, 8, 3, 99], [2, 6, 7, 3]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
+    assert "labels" not in batch

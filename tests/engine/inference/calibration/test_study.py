@@ -1,0 +1,270 @@
+"""`fusedacl exits` from the sweep to a model that keeps its policy, and `predict --policy`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.engine import MultiExitForSequenceClassification
+from fusedacl.engine.cli.main import main
+from fusedacl.engine.inference.calibration import study as exit_study
+from fusedacl.engine.inference.calibration.search import policy_grid
+from fusedacl.engine.inference.calibration.timing import MeasuredSpeed, measure_speed
+from fusedacl.engine.model.saved import load_tokenizer
+
+
+@pytest.fixture
+def model_dir(tiny_bert: Path, tmp_path: Path) -> Path:
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tiny_bert),
+        label_names=["negative", "positive"],
+        exit_layers=[1, 2],
+        exit_head="linear",
+    )
+    with torch.no_grad():
+        words = model.backbone.get_input_embeddings().weight
+        words.copy_(torch.randn_like(words))
+    model.save_pretrained(tmp_path / "model")
+    load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def run(model_dir: Path, tiny_data: Path, *options: str) -> int:
+    source = ["--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
+    return main(["exits", "--model_name_or_path", str(model_dir), *source, *options])
+
+
+def test_sweep_store_and_serve(
+    model_dir: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "report"
+    target = ["--policy", "entropy", "--max_mean_layer", "1.7", "--metric", "accuracy"]
+    assert run(model_dir, tiny_data, *target, "--output_dir", str(out), "--measure") == 0
+    printed = capsys.readouterr().out
+    assert "full model: accuracy" in printed and "entropy is stored" in printed
+    assert "on 24 texts (opinions, validation), float32, at most 64 tokens" in printed
+    assert "cross-fitted: chosen on one half of them, scored on the other" in printed
+    written = {path.name for path in out.iterdir()}
+    assert written == {"exits.json", "exits.csv", "exits.md", "exits.png", "exits.svg"}
+    results = json.loads((out / "exits.json").read_text())
+    assert [speed["batch_size"] for speed in results["policies"]["voting"]["measured"]] == [1, 32]
+    with (out / "exits.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    for name, found in results["policies"].items():
+        rows = [row for row in table if row["policy"] == name]
+        assert {row["area_under_curve"] for row in rows} == {f"{found['area_under_curve']:.4f}"}
+        timed = [row for row in rows if row["speedup_batch_1"] and row["speedup_batch_32"]]
+        assert len(timed) == len(found["timed"]) <= exit_study.MAX_TIMED_SETTINGS
+        layers = [f"{row['mean_layer']:.3f}" for row in found["timed"]]
+        assert sorted(row["mean_layer"] for row in timed) == sorted(layers)
+        if "parameters" in found:
+            at = [row["parameters"] for row in found["timed"]].index(found["parameters"])
+            assert found["timed"][at]["measured"] == found["measured"]
+    assert len(results["policies"]["entropy"]["timed"]) > 1
+    assert f"Other settings' times are in {out / 'exits.csv'}" in printed
+    assert results["complete"] and results["command"].startswith("fusedacl exits --model_name")
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    assert model.config.exit_policy["name"] == "entropy"
+    facts = model.config.exit_policy["calibration"]
+    assert facts["mean_layer"] <= 1.7
+    assert (facts["dtype"], facts["max_seq_length"]) == ("float32", 64)
+    assert facts["cross_fitted"].keys() == {"score", "mean_layer", "flops_share", "num_folds"}
+    measured = results["policies"]["entropy"]["measured"]
+    card = (model_dir / "README.md").read_text()
+    for speed in measured:
+        assert f"| {speed['speedup']:.2f}x" in card
+    assert f"| {facts['score']:.4f} | {facts['cross_fitted']['score']:.4f} |" in card
+    texts = tmp_path / "texts.csv"
+    texts.write_text("sentence\na good dog\nthe bad bird sings near the river\na house\n")
+    files = ["--input_file", str(texts), "--output_file", str(tmp_path / "labels.csv")]
+    command = ["predict", "--model_name_or_path", str(model_dir), *files, "--disable_tqdm"]
+    assert main([*command, "--policy", "stored", "--repack"]) == 0
+    with (tmp_path / "labels.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tokens = load_tokenizer(str(model_dir))(
+        ["a good dog", "the bad bird sings near the river", "a house"],
+        padding=True,
+        return_tensors="pt",
+    )
+    expected = model.early_exit(tokens)
+    assert [int(row["exit_layer"]) for row in rows] == expected.exit_layers.tolist()
+    names = model.config.id2label
+    assert [row["label"] for row in rows] == [names[i] for i in expected.predictions.tolist()]
+    assert main([*command, "--policy", "fixed_layer:layer=1"]) == 0
+    assert main([*command, "--policy", "fixed_layer:layer=3"]) == 2
+    assert "layer=3 carries no exit" in capsys.readouterr().err
+    assert main([*command, "--repack"]) == 2
+
+
+def test_a_learned_exit_of_the_sweep_is_not_promised_to_those_who_load(
+    model_dir: Path, tiny_data: Path
+) -> None:
+    """It is not among the weights that stay, so the configuration may not name it."""
+    both = ["--policies", "entropy,learned", "--policy", "entropy", "--max_mean_layer", "2"]
+    assert run(model_dir, tiny_data, *both) == 0
+    config = json.loads((model_dir / "config.json").read_text())
+    assert not config.get("learned_exit", False)
+    assert config["exit_policy"]["name"] == "entropy"
+
+
+def test_ctrl_c_keeps_what_is_done(
+    model_dir: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The second policy to be timed is interrupted; the stored one was the first."""
+    out = tmp_path / "report"
+    timed, seen = [], []
+
+    def interrupted(*arguments: Any, **options: Any) -> list[MeasuredSpeed]:
+        # What is on disk when a policy's turn comes.
+        seen.append(json.loads((out / "exits.json").read_text()))
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        timed.append(arguments[2][0].name)
+        return measure_speed(*arguments, **options)
+
+    monkeypatch.setattr(exit_study, "measure_speed", interrupted)
+    options = ["--policy", "voting", "--max_quality_loss", "1", "--policies", "entropy,patience"]
+    options += ["--measure", "--measured_samples", "4", "--output_dir", str(out)]
+    assert run(model_dir, tiny_data, *options) == 130
+    assert timed == ["voting", "voting", "entropy"]
+    assert set(seen[0]["policies"]) == {"entropy", "patience", "voting"}
+    assert "measured" not in seen[0]["policies"]["voting"]
+    assert len(seen[2]["policies"]["voting"]["measured"]) == 2
+    printed = capsys.readouterr().out
+    words = f"Interrupted: 3 of 3 policies are swept, 1 of 3 timed. What is done is in {out}."
+    assert words in printed and "voting is stored with the model" in printed
+    results = json.loads((out / "exits.json").read_text())
+    assert not results["complete"]
+    assert "measured" not in results["policies"]["entropy"]
+    assert [speed["num_texts"] for speed in results["policies"]["voting"]["measured"]] == [4, 4]
+    assert {path.name for path in out.iterdir()} >= {"exits.csv", "exits.md", "exits.png"}
+
+
+def test_times_that_nothing_would_show_are_not_taken(
+    model_dir: Path,
+    tiny_data: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    timed: list[Any] = []
+
+    def measured(*arguments: Any, **options: Any) -> list[MeasuredSpeed]:
+        timed.append(arguments[2])
+        return measure_speed(*arguments, **options)
+
+    monkeypatch.setattr(exit_study, "measure_speed", measured)
+    # Patience cannot leave at the first exit: it has no setting for this target.
+    options = ["--policies", "entropy,patience", "--max_mean_layer", "1", "--measure"]
+    assert run(model_dir, tiny_data, *options, "--measured_samples", "4") == 0
+    assert [[policy.name for policy in policies] for policies in timed] == [["entropy"]] * 2
+    printed = capsys.readouterr().out
+    assert "target out of reach" in printed and "exits.csv" not in printed
+
+
+def test_ctrl_c_before_anything_is_stored(
+    model_dir: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "patience":
+            raise KeyboardInterrupt
+        return policy_grid(name, *arguments, **options)
+
+    monkeypatch.setattr(exit_study, "policy_grid", interrupted)
+    options = ["--policies", "entropy,patience", "--policy", "patience"]
+    assert run(model_dir, tiny_data, *options, "--output_dir", str(tmp_path / "out")) == 130
+    printed = capsys.readouterr().out
+    assert "Interrupted: 1 of 2 policies are swept. What" in printed
+    assert "is stored" not in printed
+    assert list(json.loads((tmp_path / "out/exits.json").read_text())["policies"]) == ["entropy"]
+    assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None
+
+
+def test_the_learned_exit_survives(
+    model_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    assert before.learned_exit is None
+    options = ["--policies", "learned", "--policy", "learned", "--max_quality_loss", "1"]
+    assert run(model_dir, tiny_data, *options) == 0
+    assert "its layer was fitted on these texts too (opinions, val" in capsys.readouterr().out
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    assert model.learned_exit is not None
+    facts = model.config.exit_policy["calibration"]
+    assert facts["learned_exit"] == {"fitted_on": "opinions, validation", "num_folds": 5}
+    assert model.learned_exit.weight.abs().sum() > 0
+    for name, value in before.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
+    assert model.early_exit(inputs).exit_layers.tolist() == [1]
+    # Another policy, stored later, leaves it where it is.
+    assert run(model_dir, tiny_data, "--policy", "patience", "--max_quality_loss", "1") == 0
+    again = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    assert again.config.exit_policy["name"] == "patience"
+    assert torch.equal(again.learned_exit.weight, model.learned_exit.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--policies", "entropi"], "Did you mean 'entropy'"),
+        (["--policies", ","], "policies is empty"),
+        (["--max_mean_layer", "1", "--max_flops_share", "0.5"], "give exactly one of"),
+        (["--metric", "acuracy"], "Did you mean 'accuracy'"),
+        (["--policy", "patience", "--max_mean_layer", "1"], "no setting is as fast"),
+        (["--measured_samples", "50"], "measured_samples=50 belongs to measure"),
+        (["--measure", "--measured_samples", "0"], "measured_samples=0 is out of range"),
+        (["--max_eval_samples", "4", "--policies", "learned"], "4 texts cannot be cross-fitted"),
+    ],
+)
+def test_mistakes(
+    model_dir: Path,
+    tiny_data: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    assert run(model_dir, tiny_data, *options) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_model_with_one_exit(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tiny_bert), label_names=["negative", "positive"]
+    )
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path)
+    assert run(tmp_path, tiny_data) == 2
+    assert "has one exit, on layer 2: nothing can leave early" in capsys.readouterr().err
+
+
+def test_an_encoder_without_exits(
+    tiny_bert: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(tiny_bert, tiny_data) == 2
+    assert "is a bert model, not one that `fusedacl train` has fine" in capsys.readouterr().err
+
+
+def test_a_model_that_diverged(
+    model_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    with torch.no_grad():
+        model.exits[0].classifier.weight.fill_(float("nan"))
+    model.save_pretrained(model_dir)
+    assert run(model_dir, tiny_data, "--policy", "entropy") == 1
+    assert "exit on layer 1 answers 24 of 24 texts with NaN" in capsys.readouterr().err
+    assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None

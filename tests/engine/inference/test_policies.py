@@ -1,0 +1,175 @@
+"""Each policy by hand, and the mistakes it refuses."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.engine.model.exit_policies import (
+    POLICIES,
+    Entropy,
+    ExitReading,
+    FixedLayer,
+    Learned,
+    MaximumProbability,
+    Memory,
+    Patience,
+    PatienceConfidence,
+    Policy,
+    Voting,
+    make_policy,
+    parse_policy,
+    policy_from_record,
+)
+from torch import Tensor
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "max_probability": {"threshold": 0.9},
+    "entropy": {"threshold": 0.4},
+    "patience": {"patience": 2},
+    "patience_confidence": {"patience": 2, "threshold": 0.6},
+    "voting": {"votes": 2},
+    "learned": {"threshold": 0.5},
+    "fixed_layer": {"layer": 3},
+}
+
+
+def logits_of(*answers: int) -> Tensor:
+    """Logits of 3 classes for these answers: [N, 3]."""
+    return 4.0 * torch.nn.functional.one_hot(torch.tensor(answers), 3).float()
+
+
+def leaving_exits(policy: Policy, exits: list[Tensor]) -> list[int]:
+    """The exit (1 = first) where each text would leave, 0 for never."""
+    found = torch.zeros(len(exits[0]), dtype=torch.int64)
+    memory: Memory = {}
+    for number, logits in enumerate(exits, start=1):
+        leaving, memory = policy.leaves(ExitReading(number, logits), memory)
+        found[leaving & (found == 0)] = number
+    return found.tolist()
+
+
+def test_maximum_probability_and_entropy() -> None:
+    logits = torch.tensor([[0.0, 0.0, 0.0], [2.0, 0.0, 0.0], [9.0, 0.0, 0.0]])
+    reading = ExitReading(1, logits)
+    probability = math.exp(2) / (math.exp(2) + 2)
+    assert MaximumProbability.signal(reading)[1].item() == pytest.approx(probability)
+    assert MaximumProbability(0.7).leaves(reading, {})[0].tolist() == [False, True, True]
+    rest = (1 - probability) / 2
+    entropy = -probability * math.log(probability) - 2 * rest * math.log(rest)
+    signal = Entropy.signal(reading)
+    assert signal[1].item() == pytest.approx(entropy / math.log(3))
+    assert signal[0].item() == pytest.approx(1)
+    assert Entropy(0.5).leaves(reading, {})[0].tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("size", [1e4, 1e30])
+def test_signals_of_extreme_logits_are_finite(size: float) -> None:
+    reading = ExitReading(1, torch.tensor([[size, -size, 0.0], [-size, -size, -size]]))
+    assert Entropy.signal(reading).tolist() == pytest.approx([0, 1])
+    assert MaximumProbability.signal(reading).tolist() == pytest.approx([1, 1 / 3])
+
+
+def test_the_ends_of_the_thresholds() -> None:
+    logits = torch.tensor([[50.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
+    reading = ExitReading(1, logits, certainty=torch.tensor([1.0, 0.1]))
+    nobody = (MaximumProbability(1.0), Entropy(0.0), Learned(1.0))
+    everybody = (MaximumProbability(0.0), Entropy(1.0), Learned(0.0))
+    for policy in nobody:
+        assert policy.leaves(reading, {})[0].tolist() == [False, False]
+    for policy in everybody:
+        assert policy.leaves(reading, {})[0].tolist() == [True, True]
+
+
+def test_patience_counts_agreements_with_the_exit_before() -> None:
+    exits = [logits_of(0, 0, 0), logits_of(0, 1, 1), logits_of(0, 1, 0), logits_of(0, 1, 1)]
+    assert leaving_exits(Patience(1), exits) == [2, 3, 0]
+    assert leaving_exits(Patience(2), exits) == [3, 4, 0]
+
+
+def test_patience_with_confidence_counts_confident_exits() -> None:
+    confident, unsure = 4.0 * torch.eye(3)[:1], 0.1 * torch.eye(3)[:1]
+    first, second = torch.cat([confident, confident]), torch.cat([confident, unsure])
+    exits = [first, second, first, first]
+    assert leaving_exits(PatienceConfidence(2, 0.9), exits) == [2, 4]
+    # The answer need not be the same.
+    assert leaving_exits(PatienceConfidence(2, 0.9), [logits_of(0), logits_of(1)]) == [2]
+    by_probability = [MaximumProbability(0.9).leaves(ExitReading(1, x), {})[0] for x in exits]
+    once = [PatienceConfidence(1, 0.9).leaves(ExitReading(1, x), {})[0] for x in exits]
+    assert all(map(torch.equal, by_probability, once))
+
+
+def test_voting_counts_answers_in_a_row_or_not() -> None:
+    exits = [logits_of(0, 0, 2), logits_of(1, 0, 1), logits_of(0, 1, 0), logits_of(0, 1, 2)]
+    assert leaving_exits(Voting(2), exits) == [3, 2, 4]
+    assert leaving_exits(Voting(3), exits) == [4, 0, 0]
+
+
+def test_fixed_layer_reads_one_exit() -> None:
+    assert leaving_exits(FixedLayer(2), [logits_of(0, 1)] * 3) == [2, 2]
+    assert [FixedLayer(2).reads(layer) for layer in (1, 2, 3)] == [False, True, False]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_records_bring_a_policy_back(name: str) -> None:
+    policy = make_policy(name, **SETTINGS[name])
+    assert policy.parameters == SETTINGS[name]
+    assert policy_from_record({"name": name, "parameters": policy.parameters}) == policy
+    assert str(policy).startswith(name.split("_")[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("entrophy", {}, "policy='entrophy' is not a policy. Did you mean 'entropy'"),
+        ("entropy", {}, "needs a value for threshold"),
+        ("patience_confidence", {}, "needs a value for patience and threshold"),
+        ("entropy", {"treshold": 0.5}, "no parameter 'treshold'. Did you mean 'threshold'"),
+        ("entropy", {"threshold": -0.1}, "entropy: threshold=-0.1 is out of range.*from 0 to 1"),
+        ("entropy", {"threshold": float("nan")}, "threshold=nan is out of range"),
+        ("learned", {"threshold": "0.5"}, "threshold='0.5' is out of range"),
+        ("max_probability", {"threshold": 1.5}, "max_probability: threshold=1.5"),
+        ("patience", {"patience": 0}, "patience: patience=0 is out of range.*1 or more"),
+        ("patience", {"patience": 1.5}, "patience=1.5"),
+        ("voting", {"votes": True}, "votes=True"),
+        ("fixed_layer", {"layer": 0}, "layer=0"),
+    ],
+)
+def test_mistakes(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_policy(name, **parameters)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        (Patience(3), "patience=3 can never be reached with 3 exits: use 2 or less"),
+        (PatienceConfidence(4, 0.5), "patience=4 can never be reached with 3 exits: use 3"),
+        (Voting(4), "votes=4 can never be reached"),
+        (FixedLayer(3), "layer=3 carries no exit; the exits are on layers 2, 4, 6"),
+    ],
+)
+def test_policies_that_the_exits_cannot_carry(policy: Policy, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        policy.check([2, 4, 6])
+
+
+def test_a_damaged_record() -> None:
+    with pytest.raises(ValueError, match="describes no policy"):
+        policy_from_record({"name": "entropy"})
+
+
+def test_policies_on_the_command_line() -> None:
+    parsed = parse_policy("patience_confidence:patience=2, threshold=0.9")
+    assert parsed == PatienceConfidence(2, 0.9)
+    assert parse_policy("max_probability:threshold=1") == MaximumProbability(1)
+    for text, message in (
+        ("entropy", "needs a value for threshold"),
+        ("entropy:0.3", "'0.3' is not of the form parameter=number"),
+        ("entropy:threshold=high", "is not of the form"),
+        ("entropi:threshold=0.3", "Did you mean 'entropy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_policy(text)

@@ -1,0 +1,99 @@
+"""The exit heads against their definition, term by term."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from fusedacl.engine.model.exits import Dropout, LinearExit, MHAExit
+from torch.nn import functional
+
+
+@pytest.fixture
+def states() -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states [3, 6, 16] and a mask with padding on the right."""
+    mask = torch.ones(3, 6, dtype=torch.int64)
+    mask[0, 3:] = 0
+    mask[1, 5:] = 0
+    return torch.randn(3, 6, 16), mask
+
+
+def test_mha_exit_equals_full_attention_read_at_the_first_token(states) -> None:
+    hidden, mask = states
+    head = MHAExit(16, num_labels=5, dropout=0.1, width=8, num_heads=2).eval()
+    output = head(hidden, mask)
+    tokens = torch.tanh(hidden @ head.down_projection.weight.T + head.down_projection.bias)
+    query = tokens @ head.query.weight.T + head.query.bias
+    key, value = (tokens @ head.key_value.weight.T + head.key_value.bias).split(8, dim=-1)
+    parts = []
+    for columns in (slice(0, 4), slice(4, 8)):
+        scores = query[..., columns] @ key[..., columns].transpose(1, 2) / 4**0.5
+        scores = scores.masked_fill(mask[:, None, :] == 0, float("-inf"))
+        parts.append(scores.softmax(dim=-1) @ value[..., columns])
+    attended = torch.cat(parts, dim=-1) @ head.output.weight.T + head.output.bias
+    expected = torch.tanh(attended[:, 0])
+    torch.testing.assert_close(output.embeddings, expected)
+    torch.testing.assert_close(output.logits, expected @ head.classifier.weight.T)
+    assert head.classifier.bias is None
+
+
+def test_mha_exit_ignores_padding(states) -> None:
+    hidden, mask = states
+    head = MHAExit(16, num_labels=5, dropout=0.0, width=8, num_heads=2)
+    expected = head(hidden, mask).logits
+    hidden = hidden.masked_fill(mask[..., None] == 0, 100.0)
+    torch.testing.assert_close(head(hidden, mask).logits, expected)
+
+
+def test_linear_exit_reads_the_first_token(states) -> None:
+    hidden, mask = states
+    head = LinearExit(16, num_labels=5, dropout=0.5).eval()
+    output = head(hidden, mask)
+    assert torch.equal(output.embeddings, hidden[:, 0])
+    expected = functional.linear(hidden[:, 0], head.classifier.weight, head.classifier.bias)
+    torch.testing.assert_close(output.logits, expected)
+
+
+@pytest.mark.parametrize("head", [LinearExit(16, 5, 0.5), MHAExit(16, 5, 0.5, 8, 2)])
+def test_dropout_acts_in_training_only(head, states) -> None:
+    hidden, mask = states
+    head.train()
+    assert not torch.equal(head(hidden, mask).logits, head(hidden, mask).logits)
+    head.eval()
+    assert torch.equal(head(hidden, mask).logits, head(hidden, mask).logits)
+
+
+def test_heads_must_divide_the_width() -> None:
+    with pytest.raises(ValueError, match="exit_width=9 is not a multiple of exit_attention_heads"):
+        MHAExit(16, 5, 0.1, width=9, num_heads=2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_zeroes_and_scales(dtype: torch.dtype) -> None:
+    dropout = Dropout(0.3)
+    x = torch.full((7, 111, 129), 2.0, dtype=dtype, requires_grad=True)
+    y = dropout(x)
+    zeroed = y == 0
+    assert y.dtype == dtype
+    # Rounded to 2^-16, and the scale with it.
+    torch.testing.assert_close(y[~zeroed], torch.full_like(y[~zeroed], 2 / 0.7))
+    # Of 100,233 draws the share is within five standard deviations, in each of the four places.
+    for part in (zeroed.flatten()[place::4] for place in range(4)):
+        share = float(part.double().mean())
+        assert abs(share - 0.3) < 5 * (0.3 * 0.7 / part.numel()) ** 0.5
+    # Neighbours that share a random number are independent: both zeroed in 9 % of the pairs.
+    both = float((zeroed.flatten()[0:-1:4] & zeroed.flatten()[1::4]).double().mean())
+    assert abs(both - 0.09) < 5 * (0.09 * 0.91 / (x.numel() / 4)) ** 0.5
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient == 0, zeroed)
+    assert torch.equal(gradient[~zeroed] * 2, y[~zeroed])
+
+
+def test_dropout_repeats_with_the_seed_and_knows_its_ends() -> None:
+    x = torch.ones(5, 3)
+    torch.manual_seed(7)
+    first = Dropout(0.5)(x)
+    torch.manual_seed(7)
+    assert torch.equal(Dropout(0.5)(x), first)
+    assert torch.equal(Dropout(0.0)(x), x)
+    assert torch.equal(Dropout(1.0)(x), torch.zeros_like(x))
+    assert torch.equal(Dropout(0.5).eval()(x), x)

@@ -1,0 +1,205 @@
+"""Large contrastive batches: the gradients of one batch, from chunks, with the same dropout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from fusedacl.engine import TrainingConfig, train
+from fusedacl.engine.config.sections import ObjectiveOptions
+from fusedacl.engine.model.multi_exit import MultiExitOutput
+from fusedacl.engine.objectives.large_batches import Chunk, cached_losses
+from fusedacl.engine.objectives.losses import ExitLosses, Teacher, exit_losses
+from torch import Tensor, nn
+from torch.nn import functional
+
+CPU = torch.device("cpu")
+SIZES = [4, 4, 3]
+
+
+class Toy(nn.Module):
+    """Two exits [E, N, d] with dropout, their classifiers [E, K, d], and a count of open graphs."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 5, dtype=dtype) for _ in range(2))
+        self.classifiers = nn.Parameter(torch.randn(2, 3, 5, dtype=dtype))
+        self.rows_with_graph = 0
+
+    def forward(self, samples: Tensor) -> MultiExitOutput:
+        if torch.is_grad_enabled():
+            self.rows_with_graph = max(self.rows_with_graph, len(samples))
+        rows = torch.stack([functional.dropout(layer(samples), 0.3) for layer in self.layers])
+        logits = torch.einsum("end,ekd->enk", rows, self.classifiers)
+        return MultiExitOutput(logits=logits[-1], exit_logits=logits, exit_embeddings=rows)
+
+
+def gradients(model: Toy, losses: list[ExitLosses], which: str) -> list[Tensor]:
+    model.zero_grad()
+    for of_chunk in losses:
+        value = of_chunk.main if which == "main" else of_chunk.auxiliary
+        assert value is not None
+        value.sum().backward(retain_graph=True)
+    return [
+        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+    ]
+
+
+@pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("objective", ["scl", "acl", "acl_cl"])
+def test_gradients_are_those_of_one_batch(
+    objective: str, reduction: str, loss_scale: float
+) -> None:
+    model = Toy(torch.float64)
+    options = ObjectiveOptions(
+        objective=objective[:3], contrastive_reduction=reduction,
+        cross_layer=objective == "acl_cl", distill_weight=0.25,
+    )  # fmt: skip
+    samples = torch.randn(sum(SIZES), 6, dtype=torch.float64)
+    labels = torch.randint(0, 3, (sum(SIZES),))
+    constants = Teacher(
+        torch.randn(sum(SIZES), 5, dtype=torch.float64),
+        torch.randn(3, 5, dtype=torch.float64),
+        torch.randn(sum(SIZES), 3, dtype=torch.float64),
+    )
+    places = list(torch.arange(sum(SIZES)).split(SIZES))
+
+    def chunk(place: Tensor) -> Chunk:
+        teacher = Teacher(
+            constants.embeddings[place], constants.label_embeddings, constants.logits[place]
+        )
+        return Chunk(model(samples[place]), labels[place], teacher)
+
+    torch.manual_seed(5)
+    parts = [chunk(place) for place in places]
+    drawn = torch.get_rng_state()
+    whole = MultiExitOutput(
+        exit_logits=torch.cat([part.output.exit_logits for part in parts], dim=1),
+        exit_embeddings=torch.cat([part.output.exit_embeddings for part in parts], dim=1),
+    )
+    expected = exit_losses(options, whole, model.classifiers, labels, constants)
+    # These samples are 60 % of an optimizer step's.
+    shares = [0.6 * size / sum(SIZES) for size in SIZES]
+
+    model.rows_with_graph = 0
+    found: dict[str, list[Tensor]] = {}
+    for which in ("main", "auxiliary"):
+        torch.manual_seed(5)
+        losses = cached_losses(
+            [lambda place=place: chunk(place) for place in places],
+            lambda: model.classifiers,
+            options,
+            shares=shares,
+            weight=0.6,
+            loss_scale=loss_scale,
+            device=CPU,
+        )
+        of_chunks = list(losses)
+        assert torch.equal(torch.get_rng_state(), drawn)
+        values = torch.stack([of_chunk.values() for of_chunk in of_chunks]).sum(0)
+        assert torch.allclose(values, 0.6 * expected.values(), rtol=1e-6)
+        found[which] = gradients(model, of_chunks, which)
+    assert model.rows_with_graph == max(SIZES)
+    for which in ("main", "auxiliary"):
+        for ours, theirs in zip(
+            found[which], gradients(model, [expected.times(0.6, 0.6)], which), strict=True
+        ):
+            # Cross-entropy is computed in float32.
+            tolerance = 1e-6 if which == "main" else 1e-11
+            assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def test_float16_keeps_small_gradients() -> None:
+    """Gradients of 1e-7 are coarse in float16; those of scaled losses are not."""
+    options = ObjectiveOptions(objective="scl", contrastive_reduction="mean", impl="reference")
+    samples = torch.randn(8, 6)
+    labels = torch.arange(8) % 2
+
+    def gradient(dtype: torch.dtype, loss_scale: float) -> Tensor:
+        torch.manual_seed(0)
+        model = Toy(torch.float32).to(dtype)
+
+        def chunk(half: int) -> Chunk:
+            output = model(samples[4 * half : 4 * half + 4].to(dtype))
+            # The gradient of a long row is small.
+            output.exit_embeddings = 8000 * output.exit_embeddings
+            return Chunk(output, labels[4 * half : 4 * half + 4], None)
+
+        torch.manual_seed(5)
+        losses = cached_losses(
+            [lambda: chunk(0), lambda: chunk(1)],
+            lambda: model.classifiers,
+            options,
+            shares=[0.5, 0.5],
+            weight=1.0,
+            loss_scale=loss_scale,
+            device=CPU,
+        )
+        for of_chunk in losses:
+            assert of_chunk.auxiliary is not None
+            (2.0**10 * of_chunk.auxiliary.sum()).backward()
+        return torch.cat([layer.weight.grad.float().flatten() for layer in model.layers])
+
+    exact = gradient(torch.float32, 1.0)
+    unscaled, scaled = (gradient(torch.float16, scale) - exact for scale in (1.0, 2.0**10))
+    assert scaled.norm() < 0.01 * exact.norm()
+    assert unscaled.norm() > 2 * scaled.norm()
+
+
+@pytest.fixture
+def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
+        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "save_steps": 0,
+        "contrastive_reduction": "sum", "aux_weight": 0.3, "num_train_epochs": 2,
+        "logging_steps": 1, "disable_tqdm": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("strategy", ["single", "two_stage"])
+def test_a_run_equals_that_with_large_batches(options, strategy: str, tmp_path: Path) -> None:
+    """8 chunks of 4, 20 of 64 texts in a last, smaller batch, gate and all."""
+    settings = {**options, "strategy": strategy, "max_train_samples": 52}
+    large = {"per_device_train_batch_size": 32}
+    chunked = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 8,
+        "contrastive_batch_size": 32,
+    }
+    weights = []
+    for name, sizes in (("large", large), ("chunked", chunked)):
+        output_dir = str(tmp_path / name)
+        results = train(TrainingConfig.create(**settings, **sizes, output_dir=output_dir))
+        assert results["num_steps"] == (8 if strategy == "two_stage" else 4)
+        weights.append(safetensors.torch.load_file(tmp_path / name / "model.safetensors"))
+    start = safetensors.torch.load_file(Path(settings["model_name_or_path"]) / "model.safetensors")
+    moved = max(
+        float((weights[0][f"backbone.{name.removeprefix('bert.')}"] - value).abs().max())
+        for name, value in start.items()
+        if f"backbone.{name.removeprefix('bert.')}" in weights[0]
+    )
+    assert moved > 1e-3
+    for name, value in weights[0].items():
+        # The gradient of an attention key's bias is zero but for rounding, which AdamW enlarges, as
+        # it does for a single weight whose gradient happens to be near zero.
+        if "key" not in name and "in_proj" not in name:
+            apart = ~torch.isclose(weights[1][name], value, atol=2e-4)
+            assert apart.sum() <= value.numel() // 1000, name
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"contrastive_batch_size": 48}, "multiple of per_device_train_batch_size=32"),
+        ({"contrastive_batch_size": 64}, "Use .*with gradient_accumulation_steps=2 "),
+        ({"contrastive_batch_size": 32, "objective": "ce"}, "objective=ce contrasts nothing"),
+    ],
+)
+def test_mistakes(changes: dict[str, Any], message: str) -> None:
+    config = TrainingConfig.create(task_name="quickstart", output_dir="x", **changes)
+    with pytest.raises(ValueError, match=message):
+        config.resolved()

@@ -1,0 +1,94 @@
+"""Early exit of several runs side by side, from the files of `fusedacl exits`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fusedacl.engine.experiments.results import SweepRun
+from fusedacl.engine.reports.page.page import Table
+from fusedacl.engine.reports.sections.early_exit import exits_section
+
+SPEED = {"batch_size": 1, "speedup": 1.5}
+
+
+def study(cross_fitted: float | None, **policies: Any) -> dict[str, Any]:
+    unseen = None if cross_fitted is None else {"score": cross_fitted}
+    calibration = {
+        "score": 0.79, "mean_layer": 3.5, "flops_share": 0.6, "cross_fitted": unseen,
+    }  # fmt: skip
+    entropy = {
+        "parameters": {"threshold": 0.25}, "area_under_curve": 0.7775,
+        "calibration": calibration, "measured": [SPEED],
+    }  # fmt: skip
+    return {"metric": "f1", "full_score": 0.8, "policies": {"entropy": entropy, **policies}}
+
+
+def older() -> dict[str, Any]:
+    """As it was before there were areas and cross-fitted scores."""
+    content = study(None)
+    del content["policies"]["entropy"]["area_under_curve"]
+    return content
+
+
+def a_run(directory: Path, seed: int, content: Any = None) -> SweepRun:
+    run = directory / f"seed-{seed}"
+    (run / "exits").mkdir(parents=True)
+    if content is not None:
+        text = content if isinstance(content, str) else json.dumps(content)
+        (run / "exits" / "exits.json").write_text(text)
+    return SweepRun("mrpc", "ACL", seed, (), run, None, {"metrics": {}})
+
+
+def test_settings_of_several_runs(tmp_path: Path) -> None:
+    broken = study(None)
+    broken["policies"]["entropy"]["area_under_curve"] = "0.7"
+    runs = [
+        a_run(tmp_path, 1, study(0.78, patience={"area_under_curve": 0.7})),
+        a_run(tmp_path, 2, study(None)),
+        a_run(tmp_path, 3),
+        a_run(tmp_path, 4, "{"),
+        a_run(tmp_path, 5, '{"metric": "f1", "full_score": 1, "policies": {"x": []}, "y": 1}'),
+        a_run(tmp_path, 6, older()),
+        a_run(tmp_path, 7, broken),
+    ]
+    section = exits_section({"ACL": runs}, "mrpc", tmp_path / "exits", "Early exit")
+    assert section is not None
+    (table,) = section.tables
+    assert isinstance(table, Table)
+    assert table.header[-3:] == ["FLOPs", "area", "speed-up, batch 1"]
+    setting = ["entropy", "threshold=0.25"]
+    assert table.rows == [
+        ["ACL", "1", *setting, "79.0", "78.0", "80.0", "3.50", "60%", "77.8", "1.50x"],
+        ["ACL", "2", *setting, "79.0", "", "80.0", "3.50", "60%", "77.8", "1.50x"],
+        ["ACL", "6", *setting, "79.0", "", "80.0", "3.50", "60%", "", "1.50x"],
+    ]
+    assert section.notes == [
+        "ACL, seed 4: its exits/exits.json is damaged and left out.",
+        "ACL, seed 5: its exits/exits.json is damaged and left out.",
+        "ACL, seed 7: its exits/exits.json is damaged and left out.",
+        "ACL, seed 1: patience did not reach the target.",
+    ]
+    assert all(file.stat().st_size > 100 for file in section.files)
+
+
+def test_what_no_run_has_is_no_column(tmp_path: Path) -> None:
+    runs = {"ACL": [a_run(tmp_path, 1, older())]}
+    section = exits_section(runs, "mrpc", tmp_path / "exits", "Early exit")
+    assert section is not None
+    (table,) = section.tables
+    assert isinstance(table, Table)
+    names = ["score", "full model", "mean layer", "FLOPs", "speed-up, batch 1"]
+    assert table.header[4:] == names and len(table.rows[0]) == 4 + len(names)
+
+
+def test_no_studies(tmp_path: Path) -> None:
+    runs = {"ACL": [a_run(tmp_path, 1)]}
+    assert exits_section(runs, "mrpc", tmp_path / "exits", "Early exit") is None
+    unreached = {"metric": "f1", "full_score": 0.8, "policies": {"voting": {"area": 1}}}
+    section = exits_section(
+        {"ACL": [a_run(tmp_path, 2, unreached)]}, "mrpc", tmp_path / "exits", "Early exit"
+    )
+    assert section is not None and section.tables == ()
+    assert section.notes == ["ACL, seed 2: voting did not reach the target."]

@@ -1,0 +1,176 @@
+"""Curves over the layers from the results of runs, and runs that do not belong together."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fusedacl.engine.cli.main import main
+from fusedacl.engine.experiments.report_plan import Target
+from fusedacl.engine.experiments.results import read_sweep
+from fusedacl.engine.experiments.runs import run_label
+from fusedacl.engine.reports.sections.layer_scores import (
+    read_curves,
+    sweep_curves,
+    write_layer_scores,
+)
+
+OPTIONS: dict[str, Any] = {
+    "strategy": "two_stage", "exit_head": "mha", "objective": "acl", "gate": "angle",
+    "cross_layer": True, "distill_weight": 0.0,
+}  # fmt: skip
+
+
+def write_run(
+    directory: Path, scores: dict[int, float], data: str = "mrpc", **options: Any
+) -> Path:
+    directory.mkdir()
+    results = {
+        "data": data,
+        "options": {**OPTIONS, **options},
+        "metrics": {
+            "validation": {layer: {"f1": score, "loss": 0.5} for layer, score in scores.items()}
+        },
+    }
+    (directory / "results.json").write_text(json.dumps(results))
+    return directory
+
+
+def test_labels_are_the_papers() -> None:
+    assert run_label(OPTIONS) == "2ST-MHA ACL-CL"
+    kd = {**OPTIONS, "objective": "ce", "cross_layer": False, "distill_weight": 0.5}
+    assert run_label({**kd, "exit_head": "linear"}) == "2ST-linear CE + KD"
+    assert run_label({**OPTIONS, "strategy": "joint", "cross_layer": None, "gate": "none"}) == (
+        "JT-MHA ACL without gate"
+    )
+
+
+def test_seeds_are_one_curve(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / "a1", {1: 0.6, 2: 0.8}),
+        write_run(tmp_path / "a2", {1: 0.7, 2: 0.9}),
+        write_run(tmp_path / "b", {1: 0.5, 2: 0.8}, objective="ce", cross_layer=False),
+    ]
+    found = read_curves(runs)
+    acl, ce = found.curves
+    assert (found.data, found.metric, found.notes) == ("mrpc, validation", "f1", [])
+    assert acl.scores == {1: [0.6, 0.7], 2: [0.8, 0.9]}
+    assert acl.averages == pytest.approx([0.7, 0.8])
+    assert (ce.label, ce.num_seeds) == ("2ST-MHA CE", 1)
+    files = write_layer_scores(found, tmp_path / "scores", "Scores").files
+    assert [file.suffix for file in files] == [".png", ".svg", ".csv", ".md"]
+    assert all(file.stat().st_size > 100 for file in files)
+    rows = list(csv.reader(files[2].open(newline="")))
+    assert rows[0] == ["method", "seeds", "layer 1", "layer 2", "average"]
+    assert rows[1] == ["2ST-MHA ACL-CL", "2", "0.6500", "0.8500", "0.7500"]
+    assert "| 2ST-MHA ACL-CL | 2 | 65.0 ± 7.1 | 85.0 ± 7.1 | 75.0 ± 7.1 |" in files[3].read_text()
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = str(write_run(tmp_path / "a", {1: 0.6, 2: 0.8}))
+    out = str(tmp_path / "out")
+    assert main(["report", run]) == 2
+    assert "output_dir is missing" in capsys.readouterr().err
+    assert main(["report", run, "--output_dir", out]) == 0
+    assert (tmp_path / "out" / "index.html").is_file()
+    assert "| 2ST-MHA ACL-CL | 1 | 60.0 | 80.0 | 70.0 |" in capsys.readouterr().out
+    assert main(["report", run, str(tmp_path / "absent"), "--output_dir", out]) == 2
+    assert "holds no results.json" in capsys.readouterr().err
+
+
+def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", {1: 0.6, 2: 0.8})
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "results.json").write_text("{}")
+    for name, other, message in (
+        ("data", write_run(tmp_path / "rte", {1: 0.6, 2: 0.8}, data="rte"), "different data"),
+        ("layers", write_run(tmp_path / "layers", {2: 0.8}), "not seeds of one experiment"),
+        (
+            "options",
+            write_run(tmp_path / "options", {1: 0.6, 2: 0.8}, distill_weight=None),
+            "no seed of the same experiment.*distill_weight 0.0 and None",
+        ),
+        ("broken", broken, "is not the results.json of a run"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_curves([good, other])
+        assert name
+    with pytest.raises(ValueError, match="metric='f2'.*Did you mean 'f1'"):
+        read_curves([good], metric="f2")
+    with pytest.raises(ValueError, match="runs is empty"):
+        read_curves([])
+
+
+def test_a_run_does_not_count_twice(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "a", {1: 0.6, 2: 0.8}, seed=1)
+    again = write_run(tmp_path / "b", {1: 0.6, 2: 0.8}, seed=1)
+    other = write_run(tmp_path / "c", {1: 0.6, 2: 0.8}, seed=1, objective="ce")
+    for runs in ([first, first], [first, again]):
+        with pytest.raises(ValueError, match="have the same seed, 1, and would count as two"):
+            read_curves(runs)
+    assert [curve.num_seeds for curve in read_curves([first, other]).curves] == [1, 1]
+
+
+def test_methods_on_other_texts_are_told(tmp_path: Path) -> None:
+    whole = write_run(tmp_path / "a", {1: 0.6, 2: 0.8}, max_eval_samples=None)
+    part = write_run(tmp_path / "b", {1: 0.6, 2: 0.8}, objective="ce", max_eval_samples=64)
+    (note,) = read_curves([whole, part]).notes
+    assert "differ in max_eval_samples" in note and "2ST-MHA ACL-CL all, 2ST-MHA CE-CL 64" in note
+    assert read_curves([whole]).notes == []
+
+
+def test_scores_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> None:
+    good = write_run(tmp_path / "good", {1: 0.6, 2: 0.8})
+    bad = write_run(tmp_path / "bad", {1: 0.6, 2: float("nan")})
+    endless = write_run(tmp_path / "endless", {1: float("inf"), 2: 0.5}, objective="ce")
+    found = read_curves([good, bad, endless])
+    assert [(curve.label, curve.scores) for curve in found.curves] == [
+        ("2ST-MHA ACL-CL", {1: [0.6], 2: [0.8]})
+    ]
+    assert len(found.notes) == 2
+    assert "bad' (2ST-MHA ACL-CL), whose f1 is nan at layer 2" in found.notes[0]
+    assert "inf at layer 1" in found.notes[1]
+    with pytest.raises(ValueError, match="no run has finite scores. Left out: .*nan at layer 2"):
+        read_curves([bad])
+
+
+def test_curves_of_a_sweep(unfinished_sweep: Path, tmp_path: Path) -> None:
+    sweep = read_sweep(unfinished_sweep)
+    targets = {"linear": Target("2ST-linear"), "mha": Target("2ST-MHA"), "ours": Target("ACL")}
+    found = sweep_curves(sweep, "cola", targets)
+    assert found is not None
+    assert (found.data, found.metric) == ("cola, validation", "matthews_correlation")
+    # Each looks as on the tasks where all are there.
+    assert [(curve.label, curve.place) for curve in found.curves] == [("mha", 1), ("ours", 2)]
+    assert [curve.num_seeds for curve in found.curves] == [2, 1]
+    results = json.loads((sweep.of("cola", "ACL")[0].directory / "results.json").read_text())
+    scores = results["metrics"]["validation"]
+    assert found.curves[1].scores[3] == [scores["3"]["matthews_correlation"]]
+    assert found.notes == [
+        "Missing: linear on cola, seeds 1, 2 (waiting).",
+        "Missing: ours on cola, seed 2 (failed: exit status 1: no memory).",
+    ]
+    section = write_layer_scores(found, tmp_path / "scores", "Scores")
+    assert found.notes == list(section.notes)
+    assert "(mha 2, ours 1)" in section.figures[0].caption  # type: ignore[union-attr]
+    svg = (tmp_path / "scores.svg").read_text()
+    assert 'id="series-1-0"' in svg and 'id="legend-2"' in svg and 'id="series-0-0"' not in svg
+    assert "waiting" in (tmp_path / "scores.md").read_text()
+
+
+def test_averages_over_different_layers_are_not_compared_silently(
+    unfinished_sweep: Path, tmp_path: Path
+) -> None:
+    sweep = read_sweep(unfinished_sweep)
+    found = sweep_curves(sweep, "mrpc", {"CE": Target("CE"), "ACL": Target("ACL")})
+    assert found is not None
+    (note,) = write_layer_scores(found, tmp_path / "scores", "Scores").notes
+    assert note == (
+        "The averages are over different layers and cannot be compared: CE: layers 6; ACL: layers "
+        "1, 2, 3, 4, 5, 6."
+    )
+    assert sweep_curves(sweep, "cola", {"x": Target("2ST-linear")}) is None

@@ -1,0 +1,183 @@
+"""Tables 1 to 3 of a sweep: every number against the runs' files, and what is missing said."""
+
+from __future__ import annotations
+
+import csv
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+from fusedacl.engine.experiments.report_plan import GridPlan, Target
+from fusedacl.engine.experiments.results import SweepResults, read_sweep
+from fusedacl.engine.model.flops import full_flops
+from fusedacl.engine.reports.page.page import Section, Table
+from fusedacl.engine.reports.sections.operations import operations
+from fusedacl.engine.reports.sections.score_tables import (
+    ablation_section,
+    full_model_section,
+    grid_section,
+)
+from transformers import BertConfig
+
+
+@pytest.fixture(scope="module")
+def sweep(unfinished_sweep: Path) -> SweepResults:
+    return read_sweep(unfinished_sweep)
+
+
+def table_of(section: Section | None) -> Table:
+    assert section is not None
+    (table,) = section.tables
+    assert isinstance(table, Table)
+    return table
+
+
+def row_of(section: Section | None, label: str) -> dict[str, str]:
+    table = table_of(section)
+    row = next(row for row in table.rows if row[0] == label)
+    return dict(zip(table.header, row, strict=True))
+
+
+def averages(sweep: SweepResults, task: str, method: str, metric: str) -> list[float]:
+    """By hand, from the files."""
+    found = []
+    for run in sweep.of(task, method):
+        if run.problem is None:
+            results = json.loads((run.directory / "results.json").read_text())
+            scores = results["metrics"]["validation"].values()
+            found.append(100 * statistics.mean(values[metric] for values in scores))
+    return found
+
+
+def test_ablation(sweep: SweepResults, tmp_path: Path) -> None:
+    targets = {name: Target(name) for name in ("ACL", "2ST-MHA", "2ST-linear")}
+    section = ablation_section(sweep, targets, None, tmp_path / "ablation")
+    assert table_of(section).header == [
+        "method", "seeds", "mrpc", "difference", "cola", "difference", "mean of tasks",
+        "difference",
+    ]  # fmt: skip
+    rows = {row[0]: row for row in table_of(section).rows}
+    ours = averages(sweep, "mrpc", "ACL", "f1")
+    other = averages(sweep, "mrpc", "2ST-MHA", "f1")
+    deviation = statistics.stdev(other)
+    assert rows["2ST-MHA"][2] == f"{statistics.mean(other):.1f} ± {deviation:.1f}"
+    assert rows["2ST-MHA"][3] == f"{statistics.mean(other) - statistics.mean(ours):+.1f}"
+    # One seed of two on cola: no deviation, the number of seeds, a mean over tasks without one.
+    (single,) = averages(sweep, "cola", "ACL", "matthews_correlation")
+    assert rows["ACL"][1] == "1 to 2" and rows["ACL"][4] == f"{single:.1f} (1)"
+    assert rows["ACL"][6] == f"{(statistics.mean(ours) + single) / 2:.1f}"
+    pairs = zip(other, averages(sweep, "cola", "2ST-MHA", "matthews_correlation"), strict=True)
+    by_seed = [statistics.mean(pair) for pair in pairs]
+    together = f"{statistics.mean(by_seed):.1f} ± {statistics.stdev(by_seed):.1f}"
+    assert rows["2ST-MHA"][6] == together
+    # Nothing on cola: no mean over tasks, and the reason.
+    assert rows["2ST-linear"][1] == "0 to 2" and rows["2ST-linear"][4:] == ["", "", "", ""]
+    assert section is not None
+    assert "2ST-linear has no mean of tasks: nothing on cola." in section.notes
+    assert "Missing: 2ST-linear on cola, seeds 1, 2 (waiting)." in section.notes
+    assert any("ACL: the mean of tasks is of different seeds" in note for note in section.notes)
+    assert "F1 on mrpc; Matthews correlation on cola" in table_of(section).caption
+    assert section.text.startswith("Average over the exits against ACL")
+    with (tmp_path / "ablation.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert float(lines[2]["mean"]) == pytest.approx(statistics.mean(other) / 100, abs=1e-6)
+    assert (lines[1]["seeds"], lines[1]["standard_deviation"]) == ("1", "")
+    assert [file.suffix for file in section.files] == [".png", ".svg", ".csv", ".md"]
+    assert all(file.is_file() for file in section.files)
+    assert ">missing<" in (tmp_path / "ablation.svg").read_text()
+
+
+def test_tasks_without_all_rows_stay_out_of_an_ablation(
+    make_sweep: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = make_sweep(tmp_path / "s", methods=("2ST-MHA", "ACL"), seeds=(1,))
+    record = json.loads((directory / "sweep.json").read_text())
+    record["cells"] = [
+        cell for cell in record["cells"] if (cell["task"], cell["method"]) != ("rte", "2ST-MHA")
+    ]
+    (directory / "sweep.json").write_text(json.dumps(record))
+    targets = {name: Target(name) for name in ("ACL", "2ST-MHA")}
+    sweep = read_sweep(directory)
+    section = ablation_section(sweep, targets, None, tmp_path / "ablation")
+    assert "rte" not in table_of(section).header
+    assert section is not None
+    assert section.notes == ["Not in the table: rte, for which the recipe runs ACL only."]
+    # The full models' table has the task, and its mean is of the others, by name.
+    full = full_model_section(sweep, targets, None, tmp_path / "full")
+    assert table_of(full).header == ["method", "seeds", "mrpc", "rte", "cola", "mean of mrpc, cola"]
+    ours = row_of(full, "ACL")
+    mean = (float(ours["mrpc"]) + float(ours["cola"])) / 2
+    assert float(ours["mean of mrpc, cola"]) == pytest.approx(mean, abs=0.06)
+
+
+def test_full_models(sweep: SweepResults, tmp_path: Path) -> None:
+    targets = {"CE": Target("CE"), "third": Target("ACL", 3), "tenth": Target("ACL", 10)}
+    section = full_model_section(sweep, targets, None, tmp_path / "full")
+    run = sweep.of("mrpc", "ACL")[0]
+    results = json.loads((run.directory / "results.json").read_text())
+    third = [100 * results["metrics"]["validation"]["3"]["f1"]]
+    second = json.loads((sweep.of("mrpc", "ACL")[1].directory / "results.json").read_text())
+    third.append(100 * second["metrics"]["validation"]["3"]["f1"])
+    words = f"{statistics.mean(third):.1f} ± {statistics.stdev(third):.1f} (2)"
+    assert row_of(section, "third")["mrpc"] == words
+    assert row_of(section, "tenth")["mrpc"] == ""
+    assert section is not None
+    assert "Missing: tenth on mrpc, seeds 1, 2 (it has no exit on layer 10)." in section.notes
+    # No model lies beside these results: no columns of operations, and a reason.
+    assert "GFLOPs" not in table_of(section).header
+    assert any(note.startswith("No FLOPs for CE on mrpc; ") for note in section.notes)
+
+
+def save_config(directory: Path, exit_layers: list[int]) -> MultiExitConfig:
+    backbone = BertConfig(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64,
+        vocab_size=60,
+    )  # fmt: skip
+    config = MultiExitConfig(backbone, exit_layers=exit_layers, exit_head="mha", exit_width=16)
+    config.max_seq_length = 20
+    config.save_pretrained(directory)
+    return config
+
+
+def test_operations(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
+    directory = make_sweep(tmp_path / "s", methods=("CE", "ACL"), tasks=("mrpc",), seeds=(1,))
+    sweep = read_sweep(directory)
+    config = save_config(sweep.of("mrpc", "CE")[0].directory, [6])
+    save_config(sweep.of("mrpc", "ACL")[0].directory, [1, 2, 3, 4, 5, 6])
+    flops, length = operations(sweep.of("mrpc", "CE")[0].directory)
+    full = full_flops(MultiExitForSequenceClassification(config))
+    assert length == 20
+    assert flops == full.per_text + 20 * full.per_token + 400 * full.per_pair
+    targets = {"full": Target("CE"), "last": Target("ACL"), "half": Target("ACL", 3)}
+    section = full_model_section(sweep, targets, None, tmp_path / "full")
+    shares = [row_of(section, label)["share"] for label in targets]
+    # A half of the layers and the whole of one small exit.
+    assert shares[:2] == ["100%", "100%"] and shares[2] in ("51%", "52%", "53%")
+    assert "max_seq_length tokens (20 on mrpc)" in table_of(section).caption
+    with pytest.raises(ValueError, match="the model has no exit on layer 3"):
+        operations(sweep.of("mrpc", "CE")[0].directory, 3)
+
+
+def test_values_of_an_option(sweep: SweepResults, tmp_path: Path) -> None:
+    plan = GridPlan("aux_weight", {"ours": Target("ACL sweep")})
+    section = grid_section(sweep, plan, None, tmp_path / "values")
+    assert table_of(section).header == ["aux_weight", "mrpc: ours", "cola: ours"]
+    assert [row[0] for row in table_of(section).rows] == ["0.005", "0.02", "0.1"]
+    found = [run.average("f1") for run in sweep.of("mrpc", "ACL sweep", (("aux_weight", 0.02),))]
+    words = f"{100 * statistics.mean(found):.1f} ± {100 * statistics.stdev(found):.1f} (2)"
+    assert table_of(section).rows[1][1] == words
+    assert section is not None and section.notes == []
+
+
+def test_nothing_is_done(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
+    statuses = {("mrpc", "ACL", 1): "running"}
+    directory = make_sweep(
+        tmp_path / "s", statuses, methods=("CE", "ACL"), tasks=("mrpc",), seeds=(1,)
+    )
+    sweep = read_sweep(directory)
+    assert ablation_section(sweep, {"ACL": Target("ACL")}, None, tmp_path / "a") is None
+    assert full_model_section(sweep, {"ACL": Target("ACL")}, None, tmp_path / "a") is None
+    assert list(tmp_path.glob("a.*")) == []

@@ -1,0 +1,54 @@
+"""Figures that show the numbers, and a results page that claims no more than they say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fusedacl.engine.reports.run_figures import draw_angle_histogram, draw_loss_curves
+from fusedacl.engine.runtime.text import text_table
+
+
+def test_text_table() -> None:
+    table = text_table(["name", "score"], [["a", "1.0"], ["longer", "10.0"]])
+    assert table.splitlines() == [
+        "name    score",
+        "------  -----",
+        "a         1.0",
+        "longer   10.0",
+    ]
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    records: list[dict[str, Any]] = [
+        {"step": n, "epoch": n / 20, "split": "train", "loss_ce": 1 / n, "angle_degrees": 60.0 + n}
+        for n in range(1, 41)
+    ]
+    metrics = {"accuracy": 0.5, "loss": 0.7}
+    records.append({"step": 40, "epoch": 2, "split": "validation", "exit": 6, "metrics": metrics})
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    return directory
+
+
+def test_figures_are_drawn(run_dir: Path, tmp_path: Path) -> None:
+    import matplotlib.image
+
+    curves = draw_loss_curves({"ce": run_dir, "acl": run_dir}, tmp_path / "curves.png")
+    angles = draw_angle_histogram(run_dir, tmp_path / "angles.png")
+    for figure in (curves, angles):
+        pixels = matplotlib.image.imread(figure)
+        assert pixels.shape[0] > 300
+        assert pixels.std() > 0.02
+
+
+def test_runs_that_cannot_be_drawn(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no metrics.jsonl"):
+        draw_loss_curves({"ce": tmp_path / "absent"}, tmp_path / "curves.png")
+    (run_dir / "metrics.jsonl").write_text('{"step": 1, "split": "train", "loss_ce": 1}\n')
+    with pytest.raises(ValueError, match="logged no gradient angle"):
+        draw_angle_histogram(run_dir, tmp_path / "angles.png")

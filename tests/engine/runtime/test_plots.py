@@ -1,0 +1,73 @@
+"""What figures share: colours that can be seen on both pages, and parts that a page can find."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from fusedacl.engine.experiments.results import Seeds
+from fusedacl.engine.reports.page.page_style import STYLE
+from fusedacl.engine.reports.sections.score_figures import draw_dots, draw_values, metric_words
+from fusedacl.engine.runtime.plots import COLORS, MARKERS, look
+
+
+def luminance(color: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.03928 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(first: str, second: str) -> float:
+    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_contrast_on_the_light_and_the_dark_page() -> None:
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in STYLE.split("@media")[:2]]
+    assert [set(theme) >= {"page", "card", "ink", "soft", "accent"} for theme in themes] == [
+        True,
+        True,
+    ]
+    for theme in themes:
+        for color in COLORS:
+            assert contrast(color, theme["card"]) >= 3, (color, theme["card"])
+        for ink in ("ink", "soft", "accent", "strong"):
+            for paper in ("page", "card", "shade"):
+                assert contrast(theme[ink], theme[paper]) >= 4.5, (ink, paper)
+
+
+def test_looks_differ() -> None:
+    assert len(COLORS) == len(MARKERS) == len(set(COLORS)) == len(set(MARKERS))
+    assert look(1) == look(1 + len(COLORS)) != look(0)
+
+
+def test_every_part_has_a_name_of_its_own(tmp_path: Path) -> None:
+    seeds = Seeds({1: 0.5, 2: 0.6}, {})
+    lines = {"a": [(0.1, seeds), (0.5, seeds)], "b": [(0.1, seeds), (0.9, Seeds({}, {1: "x"}))]}
+    files = draw_values({"mrpc": lines, "rte": {"b": lines["b"]}}, "weight", "%", tmp_path / "v.1")
+    assert [file.name for file in files] == ["v.1.png", "v.1.svg"]
+    svg = files[1].read_text()
+    names = re.findall(r'id="((?:series|legend)-[^"]*)"', svg)
+    assert len(set(names)) == len(names)
+    assert {"series-0-0", "series-1-0", "series-1-2", "legend-0", "legend-1-text"} <= set(names)
+    assert all(f">{value}</text>" in svg for value in (0.1, 0.5, 0.9))
+
+
+def test_dots_of_a_missing_row(tmp_path: Path) -> None:
+    seeds = Seeds({1: 0.5}, {})
+    rows = {f"task {n}": [("a", seeds), ("b", Seeds({}, {1: "waiting"}))] for n in range(4)}
+    png, svg = draw_dots(rows, "Score (%)", tmp_path / "dots")
+    assert png.stat().st_size > 5000
+    text = svg.read_text()
+    # The second row begins with the fourth panel, and has the labels again.
+    assert (text.count(">missing<"), text.count(">a</text>")) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("metric", "words"),
+    [("f1", "F1"), ("matthews_correlation", "Matthews correlation"), ("top_5", "top 5")],
+)
+def test_metric_words(metric: str, words: str) -> None:
+    assert metric_words(metric) == words

@@ -1,0 +1,256 @@
+"""The second stage from states on disk: the same training, and caches that do not belong."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, train
+from fusedacl.engine.data.batching import collate, encode
+from fusedacl.engine.data.columns import TextSplit
+from fusedacl.engine.model.saved import load_tokenizer
+from fusedacl.engine.training import feature_cache
+from fusedacl.engine.training.feature_cache import (
+    LOCK_FILE,
+    META_FILE,
+    STATES_FILE,
+    FeatureCache,
+    check_directory,
+)
+
+TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
+
+
+@pytest.fixture(params=["mha", "linear"])
+def parts(request: pytest.FixtureRequest, tiny_bert: Path) -> tuple[Any, Any, Any]:
+    tokenizer = load_tokenizer(str(tiny_bert))
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tiny_bert), label_names=["no", "yes"], exit_layers=[1, 2], exit_head=request.param
+    ).eval()
+    return model, encode(TextSplit(TEXTS, None, [0, 1, 0, 1]), tokenizer, 16), tokenizer
+
+
+def open_cache(directory: Path, parts: tuple[Any, Any, Any], **changes: Any) -> FeatureCache:
+    model, encoded, tokenizer = parts
+    options = {"batch_size": 3, "pad_token_id": tokenizer.pad_token_id, **changes}
+    return FeatureCache(directory, model, encoded, [0, 1], **options)
+
+
+def test_holds_what_the_backbone_computes(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    model, encoded, tokenizer = parts
+    cache = open_cache(tmp_path / "cache", parts)
+    indices = np.array([2, 0])
+    states, mask = cache.batch(indices, torch.device("cpu"))
+    batch = collate(encoded, indices, tokenizer.pad_token_id)
+    batch.pop("labels")
+    with torch.no_grad():
+        expected = model.exit_states(**batch)
+    if model.config.exit_head == "linear":
+        expected = [layer[:, :1] for layer in expected]
+        assert mask.tolist() == [[1], [1]]
+    else:
+        assert torch.equal(mask, batch["attention_mask"])
+    for layer, wanted in zip(states, expected, strict=True):
+        # Half precision: 11 bits.
+        torch.testing.assert_close(
+            layer * mask[..., None], wanted * mask[..., None], rtol=1e-3, atol=1e-3
+        )
+    assert (tmp_path / "cache" / STATES_FILE).stat().st_size == cache.num_bytes
+
+
+def test_written_once_and_announced(
+    parts: tuple[Any, Any, Any],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="fusedacl"):
+        open_cache(tmp_path, parts)
+        assert "Feature cache: writing 0.00 GB" in caplog.text
+        monkeypatch.setattr(type(parts[0]), "exit_states", None)
+        open_cache(tmp_path, parts)
+    assert caplog.text.count("Feature cache: writing") == 1
+    assert caplog.text.count("Feature cache: reading") == 1
+
+
+def test_one_run_writes_while_others_wait(
+    parts: tuple[Any, Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    opened: list[FeatureCache] = []
+    second = threading.Thread(target=lambda: opened.append(open_cache(tmp_path, parts)))
+    with caplog.at_level(logging.INFO, logger="fusedacl"):
+        with (tmp_path / LOCK_FILE).open("a") as first:
+            fcntl.flock(first, fcntl.LOCK_EX)
+            second.start()
+            while "waiting for the run that writes" not in caplog.text:
+                second.join(0.02)
+                assert second.is_alive()
+            assert not (tmp_path / STATES_FILE).exists()
+        second.join()
+    assert len(opened) == 1 and (tmp_path / META_FILE).is_file()
+
+
+def test_a_cache_of_other_content_is_refused(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    model, _, tokenizer = parts
+    open_cache(tmp_path, parts)
+    other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
+    with pytest.raises(ValueError, match="holds the states of another run: texts differ"):
+        open_cache(tmp_path, (model, other, tokenizer))
+    with torch.no_grad():
+        next(model.backbone.parameters())[0, 0] += 1
+    with pytest.raises(ValueError, match="weights differ. Delete it, or name another"):
+        open_cache(tmp_path, parts)
+
+
+def test_damaged_or_unfinished_caches(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+    open_cache(tmp_path, parts)
+    whole = (tmp_path / STATES_FILE).read_bytes()
+    (tmp_path / STATES_FILE).write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match="is damaged"):
+        open_cache(tmp_path, parts)
+    (tmp_path / META_FILE).write_text("{")
+    with pytest.raises(ValueError, match="another run"):
+        open_cache(tmp_path, parts)
+    # A run that was killed while it wrote leaves no meta file.
+    (tmp_path / META_FILE).unlink()
+    open_cache(tmp_path, parts)
+    assert (tmp_path / STATES_FILE).read_bytes() == whole
+    assert json.loads((tmp_path / META_FILE).read_text())["layers"] == [1, 2]
+
+
+def test_other_texts_are_refused_before_any_training(
+    parts: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    _, encoded, tokenizer = parts
+    open_cache(tmp_path, parts)
+    check_directory(tmp_path, encoded)
+    check_directory(tmp_path / "absent", encoded)
+    other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
+    with pytest.raises(ValueError, match="holds the states of other texts"):
+        check_directory(tmp_path, other)
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        check_directory(tmp_path / META_FILE, encoded)
+
+
+def test_states_beyond_half_precision_are_refused(
+    parts: tuple[Any, Any, Any], tmp_path: Path
+) -> None:
+    model = parts[0]
+    with torch.no_grad():
+        model.backbone.encoder.layer[-1].output.LayerNorm.weight *= 1e6
+    with pytest.raises(ValueError, match="beyond float16's 65504"):
+        open_cache(tmp_path, parts)
+    assert not (tmp_path / META_FILE).exists()
+
+
+def test_a_disk_without_room_is_noticed_before_writing(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="GB are needed and 0.00 GB are free"):
+        open_cache(tmp_path, parts)
+    assert not (tmp_path / STATES_FILE).exists()
+
+
+def test_a_disk_that_fills_up_meanwhile(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The room is reserved: what is missing of it is no signal that ends the process later."""
+    asked = []
+
+    def full(descriptor: int, start: int, length: int) -> None:
+        asked.append((start, length))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "posix_fallocate", full)
+        with pytest.raises(ValueError, match=r"^feature_cache=.* No space left.*larger disk, or"):
+            open_cache(tmp_path, parts)
+    assert not (tmp_path / STATES_FILE).exists() and not (tmp_path / META_FILE).exists()
+    cache = open_cache(tmp_path, parts)
+    assert asked == [(0, cache.num_bytes)]
+
+
+def test_where_no_room_can_be_reserved(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some network file systems, and macOS, which has no such call: the cache is made all the same.
+
+    Another error is not taken for that.
+    """
+
+    def answers(number: int) -> Any:
+        def refuse(*arguments: int) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return refuse
+
+    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        open_cache(tmp_path / "broken", parts)
+    assert not (tmp_path / "broken" / STATES_FILE).exists()
+    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EOPNOTSUPP))
+    network = open_cache(tmp_path / "network", parts)
+    monkeypatch.delattr(os, "posix_fallocate")
+    elsewhere = open_cache(tmp_path / "macos", parts)
+    assert np.array_equal(network.states, elsewhere.states)
+    assert (tmp_path / "macos" / STATES_FILE).stat().st_size == elsewhere.num_bytes
+
+
+def test_what_a_killed_run_left_takes_no_room(
+    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = tmp_path / STATES_FILE
+    left.write_bytes(b"0" * 10_000)
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if left.exists() else 10**9)
+    )
+    open_cache(tmp_path, parts)
+
+
+def test_second_stage_with_and_without(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exit's weights agree to half precision, and the backbone ran once over the texts."""
+    options: dict[str, Any] = {
+        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
+        "max_seq_length": 16, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
+        "strategy": "two_stage", "dropout": 0.0, "num_train_epochs": 1, "stage2_epochs": 3,
+        "disable_tqdm": True, "save_steps": 0, "eval_steps": 1000,
+    }  # fmt: skip
+    train(TrainingConfig.create(**options, output_dir=str(tmp_path / "without")))
+    calls = []
+    states = FeatureCache.batch
+    monkeypatch.setattr(
+        feature_cache.FeatureCache,
+        "batch",
+        lambda self, *arguments: calls.append(1) or states(self, *arguments),
+    )
+    cache = str(tmp_path / "cache")
+    train(TrainingConfig.create(**options, output_dir=str(tmp_path / "with"), feature_cache=cache))
+    assert len(calls) == 12
+    one, other = (
+        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
+        for name in ("without", "with")
+    )
+    for name, value in one.items():
+        # The gradient of this bias is zero: AdamW makes steps of its rounding.
+        if name != "exits.0.key_value.bias":
+            torch.testing.assert_close(other[name], value, rtol=0.05, atol=2e-3)
+    with pytest.raises(ValueError, match="feature_cache=.* belongs to the second stage"):
+        TrainingConfig.create(
+            **{**options, "strategy": "joint", "stage2_epochs": None},
+            output_dir="x", feature_cache=cache,
+        ).resolved()  # fmt: skip

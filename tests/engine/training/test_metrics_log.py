@@ -1,0 +1,116 @@
+"""metrics.jsonl across a resume, TensorBoard, and the gate's summary."""
+
+from __future__ import annotations
+
+import builtins
+import io
+import json
+from pathlib import Path
+
+import pytest
+from fusedacl.engine.training.metrics_log import MetricsLog, require_reporting
+from fusedacl.engine.training.records import GateHistory
+
+
+def steps_in(path: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in path.read_text().splitlines()]
+
+
+def write_steps(output_dir: Path, steps: range, resume_step: int | None = None) -> None:
+    with MetricsLog(output_dir, "none", resume_step) as log:
+        for step in steps:
+            log.write({"step": step, "split": "train", "loss": 0.5})
+
+
+def test_resuming_drops_what_will_be_written_again(tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 8))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "spl')  # the run was killed while it wrote
+    write_steps(tmp_path, range(5, 7), resume_step=4)
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_line_cut_inside_an_object_is_left_out(tmp_path: Path) -> None:
+    whole = {"step": 1, "split": "validation", "exit": 2, "metrics": {"f1": 0.5}}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:-1])
+    with MetricsLog(tmp_path, "none", resume_step=1) as log:
+        assert log.evaluations(1) == {"validation": {2: {"f1": 0.5}}}
+        assert log.evaluations(2) == {}
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
+    class Full(io.StringIO):
+        name = "metrics.jsonl"
+
+        def write(self, text: str) -> int:
+            raise OSError(28, "No space left on device")
+
+    with MetricsLog(tmp_path, "none") as log:
+        log._file.close()
+        log._file = Full()
+        with pytest.raises(OSError, match="metrics.jsonl could not be written: .*No space left"):
+            log.write({"step": 1, "split": "train"})
+
+
+def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with MetricsLog(tmp_path, "tensorboard") as log:
+        log.write({"step": 3, "split": "train", "loss": 0.5})
+        log.write({"step": 3, "split": "validation", "exit": 6, "metrics": {"f1": 0.75}})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]
+    assert [(e.step, e.value) for e in events.Scalars("validation/exit6/f1")] == [(3, 0.75)]
+
+
+def test_tensorboard_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported = builtins.__import__
+
+    def without(name: str, *arguments: object, **options: object) -> object:
+        if name == "tensorboard":
+            raise ImportError(name)
+        return imported(name, *arguments, **options)
+
+    require_reporting("none")
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(ValueError, match=r"pip install 'fusedacl\[tensorboard\]'"):
+        require_reporting("tensorboard")
+
+
+def test_gate_summary_by_epoch_and_group() -> None:
+    history = GateHistory()
+    for epoch, group, angle, dropped in (
+        (1, "exit 1", 80, False),
+        (1, "exit 2", 10, False),
+        (1, "exit 1", 100, True),
+        (2, "exit 1", 60, False),
+        (2, "exit 1", 70, False),
+    ):
+        history.add(epoch, group, angle, dropped)
+    other = GateHistory()
+    other.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    first, second, third = other.summary()
+    assert (first["epoch"], first["group"]) == (1, "exit 1")
+    assert (first["steps"], first["dropped_share"], first["angle_median"]) == (2, 0.5, 90)
+    assert (first["angle_p10"], first["angle_p90"]) == pytest.approx((82, 98))
+    assert (second["group"], second["steps"]) == ("exit 2", 1)
+    assert (third["epoch"], third["dropped_share"]) == (2, 0.0)
+    assert "compared_steps" not in first
+    assert GateHistory().summary() == []
+
+
+def test_gate_summary_of_agreement() -> None:
+    history = GateHistory()
+    for epoch, agreed in ((1, None), (1, True), (1, False), (1, True), (1, True), (2, None)):
+        history.add(epoch, "model", 80, dropped=False, agreed=agreed)
+    other = GateHistory()
+    other.load_state_dict(json.loads(json.dumps(history.state_dict())))
+    first, second = other.summary()
+    assert (first["steps"], first["compared_steps"], first["agreement_share"]) == (5, 4, 0.75)
+    assert "agreement_share" not in second
+    # Checkpoints from before there were scopes.
+    before = {name: values for name, values in history.state_dict().items() if name != "agreed"}
+    other.load_state_dict(before)
+    other.add(2, "model", 80, dropped=False, agreed=True)
+    assert [row.get("compared_steps") for row in other.summary()] == [None, 1]

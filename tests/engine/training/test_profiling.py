@@ -1,0 +1,281 @@
+"""Where a step's time goes: the parts' shares, and that looking changes nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from fusedacl.engine import GradientGate, TrainingConfig, train
+from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.runtime import profiler_marks
+from fusedacl.engine.runtime.profiler_marks import part
+from fusedacl.engine.training.profiling import Interval, Timeline, summarize, table
+from torch.autograd import DeviceType
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    return {
+        "task_name": "opinions",
+        "data_dir": str(tiny_data),
+        "model_name_or_path": str(tiny_bert),
+        "max_seq_length": 16,
+        "per_device_train_batch_size": 8,
+        "max_steps": 6,
+        "logging_steps": 1,
+        "save_steps": 0,
+        "output_dir": str(tmp_path / "profiled"),
+        "disable_tqdm": True,
+        "device": "cpu",
+    }
+
+
+def run(options: dict[str, Any], **changes: Any) -> Path:
+    config = TrainingConfig.create(**{**options, **changes})
+    train(config)
+    return Path(str(config.run.output_dir))
+
+
+def profile_of(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "profile.json").read_text())
+
+
+def trained_parts(profile: dict[str, Any]) -> set[str]:
+    return {name for name, share in profile["shares"].items() if share > 0}
+
+
+def test_an_instant_belongs_to_the_part_begun_last() -> None:
+    timeline = Timeline(
+        [
+            Interval("step", 100, 200),
+            Interval("forward", 100, 140),
+            Interval("data", 100, 110),
+            # On another thread, and longer than what it began in.
+            Interval("communication", 130, 150),
+            Interval("optimizer", 160, 190),
+            Interval("gate", 160, 165),
+            # No step is running: an evaluation.
+            Interval("forward", 220, 400),
+            Interval("step", 500, 501),
+        ]
+    )
+    seconds = {name: 1e6 * value for name, value in timeline.seconds().items() if value}
+    assert seconds == pytest.approx(
+        {"data": 10, "forward": 20, "communication": 20, "gate": 5, "optimizer": 25, "other": 21}
+    )
+    assert timeline.part_at(99) is None and timeline.part_at(300) is None
+    assert timeline.part_at(105) == "data"
+    assert timeline.part_at(155) == "other"
+
+
+def event(
+    name: str, start: float, end: float, kernels: tuple[tuple[str, float], ...] = ()
+) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=name,
+        device_type=DeviceType.CPU,
+        time_range=SimpleNamespace(start=start, end=end),
+        kernels=[SimpleNamespace(name=kernel, duration=time) for kernel, time in kernels],
+    )
+
+
+def test_on_a_device_kernels_count_for_the_part_that_launched_them() -> None:
+    events = [
+        event("fusedacl.step", 0, 100, (("fusedacl.step", 500),)),
+        event("fusedacl.forward", 10, 30),
+        event("aten::mm", 12, 13, (("gemm", 60),)),
+        # Autograd launches from a thread of its own, while the part is running.
+        event("fusedacl.ce_backward", 40, 90),
+        event("MmBackward0", 50, 60, (("gemm", 110), ("ncclDevKernel_AllReduce", 20))),
+        event("aten::mm", 150, 160, (("gemm", 1000),)),
+    ]
+    on_gpu = SimpleNamespace(**vars(event("fusedacl.forward", 12, 900)))
+    on_gpu.device_type = DeviceType.CUDA
+    found = summarize([*events, on_gpu], torch.device("cuda"))
+    shares = {name: share for name, share in found["shares"].items() if share}
+    assert shares == pytest.approx(
+        {"forward": 60 / 190, "ce_backward": 110 / 190, "communication": 20 / 190}
+    )
+    assert found["time_of"] == "device"
+    assert found["device_busy"] == pytest.approx(1.9)
+    assert found["host_shares"]["other"] == pytest.approx(0.3)
+    assert "ms on the device" in table(found)
+    # A profiler that may not look at the device says what the host did.
+    blind = [event(e.name, e.time_range.start, e.time_range.end) for e in events]
+    assert summarize(blind, torch.device("cuda"))["time_of"] == "host"
+
+
+def test_a_profile_without_steps_is_refused() -> None:
+    with pytest.raises(ValueError, match="no step"):
+        summarize([event("fusedacl.forward", 0, 1)], CPU)
+
+
+def test_marks_are_left_only_while_they_are_on() -> None:
+    @part("gate")
+    def decide() -> int:
+        return 7
+
+    def names() -> list[str]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            assert decide() == 7
+        return [event.name for event in profiler.events() if event.name.startswith("fusedacl")]
+
+    assert names() == []
+    profiler_marks.mark_parts(True)
+    try:
+        assert names() == ["fusedacl.gate"]
+    finally:
+        profiler_marks.mark_parts(False)
+
+
+CE_PARTS = {"data", "forward", "ce_backward", "optimizer", "other"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        ({"objective": "ce"}, CE_PARTS),
+        (
+            {"objective": "acl", "gate_scope": "head"},
+            {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"},
+        ),
+        ({"objective": "acl", "gate": "none"}, {*CE_PARTS, "contrastive_loss"}),
+        (
+            {"objective": "acl"},
+            {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"},
+        ),
+        (
+            {
+                "objective": "acl",
+                "gradient_accumulation_steps": 2,
+                "contrastive_batch_size": 16,
+                "max_steps": 4,
+                "profile": 1,
+            },
+            {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"},
+        ),
+    ],
+)
+def test_the_parts_of_a_step(
+    options: dict[str, Any], changes: dict[str, Any], parts: set[str]
+) -> None:
+    profile = profile_of(run(options, **{"profile": 2, **changes}))
+    assert trained_parts(profile) == parts
+    assert sum(profile["shares"].values()) == pytest.approx(1)
+    assert profile["num_steps"] == changes.get("profile", 2)
+    # What is not marked is Python between the marks.
+    assert profile["shares"]["other"] < 0.5
+
+
+def test_parts_take_the_time_that_is_spent_in_them(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sleeps of a known length, in steps of some milliseconds."""
+    import time
+
+    def slower(owner: Any, name: str, seconds: float) -> None:
+        original = getattr(owner, name)
+
+        def slow(*arguments: Any, **settings: Any) -> Any:
+            time.sleep(seconds)
+            return original(*arguments, **settings)
+
+        monkeypatch.setattr(owner, name, slow)
+
+    from fusedacl.engine.objectives import gate
+    from fusedacl.engine.training import micro_batches
+
+    slower(gate, "grad_dot_norm", 0.5)
+    slower(micro_batches, "collate", 0.2)
+    profile = profile_of(run(options, objective="acl", max_steps=4, profile=1))
+    ms = {name: share * profile["step_ms"] for name, share in profile["shares"].items()}
+    assert ms["gate"] >= 500 and ms["data"] >= 200
+    assert profile["step_ms"] >= 700
+
+
+def test_training_is_the_same_with_and_without(
+    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "fusedacl"):
+        profiled = run(options, profile=2, profile_trace=True)
+    assert "angle check and combination" in caplog.text
+    plain = run(options, output_dir=str(tmp_path / "plain"))
+    assert not (plain / "profile.json").exists() and not (plain / "trace.json.gz").exists()
+    ours, theirs = (safetensors.torch.load_file(d / "model.safetensors") for d in (profiled, plain))
+    for name, value in ours.items():
+        assert torch.equal(value, theirs[name]), name
+
+    def losses(directory: Path) -> list[Any]:
+        lines = (directory / "metrics.jsonl").read_text().splitlines()
+        return [
+            {k: v for k, v in record.items() if k != "samples_per_second"}
+            for record in map(json.loads, lines)
+        ]
+
+    assert losses(profiled) == losses(plain)
+    with gzip.open(profiled / "trace.json.gz", "rt") as file:
+        names = [event.get("name") for event in json.load(file)["traceEvents"]]
+    # A mark on the host; some versions repeat it.
+    assert "fusedacl.step" in names and "fusedacl.gate" in names
+
+
+def test_a_run_that_ends_early_leaves_no_marks_and_no_profile(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, steps = LocalEngine.step, []
+
+    def fails(engine: LocalEngine, **settings: Any) -> Any:
+        steps.append(engine)
+        if len(steps) == 5:
+            raise FloatingPointError("no more")
+        return step(engine, **settings)
+
+    monkeypatch.setattr(LocalEngine, "step", fails)
+    with pytest.raises(FloatingPointError):
+        run(options, profile=3)
+    assert not (Path(options["output_dir"]) / "profile.json").exists()
+    assert not profiler_marks._marks
+    # Nothing is being profiled any more: a profiler can begin.
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]):
+        weight = torch.nn.Parameter(torch.ones(3))
+        GradientGate([weight]).backward(weight.sum(), weight.square().sum())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"profile": -1}, "profile=-1 is out of range"),
+        ({"profile": 51}, "it must be at most 50"),
+        ({"profile": 4}, "this run has 6 steps to do, the first 3 .* at most 3"),
+        ({"profile": 1, "max_steps": 3}, "has 3 steps to do.* a longer one"),
+        ({"profile_trace": True}, "profile_trace needs steps"),
+        (
+            {"profile": 4, "strategy": "two_stage"},
+            "this stage has 6 steps to do",
+        ),
+    ],
+)
+def test_nonsense_is_refused_before_work(
+    options: dict[str, Any], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=words):
+        run(options, **changes)
+    assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()
+
+
+def test_steps_left_are_counted_from_where_a_run_resumes(options: dict[str, Any]) -> None:
+    run(options, max_steps=6, save_steps=2)
+    # Steps 3 to 6 are left of a run that was stopped after the second.
+    directory = Path(options["output_dir"])
+    resumed = {"save_steps": 2, "resume_from_checkpoint": str(directory / "checkpoint-4")}
+    with pytest.raises(ValueError, match="has 2 steps to do"):
+        run(options, profile=1, **resumed)

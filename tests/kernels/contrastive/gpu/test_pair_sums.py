@@ -1,0 +1,85 @@
+"""The sums over pairs against their formulas, where the rows need not be all of the columns."""
+
+import itertools
+
+import pytest
+import torch
+from contrastive_cases import DENOMINATORS, DEVICE, LABELS
+from fusedacl.kernels.contrastive.gpu import pair_sums, tiles
+from fusedacl.kernels.contrastive.gpu.large_batches import MAX_WIDTH
+from fusedacl.kernels.contrastive.gpu.tiles import Tile
+from torch import Tensor
+
+TEMPERATURE = 0.5
+FORWARD = Tile(32, 16, 32, 0, 4, 2)
+BACKWARD = Tile(16, 32, 32, 32, 4, 2)
+
+
+def padded_with(value: float, tensor: Tensor) -> Tensor:
+    """`tensor` [.., M] with the rows that the kernels want, of this value."""
+    num_rows = tensor.shape[-1]
+    missing = pair_sums.padded(num_rows) - num_rows
+    return torch.nn.functional.pad(tensor, (0, missing), value=value)
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("start, stop", [(0, 30), (37, 70), (0, 70)])
+def test_some_rows_against_all_columns(
+    poison: None, denominator: str, start: int, stop: int
+) -> None:
+    """What a rank of a distributed batch computes, every third row being ignored."""
+    num_columns, num_rows = 70, stop - start
+    z = torch.nn.functional.normalize(torch.randn(2, num_columns, 32, device=DEVICE), dim=-1)
+    u = torch.rand(2, num_columns, device=DEVICE)
+    classes = LABELS["ignored"](num_columns, 4).to(DEVICE)
+    exists = classes != -100
+    z[:, ~exists], u[:, ~exists], classes[~exists] = 0, 0, 4
+    shift = torch.tensor(-pair_sums.exponent_scale(TEMPERATURE), device=DEVICE)
+    shifts = padded_with(-torch.inf, shift.where(exists, -torch.inf))
+
+    all_z, all_u = padded_with(0, z.mT).mT.contiguous(), padded_with(0, u)
+    all_classes = padded_with(4, classes.int())
+    own = slice(start, stop)
+    own_z, own_u = padded_with(0, z[:, own].mT).mT.contiguous(), padded_with(0, u[:, own])
+    own_classes = padded_with(4, classes[own].int())
+    sizes = (num_rows, num_columns, start, TEMPERATURE, denominator)
+    sums = pair_sums.row_sums(own_z, all_z, shifts, own_classes, all_classes, *sizes, FORWARD)
+    gradient = pair_sums.pair_gradient(
+        own_z, all_z, own_u, all_u, shifts, own_classes, all_classes, *sizes, BACKWARD
+    )
+
+    z, u = z.double(), u.double()
+    e = ((z @ z.mT - 1) / TEMPERATURE).exp() * exists
+    others = ~torch.eye(num_columns, dtype=torch.bool, device=DEVICE)
+    if denominator == "negatives":
+        e = e * (classes[:, None] != classes)
+    elif denominator == "others":
+        e = e * others
+    torch.testing.assert_close(sums.sum(0).double(), e.sum(-1)[:, own], rtol=1e-5, atol=1e-6)
+    wanted = (e * others * (u[:, :, None] + u[:, None, :])) @ z
+    torch.testing.assert_close(gradient.sum(0).double(), wanted[:, own], rtol=1e-5, atol=1e-5)
+
+
+def test_columns_are_split_until_the_chip_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """10 blocks of columns for each of 10 programs."""
+    for multiprocessors, splits_and_blocks in ((1000, (10, 1)), (20, (4, 3)), (1, (1, 10))):
+        monkeypatch.setattr(
+            pair_sums, "num_multiprocessors", lambda device, num=multiprocessors: num
+        )
+        found = pair_sums.split_columns(10, 155, FORWARD, 0, torch.device(DEVICE))
+        assert found == splits_and_blocks
+
+
+def test_shipped_tiles_fit_the_rows() -> None:
+    for capability, dtype in itertools.product(
+        (80, 86, 89, 90, 100), (torch.float16, torch.float32)
+    ):
+        for width in range(1, MAX_WIDTH + 1):
+            padded_width = pair_sums.padded_width(width)
+            assert width <= padded_width < max(33, 2 * width)
+            blocks = tiles.shipped(capability, dtype, padded_width)
+            assert padded_width % blocks.backward.output == 0
+            for tile in (blocks.forward, blocks.backward):
+                assert padded_width % tile.chunk == 0
+                assert tiles.PADDED_ROWS % tile.rows == 0
+                assert tiles.PADDED_ROWS % tile.columns == 0

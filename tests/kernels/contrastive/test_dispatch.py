@@ -1,0 +1,109 @@
+import logging
+
+import pytest
+import torch
+from fusedacl.kernels import supcon_loss
+from fusedacl.kernels.contrastive import dispatch, reference
+from fusedacl.kernels.contrastive.dispatch import Workload, choose, explain
+from fusedacl.kernels.contrastive.gpu import large_batches, small_batches
+from fusedacl.kernels.contrastive.tiled import loss as tiled
+from fusedacl.kernels.support import machine
+
+CPU = torch.device("cpu")
+GPU = torch.device("cuda")
+
+
+@pytest.fixture
+def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, capability: int | None) -> None:
+    """A machine with a GPU of this compute capability."""
+    for module in (dispatch, machine):
+        monkeypatch.setattr(module, "capability", lambda device: capability)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_auto_on_the_cpu_is_tiled_wherever_it_can_run(dtype: torch.dtype) -> None:
+    for num_rows in (1, 1000):
+        for temperature, name in ((0.5, "tiled"), (1 / 689, "tiled"), (1 / 691, "reference")):
+            assert choose("auto", Workload(CPU, dtype, temperature, num_rows)) == name
+
+
+def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By rows, capability, dtype and temperature."""
+    for capability, num_rows, dtype, temperature, name in (
+        (90, 256, torch.float16, 0.5, "supcon_small"),
+        (90, 257, torch.float16, 0.5, "supcon_fused"),
+        (80, 257, torch.float32, 0.5, "supcon_fused"),
+        (70, 256, torch.float16, 0.5, "supcon_small"),
+        (70, 257, torch.float16, 0.5, "tiled"),
+        (75, 5000, torch.float16, 0.5, "tiled"),
+        (90, 100, torch.float64, 0.5, "tiled"),
+        (90, 5000, torch.float16, 0.02, "tiled"),
+        (90, 5000, torch.float16, 0.001, "reference"),
+    ):
+        pretend(monkeypatch, capability)
+        assert choose("auto", Workload(GPU, dtype, temperature, num_rows)) == name
+
+
+def test_triton_by_size_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 90)
+    assert choose("triton", Workload(GPU, num_rows=256)) == "supcon_small"
+    assert choose("triton", Workload(GPU, num_rows=257)) == "supcon_fused"
+    for workload, message in (
+        (Workload(GPU, torch.float64, num_rows=20), "float64"),
+        (Workload(GPU, torch.float64, num_rows=2000), "float64"),
+        (Workload(GPU, temperature=0.02, num_rows=2000), "temperature 0.02"),
+        (Workload(GPU, temperature=0.02, num_rows=20), "temperature 0.02"),
+        (Workload(GPU, num_rows=2000, width=2000), "width"),
+    ):
+        with pytest.raises(ValueError, match=f"impl='triton' cannot run: .*{message}"):
+            choose("triton", workload)
+
+
+def test_the_choice_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    for module in (reference, tiled, small_batches, large_batches):
+        name = module.__name__.rpartition(".")[2]
+        monkeypatch.setattr(
+            module, "contrastive_loss", lambda *_, name=name: called.append(name) or torch.zeros(())
+        )
+    for impl, temperature, small_rows in (
+        ("auto", 0.5, 256), ("auto", 1e-3, 256), ("reference", 0.5, 256), ("tiled", 0.5, 256),
+        ("triton", 0.5, 4), ("triton", 0.5, 3),
+    ):  # fmt: skip
+        monkeypatch.setattr(dispatch, "SMALL_ROWS", small_rows)
+        supcon_loss(torch.randn(4, 3), torch.zeros(4).long(), impl=impl, temperature=temperature)
+    assert called == [
+        "loss", "reference", "reference", "loss", "small_batches", "large_batches",
+    ]  # fmt: skip
+
+
+def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    dispatch.log_once.cache_clear()
+    with caplog.at_level(logging.INFO, logger="fusedacl.kernels.contrastive.dispatch"):
+        for _ in range(3):
+            supcon_loss(torch.randn(4, 3), torch.zeros(4).long())
+            supcon_loss(torch.randn(4, 3), torch.zeros(4).long(), temperature=1e-3)
+    assert len(caplog.messages) == 2
+    assert "impl=auto, torch.float32 embeddings on cpu: tiled" in caplog.messages[0]
+    assert "reference (tiled cannot run: temperature 0.001 is below" in caplog.messages[1]
+
+
+def test_explains_in_words(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:
+    text = explain(Workload(CPU, torch.bfloat16))
+    assert (
+        "on cpu, any number of rows, torch.bfloat16 embeddings: tiled, computed in torch.float32"
+        in text
+    )
+    assert "triton cannot run: the tensors are on the cpu" in text
+    assert "computed in torch.float64" in explain(Workload(CPU, temperature=0.01))
+    text = explain(Workload(CPU, temperature=0.001))
+    assert "reference, computed in torch.float32; tiled cannot run: temperature 0.001" in text
+    pretend(monkeypatch, 70)
+    text = explain(Workload(GPU, torch.float16, num_rows=4096))
+    assert "on cuda, 4096 rows, torch.float16 embeddings: tiled" in text
+    assert "with one tile of at most 32 MiB" in text
+    assert "supcon_fused cannot run: " in text

@@ -1,0 +1,186 @@
+"""The compiled call for small batches on the CPU, against float64 and within float32's rounding."""
+
+import ctypes
+import itertools
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from contrastive_cases import (
+    DENOMINATORS,
+    LABELS,
+    check_error,
+    make_inputs,
+    operator_arguments,
+    run,
+)
+from fusedacl.kernels import acl_loss
+from fusedacl.kernels.contrastive.tiled import cpu_loop
+from fusedacl.kernels.contrastive.tiled import loss as tiled
+
+KINDS: list[dict[str, Any]] = [
+    {"num_labels": None},
+    {"num_labels": 3},
+    {"num_labels": 11},
+    {"num_labels": 3, "teacher": True},
+]
+SOURCE = Path(cpu_loop.__file__).with_name("cpu_loop.c")
+
+
+@pytest.fixture(autouse=True)
+def counted(monkeypatch: pytest.MonkeyPatch, poison: None) -> Iterator[list[int]]:
+    """Every test here must reach the compiled call, and does so with NaN in unfilled buffers."""
+    if cpu_loop.compiled_loop() is None:
+        pytest.skip("the compiled loop was not built: no C compiler at installation")
+    calls: list[int] = []
+    compute = cpu_loop.loss_and_gradient
+
+    def counting(*args: Any) -> Any:
+        calls.append(1)
+        return compute(*args)
+
+    monkeypatch.setattr(cpu_loop, "loss_and_gradient", counting)
+    yield calls
+    assert calls
+
+
+def set_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
+    monkeypatch.setattr(cpu_loop, "WORTH_THREADS", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_error_is_that_of_eager_pytorch(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, denominator: str, reduction: str
+) -> None:
+    """Every label layout, with and without exits, label embeddings and teacher."""
+    set_threads(monkeypatch, num_threads)
+    for make_labels, exits, kind in itertools.product(LABELS.values(), (None, 2, 5), KINDS):
+        inputs = make_inputs(19, exits=exits, width=20, dtype=torch.float32, **kind)
+        labels = make_labels(19, kind["num_labels"] or 3)
+        inputs["embeddings"][..., 2, :] = 0
+        inputs["embeddings"][..., labels == -100, :] = torch.nan
+        check_error(inputs, labels, impl="tiled", denominator=denominator, reduction=reduction)
+
+
+@pytest.mark.parametrize("width", [8, 15, 16, 17, 64])
+@pytest.mark.parametrize("num_samples", [0, 1, 5, 6, 7, 12, 15, 16, 17, 31, 33, 96])
+def test_every_edge_of_a_block(num_samples: int, width: int) -> None:
+    """Blocks have 6 rows and 16 columns; rows beyond the inputs' memory must not count."""
+    for kind, denominator in itertools.product(KINDS, DENOMINATORS):
+        inputs = make_inputs(num_samples, width=width, dtype=torch.float32, **kind)
+        labels = torch.arange(num_samples) % 3
+        check_error(inputs, labels, impl="tiled", denominator=denominator)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [5.0, 0.05, 0.015])
+def test_dtypes_and_temperatures(temperature: float, dtype: torch.dtype) -> None:
+    inputs = make_inputs(40, 5, width=32, teacher=True, dtype=dtype)
+    check_error(inputs, torch.arange(40) % 5, impl="tiled", temperature=temperature)
+
+
+def test_up_to_the_most_rows(counted: list[int]) -> None:
+    num_samples = cpu_loop.MAX_ROWS - 7
+    inputs = make_inputs(num_samples, 7, width=24, dtype=torch.float32)
+    check_error(inputs, torch.randint(7, (num_samples,)), impl="tiled")
+    assert len(counted) == 1
+    inputs = make_inputs(num_samples + 1, 7, width=24, dtype=torch.float32)
+    check_error(inputs, torch.randint(7, (num_samples + 1,)), impl="tiled")
+    assert len(counted) == 1
+
+
+@pytest.mark.parametrize("exits", [None, 2, 5])
+def test_bits_do_not_depend_on_the_number_of_threads(
+    monkeypatch: pytest.MonkeyPatch, exits: int | None
+) -> None:
+    inputs = make_inputs(50, 5, width=33, exits=exits, teacher=True, dtype=torch.float32)
+    labels = torch.randint(5, (50,))
+    expected = run(inputs, labels, None, impl="tiled")
+    for num_threads in (1, 2, 3, 40):
+        set_threads(monkeypatch, num_threads)
+        for wanted, got in zip(expected, run(inputs, labels, None, impl="tiled"), strict=True):
+            assert torch.equal(wanted, got)
+
+
+def test_strided_inputs_and_small_integers() -> None:
+    inputs = {
+        "embeddings": torch.randn(20, 18)[::2, ::2],
+        "label_embeddings": torch.randn(9, 3).t(),
+    }
+    dense = {name: tensor.contiguous() for name, tensor in inputs.items()}
+    labels = torch.arange(10) % 3
+    expected = run(dense, labels, None, impl="tiled")
+    for strided in (labels.to(torch.uint8), labels.repeat_interleave(2)[::2]):
+        for wanted, got in zip(expected, run(inputs, strided, None, impl="tiled"), strict=True):
+            assert torch.equal(wanted, got)
+
+
+@pytest.mark.parametrize("exits", [None, 3])
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_a_label_out_of_range_is_named(
+    monkeypatch: pytest.MonkeyPatch, num_threads: int, exits: int | None
+) -> None:
+    set_threads(monkeypatch, num_threads)
+    inputs = make_inputs(4, 3, exits=exits, dtype=torch.float32)
+    with pytest.raises(ValueError, match=r"labels holds 9, .*K = 3 .*\[0, 3\)"):
+        acl_loss(labels=torch.tensor([0, -100, 9, -5]), **inputs)
+
+
+def test_nan_and_infinity_are_not_hidden() -> None:
+    for value in (torch.nan, torch.inf):
+        inputs = make_inputs(9, dtype=torch.float32)
+        inputs["embeddings"][4, 2] = value
+        loss, gradient = run(inputs, torch.arange(9) % 3, None, impl="tiled")
+        assert loss.isnan()
+        assert gradient.isnan().any()
+
+
+def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch, counted: list[int]) -> None:
+    samples = torch.randn(4, 3)
+    takes = cpu_loop.takes
+    assert takes([samples], torch.float32, "mean")
+    assert not takes([samples], torch.float32, "none")
+    assert not takes([samples], torch.float64, "mean")
+    assert not takes([samples.to("meta")], torch.float32, "mean")
+    inputs = make_inputs(19, 3, width=20, dtype=torch.float32)
+    at_once = run(inputs, torch.arange(19) % 3, None, impl="tiled")
+    assert len(counted) == 1
+    monkeypatch.setattr(cpu_loop, "compiled_loop", lambda: None)
+    assert not takes([samples], torch.float32, "mean")
+    # Without the loop the tiles give the same.
+    by_tiles = run(inputs, torch.arange(19) % 3, None, impl="tiled")
+    assert len(counted) == 1
+    for wanted, got in zip(by_tiles, at_once, strict=True):
+        torch.testing.assert_close(got, wanted)
+
+
+def test_operators_pass_opcheck() -> None:
+    torch.library.opcheck(tiled.supcon_tiled, operator_arguments("mean"))
+
+
+def test_a_machine_without_fused_multiply_add(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The part of the loop that the tests' machine would not take."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler")
+    built = tmp_path / "supcon_loop.so"
+    options = ["-O3", "-fopenmp", "-shared", "-fPIC", "-DANY_MACHINE"]
+    subprocess.run([compiler, *options, str(SOURCE), "-o", str(built), "-lm"], check=True)
+    cpu_loop.compiled_loop.cache_clear()
+    monkeypatch.setattr(cpu_loop, "library", lambda name: ctypes.CDLL(str(built)))
+    try:
+        for kind, denominator in itertools.product(KINDS, DENOMINATORS):
+            inputs = make_inputs(40, width=33, dtype=torch.float32, **kind)
+            labels = torch.arange(40) % 3
+            check_error(inputs, labels, impl="tiled", denominator=denominator)
+    finally:
+        cpu_loop.compiled_loop.cache_clear()

@@ -1,0 +1,307 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.kernels import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
+from fusedacl.kernels.gradients import angle as gradients
+from fusedacl.kernels.gradients import cpu
+from torch import Tensor
+
+NAN, INF = math.nan, math.inf
+List = list[Tensor | None]
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks and a last one that is not full."""
+    monkeypatch.setattr(cpu, "CHUNK_PER_THREAD", 16)
+    monkeypatch.setattr(cpu, "PIECE", 20)
+
+
+@pytest.fixture(params=["reference", "tiled", "tiled without the compiled loop"])
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "tiled without the compiled loop":
+        monkeypatch.setattr(cpu, "compiled_loop", lambda: None)
+    return request.param.split()[0]
+
+
+def make_lists(dtype: torch.dtype = torch.float32) -> tuple[List, List]:
+    shapes = ((5, 7), (16,), (33,), (), (0,), (3, 4), (2,))
+    a: List = [torch.randn(shape).to(dtype) for shape in shapes]
+    b: List = [torch.randn(shape).to(dtype) for shape in shapes]
+    a[0], b[5] = torch.randn(7, 5).to(dtype).t(), torch.randn(4, 3).to(dtype).t()
+    a[6] = b[1] = None
+    return a, b
+
+
+def expected_stats(a: List, b: List, groups: list[int]) -> Tensor:
+    stats = torch.zeros(max(groups) + 1, 3, dtype=torch.float64)
+    for left, right, group in zip(a, b, groups, strict=True):
+        x, y = ([] if t is None else t.double().flatten().tolist() for t in (left, right))
+        dot = math.fsum(p * q for p, q in zip(x, y, strict=False))
+        stats[group] += torch.tensor(
+            [dot, math.fsum(p * p for p in x), math.fsum(q * q for q in y)], dtype=torch.float64
+        )
+    return stats
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_sums(impl: str, dtype: torch.dtype) -> None:
+    a, b = make_lists(dtype)
+    for groups in (None, [0, 1, 3, 0, 1, 3, 0]):
+        stats = grad_dot_norm(a, b, groups=groups, impl=impl)
+        assert stats.dtype == torch.float32
+        expected = expected_stats(a, b, groups or [0] * len(a))
+        torch.testing.assert_close(stats.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_sums_of_mixed_dtypes(impl: str) -> None:
+    a: List = [torch.randn(20).half(), torch.randn(20).double()]
+    b: List = [torch.randn(20), torch.randn(20).bfloat16()]
+    expected = expected_stats(a, b, [0, 0])
+    torch.testing.assert_close(
+        grad_dot_norm(a, b, impl=impl).double(), expected, rtol=1e-6, atol=1e-5
+    )
+
+
+def test_many_elements_lose_nothing(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    """A sum of 2^24 ones and more is where one float32 accumulator stops counting."""
+    monkeypatch.setattr(cpu, "CHUNK_PER_THREAD", 128 * 1024)
+    monkeypatch.setattr(cpu, "PIECE", 2**20)
+    ones = torch.ones(2**24 + 3000)
+    sums = grad_dot_norm([ones], [ones], impl=impl)
+    assert sums.tolist() == [[float(torch.tensor(2.0**24 + 3000))] * 3]
+    # Each addition of these rounds: one float32 product over all is off by more.
+    tenths = ones.fill_(0.1)
+    exact = tenths[0].double().item() ** 2 * tenths.numel()
+    assert grad_dot_norm([tenths], [tenths], impl=impl)[0].tolist() == pytest.approx(
+        [exact] * 3, rel=2e-5
+    )
+
+
+def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpu.compiled_loop() is None:
+        pytest.skip("the compiled loop was not built: no C compiler at installation")
+    a, b = make_lists()
+    expected = grad_dot_norm(a, b)
+    for num_threads in (2, 3, 16):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=num_threads: count)
+        assert torch.equal(grad_dot_norm(a, b), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 8191, 8192, 8193, 20000])
+def test_the_compiled_loop_at_every_edge(count: int, dtype: torch.dtype) -> None:
+    if cpu.compiled_loop() is None:
+        pytest.skip("the compiled loop was not built: no C compiler at installation")
+    # One element before and after that must not be read.
+    x, y = (torch.randn(count + 2, dtype=dtype) for _ in range(2))
+    x[0], x[-1] = NAN, NAN
+    expected = expected_stats([x[1:-1]], [y[1:-1]], [0])[0]
+    pieces = [x[1:-1].data_ptr(), y[1:-1].data_ptr(), count]
+    found = torch.tensor(list(cpu.sums_of_pieces(dtype, pieces)), dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-4)
+
+
+def test_twice_the_same_bits() -> None:
+    a, b = make_lists()
+    assert torch.equal(grad_dot_norm(a, b), grad_dot_norm(a, b))
+
+
+def test_angle() -> None:
+    x = torch.tensor([1.0, 0.0])
+    cases = {
+        0.0: x, 45.0: torch.tensor([1.0, 1.0]), 90.0: torch.tensor([0.0, 3.0]), 180.0: -2 * x,
+    }  # fmt: skip
+    for degrees, y in cases.items():
+        angle = angle_degrees(grad_dot_norm([x], [y]))
+        torch.testing.assert_close(angle, torch.tensor([degrees]), rtol=0, atol=1e-5)
+    assert angle_degrees(grad_dot_norm([x], [torch.zeros(2)])).tolist() == [90]
+    assert angle_degrees(grad_dot_norm([x], [None])).tolist() == [90]
+    # Rounding may leave a cosine above 1.
+    assert angle_degrees(torch.tensor([[1.0001, 1.0, 1.0]])).tolist() == [0]
+    for bad in (NAN, INF):
+        assert angle_degrees(grad_dot_norm([torch.tensor([1.0, bad])], [x])).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("scale", [None, 0.25, torch.tensor(0.25)], ids=["none", "float", "tensor"])
+def test_combination(
+    scale: float | Tensor | None, weight: float, impl: str, dtype: torch.dtype
+) -> None:
+    a, b = make_lists(dtype)
+    b[6] = None  # nothing to write to
+    before = [None if x is None else x.clone() for x in a]
+    stats = grad_dot_norm(a, b)
+    used = gated_combine_(a, b, stats, weight=weight, max_angle=180, scale=scale, impl=impl)
+    assert used.tolist() == [torch.tensor(weight).item()]
+    factor = 1.0 if scale is None else 0.25
+    for x, old, y in zip(a, before, b, strict=True):
+        if x is None or old is None:
+            continue
+        other = torch.zeros_like(old) if y is None else y
+        wanted = factor * ((1 - weight) * old.double() + weight * other.double())
+        tolerance = 2 * torch.finfo(dtype).eps
+        torch.testing.assert_close(x.double(), wanted, rtol=tolerance, atol=tolerance)
+        assert x.stride() == old.stride() or not old.is_contiguous()
+
+
+def test_gate_per_group(impl: str) -> None:
+    """Kept, dropped, zero gradient, overflow: each group takes its own decision."""
+    x = torch.tensor([1.0, 0.0])
+    a: List = [x.clone(), x.clone(), x.clone(), torch.tensor([1.0, INF])]
+    b: List = [torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 1.0]), torch.zeros(2), x.clone()]
+    groups = [0, 1, 2, 3]
+    stats = grad_dot_norm(a, b, groups=groups)
+    used = gated_combine_(a, b, stats, weight=0.5, scale=2.0, groups=groups, impl=impl)
+    assert used[:3].tolist() == [0.5, 0.0, 0.5]
+    assert used[3].isnan()
+    combined = [tensor.tolist() for tensor in a if tensor is not None]
+    assert combined == [[2, 1], [2, 0], [1, 0], [1, INF]]
+
+
+@pytest.mark.parametrize("scale", [None, -2.0, torch.tensor(0.5)], ids=["none", "float", "tensor"])
+def test_clipping_is_part_of_the_pass(impl: str, scale: float | Tensor | None) -> None:
+    """All groups together, after the scale; as torch.nn.utils.clip_grad_norm_."""
+    a, b = make_lists()
+    b[6] = None
+    groups = [0, 1, 1, 0, 1, 0, 0]
+    stats = grad_dot_norm(a, b, groups=groups)
+    unclipped = [None if x is None else x.clone() for x in a]
+    options = {"weight": 0.3, "scale": scale, "groups": groups, "impl": impl}
+    gated_combine_(unclipped, b, stats, **options)
+    norm = torch.cat([x.flatten() for x in unclipped if x is not None]).norm()
+    for max_norm in (norm.item() / 3, 2 * norm.item()):
+        clipped = [None if x is None else x.clone() for x in a]
+        gated_combine_(clipped, b, stats, max_norm=max_norm, **options)
+        factor = min(1.0, max_norm / (norm.item() + 1e-6))
+        for got, wanted in zip(clipped, unclipped, strict=True):
+            if got is not None and wanted is not None:
+                torch.testing.assert_close(got, wanted * factor)
+
+
+def test_each_group_may_be_clipped_by_itself(impl: str) -> None:
+    """As if every group had been combined alone; one that overflows does not stop the others."""
+    a, b = make_lists()
+    b[6] = None
+    groups = [0, 1, 2, 0, 1, 2, 0]
+    left = a[2]
+    assert left is not None
+    left[3] = INF
+    stats = grad_dot_norm(a, b, groups=groups)
+    options = {"weight": 0.3, "scale": 0.5, "max_norm": 1.0, "impl": impl}
+    together = [None if x is None else x.clone() for x in a]
+    gated_combine_(together, b, stats, clip_groups=True, groups=groups, **options)
+    for group in range(3):
+        members = [index for index, of in enumerate(groups) if of == group]
+        alone = [None if a[index] is None else a[index].clone() for index in members]
+        others = [b[index] for index in members]
+        gated_combine_(alone, others, stats[group : group + 1], **options)
+        for index, wanted in zip(members, alone, strict=True):
+            if wanted is not None:
+                torch.testing.assert_close(together[index], wanted)
+
+
+def test_without_a_norm_nothing_is_written(impl: str) -> None:
+    """One group overflows: with clipping no gradient has a factor, without it the others have."""
+    a: List = [torch.ones(2), torch.tensor([1.0, INF])]
+    b: List = [torch.ones(2), torch.ones(2)]
+    stats = grad_dot_norm(a, b, groups=[0, 1])
+    options = {"weight": 0.5, "scale": 0.5, "groups": [0, 1], "impl": impl}
+    used = gated_combine_(a, b, stats, max_norm=1.0, **options)
+    assert used[0] == 0.5 and used[1].isnan()
+    assert [x.tolist() for x in a if x is not None] == [[1, 1], [1, INF]]
+    gated_combine_(a, b, stats, **options)
+    assert [x.tolist() for x in a if x is not None] == [[0.5, 0.5], [1, INF]]
+
+
+def test_the_decision_is_taken_in_float64() -> None:
+    """60.00000000000001 degrees: the angle in float32 is 60."""
+    stats = torch.tensor([[0.5, 1.0, 1.0]])
+    assert angle_degrees(stats).tolist() == [60]
+    for max_angle in (60.0, 60.00000000000001, 59.99999999999999):
+        used = gated_combine_([X.clone()], [X], stats, weight=0.5, max_angle=max_angle)
+        assert gradients.within_angle(stats, max_angle).tolist() == [used.item() == 0.5]
+    assert len({gradients.within_angle(stats, 60 + x).item() for x in (-1e-13, 1e-13)}) == 2
+
+
+def test_threshold_is_inclusive_and_can_be_below_90() -> None:
+    x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+    stats = grad_dot_norm([x], [y])
+    for max_angle, weight in ((90.0, 0.5), (89.9, 0.0)):
+        assert gated_combine_([x.clone()], [y], stats, weight=0.5, max_angle=max_angle) == weight
+    stats = grad_dot_norm([x], [None])
+    assert gated_combine_([x.clone()], [None], stats, weight=0.5, max_angle=60) == 0
+
+
+def test_norm_of_the_combination_needs_no_pass() -> None:
+    a, b = make_lists()
+    groups = [0, 1, 1, 0, 1, 0, 0]
+    b[6] = None
+    stats = grad_dot_norm(a, b, groups=groups)
+    used = gated_combine_(a, b, stats, weight=0.3, max_angle=180, groups=groups)
+    after = grad_dot_norm(a, a, groups=groups)[:, 1]
+    torch.testing.assert_close(combined_squared_norm(stats, used), after)
+    assert combined_squared_norm(stats, torch.tensor([0.3, NAN])).isnan().tolist() == [False, True]
+
+
+def test_all_entries_may_be_none() -> None:
+    assert grad_dot_norm([None], [None]).tolist() == [[0, 0, 0]]
+
+
+X = torch.ones(3)
+STATS = torch.ones(1, 3)
+Call = Callable[[], Tensor]
+
+
+def sums(*arguments: Any, **options: Any) -> Call:
+    return lambda: grad_dot_norm(*arguments, **options)
+
+
+def combine(a: Any = None, b: Any = None, stats: Tensor = STATS, **options: Any) -> Call:
+    arguments = ([X.clone()] if a is None else a, [X] if b is None else b, stats)
+    return lambda: gated_combine_(*arguments, **{"weight": 0.5, **options})
+
+
+SPARSE = torch.ones(3).to_sparse()
+BAD: dict[str, tuple[type[Exception], Call]] = {
+    "a has 1 entries and b 2": (ValueError, sums([X], [X, X])),
+    "a and b are empty": (ValueError, sums([], [])),
+    r"a\[0\] has shape \(3,\) and b\[0\] \(2,\)": (ValueError, sums([X], [X[:2]])),
+    r"b\[0\] is on meta and the first gradient on cpu": (ValueError, sums([X], [X.to("meta")])),
+    r"a\[0\] is sparse .*to_dense": (TypeError, sums([SPARSE], [X])),
+    r"b\[0\] is torch.int64": (TypeError, sums([X], [X.long()])),
+    r"a\[0\] must be a torch.Tensor or None, not list": (TypeError, sums([[1.0]], [X])),
+    "groups has 2 entries and a 1": (ValueError, sums([X], [X], groups=[0, 1])),
+    r"groups is \[-1\]: every entry must be an int >= 0": (ValueError, sums([X], [X], groups=[-1])),
+    "impl is 'tield': .*did you mean 'tiled'": (ValueError, sums([X], [X], impl="tield")),
+    "impl='triton' cannot run: the tensors are on the cpu": (
+        ValueError,
+        sums([X], [X], impl="triton"),
+    ),
+    "impl='tiled' cannot run: it is for the CPU": (
+        ValueError,
+        sums([X.to("meta")], [X.to("meta")], impl="tiled"),
+    ),
+    r"stats has shape \(2, 3\): 1 group": (ValueError, combine(stats=torch.ones(2, 3))),
+    "stats is on meta and the gradients on cpu": (ValueError, combine(stats=STATS.to("meta"))),
+    r"a\[0\] has shape \(3,\) and strides \(0,\): several": (
+        ValueError,
+        combine(a=[X[:1].expand(3)]),
+    ),
+    r"weight is 1.5: it must lie in \[0, 1\]": (ValueError, combine(weight=1.5)),
+    r"max_angle is 200: it must lie in \[0, 180\]": (ValueError, combine(max_angle=200)),
+    r"max_norm is 0: it must be > 0": (ValueError, combine(max_norm=0)),
+    r"a\[0\] is None but b\[0\] is not": (ValueError, combine(a=[None])),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_named(message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    error, call = BAD[message]
+    with pytest.raises(error, match=message):
+        call()

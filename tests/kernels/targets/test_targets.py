@@ -1,0 +1,341 @@
+"""The gate lets through what is sound, and names what is not.
+
+The kernels here are never run: a process without the interpreter imports this file and compiles
+them as a stand-in for a file of kernels.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+import triton.language as tl  # noqa: E402
+from fusedacl.kernels.support.variant import Variant  # noqa: E402
+from fusedacl.kernels.targets import __main__ as targets  # noqa: E402
+from fusedacl.kernels.targets import compilation, limits, tables  # noqa: E402
+from fusedacl.kernels.targets.compilation import Resources, Task  # noqa: E402
+
+PAGE = Path(__file__).parents[3] / "docs" / "kernels.md"
+
+
+@triton.jit
+def copy_kernel(source, target, number, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(source + offsets, mask=offsets < number)
+    tl.store(target + offsets, values, mask=offsets < number)
+
+
+@triton.jit
+def normalize_kernel(source, target, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Needs all ROWS x COLUMNS values at once."""
+    offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    values = tl.load(source + offsets)
+    values = values / tl.sum(values, 1)[:, None] / tl.sum(values, 0)[None, :]
+    tl.store(target + offsets, values)
+
+
+@triton.jit
+def product_kernel(left, right, target, width, ROWS: tl.constexpr, CHUNK: tl.constexpr):
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, CHUNK)[None, :]
+    products = tl.zeros([ROWS, ROWS], tl.float32)
+    for start in range(0, width, CHUNK):
+        of_left = tl.load(left + rows * width + start + columns)
+        of_right = tl.load(right + rows * width + start + columns)
+        products = tl.dot(of_left, tl.trans(of_right), products)
+    tl.store(target + rows * ROWS + tl.arange(0, ROWS)[None, :], products)
+
+
+@triton.jit
+def broken_kernel(source, BLOCK: tl.constexpr):
+    tl.store(source + tl.arange(0, BLOCK), tl.no_such_function(BLOCK))
+
+
+def copying(name: str, **changes: Any) -> Variant:
+    types = {"source": "*fp32", "target": "*fp32", "number": "i32"}
+    settings = {"divisible_by_16": frozenset(types), **changes}
+    return Variant(name, copy_kernel, types, {"BLOCK": 1024}, **settings)
+
+
+def product(name: str, dtype: str, rows: int, chunk: int, **changes: Any) -> Variant:
+    types = {"left": f"*{dtype}", "right": f"*{dtype}", "target": "*fp32", "width": "i32"}
+    constants = {"ROWS": rows, "CHUNK": chunk}
+    return Variant(
+        name, product_kernel, types, constants, divisible_by_16=frozenset(types), **changes
+    )
+
+
+def normalizing(name: str, num_warps: int, **changes: Any) -> Variant:
+    types = {"source": "*fp32", "target": "*fp32"}
+    constants = {"ROWS": 64, "COLUMNS": 256}
+    return Variant(name, normalize_kernel, types, constants, num_warps=num_warps, **changes)
+
+
+class Sound:
+    @staticmethod
+    def variants(capability: int) -> list[Variant]:
+        return [
+            copying("copy"),
+            normalizing("measured", num_warps=1, spills_because="one warp: twice as fast"),
+            *([product("fp16", "fp16", 64, 32, matrix_unit=True)] if capability >= 80 else []),
+        ]
+
+
+class Unsound:
+    @staticmethod
+    def variants(capability: int) -> list[Variant]:
+        return [
+            copying("sound"),
+            normalizing("spilling", num_warps=1),
+            copying("no longer spilling", spills_because="one warp: twice as fast"),
+            copying("no product", matrix_unit=True),
+            product("large", "fp16", 128, 128, num_warps=8, num_stages=4),
+            Variant("broken", broken_kernel, {"source": "*fp32"}, {"BLOCK": 16}),
+            Variant("forgetful", copy_kernel, {"source": "*fp32"}, {"BLOCK": 16}),
+            copying("misnamed", divisible_by_16=frozenset({"BLOCK"})),
+            copying("aborting"),
+            copying("after it"),
+        ]
+
+
+def abort_where_named(task: Task) -> Any:
+    if task.variant.name == "aborting":
+        os.write(2, b"LLVM ERROR: no such layout\n")
+        os.abort()
+    return compile_variant(task)
+
+
+compile_variant = compilation.compile_variant
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """The gate as it is shipped."""
+    return subprocess.run(
+        [sys.executable, "-m", "fusedacl.kernels.targets", *arguments],
+        capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+
+
+def gate(file: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The gate for a stand-in, in a process that does not interpret."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_targets
+from fusedacl.kernels.targets import __main__ as targets, compilation
+compilation.compile_variant = test_targets.abort_where_named
+files = {{"stand_in": test_targets.{file}}}
+sys.exit(targets.main({json.dumps(arguments)}, files))
+"""
+    return subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "TRITON_INTERPRET": "0", **environment},
+        capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+
+
+def test_every_shipped_kernel_is_as_promised_and_the_page_shows_it() -> None:
+    done = command("--check", str(PAGE))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("all as promised\n")
+
+
+def test_sound_kernels_pass() -> None:
+    done = gate("Sound", "--capability", "75", "90", "--jobs", "1")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    products = [line for line in lines if line[:2] == ["fp16", "sm_90"]]
+    assert len(products) == 1
+    assert not [line for line in lines if line[:2] == ["fp16", "sm_75"]]
+    spills, matrix_instructions = int(products[0][3]), int(products[0][-4])
+    assert spills == 0
+    assert matrix_instructions > 0
+    copies = [line for line in lines if line[:2] == ["copy", "sm_75"]]
+    # 1024 values by 128 threads: two loads of four values each.
+    assert copies[0][-3:] == ["2", "of", "2"]
+
+
+def test_every_unsound_kernel_is_named_with_reason_and_remedy() -> None:
+    done = gate("Unsound", "--capability", "86", "--jobs", "2", "--quiet")
+    assert done.returncode == 1
+    found = {
+        line.split(", ")[1]: line for line in done.stderr.splitlines() if line.startswith("FAILED")
+    }
+    reasons = {
+        "spilling": ["bytes per thread", "smaller blocks"],
+        "no longer spilling": ["spills_because", "remove it"],
+        "no product": ["matrix instruction", "tl.dot"],
+        "large": ["192 KiB of shared memory", "at most 99", "fewer stages"],
+        "broken": ["does not compile", "no_such_function"],
+        "forgetful": ["number, target", "kernel's arguments"],
+        "misnamed": ["BLOCK", "divisible_by_16"],
+        "aborting": ["SIGABRT", "LLVM ERROR: no such layout"],
+    }
+    assert set(found) == set(reasons)
+    for name, words in reasons.items():
+        for word in words:
+            assert word in found[name]
+    assert done.stdout == f"Triton {triton.__version__}, 10 compilations: 8 failures\n"
+
+
+def test_an_exception_for_another_triton_is_kept_when_asked() -> None:
+    outcome = Resources(registers=32, spilled=0, shared=0, matrix=0, loads=1, wide_loads=1)
+    task = Task("file", 80, copying("copy", spills_because="measured with 3.3"))
+    assert limits.find_failures(task, outcome, keep_exceptions=True) == []
+    assert len(limits.find_failures(task, outcome, keep_exceptions=False)) == 1
+
+
+def test_a_gpu_that_the_assembler_does_not_know_is_said_and_no_failure(tmp_path: Path) -> None:
+    assembler = tmp_path / "ptxas"
+    assembler.write_text(
+        "#!/bin/sh\n"
+        'if [ "$1" = --version ]; then echo "release 12.8, V12.8.93"; exit; fi\n'
+        "echo \"ptxas fatal   : Value 'sm_100a' is not defined for option 'gpu-name'\" >&2\n"
+        "exit 1\n"
+    )
+    assembler.chmod(0o755)
+    paths = {
+        "TRITON_PTXAS_PATH": str(assembler), "TRITON_PTXAS_BLACKWELL_PATH": str(assembler),
+    }  # fmt: skip
+    done = gate("Sound", "--capability", "100", **paths)
+    assert done.returncode == 0, done.stderr
+    assert "does not know it: sm_100" in done.stdout
+    # A GPU that every assembler knows is another matter.
+    assert gate("Sound", "--capability", "90", **paths).returncode == 1
+
+
+def test_usage_is_read_from_cuobjdump() -> None:
+    listing = """
+Fatbin elf code:
+================
+Resource usage:
+ Common:
+  GLOBAL:0
+ Function copy:
+  REG:96 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:944 TEXTURE:0 SURFACE:0 SAMPLER:0
+"""
+    usage = compilation.parse_usage(listing)
+    assert (usage["REG"], usage["STACK"], usage["SHARED"], usage["LOCAL"]) == (96, 16, 1024, 8)
+    with pytest.raises(ValueError, match="lists no LOCAL, REG, SHARED, STACK"):
+        compilation.parse_usage("cuobjdump: no kernel found")
+
+
+def test_instructions_are_counted_in_ptx() -> None:
+    ptx = """
+	@%p1 ld.global.v4.b32 { %r1, %r2, %r3, %r4 }, [ %rd1 + 0 ];
+	ld.global.L1::evict_last.v2.b64 { %rd2, %rd3 }, [ %rd1 + 16 ];
+	@!%p1 ld.global.b16 { %rs1 }, [ %rd1 + 32 ];
+	cp.async.cg.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 0x10, %r6;
+	cp.async.ca.shared.global [ %r5 + 0 ], [ %rd4 + 0 ], 4;
+	ld.shared.v4.b32 { %r1, %r2, %r3, %r4 }, [ %r7 ];
+	mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 { %r1 }, { %r2 }, { %r3 }, { %r4 };
+	wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {%r1}, %rd1, %rd2, 1, 1, 1, 0, 0;
+	wgmma.commit_group.sync.aligned;
+	@%p2 tcgen05.mma.cta_group::1.kind::f16 [ %r1 + 0 ], %rd1, %rd2, %r2, %p3;
+	tcgen05.commit.cta_group::1.mbarrier::arrive::one.b64 [%rd1];
+"""
+    assert compilation.count_loads(ptx) == (5, 3)
+    assert compilation.count_matrix_instructions(ptx) == 3
+
+
+def test_markdown_has_a_row_per_variant_and_a_column_per_gpu() -> None:
+    sound = Resources(registers=96, spilled=0, shared=32 * 1024, matrix=8, loads=4, wide_loads=4)
+    spilled = Resources(registers=255, spilled=16, shared=0, matrix=0, loads=4, wide_loads=4)
+    tasks = [
+        Task("first", 70, copying("a")),
+        Task("first", 80, copying("a")),
+        Task("first", 80, copying("b")),
+        Task("second", 70, copying("a")),
+    ]
+    page = tables.markdown(tasks, [spilled, sound, sound, "LLVM ERROR"], "Triton 3.7.1.")
+    assert page == "\n".join(
+        [
+            "Triton 3.7.1.",
+            "",
+            "### first",
+            "",
+            "| variant | sm_70 | sm_80 |",
+            "|---|---|---|",
+            "| a | 255 / 0 / 8 / 0, **spills 16 B** | 96 / 32 / 16 / 8 |",
+            "| b |  | 96 / 32 / 16 / 8 |",
+            "",
+            "### second",
+            "",
+            "| variant | sm_70 |",
+            "|---|---|",
+            "| a | **does not compile** |",
+            "",
+        ]
+    )
+
+
+def test_the_table_replaces_what_lies_between_the_markers() -> None:
+    page = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n"
+    written = tables.replace_generated(page, "new\n")
+    assert written == f"before\n{tables.BEGIN}\n\nnew\n\n{tables.END}\nafter\n"
+    assert tables.replace_generated(written, "new\n") == written
+    with pytest.raises(ValueError, match="lacks the lines"):
+        tables.replace_generated("no markers", "new")
+
+
+def test_two_variants_of_one_name_are_refused() -> None:
+    class Repeating:
+        @staticmethod
+        def variants(capability: int) -> list[Variant]:
+            return [copying("copy"), copying("copy")]
+
+    with pytest.raises(ValueError, match="two variants 'copy'"):
+        compilation.list_tasks({"file": Repeating}, [80])
+
+
+def test_a_file_that_ships_nothing_is_refused() -> None:
+    class Empty:
+        @staticmethod
+        def variants(capability: int) -> list[Variant]:
+            return []
+
+    with pytest.raises(ValueError, match="ships nothing for any GPU"):
+        compilation.list_tasks({"file": Empty}, [80])
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--kernels", "supcon_smal"], "did you mean 'supcon_small'?"),
+        (["--capability", "72"], "--capability is '72'"),
+        (["--jobs", "0"], "--jobs is 0"),
+        (["--check", "no-such-page.md"], "no-such-page.md"),
+    ],
+)
+def test_wrong_arguments_are_refused_in_words(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as refused:
+        targets.main(arguments)
+    assert refused.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "platform, version, message",
+    [
+        ("darwin", (3, 7), "Triton exists for Linux only"),
+        ("linux", None, "Triton is not installed"),
+        ("linux", (3, 2), "Triton 3.2 is too old: 3.3 or newer"),
+    ],
+)
+def test_what_is_missing_is_said(
+    platform: str,
+    version: tuple[int, int] | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(targets, "triton_version", lambda: version)
+    assert targets.main([]) == 2
+    assert message in capsys.readouterr().err

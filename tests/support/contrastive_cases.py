@@ -1,0 +1,119 @@
+"""What the tests of every contrastive implementation share: inputs, label layouts, oracles."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
+from fusedacl.kernels.contrastive import reference
+from torch import Tensor
+
+# Compiled kernels need a GPU; without one the interpreter runs them on the CPU.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+DENOMINATORS = ("all", "others", "negatives")
+REDUCTIONS = ("mean", "sum", "none")
+Inputs = dict[str, Tensor]
+
+LABELS: dict[str, Callable[[int, int], Tensor]] = {
+    "random": lambda num, num_labels: torch.randint(num_labels, (num,)),
+    "one class": lambda num, num_labels: torch.zeros(num, dtype=torch.int64),
+    "absent classes": lambda num, num_labels: torch.arange(num) % 2 * (num_labels - 1),
+    "ignored": lambda num, num_labels: torch.where(
+        torch.arange(num) % 3 == 1, -100, torch.arange(num) % num_labels
+    ),
+    "all ignored": lambda num, num_labels: torch.full((num,), -100),
+}
+
+
+def make_inputs(
+    num_samples: int,
+    num_labels: int | None = None,
+    *,
+    width: int = 6,
+    exits: int | None = None,
+    teacher: bool = False,
+    dtype: torch.dtype = torch.float64,
+    device: str = "cpu",
+) -> Inputs:
+    """Random samples [.., N, d], label embeddings [.., K, d] and teacher rows, as asked for."""
+    leading = () if exits is None else (exits,)
+    inputs = {"embeddings": torch.randn(*leading, num_samples, width).to(dtype)}
+    if num_labels is not None:
+        inputs["label_embeddings"] = torch.randn(*leading, num_labels, width).to(dtype)
+    if teacher and num_labels is not None:
+        inputs["teacher_embeddings"] = torch.randn(num_samples, width).to(dtype)
+        inputs["teacher_label_embeddings"] = torch.randn(num_labels, width).to(dtype)
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
+
+
+def loss_function(inputs: Inputs) -> Callable[..., Tensor]:
+    if "teacher_embeddings" in inputs:
+        return acl_cl_loss
+    return acl_loss if "label_embeddings" in inputs else supcon_loss
+
+
+def operator_arguments(reduction: str, device: str = "cpu") -> tuple[Any, ...]:
+    """Arguments of the tiled and the fused operator, with exits, teacher and an ignored label."""
+    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32, device=device)
+    samples, label_embeddings, *teachers = inputs.values()
+    labels = torch.tensor([0, 1, -100, 0, 2], device=device)
+    trained = samples.requires_grad_(), label_embeddings.requires_grad_()
+    return (trained[0], labels, trained[1], *teachers, 0.5, "all", reduction, -100, True)
+
+
+def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any) -> list[Tensor]:
+    """Loss and gradients of the trained inputs for an upstream gradient (ones if None)."""
+    copies = {
+        name: tensor.detach()
+        .clone(memory_format=torch.preserve_format)
+        .requires_grad_(not name.startswith("teacher"))
+        for name, tensor in inputs.items()
+    }
+    loss = loss_function(inputs)(labels=labels, **copies, **options)
+    trained = [tensor for tensor in copies.values() if tensor.requires_grad]
+    upstream = torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype)
+    return [loss.detach(), *torch.autograd.grad(loss, trained, upstream)]
+
+
+def run_eager(
+    inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any
+) -> list[Tensor]:
+    """The dense formula with every tensor, also the M x M ones, in the dtype of the inputs."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(reference, "accumulate_dtype", lambda *dtypes: dtypes[0])
+        return run(inputs, labels, upstream, impl="reference", **options)
+
+
+def check_error(
+    inputs: Inputs,
+    labels: Tensor,
+    upstream: Tensor | None = None,
+    *,
+    impl: str = "triton",
+    **options: Any,
+) -> list[Tensor]:
+    """Loss and gradients of `impl` are as near to float64 as twice eager PyTorch's error.
+
+    The largest error of each output counts, so no single wrong row is averaged away. The floor is
+    for a value that eager happens to round exactly: half a unit in the last place of the inputs'
+    dtype (eager's own rounding of its result), and 4 units of the output's for sums in another
+    order.
+    """
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    exact = run(doubles, labels, upstream, impl="reference", **options)
+    eager = run_eager(inputs, labels, upstream, **options)
+    found = run(inputs, labels, upstream, impl=impl, **options)
+    rounding = torch.finfo(inputs["embeddings"].dtype).eps
+    for wanted, same_dtype, got in zip(exact, eager, found, strict=True):
+        assert got.shape == wanted.shape
+        if wanted.numel() == 0:
+            continue
+        allowed = 2 * (same_dtype.double() - wanted).abs().max()
+        floor = max(4 * torch.finfo(got.dtype).eps, 0.5 * rounding)
+        allowed += floor * wanted.abs().max()
+        error = (got.double() - wanted).abs().max()
+        # `not <=` also catches a NaN.
+        assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"
+    return found

@@ -1,0 +1,19 @@
+"""`fusedacl train` in which rank 1 kills itself in its second save, its file half the way there.
+
+torchrun … tests/support/dying_rank.py --output_dir …
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from forked_runs import in_second_call
+from fusedacl.engine.cli import main
+from fusedacl.engine.training.storage import checkpoint
+
+if __name__ == "__main__":
+    if os.environ["RANK"] == "1":
+        # After its file is written, before its checksum is noted.
+        in_second_call(checkpoint, "sealed", before=True)
+    sys.exit(main.main(["train", *sys.argv[1:]]))
