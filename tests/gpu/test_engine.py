@@ -1,4 +1,4 @@
-"""Training and early exit on the GPU: the first losses of a CPU run, and the same answers."""
+"""Training and early exit on the GPU, compared with the CPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def losses(run: Path) -> list[float]:
 def test_the_first_losses_are_those_of_the_cpu(
     deep_bert: Path, tiny_data: Path, tmp_path: Path, strategy: str
 ) -> None:
-    """The later ones are not compared: AdamW enlarges rounding where a gradient is near zero."""
+    """Later losses may differ: AdamW turns rounding of gradients near zero into whole steps."""
     found = []
     for number, device in enumerate(("cpu", DEVICE)):
         run = tmp_path / str(number)
@@ -64,7 +64,7 @@ def test_a_second_stage_from_cached_features(
         )
     )
     assert first["num_steps"] == cached["num_steps"]
-    # The states are kept in float16.
+    # The cache keeps states in float16.
     plain, from_cache = losses(tmp_path / "plain"), losses(tmp_path / "cached")
     second_stage = len(plain) // 2
     assert from_cache[second_stage] == pytest.approx(plain[second_stage], rel=2e-2)
