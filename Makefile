@@ -18,9 +18,10 @@ NEWEST_TRITON := 3.9.0
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
 
-# A file's tests stay in one process: some of them share ranks that wait for work.
+# Tests of a file run in one process, because some share ranks that wait for work.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile \
+	  --no-loadscope-reorder
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
