@@ -12,7 +12,7 @@ TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest
 IN_PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
-# The supported range of Triton: `make targets` compiles with both ends.
+# The range of Triton that is claimed: both ends are compiled by `make targets`.
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
@@ -37,7 +37,7 @@ lint: $(VENV)/.dev
 	$(PIP) install -q --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy
 
-# Every Triton kernel for every GPU, compiled without a GPU (`test` does it for the pinned Triton).
+# Every Triton kernel for every GPU, compiled without a GPU. The pinned Triton's turn is in `test`.
 targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/.installed
 	for version in $(OLDEST_TRITON) $(NEWEST_TRITON); do PYTHONPATH=build/triton-$$version \
 	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions || exit 1; done

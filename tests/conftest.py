@@ -131,6 +131,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def tiny_options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options of a training run on `tiny_data` in a directory that does not exist yet."""
+    from tiny_runs import options_of
+
+    return options_of(tiny_bert, tiny_data, tmp_path / "run")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Directory of real data sets, named by $FUSEDACL_DATA."""
