@@ -6,25 +6,33 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 CONSTRAINTS := -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt
 
-# Tests at a time. Those of several ranks start up to four processes of their own.
+# Test files at a time; tests of several ranks start up to four processes of their own. A file runs
+# in one process, because its tests share ranks. conftest.py puts the longest files first.
 TEST_PROCESSES ?= 2
+PYTEST := $(BIN)/python -m pytest
+IN_PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 # The range of Triton that is claimed: both ends are compiled by `make targets`.
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo test lint targets counts bench bench-quick bench-gpu docs clean
+.PHONY: demo test test-portable lint targets counts bench bench-quick bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
 
-# A file's tests stay in one process: some of them share ranks that wait for work.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
+	$(PYTEST) $(IN_PARALLEL)
+
+# Kernels and engine once more, with the arithmetic of a processor without vector instructions.
+test-portable: $(VENV)/.dev
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(IN_PARALLEL) tests/kernels tests/engine \
+	  --ignore tests/kernels/targets -m 'not real_data'
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(PYTEST) -q --noconftest tests/test_house.py
 	rm -rf build/lib build/typed
 	$(PIP) install -q --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy
@@ -38,24 +46,24 @@ build/triton-%/.installed: $(VENV)/.dev
 	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*
 	touch $@
 
-# Operations, bytes, launches and host reads beside those accepted (`test` compares them too).
+# Operations, bytes, launches and host reads beside the accepted numbers (`test` compares them too).
 counts: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.counts
 
-# Everything, small: under two minutes on two idle cores, files in runs/bench/.
+# All benchmarks at small size: under two minutes on two idle cores, files in runs/bench/.
 bench-quick: $(VENV)/.dev
 	$(BIN)/fusedacl bench all --preset quick
 
-# Everything at full size; texts of MRPC where FUSEDACL_DATA names the real data sets.
+# All benchmarks at full size; texts of MRPC where FUSEDACL_DATA names the real data sets.
 bench: $(VENV)/.dev
 	$(BIN)/fusedacl bench all
 
-# For a machine with an NVIDIA GPU: the tests that need one, then the benchmarks.
+# On a machine with an NVIDIA GPU: the tests that need one, then the benchmarks.
 bench-gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest tests/gpu
+	$(PYTEST) tests/gpu
 	$(BIN)/fusedacl bench all --device cuda
 
-# The generated pages, from the files in docs/results/ and benchmarks/results/.
+# Pages generated from the files in docs/results/ and benchmarks/results/.
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
 	$(BIN)/python -m fusedacl.engine.reports.results_page docs/results --output docs/results.md
@@ -68,8 +76,8 @@ $(VENV)/bin/python:
 	  "$$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# torch first, and alone: the pin takes a CPU build where one is at hand, and what follows is then
-# content with it. An unpinned torch would draw gigabytes of CUDA packages.
+# torch is installed first and alone: its pin is met by a CPU build where there is one, and the other
+# packages then accept it. An unpinned torch would install gigabytes of CUDA packages.
 $(VENV)/.torch: $(VENV)/bin/python $(SOURCES)
 	$(PIP) install -q $(CONSTRAINTS) torch
 	touch $@

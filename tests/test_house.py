@@ -1,8 +1,12 @@
-"""The layout of the packages: floors, circles, folder and file sizes (docs/architecture.md)."""
+"""The layout of the packages and the tests: order of imports, sizes of folders and files.
+
+Nothing but the standard library and pytest is imported: `make lint` runs this file as well.
+"""
 
 from __future__ import annotations
 
 import ast
+import graphlib
 from functools import cache
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "engine", "benchmarks")
 
-# Rooms of a folder by floor, from the ground up; a room imports rooms of lower floors only.
+# Folder -> its entries in layers, lowest first; an entry imports entries of lower layers only.
 FLOORS = {
     "": ("kernels", "engine", "benchmarks"),
     "kernels": ("support", "gradients contrastive", "tuning targets"),
@@ -51,34 +55,43 @@ MAX_LINES_OF_TRITON = 520
 NO_CODE = {"__pycache__", "results"}
 
 
-def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def source_files(*suffixes: str) -> list[Path]:
+    """Files of the packages and of the tests."""
+    files = [path for folder in (*PACKAGES, "tests") for path in (ROOT / folder).rglob("*")]
+    return sorted(path for path in files if path.suffix in suffixes)
 
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """Module -> modules of this project that it imports: at the top, in functions, for types."""
-    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
-    known = {module_of(path): path for path in files}
+    """Module -> modules of this project that it imports, also in functions and for types only.
+
+    An import that is not relative keeps its dot at the front, so that it matches no module.
+    """
     found: dict[str, set[str]] = {}
-    for module, path in known.items():
+    files = {}
+    for path in source_files(".py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        if parts[0] != "tests":
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for module, path in files.items():
         folder = path.relative_to(ROOT).parent.parts
         found[module] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(node, ast.ImportFrom) or not node.level:
-                continue
-            start = folder[: len(folder) - node.level + 1]
-            source = ".".join([*start, *(node.module or "").split(".")]).strip(".")
-            for alias in node.names:
-                name = f"{source}.{alias.name}".strip(".")
-                found[module].add(name if name in known else source)
+            if isinstance(node, ast.Import):
+                found[module] |= {f".{alias.name}" for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                found[module].add(f".{node.module}")
+            elif isinstance(node, ast.ImportFrom):
+                start = folder[: len(folder) - node.level + 1]
+                source = ".".join([*start, *(node.module or "").split(".")]).strip(".")
+                names = [f"{source}.{alias.name}".strip(".") for alias in node.names]
+                found[module] |= {name if name in files else source for name in names}
         found[module].discard(module)
     return found
 
 
-def room_of(module: str, folder: str) -> str | None:
-    """The entry of `folder` that holds a module; None where it lies elsewhere."""
+def entry_of(module: str, folder: str) -> str | None:
+    """Entry of `folder` that holds a module; None where it lies elsewhere."""
     inside = module if not folder else module.removeprefix(folder + ".")
     return inside.split(".")[0] if not folder or inside != module else None
 
@@ -89,61 +102,63 @@ UNDER_WAY = pytest.mark.xfail(reason="imports that still run upward, files still
 @UNDER_WAY
 @pytest.mark.parametrize("folder", FLOORS)
 def test_imports_run_downward(folder: str) -> None:
-    floor_of = {room: floor for floor, rooms in enumerate(FLOORS[folder]) for room in rooms.split()}
-    wrong = []
+    layer_of = {name: layer for layer, names in enumerate(FLOORS[folder]) for name in names.split()}
+    upward = []
     for module, imported in imports().items():
-        room = room_of(module, folder)
-        if room is None:
+        entry = entry_of(module, folder)
+        if entry is None:
             continue
-        assert room in floor_of, f"{folder}/{room} has no floor in FLOORS"
-        for other in sorted(imported):
-            below = room_of(other, folder)
-            if below not in (None, room) and floor_of[below] >= floor_of[room]:
-                wrong.append(f"{module} -> {other}")
-    assert not wrong
+        assert entry in layer_of, f"give {folder}/{entry} a layer in FLOORS of {__file__}"
+        for other in sorted(imported & imports().keys()):
+            below = entry_of(other, folder)
+            if below not in (None, entry) and layer_of[below] >= layer_of[entry]:
+                upward.append(f"{module} -> {other}")
+    assert not upward, f"move what is imported to a lower layer, or pass it in: {upward}"
 
 
 @UNDER_WAY
-def test_no_circle() -> None:
-    """Modules are taken away as soon as all that they import is gone; a circle would be left."""
-    left = {
-        module: {name for name in names if name in imports()} for module, names in imports().items()
-    }
-    while free := [module for module, names in left.items() if not names & left.keys()]:
-        for module in free:
-            del left[module]
-    assert not left
+def test_no_module_imports_itself_through_others() -> None:
+    known = {module: names & imports().keys() for module, names in imports().items()}
+    try:
+        graphlib.TopologicalSorter(known).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"move what these share to a module below them: {' <- '.join(error.args[1])}")
 
 
-def test_imports_are_relative_and_known() -> None:
+def test_packages_import_each_other_relatively() -> None:
+    own = ("fusedacl", *PACKAGES)
     for module, imported in imports().items():
-        assert imported <= imports().keys() | {"", *PACKAGES}, module
+        absolute = {name for name in imported if name[1:].split(".")[0] in own and name[0] == "."}
+        assert not absolute, f"{module}: write these imports with leading dots"
+        unknown = {name for name in imported if name[0] != "."} - imports().keys() - {*PACKAGES}
+        assert not unknown, f"{module}: there are no such modules, correct these imports"
 
 
 def test_folders_are_small() -> None:
-    folders = {path.parent for package in PACKAGES for path in (ROOT / package).rglob("*.py")}
-    sizes = {
-        str(folder.relative_to(ROOT)): len(
-            [
-                entry
-                for entry in folder.iterdir()
-                if entry.name not in NO_CODE and entry.suffix != ".so"
-            ]
-        )
-        for folder in folders
-    }
-    assert {name: size for name, size in sizes.items() if size > MAX_ENTRIES} == {}
+    too_large = {}
+    for folder in {path.parent for path in source_files(".py")}:
+        entries = [
+            path.name
+            for path in folder.iterdir()
+            if path.name not in NO_CODE and path.suffix != ".so"
+        ]
+        if len(entries) > MAX_ENTRIES:
+            too_large[str(folder.relative_to(ROOT))] = len(entries)
+    assert not too_large, f"make sub-folders (at most {MAX_ENTRIES} entries each): {too_large}"
 
 
 @UNDER_WAY
 def test_files_are_short() -> None:
     too_long = {}
-    for package in PACKAGES:
-        for path in (ROOT / package).rglob("*.[pc]*"):
-            if path.suffix not in (".py", ".c"):
-                continue
-            text = path.read_text(encoding="utf-8")
-            limit = MAX_LINES_OF_TRITON if "@triton.jit" in text else MAX_LINES
-            if text.count("\n") > limit:
-                too_long[str(path.relative_to(ROOT))] = text.count("\n")
-    assert too_long == {}
+    for path in source_files(".py", ".c"):
+        text = path.read_text(encoding="utf-8")
+        limit = MAX_LINES_OF_TRITON if "@triton.jit" in text else MAX_LINES
+        if text.count("\n") > limit:
+            too_long[str(path.relative_to(ROOT))] = text.count("\n")
+    assert not too_long, f"split by idea (at most {MAX_LINES} lines per file): {too_long}"
+
+
+def test_lint_runs_this_file() -> None:
+    _, lint = (ROOT / "Makefile").read_text(encoding="utf-8").split("\nlint:", 1)
+    recipe = lint.split("\n\n")[0]
+    assert "--noconftest tests/test_house.py" in recipe, "call this file in the Makefile's `lint`"

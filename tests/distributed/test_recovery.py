@@ -24,6 +24,7 @@ from fusedacl.engine.config.fields import build
 from fusedacl.engine.runtime.manifest import fault, step_of
 from fusedacl.engine.training.storage.checkpoint import checkpoints
 from rank_pool import Ranks
+from tiny_runs import records
 from training_cases import trained
 
 # What remains of a run ends within this, on a busy machine too.
@@ -32,13 +33,12 @@ HERE = Path(__file__).parent
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.2, "num_train_epochs": 1,
+        **tiny_options,
+        "learning_rate": 1e-3, "dropout": 0.2, "num_train_epochs": 1,
         "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3,
-        "save_total_limit": None, "device": "cpu", "disable_tqdm": True,
-        "output_dir": str(tmp_path / "run"),
+        "save_total_limit": None, "device": "cpu",
     }  # fmt: skip
 
 
@@ -99,12 +99,6 @@ def ended(process: subprocess.Popen[str], run: str) -> str:
         for left in running(run):
             os.kill(left, signal.SIGKILL)
     return words
-
-
-def records(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl but for what is measured in seconds."""
-    lines = map(json.loads, (Path(run) / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
 
 
 def assert_goes_on(options: dict[str, Any], two_ranks: Ranks, undisturbed: Path) -> None:

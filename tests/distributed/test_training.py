@@ -14,23 +14,18 @@ from fusedacl.engine import TrainingConfig, train
 from fusedacl.engine.runtime import processes
 from fusedacl.engine.training.trainer import Trainer
 from rank_pool import Ranks
+from tiny_runs import records
 from training_cases import linear_is_torchs, refused, stopped, trained, weights_hash
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "num_train_epochs": 2,
+        **tiny_options,
+        "learning_rate": 1e-3, "dropout": 0.0, "num_train_epochs": 2,
         "per_device_train_batch_size": 8, "aux_weight": 0.3, "contrastive_reduction": "sum",
-        "logging_steps": 1, "save_steps": 0, "device": "cpu", "disable_tqdm": True,
-        "output_dir": str(tmp_path / "run"),
+        "logging_steps": 1, "save_steps": 0, "device": "cpu",
     }  # fmt: skip
-
-
-def records(run: str | Path) -> list[dict[str, Any]]:
-    lines = (Path(run) / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def deepspeed_file(directory: Path, **values: Any) -> str:

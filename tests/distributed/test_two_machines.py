@@ -104,12 +104,12 @@ def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> l
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "max_steps": 4,
+        **tiny_options,
+        "learning_rate": 1e-3, "dropout": 0.0, "max_steps": 4,
         "per_device_train_batch_size": 8, "negatives": "global", "logging_steps": 1,
-        "save_steps": 0, "device": "cpu", "disable_tqdm": True, "output_dir": str(tmp_path / "run"),
+        "save_steps": 0, "device": "cpu",
     }  # fmt: skip
 
 

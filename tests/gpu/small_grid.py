@@ -1,10 +1,13 @@
 """A few small shapes of every kernel against float64, in a process of its own.
 
-    python small_grid.py [--as_volta] [supcon_small] [supcon_fused] [tiled] [gradients]
+    PYTHONPATH=tests/support python tests/gpu/small_grid.py [--as_volta] [supcon_small] [tiled] ...
 
-With --as_volta the kernels are compiled for compute capability 7.0 and their PTX is given to the
-driver, which compiles it for the GPU that is there: the code of a V100, run elsewhere. Prints how
-many kernels were compiled; stops with an error at the first wrong result.
+Stops with an error at the first wrong result. Without a GPU, Triton's interpreter runs fewer shapes
+on the CPU (TRITON_INTERPRET=1).
+
+With --as_volta the kernels are compiled for compute capability 7.0, and the driver turns their PTX
+into code for the GPU that is there: the program of a V100, run elsewhere. The names of the compiled
+kernels are printed.
 """
 
 import argparse
@@ -14,7 +17,7 @@ from typing import Any
 
 import torch
 
-DEVICE = torch.device("cuda")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOLTA = (7, 0)
 
 
@@ -35,7 +38,8 @@ def main() -> None:
     torch.manual_seed(0)
     for name in arguments.names or checks:
         checks[name]()
-        torch.cuda.synchronize()
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
         print(f"{name}: right", flush=True)
     if arguments.as_volta:
         assert compiled, "no kernel was compiled"
@@ -43,8 +47,8 @@ def main() -> None:
 
 
 def compile_for_volta(compiled: list[str]) -> None:
-    """Triton takes the GPU for a V100 and leaves the last step, PTX to binary, to the driver."""
-    # Before Triton's driver is made, which keeps this function.
+    """Make Triton compile for a V100 and stop at PTX, which the driver compiles for this GPU."""
+    # Triton's driver keeps a reference to this function, so replace it before the driver is made.
     torch.cuda.get_device_capability = lambda device=None: VOLTA
     from triton.backends import backends
 
@@ -52,7 +56,7 @@ def compile_for_volta(compiled: list[str]) -> None:
         text = ptx.decode() if isinstance(ptx, bytes) else ptx
         assert re.search(r"^\.target sm_70\b", text, re.MULTILINE), "this is not PTX for sm_70"
         compiled.extend(re.findall(r"\.visible \.entry (\w+)", text))
-        # cuModuleLoadData takes PTX as a text that ends with a zero.
+        # cuModuleLoadData expects PTX as a zero-terminated string.
         return text.encode() + b"\0"
 
     backends["nvidia"].compiler.make_cubin = keep_ptx
@@ -66,17 +70,21 @@ def losses(impl: str, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -
         {"num_labels": 5},
         {"num_labels": 3, "teacher": True, "exits": 2},
     ]
-    # Each combination with some of the shapes: under a sanitizer all of them would take hours.
+    if DEVICE.type == "cpu":
+        sizes = sizes[:2]
+    # Two combinations per shape, in turn: all of them would take hours under a sanitizer.
     combinations = itertools.cycle(itertools.product(DENOMINATORS, REDUCTIONS))
     for num_samples, kind, dtype in itertools.product(sizes, kinds, dtypes):
-        inputs = make_inputs(num_samples, width=20, dtype=dtype, device="cuda", **kind)
+        inputs = make_inputs(num_samples, width=20, dtype=dtype, device=DEVICE.type, **kind)
         labels = torch.randint(kind["num_labels"] or 4, (num_samples,), device=DEVICE)
         for denominator, reduction in itertools.islice(combinations, 2):
             check_error(inputs, labels, impl=impl, denominator=denominator, reduction=reduction)
 
 
 def dtypes_here() -> tuple[torch.dtype, ...]:
-    """A V100 has no bfloat16."""
+    """Dtypes to check: without bfloat16 on a V100, float32 alone on the CPU."""
+    if DEVICE.type == "cpu":
+        return (torch.float32,)
     both = (torch.float16, torch.float32)
     has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
     return (*both, torch.bfloat16) if has_bfloat16 else both
@@ -100,7 +108,7 @@ def check_fused() -> None:
 def check_tiled() -> None:
     from fusedacl.kernels.contrastive.tiled import loss as tiled
 
-    # Several tiles, also at the edge, each of several blocks.
+    # Several tiles of several blocks each, the last one smaller.
     tiled.GPU_TILE, tiled.ONE_TILE, tiled.FEW_ROWS = 48, 0, 0
     losses("tiled", (61, 100), dtypes_here())
 
@@ -113,7 +121,7 @@ def check_gradients() -> None:
     for dtype, other in itertools.product(dtypes_here(), dtypes_here()):
         a = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
         b = [torch.randn(shape, device=DEVICE).to(other) for shape in shapes]
-        # An address that is no multiple of 16, and another order of the same elements.
+        # An address that is not a multiple of 16, and a transposed tensor.
         a[3] = torch.randn(16385, device=DEVICE).to(dtype)[1:]
         b[5] = torch.randn(5, 7, device=DEVICE).to(other).t()
         doubles = [[x.double() for x in gradients] for gradients in (a, b)]

@@ -1,4 +1,4 @@
-"""The compiled losses against float64: the interpreter's grid, and what it is too slow for."""
+"""The compiled losses against float64: the grid of the interpreter's tests, and larger sizes."""
 
 import itertools
 from typing import Any
@@ -30,7 +30,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def force(monkeypatch: pytest.MonkeyPatch, implementation: str, inputs: Inputs) -> str:
-    """The `impl` with which this file runs for every size that it can."""
+    """Make the dispatcher choose an implementation; return the `impl` to pass, or skip the test."""
     monkeypatch.setattr(dispatch, "SMALL_ROWS", 256 if implementation == "supcon_small" else 0)
     embeddings = inputs["embeddings"]
     num_rows = sum(tensor.shape[-2] for tensor in inputs.values())
@@ -79,7 +79,7 @@ def test_label_layouts(monkeypatch: pytest.MonkeyPatch, implementation: str, lay
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_strided_inputs(monkeypatch: pytest.MonkeyPatch, implementation: str) -> None:
-    """Transposed, every other row, one row for all: the same as from a copy without gaps."""
+    """Transposed, every other row, one row repeated: the same bits as from a contiguous copy."""
     inputs = make_inputs(60, 5, width=24, dtype=torch.float16, device="cuda")
     impl = force(monkeypatch, implementation, inputs)
     labels = torch.arange(60, device=DEVICE) % 5
@@ -103,7 +103,7 @@ def test_strided_inputs(monkeypatch: pytest.MonkeyPatch, implementation: str) ->
 def test_4096_rows(
     monkeypatch: pytest.MonkeyPatch, implementation: str, dtype: torch.dtype, width: int
 ) -> None:
-    """Whole blocks, and one row more or less."""
+    """A multiple of the block size, and some rows more or fewer."""
     skip_without_bfloat16(dtype)
     for num_samples, num_labels, denominator in (
         (4096, None, "others"), (4090, 5, "all"), (4097, 16, "negatives"),
@@ -111,7 +111,7 @@ def test_4096_rows(
         inputs = make_inputs(num_samples, num_labels, width=width, dtype=dtype, device="cuda")
         impl = force(monkeypatch, implementation, inputs)
         labels = torch.randint(num_labels or 16, (num_samples,), device=DEVICE)
-        # As a loss scaler would: the mean's gradients are below float16's range.
+        # A loss scale, without which gradients of the mean underflow in float16.
         upstream = torch.tensor(4096.0, device=DEVICE)
         check_error(inputs, labels, upstream, impl=impl, denominator=denominator)
 
@@ -139,9 +139,9 @@ def test_twice_the_same_bits(monkeypatch: pytest.MonkeyPatch, implementation: st
 def test_memory_grows_with_the_rows_only(
     monkeypatch: pytest.MonkeyPatch, implementation: str
 ) -> None:
-    """65536 rows of width 64, forward and backward, beside the inputs."""
-    # A dense half-precision matrix would be 8.6 GB. "tiled" holds one tile, 34 MB, and its rows in
-    # float32.
+    """Memory of forward and backward beyond the inputs, for 65536 rows of width 64."""
+    # A dense half-precision matrix would take 8.6 GB. "tiled" holds one tile (34 MB) and the rows
+    # in float32.
     most = {"supcon_fused": 100e6, "tiled": 200e6}[implementation]
     inputs = make_inputs(65536, width=64, dtype=torch.float16, device="cuda")
     impl = force(monkeypatch, implementation, inputs)

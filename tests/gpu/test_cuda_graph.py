@@ -25,11 +25,13 @@ def test_a_replay_equals_eager(dtype: torch.dtype, num_samples: int) -> None:
         logits = (hidden @ label_embeddings.t()).float()
         main = torch.nn.functional.cross_entropy(logits, labels)
         auxiliary = acl_loss(hidden, labels, label_embeddings)
-        of_auxiliary = torch.autograd.grad(auxiliary, parameters, retain_graph=True)
-        of_main = torch.autograd.grad(main, parameters)
-        stats = grad_dot_norm(of_main, of_auxiliary)
-        used = gated_combine_(of_main, of_auxiliary, stats, weight=0.3, scale=scale, max_norm=0.1)
-        return [main.detach(), auxiliary.detach(), stats, used, *of_main]
+        auxiliary_gradients = torch.autograd.grad(auxiliary, parameters, retain_graph=True)
+        main_gradients = torch.autograd.grad(main, parameters)
+        stats = grad_dot_norm(main_gradients, auxiliary_gradients)
+        used = gated_combine_(
+            main_gradients, auxiliary_gradients, stats, weight=0.3, scale=scale, max_norm=0.1
+        )
+        return [main.detach(), auxiliary.detach(), stats, used, *main_gradients]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -54,7 +56,7 @@ def test_a_replay_equals_eager(dtype: torch.dtype, num_samples: int) -> None:
 
 
 def disturb_tables() -> None:
-    """Other lists between replays: what the graph reads of its own must still be there."""
+    """Fill the tables of the kernels with other lists; the graph must have kept its own."""
     keep = []
     for size in range(1, 30):
         a = [torch.randn(size, device=DEVICE) for _ in range(2)]

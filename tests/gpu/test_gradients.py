@@ -34,7 +34,7 @@ def test_against_float64(dtype: torch.dtype, other: torch.dtype) -> None:
     assert torch.equal(used, expected)
     tolerance = 2 * torch.finfo(dtype).eps
     for found, exact in zip(a, doubles[0], strict=True):
-        # A float16 result may be too small for float16.
+        # The absolute tolerance is for results that underflow in float16.
         torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=1e-7)
 
 
@@ -45,7 +45,7 @@ def test_twice_the_same_bits() -> None:
 
 
 def test_a_billion_elements_lose_nothing() -> None:
-    """A float32 accumulator stops counting ones at 2^24."""
+    """Accumulation in float64: a float32 sum of ones stops at 2^24."""
     free, _ = torch.cuda.mem_get_info()
     if free < 6 * 2**30:
         pytest.skip("needs 6 GiB of free GPU memory")

@@ -51,7 +51,7 @@ def test_a_step(
         optimizer.step()
         return [main.detach(), auxiliary.detach(), decision.angle, decision.grad_norm]
 
-    # The first step compiles and fills the tables, which may wait.
+    # The first step compiles kernels and fills tables, and may wait.
     step()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")

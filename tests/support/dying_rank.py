@@ -1,4 +1,4 @@
-"""`fusedacl train` in which rank 1 kills itself in its second save, its file half the way there.
+"""`fusedacl train` in which rank 1 kills itself in its second save: the checkpoint is incomplete.
 
 torchrun … tests/support/dying_rank.py --output_dir …
 """
@@ -14,6 +14,6 @@ from fusedacl.engine.training.storage import checkpoint
 
 if __name__ == "__main__":
     if os.environ["RANK"] == "1":
-        # After its file is written, before its checksum is noted.
+        # Its file is written then, and its checksum is not.
         in_second_call(checkpoint, "sealed", before=True)
     sys.exit(main.main(["train", *sys.argv[1:]]))

@@ -1,11 +1,11 @@
-"""Runs that are processes of their own, to be killed: forked from one that has imported everything.
+"""Training runs that a test may kill: processes forked from a server that has imported torch.
 
     with ForkedRuns(directory) as runs:
         process = runs.start(options)           # `fusedacl train` with these options
         os.kill(process, signal.SIGKILL)
         assert runs.wait(process) == -9
 
-Importing torch takes longer than the runs; a fork has it already.
+Importing torch takes longer than a run; a forked process need not do it.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 
-class ForkedRuns:
-    """What the runs print goes to `directory`/runs.log."""
+class ForkedRuns(contextlib.AbstractContextManager["ForkedRuns"]):
+    """Server of forked runs; they append their output to `directory`/runs.log."""
 
     def __init__(self, directory: Path) -> None:
         self.log = directory / "runs.log"
@@ -42,11 +41,11 @@ class ForkedRuns:
         )
 
     def start(self, options: Mapping[str, Any], dies: str | None = None) -> int:
-        """The process of a run; `dies`: where, in its second save, it kills itself (`DEATHS`)."""
+        """Start a run and return its process id; `dies`: key of `DEATHS`, where it kills itself."""
         return self._ask(start=[f"--{name}={value}" for name, value in options.items()], dies=dies)
 
     def wait(self, process: int) -> int:
-        """Its exit status, or minus the signal that ended it."""
+        """Wait for a run; return its exit status, or the negative number of a signal."""
         return self._ask(wait=process)
 
     def _ask(self, **request: Any) -> int:
@@ -55,15 +54,7 @@ class ForkedRuns:
         self.server.stdin.flush()
         return int(self.server.stdout.readline())
 
-    def __enter__(self) -> ForkedRuns:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.server.communicate(timeout=60)
 
 
@@ -72,7 +63,7 @@ def killed() -> None:
 
 
 def in_second_call(owner: Any, name: str, *, before: bool) -> None:
-    """Kill this process before, or after, the second call of a function."""
+    """Make the second call of a function kill this process, before or after its work."""
     original: Callable[..., Any] = getattr(owner, name)
     calls: list[str] = []
 
@@ -89,7 +80,7 @@ def in_second_call(owner: Any, name: str, *, before: bool) -> None:
 
 
 def while_forgetting() -> None:
-    """Kill this process when it has deleted one file of an old checkpoint."""
+    """Make this process die after it has deleted one file of an old checkpoint."""
     from fusedacl.engine.training.storage import checkpoint
 
     original = checkpoint.shutil.rmtree
@@ -104,7 +95,7 @@ def while_forgetting() -> None:
 
 
 def moving_the_final_model() -> None:
-    """Kill this process when half of the final model's files are in their place."""
+    """Make this process die after it has moved half of the final model's files."""
     original = Path.replace
     moved: list[str] = []
 
@@ -137,13 +128,13 @@ DEATHS: dict[str, Callable[[], None]] = {
 
 
 def serve(log: str) -> None:
-    """Fork a run for each request, and tell its process; or wait for one, and tell its status."""
-    # What is imported may print.
+    """Answer requests on standard input: fork a run (its process id), or wait (its exit status)."""
+    # Imports may print: standard output becomes standard error, answers keep the original.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     from fusedacl.engine.cli.main import main
 
-    # What a run would import, or transformers for it.
+    # What a run imports, itself or through transformers.
     for module in (
         "fusedacl.engine.training.trainer", "transformers.models.bert.modeling_bert",
         "transformers.models.bert.tokenization_bert", "pandas", "pyarrow", "sklearn.metrics",

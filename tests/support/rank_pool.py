@@ -1,14 +1,15 @@
-"""Processes on this machine that are the ranks of a gloo process group, kept for many tests.
+"""Ranks of a gloo process group: processes on this machine that many tests share.
 
     with Ranks(4) as ranks:
         results = ranks.run(function, argument)     # function(rank, argument) on every rank
 
-A rank that raises is reported with its traceback. Ranks that do not answer in time are ended, and
-all of them are when the block is left; a rank whose parent is gone ends by itself.
+A rank that raises is reported with its traceback. All ranks end when one does not answer in time
+and when the block is left; a rank whose parent is gone ends by itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -22,28 +23,28 @@ from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import Any
 
 LOOPBACK = "127.0.0.1"
-# Starting imports torch, several at a time on a busy machine.
+# Each rank imports torch, at the same time as the others and on a busy machine.
 START_SECONDS = 240.0
 RUN_SECONDS = 120.0
-# For the other ranks, after one has failed.
+# Time for the other ranks to answer after one has failed.
 GRACE_SECONDS = 10.0
-# Of a collective: longer than a test on a busy machine, shorter than RUN_SECONDS, so that a rank
-# that waits in vain says so itself.
+# Timeout of a collective: longer than a test on a busy machine, shorter than RUN_SECONDS, so that a
+# rank that waits in vain reports it.
 COLLECTIVE_SECONDS = 60.0
 
 
-class Ranks:
-    """So many processes, of one gloo group; rank r has the environment of a launcher's rank r."""
+class Ranks(contextlib.AbstractContextManager["Ranks"]):
+    """Processes of one gloo group, with the environment variables that a launcher sets."""
 
     def __init__(self, num_ranks: int, collective_seconds: float = COLLECTIVE_SECONDS) -> None:
         from torch.distributed import TCPStore
 
         self.num_ranks = num_ranks
-        # Port 0: the system gives a free one, and no other process can take it meanwhile.
+        # Port 0: the system chooses a free port, and no other process can take it meanwhile.
         self.store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
         key = secrets.token_bytes(16)
         listener = Listener((LOOPBACK, 0), backlog=num_ranks, authkey=key)
@@ -56,7 +57,7 @@ class Ranks:
             "WORLD_SIZE": str(num_ranks),
             "LOCAL_WORLD_SIZE": str(num_ranks),
             "OMP_NUM_THREADS": "1",
-            # The ranks have the CPU only, where Triton's interpreter runs the kernels.
+            # The ranks use the CPU, where Triton's interpreter runs the kernels.
             "CUDA_VISIBLE_DEVICES": "",
             "TRITON_INTERPRET": "1",
         }
@@ -77,7 +78,7 @@ class Ranks:
             listener.close()
 
     def _accept(self, listener: Listener) -> None:
-        # `accept` knows no timeout, the socket below does.
+        # `accept` has no timeout, but the socket has.
         listener._listener._socket.settimeout(1.0)
         found: dict[int, Connection] = {}
         end = time.monotonic() + START_SECONDS
@@ -95,14 +96,14 @@ class Ranks:
     def run(
         self, function: Callable[..., Any], *arguments: Any, seconds: float = RUN_SECONDS
     ) -> list[Any]:
-        """function(rank, *arguments) of every rank, by rank.
+        """Call function(rank, *arguments) on every rank; return the results, ordered by rank.
 
-        function: of a module's top level; each rank imports that file. What goes in and comes out
-        is pickled.
+        function: defined at the top level of a module, whose file each rank imports. Arguments and
+        results are pickled.
 
         Raises:
             AssertionError: with the traceback of every rank that raised, and the ranks that did not
-                answer in time; where there are such, or one has died, all ranks are ended.
+                answer in time. If a rank is late or has died, all ranks are ended.
         """
         assert not self.closed, "these ranks have been ended"
         task = pickle.dumps((inspect.getfile(function), function.__name__, arguments))
@@ -121,7 +122,7 @@ class Ranks:
                     raised, results[rank] = True, "it has ended"
                 if raised:
                     failures.append(f"rank {rank}: {results[rank]}")
-                    # The others may wait for it in a collective.
+                    # The others may be waiting for it in a collective.
                     end = min(end, time.monotonic() + GRACE_SECONDS)
         if waiting:
             failures.append(f"no answer in time from ranks {sorted(waiting.values())}")
@@ -135,7 +136,7 @@ class Ranks:
         return not self.connections
 
     def close(self) -> None:
-        """Ends all ranks: asks first, then kills."""
+        """End all ranks: close their connections, then kill those that are still there."""
         for connection in self.connections:
             connection.close()
         asked = bool(self.connections)
@@ -147,20 +148,12 @@ class Ranks:
                 process.kill()
                 process.wait()
 
-    def __enter__(self) -> Ranks:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 def load(path: str, loaded: dict[str, ModuleType]) -> ModuleType:
-    """The module of a file, imported once; pytest's own names for it are not importable here."""
+    """Import a file once, by its path: the names that pytest gives to modules are unknown here."""
     if path not in loaded:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         assert spec is not None and spec.loader is not None
@@ -171,7 +164,7 @@ def load(path: str, loaded: dict[str, ModuleType]) -> ModuleType:
 
 
 def serve(port: int, collective_seconds: float) -> None:
-    """What a rank does: join the group, then answer until the parent closes the connection."""
+    """Join the group, then answer requests until the parent closes the connection."""
     import torch
 
     torch.set_num_threads(1)
@@ -198,7 +191,7 @@ def serve(port: int, collective_seconds: float) -> None:
             except BaseException:
                 answer = (True, traceback.format_exc())
             connection.send_bytes(pickle.dumps(answer))
-    # Without the farewells of a process group, in which a rank would wait for one that was killed.
+    # No regular exit: the process group would make this rank wait for one that was killed.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,4 +1,4 @@
-"""The demonstration on a tiny encoder: its table, its figures, and what it needs."""
+"""The demonstration with a tiny encoder: its table and figures, and its missing packages."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tiny(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("tiny")
 def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for _ in range(2):  # the second run takes the place of the first
+    for _ in range(2):  # the second run replaces the first
         results = demo.run_demo(tmp_path)
     assert set(results) == {"ce", "acl"}
     shown = capsys.readouterr().out

@@ -9,30 +9,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusedacl.engine import EvaluationConfig, TrainingConfig, evaluate, train
+from fusedacl.engine import EvaluationConfig, evaluate
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.data.batching import encode
 from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.inference.evaluation import evaluate_split, score
 from fusedacl.engine.inference.logits import predict_logits
 from fusedacl.engine.model.saved import TrainedModel
+from tiny_runs import options_of, run
 
 
 @pytest.fixture(scope="module")
 def finished(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory):
     """Output directory and results of a finished run."""
     output_dir = tmp_path_factory.mktemp("evaluation") / "run"
-    options = {
-        "task_name": "opinions",
-        "data_dir": str(tiny_data),
-        "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16,
-        "output_dir": str(output_dir),
-        "num_train_epochs": 1,
-        "save_steps": 0,
-        "disable_tqdm": True,
-    }
-    return output_dir, train(TrainingConfig.create(**options))
+    options = options_of(tiny_bert, tiny_data, output_dir)
+    return output_dir, run(options, num_train_epochs=1, save_steps=0)
 
 
 def config_of(finished, tiny_data: Path, **options: Any) -> EvaluationConfig:

@@ -8,36 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from fusedacl.engine import TrainingConfig, train
+from fusedacl.engine import TrainingConfig
 from fusedacl.engine.backends.loss_scaling import LossScaler
 from fusedacl.engine.training.trainer import Trainer
-from torch import Tensor
+from tiny_runs import records, run, weights
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
+        **tiny_options,
+        "per_device_train_batch_size": 16, "learning_rate": 5e-3,
         "num_train_epochs": 3, "logging_steps": 1, "save_steps": 0, "aux_weight": 0.3,
-        "output_dir": str(tmp_path / "run"), "disable_tqdm": True,
     }  # fmt: skip
-
-
-def run(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return train(TrainingConfig.create(**{**options, **changes}))
-
-
-def records(directory: str | Path) -> list[dict[str, Any]]:
-    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    rows = [record for record in map(json.loads, lines) if record["split"] == "train"]
-    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in rows]
-
-
-def weights(directory: str | Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(Path(directory) / "model.safetensors")
 
 
 @pytest.mark.parametrize("scope", ["top:1", "head"])
@@ -56,7 +40,7 @@ def test_learns_and_says_so(options: dict[str, Any], scope: str) -> None:
 def test_comparing_is_logged_and_changes_no_bit(options: dict[str, Any], tmp_path: Path) -> None:
     choice = {"gate_scope": "head", "max_angle": 70, "logging_steps": 4}
     results = run(options, **choice, gate_agreement_steps=3)
-    compared = records(options["output_dir"])
+    compared = records(options["output_dir"], "train")
     # Steps that are compared are logged, whatever logging_steps says.
     assert [row["step"] for row in compared] == [3, 4, 6, 8, 9, 12]
     agreed = []
@@ -72,7 +56,7 @@ def test_comparing_is_logged_and_changes_no_bit(options: dict[str, Any], tmp_pat
     assert found == [(1, agreed[0]), (1, agreed[1]), (2, sum(agreed[2:]) / 2)]
     plain = tmp_path / "plain"
     run(options, **choice, output_dir=str(plain))
-    assert "angle_degrees_all" not in records(plain)[-1]
+    assert "angle_degrees_all" not in records(plain, "train")[-1]
     for name, value in weights(plain).items():
         assert torch.equal(weights(options["output_dir"])[name], value), name
 
@@ -86,7 +70,9 @@ def test_top_of_all_layers_sees_nearly_the_exact_angle(
     small = {"max_steps": 4, "max_angle": 180, "learning_rate": 1e-4, "dropout": 0.0}
     run(options, **small, output_dir=str(exact))
     run(options, **small, gate_scope="top:2")
-    for here, there in zip(records(options["output_dir"]), records(exact), strict=True):
+    for here, there in zip(
+        records(options["output_dir"], "train"), records(exact, "train"), strict=True
+    ):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
         assert here["angle_degrees"] == pytest.approx(there["angle_degrees"], abs=15)
@@ -120,7 +106,7 @@ def test_fp16_skips_what_overflows(
 
     monkeypatch.setattr(LossScaler, "__init__", too_large)
     results = run(options, gate_scope=scope, fp16=True, gate_agreement_steps=1)
-    rows = records(options["output_dir"])
+    rows = records(options["output_dir"], "train")
     assert rows[0]["skipped"] and rows[0]["grad_norm"] is None
     assert rows[0]["angle_degrees"] is None
     assert not rows[-1]["skipped"] and 0 < rows[-1]["angle_degrees"] < 180
@@ -134,7 +120,7 @@ def test_the_second_stage_is_exact(options: dict[str, Any]) -> None:
     rows = {row["group"]: row for row in results["gate"]}
     assert rows["model"]["compared_steps"] == rows["model"]["steps"] == 4
     assert "compared_steps" not in rows["exit 1"]
-    stages = [row["stage"] for row in records(options["output_dir"])]
+    stages = [row["stage"] for row in records(options["output_dir"], "train")]
     assert stages == ["single"] * 4 + ["exits"] * 4
 
 

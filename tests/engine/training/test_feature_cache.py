@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
-from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, train
+from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig
 from fusedacl.engine.data.batching import collate, encode
 from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.model.saved import load_tokenizer
@@ -29,6 +28,7 @@ from fusedacl.engine.training.feature_cache import (
     FeatureCache,
     check_directory,
 )
+from tiny_runs import run, weights
 
 TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
 
@@ -221,16 +221,15 @@ def test_what_a_killed_run_left_takes_no_room(
 
 
 def test_second_stage_with_and_without(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The exit's weights agree to half precision, and the backbone ran once over the texts."""
     options: dict[str, Any] = {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
+        **tiny_options, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
         "strategy": "two_stage", "dropout": 0.0, "num_train_epochs": 1, "stage2_epochs": 3,
-        "disable_tqdm": True, "save_steps": 0, "eval_steps": 1000,
+        "save_steps": 0, "eval_steps": 1000,
     }  # fmt: skip
-    train(TrainingConfig.create(**options, output_dir=str(tmp_path / "without")))
+    run(options, output_dir=str(tmp_path / "without"))
     calls = []
     states = FeatureCache.batch
     monkeypatch.setattr(
@@ -239,18 +238,14 @@ def test_second_stage_with_and_without(
         lambda self, *arguments: calls.append(1) or states(self, *arguments),
     )
     cache = str(tmp_path / "cache")
-    train(TrainingConfig.create(**options, output_dir=str(tmp_path / "with"), feature_cache=cache))
+    run(options, output_dir=str(tmp_path / "with"), feature_cache=cache)
     assert len(calls) == 12
-    one, other = (
-        safetensors.torch.load_file(tmp_path / name / "model.safetensors")
-        for name in ("without", "with")
-    )
+    one, other = (weights(tmp_path / name) for name in ("without", "with"))
     for name, value in one.items():
         # The gradient of this bias is zero: AdamW makes steps of its rounding.
         if name != "exits.0.key_value.bias":
             torch.testing.assert_close(other[name], value, rtol=0.05, atol=2e-3)
     with pytest.raises(ValueError, match="feature_cache=.* belongs to the second stage"):
         TrainingConfig.create(
-            **{**options, "strategy": "joint", "stage2_epochs": None},
-            output_dir="x", feature_cache=cache,
+            **{**options, "strategy": "joint", "stage2_epochs": None, "feature_cache": cache}
         ).resolved()  # fmt: skip

@@ -23,18 +23,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions",
-        "data_dir": str(tiny_data),
-        "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16,
+        **tiny_options,
         "per_device_train_batch_size": 8,
         "max_steps": 6,
         "logging_steps": 1,
         "save_steps": 0,
-        "output_dir": str(tmp_path / "profiled"),
-        "disable_tqdm": True,
         "device": "cpu",
     }
 

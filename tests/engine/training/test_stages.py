@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 from fusedacl.engine import (
     EvaluationConfig,
@@ -26,10 +25,10 @@ from fusedacl.engine.objectives.losses import ExitLosses, Teacher, distillation,
 from fusedacl.engine.runtime.files import read_file
 from fusedacl.engine.runtime.signals import Interrupted
 from fusedacl.engine.training.feature_cache import META_FILE
-from fusedacl.engine.training.run import train
 from fusedacl.engine.training.stages import Stage, plan_stages, prepare, stage_losses, stage_states
 from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import acl_cl_loss, acl_loss
+from tiny_runs import records, run, weights
 from torch import Tensor
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
@@ -205,21 +204,12 @@ def test_losses_with_a_teacher() -> None:
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
+        **tiny_options,
+        "per_device_train_batch_size": 16, "learning_rate": 5e-3,
         "num_train_epochs": 3, "logging_steps": 1, "save_total_limit": None,
-        "output_dir": str(tmp_path / "run"), "disable_tqdm": True,
     }  # fmt: skip
-
-
-def run(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return train(TrainingConfig.create(**{**options, **changes}))
-
-
-def weights(directory: Path) -> dict[str, Tensor]:
-    return safetensors.torch.load_file(directory / "model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -336,8 +326,7 @@ def test_between_the_stages_the_run_is_evaluated_and_saved(options, tmp_path: Pa
     run(options, strategy="two_stage", max_steps=3)
     names = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
     assert "checkpoint-3" in names
-    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
-    evaluated = {(r["step"], r["exit"]) for r in map(json.loads, lines) if "exit" in r}
+    evaluated = {(r["step"], r["exit"]) for r in records(tmp_path / "run") if "exit" in r}
     assert {(3, 2), (6, 1), (6, 2)} <= evaluated
 
 

@@ -11,51 +11,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
 import yaml
-from fusedacl.engine import TrainingConfig, train
 from fusedacl.engine.backends.loss_scaling import LossScaler
 from fusedacl.engine.reports.run_figures import draw_angle_histogram
 from fusedacl.engine.runtime.signals import Interrupted
 from fusedacl.engine.training.storage import checkpoint
 from fusedacl.engine.training.trainer import Trainer
+from tiny_runs import records, run, weights
 
 Train = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions",
-        "data_dir": str(tiny_data),
-        "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16,
+        **tiny_options,
         "per_device_train_batch_size": 16,
         "learning_rate": 5e-3,
         "num_train_epochs": 3,
         "logging_steps": 1,
         "save_steps": 0,
-        "output_dir": str(tmp_path / "run"),
-        "disable_tqdm": True,
     }
-
-
-def run(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    return train(TrainingConfig.create(**{**options, **changes}))
-
-
-def records(directory: str | Path, split: str = "train") -> list[dict[str, Any]]:
-    lines = (Path(directory) / "metrics.jsonl").read_text().splitlines()
-    return [record for record in map(json.loads, lines) if record["split"] == split]
-
-
-def without_speed(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in rows]
-
-
-def weights(directory: str | Path) -> dict[str, torch.Tensor]:
-    return safetensors.torch.load_file(Path(directory) / "model.safetensors")
 
 
 @pytest.mark.parametrize("objective", ["ce", "scl", "acl"])
@@ -92,7 +69,7 @@ def test_what_a_run_leaves(options) -> None:
     assert "checkpoint-2" not in names  # save_total_limit is 2
     assert json.loads((left / "results.json").read_text())["num_steps"] == 6
     assert any((left / "tensorboard").iterdir())
-    steps = records(left)
+    steps = records(left, "train", with_speed=True)
     assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
     for record in steps:
         expected = (1 - record["aux_weight"]) * record["loss_ce"]
@@ -120,8 +97,7 @@ def test_resumes_bitwise_in_the_middle_of_an_epoch(options, changes, tmp_path: P
     results = run(options, **changes, output_dir=str(partly), resume_from_checkpoint="checkpoint-5")
     for name, value in weights(whole).items():
         assert torch.equal(weights(partly)[name], value), name
-    assert without_speed(records(partly)) == without_speed(records(whole))
-    assert records(partly, "validation") == records(whole, "validation")
+    assert records(partly) == records(whole)
     assert results["gate"] == json.loads((whole / "results.json").read_text())["gate"]
 
 
@@ -129,7 +105,7 @@ def test_the_seed_decides_everything(options, tmp_path: Path) -> None:
     directories = [tmp_path / name for name in ("a", "b", "c")]
     for directory, seed in zip(directories, (1, 1, 2), strict=True):
         run(options, output_dir=str(directory), seed=seed, num_train_epochs=1)
-    first, same, other = (without_speed(records(directory)) for directory in directories)
+    first, same, other = (records(directory, "train") for directory in directories)
     assert first == same
     assert first != other
 
@@ -153,7 +129,7 @@ def test_a_signal_saves_and_stops(options, number: signal.Signals, monkeypatch) 
     assert signal.getsignal(number) is before
     monkeypatch.undo()
     assert run(options, resume_from_checkpoint="latest")["num_steps"] == 12
-    assert [r["step"] for r in records(options["output_dir"])] == list(range(1, 13))
+    assert [r["step"] for r in records(options["output_dir"], "train")] == list(range(1, 13))
 
 
 def test_full_disk_keeps_the_last_checkpoint(options, monkeypatch) -> None:
@@ -217,7 +193,7 @@ def test_overflow_is_logged_as_json_knows_it(options, monkeypatch) -> None:
         LossScaler, "__init__", lambda self, enabled: made(self, enabled, initial_scale=2.0**22)
     )
     run(options, fp16=True, objective="acl")
-    skipped = [record for record in records(options["output_dir"]) if record["skipped"]]
+    skipped = [record for record in records(options["output_dir"], "train") if record["skipped"]]
     assert 0 < len(skipped) < 12
     for record in skipped:
         assert record["grad_norm"] is None

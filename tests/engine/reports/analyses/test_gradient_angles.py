@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, train
+from fusedacl.engine import MultiExitForSequenceClassification
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.config.commands import AngleConfig
 from fusedacl.engine.config.fields import build
@@ -28,17 +28,16 @@ from fusedacl.engine.reports.analyses.gradient_angles import (
     training_batches,
 )
 from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
+from tiny_runs import options_of, run
 from torch.nn import functional
 
 
 def make_run(tiny_bert: Path, tiny_data: Path, directory: Path, **options: Any) -> Path:
-    defaults: dict[str, Any] = {
-        "model_name_or_path": str(tiny_bert), "task_name": "opinions", "data_dir": str(tiny_data),
-        "output_dir": str(directory), "max_steps": 2, "max_seq_length": 16, "save_steps": 0,
-        "per_device_train_batch_size": 16, "learning_rate": 1e-3, "temperature": 0.3,
-        "disable_tqdm": True,
-    }  # fmt: skip
-    train(TrainingConfig.create(**{**defaults, **options}))
+    defaults = options_of(
+        tiny_bert, tiny_data, directory, max_steps=2, save_steps=0, learning_rate=1e-3,
+        per_device_train_batch_size=16, temperature=0.3,
+    )  # fmt: skip
+    run(defaults, **options)
     return directory
 
 

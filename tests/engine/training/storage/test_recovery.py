@@ -34,6 +34,7 @@ from fusedacl.engine.training.storage.checkpoint import (
     state_file,
     tidy,
 )
+from tiny_runs import records
 
 
 class Saved:
@@ -219,12 +220,12 @@ def test_contradictions_about_the_best(options: dict[str, Any], words: str) -> N
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     return {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "per_device_train_batch_size": 8, "learning_rate": 5e-3,
+        **tiny_options,
+        "per_device_train_batch_size": 8, "learning_rate": 5e-3,
         "num_train_epochs": 2, "logging_steps": 1, "save_steps": 1, "dropout": 0.2,
-        "device": "cpu", "disable_tqdm": True, "output_dir": str(tmp_path / "run"),
+        "device": "cpu",
     }  # fmt: skip
 
 
@@ -232,12 +233,6 @@ def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRuns]:
     with ForkedRuns(tmp_path_factory.mktemp("forked")) as started:
         yield started
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl but for what is measured in seconds."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{k: v for k, v in line.items() if k != "samples_per_second"} for line in lines]
 
 
 def results(run: Path) -> dict[str, Any]:
