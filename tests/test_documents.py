@@ -83,10 +83,10 @@ def options(command: str) -> dict[str, str | None]:
         patch.setenv("COLUMNS", "2000")  # no line breaks within an option's text
         main([*command.split(), "--help"])
     found: dict[str, str | None] = {}
-    for line in re.split(r"\n(?=  -)", output.getvalue()):
-        for name in re.findall(r"--[a-z]\w*", line.split("\n")[0])[:1]:
-            default = re.search(r"\(default: (.*)\)\s*(\n\n|$)", line, re.DOTALL)
-            found[name] = default and default[1]
+    for text in re.split(r"\n(?=  --)", output.getvalue())[1:]:
+        name = text.split()[0]
+        default = re.search(r"\(default: (.*?)\)\s*(\n\n|$)", text, re.DOTALL)
+        found[name] = default and default[1]
     assert found, f"fusedacl {command} --help lists no option"
     return found
 
@@ -195,7 +195,8 @@ def tables(page: Path) -> list[list[list[str]]]:
     """The cells of each table, its header first."""
     found = re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
     split = [
-        [re.split(r"(?<!\\) \| ", line.strip("|\n ")) for line in t.splitlines()] for t in found
+        [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table.splitlines()]
+        for table in found
     ]
     return [[rows[0], *rows[2:]] for rows in split]
 
