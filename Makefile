@@ -65,7 +65,7 @@ bench-gpu: $(VENV)/.dev
 
 # Pages generated from the files in docs/results/ and benchmarks/results/.
 docs: $(VENV)/.dev
-	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernels.md
+	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernel_resources.md
 	$(BIN)/python -m fusedacl.engine.reports.results_page docs/results --output docs/results.md
 	$(BIN)/python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --output docs/performance.md \
 	  --readme README.md

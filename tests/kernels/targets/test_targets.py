@@ -20,7 +20,7 @@ from fusedacl.kernels.targets import __main__ as targets  # noqa: E402
 from fusedacl.kernels.targets import compilation, limits, tables  # noqa: E402
 from fusedacl.kernels.targets.compilation import Resources, Task  # noqa: E402
 
-PAGE = Path(__file__).parents[3] / "docs" / "kernels.md"
+PAGE = Path(__file__).parents[3] / "docs" / "kernel_resources.md"
 
 
 @triton.jit

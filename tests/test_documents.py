@@ -1,0 +1,359 @@
+"""README.md and docs/ are true: their code runs, their options, files, links and numbers exist.
+
+The language of a code block says what is done with it:
+
+    python   is executed, the blocks of a page one after another in one namespace
+    sh       commands of fusedacl, executed in a folder with a tiny encoder and tiny data
+    console  commands that need a network, a GPU, a launcher or minutes: their options are checked
+    yaml     a recipe or the options of a run, which are checked; written to the file that its first
+             line names
+    text     output, drawings and formulas
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import re
+import shlex
+import shutil
+import statistics
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+GENERATED = (
+    "docs/performance.md", "docs/results.md", "docs/kernel_resources.md",
+    "docs/scaling_by_the_model.md",
+)  # fmt: skip
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
+    (ROOT / "docs").glob("*.md")
+)
+WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
+LANGUAGES = {"python", "sh", "console", "yaml", "text"}
+VERBS = ("train", "evaluate", "predict", "exits", "sweep", "angles", "tsne", "report")
+SUITES = ("loss", "angle", "growth", "step", "exits", "scaling", "all", "compare")
+# Options of programs that are not ours, in the commands of the pages.
+LAUNCHERS = {
+    "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--hostfile",
+    "--no_ssh", "--num_gpus", "--module",
+}  # fmt: skip
+MAX_README_LINES = 130
+
+
+class Block(NamedTuple):
+    page: Path
+    line: int
+    language: str
+    code: str
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    return [
+        Block(page, text.count("\n", 0, found.start()) + 1, found[1], found[2])
+        for found in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+def commands(code: str) -> list[list[str]]:
+    """The words of each command of a shell block, without comments."""
+    lines = code.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line.replace("…", ""), comments=True))]
+
+
+def id_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@cache
+def options(command: str) -> dict[str, str | None]:
+    """Option -> printed default, of `fusedacl <command>`, as its --help lists them."""
+    words = [*command.split(), "--help"]
+    if words[0] == "bench":
+        from fusedacl.benchmarks.cli import main
+
+        words = words[1:]
+    else:
+        from fusedacl.engine.cli.main import main
+    output = io.StringIO()
+    with (
+        contextlib.redirect_stdout(output),
+        contextlib.suppress(SystemExit),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setenv("COLUMNS", "2000")  # no line breaks within an option's text
+        main(words)
+    found: dict[str, str | None] = {}
+    for text in re.split(r"\n(?=  --)", output.getvalue())[1:]:
+        name = text.split()[0]
+        default = re.search(r"\(default: (.*?)\)\s*(\n\n|$)", text, re.DOTALL)
+        found[name] = default and default[1]
+    assert found, f"fusedacl {command} --help lists no option"
+    return found
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
+def test_blocks_have_a_language(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{id_of(page)}:{block.line}: one of {LANGUAGES}"
+
+
+@pytest.fixture(scope="session")
+def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_data: Path) -> Path:
+    """What the examples name: an encoder, and files with texts."""
+    directory = tmp_path_factory.mktemp("documents")
+    shutil.copytree(tiny_bert, directory / "bert-base-uncased")
+    for name, split in (("train", "train"), ("dev", "validation"), ("texts", "validation")):
+        lines = (tiny_data / "opinions" / f"{split}.jsonl").read_text().splitlines()
+        with (directory / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["sentence", "label"])
+            writer.writeheader()
+            writer.writerows(map(json.loads, lines))
+    return directory
+
+
+@pytest.mark.parametrize(
+    "page",
+    [page for page in WRITTEN if {block.language for block in blocks(page)} & {"sh", "python"}],
+    ids=id_of,
+)
+def test_blocks_run(
+    page: Path, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fusedacl.engine.cli.main import main
+
+    shutil.copytree(sandbox, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks(page):
+        where = f"{id_of(page)}:{block.line}"
+        if block.language == "yaml":
+            (tmp_path / block.code.split("\n")[0].strip("# ")).write_text(block.code)
+        elif block.language == "python":
+            exec(compile(block.code, where, "exec"), namespace)
+        elif block.language == "sh":
+            for program, *arguments in commands(block.code):
+                assert program == "fusedacl", f"{where}: mark {program} as console"
+                assert main(arguments) == 0, f"{where}: fusedacl {' '.join(arguments)}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
+def test_commands_have_known_options(page: Path) -> None:
+    for block in blocks(page):
+        for words in commands(block.code) if block.language in ("sh", "console") else ():
+            check_command(words, f"{id_of(page)}:{block.line}")
+
+
+def check_command(words: list[str], where: str) -> None:
+    if words[0] == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert set(word for word in words[1:] if "=" not in word) <= set(targets), where
+        return
+    used = [word.split("=")[0] for word in words if word.startswith("--")]
+    known: dict[str, Any] = dict.fromkeys(LAUNCHERS)
+    if "-m" in words or "fusedacl" in words or "--module" in words:
+        start = (
+            next(
+                index for index, word in enumerate(words) if word in ("fusedacl", "fusedacl.engine")
+            )
+            if {"fusedacl", "fusedacl.engine"} & set(words)
+            else None
+        )
+        if start is not None:
+            verb = words[start + 1] if start + 1 < len(words) else "train"
+            assert verb in (*VERBS, "bench", "doctor", "train"), where
+            if verb == "doctor":
+                assert not used, where
+                return
+            command = f"bench {words[start + 2]}" if verb == "bench" else verb
+            known |= options(command) | (options("train") if verb == "sweep" else {})
+        else:
+            source = ROOT.joinpath(*words[words.index("-m") + 1].split(".")[1:])
+            source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
+            known |= dict.fromkeys(re.findall(r"--[a-z]\w*", source.read_text()))
+    assert set(used) <= known.keys(), f"{where}: {words[0]} has no {set(used) - known.keys()}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
+def test_yaml_is_accepted(page: Path) -> None:
+    from fusedacl.engine import TrainingConfig
+    from fusedacl.engine.experiments.recipe import plan_cells
+    from fusedacl.engine.experiments.report_plan import plan_report
+
+    for block in blocks(page):
+        if block.language != "yaml":
+            continue
+        assert re.match(r"# \S+\.yaml\n", block.code), f"{id_of(page)}:{block.line}: no file name"
+        values = yaml.safe_load(block.code)
+        if "methods" in values:
+            assert plan_cells(values)
+            plan_report(values)
+        else:
+            TrainingConfig.create(**values).resolved()
+
+
+def tables(page: Path) -> list[list[list[str]]]:
+    """The cells of each table, its header first."""
+    found = re.findall(r"(?:^\|.*\n)+", page.read_text(encoding="utf-8"), re.MULTILINE)
+    split = [
+        [[cell.strip() for cell in line.strip()[1:-1].split("|")] for line in table.splitlines()]
+        for table in found
+    ]
+    return [[rows[0], *rows[2:]] for rows in split]
+
+
+def documented() -> dict[str, dict[str, tuple[str, str]]]:
+    """Verb -> option -> (page, printed default), from the tables of options."""
+    found: dict[str, dict[str, tuple[str, str]]] = {verb: {} for verb in VERBS}
+    for page in WRITTEN:
+        for header, *rows in tables(page):
+            verb = re.match(r"option of `fusedacl (\w+)`", header[0])
+            for row in rows if verb else ():
+                assert verb is not None
+                for name in re.findall(r"`(--\w+)`", row[0]):
+                    default = row[header.index("default")]
+                    found[verb[1]][name] = (id_of(page), default)
+    return found
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_tables_of_options(verb: str) -> None:
+    """Every option of a verb is in a table, with its default, and no other option is."""
+    listed, known = documented()[verb], options(verb)
+    if verb == "exits":  # its data options are those of evaluate
+        known = {name: value for name, value in known.items() if name not in data_options()}
+    assert listed.keys() == known.keys()
+    for name, (page, default) in listed.items():
+        printed = known[name]
+        if printed is None or " " in printed:
+            continue  # words, not a value
+        assert default.removesuffix(" (required)") == printed, f"{page}: default of {name}"
+
+
+def data_options() -> set[str]:
+    return documented()["evaluate"].keys() - {
+        name for name, (page, _) in documented()["evaluate"].items() if page != "docs/data.md"
+    }
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
+def test_options_in_the_text_exist(page: Path) -> None:
+    known = set(LAUNCHERS)
+    for verb in VERBS:
+        known |= options(verb).keys()
+    for suite in SUITES:
+        known |= options(f"bench {suite}").keys()
+    for source in ("kernels", "benchmarks"):
+        for path in (ROOT / source).rglob("*.py"):
+            known.update(re.findall(r'"(--[a-z]\w*)"', path.read_text()))
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    named = re.findall(r"`[^`\n]*`", text)
+    for span in named:
+        for name in re.findall(r"(?<!\S)--[a-z]\w*", span.strip("`")):
+            assert name in known, f"{id_of(page)}: {name}"
+
+
+# The page's generator gives a run's own figure the folder of the report.
+UNDER_WAY = pytest.mark.xfail(reason="docs/results.md links to reports/minilm_all/exits.png")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=UNDER_WAY if page.name == "results.md" else ()) for page in PAGES],
+    ids=id_of,
+)
+def test_links_resolve(page: Path) -> None:
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        assert file.exists(), f"{id_of(page)}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{id_of(page)}: {target}"
+
+
+@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
+def test_named_files_exist(page: Path) -> None:
+    """Paths of this repository in code spans, such as `kernels/contrastive/reference.py`."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    for name in re.findall(r"`((?:kernels|engine|benchmarks|tests|docs)/[\w./]*)`", text):
+        assert (ROOT / name).exists(), f"{id_of(page)}: {name}"
+
+
+def test_the_readme_is_short() -> None:
+    assert (ROOT / "README.md").read_text().count("\n") <= MAX_README_LINES
+
+
+def test_every_page_is_found_from_the_readme() -> None:
+    found, left = set(), [ROOT / "README.md"]
+    while left:
+        page = left.pop()
+        found.add(page)
+        linked = re.findall(r"\]\(([^)\s#:]+\.md)", page.read_text(encoding="utf-8"))
+        left += {(page.parent / name).resolve() for name in linked} - found
+    assert set((ROOT / "docs").glob("*.md")) <= found
+
+
+def test_every_public_name_is_documented() -> None:
+    import fusedacl.engine
+    import fusedacl.kernels
+
+    text = (ROOT / "docs" / "python.md").read_text()
+    for name in (*fusedacl.kernels.__all__, *fusedacl.engine.__all__):
+        assert re.search(rf"\b{name}\b", text), name
+
+
+def test_the_numbers_of_the_readme() -> None:
+    """The table of CE beside ACL is that of the committed result files."""
+    rows = next(
+        rows for header, *rows in tables(ROOT / "README.md") if header[-1] == "memory of a step"
+    )
+    step = json.loads((ROOT / "benchmarks/results/amd-epyc-2core/step.json").read_text())
+    providers = step["cases"][0]["providers"]
+    names = {
+        "CE": ("ce", "fusedacl_ce"),
+        "CE+SCL": ("ce-scl", "fusedacl_scl"),
+        "ACL": ("acl-backbone", "fusedacl_acl"),
+    }
+    assert [row[0] for row in rows] == list(names)
+    for label, *cells, milliseconds, mebibytes in rows:
+        method, provider = names[label]
+        assert cells == [score(task, method) for task in TASKS]
+        assert milliseconds == f"{providers[provider]['p50_ms']:,.0f} ms"
+        assert mebibytes == f"{providers[provider]['peak_bytes'] / 2**20:.0f} MiB"
+
+
+TASKS = {
+    "trec6": "accuracy", "mrpc": "f1", "rte": "accuracy", "cola": "matthews_correlation",
+    "sst2": "accuracy", "banking77": "accuracy",
+}  # fmt: skip
+
+
+def score(task: str, method: str) -> str:
+    """Mean over the seeds, in percent, with the standard deviation where there are several."""
+    runs = (ROOT / "docs/results/minilm_all/cells" / task / method).glob("seed-*/results.json")
+    scores = []
+    for run in runs:
+        by_layer = next(iter(json.loads(run.read_text())["metrics"].values()))
+        scores.append(100 * by_layer[max(by_layer, key=int)][TASKS[task]])
+    if len(scores) < 2:
+        return f"{scores[0]:.1f}" if scores else "-"
+    return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}"
+
+
+def test_the_citation() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == "Apache-2.0"
+    assert f'version="{citation["version"]}"' in (ROOT / "setup.py").read_text()
+    assert citation["references"][0]["identifiers"][0]["value"] == "arXiv:2602.03563"
