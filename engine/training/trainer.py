@@ -152,7 +152,7 @@ class Trainer:
             check_directory(Path(config.optimization.feature_cache), self.train_split)
         self.step = 0
         self.history = GateHistory()
-        self.signal: int | None = None
+        self.signals = SignalsNoted()
         self.peers: Peers | None = None
         self.seconds = 0.0
         self.resume_step: int | None = None
@@ -412,7 +412,7 @@ class Trainer:
         with (
             self._log() as log,
             self.profiler,
-            SignalsNoted(self),
+            self.signals,
             tqdm(
                 total=self.num_steps,
                 initial=self.step,
@@ -469,10 +469,11 @@ class Trainer:
 
     def _signalled(self) -> int:
         """The signal that came; SIGTERM too where the launcher is gone, so that none trains on."""
-        if self.signal is None and self.peers is not None and self.peers.launcher_is_gone():
-            self.signal = signal.SIGTERM
+        received = self.signals.received
+        if received is None and self.peers is not None and self.peers.launcher_is_gone():
+            self.signals.received = received = signal.SIGTERM
             logger.warning("The launcher has ended: saving after this step …")
-        return self.signal or 0
+        return received or 0
 
     def _log(self) -> MetricsLog | NoLog:
         if processes.rank() > 0:
