@@ -31,9 +31,9 @@ from ..runtime import collectives, processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.failures import Peers
 from ..runtime.files import flush, write_json
+from ..runtime.lock import RunLock
 from ..runtime.machine import versions
 from ..runtime.manifest import fault
-from ..runtime.run_lock import RunLock
 from ..runtime.signals import Interrupted, SignalsNoted
 from .builder import take_last_exit, uses_deepspeed
 from .card import model_card
