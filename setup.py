@@ -74,6 +74,7 @@ setup(
     ],
     package_data={
         "fusedacl.engine": ["py.typed"],
+        "fusedacl.engine.data": ["quickstart.yaml"],
         "fusedacl.engine.experiments": ["recipes/*.yaml", "recipes/*.slurm"],
         "fusedacl.engine.backends.deepspeed": ["presets/*.json"],
         "fusedacl.kernels": ["py.typed"],
@@ -92,5 +93,9 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["fusedacl = fusedacl.engine.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["fusedacl = fusedacl.engine.cli.main:main"],
+        # Verbs of the command that other packages than fusedacl.engine provide.
+        "fusedacl.commands": ["bench = fusedacl.benchmarks.cli:main"],
+    },
 )

@@ -25,7 +25,8 @@ FLOORS = {
     ),
     "engine": (
         "runtime",
-        "config data",
+        "config",
+        "data",
         "model",
         "objectives inference",
         "backends",

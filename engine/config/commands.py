@@ -5,16 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .fields import option
-from .sections import DataOptions, DeviceOptions
+from .sections import DataOptions, device_option, disable_tqdm_option
 
 
 @dataclass(frozen=True)
-class InferenceOptions(DeviceOptions):
+class InferenceOptions:
     model_name_or_path: str | None = option(
         None, "trained model: output_dir of a run, or one of its checkpoints"
     )
     per_device_eval_batch_size: int = option(64, "samples per forward pass", at_least=1)
     bf16: bool = option(False, "mixed precision in bfloat16")
+    device: str = device_option()
+    disable_tqdm: bool = disable_tqdm_option()
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,12 @@ class AngleDataOptions(MovedDataOptions):
     max_train_samples: int | None = option(
         None, "use the first training samples only; unset: as in the run", at_least=1
     )
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    device: str = device_option()
+    disable_tqdm: bool = disable_tqdm_option()
 
 
 @dataclass(frozen=True)

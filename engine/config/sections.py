@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from .fields import option
 
 
-@dataclass(frozen=True)
-class DeviceOptions:
-    device: str = option(
+def device_option() -> Any:
+    return option(
         "auto", "device to run on; auto: a GPU if there is one", choices=("auto", "cpu", "cuda")
     )
-    disable_tqdm: bool = option(False, "show no progress bar")
+
+
+def disable_tqdm_option() -> Any:
+    return option(False, "show no progress bar")
 
 
 @dataclass(frozen=True)
@@ -232,7 +235,7 @@ class OptimizationOptions:
 
 
 @dataclass(frozen=True)
-class RunOptions(DeviceOptions):
+class RunOptions:
     output_dir: str | None = option(None, "directory for all files of the run")
     overwrite_output_dir: bool = option(False, "delete the contents of --output_dir before the run")
     resume_from_checkpoint: str | None = option(
@@ -280,8 +283,10 @@ class RunOptions(DeviceOptions):
         "logging service that also receives the metrics",
         choices=("none", "tensorboard"),
     )
+    device: str = device_option()
     ddp_timeout: float = option(
         600.0,
         "seconds that a process waits for the other processes before it ends with an error",
         above=0,
     )
+    disable_tqdm: bool = disable_tqdm_option()

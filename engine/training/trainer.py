@@ -99,16 +99,7 @@ class Trainer:
             from ..backends.deepspeed.settings import read_deepspeed_config
 
             self.deepspeed_config = read_deepspeed_config(config.optimization.deepspeed_config)
-        self.data = load_splits(
-            task_name=config.data.task_name,
-            data_dir=config.data.data_dir,
-            dataset_name=config.data.dataset_name,
-            dataset_config_name=config.data.dataset_config_name,
-            train_file=config.data.train_file,
-            validation_file=config.data.validation_file,
-            max_train_samples=config.data.max_train_samples,
-            max_eval_samples=config.data.max_eval_samples,
-        )
+        self.data = load_splits(config.data)
         for note in self.data.notes:
             logger.info(note)
         if config.without_effect:
