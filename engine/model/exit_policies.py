@@ -96,7 +96,7 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class ThresholdPolicy(Policy):
-    """A text leaves when its signal is beyond a threshold; the ends of [0, 1] let none or all."""
+    """Leave when a signal is above the threshold; with 1 no text leaves."""
 
     threshold: float
 
@@ -104,6 +104,9 @@ class ThresholdPolicy(Policy):
     @abstractmethod
     def signal(reading: ExitReading) -> Tensor:
         """Return the number in [0, 1] that is compared with the threshold, float32 [N]."""
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.signal(reading) > self.threshold, memory
 
 
 @dataclass(frozen=True)
@@ -115,9 +118,6 @@ class MaximumProbability(ThresholdPolicy):
     @staticmethod
     def signal(reading: ExitReading) -> Tensor:
         return torch.softmax(reading.logits, dim=-1).amax(dim=-1)
-
-    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
-        return self.signal(reading) > self.threshold, memory
 
 
 @dataclass(frozen=True)
@@ -155,9 +155,6 @@ class Learned(ThresholdPolicy):
     def signal(reading: ExitReading) -> Tensor:
         assert reading.certainty is not None  # EarlyExit refuses a model without a learned exit
         return reading.certainty
-
-    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
-        return self.signal(reading) > self.threshold, memory
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 # series, markers tell the series apart without colour.
 COLORS = ("#3a6fb8", "#c8641b", "#2a9163", "#9159b8", "#cf4552", "#8f6b4f", "#1b8fa6", "#7d7d7d")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-GREY = COLORS[-1]
 PANELS_PER_ROW = 3
 
 

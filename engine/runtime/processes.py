@@ -90,9 +90,9 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
         missing = _missing(store, launch)
         if missing:
             raise OSError(
-                f"{who}: process(es) {', '.join(map(str, missing))} did not come to {place} within "
-                f"{MEETING_SECONDS:g} s. Start all of them, on every machine, at about the same "
-                "time."
+                f"{who}: process(es) {', '.join(map(str, missing))} did not connect to {place} "
+                f"within {MEETING_SECONDS:g} s. Start all of them, on every machine, at about the "
+                "same time."
             )
         # This also makes the connections between the processes.
         dist.init_process_group(
@@ -111,7 +111,7 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
                 "program. Name a free one: MASTER_PORT, or --master_port of the launcher."
             ) from error
         raise OSError(
-            f"{who} could not meet the others at {place} within {MEETING_SECONDS:g} s: "
+            f"{who} could not connect to the others at {place} within {MEETING_SECONDS:g} s: "
             f"{_first_line(error)} Check that this address can be reached from every machine, and, "
             f"where a machine has several networks, that {_interface(backend)} names the right one."
         ) from error
