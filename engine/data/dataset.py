@@ -143,7 +143,7 @@ def _open_source(options: TrainingDataOptions) -> DataSource:
 
 
 class _Reader:
-    """Reads splits of one source with the same text columns and the same classes."""
+    """Reader of the splits of one source, with the same text columns and classes for all."""
 
     def __init__(self, source: DataSource, label_names: Sequence[str] | None) -> None:
         self.source = source

@@ -23,7 +23,7 @@ class Interrupted(Exception):
 
 
 class SignalsNoted:
-    """Notes SIGINT and SIGTERM within a `with` block; a second one raises KeyboardInterrupt.
+    """Note SIGINT and SIGTERM within a `with` block; a second one raises KeyboardInterrupt.
 
     received: number of the first signal, None until one came.
     """
