@@ -104,7 +104,7 @@ def _run(verb: str, arguments: list[str]) -> int:
         program += " RUN [RUN ...]"
         runs, arguments = _runs_first(arguments)
         before = [runs]
-    config = parse(config_class, program, description, arguments)
+    config: Any = parse(config_class, program, description, arguments)
     function = getattr(import_module(f"...{module}", __name__), name)
     _quiet_transformers()
     return show(function(*before, config))

@@ -7,7 +7,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,18 @@ class DataSource:
     name: str
     splits: dict[str, SplitSource]
     classes: Classes | None = None
-    text_columns: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = field(default_factory=partial(task_metrics, None))
+    task_name: str | None = None
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The text columns of a GLUE task, of other data sets none."""
+        glue = GLUE_TASKS.get(self.task_name or "")
+        return () if glue is None else glue.text_columns
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics, the main one first."""
+        return task_metrics(self.task_name)
 
 
 def open_files(train_file: str | None, validation_file: str | None) -> DataSource:
@@ -106,8 +116,7 @@ def open_directory(data_dir: str, task_name: str) -> DataSource:
             for split, path in splits.items()
         },
         classes,
-        () if glue is None else glue.text_columns,
-        task_metrics(task_name),
+        task_name,
     )
 
 
@@ -120,7 +129,6 @@ def open_hub(
         ValueError: no such data set or configuration, damaged files.
         ConnectionError: the hub is out of reach and the data set is not in the local cache.
     """
-    glue = GLUE_TASKS.get(task_name) if task_name is not None else None
     # Messages name the option that the user set.
     argument = f"dataset_name={dataset_name!r}"
     if task_name is not None:
@@ -137,13 +145,7 @@ def open_hub(
             names = getattr(dataset.features.get(column), "names", None)
             if names and classes is None:
                 classes = Classes(list(names), dataset_name, by_index=True)
-    return DataSource(
-        name,
-        splits,
-        classes,
-        () if glue is None else glue.text_columns,
-        task_metrics(task_name),
-    )
+    return DataSource(name, splits, classes, task_name)
 
 
 def open_task(task_name: str) -> DataSource:
@@ -171,8 +173,8 @@ def _open_quickstart() -> DataSource:
     return DataSource(
         QUICKSTART,
         {
-            split: SplitSource(f"{QUICKSTART} {split}", partial(pa.Table.from_pylist, rows[split]))
-            for split in rows
+            split: SplitSource(f"{QUICKSTART} {split}", partial(pa.Table.from_pylist, split_rows))
+            for split, split_rows in rows.items()
         },
         Classes(list(LABEL_NAMES), QUICKSTART, by_index=True),
     )
