@@ -24,7 +24,7 @@ EXTRAS = {
     ],
     "tensorboard": [TENSORBOARD],
 }
-# The threads of PyTorch: its libgomp is loaded first, and a process has one of each name.
+# The C loops share PyTorch's threads: a process loads one libgomp, and PyTorch loads its own first.
 OPENMP = (
     {"extra_compile_args": ["-fopenmp"], "extra_link_args": ["-fopenmp"], "libraries": ["m"]}
     if sys.platform == "linux"
@@ -35,7 +35,7 @@ EXTRAS["dev"] = [
     *EXTRAS["bench"],
     *EXTRAS["deepspeed"],
     TENSORBOARD,
-    # A CUDA build of torch brings its own; the CPU build, with which most of us test, none.
+    # A CUDA build of torch installs Triton, the CPU build does not.
     "triton>=3.3.1; platform_system == 'Linux'",
     "pytest>=8",
     "pytest-xdist>=3.6",
@@ -66,14 +66,15 @@ setup(
     python_requires=">=3.11",
     packages=PACKAGES,
     package_dir={f"fusedacl.{folder}": folder for folder in FOLDERS},
-    # They need only a C compiler, no headers of Python. Without one the installation goes on, and
-    # operations of PyTorch do their work.
+    # These need a C compiler, but no headers of Python. Without a compiler the installation
+    # continues, and operations of PyTorch are used instead.
     ext_modules=[
         Extension(f"fusedacl.{module}", [source], optional=True, **OPENMP)
         for module, source in C_LOOPS.items()
     ],
     package_data={
         "fusedacl.engine": ["py.typed"],
+        "fusedacl.engine.data": ["quickstart.yaml"],
         "fusedacl.engine.experiments": ["recipes/*.yaml", "recipes/*.slurm"],
         "fusedacl.engine.backends.deepspeed": ["presets/*.json"],
         "fusedacl.kernels": ["py.typed"],
@@ -92,5 +93,9 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["fusedacl = fusedacl.engine.cli.main:main"]},
+    entry_points={
+        "console_scripts": ["fusedacl = fusedacl.engine.cli.main:main"],
+        # Verbs of the command that other packages than fusedacl.engine provide.
+        "fusedacl.commands": ["bench = fusedacl.benchmarks.cli:main"],
+    },
 )

@@ -1,56 +1,40 @@
 """Fine-tuning BERT-like encoders with Aligned Contrastive Learning (arXiv 2602.03563)."""
 
+import ast
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .config.commands import EvaluationConfig, ExitsConfig, PredictionConfig
-    from .config.training import TrainingConfig
-    from .inference.calibration.study import study_exits
-    from .inference.evaluation import evaluate
-    from .inference.prediction import predict
-    from .model.early_exit import EarlyExit, early_exit
-    from .model.multi_exit import MultiExitConfig, MultiExitForSequenceClassification
-    from .objectives.gate import GateDecision, GradientGate
-    from .training.run import train
+    from .config.commands import EvaluationConfig as EvaluationConfig
+    from .config.commands import ExitsConfig as ExitsConfig
+    from .config.commands import PredictionConfig as PredictionConfig
+    from .config.training import TrainingConfig as TrainingConfig
+    from .inference.calibration.study import study_exits as study_exits
+    from .inference.evaluation import evaluate as evaluate
+    from .inference.prediction import predict as predict
+    from .model.early_exit import EarlyExit as EarlyExit
+    from .model.early_exit import early_exit as early_exit
+    from .model.multi_exit import MultiExitConfig as MultiExitConfig
+    from .model.multi_exit import (
+        MultiExitForSequenceClassification as MultiExitForSequenceClassification,
+    )
+    from .objectives.gate import GateDecision as GateDecision
+    from .objectives.gate import GradientGate as GradientGate
+    from .training.run import train as train
 
-__all__ = [
-    "EarlyExit",
-    "EvaluationConfig",
-    "ExitsConfig",
-    "GateDecision",
-    "GradientGate",
-    "MultiExitConfig",
-    "MultiExitForSequenceClassification",
-    "PredictionConfig",
-    "TrainingConfig",
-    "early_exit",
-    "evaluate",
-    "predict",
-    "study_exits",
-    "train",
-]
-
-_HOMES = {
-    "EarlyExit": "model.early_exit",
-    "EvaluationConfig": "config.commands",
-    "ExitsConfig": "config.commands",
-    "GateDecision": "objectives.gate",
-    "GradientGate": "objectives.gate",
-    "MultiExitConfig": "model.multi_exit",
-    "MultiExitForSequenceClassification": "model.multi_exit",
-    "PredictionConfig": "config.commands",
-    "TrainingConfig": "config.training",
-    "early_exit": "model.early_exit",
-    "evaluate": "inference.evaluation",
-    "predict": "inference.prediction",
-    "study_exits": "inference.calibration.study",
-    "train": "training.run",
+# Public name -> module, taken from the imports above, which only type checkers execute: torch and
+# transformers take seconds to import and are imported when a name is first used.
+_MODULES = {
+    alias.name: node.module
+    for node in ast.walk(ast.parse(Path(__file__).read_text(encoding="utf-8")))
+    if isinstance(node, ast.ImportFrom) and node.level
+    for alias in node.names
 }
+__all__ = sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when first used: torch and transformers take seconds, and a mistyped flag none.
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(import_module(f".{_MODULES[name]}", __name__), name)

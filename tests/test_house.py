@@ -29,7 +29,8 @@ FLOORS = {
     ),
     "engine": (
         "runtime",
-        "config data",
+        "config",
+        "data",
         "model",
         "objectives inference",
         "backends",

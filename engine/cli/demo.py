@@ -19,7 +19,7 @@ OBJECTIVES = ("ce", "acl")
 
 
 def demo_options(objective: str, output_dir: Path) -> dict[str, Any]:
-    """The options of one of the demonstration's runs, as one would write them on a command line."""
+    """Return the options of one run of the demonstration, named as on the command line."""
     return {
         "task_name": "quickstart",
         "objective": objective,
@@ -36,9 +36,9 @@ def demo_options(objective: str, output_dir: Path) -> dict[str, Any]:
 
 
 def run_demo(output_dir: Path = DEMO_DIR) -> dict[str, dict[str, Any]]:
-    """Train CE and ACL on the quickstart set, print the comparison, draw two figures.
+    """Train with CE and with ACL on the quickstart set, print a comparison and draw two figures.
 
-    Returns objective -> the run's results.
+    Returns: objective -> results of the run.
 
     Raises:
         ValueError: the extra `demo` is not installed.

@@ -1,4 +1,4 @@
-"""What this machine can run, and why, in words."""
+"""Description of what this machine can run, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..runtime.machine import versions
 
 
 def diagnose() -> list[str]:
-    """Sentences about this machine: device, arithmetic, implementations, versions, extras."""
+    """Describe this machine: device, precision, implementations, versions, optional packages."""
     lines = [f"fusedacl {versions().get('fusedacl', '(not installed)')} on {platform.platform()}"]
     lines += ["", "Device", *_device(), "", "Arithmetic", *_arithmetic()]
     lines += ["", "Implementation of each kernel", *_kernels()]
@@ -99,14 +99,14 @@ def _deepspeed() -> str:
 
 
 def _apex() -> str:
-    """NVIDIA's apex is not on PyPI; the project there of that name is another one."""
+    """Describe the installed apex; the project of that name on PyPI is not NVIDIA's."""
     if importlib.util.find_spec("apex") is None:
         return "apex: absent. Optional: torch's fused AdamW is used."
     if importlib.util.find_spec("amp_C") is not None:
         return "apex: NVIDIA's, with its CUDA extensions. Not needed: torch's fused AdamW is used."
     try:
         nvidia = importlib.util.find_spec("apex.multi_tensor_apply") is not None
-    except Exception:  # finding a submodule imports the other project's package, which may fail
+    except Exception:  # finding a submodule imports the package, and the other project's may fail
         nvidia = False
     if nvidia:
         return (

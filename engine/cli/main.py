@@ -2,52 +2,59 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from ..config.fields import parse
+from ..config import commands
+from ..config.fields import given, parse
+from ..config.training import TrainingConfig
+from ..runtime.signals import Interrupted
 from ..runtime.text import did_you_mean
 
 USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
 
   train      fine-tune an encoder; without arguments: the demonstration on embedded data
-  evaluate   metrics of a trained model on a labelled data set
-  predict    labels and probabilities for a file of texts
-  exits      early exit: sweep policies, choose a threshold, store it with the model
-  sweep      the runs of a recipe: tasks, methods, seeds; stops and goes on
-  angles     angles between the gradients of two losses, over a run's parameters and layers
-  tsne       an exit's representations with the label embeddings, drawn and measured
-  report     figures, tables and a page of a sweep, or of several runs
-  bench      what losses, gate, steps, exits and scaling cost here, beside what others use
-  doctor     what this machine can run, and why
+  evaluate   compute the metrics of a trained model on a labelled data set
+  predict    write labels and probabilities for a file of texts
+  exits      sweep early-exit policies, calibrate one and store it with the model
+  sweep      run a recipe of tasks, methods and seeds; can be stopped and continued
+  angles     measure the angles between the gradients of two losses in trained runs
+  tsne       draw and measure an exit's representations and the label embeddings
+  report     write figures, tables and a page about a sweep or about several runs
+  bench      measure the cost of losses, gate, training step, early exit and scaling
+  doctor     describe what this machine can run, and why
 
 fusedacl <verb> --help explains each option with its unit and default."""
 
-
+# Other packages add verbs under this entry point group: verb = module:function, which takes the
+# arguments and returns the exit status.
+ENTRY_POINT_GROUP = "fusedacl.commands"
 _PATIENCE_SECONDS = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status: 0, 1 (the run failed), 2 (a mistake in the input)."""
+    """Run one verb and return the exit status: 0, 1 (failed), 2 (mistake in the input)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("fusedacl").setLevel(logging.INFO)
-    # The deepspeed launcher adds this; the environment says it too.
+    # Added by the deepspeed launcher; the environment contains it as well.
     arguments = [word for word in arguments if not word.startswith("--local_rank=")]
     verb, rest = arguments[0], arguments[1:]
     try:
-        if verb not in _VERBS:
-            raise ValueError(f"Unknown verb {verb!r}.{did_you_mean(verb, _VERBS)}")
-        return _VERBS[verb](rest)
+        return _find(verb)(rest)
     except ValueError as error:
         print(f"fusedacl {verb}: {_after_the_first_process()}{error}", file=sys.stderr)
         return 2
@@ -60,10 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _after_the_first_process() -> str:
-    """Who speaks, in a run of several processes, after process 0 had time to.
+    """Name this process, unless it is process 0, which gets time to report first.
 
-    They mostly make the same mistake, which one of them should tell; and the launcher ends all of
-    them as soon as one has ended, so the others wait.
+    Processes mostly fail for the same reason, which one of them should report; the launcher ends
+    all of them as soon as one has ended, so the others wait.
     """
     rank = os.environ.get("RANK", "0")
     if rank == "0":
@@ -72,11 +79,39 @@ def _after_the_first_process() -> str:
     return f"process {rank} on {socket.gethostname()}: "
 
 
-def _train(arguments: list[str]) -> int:
-    from ..config.training import TrainingConfig
+def _find(verb: str) -> Callable[[list[str]], int]:
+    """Return the function of a verb, of this package or of another one's entry point."""
+    if verb in _VERBS:
+        return _VERBS[verb]
+    installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
+    if verb not in installed and verb != "bench":
+        known = [*_VERBS, "bench", *installed]
+        raise ValueError(f"Unknown verb {verb!r}.{did_you_mean(verb, known)}")
+    try:
+        return installed[verb].load()
+    except (KeyError, ModuleNotFoundError) as error:
+        why = "" if isinstance(error, KeyError) else f" ({error})"
+        raise ValueError(
+            f"this verb is not installed{why}. In a checkout, install again: pip install -e ."
+        ) from None
 
+
+def _run(verb: str, arguments: list[str]) -> int:
+    """Run a verb of `_COMMANDS`."""
+    description, config_class, module, name, show = _COMMANDS[verb]
+    program, before = f"fusedacl {verb}", []
+    if verb in _VERBS_ON_RUNS:
+        program += " RUN [RUN ...]"
+        runs, arguments = _runs_first(arguments)
+        before = [runs]
+    config: Any = parse(config_class, program, description, arguments)
+    function = getattr(import_module(f"...{module}", __name__), name)
+    _quiet_transformers()
+    return show(function(*before, config))
+
+
+def _train(arguments: list[str]) -> int:
     if not arguments:
-        from ..runtime.signals import Interrupted
         from .demo import run_demo
 
         _quiet_transformers()
@@ -87,10 +122,9 @@ def _train(arguments: list[str]) -> int:
             return stop.exit_code
         return 0
     config = parse(TrainingConfig, "fusedacl train", "Fine-tune a BERT-like encoder.", arguments)
-    # Mistakes are told before torch and transformers are loaded.
+    # Mistakes are reported before torch and transformers are imported.
     config.resolved()
     from ..runtime import processes
-    from ..runtime.signals import Interrupted
     from ..training.run import train
 
     _quiet_transformers()
@@ -108,68 +142,32 @@ def _train(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluate(arguments: list[str]) -> int:
-    from ..config.commands import EvaluationConfig
-
-    config = parse(EvaluationConfig, "fusedacl evaluate", "Metrics of a trained model.", arguments)
-    from ..inference.evaluation import evaluate
-
-    _quiet_transformers()
-    _print_metrics(evaluate(config))
-    return 0
-
-
-def _predict(arguments: list[str]) -> int:
-    from ..config.commands import PredictionConfig
-
-    config = parse(
-        PredictionConfig, "fusedacl predict", "Labels and probabilities of texts.", arguments
-    )
-    from ..inference.prediction import predict
-
-    _quiet_transformers()
-    print(f"labels and probabilities are in {predict(config)}")
-    return 0
-
-
-def _exits(arguments: list[str]) -> int:
-    from ..config.commands import ExitsConfig
-
-    config = parse(ExitsConfig, "fusedacl exits", "Early exit: sweep, calibrate, store.", arguments)
-    from ..inference.calibration.study import study_exits
-
-    _quiet_transformers()
-    results = study_exits(config)
-    print("\n".join(results["lines"]))
-    return 0 if results["complete"] else 130
-
-
 def _sweep(arguments: list[str]) -> int:
-    import argparse
-    from pathlib import Path
-
-    from ..config.fields import given
-    from ..config.training import TrainingConfig
     from ..experiments.recipe import read_recipe, shipped_recipes
-    from ..experiments.sweep import Sweep, SweepStopped
 
     made = argparse.ArgumentParser(
         prog="fusedacl sweep",
         usage="fusedacl sweep recipe.yaml [--output_dir DIR] [--workers N] [--status]"
         " [--option value ...]",
-        description="Run what a recipe describes, one directory a run. Stopped, it goes on where it"
-        " was. Any option of `fusedacl train` replaces the recipe's default.",
+        description="Run what a recipe describes, each run in a directory of its own. The same"
+        " command continues a sweep that was stopped. Any option of `fusedacl train` replaces the"
+        " recipe's default.",
         epilog=f"Shipped recipes: {', '.join(shipped_recipes())}.",
         allow_abbrev=False,
     )
     made.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
     made.add_argument("--output_dir", type=Path, help="(default: runs/<name of the recipe>)")
-    made.add_argument("--workers", type=int, help="runs at a time (default: one for two cores)")
-    made.add_argument("--status", action="store_true", help="show how far it is, run nothing")
+    made.add_argument(
+        "--workers", type=int, help="runs at the same time (default: one per two CPU cores)"
+    )
+    made.add_argument("--status", action="store_true", help="show the progress, run nothing")
     options, rest = made.parse_known_args(arguments)
+    replaced = given(TrainingConfig, rest)
     recipe = read_recipe(options.recipe)
-    recipe["defaults"] = {**(recipe.get("defaults") or {}), **given(TrainingConfig, rest)}
+    recipe["defaults"] = {**(recipe.get("defaults") or {}), **replaced}
     directory = options.output_dir or Path("runs") / Path(options.recipe).stem
+    from ..experiments.sweep import Sweep, SweepStopped
+
     sweep = Sweep(recipe, directory, options.workers)
     if options.status:
         sweep.recall()
@@ -185,39 +183,11 @@ def _sweep(arguments: list[str]) -> int:
     return 1 if sweep.failures else 0
 
 
-def _angles(arguments: list[str]) -> int:
-    from ..config.commands import AngleConfig
-
-    runs, rest = _runs_first(arguments)
-    words = "Angles between the gradients of cross-entropy and contrastive loss of trained runs."
-    config = parse(AngleConfig, "fusedacl angles RUN [RUN ...]", words, rest)
-    from ..reports.analyses.angle_report import report_angles
-
-    _quiet_transformers()
-    table, files = report_angles(runs, config)
-    print(f"{table}\nwritten: {', '.join(map(str, files))}")
-    return 0
-
-
-def _tsne(arguments: list[str]) -> int:
-    from ..config.commands import TSNEConfig
-
-    runs, rest = _runs_first(arguments)
-    words = "Representations of trained runs and their label embeddings: t-SNE, and numbers."
-    config = parse(TSNEConfig, "fusedacl tsne RUN [RUN ...]", words, rest)
-    from ..reports.analyses.representation_report import report_representations
-
-    _quiet_transformers()
-    table, files = report_representations(runs, config)
-    print(f"{table}\nwritten: {', '.join(map(str, files))}")
-    return 0
-
-
 def _runs_first(arguments: list[str]) -> tuple[list[Path], list[str]]:
-    """The directories that stand before the options, and the rest (a YAML file among it).
+    """Split off the directories before the options; a YAML file belongs to the options.
 
     Raises:
-        ValueError: there is none, and help is not what is wanted.
+        ValueError: there is no directory, and help is not asked for.
     """
     number = 0
     for argument in arguments:
@@ -230,23 +200,21 @@ def _runs_first(arguments: list[str]) -> tuple[list[Path], list[str]]:
 
 
 def _report(arguments: list[str]) -> int:
-    import argparse
-
     parser = argparse.ArgumentParser(
         prog="fusedacl report",
-        description="Figures, tables and a page (index.html) of a sweep, or of several runs.",
+        description="Write figures, tables and a page (index.html) about a sweep or several runs.",
     )
     parser.add_argument(
         "paths",
         nargs="+",
         type=Path,
         metavar="PATH",
-        help="the directory of a sweep, or those of runs; seeds of one method become one line",
+        help="directory of a sweep, or directories of runs; seeds of one method become one line",
     )
     parser.add_argument(
-        "--output_dir", type=Path, help="where the files go (default for a sweep: SWEEP/report)"
+        "--output_dir", type=Path, help="directory of the files (default for a sweep: SWEEP/report)"
     )
-    parser.add_argument("--metric", help="one of the runs' metrics (default: each task's first)")
+    parser.add_argument("--metric", help="metric of the runs (default: the first of each task)")
     options = parser.parse_args(arguments)
     from ..reports.page.page import Table
     from ..reports.sweep_report import write_report
@@ -262,16 +230,9 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
-def _bench(arguments: list[str]) -> int:
-    # Nothing but this verb needs the benchmarks.
-    from ...benchmarks.cli import main as bench
-
-    return bench(arguments)
-
-
 def _doctor(arguments: list[str]) -> int:
     if arguments and arguments[0] in ("-h", "--help"):
-        print("usage: fusedacl doctor\n\nSays what this machine can run, and why; no options.")
+        print("usage: fusedacl doctor\n\nDescribe what this machine can run, and why; no options.")
         return 0
     if arguments:
         raise ValueError("doctor takes no arguments: it describes this machine.")
@@ -281,15 +242,32 @@ def _doctor(arguments: list[str]) -> int:
     return 0
 
 
-def _print_metrics(metrics: dict[str, dict[int, dict[str, float]]]) -> None:
+def _print_metrics(metrics: dict[str, dict[int, dict[str, float]]]) -> int:
     for split, by_layer in metrics.items():
         for layer, scores in by_layer.items():
             words = ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
             print(f"{split}, exit at layer {layer}: {words}")
+    return 0
+
+
+def _print_file(file: Path) -> int:
+    print(f"labels and probabilities are in {file}")
+    return 0
+
+
+def _print_study(results: dict[str, Any]) -> int:
+    print("\n".join(results["lines"]))
+    return 0 if results["complete"] else 130
+
+
+def _print_report(report: tuple[str, list[Path]]) -> int:
+    table, files = report
+    print(f"{table}\nwritten: {', '.join(map(str, files))}")
+    return 0
 
 
 def _gate_lines(gate: list[dict[str, Any]]) -> list[str]:
-    """One line an epoch: what the gate dropped, for each group of parameters it decides on."""
+    """Format one line per epoch: the share of steps in which each group's gradient was dropped."""
     import statistics
 
     lines = []
@@ -305,18 +283,18 @@ def _gate_lines(gate: list[dict[str, Any]]) -> list[str]:
         )
         compared = sum(row.get("compared_steps", 0) for row in rows)
         if compared:
-            # With a scope there is one group.
+            # With a gate_scope there is only one group.
             share = rows[0]["agreement_share"]
             lines[-1] += f", the exact decision in {share:.1%} of the {compared} compared"
     return lines
 
 
 def _quiet_transformers() -> None:
-    """No progress bars or advice of transformers and deepspeed among our own lines."""
+    """Turn off progress bars and advice of transformers and deepspeed."""
     import torch
 
     if not torch.cuda.is_available():
-        # Where it is installed, transformers imports deepspeed, which would say that it found none.
+        # transformers imports deepspeed if it is installed, which would warn about a missing GPU.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from transformers.utils import logging as transformers_logging
 
@@ -324,15 +302,33 @@ def _quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
 
 
-_VERBS: dict[str, Callable[[list[str]], Any]] = {
-    "train": _train,
-    "evaluate": _evaluate,
-    "predict": _predict,
-    "exits": _exits,
-    "sweep": _sweep,
-    "angles": _angles,
-    "tsne": _tsne,
-    "report": _report,
-    "bench": _bench,
-    "doctor": _doctor,
+# Verb: description, class of its configuration, module and name of its function, and the function
+# that prints the result and returns the exit status.
+_COMMANDS: dict[str, tuple[str, type, str, str, Callable[[Any], int]]] = {
+    "evaluate": (
+        "Compute the metrics of a trained model.",
+        *(commands.EvaluationConfig, "inference.evaluation", "evaluate", _print_metrics),
+    ),
+    "predict": (
+        "Write labels and probabilities of texts.",
+        *(commands.PredictionConfig, "inference.prediction", "predict", _print_file),
+    ),
+    "exits": (
+        "Sweep early-exit policies, calibrate one and store it with the model.",
+        *(commands.ExitsConfig, "inference.calibration.study", "study_exits", _print_study),
+    ),
+    "angles": (
+        "Measure angles between the gradients of cross-entropy and contrastive loss.",
+        *(commands.AngleConfig, "reports.analyses.angle_report", "report_angles", _print_report),
+    ),
+    "tsne": (
+        "Draw and measure representations and label embeddings (t-SNE).",
+        commands.TSNEConfig,
+        *("reports.analyses.representation_report", "report_representations", _print_report),
+    ),
+}
+_VERBS_ON_RUNS = ("angles", "tsne")
+_VERBS: dict[str, Callable[[list[str]], int]] = {
+    **{verb: partial(_run, verb) for verb in _COMMANDS},
+    **{"train": _train, "sweep": _sweep, "report": _report, "doctor": _doctor},
 }

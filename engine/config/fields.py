@@ -1,4 +1,4 @@
-"""Options: dataclass fields that know their help, choices and bounds, and their two spellings.
+"""Options as dataclass fields with help, choices and bounds; parsers for YAML and command line.
 
 A section is a frozen dataclass of options; a configuration is a frozen dataclass of sections. The
 names of all options of a configuration are distinct, so a YAML file and the command line are flat.
@@ -33,19 +33,13 @@ def option(
     at_most: float | None = None,
     above: float | None = None,
 ) -> Any:
-    """A dataclass field with its help text (unit included), choices and bounds."""
-    metadata = {
-        "help": help,
-        "choices": choices,
-        "at_least": at_least,
-        "at_most": at_most,
-        "above": above,
-    }
-    return dataclasses.field(default=default, metadata=metadata)
+    """Declare a dataclass field with its help text (including the unit), choices and bounds."""
+    bounds = {"at_least": at_least, "at_most": at_most, "above": above}
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, **bounds})
 
 
 def _options(cls: type) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
-    """Option name -> (section name, field, type), in order, for a configuration class."""
+    """Return option name -> (section name, field, type) of a configuration class, in order."""
     found = {}
     for section_name, section in typing.get_type_hints(cls).items():
         hints = typing.get_type_hints(section)
@@ -55,7 +49,7 @@ def _options(cls: type) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
 
 
 def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> Any:
-    """`value` as the option's type: YAML reads 2e-5 as text, the command line reads all as text."""
+    """Convert `value` to the option's type; YAML gives 2e-5 as text, the command line any value."""
     says_none = isinstance(value, str) and value.lower() in ("none", "null")
     if value is None or (says_none and value not in (choices or ())):
         if type(None) in typing.get_args(hint):
@@ -77,14 +71,10 @@ def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> 
     try:
         number = float(value)
         if kind is int:
-            # '10' stays exact; '10.0' and 1e3 are integers written otherwise.
-            if not number.is_integer():
+            if not number.is_integer():  # '10.0' and 1e3 are accepted
                 raise ValueError
-            return (
-                int(value)
-                if isinstance(value, str) and value.lstrip("-").isdigit()
-                else int(number)
-            )
+            is_exact = isinstance(value, str) and value.lstrip("-").isdigit()
+            return int(value) if is_exact else int(number)
     except (TypeError, ValueError, OverflowError):
         raise ValueError(problem) from None
     if not math.isfinite(number):
@@ -109,7 +99,7 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
 
 
 def build(cls: type[Configuration], values: Mapping[str, Any]) -> Configuration:
-    """A configuration from flat option names to values.
+    """Make a configuration from a flat mapping of option names to values.
 
     Raises:
         ValueError: an unknown name (the nearest is offered), a wrong type or a value out of range.
@@ -129,13 +119,13 @@ def build(cls: type[Configuration], values: Mapping[str, Any]) -> Configuration:
 
 
 def flatten(config: Any) -> dict[str, Any]:
-    """Option name -> value, in the order of the sections: the inverse of `build`."""
+    """Return option name -> value in the order of the sections: the inverse of `build`."""
     sections = (getattr(config, field.name) for field in dataclasses.fields(config))
     return {name: value for section in sections for name, value in vars(section).items()}
 
 
 def write_yaml(config: Any, path: Path) -> None:
-    """The resolved configuration, one section after another, as a file that `read_file` reads."""
+    """Write a configuration, section by section, to a file that `read_file` reads."""
     lines = []
     for section in dataclasses.fields(config):
         lines.append(f"# {section.name}")
@@ -144,7 +134,7 @@ def write_yaml(config: Any, path: Path) -> None:
 
 
 def command_line(config: Any, program: str) -> str:
-    """The command that gives `config`: each option whose value is not its default."""
+    """Return the command line that gives `config`: every option that differs from its default."""
     words = [program]
     defaults = flatten(type(config)())
     for name, value in flatten(config).items():
@@ -154,7 +144,7 @@ def command_line(config: Any, program: str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Reports a user's mistake as the ValueError that a wrong YAML file gives."""
+    """Argument parser that raises mistakes as ValueError, like a wrong YAML file."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message[0].upper() + message[1:] + ".")
@@ -164,7 +154,7 @@ _METAVARS = {str: "TEXT", int: "INT", float: "FLOAT", bool: "BOOL"}
 
 
 def parser(cls: type, program: str, description: str) -> argparse.ArgumentParser:
-    """The command line of a configuration: an optional YAML/JSON file, then one flag an option."""
+    """Make the parser of a configuration: an optional YAML or JSON file and one flag per option."""
     made = _Parser(
         prog=program,
         usage=f"{program} [config.yaml] [--option value ...]",
@@ -191,7 +181,7 @@ def parser(cls: type, program: str, description: str) -> argparse.ArgumentParser
 
 
 def _kind(hint: Any) -> type:
-    """The type of an option's values, None left out."""
+    """Return the type of an option's values other than None."""
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next(kind for kind in kinds if kind is not type(None))
 
@@ -199,7 +189,7 @@ def _kind(hint: Any) -> type:
 def parse(
     cls: type[Configuration], program: str, description: str, arguments: list[str]
 ) -> Configuration:
-    """A configuration from the command line; flags win over the file.
+    """Make a configuration from the command line; flags override the file.
 
     Raises:
         ValueError: as `build`, and for an unknown flag (the nearest is offered).
@@ -213,7 +203,7 @@ def parse(
 def given(
     cls: type, arguments: list[str], program: str = "", description: str = ""
 ) -> dict[str, Any]:
-    """Option name -> text, for the options that a command line gives; not yet checked.
+    """Return option name -> text for the options on a command line; values are not checked.
 
     Raises:
         ValueError: an unknown flag (the nearest is offered).

@@ -1,19 +1,18 @@
-"""`gate_scope`: over what the gate's angle is measured, and with which other options it can be.
+"""The option `gate_scope`: the gradients on which the gate measures its angle.
 
-    all     over all trained parameters: exact, the paper's; a second backward pass
-    top:K   over the last K encoder layers and the exit
-    head    at the representation that the classifier and the contrastive loss read, as a linear
-            map from the text's first state to it would see the two gradients
+    all     gradients of all trained parameters: exact, as in the paper; a second backward pass
+    top:K   gradients of the last K encoder layers and the exit
+    head    gradients of a linear map from a text's first hidden state to the representation that
+            the classifier and the contrastive loss read
 
-With the last two both losses are back-propagated down to the cut only; one pass goes on from there.
-Nothing here imports torch: a mistake on the command line is told at once.
+With top:K and head both losses are back-propagated down to the cut only; one pass continues below.
 """
 
 from __future__ import annotations
 
 
 def parse_scope(scope: str) -> int | None:
-    """Encoder layers above the cut: None is all of the model, 0 the classifier alone.
+    """Return the number of encoder layers above the cut: None for all, 0 for head, K for top:K.
 
     Raises:
         ValueError: it is not all, head or top:K with K of at least 1.
@@ -32,7 +31,7 @@ def parse_scope(scope: str) -> int | None:
 
 
 def scope_words(scope: str) -> str:
-    """A scope, in words for people."""
+    """Describe a scope in words."""
     num_top = parse_scope(scope)
     if num_top is None:
         return "all trained parameters"

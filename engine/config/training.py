@@ -1,4 +1,4 @@
-"""The configuration of each command: frozen dataclasses, flat in YAML and on the command line."""
+"""The configuration of `fusedacl train`, and which of its options contradict each other."""
 
 from __future__ import annotations
 
@@ -16,6 +16,11 @@ from .sections import (
     TrainingDataOptions,
 )
 
+_SECOND_STAGE = (
+    *("cross_layer", "distill_weight", "stage1_model", "feature_cache"),
+    *("stage2_epochs", "stage2_learning_rate"),
+)
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -29,7 +34,7 @@ class TrainingConfig:
 
     @classmethod
     def create(cls, **options: Any) -> TrainingConfig:
-        """A configuration from flat option names, as on the command line.
+        """Make a configuration from option names as on the command line.
 
         Raises:
             ValueError: an unknown option, a wrong type, or a value out of range.
@@ -38,65 +43,60 @@ class TrainingConfig:
 
     @property
     def gated(self) -> bool:
-        """Whether the angle check (ACL-Grad) is on."""
+        """True if the angle check (ACL-Grad) is on."""
         if self.objective.gate is None:
             return self.objective.objective == "acl"
         return self.objective.gate == "angle"
 
     def resolved(self) -> TrainingConfig:
-        """The same configuration with contradictions refused and what is implied written out.
+        """Check the options against each other and fill in those that follow from others.
 
         Raises:
-            ValueError: options that contradict each other or are missing, before any work.
+            ValueError: options contradict each other or are missing.
         """
-        if self.optimization.fp16 and self.optimization.bf16:
+        model, objective, optimization, run = (
+            self.model, self.objective, self.optimization, self.run
+        )  # fmt: skip
+        if optimization.fp16 and optimization.bf16:
             raise ValueError("fp16 and bf16 are both on: choose one.")
-        if self.run.output_dir is None:
+        if run.output_dir is None:
             raise ValueError("output_dir is missing: name the directory that the run may fill.")
-        if self.optimization.stage1_model is not None and self.model.model_name_or_path is not None:
+        if model.model_name_or_path is not None and optimization.stage1_model is not None:
             raise ValueError(
                 "model_name_or_path and stage1_model are both given: the backbone is the "
                 "stage1_model's, so leave model_name_or_path out."
             )
-        if (
-            self.model.model_name_or_path is None
-            and self.optimization.stage1_model is None
-            and self.data.task_name != "quickstart"
-        ):
+        has_model = model.model_name_or_path is not None or optimization.stage1_model is not None
+        if not has_model and self.data.task_name != "quickstart":
             raise ValueError(
                 "model_name_or_path is missing: a Hugging Face encoder (bert-base-uncased) or a "
                 "local directory."
             )
-        if self.objective.objective == "ce" and self.objective.gate == "angle":
+        if objective.objective == "ce" and objective.gate == "angle":
             raise ValueError("gate=angle needs a contrastive loss: objective=acl or scl, not ce.")
-        if (
-            self.model.exit_head == "mha"
-            and self.model.exit_width % self.model.exit_attention_heads
-        ):
+        if model.exit_head == "mha" and model.exit_width % model.exit_attention_heads:
             raise ValueError(
-                f"exit_width={self.model.exit_width} is not a multiple of "
-                f"exit_attention_heads={self.model.exit_attention_heads}."
+                f"exit_width={model.exit_width} is not a multiple of "
+                f"exit_attention_heads={model.exit_attention_heads}."
             )
         self._check_strategy()
         self._check_contrastive_batch()
-        check_scope(self)
-        if self.optimization.max_steps == 0:
+        self._check_scope()
+        if optimization.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
-        if self.run.profile_trace and self.run.profile == 0:
+        if run.profile_trace and run.profile == 0:
             raise ValueError("profile_trace needs steps to trace: set profile, such as 10.")
         self._check_best()
-        if self.run.overwrite_output_dir and self.run.resume_from_checkpoint:
+        if run.overwrite_output_dir and run.resume_from_checkpoint:
             raise ValueError(
                 "overwrite_output_dir would delete the checkpoint of resume_from_checkpoint."
             )
         gate = "angle" if self.gated else "none"
-        objective = dataclasses.replace(
-            self.objective, gate=gate, cross_layer=self.contrasts_layers
-        )
-        return dataclasses.replace(self, objective=objective)
+        resolved = dataclasses.replace(objective, gate=gate, cross_layer=self.contrasts_layers)
+        return dataclasses.replace(self, objective=resolved)
 
     def _check_best(self) -> None:
-        """Refuse what would leave the best model unknown or unsaved."""
+        """Refuse options by which the best checkpoint would lack its score or not be saved."""
         run = self.run
         if not run.load_best_model_at_end:
             for name in ("metric_for_best_model", "greater_is_better"):
@@ -128,7 +128,7 @@ class TrainingConfig:
 
     @property
     def contrasts_layers(self) -> bool:
-        """Whether the second stage's contrastive batch holds the teacher's rows (ACL-CL)."""
+        """True if the second stage's contrastive batch contains the teacher's rows (ACL-CL)."""
         if self.objective.cross_layer is None:
             return self.optimization.strategy == "two_stage" and self.objective.objective == "acl"
         return self.objective.cross_layer
@@ -137,7 +137,7 @@ class TrainingConfig:
     def without_effect(self) -> list[str]:
         """Options, as "name=value", that were set and that the objective does not use.
 
-        They are not refused: runs that are to be compared share them whatever their objective.
+        They are allowed, so that runs to be compared can share all options but the objective.
         """
         unused = [] if self.gated else ["max_angle"]
         if self.objective.objective == "ce":
@@ -150,7 +150,7 @@ class TrainingConfig:
 
     @property
     def chunks_together(self) -> int:
-        """Forward passes whose samples are one contrastive batch."""
+        """Number of forward passes whose samples form one contrastive batch."""
         options = self.optimization
         size = options.contrastive_batch_size or options.per_device_train_batch_size
         return size // options.per_device_train_batch_size
@@ -175,44 +175,34 @@ class TrainingConfig:
             )
 
     def _check_strategy(self) -> None:
-        """Refuse options that the strategy or the objective would leave without effect."""
+        """Refuse options that have no effect with the strategy or the objective."""
         strategy = self.optimization.strategy
         if strategy != "two_stage":
-            for name, value, unset in (
-                ("cross_layer", self.objective.cross_layer, (None, False)),
-                ("distill_weight", self.objective.distill_weight, (0.0,)),
-                ("stage1_model", self.optimization.stage1_model, (None,)),
-                ("feature_cache", self.optimization.feature_cache, (None,)),
-                ("stage2_epochs", self.optimization.stage2_epochs, (None,)),
-                ("stage2_learning_rate", self.optimization.stage2_learning_rate, (None,)),
-            ):
-                if value not in unset:
+            options = {**vars(self.objective), **vars(self.optimization)}
+            for name in _SECOND_STAGE:
+                value = options[name]
+                if value not in (None, False, 0):
                     raise ValueError(
                         f"{name}={value} belongs to the second stage of strategy=two_stage; "
                         f"strategy={strategy} has none."
                     )
-        default = ObjectiveOptions()
-        if (
-            self.objective.distill_weight == 0
-            and self.objective.distill_temperature != default.distill_temperature
-        ):
+        objective, default = self.objective, ObjectiveOptions()
+        changes_distillation = objective.distill_temperature != default.distill_temperature
+        if changes_distillation and objective.distill_weight == 0:
             raise ValueError(
-                f"distill_temperature={self.objective.distill_temperature:g} has no effect without "
+                f"distill_temperature={objective.distill_temperature:g} has no effect without "
                 "distillation: set distill_weight (with strategy=two_stage), or leave it out."
             )
-        if (
-            self.objective.objective == "acl"
-            and not self.gated
-            and self.objective.max_angle != default.max_angle
-        ):
+        is_ungated_acl = objective.objective == "acl" and not self.gated
+        if is_ungated_acl and objective.max_angle != default.max_angle:
             raise ValueError(
-                f"max_angle={self.objective.max_angle:g} has no effect with gate=none: use "
-                "gate=angle, or leave it out."
+                f"max_angle={objective.max_angle:g} has no effect with gate=none: use gate=angle, "
+                "or leave it out."
             )
-        if self.objective.cross_layer and self.objective.objective != "acl":
+        if objective.cross_layer and objective.objective != "acl":
             raise ValueError(
-                f"cross_layer needs objective=acl: with {self.objective.objective} there are no "
-                "label embeddings in the contrastive batch."
+                f"cross_layer needs objective=acl: with {objective.objective} there are no label "
+                "embeddings in the contrastive batch."
             )
         if self.optimization.stage1_model is not None and self.model.num_hidden_layers is not None:
             raise ValueError("num_hidden_layers has no effect on a stage1_model: leave it out.")
@@ -223,43 +213,37 @@ class TrainingConfig:
                 "shorter backbone."
             )
 
-
-def check_scope(config: TrainingConfig) -> None:
-    """Refuse a scope that the other options leave without meaning.
-
-    Raises:
-        ValueError: naming both options and what would do.
-    """
-    objective, options = config.objective, config.optimization
-    scope = objective.gate_scope
-    if parse_scope(scope) is None:
-        if objective.gate_agreement_steps:
+    def _check_scope(self) -> None:
+        """Refuse a gate_scope that the other options leave without meaning."""
+        objective, options = self.objective, self.optimization
+        scope = objective.gate_scope
+        if parse_scope(scope) is None:
+            if objective.gate_agreement_steps:
+                raise ValueError(
+                    f"gate_agreement_steps={objective.gate_agreement_steps}: gate_scope=all is the "
+                    "exact decision itself. Use gate_scope=top:2 or head, or leave it out."
+                )
+            return
+        if not self.gated:
             raise ValueError(
-                f"gate_agreement_steps={objective.gate_agreement_steps}: gate_scope=all is the "
-                "exact decision itself. Use gate_scope=top:2 or head, or leave it out."
+                f"gate_scope={scope} has no effect without the angle check: use objective=acl (or "
+                "scl) with gate=angle, or leave gate_scope out."
             )
-        return
-    if not config.gated:
-        raise ValueError(
-            f"gate_scope={scope} has no effect without the angle check: use objective=acl (or scl) "
-            "with gate=angle, or leave gate_scope out."
-        )
-    if options.strategy in ("joint", "alternating"):
-        raise ValueError(
-            f"gate_scope={scope}: strategy={options.strategy} trains several exits, which decide "
-            "for themselves, and so does the backbone: there is no single decision to take at a "
-            "cut. Use gate_scope=all."
-        )
-    if options.stage1_model is not None:
-        raise ValueError(
-            f"gate_scope={scope} belongs to the first stage, which stage1_model replaces; the "
-            "second trains exits alone, with the exact decision. Leave gate_scope out."
-        )
-    if options.gradient_accumulation_steps > 1:
-        raise ValueError(
-            f"gate_scope={scope} decides within a forward pass, before the rest of its backward "
-            "pass; gradient_accumulation_steps="
-            f"{options.gradient_accumulation_steps} (which contrastive_batch_size needs too) makes "
-            "an optimizer step of several. Use gate_scope=all, or a larger "
-            "per_device_train_batch_size."
-        )
+        if options.strategy in ("joint", "alternating"):
+            raise ValueError(
+                f"gate_scope={scope}: strategy={options.strategy} trains several exits, which "
+                "decide for themselves, and so does the backbone: there is no single decision to "
+                "take at a cut. Use gate_scope=all."
+            )
+        if options.stage1_model is not None:
+            raise ValueError(
+                f"gate_scope={scope} belongs to the first stage, which stage1_model replaces; the "
+                "second trains exits alone, with the exact decision. Leave gate_scope out."
+            )
+        if options.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"gate_scope={scope} decides within a forward pass, but with "
+                f"gradient_accumulation_steps={options.gradient_accumulation_steps} (which "
+                "contrastive_batch_size needs too) an optimizer step has several. Use "
+                "gate_scope=all, or a larger per_device_train_batch_size."
+            )

@@ -1,6 +1,6 @@
-"""How the columns of a table become texts and class indices, and every way in which they may not.
+"""Texts and class indices from the columns of a table, with checks of every row.
 
-Rows are counted from 1 in messages, the header of a csv file left out.
+Messages count rows from 1, without the header of a csv file.
 """
 
 import re
@@ -13,17 +13,17 @@ import pyarrow.compute
 from ..runtime.text import did_you_mean
 
 LABEL_COLUMNS = ("label", "labels")
-# What GLUE's test splits hold in place of a label.
+# Label of every row of GLUE's test splits.
 UNLABELLED = -1
 _CONVENTIONAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
-# Eighteen digits always fit 64 bits; codes such as 007 are names, not numbers.
+# Eighteen digits always fit into 64 bits; codes such as 007 are names, not numbers.
 _INTEGER = r"^-?(0|[1-9]\d{0,17})$"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Texts, or pairs of texts, with the class index of each where it is known."""
+    """Texts, or pairs of texts, and their class indices if they are known."""
 
     first: list[str]
     second: list[str] | None = None
@@ -40,7 +40,7 @@ class TextSplit:
         return len(self.first)
 
     def head(self, num_samples: int | None) -> "TextSplit":
-        """The first `num_samples` rows; all of them where it is None or larger."""
+        """Return the first `num_samples` rows; all rows if it is None or larger."""
         return TextSplit(
             self.first[:num_samples],
             None if self.second is None else self.second[:num_samples],
@@ -50,10 +50,10 @@ class TextSplit:
 
 @dataclass(frozen=True)
 class Classes:
-    """The names of the classes in order, and what an integer label means.
+    """The names of the classes in order, and the meaning of integer labels.
 
-    `origin` says in messages where the names come from. `by_index`: an integer label is an index
-    into `names` (a list of names lies beside the data); otherwise it is itself such a name.
+    origin: source of the names, for messages. by_index: True if an integer label is an index into
+    `names` (the names came from a list beside the data), False if it is itself a name.
     """
 
     names: list[str]
@@ -71,15 +71,15 @@ class Classes:
 
 
 def label_column(table: pa.Table) -> str | None:
-    """`label` or `labels`, whichever the table has."""
+    """Return the name of the label column, None if the table has none."""
     return next((name for name in LABEL_COLUMNS if name in table.column_names), None)
 
 
 def required_label_column(table: pa.Table, where: str) -> str:
-    """The label column, which has to be there.
+    """Return the name of the label column.
 
     Raises:
-        ValueError: there is none (the column spelled most like it is offered).
+        ValueError: there is none (the most similar name is offered).
     """
     name = label_column(table)
     if name is None:
@@ -92,10 +92,11 @@ def required_label_column(table: pa.Table, where: str) -> str:
 def choose_text_columns(
     table: pa.Table, where: str, preferred: Sequence[str] = ()
 ) -> tuple[list[str], str | None]:
-    """The one or two text columns of a table, and a note where the choice was not by convention.
+    """Choose the one or two text columns of a table; return them and a note on the choice.
 
-    In order: `preferred` (a GLUE task's own), `sentence1` and `sentence2`, `sentence`, `text`, the
-    first one or two columns that hold text other than numbers.
+    In this order: `preferred` (those of a GLUE task), `sentence1` and `sentence2`, `sentence`,
+    `text`, the first one or two columns that hold text other than numbers. The note is None if the
+    choice was by name and ignores no text column.
     """
     names = table.column_names
     if preferred and all(name in names for name in preferred):
@@ -115,7 +116,7 @@ def choose_text_columns(
 
 
 def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit:
-    """The texts of one or two columns, without labels.
+    """Read the texts of one or two columns, without labels.
 
     Raises:
         ValueError: a column is missing or holds no text; a text is null or empty (in a pair: both
@@ -142,15 +143,15 @@ def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit
 
 
 def learn_classes(column: pa.ChunkedArray, where: str) -> tuple[Classes, str | None]:
-    """The distinct labels of a training column in order (numeric, else alphabetic), and a note.
+    """Return the distinct labels of a training column, sorted, and a note if they are renumbered.
 
     Raises:
         ValueError: a label is missing, negative or not an integer; there is one class only.
     """
     values = _label_values(column, where)
     if pa.types.is_integer(values.type):
-        if _unlabelled(values):
-            raise ValueError(f"{where}: every label is -1 (unlabelled); training needs labels.")
+        if _all_unlabelled(values):
+            raise unlabelled(where)
         _refuse_negative(values, where)
     distinct = sorted(pa.compute.unique(values).to_pylist())
     if len(distinct) < 2:
@@ -164,7 +165,7 @@ def learn_classes(column: pa.ChunkedArray, where: str) -> tuple[Classes, str | N
 
 
 def class_indices(column: pa.ChunkedArray, classes: Classes, where: str) -> list[int] | None:
-    """The class index of each label; None where every label is -1 (unlabelled).
+    """Return the class index of each label; None if every label is -1 (unlabelled).
 
     Raises:
         ValueError: a label is missing, negative, not an integer, out of range, or not among the
@@ -172,7 +173,7 @@ def class_indices(column: pa.ChunkedArray, classes: Classes, where: str) -> list
     """
     values = _label_values(column, where)
     if pa.types.is_integer(values.type):
-        if _unlabelled(values):
+        if _all_unlabelled(values):
             return None
         _refuse_negative(values, where)
         if classes.by_index:
@@ -198,7 +199,7 @@ def class_indices(column: pa.ChunkedArray, classes: Classes, where: str) -> list
 
 
 def _label_values(column: pa.ChunkedArray, where: str) -> pa.Array:
-    """Labels as int64, or as trimmed strings where they are not all integers."""
+    """Return labels as int64, or as trimmed strings if they are not all integers."""
     values = _plain(column)
     missing = "label is missing"
     _refuse(pa.compute.is_null(values, nan_is_null=True), missing, where)
@@ -229,7 +230,12 @@ def _label_values(column: pa.ChunkedArray, where: str) -> pa.Array:
     return values
 
 
-def _unlabelled(values: pa.Array) -> bool:
+def unlabelled(where: str) -> ValueError:
+    """The error for training data without labels."""
+    return ValueError(f"{where}: every label is -1 (unlabelled); training needs labels.")
+
+
+def _all_unlabelled(values: pa.Array) -> bool:
     return pa.compute.all(pa.compute.equal(values, UNLABELLED)).as_py()
 
 
@@ -253,7 +259,7 @@ def _refuse_negative(values: pa.Array, where: str) -> None:
 
 
 def _refuse(broken: pa.Array, problem: str, where: str, values: pa.Array | None = None) -> None:
-    """Raises ValueError with the count and first row of what is true in `broken`."""
+    """Raise ValueError, with the first row and the count, if any entry of `broken` is true."""
     count = pa.compute.sum(broken).as_py()
     if not count:
         return
@@ -265,7 +271,7 @@ def _refuse(broken: pa.Array, problem: str, where: str, values: pa.Array | None 
 
 
 def _plain(column: pa.ChunkedArray) -> pa.Array:
-    """One array, without dictionary encoding, and with one kind of string."""
+    """Return a column as one array, without dictionary encoding and with one type of string."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
         array = pa.concat_arrays(array.chunks)
@@ -280,7 +286,7 @@ def _holds_texts(column: pa.ChunkedArray) -> bool:
     array = _plain(column)
     if not pa.types.is_string(array.type):
         return False
-    # csv columns are all read as strings: an index column is not a text.
+    # csv columns are all read as strings; a column of numbers is no text.
     return not pa.compute.all(pa.compute.match_substring_regex(array, _NUMBER)).as_py()
 
 

@@ -1,4 +1,4 @@
-"""The data of a run: any source as texts and class indices, ready to be encoded and batched."""
+"""The data of a run: texts and class indices from any source, ready to be tokenised."""
 
 import logging
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from ..config.sections import DataOptions, TrainingDataOptions
 from ..runtime.text import did_you_mean
 from .columns import (
     Classes,
@@ -17,8 +18,9 @@ from .columns import (
     learn_classes,
     read_texts,
     required_label_column,
+    unlabelled,
 )
-from .sources import DataSource, SplitSource, open_directory, open_files, open_hub, open_task
+from .sources import DataSource, open_directory, open_files, open_hub, open_task
 from .tables import read_table
 from .tasks import QUICKSTART
 
@@ -29,9 +31,9 @@ logger = logging.getLogger("fusedacl")
 class TextData:
     """A labelled data set in memory.
 
-    `columns`: the one or two text columns; `label_names`: class names in index order;
-    `evaluation_splits`: the names in `splits` to evaluate on; `metrics`: what the task reports,
-    the main one first; `notes`: sentences about every choice the user did not make.
+    columns: the one or two text columns; label_names: class names in index order;
+    evaluation_splits: the names in `splits` to evaluate on; metrics: those of the task, the main
+    one first; notes: sentences about every choice that the options left open.
     """
 
     name: str
@@ -44,19 +46,9 @@ class TextData:
 
 
 def load_splits(
-    *,
-    task_name: str | None = None,
-    data_dir: str | None = None,
-    dataset_name: str | None = None,
-    dataset_config_name: str | None = None,
-    train_file: str | None = None,
-    validation_file: str | None = None,
-    max_train_samples: int | None = None,
-    max_eval_samples: int | None = None,
-    needs_train: bool = True,
-    label_names: Sequence[str] | None = None,
+    options: DataOptions, *, needs_train: bool = True, label_names: Sequence[str] | None = None
 ) -> TextData:
-    """Reads the training and evaluation splits of one source.
+    """Read the training and evaluation splits of the source that `options` name.
 
     The source is one of: `task_name` (GLUE from the hub, or the quickstart set), `data_dir` with
     `task_name` (local files), `dataset_name` (hub or local directory in hub layout), `train_file`
@@ -64,27 +56,19 @@ def load_splits(
     GLUE), else the sorted distinct labels of the train split. Without a validation split the test
     split is evaluated, and a note says so; a split whose labels are all -1 is not evaluated.
 
-    `needs_train=False` reads no training texts. `label_names`: the classes of a model trained
-    before; they must be the source's own where it has any, and stand in for the train split's.
+    needs_train: if False, no training texts are read. label_names: the classes of a trained model;
+    they must equal the source's own if it has any, and replace those of the train split otherwise.
 
     Raises:
-        ValueError: naming the argument or file, the row and the remedy for anything that is
-            missing, contradictory or damaged.
+        ValueError: anything is missing, contradictory or damaged; the message names the option or
+            file, the row and the remedy.
         ConnectionError: the hub is out of reach and the data set is not in the local cache.
     """
-    for argument, limit in (
-        ("max_train_samples", max_train_samples),
-        ("max_eval_samples", max_eval_samples),
-    ):
-        if limit is not None and limit < 1:
-            raise ValueError(
-                f"{argument}={limit} leaves nothing: give at least 1, or leave it out."
-            )
-    source = _open_source(
-        task_name, data_dir, dataset_name, dataset_config_name, train_file, validation_file
-    )
+    if not isinstance(options, TrainingDataOptions):
+        options = TrainingDataOptions(**vars(options))
+    source = _open_source(options)
     if needs_train and "train" not in source.splits:
-        if validation_file is not None:
+        if options.validation_file is not None:
             raise ValueError(
                 "train_file is missing: validation_file alone gives nothing to train on."
             )
@@ -92,15 +76,14 @@ def load_splits(
             f"{source.name} has no train split."
             f"{did_you_mean('train', source.splits) if source.splits else ''}"
         )
-    notes: list[str] = []
-    reader = _Reader(source, notes, label_names)
+    reader = _Reader(source, label_names)
     splits = {}
     if needs_train:
-        train = reader.read("train").head(max_train_samples)
-        _check_two_classes(train, source.splits["train"].where, max_train_samples)
+        train = reader.read("train").head(options.max_train_samples)
+        _check_two_classes(train, source.splits["train"].where, options.max_train_samples)
         splits["train"] = train
     evaluated = reader.read_evaluation_splits()
-    splits |= {name: split.head(max_eval_samples) for name, split in evaluated.items()}
+    splits |= {name: split.head(options.max_eval_samples) for name, split in evaluated.items()}
     return TextData(
         name=source.name,
         columns=reader.columns,
@@ -108,19 +91,14 @@ def load_splits(
         splits=splits,
         evaluation_splits=list(evaluated),
         metrics=list(source.metrics),
-        notes=notes,
+        notes=reader.notes,
     )
 
 
-def read_unlabelled(
-    path: str | Path,
-    columns: Sequence[str] | None = None,
-    label_names: Sequence[str] | None = None,
-) -> TextSplit:
-    """The texts of one file, to be labelled by a model.
+def read_unlabelled(path: str | Path, columns: Sequence[str] | None = None) -> TextSplit:
+    """Read the texts of one file, to be labelled by a model.
 
-    `columns`: its one or two text columns; by default found as in training. A label column is read
-    only where `label_names` says what the labels mean.
+    columns: its one or two text columns; None: found as in training.
 
     Raises:
         ValueError: as `load_splits`.
@@ -133,36 +111,21 @@ def read_unlabelled(
             logger.info(note)
     elif not 1 <= len(columns) <= 2:
         raise ValueError(f"columns={list(columns)}: name one text column, or two for pairs.")
-    texts = read_texts(table, columns, where)
-    label = label_column(table)
-    if label_names is None or label is None:
-        return texts
-    classes = _classes_of_model(label_names)
-    return TextSplit(texts.first, texts.second, class_indices(table[label], classes, where))
+    return read_texts(table, columns, where)
 
 
-def _open_source(
-    task_name: str | None,
-    data_dir: str | None,
-    dataset_name: str | None,
-    dataset_config_name: str | None,
-    train_file: str | None,
-    validation_file: str | None,
-) -> DataSource:
-    ways = {
-        "task_name": task_name,
-        "dataset_name": dataset_name,
-        "train_file": train_file,
-        "validation_file": validation_file,
-    }
-    given = [way for way, value in ways.items() if value is not None]
+def _open_source(options: TrainingDataOptions) -> DataSource:
+    ways = ("task_name", "dataset_name", "train_file", "validation_file")
+    given = [way for way in ways if getattr(options, way) is not None]
+    task_name, data_dir = options.task_name, options.data_dir
     if len(given) > 1 and given != ["train_file", "validation_file"]:
         raise ValueError(
             f"{' and '.join(given)} are given together: each names a data set; keep one."
         )
-    if dataset_config_name is not None and dataset_name is None:
+    if options.dataset_config_name is not None and options.dataset_name is None:
         raise ValueError(
-            f"dataset_config_name={dataset_config_name!r} needs a dataset_name to belong to."
+            f"dataset_config_name={options.dataset_config_name!r} needs a dataset_name to belong "
+            "to."
         )
     if data_dir is not None and task_name is None:
         raise ValueError(f"data_dir={data_dir!r} needs task_name: the folder in it to read.")
@@ -170,23 +133,21 @@ def _open_source(
         raise ValueError(f"task_name={QUICKSTART!r} is generated: leave data_dir out.")
     if task_name is not None:
         return open_task(task_name) if data_dir is None else open_directory(data_dir, task_name)
-    if dataset_name is not None:
-        return open_hub(dataset_name, dataset_config_name)
+    if options.dataset_name is not None:
+        return open_hub(options.dataset_name, options.dataset_config_name)
     if not given:
         raise ValueError(
             "No data: give task_name (with data_dir for local files), dataset_name, or train_file."
         )
-    return open_files(train_file, validation_file)
+    return open_files(options.train_file, options.validation_file)
 
 
 class _Reader:
-    """Reads splits of one source with the same text columns and the same classes."""
+    """Reader of the splits of one source, with the same text columns and classes for all."""
 
-    def __init__(
-        self, source: DataSource, notes: list[str], label_names: Sequence[str] | None
-    ) -> None:
+    def __init__(self, source: DataSource, label_names: Sequence[str] | None) -> None:
         self.source = source
-        self.notes = notes
+        self.notes: list[str] = []
         self.columns: list[str] = []
         classes = source.classes
         if label_names is not None:
@@ -208,39 +169,38 @@ class _Reader:
                     f"{self.source.name} has neither a list of class names nor a train split: "
                     "label_names must say which classes the model has."
                 )
-            self._learn(train.read(), train)
-        assert self._classes is not None
+            self._classes = self._learn(train.read(), train.where)
         return self._classes
 
-    def _learn(self, table: pa.Table, split: SplitSource) -> None:
-        label = required_label_column(table, split.where)
-        self._classes, note = learn_classes(table[label], split.where)
+    def _learn(self, table: pa.Table, where: str) -> Classes:
+        classes, note = learn_classes(table[required_label_column(table, where)], where)
+        self._note(note)
+        return classes
+
+    def _note(self, note: str | None) -> None:
         if note is not None:
             self.notes.append(note)
 
     def read(self, name: str, labels_required: bool = True) -> TextSplit:
-        """Texts and labels of one split; labels None where it is unlabelled and may be."""
+        """Read the texts and labels of one split; labels are None where all are missing or -1."""
         split = self.source.splits[name]
         table = split.read()
         if name == "train" and self._classes is None:
-            self._learn(table, split)
+            self._classes = self._learn(table, split.where)
         if not self.columns:
             self.columns, note = choose_text_columns(table, split.where, self.source.text_columns)
-            if note is not None:
-                self.notes.append(note)
+            self._note(note)
         label = label_column(table)
         if labels_required:
             label = required_label_column(table, split.where)
         texts = read_texts(table, self.columns, split.where)
         labels = None if label is None else class_indices(table[label], self.classes, split.where)
         if name == "train" and labels is None:
-            raise ValueError(
-                f"{split.where}: every label is -1 (unlabelled); training needs labels."
-            )
+            raise unlabelled(split.where)
         return TextSplit(texts.first, texts.second, labels)
 
     def read_evaluation_splits(self) -> dict[str, TextSplit]:
-        """The labelled validation splits; the labelled test split where there are none."""
+        """Read the labelled validation splits, or the labelled test split if there are none."""
         name = self.source.name
         available = self.source.splits
         # MNLI has two validation splits and none called validation.
@@ -270,7 +230,7 @@ class _Reader:
 
 
 def _classes_of_model(label_names: Sequence[str]) -> Classes:
-    # A model trained on the integer labels 1..5 calls its classes "1".."5": those are values.
+    # The classes "1".."5" of a model trained on the integer labels 1..5 are values, not indices.
     values = all(name.lstrip("-").isdigit() for name in label_names)
     return Classes(list(label_names), "label_names", by_index=not values)
 

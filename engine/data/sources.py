@@ -1,13 +1,13 @@
-"""Where the splits of a data set come from: the hub, a local directory, two files, the quickstart.
+"""Sources of data sets: the hub, a local directory, two files, the quickstart set.
 
-A source is opened cheaply; the rows of a split are read when somebody asks for them.
+Opening a source reads no rows; the rows of a split are read on request.
 """
 
 import difflib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .tasks import (
 )
 
 SPLIT_NAMES = ("train", "validation", "test", "validation_matched", "validation_mismatched")
-# What other collections call the same splits.
+# Names of the same splits in other collections.
 _OTHER_SPLIT_NAMES = {
     "dev": "validation",
     "val": "validation",
@@ -40,7 +40,7 @@ _OTHER_SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class SplitSource:
-    """One split not read yet; `where` names it in messages."""
+    """A split that is read on request; `where` names it in messages."""
 
     where: str
     read: Callable[[], pa.Table]
@@ -48,17 +48,27 @@ class SplitSource:
 
 @dataclass(frozen=True)
 class DataSource:
-    """Named splits, and what is known about them before a row is read."""
+    """The splits of a data set, and what is known before a row is read."""
 
     name: str
     splits: dict[str, SplitSource]
     classes: Classes | None = None
-    text_columns: tuple[str, ...] = ()
-    metrics: tuple[str, ...] = field(default_factory=partial(task_metrics, None))
+    task_name: str | None = None
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The text columns of a GLUE task, of other data sets none."""
+        glue = GLUE_TASKS.get(self.task_name or "")
+        return () if glue is None else glue.text_columns
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of the metrics, the main one first."""
+        return task_metrics(self.task_name)
 
 
 def open_files(train_file: str | None, validation_file: str | None) -> DataSource:
-    """A training and a validation file; either may be None."""
+    """Open a training and a validation file; either may be None."""
     given = {
         "train": ("train_file", train_file),
         "validation": ("validation_file", validation_file),
@@ -72,11 +82,11 @@ def open_files(train_file: str | None, validation_file: str | None) -> DataSourc
 
 
 def open_directory(data_dir: str, task_name: str) -> DataSource:
-    """The files `<data_dir>/<task_name>/<split>.<extension>`, with `labels.json` if it is there.
+    """Open the files `<data_dir>/<task_name>/<split>.<extension>`, and `labels.json` if it exists.
 
     Raises:
         ValueError: no such directory or task, a misnamed split file (the nearest name is offered),
-            two files for one split, a damaged labels.json, another number of classes than GLUE's.
+            two files for one split, a damaged labels.json, or not as many classes as in GLUE.
     """
     check_not_excluded(task_name)
     directory = Path(data_dir)
@@ -106,22 +116,20 @@ def open_directory(data_dir: str, task_name: str) -> DataSource:
             for split, path in splits.items()
         },
         classes,
-        () if glue is None else glue.text_columns,
-        task_metrics(task_name),
+        task_name,
     )
 
 
 def open_hub(
     dataset_name: str, dataset_config_name: str | None, task_name: str | None = None
 ) -> DataSource:
-    """A data set of the hub, or of a local directory laid out like one, through `datasets`.
+    """Open a data set of the hub, or of a local directory in hub layout, with `datasets`.
 
     Raises:
         ValueError: no such data set or configuration, damaged files.
         ConnectionError: the hub is out of reach and the data set is not in the local cache.
     """
-    glue = GLUE_TASKS.get(task_name) if task_name is not None else None
-    # Messages name what the user wrote.
+    # Messages name the option that the user set.
     argument = f"dataset_name={dataset_name!r}"
     if task_name is not None:
         argument = f"task_name={task_name!r} (from {dataset_name})"
@@ -133,21 +141,15 @@ def open_hub(
         where = f"split {split!r} of {dataset_name}"
         splits[split] = SplitSource(where, partial(_rows_of, dataset, where))
         for column in LABEL_COLUMNS:
-            # Only datasets.ClassLabel has names.
+            # Only features of type datasets.ClassLabel have names.
             names = getattr(dataset.features.get(column), "names", None)
             if names and classes is None:
                 classes = Classes(list(names), dataset_name, by_index=True)
-    return DataSource(
-        name,
-        splits,
-        classes,
-        () if glue is None else glue.text_columns,
-        task_metrics(task_name),
-    )
+    return DataSource(name, splits, classes, task_name)
 
 
 def open_task(task_name: str) -> DataSource:
-    """A GLUE task from the hub, or the embedded quickstart set.
+    """Open a GLUE task from the hub, or the embedded quickstart set.
 
     Raises:
         ValueError: an unknown task (the nearest name is offered), or an excluded one.
@@ -171,8 +173,8 @@ def _open_quickstart() -> DataSource:
     return DataSource(
         QUICKSTART,
         {
-            split: SplitSource(f"{QUICKSTART} {split}", partial(pa.Table.from_pylist, rows[split]))
-            for split in rows
+            split: SplitSource(f"{QUICKSTART} {split}", partial(pa.Table.from_pylist, split_rows))
+            for split, split_rows in rows.items()
         },
         Classes(list(LABEL_NAMES), QUICKSTART, by_index=True),
     )
@@ -193,7 +195,7 @@ def _split_files(folder: Path) -> dict[str, Path]:
     for file in files:
         near = difflib.get_close_matches(file.stem, SPLIT_NAMES, n=1, cutoff=0.85)
         meant = _OTHER_SPLIT_NAMES.get(file.stem) or (near[0] if near else None)
-        # A file beside a complete set (oos_validation, train_small) is none of our business.
+        # Other files beside a complete set (oos_validation, train_small) are ignored.
         if meant is not None and not any(split.startswith(meant) for split in splits):
             raise ValueError(
                 f"{file}: {file.stem!r} is not a split name. Did you mean {meant!r}? Rename the "
@@ -235,7 +237,7 @@ def _checked_against_glue(classes: Classes | None, glue: GlueTask, task_name: st
 def _load_dataset(
     dataset_name: str, dataset_config_name: str | None, argument: str
 ) -> dict[str, Any]:
-    # Imported here: it takes most of a second, and local files do without it.
+    # Imported here because it takes most of a second, and local files do not need it.
     import datasets
 
     looks_local = dataset_name.startswith((".", "/", "~")) or dataset_name.count("/") > 1
@@ -255,7 +257,7 @@ def _load_dataset(
         cause = error.__cause__ or error
         raise ValueError(f"{argument}: a file cannot be read ({cause}); copy it again.") from error
     except ValueError as error:
-        # "BuilderConfig 'x' not found. Available: ['a', 'b']", "Config name is missing. …"
+        # Such as "BuilderConfig 'x' not found. Available: ['a', 'b']".
         reason, *available = re.split("[Aa]vailable", str(error), maxsplit=1)
         known = re.findall(r"'([^']+)'", available[0]) if available else []
         hint = did_you_mean(dataset_config_name or "", known) if known else ""

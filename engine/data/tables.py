@@ -1,4 +1,4 @@
-"""One local csv, tsv, json, jsonl or parquet file, checked and read into an Arrow table."""
+"""Reader of local csv, tsv, json, jsonl and parquet files, with checks, into Arrow tables."""
 
 import csv
 import io
@@ -19,11 +19,10 @@ _MIN_BLOCK_SIZE = 2**20
 
 
 def read_table(path: str | Path, argument: str = "file") -> pa.Table:
-    """Reads one file of rows; the extension says how.
+    """Read one file of rows in the format of its extension.
 
-    csv and tsv columns all arrive as text, so that no text is ever taken for a number or a date.
-    A csv field may be quoted (RFC 4180); a tsv field may not (a quote is a character like any
-    other, as in GLUE's own tsv files).
+    All csv and tsv columns are read as text, so that no text is taken for a number or a date. A csv
+    field may be quoted (RFC 4180); in a tsv file a quote is an ordinary character, as in GLUE's.
 
     Raises:
         ValueError: naming `argument` and the file: no such file, another extension, empty, no rows,
@@ -56,7 +55,7 @@ def read_table(path: str | Path, argument: str = "file") -> pa.Table:
 
 
 def check_file_exists(path: Path, argument: str) -> None:
-    """Refuses a `path` that is not a file.
+    """Refuse a `path` that is not a file.
 
     Raises:
         ValueError: there is no such file (the nearest name is offered), or it is a directory.
@@ -76,10 +75,10 @@ def check_file_exists(path: Path, argument: str) -> None:
 
 
 def read_utf8(path: Path, where: str) -> bytes:
-    """The bytes of a text file without its byte order mark; the content has to be UTF-8.
+    """Read the bytes of a UTF-8 text file, without its byte order mark.
 
     Raises:
-        ValueError: it is not (the byte offset and the line are given).
+        ValueError: the content is not UTF-8; the byte offset and the line are given.
     """
     data = path.read_bytes()
     try:
@@ -101,7 +100,7 @@ def read_utf8(path: Path, where: str) -> bytes:
 
 def _read_parquet(path: Path, where: str) -> pa.Table:
     try:
-        # Not read_table: it would take a folder called `label=1` on the way for a column.
+        # Not pyarrow's read_table: it would read a folder named `label=1` in the path as a column.
         with pyarrow.parquet.ParquetFile(path) as file:
             return file.read()
     except (pa.ArrowException, OSError) as error:
@@ -112,8 +111,8 @@ def _read_parquet(path: Path, where: str) -> pa.Table:
 
 
 def _read_delimited(data: bytes, tab_separated: bool, where: str) -> pa.Table:
-    # Python's strict reader and not Arrow's, which takes the rows after a stray quote into one
-    # text. Its limit on the length of a field is global: it is only ever raised.
+    # Python's strict reader, because Arrow's reads all rows after a stray quote as one text. The
+    # limit on the length of a field is global, so it is never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), len(data)))
     lines = io.StringIO(data.decode("utf-8"), newline="")
     if tab_separated:
@@ -164,18 +163,18 @@ def _read_json(data: bytes, where: str) -> pa.Table:
     if data.lstrip()[:1] == b"[":
         data = _json_lines(data, where)
     try:
-        # One block: rows of any length fit, and row numbers count from the first row.
+        # One block, so that rows of any length fit and row numbers count from the first row.
         block_size = min(max(len(data) + 1, _MIN_BLOCK_SIZE), _MAX_BLOCK_SIZE)
         read_options = pyarrow.json.ReadOptions(use_threads=False, block_size=block_size)
         table = pyarrow.json.read_json(pa.BufferReader(data), read_options)
         dates = [field.name for field in table.schema if pa.types.is_temporal(field.type)]
         if dates:
-            # A column of texts that all look like dates is still a column of texts.
+            # Arrow reads texts that all look like dates as dates: read them again as texts.
             schema = pa.schema([(name, pa.string()) for name in dates])
             parse_options = pyarrow.json.ParseOptions(explicit_schema=schema)
             table = pyarrow.json.read_json(pa.BufferReader(data), read_options, parse_options)
     except pa.ArrowException as error:
-        # Arrow counts rows from 0, everything else here counts them from 1.
+        # Arrow counts rows from 0; all other messages count from 1.
         reason = re.sub(r"in row (\d+)", lambda match: f"in row {int(match[1]) + 1}", str(error))
         raise ValueError(
             f"{where}: {reason}; expected one JSON object per line, or one array of objects, each "

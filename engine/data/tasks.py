@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 GLUE_REPOSITORY = "nyu-mll/glue"
 QUICKSTART = "quickstart"
-# What a task without a metric of its own reports.
+# Metrics of a task that has none of its own.
 DEFAULT_METRICS = ("accuracy", "macro_f1")
 
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One GLUE task: text columns, class names as in `nyu-mll/glue`, main metric first."""
+    """A GLUE task: text columns, class names as in `nyu-mll/glue`, metrics, the main one first."""
 
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
@@ -36,10 +36,10 @@ _EXCLUDED_TASKS = {
 
 
 def check_not_excluded(task_name: str) -> None:
-    """Refuses, in words, the two GLUE tasks that the method does not cover.
+    """Refuse the two GLUE tasks that the method does not cover.
 
     Raises:
-        ValueError: `task_name` is one of them.
+        ValueError: `task_name` is one of them; the message gives the reason.
     """
     reason = _EXCLUDED_TASKS.get(task_name.lower().replace("-", ""))
     if reason is not None:
@@ -49,6 +49,6 @@ def check_not_excluded(task_name: str) -> None:
 
 
 def task_metrics(task_name: str | None) -> tuple[str, ...]:
-    """Names of the metrics that `task_name` reports, the main one first."""
+    """Return the names of a task's metrics, the main one first."""
     task = GLUE_TASKS.get(task_name) if task_name is not None else None
     return task.metrics if task is not None else DEFAULT_METRICS

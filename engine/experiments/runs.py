@@ -90,18 +90,7 @@ def load_data(
     replaced = {name: value for name, value in moved.items() if value is not None}
     data: TrainingDataOptions = dataclasses.replace(config.data, **replaced)
     try:
-        return load_splits(
-            task_name=data.task_name,
-            data_dir=data.data_dir,
-            dataset_name=data.dataset_name,
-            dataset_config_name=data.dataset_config_name,
-            train_file=data.train_file,
-            validation_file=data.validation_file,
-            max_train_samples=data.max_train_samples,
-            max_eval_samples=data.max_eval_samples,
-            needs_train=needs_train,
-            label_names=label_names,
-        )
+        return load_splits(data, needs_train=needs_train, label_names=label_names)
     except ValueError as error:
         raise ValueError(
             f"run {str(run)!r}: its data cannot be read again: {error} If they have moved, "

@@ -26,8 +26,8 @@ import yaml
 from ..config.fields import flatten
 from ..config.training import TrainingConfig
 from ..runtime.files import write_json, write_whole
+from ..runtime.lock import SweepLock
 from ..runtime.machine import cpu_model
-from ..runtime.sweep_lock import SweepLock
 from ..runtime.text import text_table
 from ..training.storage.checkpoint import CONFIG_FILE, changed_options, checkpoints
 from .recipe import Cell, plan_cells

@@ -96,16 +96,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     if output_file is not None and not output_file.parent.is_dir():
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
     trained = TrainedModel(config.model, config.data.max_seq_length)
-    data = load_splits(
-        task_name=config.data.task_name,
-        data_dir=config.data.data_dir,
-        dataset_name=config.data.dataset_name,
-        dataset_config_name=config.data.dataset_config_name,
-        validation_file=config.data.validation_file,
-        max_eval_samples=config.data.max_eval_samples,
-        needs_train=False,
-        label_names=trained.label_names,
-    )
+    data = load_splits(config.data, needs_train=False, label_names=trained.label_names)
     for note in data.notes:
         logger.info(note)
     if not data.evaluation_splits:

@@ -1,4 +1,4 @@
-"""Encoders of transformers: loading, random weights, dropout."""
+"""Encoders of transformers: pretrained or random weights, and their dropout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-# How the encoders of transformers spell their dropout probabilities.
+# Names of dropout probabilities in the configurations of transformers.
 _DROPOUT_NAMES = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
@@ -27,7 +27,7 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
     """Set every dropout probability in an encoder's configuration.
 
     Raises:
-        ValueError: the configuration has no dropout that we know.
+        ValueError: the configuration has no dropout setting of a known name.
     """
     names = [
         name for name in _DROPOUT_NAMES if isinstance(getattr(config, name, None), float | int)
@@ -42,7 +42,7 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
 
 
 def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
-    """No pooler, where the encoder lets us say so: its weights would be saved and never trained."""
+    """Options that leave out the pooler: it would be saved with the model and never trained."""
     encoder_class: Any = AutoModel._model_mapping.get(type(config), None)
     if encoder_class is None:
         return {}
@@ -51,11 +51,13 @@ def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def random_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    """Make an encoder with random weights."""
     return AutoModel.from_config(config, **_encoder_options(config))
 
 
 def pretrained_encoder(name_or_path: str, config: PretrainedConfig) -> PreTrainedModel:
-    # The pooler and a pretraining head are left behind on purpose: no report about them.
+    """Load an encoder's weights in float32, from the hub or a local directory."""
+    # transformers would report the weights of the pooler and the pretraining head as unused.
     level = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

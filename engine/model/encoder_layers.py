@@ -1,7 +1,7 @@
 """An encoder of transformers, run one layer at a time.
 
-The layers' call signatures and masks differ between families and between versions of transformers;
-here they are one. The layers themselves and their attention implementation are the encoder's own.
+Call signatures and masks of the layers differ between families and between versions of
+transformers; this file hides the difference. The layers and their attention are the encoder's own.
 """
 
 from __future__ import annotations
@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .multi_exit import MultiExitForSequenceClassification
-
-# What a family's layers take besides the hidden states.
+# Keyword arguments of a family's layers besides the hidden states.
 LayerContext = dict[str, Any]
-# DeBERTa's projections of relative positions are not applied to tokens.
+# DeBERTa applies these projections to relative positions, not to tokens.
 _POSITION_PROJECTIONS = ("pos_key_proj", "pos_query_proj")
 
 
@@ -26,7 +24,7 @@ _POSITION_PROJECTIONS = ("pos_key_proj", "pos_query_proj")
 class Flops:
     """Floating-point operations on a text of T tokens: per_text + per_token T + per_pair T^2.
 
-    Those of matrix products, a multiply and an add being two; elementwise work is not counted.
+    Matrix products only; a multiply-add counts as two operations.
     """
 
     per_text: int = 0
@@ -41,7 +39,7 @@ class Flops:
         )
 
     def at(self, lengths: Tensor) -> Tensor:
-        """Of texts with these numbers of tokens: float64 [n]."""
+        """Operations on texts of these lengths in tokens, float64 [n]."""
         tokens = lengths.to(torch.float64)
         return self.per_text + self.per_token * tokens + self.per_pair * tokens**2
 
@@ -49,14 +47,14 @@ class Flops:
 class EncoderLayers:
     """Embeddings, layers and final norm of a BERT-like encoder (BERT, RoBERTa, ELECTRA, …).
 
-    Subclasses say where another family differs. Texts are padded on the right.
+    Subclasses override what differs in another family. Texts are padded on the right.
     """
 
     takes_token_types = True
     attention_implementations: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
 
     def __init__(self, encoder: PreTrainedModel) -> None:
-        # Any: what its submodules are called differs between families.
+        # Any, because the names of its submodules differ between families.
         self.encoder: Any = encoder
         self.implementation: str = encoder.config._attn_implementation
         if self.implementation not in self.attention_implementations:
@@ -65,17 +63,17 @@ class EncoderLayers:
                 "encoder is run layer by layer with one of "
                 f"{', '.join(self.attention_implementations)} only."
             )
-        self.layers = self._layers()
+        self.layers = layer_modules(encoder)
 
     @property
     def num_layers(self) -> int:
-        """Layers of the encoder; the first is number 1."""
+        """Number of layers; the first is layer 1."""
         return len(self.layers)
 
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Token ids and masks [N, T] -> what the first layer reads, [N, T, H].
+        """Return the input of the first layer, [N, T, H], for token ids and masks [N, T].
 
         Raises:
             ValueError: token types for an encoder that has none.
@@ -88,37 +86,34 @@ class EncoderLayers:
         return self._embed(input_ids, attention_mask, token_type_ids)
 
     def context(self, hidden_states: Tensor, attention_mask: Tensor, padded: bool) -> LayerContext:
-        """What every layer takes besides its input, for a batch of this shape and padding.
+        """Return the layers' other arguments for a batch of this shape and padding.
 
-        hidden_states [N, T, H]: read for their shape, dtype and device only.
-        attention_mask [N, T]; `padded`: whether it has a 0 (known without asking the device).
+        hidden_states [N, T, H]: only their shape, dtype and device are read.
+        attention_mask [N, T]; `padded`: whether it contains a 0, given so that it need not be read.
         """
         return {"attention_mask": self._mask(hidden_states, attention_mask, padded)}
 
     def run(self, layer: int, hidden_states: Tensor, context: LayerContext) -> Tensor:
-        """The output of layer `layer` (1 = first) on that of the one before: [N, T, H] each.
+        """Run layer `layer` (1 = first) on the output of the layer before: [N, T, H] each.
 
-        After the last layer, the final norm where the encoder has one: what an exit there reads.
+        The last layer's output includes the final norm, where the encoder has one.
         """
         output = self.layers[layer - 1](hidden_states, **context)
-        # A tuple before transformers 5, and in some families later too.
+        # Before transformers 5, and in some families since, a layer returns a tuple.
         return output[0] if isinstance(output, tuple) else output
 
     def flops(self, layer: int) -> Flops:
         """Floating-point operations of one layer on a text of T tokens, without padding.
 
-        2 T (entries of the layer's weight matrices) + 4 T^2 H, attention being over all T tokens.
+        2 T (entries of the layer's weight matrices) + 4 T^2 H for attention over all T tokens.
         """
         width: int = self.encoder.config.hidden_size
         return Flops(per_token=2 * linear_entries(self.layers[layer - 1]), per_pair=4 * width)
 
     def embedding_flops(self) -> Flops:
-        """Operations before the first layer, where they are a matrix product (ELECTRA)."""
+        """Operations of the projection before the first layer (ELECTRA); else none."""
         projection = getattr(self.encoder, "embeddings_project", None)
         return Flops(per_token=0 if projection is None else 2 * projection.weight.numel())
-
-    def _layers(self) -> nn.ModuleList:
-        return self.encoder.encoder.layer
 
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
@@ -143,16 +138,13 @@ class DistilBertLayers(EncoderLayers):
         super().__init__(encoder)
         names = list(inspect.signature(self.layers[0].forward).parameters)
         self._mask_name = names[1]
-        # Before transformers 5, its eager attention makes its own mask of the [N, T] one.
+        # Before transformers 5, its eager attention expands the [N, T] mask itself.
         self._masks_itself = self._mask_name == "attn_mask" and self.implementation == "eager"
 
     def context(self, hidden_states: Tensor, attention_mask: Tensor, padded: bool) -> LayerContext:
         if self._masks_itself:
             return {self._mask_name: attention_mask}
         return {self._mask_name: self._mask(hidden_states, attention_mask, padded)}
-
-    def _layers(self) -> nn.ModuleList:
-        return self.encoder.transformer.layer
 
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
@@ -166,7 +158,7 @@ class MPNetLayers(EncoderLayers):
 
     def context(self, hidden_states: Tensor, attention_mask: Tensor, padded: bool) -> LayerContext:
         context = super().context(hidden_states, attention_mask, padded)
-        # Of one row: the bias depends on the length alone and is broadcast over the batch.
+        # One row suffices: the bias depends on the length alone and is broadcast over the batch.
         context["position_bias"] = self.encoder.encoder.compute_position_bias(hidden_states[:1])
         return context
 
@@ -177,7 +169,7 @@ class MPNetLayers(EncoderLayers):
 
 
 class DebertaV2Layers(EncoderLayers):
-    """DeBERTa v2 and v3. Its products with relative positions are not in the FLOPs."""
+    """DeBERTa v2 and v3; the FLOPs leave out the products with relative positions."""
 
     attention_implementations = ("eager",)
 
@@ -193,7 +185,7 @@ class DebertaV2Layers(EncoderLayers):
         output = super().run(layer, hidden_states, context)
         convolution = self.encoder.encoder.conv
         if layer == 1 and convolution is not None:
-            # Of the mask's [N, 1, T, T] rows, the first token's is the text's own mask.
+            # The first token's row of the [N, 1, T, T] mask is the text's [N, T] mask.
             input_mask = context["attention_mask"][:, 0, 0]
             return convolution(hidden_states, output, input_mask)
         return output
@@ -209,14 +201,14 @@ class DebertaV2Layers(EncoderLayers):
 
 
 class ModernBertLayers(EncoderLayers):
-    """ModernBERT; the FLOPs count local attention as if it were over all tokens."""
+    """ModernBERT; the FLOPs count local attention as attention over all tokens."""
 
     takes_token_types = False
     attention_implementations = ("eager", "sdpa")
 
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__(encoder)
-        # Before transformers 5, a layer takes both masks and computes its rotary embedding itself.
+        # Before transformers 5, a layer takes both masks and computes the rotary embedding itself.
         self._takes_both_masks = (
             "sliding_window_mask" in inspect.signature(self.layers[0].forward).parameters
         )
@@ -252,9 +244,6 @@ class ModernBertLayers(EncoderLayers):
         output = super().run(layer, hidden_states, context)
         return self.encoder.final_norm(output) if layer == self.num_layers else output
 
-    def _layers(self) -> nn.ModuleList:
-        return self.encoder.layers
-
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
     ) -> Tensor:
@@ -276,7 +265,7 @@ SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
 
 
 def encoder_layers(encoder: PreTrainedModel) -> EncoderLayers:
-    """The layers of an encoder (the model without a task's head), whatever its family.
+    """Return the layers of an encoder (a model without a task's head), whatever its family.
 
     Raises:
         ValueError: a family, or an attention implementation of it, that is not known here.
@@ -292,8 +281,21 @@ def encoder_layers(encoder: PreTrainedModel) -> EncoderLayers:
     return _FAMILIES[model_type](encoder)
 
 
+def layer_modules(encoder: PreTrainedModel) -> list[nn.Module]:
+    """Return the encoder's layers in the order in which they run; empty if they share weights.
+
+    They are its outermost list of as many modules as it has layers, called encoder.layer,
+    transformer.layer or layers, depending on the family.
+    """
+    num_layers: int = encoder.config.num_hidden_layers
+    for module in encoder.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
+            return list(module)
+    return []
+
+
 def linear_entries(module: nn.Module) -> int:
-    """Entries of the weight matrices that every token of a text is multiplied with."""
+    """Number of entries of the weight matrices that every token is multiplied with."""
     return sum(
         part.weight.numel()
         for name, part in module.named_modules()
@@ -302,26 +304,5 @@ def linear_entries(module: nn.Module) -> int:
 
 
 def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
-    """0 where attention is allowed, the most negative number elsewhere."""
+    """Mask to add to attention scores: 0 where `allowed`, the most negative number elsewhere."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-
-
-def stacked_layers(model: MultiExitForSequenceClassification, num_top: int) -> list[nn.Module]:
-    """The encoder's last `num_top` layers, in the order in which they run.
-
-    Raises:
-        ValueError: it has fewer, or no list of as many modules as it has layers.
-    """
-    number = model.config.backbone_config.num_hidden_layers
-    if num_top > number:
-        raise ValueError(
-            f"gate_scope=top:{num_top}: the encoder has {number} layers. Use top:{number} at most, "
-            "or all."
-        )
-    for module in model.backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == number:
-            return list(module)[-num_top:]
-    raise ValueError(
-        f"gate_scope=top:{num_top}: no list of {number} layers is found in "
-        f"{type(model.backbone).__name__}. Use all or head."
-    )

@@ -1,7 +1,7 @@
-"""When a text leaves at an exit: one small rule a policy, decided for each text by itself.
+"""Early-exit policies: rules that decide for each text whether it leaves at an exit.
 
-A policy sees the exits in the order of their layers. What it decides on a text depends on that
-text's own readings and memory alone, never on the rest of the batch.
+A policy sees the exits in the order of their layers. Its decision on a text depends only on that
+text's own logits at this exit and the exits before, never on the rest of the batch.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,20 +20,18 @@ from torch.nn import functional
 
 from ..runtime.device import dtype_name
 from ..runtime.text import did_you_mean
+from .exits import ExitModel
 
-if TYPE_CHECKING:
-    from .multi_exit import MultiExitForSequenceClassification
-
-# What a policy carries from exit to exit: tensors [N, …], one row a text.
+# State that a policy carries from exit to exit: tensors [N, …], one row per text.
 Memory = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
 class ExitReading:
-    """What N texts showed at one exit.
+    """Outputs of one exit for N texts.
 
-    layer: the exit's.  logits [N, K], float32.
-    certainty [N]: the learned exit's probability that the exit's answer is right; None without one.
+    layer: the layer of the exit.  logits [N, K], float32.
+    certainty [N]: the learned exit's probability that the answer is correct; None without one.
     """
 
     layer: int
@@ -43,28 +41,28 @@ class ExitReading:
 
 @dataclass(frozen=True)
 class Policy(ABC):
-    """Frozen parameters and the rule; the last exit takes whatever no rule let go."""
+    """Rule with fixed parameters; texts that never satisfy it leave at the last exit."""
 
     name: ClassVar[str]
     needs_learned_exit: ClassVar[bool] = False
 
     @abstractmethod
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
-        """Which texts leave at this exit, bool [N], and what to remember of them.
+        """Return which texts leave at this exit, bool [N], and the memory for the next exit.
 
-        `memory` is empty at the first exit, and what the exit before returned at the others.
+        `memory` is empty at the first exit; at the others it is what the exit before returned.
         """
 
     def reads(self, layer: int) -> bool:
-        """Whether the exit on `layer` has to be computed."""
+        """Return whether the policy needs the exit on `layer` to be computed."""
         return True
 
     def limits(self, num_exits: int) -> dict[str, int]:
-        """The largest value that can still be reached, for parameters that count exits."""
+        """Return the largest value that can be reached, for each parameter that counts exits."""
         return {}
 
     def check(self, exit_layers: Sequence[int]) -> None:
-        """Refuse a model whose exits this policy cannot work with.
+        """Refuse a model whose exits do not fit this policy.
 
         Raises:
             ValueError: naming the parameter.
@@ -78,7 +76,7 @@ class Policy(ABC):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The parameters by name; `make_policy(name, **parameters)` makes the policy again."""
+        """Parameters by name; `make_policy(name, **parameters)` restores the policy."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -98,19 +96,22 @@ class Policy(ABC):
 
 @dataclass(frozen=True)
 class ThresholdPolicy(Policy):
-    """A text leaves on one side of a threshold. At both ends of its range: nobody, or everybody."""
+    """Leave when a signal is above the threshold; with 1 no text leaves."""
 
     threshold: float
 
     @staticmethod
     @abstractmethod
     def signal(reading: ExitReading) -> Tensor:
-        """The number in [0, 1] that is compared, float32 [N]."""
+        """Return the number in [0, 1] that is compared with the threshold, float32 [N]."""
+
+    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
+        return self.signal(reading) > self.threshold, memory
 
 
 @dataclass(frozen=True)
 class MaximumProbability(ThresholdPolicy):
-    """Leave when the largest class probability is above the threshold; 1: nobody does."""
+    """Leave when the largest class probability is above the threshold; with 1 no text leaves."""
 
     name = "max_probability"
 
@@ -118,17 +119,13 @@ class MaximumProbability(ThresholdPolicy):
     def signal(reading: ExitReading) -> Tensor:
         return torch.softmax(reading.logits, dim=-1).amax(dim=-1)
 
-    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
-        return self.signal(reading) > self.threshold, memory
-
 
 @dataclass(frozen=True)
 class Entropy(ThresholdPolicy):
-    """Leave when the entropy of the class probabilities is below the threshold; 0: nobody does.
+    """Leave when the entropy of the class probabilities is below the threshold; with 0 none does.
 
-    H = -sum_k p_k log p_k, divided by log K, so that thresholds mean the same for any number of
-    classes. After BranchyNet (arXiv 1709.01686) and DeeBERT (arXiv 2004.12993), which leave it in
-    nats.
+    H = -sum_k p_k log p_k, divided by log K so that thresholds are comparable between tasks.
+    After BranchyNet (arXiv 1709.01686) and DeeBERT (arXiv 2004.12993), which use nats.
     """
 
     name = "entropy"
@@ -145,10 +142,10 @@ class Entropy(ThresholdPolicy):
 
 @dataclass(frozen=True)
 class Learned(ThresholdPolicy):
-    """Leave when the learned exit holds the answer for right with more than this probability.
+    """Leave when the learned exit's probability of a correct answer is above the threshold.
 
-    The model's learned exit is one linear layer on the exits' representations h, the same for all
-    exits, as in BERxiT (learning to exit; EACL 2021). See `learned_exit.with_learned_exit`.
+    The learned exit is one linear layer on the exits' representations h, shared by all exits, as in
+    BERxiT (learning to exit; EACL 2021). `fit_learned_exit` fits it.
     """
 
     name = "learned"
@@ -156,19 +153,16 @@ class Learned(ThresholdPolicy):
 
     @staticmethod
     def signal(reading: ExitReading) -> Tensor:
-        assert reading.certainty is not None  # EarlyExit has refused a model without it
+        assert reading.certainty is not None  # EarlyExit refuses a model without a learned exit
         return reading.certainty
-
-    def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
-        return self.signal(reading) > self.threshold, memory
 
 
 @dataclass(frozen=True)
 class Patience(Policy):
     """Leave when `patience` exits in a row gave the same answer as the exit before them.
 
-    PABEE (arXiv 2006.04152): the count starts at 0 with the first exit, grows by 1 at an exit that
-    agrees with the one before, else falls back to 0. So patience 1 can leave at the second exit.
+    PABEE (arXiv 2006.04152): the count is 0 at the first exit, grows by 1 at an exit that agrees
+    with the one before, and is reset to 0 at any other. Patience 1 can leave at the second exit.
     """
 
     name = "patience"
@@ -188,10 +182,10 @@ class Patience(Policy):
 
 @dataclass(frozen=True)
 class PatienceConfidence(Policy):
-    """Leave when `patience` exits in a row were each confident, whatever they answered.
+    """Leave when `patience` exits in a row were confident, whether or not they agree.
 
-    After PCEE-BERT (Findings of NAACL 2022). Confident: the largest class probability is above the
-    threshold. With patience 1 this is the policy max_probability.
+    After PCEE-BERT (Findings of NAACL 2022). An exit is confident if its largest class probability
+    is above the threshold. Patience 1 is the policy max_probability.
     """
 
     name = "patience_confidence"
@@ -210,12 +204,12 @@ class PatienceConfidence(Policy):
 
 @dataclass(frozen=True)
 class Voting(Policy):
-    """Leave when `votes` of the exits so far, in a row or not, gave the same answer.
+    """Leave when `votes` of the exits so far gave the same answer, in a row or not.
 
     The voting criterion of "Early Exiting with Ensemble Internal Classifiers" (arXiv 2105.13792)
-    without its exponent of the number of voters: max_c #{exits so far that answer c} >= votes. The
-    vote that completes the number is the current exit's, so its answer is the elected class. The
-    last exit answers by itself, without an election.
+    without its scaling by the number of voters: max_c #{exits so far that answer c} >= votes. The
+    deciding vote is the current exit's, so its answer is the majority class. A text that reaches
+    the last exit gets that exit's own answer.
     """
 
     name = "voting"
@@ -234,7 +228,7 @@ class Voting(Policy):
 
 @dataclass(frozen=True)
 class FixedLayer(Policy):
-    """All leave at the exit on `layer`; no other exit is computed."""
+    """Every text leaves at the exit on `layer`; no other exit is computed."""
 
     name = "fixed_layer"
     layer: int
@@ -270,7 +264,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def policy_class(name: str) -> type[Policy]:
-    """The policy of that name.
+    """Return the policy class of that name.
 
     Raises:
         ValueError: there is none; the nearest name is offered.
@@ -281,7 +275,7 @@ def policy_class(name: str) -> type[Policy]:
 
 
 def make_policy(name: str, **parameters: Any) -> Policy:
-    """The policy of that name with these parameters, such as ("entropy", threshold=0.3).
+    """Make a policy from its name and parameters, such as ("entropy", threshold=0.3).
 
     Raises:
         ValueError: an unknown name or parameter (the nearest is offered), a missing one, or a value
@@ -301,7 +295,7 @@ def make_policy(name: str, **parameters: Any) -> Policy:
 
 
 def parse_policy(text: str) -> Policy:
-    """A policy as the command line has it, "patience_confidence:patience=2,threshold=0.9".
+    """Parse a policy from the command line: "patience_confidence:patience=2,threshold=0.9".
 
     Raises:
         ValueError: as `make_policy`, or the text has another form.
@@ -322,7 +316,7 @@ def parse_policy(text: str) -> Policy:
 
 
 def policy_from_record(record: Mapping[str, Any]) -> Policy:
-    """The policy of a record {"name": …, "parameters": {…}}, as a model's configuration keeps it.
+    """Make the policy that a record {"name": …, "parameters": {…}} of a configuration describes.
 
     Raises:
         ValueError: it does not describe a policy.
@@ -346,9 +340,9 @@ def _check_count(where: str, value: Any) -> None:
 def calibration_mismatch(
     record: Mapping[str, Any], dtype: torch.dtype, max_seq_length: int
 ) -> str | None:
-    """A sentence on how this inference differs from what a record was calibrated with, or None.
+    """Return a warning if this inference differs from the calibration in a record, else None.
 
-    Records of other makers may lack what is compared; then there is nothing to say.
+    A value that the record lacks is not compared.
     """
     made = record.get("calibration") or {}
     now = {"dtype": dtype_name(dtype), "max_seq_length": max_seq_length}
@@ -365,8 +359,8 @@ def calibration_mismatch(
     )
 
 
-def stored_policy(model: MultiExitForSequenceClassification) -> Policy:
-    """The policy that calibration stored in the model's configuration.
+def stored_policy(model: ExitModel) -> Policy:
+    """Return the policy that `fusedacl exits` stored in the model's configuration.
 
     Raises:
         ValueError: there is none, or it has been damaged.

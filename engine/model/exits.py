@@ -1,4 +1,4 @@
-"""Exits: the classifiers that sit on a layer's hidden states."""
+"""Exits: the classifiers that read a layer's hidden states, and what a model with exits has."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 
 class ExitOutput(NamedTuple):
-    embeddings: Tensor  # [N, d], the sample representation h that the classifier reads
+    embeddings: Tensor  # [N, d], the text's representation h, which the classifier reads
     logits: Tensor  # [N, K]
 
 
 class Dropout(nn.Dropout):
-    """PyTorch's dropout, with a quicker mask on the CPU: on all tokens it was most of an exit.
+    """PyTorch's dropout with a faster mask on the CPU, where it took most of an exit's time.
 
-    There four elements share one 64-bit random number, 16 bits each, so that the probability is
-    rounded to a multiple of 2^-16 (and the scale is that one's). Measured for [32, 60, 384], one
-    thread: 2.2 ms instead of 8.7 ms, where the exit's largest product takes 1 ms.
+    On the CPU four elements share one 64-bit random number, 16 bits each, so the probability is
+    rounded to a multiple of 2^-16, and the scale follows the rounded probability. For [32, 60, 384]
+    on one thread: 2.2 ms instead of 8.7 ms; the exit's largest matrix product takes 1 ms.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ class LinearExit(nn.Module):
         self.classifier = nn.Linear(hidden_size, num_labels)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> ExitOutput:
-        """hidden_states [N, T, H]; the mask is not read: the first token is never padding."""
+        """Classify hidden_states [N, T, H]; the mask is not read: no first token is padding."""
         embeddings = self.dropout(hidden_states[:, 0])
         return ExitOutput(embeddings, self.classifier(embeddings))
 
@@ -52,9 +53,9 @@ class MHAExit(nn.Module):
     """Down-projection, tanh, self-attention over the tokens, first token, tanh, linear classifier.
 
     The classifier has no bias (paper eq. 3), so its rows [K, d] are the label embeddings. The paper
-    gives neither the number of heads nor where dropout acts: we take 4 heads, and dropout on the
-    hidden states and on the attention weights, so that the representation itself stays clean.
-    Only the first token's query is computed: the other rows of the attention are never read.
+    gives neither the number of heads nor the place of dropout. Here dropout acts on the hidden
+    states and on the attention weights, so the representation itself is not perturbed.
+    Only the first token's query is computed: no other row of the attention is read.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class MHAExit(nn.Module):
         self.classifier = nn.Linear(width, num_labels, bias=False)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> ExitOutput:
-        """hidden_states [N, T, H], attention_mask [N, T] with 1 for tokens and 0 for padding."""
+        """Classify hidden_states [N, T, H]; attention_mask [N, T]: 1 for tokens, 0 for padding."""
         tokens = torch.tanh(self.down_projection(self.dropout(hidden_states)))  # [N, T, d]
         num_samples, _, width = tokens.shape
         heads = (num_samples, -1, self.num_heads, width // self.num_heads)
@@ -96,3 +97,16 @@ class MHAExit(nn.Module):
 
 
 Exit = LinearExit | MHAExit
+
+
+class ExitModel(PreTrainedModel):
+    """An encoder with exits on some of its layers: what early exit and FLOPs know of the model.
+
+    exit_layers: layers (1 = first) that carry an exit, ascending; exits: one module per such layer;
+    learned_exit: what the policy "learned" reads, None until it has been fitted.
+    """
+
+    backbone: PreTrainedModel
+    exit_layers: list[int]
+    exits: nn.ModuleList
+    learned_exit: nn.Linear | None

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 from .encoder_layers import Flops, encoder_layers
 from .exit_policies import Policy
-from .exits import Exit, LinearExit
-
-if TYPE_CHECKING:
-    from .multi_exit import MultiExitForSequenceClassification
+from .exits import Exit, ExitModel, LinearExit
 
 
-def exit_flops(
-    model: MultiExitForSequenceClassification, policy: Policy | None = None
-) -> list[Flops]:
+def exit_flops(model: ExitModel, policy: Policy | None = None) -> list[Flops]:
     """Operations on a text that leaves at each of the exits, in their order.
 
-    Layers up to the exit and every exit on the way that the policy reads; None: all.
+    They include the layers up to the exit and every exit on the way that the policy reads; without
+    a policy, every exit on the way.
     """
     layers = encoder_layers(model.backbone)
     learned = policy is not None and policy.needs_learned_exit
@@ -37,7 +33,7 @@ def exit_flops(
     return found
 
 
-def full_flops(model: MultiExitForSequenceClassification) -> Flops:
+def full_flops(model: ExitModel) -> Flops:
     """Operations of the model up to its last exit, without the other exits."""
     layers = encoder_layers(model.backbone)
     spent = layers.embedding_flops() + head_flops(cast(Exit, model.exits[-1]))
@@ -47,7 +43,7 @@ def full_flops(model: MultiExitForSequenceClassification) -> Flops:
 
 
 def head_flops(head: Exit) -> Flops:
-    """Of one exit; the mha head attends from the first token alone."""
+    """Operations of one exit; the mha head computes the attention of the first token only."""
     classifier = 2 * head.classifier.weight.numel()
     if isinstance(head, LinearExit):
         return Flops(per_text=classifier)

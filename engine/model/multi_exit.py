@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +17,12 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
+from .early_exit import EarlyExitOutput, early_exit
 from .encoder import pretrained_encoder, random_encoder, set_dropout
-from .exits import Exit, LinearExit, MHAExit
-
-if TYPE_CHECKING:
-    from ..data.batching import EncodedSplit
-    from .early_exit import EarlyExitOutput
-    from .exit_policies import Policy
+from .exit_policies import Policy
+from .exits import Exit, ExitModel, LinearExit, MHAExit
 
 EXIT_HEADS = ("mha", "linear")
 
@@ -39,9 +37,9 @@ class MultiExitConfig(PretrainedConfig):
         exit_width: width of the mha head's representation.
         exit_attention_heads: attention heads of the mha head.
         exit_dropout: dropout probability of the exits.
-        max_seq_length: tokens per text that the model was trained with, for evaluation and serving.
-        exit_policy: the calibrated early-exit policy, as `calibration_record` makes it.
-        learned_exit: whether the model has the learned exit of the policy "learned".
+        max_seq_length: maximum tokens per text in training; evaluation and serving use it too.
+        exit_policy: the calibrated early-exit policy, as written by `calibration_record`.
+        learned_exit: whether the model has the layer that the policy "learned" reads.
 
     Raises:
         ValueError: an unknown head, a layer that the backbone does not have, or repeated layers.
@@ -65,7 +63,7 @@ class MultiExitConfig(PretrainedConfig):
         if isinstance(backbone_config, dict):
             values = dict(backbone_config)
             backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
-        # transformers makes configurations without arguments too, to see their defaults.
+        # transformers also creates configurations without arguments, to read the defaults.
         self.backbone_config = backbone_config
         self.exit_head = exit_head
         self.exit_width = exit_width
@@ -101,24 +99,24 @@ class MultiExitConfig(PretrainedConfig):
 
 @dataclass
 class MultiExitOutput(ModelOutput):
-    """E exits, N samples, K labels.
+    """Outputs of E exits for N samples and K labels.
 
-    loss: sum of the exits' mean cross-entropies, where labels were given.
-    logits [N, K]: the last exit's.  exit_logits [E, N, K].
+    loss: sum of the exits' mean cross-entropies, None without labels.
+    logits [N, K]: those of the last exit.  exit_logits [E, N, K].
     exit_embeddings [E, N, d]: the representations that the classifiers read.
     """
 
     loss: Tensor | None = None
-    # Always given; ModelOutput wants a default of all fields but the first.
+    # Always set; ModelOutput requires a default for every field but the first.
     logits: Tensor = None  # type: ignore[assignment]
     exit_logits: Tensor = None  # type: ignore[assignment]
     exit_embeddings: Tensor = None  # type: ignore[assignment]
 
 
-class MultiExitForSequenceClassification(PreTrainedModel):
+class MultiExitForSequenceClassification(ExitModel):
     """A text encoder of transformers with an exit on each of `config.exit_layers`.
 
-    The representation of a text is its first token's ([CLS], <s>), so padding must be on the right.
+    The exits read the first token ([CLS], <s>), so padding must be on the right.
     """
 
     config_class = MultiExitConfig
@@ -128,7 +126,7 @@ class MultiExitForSequenceClassification(PreTrainedModel):
     _supports_flash_attn = True
 
     def __init__(self, config: MultiExitConfig, backbone: PreTrainedModel | None = None) -> None:
-        """`backbone`: an encoder to build upon; None makes one with random weights."""
+        """Put new exits on `backbone`, or on an encoder with random weights where it is None."""
         super().__init__(config)
         if config.backbone_config is None or config.exit_layers is None:
             raise ValueError("backbone_config is missing: MultiExitConfig(backbone_config, …).")
@@ -136,8 +134,8 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         self.exit_layers = config.exit_layers
         self.backbone = backbone if backbone is not None else random_encoder(config.backbone_config)
         self.exits = nn.ModuleList(self._new_exit() for _ in config.exit_layers)
-        # Made by `fit_learned_exit`; here it is only found again by from_pretrained.
-        self.learned_exit: nn.Linear | None = None
+        # Fitted by `fit_learned_exit`; created here only so that from_pretrained can load it.
+        self.learned_exit = None
         if config.learned_exit:
             width = cast(Exit, self.exits[0]).classifier.in_features
             self.learned_exit = nn.Linear(width, 1)
@@ -157,8 +155,9 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         )
 
     def _init_weights(self, module: nn.Module) -> None:
-        # Reached by the exits only (the backbone initialises itself). Variance-preserving: with
-        # the encoders' 0.02, the mha head would hand a signal of about 0.01 to its classifier.
+        # Called for the exits only; the backbone initialises itself. Xavier keeps the variance:
+        # with the encoders' standard deviation of 0.02, the mha head's representation would shrink
+        # to about 0.01.
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
@@ -174,13 +173,13 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         num_hidden_layers: int | None = None,
         **exit_options: Any,
     ) -> MultiExitForSequenceClassification:
-        """New exits on a pretrained encoder (hub name, local directory, or a model of this class).
+        """Put new exits on a pretrained encoder (hub name, local directory, or a model of ours).
 
         Args:
-            label_names: one name a class; K = len(label_names).
+            label_names: one name per class; K = len(label_names).
             dropout: dropout probability of the encoder and the exits; None keeps the encoder's
                 and 0.1 for the exits.
-            num_hidden_layers: keep the first layers only (BERT-6L); None keeps all.
+            num_hidden_layers: keep only the first layers (BERT-6L); None keeps all.
             exit_options: exit_layers (empty: every layer), exit_head, … of `MultiExitConfig`.
 
         Raises:
@@ -226,7 +225,7 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         return self.label_embeddings_of(range(len(self.exits)))
 
     def label_embeddings_of(self, positions: Sequence[int]) -> Tensor:
-        """The classifiers' weights [E, K, d] of some exits, by their positions in `exit_layers`."""
+        """The classifiers' weights [E, K, d] of the exits at these positions of `exit_layers`."""
         weights = [cast(Exit, self.exits[position]).classifier.weight for position in positions]
         return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
 
@@ -248,18 +247,17 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         policy: Policy | str | None = None,
         **options: Any,
     ) -> EarlyExitOutput:
-        """Answers where each text leaves at the first exit that the policy is content with.
+        """Answer with early exit: each text leaves at the first exit that the policy accepts.
 
             model.early_exit(tokenizer(texts, padding=True, return_tensors="pt")).predictions
 
-        `policy`: a name with its parameters (`threshold=…`) among the options, a `Policy`, or None:
-        the one that `fusedacl exits` stored. The options are those of `early_exiting.early_exit`.
+        `policy`: a name, with its parameters (`threshold=0.3`) among the options; a `Policy`; or
+        None, for the one that `fusedacl exits` stored. The options are those of the function
+        `fusedacl.engine.early_exit`.
 
         Raises:
             ValueError: the model has one exit or stores no policy; a mistake in the policy.
         """
-        from .early_exit import early_exit
-
         return early_exit(self, inputs, policy, **options)
 
     def exit_states(
@@ -273,7 +271,7 @@ class MultiExitForSequenceClassification(PreTrainedModel):
     ) -> list[Tensor]:
         """Hidden states [N, T, H] of the exits' layers; one pass through the backbone.
 
-        positions: of the exits in `exit_layers`; None: all.
+        positions: indices into `exit_layers`; None: all exits.
         """
         layers = self.exit_layers
         if positions is not None:
@@ -286,11 +284,11 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         states = self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            # Keeping all layers' states costs memory: only where an exit reads them.
+            # All layers' states are kept only if an exit below the last layer reads them.
             output_hidden_states=layers != [num_layers],
             **{**backbone_options, "return_dict": True},
         )
-        # The last layer's output is read after a final norm, where the encoder has one.
+        # The last exit reads the output of the final norm, where the encoder has one.
         return [
             states.last_hidden_state if layer == num_layers else states.hidden_states[layer]
             for layer in layers
@@ -304,7 +302,7 @@ class MultiExitForSequenceClassification(PreTrainedModel):
         *,
         positions: Sequence[int] | None = None,
     ) -> MultiExitOutput:
-        """The exits on what `exit_states` gave for the same positions."""
+        """Run the exits at `positions` on their hidden states, as `exit_states` returns them."""
         if attention_mask is None:
             attention_mask = hidden_states[0].new_ones(hidden_states[0].shape[:2])
         positions = range(len(self.exits)) if positions is None else positions
@@ -326,7 +324,7 @@ class MultiExitForSequenceClassification(PreTrainedModel):
 
 
 def parse_layers(text: str | None) -> list[int]:
-    """Layers of `exit_layers`: 'all' or None (both the empty list), or a list such as '2,4,6'.
+    """Parse `exit_layers`: 'all' or None give the empty list, '2,4,6' the three layers.
 
     Raises:
         ValueError: it is neither.
@@ -340,7 +338,7 @@ def parse_layers(text: str | None) -> list[int]:
 
 
 def label_names(config: PretrainedConfig) -> list[str]:
-    """The classes' names, in the order of the logits."""
+    """Names of the classes, in the order of the logits."""
     names = cast(dict[int, str], config.id2label)
     return [names[index] for index in sorted(names)]
 
@@ -360,8 +358,6 @@ def _truncate(config: PretrainedConfig, num_hidden_layers: int) -> None:
 
 
 AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig, exist_ok=True)
-
-
 AutoModelForSequenceClassification.register(
     MultiExitConfig, MultiExitForSequenceClassification, exist_ok=True
 )

@@ -1,4 +1,4 @@
-"""Models and tokenizers from a directory or the hub, and what they can take."""
+"""Tokenizers and trained models from a directory or the hub."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ DEFAULT_MAX_LENGTH = 128
 def load_tokenizer(
     name_or_path: str, option: str = "model_name_or_path"
 ) -> PreTrainedTokenizerBase:
-    """The model's tokenizer, with a padding token and padding on the right ([CLS] stays first).
+    """Load a model's tokenizer; it pads on the right, so that [CLS] stays first.
 
-    `option`: the option that named it, for messages.
+    `option`: the command-line option that named it, for messages.
 
     Raises:
         ValueError: there is no tokenizer, or it cannot pad.
@@ -38,7 +38,7 @@ def load_tokenizer(
         raise ValueError(
             f"The tokenizer of {name_or_path!r} has no padding token: choose a BERT-like encoder."
         )
-    # Where the vocabulary's files are missing, transformers makes a tokenizer that knows no word.
+    # Without vocabulary files, transformers makes a tokenizer with special tokens only.
     if len(tokenizer) <= len(tokenizer.all_special_tokens):
         raise ValueError(
             f"{option}={name_or_path!r} has no tokenizer that can be loaded: its "
@@ -51,11 +51,11 @@ def load_tokenizer(
 def length_limit(
     model: MultiExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """The longest input in tokens that both the encoder's positions and the tokenizer allow."""
-    limit = int(tokenizer.model_max_length)  # 10^30 where the tokenizer knows none
+    """Return the longest input, in tokens, that both the encoder and the tokenizer allow."""
+    limit = int(tokenizer.model_max_length)  # 10^30 where the tokenizer has no limit
     positions = getattr(model.config.backbone_config, "max_position_embeddings", None)
     if positions is not None:
-        # RoBERTa and its kin count positions from padding_idx + 1.
+        # RoBERTa and similar encoders number positions from padding_idx + 1.
         table = getattr(getattr(model.backbone, "embeddings", None), "position_embeddings", None)
         reserved = getattr(table, "padding_idx", None)
         limit = min(limit, positions - (0 if reserved is None else reserved + 1))
@@ -63,7 +63,7 @@ def length_limit(
 
 
 class TrainedModel:
-    """A model that a run left, ready for inference, with its tokenizer and sequence length.
+    """A trained model, ready for inference, with its tokenizer and sequence length.
 
     Raises:
         ValueError: `model_name_or_path` is missing or is not a model of fusedacl, or the machine
@@ -85,14 +85,14 @@ class TrainedModel:
 
     @property
     def label_names(self) -> list[str]:
-        """The classes' names, in the order of the logits."""
+        """Names of the classes, in the order of the logits."""
         return label_names(self.model.config)
 
 
 def load_trained(
     path: str, option: str = "model_name_or_path"
 ) -> MultiExitForSequenceClassification:
-    """A model that `fusedacl train` saved; `option`: the one that named it, for messages.
+    """Load a model that `fusedacl train` saved; `option` named it, for messages.
 
     Raises:
         ValueError: the directory holds none, or a damaged one.
@@ -107,7 +107,7 @@ def load_trained(
             f"then {option} is runs/mine."
         )
     try:
-        # transformers gives a model, and with output_loading_info a pair.
+        # Any, because with output_loading_info transformers returns a pair.
         loaded: Any = MultiExitForSequenceClassification.from_pretrained(
             path, dtype=torch.float32, output_loading_info=True
         )
@@ -115,7 +115,7 @@ def load_trained(
         # safetensors, the hub client and transformers each raise errors of their own here.
         raise ValueError(f"{where} cannot be loaded: {error}{nearest_directory(path)}") from None
     model, report = loaded
-    # transformers fills what is missing with random numbers.
+    # transformers initialises missing weights at random.
     missing = sorted(report["missing_keys"])
     if missing:
         raise ValueError(
@@ -126,7 +126,7 @@ def load_trained(
 
 
 def _model_type(path: str, where: str) -> str | None:
-    """What config.json, of a directory or of a model of the hub, says that the model is."""
+    """Return the model_type in config.json of a directory or of a model on the hub."""
     config_file = Path(path) / "config.json"
     if Path(path).is_dir() and not config_file.is_file():
         raise ValueError(

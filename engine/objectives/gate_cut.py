@@ -18,7 +18,7 @@ from torch.nn import Parameter
 from ...kernels import gated_combine_, grad_dot_norm
 from ...kernels.gradients.angle import angle_degrees, choose, within_angle
 from ..config.gate_scope import parse_scope
-from ..model.encoder_layers import stacked_layers
+from ..model.encoder_layers import layer_modules
 from ..model.exits import ExitOutput
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..runtime.profiler_marks import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, part
@@ -42,7 +42,7 @@ class Cut:
     Every forward pass that builds a graph is cut, until `remove`.
 
     Raises:
-        ValueError: as for `stacked_layers`.
+        ValueError: as for `top_layers`.
     """
 
     def __init__(self, model: MultiExitForSequenceClassification, scope: str) -> None:
@@ -53,7 +53,7 @@ class Cut:
         if num_top is None:
             raise ValueError("gate_scope=all has no cut: use GradientGate.")
         if num_top:
-            cut_layer = stacked_layers(model, num_top)[0]
+            cut_layer = top_layers(model, num_top)[0]
             self._handles = [
                 cut_layer.register_forward_pre_hook(self._replace_input, with_kwargs=True)
             ]
@@ -117,7 +117,7 @@ class ScopedGate:
         weight, max_angle, impl: as for `GradientGate`.
 
     Raises:
-        ValueError: as for `stacked_layers` and `GradientGate`.
+        ValueError: as for `top_layers` and `GradientGate`.
     """
 
     def __init__(
@@ -273,15 +273,36 @@ def first_states(args: tuple[Tensor, ...]) -> Tensor:
     return args[0][:, 0].detach()
 
 
+def top_layers(model: MultiExitForSequenceClassification, num_top: int) -> list[nn.Module]:
+    """Return the encoder's last `num_top` layers, in the order in which they run.
+
+    Raises:
+        ValueError: the encoder has fewer layers, or layers that share weights.
+    """
+    layers = layer_modules(model.backbone)
+    number = model.config.backbone_config.num_hidden_layers
+    if num_top > number:
+        raise ValueError(
+            f"gate_scope=top:{num_top}: the encoder has {number} layers. Use top:{number} at most, "
+            "or all."
+        )
+    if not layers:
+        raise ValueError(
+            f"gate_scope=top:{num_top}: no list of {number} layers is found in "
+            f"{type(model.backbone).__name__}. Use all or head."
+        )
+    return layers[-num_top:]
+
+
 def top_parameters(model: MultiExitForSequenceClassification, num_top: int) -> list[Parameter]:
     """The trained parameters of the last exit and the last `num_top` encoder layers.
 
     Raises:
-        ValueError: as for `stacked_layers`.
+        ValueError: as for `top_layers`.
     """
     # The norm after the last layer, in encoders that normalise before their layers.
     after = getattr(model.backbone, "final_norm", None)
-    modules = [*stacked_layers(model, num_top), model.exits[-1]]
+    modules = [*top_layers(model, num_top), model.exits[-1]]
     modules += [] if after is None else [after]
     return [p for module in modules for p in module.parameters() if p.requires_grad]
 

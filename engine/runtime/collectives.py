@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other; alone, each of these is the plain thing.
+"""Collective operations of a run's processes; in a run of one process they exchange nothing.
 
 Every process must call them in the same order.
 """
@@ -19,12 +19,12 @@ Result = TypeVar("Result")
 
 
 def group() -> dist.ProcessGroup | None:
-    """All processes of the run; None where there is one."""
+    """Return the group of all processes, None in a run of one process."""
     return dist.group.WORLD if processes.world_size() > 1 else None
 
 
 def gathered(value: Any) -> list[Any]:
-    """The value of each process, by rank."""
+    """Return the value of every process, by rank."""
     if processes.world_size() == 1:
         return [value]
     values: list[Any] = [None] * processes.world_size()
@@ -33,7 +33,7 @@ def gathered(value: Any) -> list[Any]:
 
 
 def total(values: Tensor) -> Tensor:
-    """The sum over the processes."""
+    """Return the sum over the processes."""
     if processes.world_size() > 1:
         values = values.clone()
         dist.all_reduce(values)
@@ -41,7 +41,7 @@ def total(values: Tensor) -> Tensor:
 
 
 def largest(number: int, device: torch.device) -> int:
-    """The largest of the processes' numbers."""
+    """Return the largest number of any process."""
     if processes.world_size() == 1:
         return number
     tensor = torch.tensor(number, device=device)
@@ -50,11 +50,11 @@ def largest(number: int, device: torch.device) -> int:
 
 
 def together(action: Callable[[], Result]) -> Result:
-    """What `action` gives here, if it succeeds everywhere.
+    """Run `action` on every process and return this process's result.
 
     Raises:
-        ValueError, OSError: it failed on some process, which is named. Without this the others
-            would wait for it until they run out of time.
+        ValueError, OSError: it failed on some process, which is named. All processes raise, so that
+            none waits for the failed one until the timeout.
     """
     result, failure = None, None
     try:
@@ -68,7 +68,7 @@ def together(action: Callable[[], Result]) -> Result:
     for rank, (host, found) in enumerate(answers):
         if found is not None:
             is_mistake, message = found
-            # A mistake that every process makes is told as a single process would tell it.
+            # Where every process fails in the same way, the message names none of them.
             if any(other != found for _, other in answers):
                 message = f"Process {rank} on {host}: {message}"
             raise ValueError(message) if is_mistake else OSError(message)
@@ -76,10 +76,10 @@ def together(action: Callable[[], Result]) -> Result:
 
 
 def from_first(make: Callable[[], Result]) -> Result:
-    """What `make` gives on process 0, on all of them.
+    """Run `make` on process 0 and return its result on every process.
 
     Raises:
-        ValueError, OSError: it failed there.
+        ValueError, OSError: it failed on process 0.
     """
     made = together(lambda: make() if processes.rank() == 0 else None)
     values = [made]
@@ -89,7 +89,7 @@ def from_first(make: Callable[[], Result]) -> Result:
 
 
 def check_alike(what: str, value: Any) -> None:
-    """Refuse processes that differ in what must be the same.
+    """Refuse a run whose processes have different values.
 
     Raises:
         ValueError: naming the first process that differs from process 0, and both values.

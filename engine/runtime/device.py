@@ -1,4 +1,4 @@
-"""Which arithmetic a run uses, and dynamic loss scaling for float16."""
+"""The device and the floating-point precision of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ logger = logging.getLogger("fusedacl")
 
 
 def choose_device(name: str) -> torch.device:
-    """'auto' | 'cpu' | 'cuda' -> the device.
+    """Return the device for 'auto', 'cpu' or 'cuda'.
 
     Raises:
         ValueError: cuda is asked for and this torch sees no GPU.
@@ -28,7 +28,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(device: torch.device, *, fp16: bool, bf16: bool) -> torch.dtype:
-    """The dtype of matrix products under autocast; float32: no autocast.
+    """Return the dtype of matrix products under autocast; float32 means no autocast.
 
     Raises:
         ValueError: bf16 on a GPU without it (before Ampere, such as V100).
@@ -43,7 +43,7 @@ def choose_dtype(device: torch.device, *, fp16: bool, bf16: bool) -> torch.dtype
 
 
 def computes(dtype: torch.dtype) -> bool:
-    """Whether this CPU has fast matrix products of that dtype; without them they are emulated."""
+    """Return whether this CPU has matrix products of that dtype; otherwise they are emulated."""
     if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     if dtype == torch.float16:
@@ -62,10 +62,10 @@ def _warn_slow(dtype: torch.dtype) -> None:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Mixed precision for a forward pass; does nothing for float32."""
+    """Return the autocast context of a forward pass; it does nothing for float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """ "float32" for torch.float32, as records keep it."""
+    """Return a dtype's name without "torch.", such as float32."""
     return str(dtype).removeprefix("torch.")

@@ -1,42 +1,42 @@
-"""The other processes of a run: which of them has ended, when an exchange with them fails."""
+"""Explanations of failed exchanges between processes: which process has ended."""
 
 from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 
 import torch.distributed as dist
 
 from . import collectives, processes
+from .lock import is_running
 
-# Of errors that torch raises as plain RuntimeErrors.
+# Words by which a failed exchange is recognised where torch raises a plain RuntimeError.
 _SIGNS = ("gloo", "connection", "timed out", "timeout", "nccl")
 
 
 class Peers:
-    """Where each process of the run lives. Collective."""
+    """Machine and process id of every process of the run. The constructor is collective."""
 
     def __init__(self) -> None:
         self.places = collectives.gathered((*_machine(), os.getpid()))
-        # Of the launcher: it changes when that one dies.
+        # The launcher's process id; after its end this process has another parent.
         self.parent = os.getppid()
 
     def launcher_is_gone(self) -> bool:
-        """Whether the launcher that started this process has ended."""
+        """Return whether the launcher that started this process has ended."""
         return processes.launched() is not None and os.getppid() != self.parent
 
     def ended(self) -> list[int]:
-        """The processes of this machine that are no more; of other machines nothing is known."""
+        """Return the ranks on this machine that have ended; other machines cannot be checked."""
         here = _machine()
         return [
             rank
             for rank, (*machine, process) in enumerate(self.places)
-            if tuple(machine) == here and not _is_running(process)
+            if tuple(machine) == here and not is_running(process)
         ]
 
     def explain(self, error: RuntimeError, step: int) -> OSError | None:
-        """What a failed exchange with them means, in words; None: `error` is something else."""
+        """Return an error that explains a failed exchange; None if `error` is something else."""
         is_of_exchange = isinstance(error, dist.DistError) or any(
             sign in str(error).lower() for sign in _SIGNS
         )
@@ -57,21 +57,9 @@ class Peers:
 
 
 def _machine() -> tuple[str, str]:
-    """This machine, as far as process numbers mean the same: its name and number space."""
+    """Host name and process-id namespace: where both are equal, process ids can be compared."""
     try:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
         space = ""
     return socket.gethostname(), space
-
-
-def _is_running(process: int) -> bool:
-    """Whether it is there and not merely waiting for its parent to see that it has ended."""
-    try:
-        os.kill(process, 0)
-        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's, or a system without /proc
-        return True
-    return state not in ("Z", "X")

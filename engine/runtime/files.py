@@ -1,4 +1,4 @@
-"""Files written whole or not at all."""
+"""Files that are written completely or not at all, and configuration files."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import yaml
 
 
 def write_json(path: Path, values: Any) -> None:
-    """A JSON file, whole or absent."""
+    """Write a JSON file with `write_whole`."""
     write_whole(path, json.dumps(values, indent=2) + "\n")
 
 
 def flush(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -25,7 +25,7 @@ def flush(path: Path) -> None:
 
 
 def read_file(path: str | Path) -> dict[str, Any]:
-    """Option names and values of a YAML or JSON file.
+    """Read option names and values from a YAML or JSON file.
 
     Raises:
         ValueError: the file is missing, unreadable, or not a mapping of names to values.
@@ -44,7 +44,7 @@ def read_file(path: str | Path) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file that is never seen half-written, nor lost when the disk is full."""
+    """Write a text file in one step: readers see the old content or the new, never a part."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)

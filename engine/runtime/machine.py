@@ -1,4 +1,4 @@
-"""The machine and the versions that a result was made with."""
+"""Names and versions of the hardware and packages that a result was made with."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    """Package -> installed version, those that are absent left out; Python's too."""
+    """Return package -> version for Python and the installed packages of `PACKAGES`."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -33,7 +33,7 @@ def versions() -> dict[str, str]:
 
 
 def machine_name(device: torch.device | None = None) -> str:
-    """What a time is taken on: the GPU's name, or the CPU's with the threads of torch."""
+    """Return the GPU's name, or the CPU's with the number of torch's threads."""
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_name(device)
     number = torch.get_num_threads()
@@ -41,7 +41,7 @@ def machine_name(device: torch.device | None = None) -> str:
 
 
 def cpu_model() -> str:
-    """The CPU's name, as its maker writes it."""
+    """Return the CPU's name as the system reports it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

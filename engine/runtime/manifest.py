@@ -1,4 +1,4 @@
-"""What a checkpoint consists of, written when all of it is there: sizes and checksums."""
+"""The manifest of a checkpoint: sizes and checksums of its files, written last."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ from pathlib import Path
 from .files import flush, write_whole
 
 CHECKPOINT_PREFIX = "checkpoint-"
-
-
 MANIFEST_FILE = "manifest.json"
 
 
 def sealed(file: Path) -> dict[str, str | int]:
-    """Size (bytes) and SHA-256 of a file, which is on the disk then."""
+    """Flush a file to the disk and return its size (bytes) and SHA-256."""
     flush(file)
     return {"bytes": file.stat().st_size, "sha256": _checksum(file)}
 
 
 def write_manifest(directory: Path, files: Mapping[str, Mapping[str, str | int]]) -> None:
-    """Note the directory's files, as `sealed` gave them; nothing may be written there after it."""
+    """Write the manifest of files as `sealed` returned them; no file may change afterwards."""
     write_whole(directory / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n")
     flush(directory / MANIFEST_FILE)
 
 
 def fault(directory: Path, *, thorough: bool = True) -> str | None:
-    """What is wrong with a checkpoint, in words; None: it is what was saved.
+    """Return a sentence on how a checkpoint differs from its manifest, None if it does not.
 
-    `thorough`: read every byte; else look at the sizes only.
+    thorough: compare checksums too, not only sizes.
     """
     try:
         text = (directory / MANIFEST_FILE).read_text(encoding="utf-8")
@@ -63,12 +61,12 @@ def _checksum(file: Path) -> str:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The optimizer step that a checkpoint's directory is named after."""
+    """Return the optimizer step in a checkpoint directory's name."""
     return int(checkpoint.name.removeprefix(CHECKPOINT_PREFIX).split(".")[0])
 
 
 def checkpoint_directories(output_dir: Path) -> list[Path]:
-    """All that is named as a checkpoint, complete or not, oldest first."""
+    """Return every directory named like a checkpoint, complete or not, by step."""
     found = [
         path
         for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*")
@@ -78,10 +76,10 @@ def checkpoint_directories(output_dir: Path) -> list[Path]:
 
 
 def check_not_sealed(directory: Path) -> None:
-    """Refuse to change the model in a checkpoint: its manifest would call it damaged afterwards.
+    """Refuse a directory whose files may not change, because its manifest lists them.
 
     Raises:
-        ValueError: the directory is a checkpoint of a run, by its name and its manifest.
+        ValueError: the directory is a checkpoint of a run.
     """
     directory = directory.resolve()
     if (

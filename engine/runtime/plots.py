@@ -1,4 +1,4 @@
-"""What the figures of a report share: colours, legends that a page can follow, and panels."""
+"""Colours, markers, legends and panels of all figures, and how figures are saved."""
 
 from __future__ import annotations
 
@@ -11,44 +11,48 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# At least 3:1 on white and on the dark page; the markers tell them apart without colour.
+# The one palette. Contrast is at least 3:1 on white and on the dark page; where colours stand for
+# series, markers tell the series apart without colour.
 COLORS = ("#3a6fb8", "#c8641b", "#2a9163", "#9159b8", "#cf4552", "#8f6b4f", "#1b8fa6", "#7d7d7d")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
-_PANELS_A_ROW = 3
+PANELS_PER_ROW = 3
 
 
 def look(index: int) -> dict[str, Any]:
-    """Colour and marker of the series number `index`."""
+    """Return colour and marker of series `index`."""
     return {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)]}
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """Make an empty figure; width and height in inches."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def save_figure(figure: Figure, path: Path) -> list[Path]:
-    """`path`.png and `path`.svg, the same bytes for the same figure."""
+def save_figure(
+    figure: Figure, path: Path, suffixes: Sequence[str] = (".png", ".svg")
+) -> list[Path]:
+    """Save `path`.png and `path`.svg and return both; equal figures give equal bytes."""
     from matplotlib import rc_context
 
-    files = [path.with_name(path.name + suffix) for suffix in (".png", ".svg")]
-    # Letters stay letters: they can be read out, searched and recoloured by a page.
+    files = [path.with_name(path.name + suffix) for suffix in suffixes]
+    # Text stays text in SVG: a page can search and recolour it, a screen reader can read it.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.name}):
-        figure.savefig(files[0], dpi=150)
-        figure.savefig(files[1], metadata={"Date": None})
+        for file in files:
+            options: Any = {"metadata": {"Date": None}} if file.suffix == ".svg" else {"dpi": 150}
+            figure.savefig(file, **options)
     return files
 
 
 def plain(axes: Axes) -> None:
-    """A light grid and two spines."""
+    """Style axes with a light grid and without the top and right spines."""
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def mark(index: int, *artists: Any, first: int = 0) -> None:
-    """Name the parts of the series number `index`, so that a page can show it alone."""
+    """Give the artists of series `index` ids, by which a page can highlight the series."""
     for number, artist in enumerate(artists, start=first):
         artist.set_gid(f"series-{index}-{number}")
 
@@ -59,7 +63,7 @@ def legend_below(
     labels: Sequence[str],
     series: Sequence[int] | None = None,
 ) -> None:
-    """A legend under the axes; its entries are named after their series (by default 0, 1, …)."""
+    """Draw a legend below the axes; entry i has the id of `series[i]` (by default i)."""
     widest = max(map(len, labels))
     columns = max(1, min(len(labels), round(13 * figure.get_figwidth() / (widest + 8))))
     legend = figure.legend(
@@ -73,8 +77,8 @@ def legend_below(
 
 
 def panels(number: int, height: float, width: float = 3.1) -> tuple[Figure, list[Axes]]:
-    """A figure with `number` panels, each about `width` by `height` inches, rows of three."""
-    columns = min(number, _PANELS_A_ROW)
+    """Make a figure of `number` panels, each about `width` by `height` inches, three per row."""
+    columns = min(number, PANELS_PER_ROW)
     rows = math.ceil(number / columns)
     figure = new_figure(max(6.0, columns * width + 1.2), rows * height)
     every = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -84,7 +88,7 @@ def panels(number: int, height: float, width: float = 3.1) -> tuple[Figure, list
 
 
 def require_matplotlib() -> None:
-    """Check that figures can be drawn, before any work.
+    """Check that figures can be drawn, before any other work.
 
     Raises:
         ValueError: matplotlib is not installed.

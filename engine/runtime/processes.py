@@ -1,4 +1,4 @@
-"""The processes of one run: who they are, how they meet, and how long they wait for each other."""
+"""The processes of a run: ranks from the launcher, start of torch.distributed, timeouts."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT_SECONDS = 600.0
-# In which all processes must have come, and their connections stand.
+# Time for all processes to start and to connect.
 MEETING_SECONDS = 60.0
-# For torch to notice that by itself.
+# Time beyond it in which torch may report the timeout itself.
 GRACE_SECONDS = 5.0
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One process among those of a run: its rank, their number, its rank on this machine."""
+    """Rank of a process, number of processes, and rank among those of this machine."""
 
     rank: int
     world_size: int
@@ -30,7 +30,7 @@ class Launch:
 
 
 def launched() -> Launch | None:
-    """What torchrun or the deepspeed launcher says about this process; None without a launcher.
+    """Read the variables set by torchrun or the deepspeed launcher; None without a launcher.
 
     Raises:
         ValueError: a launcher's variables are incomplete or contradict each other.
@@ -58,17 +58,17 @@ def launched() -> Launch | None:
 
 
 def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
-    """Meet the other processes of the run; returns this one's device. Alone without a launcher.
+    """Start torch.distributed and return this process's device; without a launcher, alone.
 
     Args:
         device: auto, cpu or cuda. On a machine with several GPUs each process takes its own.
-        timeout_seconds: for every exchange after the meeting; a process that waits longer ends with
-            an error, so that a dead one takes the run down and does not hang it.
+        timeout_seconds: limit for every exchange after the start; a process that waits longer ends
+            with an error, so that a dead process ends the run and does not hang it.
 
     Raises:
         ValueError: a launcher's variables are wrong, a GPU is missing, or the network interface
             that the environment names does not exist here.
-        OSError: processes did not come within `MEETING_SECONDS`, which are named, or cannot be
+        OSError: processes did not start within `MEETING_SECONDS` (they are named) or cannot be
             reached.
     """
     launch = launched() or Launch(0, 1, 0)
@@ -90,11 +90,11 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
         missing = _missing(store, launch)
         if missing:
             raise OSError(
-                f"{who}: process(es) {', '.join(map(str, missing))} did not come to {place} within "
-                f"{MEETING_SECONDS:g} s. Start all of them, on every machine, at about the same "
-                "time."
+                f"{who}: process(es) {', '.join(map(str, missing))} did not connect to {place} "
+                f"within {MEETING_SECONDS:g} s. Start all of them, on every machine, at about the "
+                "same time."
             )
-        # The connections between them are made now, too.
+        # This also makes the connections between the processes.
         dist.init_process_group(
             backend,
             store=store,
@@ -103,7 +103,7 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
             timeout=meeting,
         )
         barrier()
-    # torch's own errors of this kind are RuntimeErrors.
+    # torch raises network errors as RuntimeErrors.
     except (RuntimeError, ValueError) as error:
         if "EADDRINUSE" in str(error):
             raise OSError(
@@ -111,7 +111,7 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
                 "program. Name a free one: MASTER_PORT, or --master_port of the launcher."
             ) from error
         raise OSError(
-            f"{who} could not meet the others at {place} within {MEETING_SECONDS:g} s: "
+            f"{who} could not connect to the others at {place} within {MEETING_SECONDS:g} s: "
             f"{_first_line(error)} Check that this address can be reached from every machine, and, "
             f"where a machine has several networks, that {_interface(backend)} names the right one."
         ) from error
@@ -120,9 +120,9 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
 
 
 def _store(launch: Launch, meeting: timedelta) -> dist.Store:
-    """Where the processes find each other: torchrun has opened it, or the first of them does.
+    """Connect to the rendezvous store, which torchrun or else process 0 opens.
 
-    Not `init_process_group`'s own, which waits for all and then cannot say who is missing.
+    `init_process_group` would open one itself, but could not say which process is missing.
     """
     is_torchruns = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     made: list[dist.Store | Exception] = []
@@ -141,8 +141,8 @@ def _store(launch: Launch, meeting: timedelta) -> dist.Store:
         else:
             made.append(store)
 
-    # Its own timeout does not count once something has taken the call, such as another program's
-    # server that never answers.
+    # TCPStore's timeout does not apply once a connection is accepted, for example by another
+    # program's server that never answers.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(meeting.total_seconds() + GRACE_SECONDS)
@@ -151,12 +151,12 @@ def _store(launch: Launch, meeting: timedelta) -> dist.Store:
     store = made[0]
     if isinstance(store, Exception):
         raise store
-    # A restarted run must not find the keys of the one before.
+    # A restarted run must not read the keys of the run before.
     return dist.PrefixStore(f"fusedacl{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}", store)
 
 
 def _missing(store: dist.Store, launch: Launch) -> list[int]:
-    """The processes that have not come in time."""
+    """Return the ranks that did not start in time."""
     store.set(f"process {launch.rank}", socket.gethostname())
     missing = list(range(launch.world_size))
     end = time.monotonic() + MEETING_SECONDS
@@ -169,7 +169,7 @@ def _missing(store: dist.Store, launch: Launch) -> list[int]:
 def _check_interface(variable: str) -> None:
     name = os.environ.get(variable, "")
     known = [interface for _, interface in socket.if_nameindex()]
-    # NCCL takes prefixes and lists, too.
+    # Gloo only: NCCL's variable may also hold prefixes and lists.
     if variable == "GLOO_SOCKET_IFNAME" and name and name not in known:
         raise ValueError(
             f"{variable}={name}: {socket.gethostname()} has no such network interface. It has "
@@ -178,12 +178,12 @@ def _check_interface(variable: str) -> None:
 
 
 def world_size() -> int:
-    """Processes of the run; 1 before `join`."""
+    """Return the number of processes; 1 before `join`."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 .. world_size() - 1."""
+    """Return this process's rank, 0 .. world_size() - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -194,7 +194,7 @@ def barrier() -> None:
 
 
 def leave() -> None:
-    """Close the connections; without this a process may print warnings at its end."""
+    """Close the connections; without this, torch may print warnings when the process ends."""
     if dist.is_initialized():
         dist.destroy_process_group()
 

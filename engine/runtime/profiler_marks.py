@@ -1,4 +1,4 @@
-"""The parts of a training step, by name, and the marks that a profiler sees."""
+"""Names of the parts of a training step, and the ranges by which a profiler sees them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WORDS = {
     COMMUNICATION: "gradients and rows to and from other processes",
     OTHER: "other",
 }
-# Of the names that a profiler sees: parts, and the steps themselves.
+# Prefix of all names in a profile, and the name of a whole step.
 PREFIX = "fusedacl."
 STEP = "step"
 
@@ -35,14 +35,14 @@ _marks = False
 
 
 def mark_parts(on: bool) -> None:
-    """Whether `part` leaves marks from now on."""
+    """Turn the ranges of `part` on or off."""
     global _marks
     _marks = on
 
 
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
-    """Marks a part of a step, as a block or as a function's decorator, while `mark_parts` is on."""
+    """Mark a part of a step, as a block or a decorator, while `mark_parts` is on."""
     if not _marks:
         yield
         return

@@ -6,15 +6,9 @@ import logging
 import signal
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
-logger = logging.getLogger(__name__)
-
-
-class Noting(Protocol):
-    """An object that remembers the number of the signal that came, or None."""
-
-    signal: int | None
+logger = logging.getLogger("fusedacl")
 
 
 class Interrupted(Exception):
@@ -29,25 +23,29 @@ class Interrupted(Exception):
 
 
 class SignalsNoted:
-    """Within the block SIGINT and SIGTERM are noted for the end of the step; a second one acts."""
+    """Note SIGINT and SIGTERM within a `with` block; a second one raises KeyboardInterrupt.
 
-    def __init__(self, trainer: Noting) -> None:
-        self.trainer = trainer
-        self.previous: dict[int, Any] = {}
+    received: number of the first signal, None until one came.
+    """
 
-    def __enter__(self) -> None:
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> SignalsNoted:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self.previous[number] = signal.signal(number, self._note)
-            except ValueError:  # not in the main thread: the caller's signals are the caller's
-                return
+                self._previous[number] = signal.signal(number, self._note)
+            except ValueError:  # only the main thread may set handlers
+                break
+        return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.trainer.signal is not None:
+        if self.received is not None:
             raise KeyboardInterrupt
-        self.trainer.signal = number
+        self.received = number
         logger.warning("%s: saving after this step …", signal.Signals(number).name)
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)

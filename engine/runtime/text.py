@@ -1,4 +1,4 @@
-"""Tables and suggestions in plain text."""
+"""Tables as text, Markdown and CSV; suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .files import write_whole
 
 
 def nearest_directory(name_or_path: str) -> str:
-    """' Did you mean …?' where a directory of nearly that name lies beside."""
+    """Return ' Did you mean …?' if a directory of a similar name exists beside, else ''."""
     path = Path(name_or_path)
     if not path.parent.is_dir() or path.is_dir():
         return ""
@@ -23,7 +23,7 @@ def nearest_directory(name_or_path: str) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """' Did you mean …?' with the nearest known name, or the list of what is known."""
+    """Return ' Did you mean …?' with the nearest known name, or the list of known names."""
     names = sorted(known)
     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     if nearest:
@@ -32,7 +32,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell, the first to the left, the others to the right."""
+    """Format a table of padded columns; the first is left-aligned, the others right-aligned."""
     cells = [list(header), *(list(row) for row in rows)]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = []
@@ -47,7 +47,7 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A GitHub table."""
+    """Format a table in GitHub's Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -59,9 +59,9 @@ def write_tables(
     words: str = "",
     numbers: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
 ) -> list[Path]:
-    """A table as `path`.csv and `path`.md, the latter below `words`; returns both.
+    """Write a table to `path`.csv and, below `words`, to `path`.md; return both files.
 
-    `numbers`: header and rows of the CSV where they are not those of the page.
+    `numbers`: header and rows of the CSV if they differ from those of the Markdown.
     """
     text = io.StringIO()
     of_csv = (header, rows) if numbers is None else numbers
@@ -74,7 +74,11 @@ def write_tables(
 
 
 def leader(scores: dict[str, list[float]]) -> str | None:
-    """The best mean's name, if its lead exceeds the sum of both deviations and seeds repeat."""
+    """Return the name with the best mean score if its lead is clear, else None.
+
+    scores: name -> score per seed. A lead is clear if it exceeds the sum of the standard deviations
+    of the best two; every name needs at least two seeds.
+    """
     order = sorted(scores, key=lambda objective: -statistics.mean(scores[objective]))
     if len(order) < 2 or min(len(values) for values in scores.values()) < 2:
         return None

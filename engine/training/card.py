@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config.gate_scope import scope_words
 from ..config.training import TrainingConfig
-from ..model.card import _METADATA, _TAGS, front_matter, made_with
+from ..model.card import front_matter, made_with
 from ..runtime.text import markdown_table
 
 _OBJECTIVES = {
@@ -34,14 +34,7 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
     names = {name for scores in _scores(results) for name in scores if name != "loss"}
     is_local = Path(base_model).exists()
     title = Path(base_model).name if is_local else base_model
-    metadata = {
-        **_METADATA,
-        # The hub knows models by their names there.
-        **({} if is_local else {"base_model": base_model}),
-        "tags": _TAGS,
-        "metrics": sorted(names),
-    }
-    lines = front_matter(metadata)
+    lines = front_matter(None if is_local else base_model, sorted(names))
     lines += [f"# {title} fine-tuned on {results['data']}", ""]
     lines += [f"- Base model: {base_model}", f"- Data: {results['data']}"]
     lines += [f"- Objective: {objective}", *_strategy(config)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -27,12 +26,12 @@ from ..model.multi_exit import MultiExitForSequenceClassification
 from ..runtime import collectives, processes
 from ..runtime.device import autocast
 from ..runtime.files import write_json
+from ..runtime.lock import DirectoryLock
 
 logger = logging.getLogger("fusedacl")
 
 STATES_FILE = "states.float16"
 META_FILE = "meta.json"
-LOCK_FILE = ".lock"
 # What a disk without room for a file answers, and one on which none can be reserved.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
@@ -100,13 +99,8 @@ class FeatureCache:
 
         Two runs that both found nothing would empty the file that the other one reads.
         """
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((directory / LOCK_FILE).open("a"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            logger.info("Feature cache: waiting for the run that writes %s.", directory)
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = f"Feature cache: waiting for the run that writes {directory}."
+        held.enter_context(DirectoryLock(directory).held(waiting))
         return self._is_there(directory, meta)
 
     def _is_there(self, directory: Path, meta: dict[str, Any]) -> bool:

@@ -31,9 +31,9 @@ from ..runtime import collectives, processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.failures import Peers
 from ..runtime.files import flush, write_json
+from ..runtime.lock import RunLock
 from ..runtime.machine import versions
 from ..runtime.manifest import fault
-from ..runtime.run_lock import RunLock
 from ..runtime.signals import Interrupted, SignalsNoted
 from .builder import take_last_exit, uses_deepspeed
 from .card import model_card
@@ -99,16 +99,7 @@ class Trainer:
             from ..backends.deepspeed.settings import read_deepspeed_config
 
             self.deepspeed_config = read_deepspeed_config(config.optimization.deepspeed_config)
-        self.data = load_splits(
-            task_name=config.data.task_name,
-            data_dir=config.data.data_dir,
-            dataset_name=config.data.dataset_name,
-            dataset_config_name=config.data.dataset_config_name,
-            train_file=config.data.train_file,
-            validation_file=config.data.validation_file,
-            max_train_samples=config.data.max_train_samples,
-            max_eval_samples=config.data.max_eval_samples,
-        )
+        self.data = load_splits(config.data)
         for note in self.data.notes:
             logger.info(note)
         if config.without_effect:
@@ -152,7 +143,7 @@ class Trainer:
             check_directory(Path(config.optimization.feature_cache), self.train_split)
         self.step = 0
         self.history = GateHistory()
-        self.signal: int | None = None
+        self.signals = SignalsNoted()
         self.peers: Peers | None = None
         self.seconds = 0.0
         self.resume_step: int | None = None
@@ -412,7 +403,7 @@ class Trainer:
         with (
             self._log() as log,
             self.profiler,
-            SignalsNoted(self),
+            self.signals,
             tqdm(
                 total=self.num_steps,
                 initial=self.step,
@@ -469,10 +460,11 @@ class Trainer:
 
     def _signalled(self) -> int:
         """The signal that came; SIGTERM too where the launcher is gone, so that none trains on."""
-        if self.signal is None and self.peers is not None and self.peers.launcher_is_gone():
-            self.signal = signal.SIGTERM
+        received = self.signals.received
+        if received is None and self.peers is not None and self.peers.launcher_is_gone():
+            self.signals.received = received = signal.SIGTERM
             logger.warning("The launcher has ended: saving after this step …")
-        return self.signal or 0
+        return received or 0
 
     def _log(self) -> MetricsLog | NoLog:
         if processes.rank() > 0:

@@ -154,7 +154,7 @@ def test_what_goes_wrong_is_said_in_time(machines: Machines, options: dict[str, 
     alone = machines.start(0, command, **environment)
     (words,) = ended([alone])
     assert alone.returncode == 1
-    assert "process 0 of 2 on" in words and "process(es) 1 did not come" in words, words
+    assert "process 0 of 2 on" in words and "process(es) 1 did not connect" in words, words
     wrong = machines.start(0, command, **environment, GLOO_SOCKET_IFNAME="eth9")
     (words,) = ended([wrong])
     assert wrong.returncode == 2

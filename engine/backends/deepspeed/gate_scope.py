@@ -26,7 +26,7 @@ class SharedScope:
         scope: "top:K" or "head", as `parse_scope` reads it.
 
     Raises:
-        ValueError: as for `stacked_layers`.
+        ValueError: as for `top_layers`.
     """
 
     def __init__(self, model: MultiExitForSequenceClassification, scope: str) -> None:

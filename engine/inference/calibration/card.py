@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...model.card import _METADATA, _TAGS, front_matter, made_with
+from ...model.card import front_matter, made_with
 from ...runtime.files import write_whole
 from ...runtime.text import markdown_table
 from .search import AREA_WORDS
@@ -26,7 +26,7 @@ def write_early_exit(path: Path, study: Mapping[str, Any], policy: str) -> None:
     if path.is_file():
         card = path.read_text(encoding="utf-8")
     else:
-        card = "\n".join([*front_matter({**_METADATA, "tags": _TAGS}), f"# {path.parent.name}", ""])
+        card = "\n".join([*front_matter(), f"# {path.parent.name}", ""])
     before, found, rest = card.partition(start)
     _, closed, after = rest.partition(end)
     card = before + section + after if found and closed else f"{card.rstrip()}\n\n{section}\n"

@@ -92,16 +92,7 @@ class ExitStudy:
             require_matplotlib()
         self.trained = TrainedModel(config.model, config.data.max_seq_length)
         check_has_earlier_exits(self.trained.model)
-        data = load_splits(
-            task_name=config.data.task_name,
-            data_dir=config.data.data_dir,
-            dataset_name=config.data.dataset_name,
-            dataset_config_name=config.data.dataset_config_name,
-            validation_file=config.data.validation_file,
-            max_eval_samples=config.data.max_eval_samples,
-            needs_train=False,
-            label_names=self.trained.label_names,
-        )
+        data = load_splits(config.data, needs_train=False, label_names=self.trained.label_names)
         for note in data.notes:
             logger.info(note)
         if not data.evaluation_splits:

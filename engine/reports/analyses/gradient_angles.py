@@ -16,10 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from ....kernels import grad_dot_norm
 from ....kernels.gradients.angle import angle_degrees, within_angle
@@ -27,6 +26,7 @@ from ...config.commands import AngleConfig
 from ...config.training import TrainingConfig
 from ...data.batching import EncodedSplit, collate, encode, epoch_batches
 from ...experiments.runs import load_data, load_model, method_of, run_config
+from ...model.encoder_layers import layer_modules
 from ...model.multi_exit import MultiExitForSequenceClassification
 from ...objectives.losses import ExitLosses
 from ...training.stages import Stage, plan_stages, prepare, stage_losses, stage_states
@@ -264,7 +264,7 @@ def parameter_groups(
     rest of the backbone, and "exit m" of layer m.
     """
     homes: dict[Parameter, str] = {}
-    layers = _layer_modules(model.backbone)
+    layers = layer_modules(model.backbone)
     for number, layer in enumerate(layers, start=1):
         homes |= dict.fromkeys(layer.parameters(), f"layer {number}")
     for number, exit_module in zip(model.exit_layers, model.exits, strict=True):
@@ -277,18 +277,6 @@ def parameter_groups(
     order += [f"exit {number}" for number in model.exit_layers]
     names = [name for name in order if name in found]
     return names, parameters, [names.index(name) for name in found]
-
-
-def _layer_modules(backbone: PreTrainedModel) -> Sequence[nn.Module]:
-    """The encoder's layers: the outermost list of modules that is as long as it has layers.
-
-    Called encoder.layer, transformer.layer or layers, by family. Empty where layers share weights.
-    """
-    num_layers: int = backbone.config.num_hidden_layers
-    for module in backbone.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return list(module)
-    return []
 
 
 def _batch_losses(

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...experiments.results import Seeds
-from ...runtime.plots import _PANELS_A_ROW, legend_below, look, mark, panels, plain, save_figure
+from ...runtime.plots import PANELS_PER_ROW, legend_below, look, mark, panels, plain, save_figure
 
 
 def draw_dots(
@@ -36,7 +36,7 @@ def draw_dots(
         axes.set_ylim(len(rows) - 0.5, -0.5)
         axes.margins(x=0.12)
         axes.set_title(title, fontsize=10)
-        first = place % _PANELS_A_ROW == 0
+        first = place % PANELS_PER_ROW == 0
         axes.set_yticks(range(len(rows)), rows if first else [""] * len(rows))
         axes.set_xlabel(label, fontsize=9)
         plain(axes)

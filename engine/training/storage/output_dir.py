@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from ...config.training import TrainingConfig
-from ...runtime.run_lock import LOCK_FILE
+from ...runtime.lock import LOCK_FILE
 from .checkpoint import CONFIG_FILE, PARTIAL
 
 

@@ -1,9 +1,11 @@
-"""What doctor says about machines that we are not on."""
+"""The report of doctor on this machine and on others."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import subprocess
+import sys
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
 
@@ -20,6 +22,22 @@ def test_says_what_this_machine_can_run() -> None:
         assert f"\n{heading}\n" in text
     assert "contrastive loss on cpu" in text or "contrastive loss on cuda" in text
     assert "tiled" in text
+
+
+def test_imports_at_most_half_more_than_torch_and_the_kernels() -> None:
+    code = """
+import sys
+import fusedacl.kernels
+
+needed = len(sys.modules)
+from fusedacl.engine.cli.doctor import diagnose
+
+diagnose()
+assert len(sys.modules) <= 1.5 * needed, (len(sys.modules), needed)
+absent = {"transformers", "datasets", "deepspeed", "matplotlib", "sklearn", "pandas"}
+assert not absent & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize(

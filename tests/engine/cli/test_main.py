@@ -8,11 +8,12 @@ import socket
 import subprocess
 import sys
 import time
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fusedacl.engine.cli.main import _gate_lines, main
+from fusedacl.engine.cli.main import ENTRY_POINT_GROUP, _gate_lines, main
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +32,7 @@ def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
         (["evaluate"], "fusedacl evaluate: model_name_or_path is missing"),
         (["predict", "--output_file", "x.csv"], "fusedacl predict: input_file is missing"),
         (["doctor", "--now"], "doctor takes no arguments"),
+        (["angles", "--labels", "a"], "fusedacl angles: no run is named"),
         (["train", "absent.yaml"], "Configuration file 'absent.yaml' does not exist"),
     ],
 )
@@ -42,6 +44,20 @@ def test_mistakes_are_one_line_and_status_2(
     assert message in shown
     assert shown.count("\n") == 1
     assert "Traceback" not in shown
+
+
+def test_bench_is_found_through_its_entry_point(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--help"]) == 0
+    assert "usage: fusedacl bench" in capsys.readouterr().out
+    absent = EntryPoint("bench", "fusedacl.absent:main", ENTRY_POINT_GROUP)
+    for installed, why in (([], ""), ([absent], r" (No module named 'fusedacl.absent')")):
+        monkeypatch.setattr("fusedacl.engine.cli.main.entry_points", lambda group, i=installed: i)
+        assert main(["bench"]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"fusedacl bench: this verb is not installed{why}. In a checkout,")
+        assert shown.count("\n") == 1
 
 
 def test_of_several_processes_the_first_tells_a_mistake(

@@ -4,8 +4,17 @@ from typing import Any
 
 import datasets
 import pytest
+from fusedacl.engine import TrainingConfig
+from fusedacl.engine.config.sections import DataOptions
 from fusedacl.engine.data.columns import TextSplit
-from fusedacl.engine.data.dataset import load_splits, read_unlabelled
+from fusedacl.engine.data.dataset import TextData, load_splits, read_unlabelled
+
+
+def load(
+    needs_train: bool = True, label_names: list[str] | None = None, **options: Any
+) -> TextData:
+    data = TrainingConfig.create(**options).data
+    return load_splits(data, needs_train=needs_train, label_names=label_names)
 
 
 def write_csv(path: Path, *labels: Any) -> str:
@@ -42,7 +51,7 @@ def test_real_sets(
     sizes: dict[str, int],
     metrics: list[str],
 ) -> None:
-    data = load_splits(task_name=task, data_dir=str(real_data))
+    data = load(task_name=task, data_dir=str(real_data))
     assert data.name == task
     assert {name: len(split) for name, split in data.splits.items()} == sizes
     assert data.evaluation_splits == [name for name in sizes if name != "train"]
@@ -57,7 +66,7 @@ def test_real_sets(
 
 @pytest.mark.real_data
 def test_real_mnli_is_evaluated_matched_and_mismatched(real_data: Path) -> None:
-    data = load_splits(
+    data = load(
         task_name="mnli", data_dir=str(real_data), max_train_samples=100, max_eval_samples=50
     )
     assert data.evaluation_splits == ["validation_matched", "validation_mismatched"]
@@ -67,7 +76,7 @@ def test_real_mnli_is_evaluated_matched_and_mismatched(real_data: Path) -> None:
 
 
 def test_the_quickstart_set_is_a_pair_set_of_three_classes() -> None:
-    data = load_splits(task_name="quickstart", max_train_samples=60)
+    data = load(task_name="quickstart", max_train_samples=60)
     assert data.columns == ["sentence1", "sentence2"]
     assert data.label_names == ["entailment", "neutral", "contradiction"]
     assert data.evaluation_splits == ["validation"]
@@ -80,7 +89,7 @@ def test_the_quickstart_set_is_a_pair_set_of_three_classes() -> None:
 def test_files_share_the_classes_of_the_train_file(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", "pos", "neg", "mixed")
     validation = write_csv(tmp_path / "dev.csv", "pos", "neg")
-    data = load_splits(train_file=train, validation_file=validation)
+    data = load(train_file=train, validation_file=validation)
     assert data.label_names == ["mixed", "neg", "pos"]
     assert data.splits == {
         "train": TextSplit(["text 0", "text 1", "text 2"], None, [2, 1, 0]),
@@ -93,18 +102,18 @@ def test_a_validation_label_that_train_lacks_is_refused(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", "pos", "neg")
     validation = write_csv(tmp_path / "dev.csv", "neg", "poss")
     with pytest.raises(ValueError, match=r"dev.csv.*row 2 has .*'poss'.*Did you mean 'pos'"):
-        load_splits(train_file=train, validation_file=validation)
+        load(train_file=train, validation_file=validation)
 
 
 def test_train_file_alone_is_not_evaluated_and_says_so(tmp_path: Path) -> None:
-    data = load_splits(train_file=write_csv(tmp_path / "train.csv", 0, 1))
+    data = load(train_file=write_csv(tmp_path / "train.csv", 0, 1))
     assert data.evaluation_splits == []
     assert data.notes == ["train comes without a labelled validation split: no evaluation"]
 
 
 def test_integer_labels_with_gaps_become_classes_and_a_note(tmp_path: Path) -> None:
     train = write_csv(tmp_path / "train.csv", 1, 5, 3, 5)
-    data = load_splits(train_file=train)
+    data = load(train_file=train)
     assert data.label_names == ["1", "3", "5"]
     assert data.splits["train"].labels == [0, 2, 1, 2]
     assert "labels [1, 3, 5] become the classes 0..2" in data.notes[0]
@@ -117,7 +126,7 @@ def test_both_sides_use_the_same_columns(tmp_path: Path) -> None:
     )
     validation.write_text(json.dumps({"left": "a", "rigth": "b", "label": 0}))
     with pytest.raises(ValueError, match=r"dev.jsonl.*no column 'right'.*Did you mean 'rigth'"):
-        load_splits(train_file=str(train), validation_file=str(validation))
+        load(train_file=str(train), validation_file=str(validation))
 
 
 @pytest.mark.parametrize(
@@ -137,7 +146,7 @@ def test_both_sides_use_the_same_columns(tmp_path: Path) -> None:
 def test_which_split_is_evaluated(
     tmp_path: Path, splits: dict[str, list[int]], evaluated: list[str], note: str | None
 ) -> None:
-    data = load_splits(**write_task(tmp_path, train=[0, 1, 1], **splits))
+    data = load(**write_task(tmp_path, train=[0, 1, 1], **splits))
     assert data.evaluation_splits == evaluated
     assert set(data.splits) == {"train", *evaluated}
     assert note in data.notes if note else data.notes == []
@@ -146,52 +155,52 @@ def test_which_split_is_evaluated(
 def test_a_test_split_without_labels_column_is_not_evaluated(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=[0, 1])
     (tmp_path / "mine" / "test.csv").write_text("text\na\n", encoding="utf-8")
-    assert load_splits(**arguments).evaluation_splits == []
+    assert load(**arguments).evaluation_splits == []
 
 
 def test_a_validation_split_without_label_column_is_refused(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=[0, 1])
     (tmp_path / "mine" / "validation.csv").write_text("text,lable\na,0\n", encoding="utf-8")
     with pytest.raises(ValueError, match=r"validation.csv: no label column.*Did you mean 'lable'"):
-        load_splits(**arguments)
+        load(**arguments)
 
 
 def test_sample_limits_take_the_first_rows(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=[0, 1, 1, 2], validation=[1, 0])
-    data = load_splits(**arguments, max_train_samples=2, max_eval_samples=1)
+    data = load(**arguments, max_train_samples=2, max_eval_samples=1)
     assert data.splits["train"].first == ["text 0", "text 1"]
     assert data.splits["validation"].labels == [1]
     # The classes are those of the whole split.
     assert data.label_names == ["0", "1", "2"]
-    assert len(load_splits(**arguments, max_train_samples=99).splits["train"]) == 4
+    assert len(load(**arguments, max_train_samples=99).splits["train"]) == 4
 
 
 def test_evaluation_alone_reads_no_training_texts(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=["a", "b", "c"], validation=["c", "b"])
-    data = load_splits(**arguments, needs_train=False)
+    data = load(**arguments, needs_train=False)
     assert set(data.splits) == {"validation"}
     assert data.splits["validation"].labels == [2, 1]
     # A model that knows its classes does without the train split.
     (tmp_path / "mine" / "train.csv").unlink()
-    data = load_splits(**arguments, needs_train=False, label_names=["c", "b", "a"])
+    data = load(**arguments, needs_train=False, label_names=["c", "b", "a"])
     assert data.splits["validation"].labels == [0, 1]
     with pytest.raises(ValueError, match="label_names must say which classes"):
-        load_splits(**arguments, needs_train=False)
+        load(**arguments, needs_train=False)
 
 
 def test_the_classes_of_a_model_must_be_those_of_the_task(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=[0, 1], validation=[0, 1])
     (tmp_path / "mine" / "labels.json").write_text('["no", "yes"]')
-    data = load_splits(**arguments, needs_train=False, label_names=["no", "yes"])
+    data = load(**arguments, needs_train=False, label_names=["no", "yes"])
     assert data.label_names == ["no", "yes"]
     with pytest.raises(ValueError, match=r"label_names=\['yes', 'no'\].*labels.json"):
-        load_splits(**arguments, needs_train=False, label_names=["yes", "no"])
+        load(**arguments, needs_train=False, label_names=["yes", "no"])
 
 
 def test_listed_classes_that_are_numbers_stay_indices_for_a_model(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=[0, 1, 2], validation=[0, 2])
     (tmp_path / "mine" / "labels.json").write_text('["1", "2", "3"]')
-    data = load_splits(**arguments, needs_train=False, label_names=["1", "2", "3"])
+    data = load(**arguments, needs_train=False, label_names=["1", "2", "3"])
     assert data.splits["validation"].labels == [0, 2]
 
 
@@ -201,7 +210,8 @@ def test_integer_labels_for_a_model_are_indices_unless_its_classes_are_numbers(
     validation = write_csv(tmp_path / "dev.csv", 2, 1)
 
     def read(names: list[str]) -> list[int] | None:
-        data = load_splits(validation_file=validation, needs_train=False, label_names=names)
+        options = DataOptions(validation_file=validation)  # as `fusedacl evaluate` has them
+        data = load_splits(options, needs_train=False, label_names=names)
         return data.splits["validation"].labels
 
     assert read(["neg", "mixed", "pos"]) == [2, 1]
@@ -218,7 +228,7 @@ def test_a_hub_set_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
         test=datasets.Dataset.from_dict({**rows, "label": [-1, -1]}, features=features),
     )
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: splits)
-    data = load_splits(dataset_name="someone/mail", dataset_config_name="plain")
+    data = load(dataset_name="someone/mail", dataset_config_name="plain")
     assert data.name == "plain"
     assert data.label_names == ["ham", "spam"]
     assert data.splits == {"train": TextSplit(["a", "b"], None, [1, 0])}
@@ -229,7 +239,7 @@ def test_a_hub_set_without_train_names_what_it_has(monkeypatch: pytest.MonkeyPat
     splits = {"tests": datasets.Dataset.from_dict({"text": ["a"], "label": [0]})}
     monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: splits)
     with pytest.raises(ValueError, match=r"mail has no train split. Known: tests"):
-        load_splits(dataset_name="someone/mail")
+        load(dataset_name="someone/mail")
 
 
 CONTRADICTIONS = {
@@ -253,15 +263,15 @@ CONTRADICTIONS = {
 def test_contradictory_arguments(name: str) -> None:
     arguments, message = CONTRADICTIONS[name]
     with pytest.raises(ValueError, match=message):
-        load_splits(**arguments)
+        load(**arguments)
 
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     validation = write_csv(tmp_path / "dev.csv", 0, 1)
     with pytest.raises(ValueError, match="train_file is missing"):
-        load_splits(validation_file=validation)
+        load(validation_file=validation)
     with pytest.raises(ValueError, match="mine has no train split"):
-        load_splits(**write_task(tmp_path, validation=[0, 1]))
+        load(**write_task(tmp_path, validation=[0, 1]))
 
 
 @pytest.mark.parametrize(
@@ -277,7 +287,7 @@ def test_a_single_class_cannot_be_trained(
 ) -> None:
     train = write_csv(tmp_path / "train.csv", *labels)
     with pytest.raises(ValueError, match=message):
-        load_splits(train_file=train, max_train_samples=limit)
+        load(train_file=train, max_train_samples=limit)
 
 
 @pytest.mark.parametrize(("labels", "message"), [([1, 1], "every label is"), ([-1, -1], "is -1")])
@@ -287,14 +297,14 @@ def test_a_single_class_of_a_listed_set_cannot_be_trained(
     arguments = write_task(tmp_path, train=labels)
     (tmp_path / "mine" / "labels.json").write_text('["no", "yes"]')
     with pytest.raises(ValueError, match=rf"train.csv: .*{message}"):
-        load_splits(**arguments)
+        load(**arguments)
 
 
 def test_out_of_range_label_names_file_row_and_list(tmp_path: Path) -> None:
     arguments = write_task(tmp_path, train=[0, 1, 2])
     (tmp_path / "mine" / "labels.json").write_text('["no", "yes"]')
     with pytest.raises(ValueError, match=r"train.csv: data row 3 = 2.*labels.json lists 2 classes"):
-        load_splits(**arguments)
+        load(**arguments)
 
 
 def test_texts_to_be_labelled(tmp_path: Path) -> None:
@@ -312,9 +322,5 @@ def test_texts_to_be_labelled(tmp_path: Path) -> None:
         read_unlabelled(tmp_path / "mew.csv")
 
 
-def test_labels_of_texts_are_read_only_where_they_mean_something(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "new.csv", "spam", "ham")
-    assert read_unlabelled(path).labels is None
-    assert read_unlabelled(path, label_names=["ham", "spam"]).labels == [1, 0]
-    unlabelled = write_csv(tmp_path / "other.csv", -1, -1)
-    assert read_unlabelled(unlabelled, label_names=["ham", "spam"]).labels is None
+def test_labels_of_texts_to_be_labelled_are_not_read(tmp_path: Path) -> None:
+    assert read_unlabelled(write_csv(tmp_path / "new.csv", "spam", "ham")).labels is None

@@ -1,14 +1,15 @@
-"""The lock of a sweep's directory: held once, inherited by runs, and who holds it."""
+"""The lock of a directory: held once, inherited by children, and its holders named."""
 
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from fusedacl.engine.runtime.sweep_lock import SweepLock
+from fusedacl.engine.runtime.lock import SweepLock
 
 
 def test_held_once_and_free_afterwards(tmp_path: Path) -> None:
@@ -27,8 +28,12 @@ def test_processes_that_are_still_there_are_named(tmp_path: Path) -> None:
     ended = subprocess.Popen([sys.executable, "-S", "-c", ""])
     ended.wait()
     lock = SweepLock(tmp_path)
+    named = rf"\(process {os.getpid()} on {socket.gethostname()}\)"
     with lock.held():
         lock.name([ended.pid, os.getpid()])
         lock.name([os.getpid(), ended.pid])
-        with pytest.raises(ValueError, match=rf"\(process {os.getpid()}\)"), lock.held():
+        with pytest.raises(ValueError, match=named), SweepLock(tmp_path).held():
             pass
+        lock.name([ended.pid])
+        with pytest.raises(ValueError, match=r"\(unknown process\)"):
+            SweepLock(tmp_path).check_free()

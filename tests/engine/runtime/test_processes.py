@@ -61,7 +61,7 @@ def test_nobody_comes(environment: pytest.MonkeyPatch) -> None:
         environment.setenv("MASTER_PORT", str(found.getsockname()[1]))
     environment.setattr(processes, "MEETING_SECONDS", 2.0)
     started = time.monotonic()
-    with pytest.raises(OSError, match="process 0 of 2 .* 1 did not come to 127.0.0.1:.* 2 s"):
+    with pytest.raises(OSError, match="process 0 of 2 .* 1 did not connect to 127.0.0.1:.* 2 s"):
         join("cpu")
     assert time.monotonic() - started < 30
 

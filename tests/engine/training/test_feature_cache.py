@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -20,9 +19,9 @@ from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig
 from fusedacl.engine.data.batching import collate, encode
 from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.model.saved import load_tokenizer
+from fusedacl.engine.runtime.lock import DirectoryLock
 from fusedacl.engine.training import feature_cache
 from fusedacl.engine.training.feature_cache import (
-    LOCK_FILE,
     META_FILE,
     STATES_FILE,
     FeatureCache,
@@ -91,8 +90,7 @@ def test_one_run_writes_while_others_wait(
     opened: list[FeatureCache] = []
     second = threading.Thread(target=lambda: opened.append(open_cache(tmp_path, parts)))
     with caplog.at_level(logging.INFO, logger="fusedacl"):
-        with (tmp_path / LOCK_FILE).open("a") as first:
-            fcntl.flock(first, fcntl.LOCK_EX)
+        with DirectoryLock(tmp_path).held():
             second.start()
             while "waiting for the run that writes" not in caplog.text:
                 second.join(0.02)

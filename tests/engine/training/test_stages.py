@@ -362,7 +362,7 @@ def test_resuming_in_either_stage_gives_the_same_bits(
     def interrupted(self: Trainer, *arguments: Any) -> None:
         original(self, *arguments)
         if self.step == stop:
-            self.signal = 15
+            self.signals.received = 15
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_train_step", interrupted)

@@ -21,8 +21,8 @@ from forked_runs import DEATHS, ForkedRuns
 from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, train
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.config.sections import RunOptions
+from fusedacl.engine.runtime.lock import RunLock
 from fusedacl.engine.runtime.manifest import MANIFEST_FILE, fault, sealed, step_of, write_manifest
-from fusedacl.engine.runtime.run_lock import RunLock
 from fusedacl.engine.training.metrics_log import MetricsLog
 from fusedacl.engine.training.storage.best_model import BestModel, scored_layers
 from fusedacl.engine.training.storage.checkpoint import (
