@@ -9,7 +9,7 @@ between observed signals.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -18,10 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
-from ..data.batching import EncodedSplit, collate, epoch_batches
-from ..runtime.device import autocast
+from ..data.batching import EncodedSplit, evaluation_batches
+from ..runtime.device import autocast, evaluating
 from .encoder_layers import Flops, LayerContext, encoder_layers
 from .exit_policies import ExitReading, Memory, Policy, make_policy, stored_policy
 from .exits import Exit
@@ -241,18 +240,10 @@ class EarlyExit:
 
         `repack`: what is left of several batches after an exit goes on together, in full batches.
         """
-        # Similar lengths together: little padding; the longest first: what fails, fails early.
-        batches = epoch_batches(
-            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+        batches = evaluation_batches(
+            encoded, batch_size, pad_token_id, progress="predict" if progress else None
         )
-
-        def collated() -> Iterator[tuple[Rows, dict[str, Tensor]]]:
-            for indices in tqdm(
-                batches, desc="predict", leave=False, disable=None if progress else True
-            ):
-                yield indices, collate(encoded, indices, pad_token_id)
-
-        return self._run(collated(), len(encoded), repack_to=batch_size if repack else None)
+        return self._run(batches, len(encoded), repack_to=batch_size if repack else None)
 
     def _run(
         self,
@@ -406,8 +397,7 @@ def early_exit(
     Raises:
         ValueError: as `EarlyExit`.
     """
-    trained = [module for module in model.modules() if module.training]
-    try:
+    with evaluating(model):
         engine = EarlyExit(model, policy, dtype=dtype, **parameters)
         if isinstance(inputs, EncodedSplit):
             if pad_token_id is None:
@@ -418,9 +408,6 @@ def early_exit(
                 inputs, batch_size, pad_token_id=pad_token_id, repack=repack, progress=progress
             )
         return engine(**_checked_inputs(inputs))
-    finally:
-        for module in trained:
-            module.training = True
 
 
 def check_has_earlier_exits(model: MultiExitForSequenceClassification) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.batching import EncodedSplit, collate, epoch_batches
+from ...data.batching import EncodedSplit, evaluation_batches
 from ...model.early_exit import EarlyExit
 from ...model.exit_policies import Policy
 from ...runtime.device import autocast
@@ -56,14 +56,8 @@ def measure_speed(
     pass runs all of their batches. The model is left in evaluation mode.
     """
     texts = np.unique(np.linspace(0, len(encoded) - 1, min(max_texts, len(encoded))).astype(int))
-    batches = epoch_batches(
-        encoded.lengths[texts], batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
-    )
-    inputs = []
-    for indices in batches:
-        tensors = collate(encoded, texts[indices], pad_token_id)
-        tensors.pop("labels", None)
-        inputs.append({name: value.to(model.device) for name, value in tensors.items()})
+    batches = evaluation_batches(encoded.take(texts), batch_size, pad_token_id, device=model.device)
+    inputs = [batch for _, batch in batches]
 
     def full(**batch: Tensor) -> None:
         with autocast(model.device, dtype):

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
 from ...config.commands import TSNEConfig
 from ...config.training import TrainingConfig
-from ...data.batching import EncodedSplit, collate, encode, epoch_batches
+from ...data.batching import EncodedSplit, encode
 from ...data.columns import TextSplit
 from ...data.dataset import TextData
 from ...experiments.runs import load_data, load_model
+from ...inference.logits import exit_outputs
 from ...model.multi_exit import MultiExitForSequenceClassification, parse_layers
 from ...model.saved import TrainedModel
 
@@ -190,30 +190,26 @@ def _drawn_texts(
     return encoded, name
 
 
-@torch.inference_mode()
 def _embeddings(
     trained: TrainedModel,
     encoded: EncodedSplit,
     positions: Sequence[int],
     batch_size: int,
-    description: str | None,
-) -> list[np.ndarray]:
-    """Representations of length 1, [n, d] of each exit, in the split's order."""
-    model, rows = trained.model, []
-    batches = epoch_batches(
-        encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
-    )
-    for indices in tqdm(
-        batches, desc=description, leave=False, disable=True if description is None else None
+    progress: str | None,
+) -> np.ndarray:
+    """Representations of length 1 in the split's order: [E, n, d]."""
+    order, parts = [], []
+    for rows, output in exit_outputs(
+        trained.model,
+        encoded,
+        batch_size,
+        pad_token_id=trained.tokenizer.pad_token_id,
+        positions=positions,
+        progress=progress,
     ):
-        batch = collate(encoded, indices, trained.tokenizer.pad_token_id)
-        batch.pop("labels", None)
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        states = model.exit_states(**batch, positions=positions)
-        output = model.classify(states, batch["attention_mask"], positions=positions)
-        rows.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
-    order = np.argsort(np.concatenate(batches))
-    return list(torch.cat(rows, dim=1).numpy()[:, order])
+        order.append(rows)
+        parts.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
+    return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()].numpy()
 
 
 def _label_embeddings(model: MultiExitForSequenceClassification, position: int) -> np.ndarray:

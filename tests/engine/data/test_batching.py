@@ -3,7 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fusedacl.engine.data.batching import EncodedSplit, collate, encode, epoch_batches
+from fusedacl.engine.data.batching import (
+    EncodedSplit,
+    collate,
+    encode,
+    epoch_batches,
+    evaluation_batches,
+)
 from fusedacl.engine.data.columns import TextSplit
 from transformers import (
     AutoTokenizer,
@@ -158,17 +164,6 @@ def test_batches_depend_on_seed_and_epoch_alone(group_by_length: bool) -> None:
     assert len({tuple(order(*key)) for key in ((3, 1), (3, 2), (4, 1), (1, 3))}) == 4
 
 
-def test_drop_last_leaves_out_random_rows_and_only_the_remainder() -> None:
-    left_out = set()
-    for epoch in range(4):
-        batches = epoch_batches(
-            LENGTHS, 100, seed=0, epoch=epoch, group_by_length=True, drop_last=True
-        )
-        assert [len(batch) for batch in batches] == [100] * 10
-        left_out |= set(range(1003)) - set(np.concatenate(batches).tolist())
-    assert len(left_out) > 3
-
-
 def padded_tokens(batches: list[np.ndarray]) -> int:
     return sum(len(batch) * int(LENGTHS[batch].max()) for batch in batches)
 
@@ -198,7 +193,6 @@ def test_without_shuffling_rows_come_in_order_or_longest_first() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 8, "seed": -1}, "seed=-1"),
         ({"batch_size": 8, "epoch": -1}, "epoch=-1"),
-        ({"batch_size": 2000, "drop_last": True}, "drop_last leaves no batch: 1003 rows"),
         ({"batch_size": 8, "lengths": np.zeros(0, dtype=np.int64)}, "no rows to batch"),
     ],
 )
@@ -207,20 +201,16 @@ def test_batches_that_cannot_be(arguments: dict, message: str) -> None:
         epoch_batches(**{"lengths": LENGTHS, "seed": 0, "epoch": 0, **arguments})
 
 
-@pytest.mark.parametrize("multiple", [None, 8])
-def test_collate_equals_the_padding_of_the_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, multiple: int | None
-) -> None:
+def test_collate_equals_the_padding_of_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     split = random_pairs(50, longest=8)
     encoded = encode(split, tokenizer, 32)
     indices = np.array([49, 0, 7, 7, 23])
-    batch = collate(encoded, indices, tokenizer.pad_token_id, multiple)
+    batch = collate(encoded, indices, tokenizer.pad_token_id)
     assert split.second is not None and split.labels is not None
     expected = tokenizer(
         [split.first[row] for row in indices],
         [split.second[row] for row in indices],
         padding=True,
-        pad_to_multiple_of=multiple,
         return_tensors="pt",
     )
     assert set(batch) == {*expected, "labels"}
@@ -239,3 +229,23 @@ def test_collate_pads_with_the_given_token_and_takes_any_sequence(
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
     assert "labels" not in batch
+
+
+def test_evaluation_batches_hold_every_text_once_without_labels(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    encoded = encode(random_pairs(50, longest=8), tokenizer, 32)
+    batches = list(evaluation_batches(encoded, 7, tokenizer.pad_token_id))
+    assert len(batches) == 8
+    rows = np.concatenate([indices for indices, _ in batches])
+    assert sorted(rows) == list(range(50))
+    assert (np.diff(encoded.lengths[rows]) <= 0).all()
+    for indices, batch in batches:
+        expected = collate(encoded, indices, tokenizer.pad_token_id)
+        assert set(batch) == set(expected) - {"labels"}
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    parts = [
+        list(evaluation_batches(encoded, 7, 0, part=slice(rank, None, 3))) for rank in (0, 1, 2)
+    ]
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert parts[1][2][0].tolist() == batches[7][0].tolist()
