@@ -214,7 +214,7 @@ def _check_max_length(
     if known and max_length > min(known):
         raise ValueError(
             f"max_seq_length={max_length} is beyond the model, which reads at most {min(known)} "
-            f"tokens: use {min(known)} or less."
+            f"tokens; use {min(known)} or less."
         )
     least = tokenizer.num_special_tokens_to_add(pair=is_pair) + (2 if is_pair else 1)
     if max_length < least:

@@ -20,8 +20,7 @@ from ...model.multi_exit import MultiExitConfig
 from ...runtime.files import write_whole
 from ...runtime.plots import legend_below, new_figure, require_matplotlib, save_figure
 from ...runtime.text import text_table, write_tables
-from ..page.page import CAPTION_SUFFIX, Section, write_page
-from ..page.page import Figure as PageFigure
+from ..page.page import CAPTION_SUFFIX, Figure, Section, Table, write_page
 from .representations import Representations, choose_layers, measure_alignment, read_representations
 
 TABLE_HEADER = (
@@ -165,8 +164,8 @@ def write_representations(
         [
             Section(
                 "Representations",
-                figures=[PageFigure(figures[1], caption)],
-                tables=[(TABLE_HEADER, rows)],
+                figures=[Figure(figures[1], caption)],
+                tables=[Table(TABLE_HEADER, rows)],
                 notes=NOTES,
                 files=files,
             )

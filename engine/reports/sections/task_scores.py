@@ -133,7 +133,7 @@ class TaskScores:
     def metrics(self) -> str:
         """ "F1 on mrpc; accuracy on rte, sst2"."""
         tasks: dict[str, list[str]] = {}
-        for column in self.columns:
+        for column in filter(lambda column: column.is_main, self.columns):
             tasks.setdefault(metric_words(column.metric), []).append(column.task)
         return "; ".join(
             f"{metric} on {', '.join(dict.fromkeys(names))}" for metric, names in tasks.items()

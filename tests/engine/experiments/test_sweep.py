@@ -43,7 +43,8 @@ if sys.argv[5]:
     features.mkdir(parents=True, exist_ok=True)
     (features / "meta.json").write_text("{}")
 metrics = {"validation": {"6": {"accuracy": 0.5, "loss": 1.0}}}
-(directory / "results.json").write_text(json.dumps({"metrics": metrics, "train_seconds": 1.0}))
+results = {"metrics": metrics, "train_seconds": 1.0, "options": {}}
+(directory / "results.json").write_text(json.dumps(results))
 with open(sys.argv[4], "a") as journal:
     journal.write(f"end {directory}\\n")
 """

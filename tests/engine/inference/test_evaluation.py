@@ -136,7 +136,7 @@ def test_answers_that_are_none_are_not_scored(
     source = ["--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
     assert main([*command, *source]) == 1
     told = capsys.readouterr()
-    assert "The exit on layer 2 answers 24 of 24 texts with NaN or infinite logits" in told.err
+    assert "The exit on layer 2 has NaN or infinite logits for 24 of 24 texts" in told.err
     assert "Take another checkpoint" in told.err
     assert told.out == "" and not file.exists()
 

@@ -44,7 +44,7 @@ def test_logits_that_are_no_numbers(
 ) -> None:
     with torch.no_grad():
         exit_model.exits[1].classifier.weight[0, 0] = value
-    with pytest.raises(FloatingPointError, match="exit on layer 2 has NaN or infinite logits for 80 of 80 texts"):
+    with pytest.raises(FloatingPointError, match="layer 2 has NaN .* for 80 of 80 texts"):
         read_exits(exit_model, exit_texts, 16, pad_token_id=0)
 
 

@@ -266,5 +266,5 @@ def test_a_model_that_diverged(
         model.exits[0].classifier.weight.fill_(float("nan"))
     model.save_pretrained(model_dir)
     assert run(model_dir, tiny_data, "--policy", "entropy") == 1
-    assert "exit on layer 1 answers 24 of 24 texts with NaN" in capsys.readouterr().err
+    assert "layer 1 has NaN or infinite logits for 24 of 24 texts" in capsys.readouterr().err
     assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None
