@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +17,31 @@ from ..data.dataset import load_splits
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..model.saved import TrainedModel
 from ..runtime.files import write_json
+from ..runtime.text import did_you_mean
 from .logits import check_finite, predict_logits_together
 
 logger = logging.getLogger("fusedacl")
 
 
 def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The named metrics of predicted classes [n] against true ones [n], as fractions.
+    """Metrics of predicted classes [n] against true classes [n], as fractions.
 
-    accuracy; f1 (of class 1, as GLUE has it); macro_f1 (mean over the classes that occur);
+    accuracy; f1 (of class 1, as in GLUE); macro_f1 (mean over the classes that occur);
     matthews_correlation.
     """
     from sklearn import metrics as sklearn_metrics
 
-    scores: dict[str, float] = {}
+    f1 = partial(sklearn_metrics.f1_score, zero_division=0.0)
+    known: dict[str, Callable[..., float]] = {
+        "accuracy": sklearn_metrics.accuracy_score,
+        "f1": f1,
+        "macro_f1": partial(f1, average="macro"),
+        "matthews_correlation": sklearn_metrics.matthews_corrcoef,
+    }
     for metric in metrics:
-        if metric == "accuracy":
-            scores[metric] = sklearn_metrics.accuracy_score(labels, predictions)
-        elif metric == "f1":
-            scores[metric] = sklearn_metrics.f1_score(labels, predictions, zero_division=0.0)
-        elif metric == "macro_f1":
-            scores[metric] = sklearn_metrics.f1_score(
-                labels, predictions, average="macro", zero_division=0.0
-            )
-        elif metric == "matthews_correlation":
-            scores[metric] = sklearn_metrics.matthews_corrcoef(labels, predictions)
-        else:
-            raise ValueError(f"metric={metric!r} is not one that score knows.")
-    return {metric: float(value) for metric, value in scores.items()}
+        if metric not in known:
+            raise ValueError(f"metric={metric!r} is unknown.{did_you_mean(metric, known)}")
+    return {metric: float(known[metric](labels, predictions)) for metric in metrics}
 
 
 def evaluate_split(
@@ -55,12 +53,12 @@ def evaluate_split(
     positions: Sequence[int] | None = None,
     **options: Any,
 ) -> dict[int, dict[str, float]]:
-    """Layer of each exit -> its metrics and mean cross-entropy `loss` on a labelled split.
+    """Metrics and mean cross-entropy (`loss`) of each exit, by layer, on a labelled split.
 
     `positions` and `options` are those of `predict_logits`.
 
     Raises:
-        ValueError: the model has other classes than the labels need.
+        ValueError: the split has no labels, or the model has fewer classes.
         FloatingPointError: an exit's logits are NaN or infinite.
     """
     labels = encoded.labels
@@ -75,7 +73,7 @@ def evaluate_split(
     layers = model.exit_layers
     if positions is not None:
         layers = [model.exit_layers[position] for position in positions]
-    # The argmax of NaN is a class: it would be scored as an answer.
+    # The argmax of NaN is a class, which would be scored as an answer.
     check_finite(logits, layers)
     results = {}
     for layer, exit_logits in zip(layers, logits, strict=True):
@@ -86,7 +84,7 @@ def evaluate_split(
 
 
 def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]:
-    """Evaluation split -> layer -> metrics of a trained model on a labelled data set.
+    """Metrics of a trained model on a labelled data set: split -> layer -> name -> value.
 
     Raises:
         ValueError: a mistake in the configuration, the data or the model directory.

@@ -60,7 +60,7 @@ def test_metrics_by_their_definitions() -> None:
         [5 / 8, f1, (f1 + other_f1) / 2, matthews]
     )
     assert score(["f1"], np.zeros(4), np.ones(4)) == {"f1": 0.0}
-    with pytest.raises(ValueError, match="metric='f2' is not one"):
+    with pytest.raises(ValueError, match="metric='f2' is unknown. Did you mean 'f1'"):
         score(["f2"], predictions, labels)
 
 

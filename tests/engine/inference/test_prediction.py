@@ -181,7 +181,7 @@ def test_answers_that_are_none_are_not_written(
         model.backbone.get_input_embeddings().weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "broken")
     load_tokenizer(str(exits_dir)).save_pretrained(tmp_path / "broken")
-    with pytest.raises(FloatingPointError, match=r"3 of 3 texts \(the first in row 1\) with NaN"):
+    with pytest.raises(FloatingPointError, match=r"3 of 3 texts \(the first in row 1\) are NaN"):
         run(tmp_path / "broken", csv_file, tmp_path / "out.csv", policy=policy)
     assert not (tmp_path / "out.csv").exists()
 

@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_is_done(
     assert "measured" not in seen[0]["policies"]["voting"]
     assert len(seen[2]["policies"]["voting"]["measured"]) == 2
     printed = capsys.readouterr().out
-    words = f"Interrupted: 3 of 3 policies are swept, 1 of 3 timed. What is done is in {out}."
+    words = f"Interrupted: 3 of 3 policies were tried, 1 of 3 timed. Results so far are in {out}."
     assert words in printed and "voting is stored with the model" in printed
     results = json.loads((out / "exits.json").read_text())
     assert not results["complete"]
@@ -185,7 +185,7 @@ def test_ctrl_c_before_anything_is_stored(
     options = ["--policies", "entropy,patience", "--policy", "patience"]
     assert run(model_dir, tiny_data, *options, "--output_dir", str(tmp_path / "out")) == 130
     printed = capsys.readouterr().out
-    assert "Interrupted: 1 of 2 policies are swept. What" in printed
+    assert "Interrupted: 1 of 2 policies were tried. Results" in printed
     assert "is stored" not in printed
     assert list(json.loads((tmp_path / "out/exits.json").read_text())["policies"]) == ["entropy"]
     assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None
