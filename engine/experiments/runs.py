@@ -173,18 +173,22 @@ def distinct_labels(
     return named
 
 
-def check_distinct(runs: Sequence[Path]) -> None:
-    """Check that runs are named, and none of them twice.
+def named_runs(runs: Sequence[Path], labels: str | None) -> list[tuple[str, TrainingConfig]]:
+    """The name of each run (see `distinct_labels`) and the options that it was started with.
 
     Raises:
-        ValueError: the list is empty, or names a run twice.
+        ValueError: no run is named, or one twice; as `run_config` and `distinct_labels`.
     """
     if not runs:
-        raise ValueError("runs is empty: name the output directory of one run at least.")
+        raise ValueError("runs is empty: name the output directory of at least one run.")
     found = [run.resolve() for run in runs]
     for run, path in zip(runs, found, strict=True):
         if found.count(path) > 1:
             raise ValueError(f"run {str(run)!r} is named twice: name it once.")
+    configs = [run_config(run) for run in runs]
+    data = [str(config.data.task_name or config.data.dataset_name) for config in configs]
+    names = distinct_labels(runs, [method_of(config) for config in configs], data, labels)
+    return list(zip(names, configs, strict=True))
 
 
 def _tail(run: Path, runs: Sequence[Path]) -> str:

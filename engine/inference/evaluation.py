@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..config.commands import EvaluationConfig
-from ..data.batching import EncodedSplit, encode
-from ..data.dataset import load_splits
+from ..config.commands import EvaluationConfig, InferenceOptions
+from ..config.sections import DataOptions
+from ..data.batching import EncodedSplit
+from ..data.dataset import TextData, load_splits
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..model.saved import TrainedModel
 from ..runtime.files import write_json
@@ -83,6 +84,34 @@ def evaluate_split(
     return results
 
 
+def load_labelled(
+    model: InferenceOptions, data: DataOptions, purpose: str
+) -> tuple[TrainedModel, TextData]:
+    """A trained model, and data with its classes and at least one labelled evaluation split.
+
+    `purpose`: verb for the message about missing labels.
+
+    Raises:
+        ValueError: a mistake in the options, the data or the model directory.
+    """
+    trained = TrainedModel(model, data.max_seq_length)
+    found = load_splits(
+        task_name=data.task_name,
+        data_dir=data.data_dir,
+        dataset_name=data.dataset_name,
+        dataset_config_name=data.dataset_config_name,
+        validation_file=data.validation_file,
+        max_eval_samples=data.max_eval_samples,
+        needs_train=False,
+        label_names=trained.label_names,
+    )
+    for note in found.notes:
+        logger.info(note)
+    if not found.evaluation_splits:
+        raise ValueError(f"{found.name} has no labelled split to {purpose} on.")
+    return trained, found
+
+
 def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]:
     """Metrics of a trained model on a labelled data set: split -> layer -> name -> value.
 
@@ -93,27 +122,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     output_file = None if config.output.output_file is None else Path(config.output.output_file)
     if output_file is not None and not output_file.parent.is_dir():
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
-    trained = TrainedModel(config.model, config.data.max_seq_length)
-    data = load_splits(
-        task_name=config.data.task_name,
-        data_dir=config.data.data_dir,
-        dataset_name=config.data.dataset_name,
-        dataset_config_name=config.data.dataset_config_name,
-        validation_file=config.data.validation_file,
-        max_eval_samples=config.data.max_eval_samples,
-        needs_train=False,
-        label_names=trained.label_names,
-    )
-    for note in data.notes:
-        logger.info(note)
-    if not data.evaluation_splits:
-        raise ValueError(f"{data.name} has no labelled split to evaluate on.")
+    trained, data = load_labelled(config.model, config.data, "evaluate")
     results = {
         name: evaluate_split(
             trained.model,
-            encode(
-                data.splits[name], trained.tokenizer, trained.max_length, model_limit=trained.limit
-            ),
+            trained.encode(data.splits[name]),
             data.metrics,
             config.model.per_device_eval_batch_size,
             pad_token_id=trained.tokenizer.pad_token_id,

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..config.commands import PredictionConfig
-from ..data.batching import encode
 from ..data.dataset import TextSplit, read_unlabelled
 from ..model.early_exit import EarlyExit
 from ..model.exit_policies import calibration_mismatch, parse_policy
@@ -63,7 +62,7 @@ def predict(config: PredictionConfig) -> Path:
                 logger.warning(mismatch)
     elif options.repack:
         raise ValueError("repack belongs to early exit: name a policy, or leave it out.")
-    encoded = encode(texts, trained.tokenizer, trained.max_length, model_limit=trained.limit)
+    encoded = trained.encode(texts)
     inference: dict[str, Any] = {
         "pad_token_id": trained.tokenizer.pad_token_id,
         "progress": not config.model.disable_tqdm,

@@ -9,18 +9,16 @@ from typing import Any
 
 from ...config.commands import ExitsConfig
 from ...config.fields import command_line
-from ...data.batching import encode
-from ...data.dataset import load_splits
 from ...model.early_exit import check_has_earlier_exits
 from ...model.exit_policies import Learned, Policy, policy_class
 from ...model.multi_exit import MultiExitConfig
-from ...model.saved import TrainedModel
 from ...runtime.device import dtype_name
 from ...runtime.files import write_json
 from ...runtime.machine import machine_name, versions
 from ...runtime.manifest import check_not_sealed
 from ...runtime.plots import require_matplotlib
 from ...runtime.text import did_you_mean, text_table
+from ..evaluation import load_labelled
 from .card import write_early_exit
 from .cross_fitting import cross_fit
 from .figures import draw_quality_speed, write_speed_tables
@@ -78,43 +76,25 @@ class ExitStudy:
             )
         self.model_dir = Path(config.model.model_name_or_path or "")
         is_named = config.model.model_name_or_path is not None
-        if self.options.policy is not None and is_named and not self.model_dir.is_dir():
-            raise ValueError(
-                f"policy is stored with the model: {str(self.model_dir)!r} is no local directory."
-            )
         if self.options.policy is not None and is_named:
+            if not self.model_dir.is_dir():
+                raise ValueError(
+                    f"policy is stored with the model: {str(self.model_dir)!r} is not a local "
+                    "directory."
+                )
             check_not_sealed(self.model_dir)
         self.output_dir = None
         if self.options.output_dir is not None:
             self.output_dir = Path(self.options.output_dir)
             require_matplotlib()
-        self.trained = TrainedModel(config.model, config.data.max_seq_length)
+        self.trained, data = load_labelled(config.model, config.data, "calibrate")
         check_has_earlier_exits(self.trained.model)
-        data = load_splits(
-            task_name=config.data.task_name,
-            data_dir=config.data.data_dir,
-            dataset_name=config.data.dataset_name,
-            dataset_config_name=config.data.dataset_config_name,
-            validation_file=config.data.validation_file,
-            max_eval_samples=config.data.max_eval_samples,
-            needs_train=False,
-            label_names=self.trained.label_names,
-        )
-        for note in data.notes:
-            logger.info(note)
-        if not data.evaluation_splits:
-            raise ValueError(f"{data.name} has no labelled split to calibrate on.")
         self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
         if self.metric not in data.metrics:
             raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
         split = data.evaluation_splits[0]
         self.data_name = f"{data.name}, {split}"
-        self.encoded = encode(
-            data.splits[split],
-            self.trained.tokenizer,
-            self.trained.max_length,
-            model_limit=self.trained.limit,
-        )
+        self.encoded = self.trained.encode(data.splits[split])
         self.curves: dict[str, list[SweepRow]] = {}
         self.chosen: dict[str, SweepRow] = {}
         self.to_time: dict[str, list[SweepRow]] = {}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ...config.commands import AngleConfig
-from ...experiments.runs import check_distinct, distinct_labels, method_of, run_config
+from ...experiments.runs import named_runs
 from ...runtime.files import write_whole
 from ...runtime.plots import (
     legend_below,
@@ -49,12 +49,10 @@ def report_angles(runs: Sequence[Path], config: AngleConfig) -> tuple[str, list[
     if config.angles.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
     require_matplotlib()
-    check_distinct(runs)
-    configs = [run_config(run) for run in runs]
-    data = [str(given.data.task_name or given.data.dataset_name) for given in configs]
-    methods = [method_of(given) for given in configs]
-    labels = distinct_labels(runs, methods, data, config.angles.labels)
-    records = [measure_angles(run, config, label) for run, label in zip(runs, labels, strict=True)]
+    named = named_runs(runs, config.angles.labels)
+    records = [
+        measure_angles(run, config, label) for run, (label, _) in zip(runs, named, strict=True)
+    ]
     rows = angle_rows(records)
     files = write_angles(records, Path(config.angles.output_dir))
     return "\n".join([text_table(TABLE_HEADER, rows), "", *notes(records)]), files

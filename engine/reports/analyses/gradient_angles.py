@@ -25,7 +25,7 @@ from ....kernels import grad_dot_norm
 from ....kernels.gradients.angle import angle_degrees, within_angle
 from ...config.commands import AngleConfig
 from ...config.training import TrainingConfig
-from ...data.batching import EncodedSplit, collate, encode, epoch_batches
+from ...data.batching import EncodedSplit, collate, epoch_batches
 from ...experiments.runs import load_data, load_model, method_of, run_config
 from ...model.multi_exit import MultiExitForSequenceClassification
 from ...objectives.losses import ExitLosses
@@ -127,7 +127,7 @@ def measure_angles(
     stage = choose_stage(given, model, options.exit_layer, run)
     contrasted = contrastive_config(given, stage, options.contrastive)
     data = load_data(run, given, trained.label_names, vars(config.data), needs_train=True)
-    split = encode(data.splits["train"], tokenizer, trained.max_length, model_limit=trained.limit)
+    split = trained.encode(data.splits["train"])
     # The number of samples that are contrasted in a step.
     batch_size = (
         options.per_device_train_batch_size

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from ...config.commands import TSNEConfig
-from ...experiments.runs import check_distinct, distinct_labels, method_of, run_config
+from ...experiments.runs import named_runs
 from ...model.multi_exit import MultiExitConfig
 from ...runtime.files import write_whole
 from ...runtime.plots import (
@@ -61,15 +61,11 @@ def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[st
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
     require_matplotlib()
     require_sklearn()
-    check_distinct(runs)
-    configs = [run_config(run) for run in runs]
-    data = [str(given.data.task_name or given.data.dataset_name) for given in configs]
-    methods = [method_of(given) for given in configs]
-    labels = distinct_labels(runs, methods, data, config.tsne.labels)
+    named = named_runs(runs, config.tsne.labels)
     layers = choose_layers(config.tsne.exit_layers, [_exit_layers(run) for run in runs])
     found = [
         read_representations(run, given, label, config, layers)
-        for run, given, label in zip(runs, configs, labels, strict=True)
+        for run, (label, given) in zip(runs, named, strict=True)
     ]
     for exits in found:
         check_perplexity(config.tsne.perplexity, len(exits[0].samples), len(exits[0].class_names))

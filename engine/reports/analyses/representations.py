@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from ...config.commands import TSNEConfig
 from ...config.training import TrainingConfig
-from ...data.batching import EncodedSplit, encode
+from ...data.batching import EncodedSplit
 from ...data.columns import TextSplit
 from ...data.dataset import TextData
 from ...experiments.runs import load_data, load_model
@@ -186,8 +186,7 @@ def _drawn_texts(
         None if split.second is None else [split.second[row] for row in rows],
         [split.labels[row] for row in rows],
     )
-    encoded = encode(drawn, trained.tokenizer, trained.max_length, model_limit=trained.limit)
-    return encoded, name
+    return trained.encode(drawn), name
 
 
 def _embeddings(

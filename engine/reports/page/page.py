@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...runtime.files import write_whole
+from ...runtime.text import write_tables
 from .inline_svg import inline_svg
 
 CAPTION_SUFFIX = ".caption.txt"
@@ -56,6 +57,28 @@ class Section:
     notes: Sequence[str] = ()
     commands: Sequence[str] = ()
     files: Sequence[Path] = ()
+
+
+def write_section(
+    path: Path,
+    title: str,
+    table: Table,
+    figures: Sequence[Path],
+    caption: str,
+    notes: Sequence[str],
+    numbers: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
+    text: str = "",
+) -> Section:
+    """Write a table as `path`.csv and .md; returns the section with it and a figure.
+
+    figures: files of one figure, of which the section shows the SVG, with `caption`.
+    numbers: header and rows of the CSV file, if they are not those of the table.
+    """
+    words = "\n\n".join([table.caption, *notes])
+    files = [*figures, *write_tables(path, table.header, table.rows, words, numbers)]
+    described = f"{caption} The numbers are in the table below."
+    shown = [Figure(file, caption, described) for file in figures if file.suffix == ".svg"]
+    return Section(title, text, shown, [table], notes, files=files)
 
 
 def write_page(

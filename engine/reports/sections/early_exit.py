@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Any
 from ...experiments.results import SweepRun
 from ...inference.calibration.search import AREA_WORDS
 from ...runtime.plots import COLORS, MARKERS, legend_below, new_figure, plain, save_figure
-from ...runtime.text import write_tables
-from ..page.page import Figure, Section, Table
+from ..page.page import Figure, Section, Table, write_section
 from .score_figures import metric_words
 
 EXITS_FILE = Path("exits") / "exits.json"
@@ -80,8 +80,6 @@ def exits_section(
         if not any(row[place] for row in rows):
             for row in [header, *rows]:
                 del row[place]
-    figures = _draw(points, metric, path)
-    tables = write_tables(path, header, rows, "\n\n".join([words, *notes]))
     caption = (
         f"Difference in {metric} to the full model against operations on {data}, a mark per policy "
         "and run at the chosen setting; cross-fitted scores where there are any. Up and to the "
@@ -98,13 +96,9 @@ def exits_section(
         for label, run in reversed(first.items())
         if (picture := run.directory / "exits" / "exits.svg").is_file()
     ]
-    return Section(
-        title,
-        figures=[Figure(figures[1], caption), *curves],
-        tables=[Table(header, rows, words)],
-        notes=notes,
-        files=[*figures, *tables],
-    )
+    figures, table = _draw(points, metric, path), Table(header, rows, words)
+    section = write_section(path, title, table, figures, caption, notes)
+    return dataclasses.replace(section, figures=[*section.figures, *curves])
 
 
 def _read(run: SweepRun, label: str, notes: list[str]) -> dict[str, Any] | None:

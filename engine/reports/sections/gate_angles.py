@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...experiments.results import SweepRun
-from ...runtime.text import write_tables
-from ..page.page import Figure, Section, Table
+from ..page.page import Section, Table, write_section
 from ..run_figures import angle_words, draw_angles, logged_angles
 
 
@@ -45,26 +44,21 @@ def gate_section(
         "at every step that the gate decided on. Deciles and median: means over epochs and seeds, "
         "weighted by steps; dropped: steps without the contrastive term."
     )
-    tables = write_tables(path, header, rows, "\n\n".join([words, *notes]))
-    figures, files = [], list(tables)
+    figures, caption = [], ""
     if drawn:
         limits = [float(gated[label][0].options.get("max_angle", 90.0)) for label in drawn]
         titles = {}
         for (label, found), limit in zip(drawn.items(), limits, strict=True):
             together = [angle for angles in found.values() for angle in angles]
             titles[f"{label}\n{angle_words(together, limit)}"] = found
-        pictures = draw_angles(titles, limits, path)
-        files = [*pictures, *files]
+        figures = draw_angles(titles, limits, path)
         counts = ", ".join(f"{label} {num_drawn[label]}" for label in drawn)
         caption = (
             f"Angles logged during training on {data}, one histogram for each group of parameters; "
             f"seeds together ({counts}). Dashed: the gate's limit, beyond which the contrastive "
             "term is dropped."
         )
-        figures = [Figure(pictures[1], caption)]
-    return Section(
-        title, figures=figures, tables=[Table(header, rows, words)], notes=notes, files=files
-    )
+    return write_section(path, title, Table(header, rows, words), figures, caption, notes)
 
 
 def _sorted(groups: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -19,10 +19,9 @@ from ...experiments.results import (
     mean_and_deviation,
     missing_notes,
 )
-from ...runtime.plots import legend_below, look, mark, new_figure, plain, save_figure
-from ...runtime.text import write_tables
-from ..page.page import Figure, Section, Table
-from .score_figures import mean_of, metric_words
+from ...runtime.plots import legend_below, new_figure, plain, save_figure
+from ..page.page import Section, Table, write_section
+from .score_figures import draw_line, mean_of, metric_words
 
 # Methods that differ in these are compared on different texts.
 _TEXT_OPTIONS = ("max_train_samples", "max_eval_samples")
@@ -103,7 +102,6 @@ def sweep_curves(
 
 def write_layer_scores(scores: LayerScores, path: Path, title: str) -> Section:
     """Write `path`.png, .svg, .csv and .md; returns the section of a page that shows them."""
-    figures = draw(scores, path)
     curves = scores.curves
     layers = sorted({layer for curve in curves for layer in curve.scores})
     header = ["method", "seeds", *(f"layer {layer}" for layer in layers), "average"]
@@ -121,18 +119,12 @@ def write_layer_scores(scores: LayerScores, path: Path, title: str) -> Section:
         "seeds; a single seed has no deviation. Average: over the layers of a method's exits."
     )
     notes = [*_different_layers(curves), *scores.notes]
-    tables = write_tables(path, header, cells, "\n\n".join([words, *notes]), (header, rows))
     caption = (
         f"Score of each exit on {scores.data}. Lines: mean over the seeds ({_seed_counts(curves)});"
         " band: from the lowest to the highest seed. Legend: average over the layers."
     )
-    return Section(
-        title,
-        figures=[Figure(figures[1], caption, f"{caption} The numbers are in the table below.")],
-        tables=[Table(header, cells, words)],
-        notes=notes,
-        files=[*figures, *tables],
-    )
+    table = Table(header, cells, words)
+    return write_section(path, title, table, draw(scores, path), caption, notes, (header, rows))
 
 
 def _different_texts(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -176,18 +168,10 @@ def draw(scores: LayerScores, path: Path) -> list[Path]:
     axes = figure.subplots()
     handles, labels = [], []
     for curve in scores.curves:
-        index = curve.place
         layers = sorted(curve.scores)
-        means = [mean_of(curve.scores[layer]) for layer in layers]
+        columns = [curve.scores[layer] for layer in layers]
         labels.append(f"{curve.label}, average {mean_of(curve.averages):.1f}")
-        (line,) = axes.plot(layers, means, **look(index), markersize=5)
-        handles.append(line)
-        low = [100 * min(curve.scores[layer]) for layer in layers]
-        high = [100 * max(curve.scores[layer]) for layer in layers]
-        band = axes.fill_between(
-            layers, low, high, color=look(index)["color"], alpha=0.15, linewidth=0
-        )
-        mark(index, line, band)
+        handles.append(draw_line(axes, curve.place, layers, columns))
     axes.set_xlabel("layer of the exit")
     axes.set_ylabel(f"{metric_words(scores.metric)} (%)")
     axes.set_title(f"{scores.data}: score of each exit" + _seeds(scores.curves), fontsize=11)

@@ -63,17 +63,8 @@ def draw_values(
             index = lines.index(line)
             there = [(values.index(value), seeds) for value, seeds in points if seeds]
             places = [place for place, _ in there]
-            means = [100 * seeds.mean for _, seeds in there]
-            handles[line] = axes.plot(places, means, **look(index), markersize=5)[0]
-            band = axes.fill_between(
-                places,
-                [100 * min(seeds.values.values()) for _, seeds in there],
-                [100 * max(seeds.values.values()) for _, seeds in there],
-                color=look(index)["color"],
-                alpha=0.15,
-                linewidth=0,
-            )
-            mark(index, handles[line], band, first=2 * panel)
+            columns = [list(seeds.values.values()) for _, seeds in there]
+            handles[line] = draw_line(axes, index, places, columns, first=2 * panel)
         # Evenly spaced: the values are a choice, not a scale.
         axes.set_xticks(range(len(values)), [str(value) for value in values])
         axes.set_xlabel(option, fontsize=9)
@@ -82,6 +73,23 @@ def draw_values(
     every[0].set_ylabel(label)
     legend_below(figure, [handles[line] for line in lines], lines)
     return save_figure(figure, path)
+
+
+def draw_line(
+    axes: Any, index: int, places: Sequence[int], columns: Sequence[Sequence[float]], first: int = 0
+) -> Any:
+    """Draw series `index` as a line of means and a band of ranges over `places`; the line.
+
+    columns: the scores at each place, as fractions; first: number of the line among the parts of
+    the series.
+    """
+    means = [mean_of(scores) for scores in columns]
+    (line,) = axes.plot(places, means, **look(index), markersize=5)
+    low, high = ([100 * extreme(scores) for scores in columns] for extreme in (min, max))
+    color = look(index)["color"]
+    band = axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
+    mark(index, line, band, first=first)
+    return line
 
 
 def metric_words(metric: str) -> str:

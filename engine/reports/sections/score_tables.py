@@ -18,8 +18,7 @@ from ...model.exit_policies import FixedLayer
 from ...model.flops import exit_flops, full_flops
 from ...model.multi_exit import MultiExitConfig, MultiExitForSequenceClassification
 from ...model.saved import DEFAULT_MAX_LENGTH
-from ...runtime.text import write_tables
-from ..page.page import Figure, Section, Table
+from ..page.page import Section, Table, write_section
 from .findings import table_finding
 from .score_figures import draw_dots, draw_values, metric_words
 from .task_scores import (
@@ -39,7 +38,6 @@ _COUNTS = (
     "row's numbers of seeds differ, each is in brackets."
 )
 _BOLD = "**Bold**: the best of its column, where it leads by more than the sum of both deviations."
-_DOTS = "Large: mean over the seeds; small: each seed."
 
 
 def ablation_section(
@@ -82,8 +80,9 @@ def ablation_section(
         if task not in tasks
     ]
     text = table_finding("Average over the exits", rows[0].label, scores.by_row())
-    section = Section("Ablation", text, tables=[Table(header, lines, words)])
-    return _written(section, scores, "Average score over the exits (%)", path, notes)
+    table, notes = Table(header, lines, words), [*scores.notes(), *notes]
+    drawn = _draw(scores, "Average score over the exits (%)", path)
+    return write_section(path, "Ablation", table, *drawn, notes, scores.numbers(), text)
 
 
 def full_model_section(
@@ -139,8 +138,9 @@ def full_model_section(
         f"({scores.metrics()}). {flops_words} {_COUNTS} {_BOLD}"
     )
     text = table_finding("Full models", rows[0].label, scores.by_row())
-    section = Section("Full models", text, tables=[Table(header, lines, words)])
-    return _written(section, scores, "Score (%)", path, flops_notes)
+    table, notes = Table(header, lines, words), [*scores.notes(), *flops_notes]
+    drawn = _draw(scores, "Score (%)", path)
+    return write_section(path, "Full models", table, *drawn, notes, scores.numbers(), text)
 
 
 def grid_section(
@@ -177,7 +177,7 @@ def grid_section(
         ]
         words = [f"{seeds.words} ({len(seeds)})" if seeds else "" for seeds in cells]
         lines.append([str(value), *words])
-    words_of_table = (
+    caption_of_table = (
         f"Average score over the layers of all exits, in percent ({scores.metrics()}), by "
         f"{plan.option}. Mean ± standard deviation (n - 1), in brackets the number of seeds."
     )
@@ -201,41 +201,17 @@ def grid_section(
         f"Average score over the exits by {plan.option}: mean over the seeds, and the range from "
         "the lowest to the highest seed. The values are evenly spaced, whatever their size."
     )
-    text = "\n\n".join([words_of_table, *notes])
-    tables = write_tables(path, header, lines, text, scores.numbers())
-    return Section(
-        f"Values of {plan.option}",
-        figures=[Figure(figures[1], caption)],
-        tables=[Table(header, lines, words_of_table)],
-        notes=notes,
-        files=[*figures, *tables],
-    )
+    table, title = Table(header, lines, caption_of_table), f"Values of {plan.option}"
+    return write_section(path, title, table, figures, caption, notes, scores.numbers())
 
 
-def _written(
-    section: Section, scores: TaskScores, axis: str, path: Path, more_notes: Sequence[str]
-) -> Section:
-    """The section with its figure, notes and files added."""
-    figures = draw_dots(
-        {
-            column.label: [(row.label, scores.at(row, column)) for row in scores.rows]
-            for column in scores.columns
-        },
-        axis,
-        path,
-    )
-    (table,) = section.tables
-    notes = [*scores.notes(), *more_notes]
-    text = "\n\n".join([table.caption, *notes])
-    tables = write_tables(path, table.header, table.rows, text, scores.numbers())
-    return Section(
-        section.title,
-        section.text,
-        figures=[Figure(figures[1], f"{axis}. {_DOTS}")],
-        tables=section.tables,
-        notes=notes,
-        files=[*figures, *tables],
-    )
+def _draw(scores: TaskScores, axis: str, path: Path) -> tuple[list[Path], str]:
+    """The figure of a table of scores: its files, and its caption."""
+    dots = {
+        column.label: [(row.label, scores.at(row, column)) for row in scores.rows]
+        for column in scores.columns
+    }
+    return draw_dots(dots, axis, path), f"{axis}. Large: mean over the seeds; small: each seed."
 
 
 def operations(directory: Path, layer: int | None = None) -> tuple[float, int]:
