@@ -228,7 +228,7 @@ def missing_notes(label: str, task: str, problems: Mapping[int, str]) -> list[st
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a directory is that of a sweep."""
+    """Return whether a directory is that of a sweep."""
     return (path / SWEEP_FILE).is_file()
 
 

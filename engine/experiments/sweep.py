@@ -387,7 +387,7 @@ def log_file(directory: Path) -> Path:
 
 
 def _ending(code: int) -> str:
-    """How a process ended: "exit status 2", "killed by SIGKILL (out of memory?)"."""
+    """The end of a process in words: "exit status 2", "killed by SIGKILL (out of memory?)"."""
     if code >= 0:
         return f"exit status {code}"
     name = signal.Signals(-code).name

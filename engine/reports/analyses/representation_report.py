@@ -33,8 +33,8 @@ from .representations import Representations, choose_layers, measure_alignment, 
 TABLE_HEADER = (
     "run", "exit", "texts", "own label", "nearest other", "margin", "nearest is own", "silhouette",
 )  # fmt: skip
-# All but the star, which marks label embeddings. There are as many as colours less one, so that a
-# colour comes with another marker each time.
+# Without the star, which marks label embeddings. One fewer than colours, so that a colour that
+# repeats has another marker.
 _MARKERS = MARKERS[:-1]
 _PANELS_PER_ROW = 3
 # With more classes, names and legend would cover the points.
@@ -252,7 +252,7 @@ def _name_places(where: np.ndarray, stars: np.ndarray) -> list[tuple[str, bool]]
     order = np.arange(len(stars))
     for index, (x, y) in enumerate(shares):
         across = "left" if x < 0.15 else "right" if x > 0.85 else "center"
-        # Of stars close together, only the highest has its name above.
+        # Only the highest of stars close together has its name above.
         near = (np.abs(shares - (x, y)) < (0.3, 0.12)).all(axis=1)
         higher = near & ((shares[:, 1] > y) | ((shares[:, 1] == y) & (order < index)))
         places.append((across, not higher.any()))

@@ -122,7 +122,7 @@ def test_a_text_without_tokens_is_refused(tokenizer: PreTrainedTokenizerBase) ->
     backend.post_processor = None
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
     with pytest.raises(ValueError, match="data row 2 has no token"):
-        # A control character, which the normaliser removes.
+        # The normaliser removes this control character.
         encode(TextSplit(["w1", "\u0001"]), bare, 8)
 
 
@@ -157,7 +157,7 @@ def test_batches_depend_on_seed_and_epoch_alone(group_by_length: bool) -> None:
         batches = epoch_batches(LENGTHS, 8, seed=seed, epoch=epoch, group_by_length=group_by_length)
         return np.concatenate(batches).tolist()
 
-    # Another user of numpy's global generator changes nothing.
+    # The global generator of NumPy has no influence.
     first = order(3, 1)
     np.random.seed(7)
     assert order(3, 1) == first
@@ -175,7 +175,7 @@ def test_grouping_pads_little_and_starts_with_the_longest_batch() -> None:
     assert padded_tokens(grouped) < 1.1 * LENGTHS.sum()
     longest = [int(LENGTHS[batch].max()) for batch in grouped[:-1]]
     assert longest[0] == max(longest)
-    # Neither rising nor falling after that: training must not see lengths in order.
+    # The lengths of the following batches are in no order.
     steps = np.sign(np.diff(longest[1:]))
     assert min((steps > 0).sum(), (steps < 0).sum()) > len(steps) // 4
 

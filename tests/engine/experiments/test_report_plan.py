@@ -1,4 +1,4 @@
-"""The `report` section of a recipe: what it asks for, and mistakes in it."""
+"""The `report` section of a recipe: its analyses, and mistakes in it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics against their definitions, and evaluation of a finished run."""
+"""Metrics compared with their definitions, and the evaluation of a finished run."""
 
 from __future__ import annotations
 

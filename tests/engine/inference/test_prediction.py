@@ -111,7 +111,7 @@ def exits_dir(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ({"policy": "stored"}, None),
         ({"policy": "stored", "bf16": True}, "calibrated with dtype float32, this run has dtype"),
         ({"policy": "stored", "max_seq_length": 16}, "max_seq_length 64, this run has max_seq_le"),
-        # The user's own threshold was not calibrated.
+        # A threshold given by the user was not calibrated.
         ({"policy": "entropy:threshold=1", "bf16": True}, None),
         ({"bf16": True}, None),
     ],

@@ -1,4 +1,4 @@
-"""The results page: claims first, then every sweep, with links to what was written beside it."""
+"""The results page: claims first, then every sweep, with links to the reports."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_sweeps_on_one_page(
     assert "## Several exits: mrpc (validation); rte (validation)" in page
     assert "### Layer scores: mrpc" in page and "### Layer scores: rte" in page
     assert "| method | seeds | layer 1 |" in page
-    # What the page links to is there: it wrote the reports, too.
+    # The links work: the reports were written, too.
     links = re.findall(r"\]\((reports/[^)]*)\)", page)
     assert len(links) == 5 and all((output.parent / link).exists() for link in links)
     assert (output.parent / "reports" / "every_method" / "index.html").is_file()

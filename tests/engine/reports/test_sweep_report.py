@@ -1,4 +1,4 @@
-"""The whole report: of a sweep that is not finished, and of runs given by hand."""
+"""The whole report of an unfinished sweep, and of single runs."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_what_is_missing_is_named(report: Report) -> None:
 def test_a_sweep_from_the_command_line(
     make_sweep: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Nothing asked for: what suits the methods. One seed: no claim.
+    # No `report` section: the default analyses. A single seed: no claim.
     sweep = make_sweep(
         tmp_path / "s", report=None, methods=("CE", "JT", "2ST-MHA"), tasks=("rte",), seeds=(1,)
     )
@@ -104,7 +104,7 @@ def test_a_task_that_has_not_begun(make_sweep: Callable[..., Path], tmp_path: Pa
     made = write_report([sweep], tmp_path / "out")
     titles = [section.title for section in made.sections]
     assert titles == ["Layer scores: mrpc", "Missing runs", "Commands"]
-    # One seed: a difference, and no claim.
+    # A single seed: a difference, but no claim.
     assert ": no claim)" in made.sections[0].text
 
 

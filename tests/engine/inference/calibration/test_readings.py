@@ -1,4 +1,4 @@
-"""One pass through all exits, and what it refuses."""
+"""Reading all exits in one pass, and the errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_part_of_the_texts_reads_as_in_the_whole(exit_readings: ExitReadings) 
     mask = torch.zeros(len(readings), dtype=torch.bool)
     mask[rows] = True
     assert torch.equal(readings.subset(mask).lengths, readings.lengths[rows.sort().values])
-    # Nobody asks how sure the last exit is.
+    # The certainty of the last exit is not read.
     assert readings.at(3).certainty is None
 
 

@@ -1,4 +1,4 @@
-"""The page stands alone: well-formed, no request, no shared ids, and it says what it was given."""
+"""The page is well-formed, loads nothing, has unique ids, and shows its contents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SVG = (
 
 
 class Checker(HTMLParser):
-    """Every tag is closed where it must be; collects ids and what is loaded."""
+    """Check that tags are closed; collect ids and URLs."""
 
     def __init__(self) -> None:
         super().__init__()

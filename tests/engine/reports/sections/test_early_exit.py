@@ -25,7 +25,7 @@ def study(cross_fitted: float | None, **policies: Any) -> dict[str, Any]:
 
 
 def older() -> dict[str, Any]:
-    """As it was before there were areas and cross-fitted scores."""
+    """A study without areas and cross-fitted scores, as earlier versions wrote."""
     content = study(None)
     del content["policies"]["entropy"]["area_under_curve"]
     return content

@@ -1,4 +1,4 @@
-"""The angles that runs logged, and what the gate did with them."""
+"""Histograms and table of the angles that runs logged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_angles_of_a_sweep(make_sweep: Callable[..., Path], tmp_path: Path) -> N
         tmp_path / "s", methods=("CE", "ACL backbone", "ACL"), tasks=("mrpc",), seeds=(1, 2)
     )
     sweep = read_sweep(directory)
-    # One run's gate saw 80 more steps at layer 1, and dropped half of them.
+    # The gate of a run saw 80 more steps at layer 1 and dropped half of them.
     run = sweep.of("mrpc", "ACL")[0].directory / "results.json"
     results = json.loads(run.read_text())
     results["gate"].append(

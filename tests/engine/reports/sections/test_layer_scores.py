@@ -1,4 +1,4 @@
-"""Curves over the layers from the results of runs, and runs that do not belong together."""
+"""Curves over the layers from the results of runs, and runs that cannot be combined."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def test_curves_of_a_sweep(unfinished_sweep: Path, tmp_path: Path) -> None:
     found = sweep_curves(sweep, "cola", targets)
     assert found is not None
     assert (found.data, found.metric) == ("cola, validation", "matthews_correlation")
-    # Each looks as on the tasks where all are there.
+    # The looks are the same as on tasks with all methods.
     assert [(curve.label, curve.place) for curve in found.curves] == [("mha", 1), ("ours", 2)]
     assert [curve.num_seeds for curve in found.curves] == [2, 1]
     results = json.loads((sweep.of("cola", "ACL")[0].directory / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""Tables 1 to 3 of a sweep: every number against the runs' files, and what is missing said."""
+"""Tables 1 to 3 of a sweep: numbers compared with the runs' files, and notes on missing ones."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def row_of(section: Section | None, label: str) -> dict[str, str]:
 
 
 def averages(sweep: SweepResults, task: str, method: str, metric: str) -> list[float]:
-    """By hand, from the files."""
+    """Computed from the files."""
     found = []
     for run in sweep.of(task, method):
         if run.problem is None:
@@ -64,7 +64,7 @@ def test_ablation(sweep: SweepResults, tmp_path: Path) -> None:
     deviation = statistics.stdev(other)
     assert rows["2ST-MHA"][2] == f"{statistics.mean(other):.1f} ± {deviation:.1f}"
     assert rows["2ST-MHA"][3] == f"{statistics.mean(other) - statistics.mean(ours):+.1f}"
-    # One seed of two on cola: no deviation, the number of seeds, a mean over tasks without one.
+    # A seed of two on cola: no deviation there and in the mean over tasks, and its number is shown.
     (single,) = averages(sweep, "cola", "ACL", "matthews_correlation")
     assert rows["ACL"][1] == "1 to 2" and rows["ACL"][4] == f"{single:.1f} (1)"
     assert rows["ACL"][6] == f"{(statistics.mean(ours) + single) / 2:.1f}"
@@ -72,7 +72,7 @@ def test_ablation(sweep: SweepResults, tmp_path: Path) -> None:
     by_seed = [statistics.mean(pair) for pair in pairs]
     together = f"{statistics.mean(by_seed):.1f} ± {statistics.stdev(by_seed):.1f}"
     assert rows["2ST-MHA"][6] == together
-    # Nothing on cola: no mean over tasks, and the reason.
+    # No score on cola: no mean over tasks, and a note.
     assert rows["2ST-linear"][1] == "0 to 2" and rows["2ST-linear"][4:] == ["", "", "", ""]
     assert section is not None
     assert "2ST-linear has no mean of tasks: nothing on cola." in section.notes
@@ -104,7 +104,7 @@ def test_tasks_without_all_rows_stay_out_of_an_ablation(
     assert "rte" not in table_of(section).header
     assert section is not None
     assert section.notes == ["Not in the table: rte, for which the recipe runs ACL only."]
-    # The full models' table has the task, and its mean is of the others, by name.
+    # The table of full models has the task; its mean names the tasks that it includes.
     full = full_model_section(sweep, targets, None, tmp_path / "full")
     assert table_of(full).header == ["method", "seeds", "mrpc", "rte", "cola", "mean of mrpc, cola"]
     ours = row_of(full, "ACL")
@@ -125,7 +125,7 @@ def test_full_models(sweep: SweepResults, tmp_path: Path) -> None:
     assert row_of(section, "tenth")["mrpc"] == ""
     assert section is not None
     assert "Missing: tenth on mrpc, seeds 1, 2 (it has no exit on layer 10)." in section.notes
-    # No model lies beside these results: no columns of operations, and a reason.
+    # No model is saved with these results: no columns of operations, and a note.
     assert "GFLOPs" not in table_of(section).header
     assert "No FLOPs for any run: no model is saved with the run." in section.notes
 
@@ -153,7 +153,7 @@ def test_operations(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
     targets = {"full": Target("CE"), "last": Target("ACL"), "half": Target("ACL", 3)}
     section = full_model_section(sweep, targets, None, tmp_path / "full")
     shares = [row_of(section, label)["share"] for label in targets]
-    # A half of the layers and the whole of one small exit.
+    # Half of the layers, and a small exit.
     assert shares[:2] == ["100%", "100%"] and shares[2] in ("51%", "52%", "53%")
     assert "max_seq_length tokens (20 on mrpc)" in table_of(section).caption
     with pytest.raises(ValueError, match="the model has no exit on layer 3"):
