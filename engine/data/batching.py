@@ -225,10 +225,7 @@ def _check_max_length(
 
 
 def _tokenize(
-    split: TextSplit,
-    rows: Sequence[int],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
+    split: TextSplit, rows: Sequence[int], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Any:
     first = [split.first[row] for row in rows]
     second = None if split.second is None else [split.second[row] for row in rows]

@@ -178,9 +178,7 @@ def write_representations(
 
 
 def draw(
-    found: Sequence[Sequence[Representations]],
-    points: Sequence[Sequence[np.ndarray]],
-    path: Path,
+    found: Sequence[Sequence[Representations]], points: Sequence[Sequence[np.ndarray]], path: Path
 ) -> list[Path]:
     """A column per run and a row per exit, or rows of three exits of a single run.
 
