@@ -48,6 +48,6 @@ def test_sweeps_on_one_page(
     assert len(links) == 5 and all((output.parent / link).exists() for link in links)
     assert (output.parent / "reports" / "every_method" / "index.html").is_file()
     one_exit = page[page.index("## One exit: mrpc (validation)") :]
-    assert "### Full models" in one_exit and "CE -1.0 (1 task: 0 clearly" in one_exit
+    assert "### Full models" in one_exit and "Full models against ACL" in one_exit
     with pytest.raises(ValueError, match="No sweeps"):
         results_page({})

@@ -79,5 +79,5 @@ def test_a_table() -> None:
     assert table_finding("Full models", "absent", rows) == ""
     single = {"CE": {"mrpc": Seeds({1: 0.5}, {})}, "ACL": {"mrpc": Seeds({1: 0.9}, {})}}
     some = {"CE": rows["CE"], "ACL": {"mrpc": high, "rte": Seeds({1: 0.5}, {})}}
-    assert "1 clearly higher, 0 clearly lower, 1 of single" in table_finding("x", "CE", some)
+    assert "1 clearly higher, 0 clearly lower, 1 with single" in table_finding("x", "CE", some)
     assert "ACL +40.0 (1 task: single seeds, no claim)" in table_finding("x", "CE", single)
