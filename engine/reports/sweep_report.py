@@ -159,7 +159,7 @@ def _write(
     findings = [finding for finding in findings if finding]
     facts = _facts(sweep)
     page = write_page(output_dir / PAGE_FILE, title, findings, there, facts)
-    max_exits = max(len(run.layers()) for run in sweep.done if run.evaluated)
+    max_exits = max((len(run.layers()) for run in sweep.done if run.evaluated), default=0)
     return Report(page, findings, there, facts, max_exits)
 
 

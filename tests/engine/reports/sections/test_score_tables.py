@@ -130,6 +130,23 @@ def test_full_models(sweep: SweepResults, tmp_path: Path) -> None:
     assert "No FLOPs for any run: no model is saved with the run." in section.notes
 
 
+def test_all_metrics_of_a_task(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
+    directory = make_sweep(tmp_path / "s", methods=("CE",), tasks=("mrpc", "rte"), seeds=(1,))
+    for file in directory.glob("cells/mrpc/**/results.json"):
+        results = json.loads(file.read_text())
+        results["metrics"]["validation"]["6"]["accuracy"] = 0.75
+        file.write_text(json.dumps(results))
+    sweep, targets = read_sweep(directory), {"CE": Target("CE")}
+    plain = full_model_section(sweep, targets, None, tmp_path / "plain")
+    assert table_of(plain).header == ["method", "seeds", "mrpc", "rte", "mean of tasks"]
+    section = full_model_section(sweep, targets, None, tmp_path / "all", all_metrics=True)
+    header = ["method", "seeds", "mrpc", "mrpc, accuracy", "rte", "mean of tasks"]
+    assert table_of(section).header == header
+    assert row_of(section, "CE")["mrpc, accuracy"] == "75.0"
+    assert row_of(section, "CE")["mean of tasks"] == row_of(plain, "CE")["mean of tasks"]
+    assert "(F1 on mrpc; accuracy on rte)" in table_of(section).caption
+
+
 def save_config(directory: Path, exit_layers: list[int]) -> MultiExitConfig:
     backbone = BertConfig(
         hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64,
