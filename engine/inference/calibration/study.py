@@ -280,7 +280,7 @@ class ExitStudy:
             f"({self.data_name}), {results['dtype']}, at most {results['max_seq_length']} tokens",
             text_table(header, table),
             f"{metric}: on the texts that the setting was chosen on. cross-fitted: chosen on one "
-            "half of them and scored on the other, both ways.",
+            "half of them, scored on the other, both ways.",
             f"area: {AREA_WORDS}.",
         ]
         if Learned.name in results["policies"]:
