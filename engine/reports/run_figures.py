@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,16 @@ def logged_angles(run: Path) -> list[tuple[str, float, float]]:
     ]
 
 
+def by_layer(names: Iterable[str]) -> list[str]:
+    """Names that end in a number ("exit 3") by that number, then the others in their order."""
+
+    def number(name: str) -> int:
+        last = name.rpartition(" ")[2]
+        return int(last) if last.isdigit() else 10**6
+
+    return sorted(names, key=number)
+
+
 def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path:
     """Angles that a run logged, by epoch, as a PNG (and SVG beside it).
 
@@ -103,7 +113,7 @@ def draw_angles(
     what the shares on the vertical axis are shares of.
     """
     figure, every = panels(len(drawn), height)
-    series = list(dict.fromkeys(name for found in drawn.values() for name in found))
+    series = by_layer(dict.fromkeys(name for found in drawn.values() for name in found))
     angles = np.concatenate([values for found in drawn.values() for values in found.values()])
     low = bin_degrees * math.floor(min(float(angles.min()), 60.0) / bin_degrees)
     high = bin_degrees * math.ceil(max(float(angles.max()), 100.0) / bin_degrees)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...experiments.results import SweepRun
 from ..page.page import Section, Table, write_section
-from ..run_figures import angle_words, draw_angles, logged_angles
+from ..run_figures import angle_words, by_layer, draw_angles, logged_angles
 
 
 def gate_section(
@@ -36,7 +36,7 @@ def gate_section(
             except ValueError:
                 notes.append(f"No histogram of {label}, seed {run.seed}: it has no metrics.jsonl.")
         if angles:
-            drawn[label] = dict(_sorted(angles))
+            drawn[label] = {name: angles[name] for name in by_layer(sorted(angles))}
     rows = [row for label, group in gated.items() for row in _rows(label, group)]
     header = ["method", "seeds", "group", "steps", "median", "10 % to 90 %", "dropped"]
     words = (
@@ -61,16 +61,6 @@ def gate_section(
     return write_section(path, title, Table(header, rows, words), figures, caption, notes)
 
 
-def _sorted(groups: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """The exits by layer, then the other groups by name."""
-
-    def place(item: tuple[str, Any]) -> tuple[int, str]:
-        number = item[0].rpartition(" ")[2]
-        return (int(number), "") if number.isdigit() else (10**6, item[0])
-
-    return sorted(groups.items(), key=place)
-
-
 def _rows(label: str, runs: Sequence[SweepRun]) -> list[list[str]]:
     """The rows of the table for a method, one per group of parameters."""
     by_group: dict[str, list[dict[str, Any]]] = {}
@@ -78,7 +68,8 @@ def _rows(label: str, runs: Sequence[SweepRun]) -> list[list[str]]:
         for row in run.gate:
             by_group.setdefault(row.get("group", "model"), []).append(row)
     rows = []
-    for group, found in _sorted(by_group):
+    for group in by_layer(sorted(by_group)):
+        found = by_group[group]
         steps = sum(row["steps"] for row in found)
 
         def weighted(name: str, found: list[dict[str, Any]] = found, steps: int = steps) -> float:
