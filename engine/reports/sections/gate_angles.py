@@ -44,7 +44,8 @@ def gate_section(
         "at every step that the gate decided on. Deciles and median: means over epochs and seeds, "
         "weighted by steps; dropped: steps without the contrastive term."
     )
-    figures, caption = [], ""
+    caption = ""
+    figures: list[Path] = []
     if drawn:
         limits = [float(gated[label][0].options.get("max_angle", 90.0)) for label in drawn]
         titles = {}
