@@ -281,8 +281,8 @@ def _texts(sweep: SweepResults, task: str) -> str:
     """The splits of a task and limits on its texts: "validation; 10,000 training texts"."""
     words = [", ".join(sweep.splits(task))]
     for option, of_what in (("max_train_samples", "training"), ("max_eval_samples", "evaluation")):
-        limits = {run.options.get(option) for run in sweep.done if run.task == task}
-        words += [f"{limit:,} {of_what} texts" for limit in sorted(limits - {None})]
+        limits = {run.options.get(option) or 0 for run in sweep.done if run.task == task}
+        words += [f"{limit:,} {of_what} texts" for limit in sorted(limits - {0})]
     return "; ".join(word for word in words if word)
 
 

@@ -142,7 +142,9 @@ def notes(records: Sequence[AngleRecords]) -> list[str]:
 
 def draw_histograms(records: Sequence[AngleRecords], path: Path) -> list[Path]:
     """Histogram of the angle over all parameters of each run: `path`.png and .svg."""
-    angles = {record.label: record.angles(record.names[0]) for record in records}
+    angles: dict[str, list[float]] = {
+        record.label: record.angles(record.names[0]).tolist() for record in records
+    }
     series = {
         f"{label}: {angle_words(values, RIGHT_ANGLE)}": values for label, values in angles.items()
     }
