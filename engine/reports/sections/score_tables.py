@@ -135,7 +135,7 @@ def full_model_section(
         lines.append([*line, scores.over_tasks(row)[1]] if several else line)
     words = (
         f"Score of the last exit, or of the exit that a row names, in percent "
-        f"({scores.metrics()}). {flops_words} {_COUNTS} {_BOLD}"
+        f"({scores.metrics()}). {f'{flops_words} ' if flops_words else ''}{_COUNTS} {_BOLD}"
     )
     text = table_finding("Full models", rows[0].label, scores.by_row())
     table, notes = Table(header, lines, words), [*scores.notes(), *flops_notes]
