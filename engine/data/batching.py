@@ -1,12 +1,13 @@
 """Tokenised texts in flat arrays, the batches of an epoch, and padded batches as tensors."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from .columns import TextSplit
 
@@ -14,17 +15,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _TEXTS_PER_CHUNK = 1000
-# A tokenizer that knows no limit reports 10^30.
+# A tokenizer without a limit reports 10^30.
 _NO_LIMIT = 10**6
 _BATCHES_PER_MEGABATCH = 50
 
 
 @dataclass(frozen=True)
 class EncodedSplit:
-    """N tokenised texts (or pairs), T tokens in all.
+    """N tokenised texts (or pairs of texts), T tokens in all.
 
-    `tokens` [T] int32, text i being tokens[offsets[i]:offsets[i + 1]]; `token_types` [T] int8 where
-    the model has them; `labels` [N] int64; `num_truncated` texts were longer than `max_length`.
+    `tokens` [T] int32; text i is tokens[offsets[i]:offsets[i + 1]]; `token_types` [T] int8, None if
+    the model has none; `labels` [N] int64; `num_truncated` texts were longer than `max_length`.
     """
 
     tokens: np.ndarray
@@ -39,11 +40,11 @@ class EncodedSplit:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens in each text, special tokens included: [N] int64."""
+        """Number of tokens of each text, special tokens included: [N] int64."""
         return np.diff(self.offsets)
 
     def take(self, rows: np.ndarray) -> "EncodedSplit":
-        """The texts of these rows, in their order."""
+        """The texts with these row indices, in the order given."""
         lengths = self.lengths[rows]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.arange(offsets[-1]) + np.repeat(self.offsets[rows] - offsets[:-1], lengths)
@@ -63,13 +64,13 @@ def encode(
     max_length: int,
     model_limit: int | None = None,
 ) -> EncodedSplit:
-    """Tokenises a split without padding; longer texts lose tokens from the longer text's end.
+    """Tokenise a split without padding; of a pair that is too long, the longer text is cut first.
 
-    `max_length`: most tokens per text, special tokens included (max_seq_length on the command
-    line). `model_limit`: most positions of the model, where the tokenizer does not know it.
+    `max_length`: maximum number of tokens per text, special tokens included (max_seq_length on the
+    command line). `model_limit`: number of positions of the model, for tokenizers that do not know.
 
     Raises:
-        ValueError: max_length is beyond the model or too short for one token of text; a text has no
+        ValueError: max_length exceeds the model's limit or leaves no room for text; a text has no
             token at all.
     """
     is_pair = split.second is not None
@@ -85,7 +86,7 @@ def encode(
         if has_token_types:
             token_types.append(_flat(encoded["token_type_ids"], np.int8, num_tokens.sum()))
         lengths.append(num_tokens)
-        # A text that fills max_length was truncated if one more token makes it longer.
+        # A text of max_length tokens was truncated if it is longer with room for one more.
         full = [rows[index] for index in np.flatnonzero(num_tokens == max_length)]
         if full:
             longer = _tokenize(split, full, tokenizer, max_length + 1)["input_ids"]
@@ -93,7 +94,7 @@ def encode(
     all_lengths = np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int64)
     if not all_lengths.all():
         row = int(np.argmin(all_lengths)) + 1
-        raise ValueError(f"The text of data row {row} has no token: correct it or take it out.")
+        raise ValueError(f"The text of data row {row} has no token: correct it or remove it.")
     return EncodedSplit(
         tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
         offsets=np.concatenate([[0], np.cumsum(all_lengths)]).astype(np.int64),
@@ -112,17 +113,16 @@ def epoch_batches(
     epoch: int,
     shuffle: bool = True,
     group_by_length: bool = False,
-    drop_last: bool = False,
 ) -> list[np.ndarray]:
-    """The row indices of each batch of one epoch; a function of its arguments alone.
+    """Row indices of each batch of an epoch; they depend on the arguments only.
 
-    `group_by_length` sorts by length inside random groups of 50 batches, so that a batch pads
-    little; the batches are then shuffled, the longest one first (what does not fit in memory fails
-    at once). Without `shuffle`: the rows in order, or all sorted by length, longest first. The
-    incomplete batch, if any, is the last; `drop_last` leaves out as many random rows instead.
+    `group_by_length` sorts by length within random groups of 50 batches, which reduces padding; the
+    batches are then shuffled, except that the longest one comes first, so that running out of
+    memory happens at once. Without `shuffle`, rows are in order, or all sorted by length, longest
+    first. The incomplete batch, if any, is the last.
 
     Raises:
-        ValueError: no rows, batch_size < 1, negative seed or epoch, nothing left by drop_last.
+        ValueError: no rows, batch_size < 1, a negative seed or epoch.
     """
     num_rows = len(lengths)
     if num_rows == 0:
@@ -131,12 +131,8 @@ def epoch_batches(
         raise ValueError(f"batch_size={batch_size}: a batch needs at least 1 row.")
     if seed < 0 or epoch < 0:
         raise ValueError(f"seed={seed}, epoch={epoch}: neither may be negative.")
-    if drop_last and num_rows < batch_size:
-        raise ValueError(f"drop_last leaves no batch: {num_rows} rows, batch_size={batch_size}.")
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(num_rows) if shuffle else np.arange(num_rows)
-    if drop_last:
-        order = order[: num_rows - num_rows % batch_size]
     if group_by_length:
         order = _sorted_in_groups(
             order, lengths, batch_size * _BATCHES_PER_MEGABATCH if shuffle else num_rows
@@ -153,24 +149,46 @@ def epoch_batches(
     return batches
 
 
-def collate(
+def evaluation_batches(
     encoded: EncodedSplit,
-    indices: np.ndarray | Sequence[int],
+    batch_size: int,
     pad_token_id: int,
-    pad_to_multiple_of: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """One batch, padded on the right to its longest row (or the next multiple): [B, L] int64.
+    *,
+    device: torch.device | str = "cpu",
+    part: slice = slice(None),
+    progress: str | None = None,
+) -> Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]:
+    """Row indices [B] and padded inputs, without labels, of each batch of a split.
 
-    Keys: input_ids, attention_mask, token_type_ids and labels [B] where the split has them.
+    Texts are sorted by length, which reduces padding; the longest come first, so that running out
+    of memory happens at once.
+
+    `part`: the batches that are wanted. `progress`: title of a progress bar, which terminals show;
+    None shows none.
+    """
+    batches = epoch_batches(
+        encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+    )
+    disable = True if progress is None else None
+    for indices in tqdm(batches[part], desc=progress, leave=False, disable=disable):
+        batch = collate(encoded, indices, pad_token_id)
+        batch.pop("labels", None)
+        yield indices, {name: value.to(device) for name, value in batch.items()}
+
+
+def collate(
+    encoded: EncodedSplit, indices: np.ndarray | Sequence[int], pad_token_id: int
+) -> dict[str, torch.Tensor]:
+    """The batch of some rows, padded on the right to its longest row: [B, L] int64.
+
+    Keys: input_ids, attention_mask; token_type_ids and labels [B] if the split has them.
     """
     indices = np.asarray(indices, dtype=np.int64)
     starts = encoded.offsets[indices]
     lengths = encoded.offsets[indices + 1] - starts
     width = int(lengths.max())
-    if pad_to_multiple_of is not None:
-        width = -(-width // pad_to_multiple_of) * pad_to_multiple_of
     filled = np.arange(width) < lengths[:, None]  # [B, L]
-    # Where each filled cell, row by row, lies in the flat arrays.
+    # Positions of the filled cells, row by row, in the flat arrays.
     row_shifts = starts - np.concatenate([[0], np.cumsum(lengths[:-1])])
     positions = np.arange(lengths.sum()) + np.repeat(row_shifts, lengths)
     input_ids = np.full(filled.shape, pad_token_id, dtype=np.int64)
@@ -201,16 +219,13 @@ def _check_max_length(
     least = tokenizer.num_special_tokens_to_add(pair=is_pair) + (2 if is_pair else 1)
     if max_length < least:
         raise ValueError(
-            f"max_seq_length={max_length} leaves no room for text beside the special tokens; use "
+            f"max_seq_length={max_length} leaves no room for text beside the special tokens: use "
             f"{least} or more."
         )
 
 
 def _tokenize(
-    split: TextSplit,
-    rows: Sequence[int],
-    tokenizer: "PreTrainedTokenizerBase",
-    max_length: int,
+    split: TextSplit, rows: Sequence[int], tokenizer: "PreTrainedTokenizerBase", max_length: int
 ) -> Any:
     first = [split.first[row] for row in rows]
     second = None if split.second is None else [split.second[row] for row in rows]
@@ -229,6 +244,6 @@ def _flat(rows: list[list[int]], dtype: type, count: int) -> np.ndarray:
 
 
 def _sorted_in_groups(order: np.ndarray, lengths: np.ndarray, group_size: int) -> np.ndarray:
-    """`order` with every `group_size` rows sorted by length, longest first, ties as they were."""
+    """`order` with every `group_size` rows sorted by length, longest first; a stable sort."""
     groups = [order[start : start + group_size] for start in range(0, len(order), group_size)]
     return np.concatenate([group[np.argsort(-lengths[group], kind="stable")] for group in groups])

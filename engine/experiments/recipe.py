@@ -1,4 +1,4 @@
-"""Recipes: a YAML file that says which runs an experiment is made of.
+"""Recipes: YAML files that define the runs of an experiment.
 
     defaults: {model_name_or_path: bert-base-uncased, learning_rate: 2e-5}
     seeds: [1, 2, 3]
@@ -10,9 +10,9 @@
       ACL: {stage1: CE, strategy: two_stage, objective: acl}
       CE+SCL sweep: {objective: scl, aux_weight: [0.005, 0.02, 0.1]}
 
-A cell is one run: a task, a method, a value of each option that the method gives a list, and a
-seed. `stage1` names the method whose run, of the same task and seed, is the first stage. The layers
-of `exit_layers: [2, 4, 6]` are one value; a list of such lists, or of texts, gives several.
+A cell is one run: a task, a method, a value for each option with a list of values, and a seed.
+`stage1` names the method whose run with the same task and seed is the first stage. The layers of
+`exit_layers: [2, 4, 6]` are a single value; a list of such lists, or of strings, has several.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ from ..runtime.text import did_you_mean
 _SHIPPED = Path(__file__).with_name("recipes")
 _KEYS = ("defaults", "seeds", "share_features", "tasks", "methods", "report")
 _TASK_KEYS = ("seeds", "methods")
-# Options that say what a task's data are: with one of them the task's name is only a name.
+# Options that name the data; without them, the name of the task does.
 _DATA_OPTIONS = ("task_name", "dataset_name", "train_file")
-# What belongs to the model that a first stage brings along.
+# Options of the model, which a second stage takes from its first stage.
 _MODEL_OPTIONS = ("model_name_or_path", "num_hidden_layers")
-# Of a second stage's exits and of its teacher, which are compared in one space.
+# Options that a second stage's exits must share with their teacher.
 _EXIT_OPTIONS = ("exit_head", "exit_width", "exit_attention_heads")
-# With others of these the backbone's states are others, or of other texts or layers.
+# Options that determine the features, beside the first stage.
 _FEATURE_OPTIONS = ("exit_layers", "max_seq_length", "max_train_samples", "fp16", "bf16")
-# What the sweep itself decides.
+# Options that the sweep sets itself.
 _OWN_OPTIONS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One run of a sweep.
+    """A run of a sweep.
 
-    grid: the values of the options for which the method gives a list; directory: within the sweep;
-    options: of `fusedacl train`, without the paths that the sweep gives; stage1: directory of the
-    cell whose run is the first stage; features: directory of the feature cache.
+    grid: values of the options for which the method has a list; options: those of `fusedacl train`,
+    without paths that the sweep sets. Directories within the sweep: directory: that of the run;
+    stage1: that of the first stage's run; features: that of the feature cache.
     """
 
     task: str
@@ -65,12 +65,12 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What people call it: "mrpc, ACL, aux_weight 0.1, seed 2"."""
+        """Name for messages: "mrpc, ACL, aux_weight 0.1, seed 2"."""
         values = [f"{option} {value}" for option, value in self.grid.items()]
         return ", ".join([self.task, self.method, *values, f"seed {self.seed}"])
 
     def config(self, sweep_dir: Path) -> TrainingConfig:
-        """The configuration of its run, for a sweep in that directory."""
+        """The configuration of the run, for a sweep in that directory."""
         paths = {"output_dir": str(sweep_dir / self.directory)}
         if self.stage1 is not None:
             paths["stage1_model"] = str(sweep_dir / self.stage1)
@@ -80,15 +80,15 @@ class Cell:
 
 
 def shipped_recipes() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the recipes in the package."""
     return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
 
 
 def read_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe, by its file or its shipped name; not yet checked: `plan_cells` does that.
+    """Read a recipe by its file or by the name of a shipped one; `plan_cells` checks its contents.
 
     Raises:
-        ValueError: there is no such file, or it or its `defaults` are no YAML mapping.
+        ValueError: there is no such file, or it or its `defaults` is not a YAML mapping.
     """
     path = Path(name)
     if not path.exists() and path.name == str(name) and not path.suffix:
@@ -104,11 +104,11 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
 
 
 def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
-    """Every run of a recipe, first stages before what builds on them.
+    """All runs of a recipe, first stages before the runs that build on them.
 
     Raises:
         ValueError: an unknown key, method or option, a value out of range, or options that
-            contradict each other, naming the cell.
+            contradict each other; the message names the cell.
     """
     _check_keys(recipe, _KEYS, "the recipe")
     tasks, methods = (_mapping(recipe, key) for key in ("tasks", "methods"))
@@ -126,7 +126,7 @@ def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
         task: _seeds(tasks[task].get("seeds", recipe.get("seeds", [42])), task) for task in tasks
     }
     cells: list[Cell] = []
-    # Seed by seed, so that what is there when a sweep stops compares all tasks and methods.
+    # Seed by seed, so that a stopped sweep already compares all tasks and methods.
     for turn in range(max(map(len, seeds.values()))):
         for task, of_task in tasks.items():
             if turn < len(seeds[task]):
@@ -145,7 +145,7 @@ def _cells(
     methods: Mapping[str, Any],
     seed: int,
 ) -> list[Cell]:
-    """The cells of one task, method and seed, one a point of the method's grid."""
+    """The cells of a task, method and seed, one per point of the method's grid."""
     method = dict(methods[name])
     first = method.pop("stage1", None)
     inherited = _defaults(recipe)
@@ -163,34 +163,23 @@ def _cells(
     cells = []
     for values in itertools.product(*lists.values()):
         grid = {option: _one_value(value) for option, value in zip(lists, values, strict=True)}
-        # A path among the values must not lead out of the sweep.
+        # A slug, because a value may be a path that leads out of the sweep.
         place = "".join(f"/{option}-{slug(str(value))}" for option, value in grid.items())
         stage1 = None if first is None else f"cells/{slug(task)}/{slug(first)}/seed-{seed}"
         directory = f"cells/{slug(task)}/{slug(name)}{place}/seed-{seed}"
         features = None
         if options.get("strategy") == "two_stage" and recipe.get("share_features", False):
-            # What one first stage gives, all second stages with that kind of exit can read.
+            # Shared by all second stages with the same first stage and the same kind of exit.
             head = options.get("exit_head", "mha")
             own = {name: (options | grid)[name] for name in _FEATURE_OPTIONS if name in method}
             words = "".join(f"-{name}-{slug(str(_one_value(own[name])))}" for name in own)
             features = f"features/{slug(stage1 or directory)}-{head}{words}"
-        cells.append(
-            Cell(
-                task,
-                name,
-                seed,
-                grid,
-                options | grid,
-                directory,
-                stage1,
-                features,
-            )
-        )
+        cells.append(Cell(task, name, seed, grid, options | grid, directory, stage1, features))
     return cells
 
 
 def listed_options(method: Mapping[str, Any]) -> list[str]:
-    """The options to which a method gives several values; layers of exits are one value."""
+    """The options with a list of values; a list of exit layers is a single value."""
     return [
         option
         for option, value in method.items()
@@ -200,7 +189,7 @@ def listed_options(method: Mapping[str, Any]) -> list[str]:
 
 
 def _one_value(value: Any) -> Any:
-    """A value as it is; a list of layers as text, "2,4,6"."""
+    """A value unchanged; a list of layers as text, "2,4,6"."""
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
@@ -208,13 +197,13 @@ def _check_lists(name: str, method: Mapping[str, Any]) -> None:
     for option, value in method.items():
         if value == []:
             raise ValueError(
-                f"methods: {name}: {option} has an empty list of values: give it one at least, or "
+                f"methods: {name}: {option} has an empty list of values: give it at least one, or "
                 "leave it out."
             )
 
 
 def _check_cells(cells: Sequence[Cell]) -> None:
-    """Check every run's options, and that no two runs are one."""
+    """Check the options of every run, and that no two runs are the same."""
     configs: dict[str, TrainingConfig] = {}
     seen: dict[Any, Cell] = {}
     for cell in cells:
@@ -237,7 +226,7 @@ def _check_cells(cells: Sequence[Cell]) -> None:
 
 
 def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
-    """Check that a second stage's exits are of its teacher's kind."""
+    """Check that a second stage has the same kind of exits as its teacher."""
     names = _EXIT_OPTIONS if config.model.exit_head == "mha" else _EXIT_OPTIONS[:1]
     for name in names:
         ours, theirs = getattr(config.model, name), getattr(first.model, name)
@@ -249,7 +238,7 @@ def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
 
 
 def _check_stage1(name: str, methods: Mapping[str, Any]) -> None:
-    """Check what a method builds on."""
+    """Check that the first stage of a method is a method of a single run."""
     method = methods[name]
     first = method.get("stage1")
     if first is None:
@@ -268,7 +257,7 @@ def _check_stage1(name: str, methods: Mapping[str, Any]) -> None:
 
 
 def _names(names: Any, methods: Mapping[str, Any], where: str) -> list[str]:
-    """The methods of a task, and the first stages that they need, before them."""
+    """The methods of a task, preceded by the first stages that they need."""
     if not isinstance(names, list) or not names:
         raise ValueError(f"{where}: expected a list of methods, got {names!r}.")
     wanted: list[str] = []
@@ -318,7 +307,7 @@ def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> 
 
 
 def slug(name: str) -> str:
-    """A name as a directory's: "2ST-MHA + KD" is 2st-mha-kd."""
+    """Directory name for a name: 2st-mha-kd for "2ST-MHA + KD"."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "unnamed"
 
 

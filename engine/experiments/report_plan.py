@@ -1,15 +1,16 @@
-"""Which analyses a sweep's report holds: the `report` section of its recipe, or what suits it.
+"""The analyses in the report of a sweep: those of its recipe's `report` section, or a default.
 
     report:
       layer_scores: [JT, ALT, 2ST-MHA, ACL]
       ablation: {methods: {ACL: ACL, "no ACL-Grad": ACL without gate}}
       grid: [{option: aux_weight, methods: {ACL: ACL sweep, "CE+SCL": CE+SCL sweep}}]
-      full_model: {methods: {CE: CE, "ACL-CL, exit 3": {method: ACL, layer: 3}}}
+      full_model: {methods: {CE: CE, "ACL-CL, exit 3": {method: ACL, layer: 3}}, metrics: all}
       claims:
         - {claim: ACL beats 2ST on shallow exits, better: ACL, than: 2ST-MHA, exits: shallow}
         - {claim: lambda matters less, better: ACL, than: CE+SCL, spread_over: aux_weight}
 
-Where methods are listed by printed names, the name in the recipe follows.
+Printed names come before the names of methods in the recipe. `metrics: all` adds a column for every
+metric of a task; by default, the table has the main one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _CLAIM_KEYS = ("claim", "better", "than", "exits", "spread_over")
 
 @dataclass(frozen=True)
 class Target:
-    """A method of the recipe, and the layer of an exit (None: the last)."""
+    """A method of the recipe and the layer of an exit; None: the last exit."""
 
     method: str
     layer: int | None = None
@@ -35,7 +36,7 @@ class Target:
 
 @dataclass(frozen=True)
 class GridPlan:
-    """A table of an option's values: printed name -> method that gives the option a list."""
+    """A table over the values of an option: printed name -> method with a list of values for it."""
 
     option: str
     methods: Mapping[str, Target]
@@ -43,10 +44,10 @@ class GridPlan:
 
 @dataclass(frozen=True)
 class ClaimPlan:
-    """That one method is better than another, on average over all exits or the lower half of them.
+    """A claim that a method has a higher mean score than another, over all exits or the lower half.
 
-    spread_over: an option with a list of values in both; better is then the smaller spread of the
-    scores over the values.
+    spread_over: an option for which both methods have a list of values; the claim is then that the
+    scores of the first method spread less over the values.
     """
 
     text: str
@@ -57,7 +58,7 @@ class ClaimPlan:
 
     @property
     def measure(self) -> str:
-        """What is compared, in words."""
+        """The quantity that is compared, as a sentence."""
         exits = "the lower half of the exits" if self.shallow else "the exits"
         mean = f"the mean score over {exits}"
         if self.spread_over is None:
@@ -67,9 +68,9 @@ class ClaimPlan:
 
 @dataclass(frozen=True)
 class ReportPlan:
-    """Printed name -> method, for each kind of analysis; the first of an ablation is the reference.
+    """Printed name -> method, for each kind of analysis; those that are empty are left out.
 
-    An empty one is not made.
+    The first method of the ablation is the one that others are compared with.
     """
 
     layer_scores: Mapping[str, Target]
@@ -77,10 +78,11 @@ class ReportPlan:
     grids: tuple[GridPlan, ...]
     full_model: Mapping[str, Target]
     claims: tuple[ClaimPlan, ...] = ()
+    all_metrics: bool = False
 
 
 def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
-    """The analyses that a recipe asks for; all that suit its methods where it asks for none.
+    """The analyses that a recipe asks for; if it asks for none, all that its methods allow.
 
     Raises:
         ValueError: an unknown key or method, or a grid table of a method without that list.
@@ -111,6 +113,7 @@ def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
         tuple(_grid(table, methods, lists) for table in grids),
         _of_mapping(asked, "full_model", methods),
         tuple(_claim(claim, methods, lists) for claim in claims),
+        all_metrics="metrics" in (asked.get("full_model") or ()),
     )
 
 
@@ -131,8 +134,13 @@ def _of_mapping(
     section = asked.get(key)
     if section is None:
         return {}
-    if not isinstance(section, Mapping) or list(section) != ["methods"]:
+    optional = {"metrics"} if key == "full_model" else set()
+    if not isinstance(section, Mapping) or set(section) - optional != {"methods"}:
         raise ValueError(f"report.{key}: expected `methods: {{printed name: method}}`.")
+    if section.get("metrics", "all") != "all":
+        raise ValueError(
+            f"report.{key}: metrics={section['metrics']!r}: write `all`, or leave it out."
+        )
     return _targets(section["methods"], methods, f"report.{key}.methods")
 
 
@@ -176,7 +184,7 @@ def _claim(claim: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]
     if option is not None:
         first, second = (methods[name][option] for name in sides.values())
         if sorted(first) != sorted(second):
-            # The longer list would have the larger spread.
+            # More values tend to spread more.
             raise ValueError(
                 f"report.claims: {option} has the values {first} in {sides['better']!r} and "
                 f"{second} in {sides['than']!r}; a spread compares equal lists only."

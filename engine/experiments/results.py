@@ -1,4 +1,4 @@
-"""What a sweep left: the cells of sweep.json, their scores, and why a score is not there."""
+"""Results of a sweep: its cells, their scores, and the reasons for missing scores."""
 
 from __future__ import annotations
 
@@ -12,26 +12,30 @@ from pathlib import Path
 from typing import Any
 
 from ..runtime.text import did_you_mean
-from .sweep import SCHEMA, SWEEP_FILE
+from .runs import RESULTS_FILE, read_results, run_label
 
+SWEEP_FILE = "sweep.json"
+SCHEMA = 1
 Grid = tuple[tuple[str, Any], ...]
+# Options in which seeds of one experiment may differ: a first stage and a cache belong to a seed.
+_SEED_OPTIONS = ("seed", "stage1_model", "feature_cache")
 _KEYS = ("task", "method", "seed", "grid", "directory", "status", "error")
 
 
 class NotThereError(Exception):
-    """A run has no such score; the text says why."""
+    """A run has no such score; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One cell: a task, a method, values of its grid, a seed; `results` where it is done."""
+    """A cell of a sweep: a task, a method, values of its grid and a seed."""
 
     task: str
     method: str
     seed: int
     grid: Grid
     directory: Path
-    # Why there are no results; None where there are.
+    # Reason for missing results; None if there are results.
     problem: str | None
     results: dict[str, Any] | None
 
@@ -40,25 +44,39 @@ class SweepRun:
         """Method and grid values: "CE+SCL sweep, aux_weight 0.1"."""
         return grid_label(self.method, self.grid)
 
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """Split -> layer, as text -> metrics; empty if the run is not done."""
+        return {} if self.results is None else self.results["metrics"]
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The options of `fusedacl train`; empty if the run is not done."""
+        return {} if self.results is None else self.results["options"]
+
+    @property
+    def gate(self) -> list[dict[str, Any]]:
+        """A row per epoch and group of parameters; empty without a gate, or if not done."""
+        return [] if self.results is None else self.results.get("gate") or []
+
     def layers(self, split: str | None = None) -> dict[int, dict[str, Any]]:
-        """Layer -> metrics on a split, the first by default.
+        """Layer -> metrics on a split, the first split by default.
 
         Raises:
             NotThereError: the run is not done, or has no such split.
         """
         if self.results is None:
             raise NotThereError(self.problem)
-        splits = self.results["metrics"]
-        name = next(iter(splits), None) if split is None else split
-        if name not in splits:
+        name = next(iter(self.evaluated), None) if split is None else split
+        if name not in self.evaluated:
             raise NotThereError("it was not evaluated" + (f" on {split}" if split else ""))
-        return {int(layer): metrics for layer, metrics in splits[name].items()}
+        return {int(layer): metrics for layer, metrics in self.evaluated[name].items()}
 
     def score(self, metric: str, layer: int | None = None, split: str | None = None) -> float:
-        """One exit's score as a fraction, the last exit's by default.
+        """The score of an exit, the last by default, as a fraction.
 
         Raises:
-            NotThereError: there is none, or it is no finite number.
+            NotThereError: there is none, or it is not finite.
         """
         by_layer = self.layers(split)
         layer = max(by_layer) if layer is None else layer
@@ -70,13 +88,13 @@ class SweepRun:
         return float(value)
 
     def average(self, metric: str) -> float:
-        """The mean of the scores of all exits; raises as `score`."""
+        """The mean score over all exits; raises as `score`."""
         return statistics.mean(self.score(metric, layer) for layer in self.layers())
 
 
 @dataclass(frozen=True)
 class Seeds:
-    """Scores of one method on one task: seed -> score as a fraction, seed -> why there is none."""
+    """Scores of a method on a task: seed -> score as a fraction, seed -> reason for none."""
 
     values: Mapping[int, float]
     problems: Mapping[int, str]
@@ -87,12 +105,12 @@ class Seeds:
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation (n - 1); None for a single seed."""
+        """Sample standard deviation (n - 1); None for a single seed."""
         return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
 
     @property
     def words(self) -> str:
-        """In percent: "65.0 ± 7.1", "65.0" for a single seed, or nothing."""
+        """Mean and deviation in percent: "65.0 ± 7.1"; "65.0" for a single seed; else empty."""
         return mean_and_deviation(list(self.values.values()))
 
     def __len__(self) -> int:
@@ -104,7 +122,7 @@ class Seeds:
 
 @dataclass(frozen=True)
 class SweepResults:
-    """All cells of a sweep, in the recipe's order."""
+    """All cells of a sweep, in the order of its recipe."""
 
     directory: Path
     recipe: Mapping[str, Any]
@@ -113,33 +131,34 @@ class SweepResults:
 
     @cached_property
     def tasks(self) -> list[str]:
-        """In the recipe's order, those that have cells."""
+        """Tasks with cells, in the order of the recipe."""
         found = dict.fromkeys(run.task for run in self.runs)
         named = [task for task in self.recipe.get("tasks", {}) if task in found]
         return list(dict.fromkeys([*named, *found]))
 
     @cached_property
     def methods(self) -> list[str]:
-        """In the recipe's order, those that have cells."""
+        """Methods with cells, in the order of the recipe."""
         found = dict.fromkeys(run.method for run in self.runs)
         named = [method for method in self.recipe.get("methods", {}) if method in found]
         return list(dict.fromkeys([*named, *found]))
 
     @property
     def done(self) -> list[SweepRun]:
+        """The runs with results."""
         return [run for run in self.runs if run.results is not None]
 
     def grids(self, method: str) -> list[Grid]:
-        """The grid points of a method, one empty one where it has no grid."""
+        """The grid points of a method; a single empty one if it has no grid."""
         return list(dict.fromkeys(run.grid for run in self.runs if run.method == method))
 
     def of(self, task: str, method: str, grid: Grid = ()) -> list[SweepRun]:
-        """The seeds of one method on one task."""
+        """The runs of a method on a task, one per seed."""
         wanted = (task, method, grid)
         return [run for run in self.runs if (run.task, run.method, run.grid) == wanted]
 
     def seeds(self, task: str, method: str, grid: Grid, read: Callable[[SweepRun], float]) -> Seeds:
-        """What `read` finds in every seed's run."""
+        """The value of `read` for each seed of a method on a task."""
         values: dict[int, float] = {}
         problems: dict[int, str] = {}
         for run in self.of(task, method, grid):
@@ -150,36 +169,37 @@ class SweepResults:
         return Seeds(values, problems)
 
     def splits(self, task: str) -> list[str]:
-        """The evaluation splits of a task's runs, the main one first."""
+        """Evaluation splits of a task, the main one first."""
         for run in self.done:
-            if run.task == task and run.results is not None and run.results["metrics"]:
-                return list(run.results["metrics"])
+            if run.task == task and run.evaluated:
+                return list(run.evaluated)
         return []
 
     def metric(self, task: str, wanted: str | None = None) -> str | None:
-        """The metric of a task: `wanted`, or the first that its runs report; None: no run is done.
+        """The metric of a task: `wanted`, or the first that its runs report; None if none is done.
 
         Raises:
             ValueError: its runs do not report `wanted`.
         """
+        names = self.metrics(task)
+        if names and wanted is not None and wanted not in names:
+            raise ValueError(
+                f"metric={wanted!r} is not among the metrics of {task}."
+                f"{did_you_mean(wanted, names)}"
+            )
+        return (wanted or names[0]) if names else None
+
+    def metrics(self, task: str) -> list[str]:
+        """The metrics that the runs of a task report, the main one first; empty if none is done."""
         for run in self.done:
-            if run.task != task:
-                continue
-            try:
-                names = [name for name in next(iter(run.layers().values())) if name != "loss"]
-            except (NotThereError, StopIteration):
-                continue
-            if wanted is not None and wanted not in names:
-                raise ValueError(
-                    f"metric={wanted!r} is not among the metrics of {task}."
-                    f"{did_you_mean(wanted, names)}"
-                )
-            return wanted or names[0]
-        return None
+            if run.task == task and run.evaluated:
+                for metrics in run.layers().values():
+                    return [name for name in metrics if name != "loss"]
+        return []
 
 
 def mean_and_deviation(values: Sequence[float]) -> str:
-    """Fractions as a mean in percent, with the standard deviation (n - 1) where there is one."""
+    """The mean of fractions in percent, with the deviation (n - 1) if there are several."""
     if not values:
         return ""
     percent = [100 * value for value in values]
@@ -189,12 +209,12 @@ def mean_and_deviation(values: Sequence[float]) -> str:
 
 
 def grid_label(name: str, grid: Grid) -> str:
-    """A name with the values of a grid."""
+    """A name followed by the values of a grid point."""
     return ", ".join([name, *(f"{option} {value}" for option, value in grid)])
 
 
 def missing_notes(label: str, task: str, problems: Mapping[int, str]) -> list[str]:
-    """One sentence on the seeds of a method that have no score, or none: seed -> why."""
+    """A sentence on the seeds of a method without a score (seed -> reason), if there are any."""
     if not problems:
         return []
     by_reason: dict[str, list[str]] = {}
@@ -208,67 +228,131 @@ def missing_notes(label: str, task: str, problems: Mapping[int, str]) -> list[st
 
 
 def is_sweep(path: Path) -> bool:
-    """Whether a directory is a sweep's."""
+    """Return whether a directory is that of a sweep."""
     return (path / SWEEP_FILE).is_file()
 
 
-def read_sweep(directory: Path) -> SweepResults:
-    """A sweep's cells with the results of those that are done.
+def read_record(directory: Path) -> dict[str, Any]:
+    """The contents of a sweep's sweep.json: `recipe`, `cells`, `environment`.
 
     Raises:
-        ValueError: there is no sweep.json, or it cannot be read.
+        ValueError: the file is missing, damaged, or of another version.
     """
     file = directory / SWEEP_FILE
     if not file.is_file():
         raise ValueError(f"{str(directory)!r} holds no {SWEEP_FILE}: it is not a sweep.")
     try:
         values = json.loads(file.read_text(encoding="utf-8"))
-        schema, recipe = values["schema"], dict(values["recipe"])
-        cells = [{key: cell[key] for key in _KEYS} for cell in values["cells"]]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        record = {
+            "recipe": dict(values["recipe"]),
+            "cells": [{key: cell[key] for key in _KEYS} for cell in values["cells"]],
+            "environment": dict(values.get("environment") or {}),
+        }
+        schema = values["schema"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{str(file)!r} is not the record of a sweep: {error!r}") from None
     if schema != SCHEMA:
         raise ValueError(
             f"{str(file)!r} has schema {schema!r}; this version of fusedacl reads {SCHEMA}."
         )
-    if not cells:
+    return record
+
+
+def read_sweep(directory: Path) -> SweepResults:
+    """The cells of a sweep, with the results of those that are done.
+
+    Raises:
+        ValueError: as `read_record`, or there are no cells.
+    """
+    record = read_record(directory)
+    if not record["cells"]:
+        file = directory / SWEEP_FILE
         raise ValueError(f"{str(file)!r} has no cells: there is nothing to report.")
-    runs = tuple(_run(directory, cell) for cell in cells)
-    return SweepResults(directory, recipe, runs, dict(values.get("environment") or {}))
+    runs = tuple(_run(directory, cell) for cell in record["cells"])
+    return SweepResults(directory, record["recipe"], runs, record["environment"])
 
 
 def _run(sweep: Path, cell: Mapping[str, Any]) -> SweepRun:
     directory = sweep / cell["directory"]
-    results, problem = None, None
-    if cell["status"] == "done":
-        results, problem = _results(directory)
+    results, problem = None, str(cell["status"])
+    if problem == "done":
+        try:
+            results = read_results(directory)
+        except ValueError:
+            is_there = (directory / RESULTS_FILE).is_file()
+            problem = f"its {RESULTS_FILE} is {'damaged' if is_there else 'missing'}"
     elif cell["error"]:
-        # The places of the machine where it ran are of no use to a reader.
+        # Absolute paths of the machine that ran the sweep mean nothing to a reader.
         error = str(cell["error"]).replace(f"{sweep.resolve()}/", "").replace(f"{sweep}/", "")
-        problem = f"{cell['status']}: {error}"
-    else:
-        problem = str(cell["status"])
+        problem = f"{problem}: {error}"
     return SweepRun(
         task=str(cell["task"]),
         method=str(cell["method"]),
         seed=int(cell["seed"]),
         grid=tuple(dict(cell["grid"] or {}).items()),
         directory=directory,
-        problem=problem,
+        problem=problem if results is None else None,
         results=results,
     )
 
 
-def _results(directory: Path) -> tuple[dict[str, Any] | None, str | None]:
-    """A run's results, or why there are none."""
-    try:
-        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-        for by_layer in results["metrics"].values():
-            for layer, metrics in by_layer.items():
-                int(layer), metrics.items()
-        results["options"].items()
-    except FileNotFoundError:
-        return None, "its results.json is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None, "its results.json is damaged"
-    return results, None
+def collect_runs(paths: Sequence[Path]) -> SweepResults:
+    """Single runs on one data set as a sweep; runs that differ in the seed only are one method.
+
+    Raises:
+        ValueError: no run is named, a run has no results, or the runs do not belong together: other
+            data, or, under one name, other layers or options, or the same seed twice.
+    """
+    if not paths:
+        raise ValueError("runs is empty: name the directories of some runs.")
+    runs = []
+    for number, path in enumerate(paths):
+        results = read_results(path)
+        options = results["options"]
+        runs.append(
+            SweepRun(
+                task=str(results["data"]),
+                method=run_label(options),
+                seed=int(options.get("seed", number)),
+                grid=(),
+                directory=path if path.is_dir() else path.parent,
+                problem=None,
+                results=results,
+            )
+        )
+    data = {f"{run.task}, {', '.join(list(run.evaluated)[:1])}" for run in runs}
+    if len(data) > 1:
+        raise ValueError(
+            f"runs on different data cannot share a figure: {'; '.join(sorted(data))}. Make one "
+            "report for each."
+        )
+    first: dict[str, SweepRun] = {}
+    of_seed: dict[tuple[str, int], SweepRun] = {}
+    for run in runs:
+        _check_same_method(first.setdefault(run.method, run), run)
+        other = of_seed.setdefault((run.method, run.seed), run)
+        if other is not run:
+            raise ValueError(
+                f"{str(other.directory)!r} and {str(run.directory)!r} ({run.method}) have the same "
+                f"seed, {run.seed}, and would count as two: name one of them."
+            )
+    return SweepResults(Path("."), {}, tuple(runs), {})
+
+
+def _check_same_method(first: SweepRun, run: SweepRun) -> None:
+    layers, others = (list(of.layers()) if of.evaluated else [] for of in (run, first))
+    if layers != others:
+        raise ValueError(
+            f"{str(run.directory)!r} ({run.method}) has exits on layers {layers}, another run with "
+            f"that name on {others}: they are not seeds of one experiment."
+        )
+    differing = [
+        f"{name} {first.options[name]!r} and {value!r}"
+        for name, value in run.options.items()
+        if name not in _SEED_OPTIONS and name in first.options and first.options[name] != value
+    ]
+    if differing:
+        raise ValueError(
+            f"{str(run.directory)!r} ({run.method}) is no seed of the same experiment as another "
+            f"run with that name: {', '.join(differing)}."
+        )

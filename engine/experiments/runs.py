@@ -1,4 +1,4 @@
-"""Runs of `fusedacl train` read back: their options, their model and the data they were made on."""
+"""Finished runs of `fusedacl train`: their results, options, model and data."""
 
 from __future__ import annotations
 
@@ -16,21 +16,56 @@ from ..data.dataset import TextData, load_splits
 from ..model.saved import TrainedModel
 from ..runtime.files import read_file
 from ..runtime.text import nearest_directory
+from ..training.metrics_log import read_records
 from ..training.storage.checkpoint import CONFIG_FILE
 
+RESULTS_FILE = "results.json"
+METRICS_FILE = "metrics.jsonl"
+OBJECTIVE_NAMES = {"ce": "CE", "scl": "CE+SCL", "acl": "ACL"}
 _STRATEGY_NAMES = {"joint": "JT", "two_stage": "2ST", "alternating": "ALT", "single": "single"}
 
 
-OBJECTIVE_NAMES = {"ce": "CE", "scl": "CE+SCL", "acl": "ACL"}
+def read_results(run: Path) -> dict[str, Any]:
+    """The results of a run, given its directory or the file itself.
+
+    `metrics`: split -> layer -> name -> value; `options`: those of the run; `gate`: a row per epoch
+    and group of parameters.
+
+    Raises:
+        ValueError: there are no results, or the file is damaged.
+    """
+    file = run / RESULTS_FILE if run.is_dir() else run
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+        for by_layer in results["metrics"].values():
+            for layer, metrics in by_layer.items():
+                int(layer), metrics.items()
+        results["options"].items()
+    except FileNotFoundError:
+        raise ValueError(
+            f"{str(run)!r} holds no {RESULTS_FILE}: it is not a finished run of fusedacl train."
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise ValueError(f"{str(file)!r} is not the {RESULTS_FILE} of a run.") from None
+    return dict(results)
 
 
-RESULTS_FILE = "results.json"
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The records that a run logged while training.
+
+    Raises:
+        ValueError: the directory holds none.
+    """
+    path = run / METRICS_FILE
+    if not path.is_file():
+        raise ValueError(f"{str(run)!r} holds no {METRICS_FILE}: it is not a run of fusedacl.")
+    return read_records(path)
 
 
 def run_config(run: Path) -> TrainingConfig:
-    """The options a run was started with; those of a checkpoint are its run's.
+    """The options that a run, or the run of a checkpoint, was started with.
 
-    From config.yaml, or, where only that was kept, from the options in results.json.
+    They are read from config.yaml, or from results.json if that is all that was kept.
 
     Raises:
         ValueError: there is no such directory, it is not a run, or its files are damaged.
@@ -57,7 +92,7 @@ def run_config(run: Path) -> TrainingConfig:
 
 
 def method_of(config: TrainingConfig) -> str:
-    """What the paper would call a run's method: "single-MHA CE+SCL"."""
+    """The paper's name for a run's method: "single-MHA CE+SCL"."""
     implied = {"gate": "angle" if config.gated else "none", "cross_layer": config.contrasts_layers}
     return run_label({**flatten(config), **implied})
 
@@ -81,11 +116,11 @@ def load_data(
 ) -> TextData:
     """The data of a run, with the classes of its model.
 
-    moved: options of `TrainingDataOptions` that replace the run's; None among them replace nothing.
+    moved: options of `TrainingDataOptions` that replace those of the run, unless they are None.
 
     Raises:
-        ValueError: the data are gone, or no longer those the model knows.
-        ConnectionError: the hub is out of reach and the data set is not in the local cache.
+        ValueError: the data are missing, or have other classes than the model.
+        ConnectionError: the hub cannot be reached and the data set is not in the local cache.
     """
     replaced = {name: value for name, value in moved.items() if value is not None}
     data: TrainingDataOptions = dataclasses.replace(config.data, **replaced)
@@ -101,13 +136,13 @@ def load_data(
 def distinct_labels(
     runs: Sequence[Path], methods: Sequence[str], data: Sequence[str], given: str | None
 ) -> list[str]:
-    """One name a run for tables and legends, no two alike.
+    """Distinct names of runs for tables and legends.
 
-    given: names separated by commas, in place of the methods'. Runs of one method are told apart
-    by their data, where those differ, then by their directories.
+    given: names separated by commas, used instead of the methods. Runs of the same method are
+    distinguished by their data, then by their directories.
 
     Raises:
-        ValueError: not as many names as runs, or a name twice.
+        ValueError: the number of names is not that of the runs, or a name occurs twice.
     """
     if given is not None:
         names = [name.strip() for name in given.split(",")]
@@ -127,22 +162,26 @@ def distinct_labels(
     return named
 
 
-def check_distinct(runs: Sequence[Path]) -> None:
-    """Refuse an empty list of runs, or one that names a run twice.
+def named_runs(runs: Sequence[Path], labels: str | None) -> list[tuple[str, TrainingConfig]]:
+    """The name of each run (see `distinct_labels`) and the options that it was started with.
 
     Raises:
-        ValueError: it is so.
+        ValueError: no run is named, or one twice; as `run_config` and `distinct_labels`.
     """
     if not runs:
-        raise ValueError("runs is empty: name the output directory of one run at least.")
+        raise ValueError("runs is empty: name the output directory of at least one run.")
     found = [run.resolve() for run in runs]
     for run, path in zip(runs, found, strict=True):
         if found.count(path) > 1:
             raise ValueError(f"run {str(run)!r} is named twice: name it once.")
+    configs = [run_config(run) for run in runs]
+    data = [str(config.data.task_name or config.data.dataset_name) for config in configs]
+    names = distinct_labels(runs, [method_of(config) for config in configs], data, labels)
+    return list(zip(names, configs, strict=True))
 
 
 def _tail(run: Path, runs: Sequence[Path]) -> str:
-    """The shortest end of a run's path that no other run shares."""
+    """The shortest suffix of a run's path that no other run shares."""
     parts = run.resolve().parts
     others = [other.resolve().parts for other in runs if other.resolve() != run.resolve()]
     for length in range(1, len(parts)):
@@ -152,7 +191,7 @@ def _tail(run: Path, runs: Sequence[Path]) -> str:
 
 
 def run_label(options: Mapping[str, Any]) -> str:
-    """What distinguishes a method, as the paper abbreviates it: "2ST-MHA ACL-CL + KD"."""
+    """A method in the paper's abbreviations: "2ST-MHA ACL-CL + KD"."""
     strategy = _STRATEGY_NAMES[options["strategy"]]
     head = {"mha": "MHA", "linear": "linear"}[options["exit_head"]]
     objective = OBJECTIVE_NAMES[options["objective"]]
@@ -162,31 +201,3 @@ def run_label(options: Mapping[str, Any]) -> str:
         objective += " without gate"
     distilled = " + KD" if options.get("distill_weight") else ""
     return f"{strategy}-{head} {objective}{distilled}"
-
-
-def read_results(run: Path) -> dict[str, Any]:
-    """The results of a run by its directory, or by the file itself.
-
-    Raises:
-        ValueError: there are none, or they are not a run's.
-    """
-    file = run / "results.json" if run.is_dir() else run
-    try:
-        results = json.loads(file.read_text(encoding="utf-8"))
-        scored_layers(results), run_label(results["options"])
-    except FileNotFoundError:
-        raise ValueError(
-            f"{str(run)!r} holds no results.json: it is not a finished run of fusedacl train."
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, StopIteration):
-        raise ValueError(f"{str(file)!r} is not the results.json of a run.") from None
-    return results
-
-
-def main_split(results: Mapping[str, Any]) -> str:
-    return str(next(iter(results["metrics"])))
-
-
-def scored_layers(results: Mapping[str, Any]) -> dict[int, dict[str, float]]:
-    by_layer = results["metrics"][main_split(results)]
-    return {int(layer): metrics for layer, metrics in by_layer.items()}

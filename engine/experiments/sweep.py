@@ -1,13 +1,12 @@
-"""`fusedacl sweep`: the runs of a recipe, some at a time, each a process with its own directory.
+"""`fusedacl sweep`: train the runs of a recipe, each in a process and a directory of its own.
 
-Stopping loses nothing: run the same command again, and finished runs stay, a stopped one goes on
-from its checkpoint.
+A stopped sweep continues with the same command: finished runs are kept, and interrupted runs resume
+from their checkpoints.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -32,14 +31,14 @@ from ..runtime.text import text_table
 from ..training.storage.checkpoint import CONFIG_FILE, changed_options, checkpoints
 from .recipe import Cell, plan_cells
 from .report_plan import plan_report
+from .results import SCHEMA, SWEEP_FILE, read_record
+from .runs import read_results
 
 logger = logging.getLogger("fusedacl")
-SWEEP_FILE = "sweep.json"
-SCHEMA = 1
-# Where things lie, which a moved sweep changes.
-_PLACES = ("stage1_model", "feature_cache")
+# Options that are paths, which change when a sweep is moved.
+_PATH_OPTIONS = ("stage1_model", "feature_cache")
 _POLL_SECONDS = 0.2
-# After the signal: a step of the largest model and its checkpoint fit into this.
+# Time between the signal and a kill: enough for a step and a checkpoint of the largest model.
 _STOP_SECONDS = 600.0
 
 
@@ -56,7 +55,7 @@ class SweepStopped(Exception):
 
 @dataclass
 class _Run:
-    """A cell and what became of it."""
+    """A cell and the state of its run."""
 
     cell: Cell
     status: str = "waiting"
@@ -67,10 +66,10 @@ class _Run:
 
 
 class Sweep:
-    """The cells of a recipe in a directory. Everything that can be refused is, before any run.
+    """The cells of a recipe in a directory; mistakes are reported before any run starts.
 
     Args:
-        workers: runs at a time; None: `default_workers`.
+        workers: number of runs at the same time; None: `default_workers`.
 
     Raises:
         ValueError: a mistake in the recipe (see `plan_cells`), or the directory is a file or holds
@@ -84,7 +83,7 @@ class Sweep:
             raise ValueError(f"workers={workers}: at least one run at a time.")
         self.recipe = dict(recipe)
         self.runs = [_Run(cell) for cell in plan_cells(recipe)]
-        # Its mistakes are told before days of training, not after.
+        # Reports mistakes in the report section now instead of after days of training.
         plan_report(recipe)
         self.directory = Path(directory).resolve()
         if self.directory.exists() and not self.directory.is_dir():
@@ -94,44 +93,44 @@ class Sweep:
         self.signal: int | None = None
         self.lock = SweepLock(self.directory)
         for run in self.runs:
-            self._look(run)
+            self._inspect(run)
 
-    def _look(self, run: _Run) -> None:
-        """What a run's directory says of it."""
+    def _inspect(self, run: _Run) -> None:
+        """Take the state of a run from its directory."""
         directory = self.directory / run.cell.directory
         if not (directory / CONFIG_FILE).is_file():
             return
-        changed = changed_options(directory, run.cell.config(self.directory), free=_PLACES)
+        changed = changed_options(directory, run.cell.config(self.directory), free=_PATH_OPTIONS)
         if changed:
             raise ValueError(
                 f"{run.cell.name}: {str(directory)!r} holds a run with other options "
                 f"({'; '.join(changed)}). Delete it, or name another output_dir for the changed "
                 "recipe."
             )
-        results = read_results(directory)
+        results = finished_results(directory)
         if results is not None:
             run.status, run.seconds = "done", results.get("train_seconds")
 
     def recall(self) -> None:
-        """Take from sweep.json what became of runs that are not done: for `--status`."""
+        """Take the states of unfinished runs from sweep.json, for `--status`."""
         try:
-            cells = json.loads((self.directory / SWEEP_FILE).read_text(encoding="utf-8"))["cells"]
-            seen = {cell["directory"]: (cell["status"], cell["error"]) for cell in cells}
-        except (OSError, ValueError, KeyError, TypeError):
+            cells = read_record(self.directory)["cells"]
+        except ValueError:
             return
+        seen = {cell["directory"]: (cell["status"], cell["error"]) for cell in cells}
         for run in self.runs:
             if run.status == "done" or run.cell.directory not in seen:
                 continue
             run.status, run.error = seen[run.cell.directory]
             if run.status == "running" and not self.lock.is_held():
-                # The sweep was killed, and could not say so.
+                # The sweep was killed before it could record the end of the run.
                 run.status = "interrupted"
 
     def run(self) -> list[Path]:
-        """Run what is not done; returns the directories of all finished runs.
+        """Run the unfinished cells; returns the directories of all finished runs.
 
         Raises:
-            SweepStopped: SIGINT or SIGTERM came; the runs under way saved checkpoints.
+            SweepStopped: SIGINT or SIGTERM was received; active runs saved checkpoints.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.lock.held(), self._signals_noted():
@@ -152,13 +151,13 @@ class Sweep:
 
     def _loop(self) -> None:
         while self.signal is None:
-            under_way = [run for run in self.runs if run.status == "running"]
-            for run in under_way:
+            active = [run for run in self.runs if run.status == "running"]
+            for run in active:
                 self._finish(run)
             self._block()
             free = self.workers - sum(run.status == "running" for run in self.runs)
             for run in [run for run in self.runs if self._ready(run)][: max(0, free)]:
-                # A run that starts may be the one that writes the features another waits for.
+                # Checked again: a run that was started may write the features that this one reads.
                 if self._ready(run):
                     self._start(run)
             if not any(run.status == "running" for run in self.runs):
@@ -171,7 +170,7 @@ class Sweep:
             first is not None and self.by_directory[first].status != "done"
         ):
             return False
-        # One run at a time writes a cache; the others then read it.
+        # A cache is written by a single run; the others read it afterwards.
         sharing = self._sharing(run)
         cache = self.directory / (run.cell.features or "")
         return (cache / "meta.json").is_file() or all(r.status != "running" for r in sharing)
@@ -186,6 +185,7 @@ class Sweep:
         ]
 
     def _block(self) -> None:
+        """Mark the runs whose first stage failed."""
         for run in self.runs:
             first = run.cell.stage1
             if run.status == "waiting" and first is not None:
@@ -194,7 +194,7 @@ class Sweep:
                     run.status, run.error = "blocked", f"its first stage failed: {before.cell.name}"
 
     def command(self, run: _Run) -> list[str]:
-        """The command that trains a cell, from its beginning or from its checkpoint."""
+        """The command that trains a cell, from the start or from its last checkpoint."""
         directory = self.directory / run.cell.directory
         command = [sys.executable, "-m", "fusedacl.engine", "train"]
         defaults = flatten(TrainingConfig())
@@ -222,21 +222,21 @@ class Sweep:
                 stdin=subprocess.DEVNULL,
                 env={"OMP_NUM_THREADS": threads, **os.environ},
                 pass_fds=self.lock.descriptors,
-                # A Ctrl-C in the terminal is ours to pass on, once.
+                # Otherwise a Ctrl-C in the terminal would reach the run twice.
                 start_new_session=True,
             )
         run.status, run.started = "running", time.monotonic()
         self._write()
 
     def _finish(self, run: _Run) -> None:
-        """Note the end of a run, if it has ended."""
+        """Record the end of a run, if it has ended."""
         assert run.process is not None
         code = run.process.poll()
         if code is None:
             return
         directory = self.directory / run.cell.directory
         run.seconds = round(time.monotonic() - run.started, 1)
-        results = read_results(directory)
+        results = finished_results(directory)
         if code == 0 and results is not None:
             run.status = "done"
         elif self.signal is not None:
@@ -244,7 +244,7 @@ class Sweep:
         else:
             run.status = "failed"
             log = log_file(directory)
-            # Within the sweep, which may move.
+            # Relative, because a sweep may be moved.
             place = log.relative_to(self.directory)
             run.error = f"{_ending(code)}: {_last_line(log)} ({place})"
         self._drop_features(run)
@@ -252,14 +252,14 @@ class Sweep:
         self._announce(run, results)
 
     def _drop_features_of(self, first: _Run) -> None:
-        """Delete the features of a first stage that is trained anew: its weights may differ."""
+        """Delete the features of a first stage that is trained again: its weights may differ."""
         for run in self.runs:
             trained_by = run.cell.stage1 or run.cell.directory
             if run.cell.features is not None and trained_by == first.cell.directory:
                 shutil.rmtree(self.directory / run.cell.features, ignore_errors=True)
 
     def _drop_features(self, run: _Run) -> None:
-        """Delete a run's features, gigabytes, where nobody will read them again."""
+        """Delete the features of a run, which take gigabytes, if no other run will read them."""
         if run.cell.features is not None and all(
             other.status not in ("waiting", "running") for other in [run, *self._sharing(run)]
         ):
@@ -280,14 +280,14 @@ class Sweep:
         )  # fmt: skip
 
     def _stop_all(self) -> None:
-        """Ask the runs under way to save and end, and wait for them."""
-        under_way = [run for run in self.runs if run.status == "running"]
-        for run in under_way:
+        """Ask the active runs to save checkpoints and exit, and wait for them."""
+        active = [run for run in self.runs if run.status == "running"]
+        for run in active:
             assert run.process is not None
             with contextlib.suppress(ProcessLookupError):
                 run.process.terminate()
         deadline = time.monotonic() + _STOP_SECONDS
-        for run in under_way:
+        for run in active:
             assert run.process is not None
             try:
                 run.process.wait(max(0.0, deadline - time.monotonic()))
@@ -318,13 +318,11 @@ class Sweep:
             "cells": cells,
         }
         write_json(self.directory / SWEEP_FILE, values)
-        under_way = [
-            run.process.pid for run in self.runs if run.status == "running" and run.process
-        ]
-        self.lock.name([os.getpid(), *under_way])
+        active = [run.process.pid for run in self.runs if run.status == "running" and run.process]
+        self.lock.name([os.getpid(), *active])
 
     def table(self) -> str:
-        """How far each task and method is: a column a task, "2 of 3" done, or what is wrong."""
+        """Progress of each method (row) on each task (column): "2 of 3", and what failed."""
         tasks = list(dict.fromkeys(run.cell.task for run in self.runs))
         rows = []
         for method in dict.fromkeys(run.cell.method for run in self.runs):
@@ -337,7 +335,7 @@ class Sweep:
 
     @property
     def failures(self) -> list[str]:
-        """One line a run that failed or could not start."""
+        """A line for each run that failed or could not start."""
         return [f"{run.cell.name}: {run.error}" for run in self.runs if run.error is not None]
 
     @contextlib.contextmanager
@@ -345,7 +343,9 @@ class Sweep:
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal is None:
                 self.signal = number
-                logger.warning("%s: the runs save and stop …", signal.Signals(number).name)
+                logger.warning(
+                    "%s: the runs save checkpoints and stop …", signal.Signals(number).name
+                )
 
         previous = {
             number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
@@ -358,23 +358,22 @@ class Sweep:
 
 
 def default_workers() -> int:
-    """Runs at a time: one for every two cores, and one where a GPU does the work."""
+    """Number of runs at the same time: one per two cores, and a single one with a GPU."""
     import torch
 
     return 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
 
 
-def read_results(directory: Path) -> dict[str, Any] | None:
-    """The results of a run, None where it has none (yet)."""
+def finished_results(directory: Path) -> dict[str, Any] | None:
+    """The results of a run; None if it has none yet."""
     try:
-        results = json.loads((directory / "results.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        return read_results(directory)
+    except ValueError:
         return None
-    return results if isinstance(results, dict) else None
 
 
 def main_score(results: Mapping[str, Any]) -> str:
-    """The first metric of the last exit on the first split, in words."""
+    """The first metric of the last exit on the first split: "accuracy 0.8123"."""
     for by_layer in results["metrics"].values():
         layer = max(by_layer, key=int)
         name, value = next(iter(by_layer[layer].items()))
@@ -383,12 +382,12 @@ def main_score(results: Mapping[str, Any]) -> str:
 
 
 def log_file(directory: Path) -> Path:
-    """Where a run's output goes: beside its directory, which a restart may empty."""
+    """File for the output of a run; beside its directory, which a restart may empty."""
     return directory.with_name(directory.name + ".log")
 
 
 def _ending(code: int) -> str:
-    """How a process ended, in words."""
+    """The end of a process in words: "exit status 2", "killed by SIGKILL (out of memory?)"."""
     if code >= 0:
         return f"exit status {code}"
     name = signal.Signals(-code).name

@@ -3,47 +3,46 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ..config.commands import EvaluationConfig
-from ..data.batching import EncodedSplit, encode
-from ..data.dataset import load_splits
+from ..config.commands import EvaluationConfig, InferenceOptions
+from ..config.sections import DataOptions
+from ..data.batching import EncodedSplit
+from ..data.dataset import TextData, load_splits
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..model.saved import TrainedModel
 from ..runtime.files import write_json
+from ..runtime.text import did_you_mean
 from .logits import check_finite, predict_logits_together
 
 logger = logging.getLogger("fusedacl")
 
 
 def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The named metrics of predicted classes [n] against true ones [n], as fractions.
+    """Metrics of predicted classes [n] against true classes [n], as fractions.
 
-    accuracy; f1 (of class 1, as GLUE has it); macro_f1 (mean over the classes that occur);
+    accuracy; f1 (of class 1, as in GLUE); macro_f1 (mean over the classes that occur);
     matthews_correlation.
     """
     from sklearn import metrics as sklearn_metrics
 
-    scores: dict[str, float] = {}
+    f1 = partial(sklearn_metrics.f1_score, zero_division=0.0)
+    known: dict[str, Callable[..., float]] = {
+        "accuracy": sklearn_metrics.accuracy_score,
+        "f1": f1,
+        "macro_f1": partial(f1, average="macro"),
+        "matthews_correlation": sklearn_metrics.matthews_corrcoef,
+    }
     for metric in metrics:
-        if metric == "accuracy":
-            scores[metric] = sklearn_metrics.accuracy_score(labels, predictions)
-        elif metric == "f1":
-            scores[metric] = sklearn_metrics.f1_score(labels, predictions, zero_division=0.0)
-        elif metric == "macro_f1":
-            scores[metric] = sklearn_metrics.f1_score(
-                labels, predictions, average="macro", zero_division=0.0
-            )
-        elif metric == "matthews_correlation":
-            scores[metric] = sklearn_metrics.matthews_corrcoef(labels, predictions)
-        else:
-            raise ValueError(f"metric={metric!r} is not one that score knows.")
-    return {metric: float(value) for metric, value in scores.items()}
+        if metric not in known:
+            raise ValueError(f"metric={metric!r} is unknown.{did_you_mean(metric, known)}")
+    return {metric: float(known[metric](labels, predictions)) for metric in metrics}
 
 
 def evaluate_split(
@@ -55,12 +54,12 @@ def evaluate_split(
     positions: Sequence[int] | None = None,
     **options: Any,
 ) -> dict[int, dict[str, float]]:
-    """Layer of each exit -> its metrics and mean cross-entropy `loss` on a labelled split.
+    """Metrics and mean cross-entropy (`loss`) of each exit, by layer, on a labelled split.
 
     `positions` and `options` are those of `predict_logits`.
 
     Raises:
-        ValueError: the model has other classes than the labels need.
+        ValueError: the split has no labels, or the model has fewer classes.
         FloatingPointError: an exit's logits are NaN or infinite.
     """
     labels = encoded.labels
@@ -75,7 +74,7 @@ def evaluate_split(
     layers = model.exit_layers
     if positions is not None:
         layers = [model.exit_layers[position] for position in positions]
-    # The argmax of NaN is a class: it would be scored as an answer.
+    # The argmax of NaN is a class, which would be scored as an answer.
     check_finite(logits, layers)
     results = {}
     for layer, exit_logits in zip(layers, logits, strict=True):
@@ -85,8 +84,27 @@ def evaluate_split(
     return results
 
 
+def load_labelled(
+    model: InferenceOptions, data: DataOptions, purpose: str
+) -> tuple[TrainedModel, TextData]:
+    """A trained model, and data with its classes and at least one labelled evaluation split.
+
+    `purpose`: verb for the message about missing labels.
+
+    Raises:
+        ValueError: a mistake in the options, the data or the model directory.
+    """
+    trained = TrainedModel(model, data.max_seq_length)
+    found = load_splits(data, needs_train=False, label_names=trained.label_names)
+    for note in found.notes:
+        logger.info(note)
+    if not found.evaluation_splits:
+        raise ValueError(f"{found.name} has no labelled split to {purpose} on.")
+    return trained, found
+
+
 def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]:
-    """Evaluation split -> layer -> metrics of a trained model on a labelled data set.
+    """Metrics of a trained model on a labelled data set: split -> layer -> name -> value.
 
     Raises:
         ValueError: a mistake in the configuration, the data or the model directory.
@@ -95,18 +113,11 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     output_file = None if config.output.output_file is None else Path(config.output.output_file)
     if output_file is not None and not output_file.parent.is_dir():
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
-    trained = TrainedModel(config.model, config.data.max_seq_length)
-    data = load_splits(config.data, needs_train=False, label_names=trained.label_names)
-    for note in data.notes:
-        logger.info(note)
-    if not data.evaluation_splits:
-        raise ValueError(f"{data.name} has no labelled split to evaluate on.")
+    trained, data = load_labelled(config.model, config.data, "evaluate")
     results = {
         name: evaluate_split(
             trained.model,
-            encode(
-                data.splits[name], trained.tokenizer, trained.max_length, model_limit=trained.limit
-            ),
+            trained.encode(data.splits[name]),
             data.metrics,
             config.model.per_device_eval_batch_size,
             pad_token_id=trained.tokenizer.pad_token_id,

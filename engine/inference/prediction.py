@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from ..config.commands import PredictionConfig
-from ..data.batching import encode
 from ..data.dataset import TextSplit, read_unlabelled
 from ..model.early_exit import EarlyExit
 from ..model.exit_policies import calibration_mismatch, parse_policy
@@ -23,14 +22,14 @@ OUTPUT_EXTENSIONS = (".csv", ".jsonl")
 
 
 def predict(config: PredictionConfig) -> Path:
-    """Write one row a text: its label and each class's probability; returns the file.
+    """Write a row for each text, in the order of the input; returns the file.
 
-    The columns are `label` and `probability_<class>`, in the order of the input's rows; with early
-    exit also `exit_layer`, the layer where the text left.
+    Columns: `label`; `probability_<class>` for each class; with early exit `exit_layer`, the layer
+    where the text left.
 
     Raises:
         ValueError: a mistake in the configuration, the texts or the model directory.
-        FloatingPointError: the model answers a text with NaN; nothing is written.
+        FloatingPointError: a probability is NaN; nothing is written.
     """
     options = config.prediction
     if options.input_file is None or options.output_file is None:
@@ -63,7 +62,7 @@ def predict(config: PredictionConfig) -> Path:
                 logger.warning(mismatch)
     elif options.repack:
         raise ValueError("repack belongs to early exit: name a policy, or leave it out.")
-    encoded = encode(texts, trained.tokenizer, trained.max_length, model_limit=trained.limit)
+    encoded = trained.encode(texts)
     inference: dict[str, Any] = {
         "pad_token_id": trained.tokenizer.pad_token_id,
         "progress": not config.model.disable_tqdm,
@@ -90,12 +89,12 @@ def predict(config: PredictionConfig) -> Path:
 
 
 def _check_finite(probabilities: torch.Tensor) -> None:
-    """Refuse to write answers [n, K] that are none."""
+    """Raise an error if any of the probabilities [n, K] is NaN."""
     broken = (~torch.isfinite(probabilities).all(dim=-1)).nonzero().flatten()
     if len(broken):
         raise FloatingPointError(
-            f"The model answers {len(broken)} of {len(probabilities)} texts (the first in row "
-            f"{int(broken[0]) + 1}) with NaN: {BROKEN_MODEL}"
+            f"The model's answers to {len(broken)} of {len(probabilities)} texts (the first in row "
+            f"{int(broken[0]) + 1}) are NaN: {BROKEN_MODEL}"
         )
 
 
@@ -109,15 +108,14 @@ def _write(
     fields = ["label", *(f"probability_{name}" for name in names)]
     if exit_layers is not None:
         fields.append("exit_layer")
+    rows: list[list[Any]] = [
+        [label, *(round(value, 6) for value in row)]
+        for label, row in zip(labels, probabilities, strict=True)
+    ]
+    if exit_layers is not None:
+        rows = [[*row, layer] for row, layer in zip(rows, exit_layers, strict=True)]
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
         if path.suffix == ".csv":
-            writer.writerow(fields)
-        for index, (label, row) in enumerate(zip(labels, probabilities, strict=True)):
-            values: list[Any] = [label, *(round(value, 6) for value in row)]
-            if exit_layers is not None:
-                values.append(exit_layers[index])
-            if path.suffix == ".csv":
-                writer.writerow(values)
-            else:
-                file.write(json.dumps(dict(zip(fields, values, strict=True))) + "\n")
+            csv.writer(file).writerows([fields, *rows])
+        else:
+            file.writelines(json.dumps(dict(zip(fields, row, strict=True))) + "\n" for row in rows)

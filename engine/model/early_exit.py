@@ -9,17 +9,16 @@ between observed signals.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from ..data.batching import EncodedSplit, collate, epoch_batches
-from ..runtime.device import autocast
+from ..data.batching import EncodedSplit, evaluation_batches
+from ..runtime.device import autocast, evaluating
 from .active_batch import ActiveBatch, Rows, regroup, token_counts
 from .encoder_layers import Flops, encoder_layers
 from .exit_policies import ExitReading, Policy, make_policy, stored_policy
@@ -164,18 +163,10 @@ class EarlyExit:
 
         `repack`: after an exit, the remaining texts of several batches go on in full batches.
         """
-        # Similar lengths together: little padding; the longest first: what fails, fails early.
-        batches = epoch_batches(
-            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+        batches = evaluation_batches(
+            encoded, batch_size, pad_token_id, progress="predict" if progress else None
         )
-
-        def collated() -> Iterator[tuple[Rows, dict[str, Tensor]]]:
-            for indices in tqdm(
-                batches, desc="predict", leave=False, disable=None if progress else True
-            ):
-                yield indices, collate(encoded, indices, pad_token_id)
-
-        return self._run(collated(), len(encoded), repack_to=batch_size if repack else None)
+        return self._run(batches, len(encoded), repack_to=batch_size if repack else None)
 
     def _run(
         self,
@@ -308,8 +299,7 @@ def early_exit(
     Raises:
         ValueError: as `EarlyExit`.
     """
-    trained = [module for module in model.modules() if module.training]
-    try:
+    with evaluating(model):
         engine = EarlyExit(model, policy, dtype=dtype, **parameters)
         if isinstance(inputs, EncodedSplit):
             if pad_token_id is None:
@@ -320,9 +310,6 @@ def early_exit(
                 inputs, batch_size, pad_token_id=pad_token_id, repack=repack, progress=progress
             )
         return engine(**_checked_inputs(inputs))
-    finally:
-        for module in trained:
-            module.training = True
 
 
 def check_has_earlier_exits(model: ExitModel) -> None:

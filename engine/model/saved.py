@@ -11,6 +11,8 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config.commands import InferenceOptions
+from ..data.batching import EncodedSplit, encode
+from ..data.columns import TextSplit
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.text import nearest_directory
 from .multi_exit import MultiExitConfig, MultiExitForSequenceClassification, label_names
@@ -82,6 +84,10 @@ class TrainedModel:
         self.limit = length_limit(self.model, self.tokenizer)
         trained = self.model.config.max_seq_length
         self.max_length = max_length or trained or min(DEFAULT_MAX_LENGTH, self.limit)
+
+    def encode(self, split: TextSplit) -> EncodedSplit:
+        """Tokenise a split for this model."""
+        return encode(split, self.tokenizer, self.max_length, model_limit=self.limit)
 
     @property
     def label_names(self) -> list[str]:

@@ -1,45 +1,34 @@
-"""Figures and tables from the files that runs left."""
+"""Figures of what runs logged: loss curves, and histograms of gradient angles."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..experiments.runs import OBJECTIVE_NAMES
-from ..training.metrics_log import read_records
+from ..experiments.runs import OBJECTIVE_NAMES, read_metrics
+from ..runtime.plots import COLORS, legend_below, look, new_figure, panels, plain, save_figure
 
-_COLORS = {"ce": "#4c72b0", "scl": "#dd8452", "acl": "#55a868"}
-
-
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl.
-
-    Raises:
-        ValueError: the directory has none.
-    """
-    path = run / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{str(run)!r} holds no metrics.jsonl: it is not a run of fusedacl.")
-    return read_records(path)
+_SMOOTHED_STEPS = 15
 
 
 def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> Path:
-    """Training and validation cross-entropy of several runs against the epoch, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    """Training and validation cross-entropy of runs (objective -> directory) by epoch, as a PNG."""
+    figure = new_figure(7, 4.2)
     axes = figure.subplots()
-    for objective, run in runs.items():
+    for index, (objective, run) in enumerate(runs.items()):
+        name, color = OBJECTIVE_NAMES[objective], look(index)["color"]
         records = read_metrics(run)
         steps = [record for record in records if record["split"] == "train"]
         epochs = np.array([record["epoch"] for record in steps])
         losses = np.array([record["loss_ce"] for record in steps])
-        name, color = OBJECTIVE_NAMES[objective], _COLORS[objective]
         axes.plot(epochs, losses, color=color, alpha=0.2, linewidth=0.8)
-        axes.plot(*_running_mean(epochs, losses), color=color, label=f"{name}, training")
+        width = min(_SMOOTHED_STEPS, len(losses))
+        smoothed = np.convolve(losses, np.full(width, 1 / width), mode="valid")
+        axes.plot(epochs[width - 1 :], smoothed, color=color, label=f"{name}, training")
         evaluations = [record for record in records if record["split"] != "train"]
         last = max((record["exit"] for record in evaluations), default=None)
         evaluations = [record for record in evaluations if record["exit"] == last]
@@ -54,55 +43,96 @@ def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> Path:
     axes.set_xlabel("epoch")
     axes.set_ylabel("cross-entropy (nats)")
     axes.set_ylim(bottom=0)
-    axes.set_title("Cross-entropy; thick: mean of 15 steps")
+    axes.set_title(f"Cross-entropy; thick lines: mean of {_SMOOTHED_STEPS} steps")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     figure.savefig(path, dpi=150)
     return path
 
 
-def _running_mean(x: np.ndarray, y: np.ndarray, width: int = 15) -> tuple[np.ndarray, np.ndarray]:
-    width = min(width, len(y))
-    return x[width - 1 :], np.convolve(y, np.full(width, 1 / width), mode="valid")
+def logged_angles(run: Path) -> list[tuple[str, float, float]]:
+    """Group of parameters ("model", "exit 3", …), epoch and angle in degrees of each decision.
+
+    Raises:
+        ValueError: the directory has no metrics.jsonl.
+    """
+    prefix = "angle_degrees"
+    return [
+        (name.removeprefix(prefix).strip() or "model", float(record["epoch"]), float(value))
+        for record in read_metrics(run)
+        for name, value in record.items()
+        if name.startswith(prefix) and isinstance(value, int | float) and math.isfinite(value)
+    ]
+
+
+def by_layer(names: Iterable[str]) -> list[str]:
+    """Names that end in a number ("exit 3") by that number, then the others in their order."""
+
+    def number(name: str) -> int:
+        last = name.rpartition(" ")[2]
+        return int(last) if last.isdigit() else 10**6
+
+    return sorted(names, key=number)
 
 
 def draw_angle_histogram(run: Path, path: Path, max_angle: float = 90.0) -> Path:
-    """Angles between the cross-entropy and the contrastive gradient, by epoch, as a PNG."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    """Angles that a run logged, by epoch, as a PNG (and SVG beside it).
 
-    # One angle a step, or one for each exit and for what they share.
-    logged = [
-        (value, record["epoch"])
-        for record in read_metrics(run)
-        for name, value in record.items()
-        if name.startswith("angle_degrees") and value is not None
-    ]
-    if not logged:
+    Raises:
+        ValueError: the run logged no angle.
+    """
+    by_epoch: dict[str, list[float]] = {}
+    for _, epoch, angle in logged_angles(run):
+        by_epoch.setdefault(f"epoch {math.ceil(epoch)}", []).append(angle)
+    if not by_epoch:
         raise ValueError(f"{str(run)!r} logged no gradient angle: it ran without the gate.")
-    angles = np.array([angle for angle, _ in logged])
-    epochs = np.ceil([epoch for _, epoch in logged]).astype(int)
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    low = 5 * np.floor(angles.min() / 5)
-    high = 5 * np.ceil(max(angles.max(), max_angle + 5) / 5)
-    shades = np.linspace(0.85, 0.35, len(set(epochs)))
-    axes.hist(
-        [angles[epochs == epoch] for epoch in sorted(set(epochs))],
-        bins=np.arange(low, high + 1, 2.5).tolist(),
-        stacked=True,
-        color=[(0.33 * s, 0.66 * s + 0.2, 0.41 * s + 0.2) for s in shades],
-        label=[f"epoch {epoch}" for epoch in sorted(set(epochs))],
-    )
-    axes.axvline(max_angle, color="#c44e52", linestyle="--", label=f"gate, {max_angle:g} degrees")
-    dropped = (angles > max_angle).mean()
-    axes.set_title(
-        f"{len(angles)} angles, median {np.median(angles):.0f} degrees, {dropped:.1%} dropped"
-    )
-    axes.set_xlabel("angle between the cross-entropy and the contrastive gradient (degrees)")
-    axes.set_ylabel("optimizer steps")
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
-    return path
+    angles = [angle for of_epoch in by_epoch.values() for angle in of_epoch]
+    title = f"{len(angles)} angles, {angle_words(angles, max_angle)}"
+    return draw_angles({title: by_epoch}, [max_angle], path.with_suffix(""), height=4.2)[0]
+
+
+def angle_words(angles: Sequence[float], limit: float) -> str:
+    """Median, and the share beyond a limit: "median 63°, 4.2% beyond 90°"."""
+    share = (np.asarray(angles) > limit).mean()
+    return f"median {np.median(angles):.0f}°, {share:.1%} beyond {limit:g}°"
+
+
+def draw_angles(
+    drawn: Mapping[str, Mapping[str, Sequence[float]]],
+    limits: Sequence[float],
+    path: Path,
+    *,
+    bin_degrees: float = 5.0,
+    height: float = 2.7,
+    label: str = "angle (degrees)",
+    counted: str = "steps",
+) -> list[Path]:
+    """Histograms of angles, panel title -> series -> degrees: `path`.png and .svg.
+
+    limits: angle of the dashed line of each panel; label: that of the horizontal axis; counted:
+    what the shares on the vertical axis are shares of.
+    """
+    figure, every = panels(len(drawn), height)
+    series = by_layer(dict.fromkeys(name for found in drawn.values() for name in found))
+    angles = np.concatenate([values for found in drawn.values() for values in found.values()])
+    low = bin_degrees * math.floor(min(float(angles.min()), 60.0) / bin_degrees)
+    high = bin_degrees * math.ceil(max(float(angles.max()), 100.0) / bin_degrees)
+    bins = np.arange(low, high + bin_degrees / 2, bin_degrees)
+    handles: dict[str, Any] = {}
+    for index, (axes, (title, found)) in enumerate(zip(every, drawn.items(), strict=True)):
+        for name, values in found.items():
+            number = series.index(name)
+            # Shares, because series may have different numbers of steps.
+            heights = 100 * np.histogram(values, bins)[0] / len(values)
+            handles[name] = axes.stairs(
+                heights, bins, color=COLORS[number % len(COLORS)], linewidth=1.5
+            )
+            handles[name].set_gid(f"series-{number}-{index}")
+        axes.axvline(limits[index], color="#000000", linestyle="--", linewidth=0.9)
+        axes.set_title(title, fontsize=9)
+        axes.set_xlim(low, high)
+        axes.set_xlabel(label, fontsize=9)
+        plain(axes)
+    every[0].set_ylabel(f"{counted} (%)")
+    legend_below(figure, [handles[name] for name in series], series)
+    return save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""`fusedacl report`: the figures, tables and the page of a sweep, or of runs given by hand."""
+"""`fusedacl report`: figures, tables and a page for a sweep, or for single runs."""
 
 from __future__ import annotations
 
@@ -8,46 +8,46 @@ from pathlib import Path
 from typing import Any
 
 from ..experiments.recipe import slug
-from ..experiments.report_plan import ReportPlan, plan_report
-from ..experiments.results import SweepResults, SweepRun, is_sweep, read_sweep
-from ..experiments.runs import read_results, run_label
+from ..experiments.report_plan import ReportPlan, Target, plan_report
+from ..experiments.results import SweepResults, SweepRun, collect_runs, is_sweep, read_sweep
 from ..runtime.plots import require_matplotlib
 from .page.page import Section, Table, captioned_figures, write_page
 from .sections.claims import claims_section
 from .sections.early_exit import exits_section
 from .sections.findings import layer_findings, overall_finding
 from .sections.gate_angles import gate_section
-from .sections.layer_scores import LayerScores, read_curves, sweep_curves, write_layer_scores
+from .sections.layer_scores import LayerScores, sweep_curves, write_layer_scores
 from .sections.score_tables import ablation_section, full_model_section, grid_section
 
 PAGE_FILE = "index.html"
 REPORT_DIR = "report"
 EXTRAS_DIR = "extras"
-# Histograms side by side; beyond, methods with a list of values are left to their own reports.
-_MOST_PANELS = 6
+# With more histograms than this, methods with a list of values are left out.
+_MAX_PANELS = 6
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was written: the page, and its parts for those who want to print them.
+    """A report that was written: its page, and the contents of the page.
 
-    facts: what was run, name -> value.
+    facts: data, model, versions, …: name -> value. max_exits: the most exits of a run.
     """
 
     page: Path
     findings: Sequence[str]
     sections: Sequence[Section]
     facts: Mapping[str, str]
+    max_exits: int
 
 
 def write_report(
     paths: Sequence[Path], output_dir: Path | None = None, metric: str | None = None
 ) -> Report:
-    """The report of one sweep (by default in its folder `report`), or of runs.
+    """The report of a sweep (by default in its folder `report`), or of runs.
 
     Raises:
-        ValueError: a path that is neither, a sweep among other paths, runs that do not belong
-            together or without `output_dir`, an unknown metric, or matplotlib is not installed.
+        ValueError: a path is neither, a sweep is among other paths, runs do not belong together,
+            `output_dir` is missing for runs, the metric is unknown, or matplotlib is missing.
     """
     require_matplotlib()
     sweeps = [path for path in paths if is_sweep(path)]
@@ -67,11 +67,11 @@ def write_report(
 def report_sweep(
     directory: Path, output_dir: Path | None = None, metric: str | None = None
 ) -> Report:
-    """The analyses that the sweep's recipe asks for, from the runs that are done.
+    """The analyses that the recipe of a sweep asks for, of the runs that are done.
 
     Raises:
-        ValueError: no sweep, a mistake in its `report` section, no run that is done, or a metric
-            that a task's runs do not report.
+        ValueError: no sweep, a mistake in its `report` section, no run is done, or the runs of a
+            task do not report `metric`.
     """
     sweep = read_sweep(directory)
     plan = plan_report(sweep.recipe)
@@ -94,14 +94,13 @@ def report_sweep(
     tables = []
     if plan.full_model:
         path = output_dir / "full_model"
-        tables.append(full_model_section(sweep, plan.full_model, metric, path))
+        tables.append(full_model_section(sweep, plan.full_model, metric, path, plan.all_metrics))
     if plan.ablation:
         tables.append(ablation_section(sweep, plan.ablation, metric, output_dir / "ablation"))
     tables += [
         grid_section(sweep, grid, metric, output_dir / f"values_{slug(grid.option)}_{number}")
         for number, grid in enumerate(plan.grids, start=1)
     ]
-    # First, being what a reader came for.
     claims = claims_section(sweep, plan.claims, metric, output_dir / "claims")
     sections = [claims, *sections, *tables]
     for task in sweep.tasks:
@@ -117,59 +116,57 @@ def report_sweep(
     if reference is not None:
         findings.append(overall_finding(curves, reference))
     findings += [section.text for section in tables if section is not None]
-    there = [section for section in sections if section is not None]
     title = f"Sweep report: {', '.join(sweep.tasks)}"
-    findings = [finding for finding in findings if finding]
-    facts = _facts(sweep)
-    page = write_page(output_dir / PAGE_FILE, title, findings, there, facts)
-    return Report(page, findings, there, facts)
+    return _write(sweep, output_dir, title, findings, sections)
 
 
 def report_runs(paths: Sequence[Path], output_dir: Path, metric: str | None = None) -> Report:
-    """Scores of every exit of some runs on one data set; seeds of one method are one line.
+    """Scores of every exit of some runs on one data set; the seeds of a method share a line.
 
     Raises:
-        ValueError: as `layer_scores.read_curves`.
+        ValueError: as `collect_runs`, or no run has a finite score.
     """
-    scores = read_curves(paths, metric)
+    runs = collect_runs(paths)
+    (data,) = runs.tasks
+    scores = sweep_curves(runs, data, {name: Target(name) for name in runs.methods}, metric)
+    if scores is None:
+        name = str(runs.metric(data, metric))
+        by_method = [runs.seeds(data, m, (), lambda run: run.average(name)) for m in runs.methods]
+        reasons = dict.fromkeys(why for seeds in by_method for why in seeds.problems.values())
+        raise ValueError(f"no run has finite scores: {'; '.join(reasons)}.")
     output_dir.mkdir(parents=True, exist_ok=True)
-    runs = [_run_by_hand(path) for path in paths]
-    section = write_layer_scores(scores, output_dir / "layer_scores", "Layer scores")
-    grouped, data = _by_label(runs), runs[0].task
+    grouped = _by_label(runs.runs)
     sections = [
-        section,
+        write_layer_scores(scores, output_dir / "layer_scores", "Layer scores"),
         gate_section(grouped, data, output_dir / "gate_angles", "Gate angles"),
         exits_section(grouped, data, output_dir / "early_exit", "Early exit"),
         _extras(output_dir, paths),
-        Section("Commands", commands=[_command(run) for run in runs if _command(run)]),
+        Section("Commands", commands=[_command(run) for run in runs.runs if _command(run)]),
     ]
-    there = [section for section in sections if section is not None]
     methods = ", ".join(curve.label for curve in scores.curves)
     findings = [f"Scores of every exit on {scores.data}: {methods}."]
-    together = SweepResults(Path("."), {}, tuple(runs), {})
-    facts = _facts(together)
-    page = write_page(output_dir / PAGE_FILE, f"Runs on {data}", findings, there, facts)
-    return Report(page, findings, there, facts)
+    return _write(runs, output_dir, f"Runs on {data}", findings, sections)
 
 
-def _run_by_hand(path: Path) -> SweepRun:
-    results = read_results(path)
-    options = results["options"]
-    return SweepRun(
-        task=str(results["data"]),
-        method=run_label(options),
-        seed=int(options.get("seed", 0)),
-        grid=(),
-        directory=path if path.is_dir() else path.parent,
-        problem=None,
-        results=results,
-    )
+def _write(
+    sweep: SweepResults,
+    output_dir: Path,
+    title: str,
+    findings: Sequence[str],
+    sections: Sequence[Section | None],
+) -> Report:
+    there = [section for section in sections if section is not None]
+    findings = [finding for finding in findings if finding]
+    facts = _facts(sweep)
+    page = write_page(output_dir / PAGE_FILE, title, findings, there, facts)
+    max_exits = max((len(run.layers()) for run in sweep.done if run.evaluated), default=0)
+    return Report(page, findings, there, facts, max_exits)
 
 
 def _reference(plan: ReportPlan) -> str | None:
     """The printed name of the method that others are compared with.
 
-    That is the first of the ablation, where the curves show it, else the last of the curves.
+    It is the first method of the ablation if it has a curve, else the last of the curves.
     """
     names = list(plan.layer_scores)
     for target in list(plan.ablation.values())[:1]:
@@ -187,14 +184,10 @@ def _by_label(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
 
 
 def _gate_angles(sweep: SweepResults, task: str, path: Path) -> Section | None:
-    """The gated runs of a task; without those of grids where they are too many to look at."""
-    gated = [
-        run
-        for run in sweep.done
-        if run.task == task and run.results is not None and run.results.get("gate")
-    ]
+    """The gated runs of a task, without those of grids if there are too many."""
+    gated = [run for run in sweep.done if run.task == task and run.gate]
     plain = [run for run in gated if not run.grid]
-    too_many = len(_by_label(gated)) > _MOST_PANELS and len(plain) < len(gated)
+    too_many = len(_by_label(gated)) > _MAX_PANELS and len(plain) < len(gated)
     shown = _by_label(plain if too_many else gated)
     section = gate_section(shown, task, path, f"Gate angles: {task}")
     if section is None or not too_many:
@@ -205,7 +198,7 @@ def _gate_angles(sweep: SweepResults, task: str, path: Path) -> Section | None:
 
 
 def _extras(output_dir: Path, given: Sequence[Path]) -> Section | None:
-    """Pictures with captions that other commands left in the report, its extras, or the runs."""
+    """Captioned figures of other commands, in the report's directory, its extras, or the runs."""
     extras = output_dir / EXTRAS_DIR
     folders = sorted(path for path in extras.glob("*") if path.is_dir())
     figures = captioned_figures([output_dir, extras, *folders, *given])
@@ -224,9 +217,8 @@ def _missing(sweep: SweepResults) -> Section | None:
         for (task, label, reason), of_reason in seeds.items()
     ]
     words = (
-        f"{len(sweep.runs) - len(sweep.done)} of {len(sweep.runs)} runs have no results. Nothing "
-        "above stands in for them; `fusedacl sweep` with the same recipe and directory goes on "
-        "with them."
+        f"{len(sweep.runs) - len(sweep.done)} of {len(sweep.runs)} runs have no results and are "
+        "left out above. `fusedacl sweep` with the same recipe and directory continues with them."
     )
     return Section("Missing runs", words, tables=[Table(["task", "method", "seeds", "why"], rows)])
 
@@ -234,8 +226,8 @@ def _missing(sweep: SweepResults) -> Section | None:
 def _commands(sweep: SweepResults) -> Section:
     name = sweep.directory.resolve().name
     words = (
-        f"All of it: `fusedacl sweep {name}/recipe.yaml --output_dir {name}`, then `fusedacl "
-        f"report {name}`. Below, each run alone; paths are relative to {name}/."
+        f"All runs: `fusedacl sweep {name}/recipe.yaml --output_dir {name}`, then `fusedacl report "
+        f"{name}`. Below, the command of each run; paths are relative to {name}/."
     )
     place = f"{sweep.directory.resolve()}/"
     commands = [command.replace(place, "") for run in sweep.done if (command := _command(run))]
@@ -256,9 +248,9 @@ def _progress(sweep: SweepResults) -> str:
 
 
 def _facts(sweep: SweepResults) -> dict[str, str]:
-    """What was run, on what, with what."""
+    """Data, base model, number of runs, training time and versions: name -> value."""
     seeds = sorted({run.seed for run in sweep.runs})
-    options = [run.results["options"] for run in sweep.done if run.results]
+    options = [run.options for run in sweep.done]
     seconds = sum(float((run.results or {}).get("train_seconds", 0)) for run in sweep.done)
     data = [f"{task} ({words})" if (words := _texts(sweep, task)) else task for task in sweep.tasks]
     models = dict.fromkeys(
@@ -270,7 +262,8 @@ def _facts(sweep: SweepResults) -> dict[str, str]:
             versions.setdefault(package, {})[str(number)] = None
     facts = {
         "Data": "; ".join(data),
-        "Base model": ", ".join(models) or "named by first stages that are not among these runs",
+        "Base model": ", ".join(models)
+        or "that of the first stages, which are not among these runs",
         "Runs": f"{len(sweep.done)} of {len(sweep.runs)} done; seeds {', '.join(map(str, seeds))}",
     }
     if seconds:
@@ -285,20 +278,16 @@ def _facts(sweep: SweepResults) -> dict[str, str]:
 
 
 def _texts(sweep: SweepResults, task: str) -> str:
-    """What of a task's texts was used: "validation; 10,000 training texts"."""
+    """The splits of a task and limits on its texts: "validation; 10,000 training texts"."""
     words = [", ".join(sweep.splits(task))]
     for option, of_what in (("max_train_samples", "training"), ("max_eval_samples", "evaluation")):
-        limits = {
-            run.results["options"].get(option)
-            for run in sweep.done
-            if run.task == task and run.results is not None
-        }
-        words += [f"{limit:,} {of_what} texts" for limit in sorted(limits - {None})]
+        limits = {run.options.get(option) or 0 for run in sweep.done if run.task == task}
+        words += [f"{limit:,} {of_what} texts" for limit in sorted(limits - {0})]
     return "; ".join(word for word in words if word)
 
 
 def _model_name(options: Mapping[str, Any]) -> str:
-    """A hub name as it is; of a path its end, which says enough."""
+    """A hub name, or the last two parts of a path."""
     name = options.get("model_name_or_path")
     if name is None:
         return "all-MiniLM-L6-v2 (the demonstration's)"

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from ..data.batching import EncodedSplit, collate, epoch_batches
+from ..data.batching import EncodedSplit, evaluation_batches
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..runtime import collectives, processes
 from ..runtime.device import autocast
@@ -170,14 +169,15 @@ class FeatureCache:
         progress: bool,
     ) -> None:
         states = np.memmap(directory / STATES_FILE, dtype=np.float16, mode="r+", shape=self.shape)
-        batches = epoch_batches(
-            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+        batches = evaluation_batches(
+            encoded,
+            batch_size,
+            pad_token_id,
+            device=model.device,
+            part=slice(processes.rank(), None, processes.world_size()),
+            progress="features" if progress else None,
         )
-        own = batches[processes.rank() :: processes.world_size()]
-        for indices in tqdm(own, desc="features", leave=False, disable=None if progress else True):
-            batch = collate(encoded, indices, pad_token_id)
-            batch.pop("labels", None)
-            batch = {name: value.to(model.device) for name, value in batch.items()}
+        for indices, batch in batches:
             with autocast(model.device, dtype):
                 layers = model.exit_states(**batch, positions=positions)
             half = torch.stack(layers, dim=2).half()  # [N, T, L, H]

@@ -1,4 +1,4 @@
-"""A sweep's directory without the training: sweep.json and the files that its runs would leave."""
+"""The directory of a sweep without training: sweep.json and the files of its runs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 TASKS = {"mrpc": ("f1", 0.80), "rte": ("accuracy", 0.58), "cola": ("matthews_correlation", 0.30)}
-# Method -> its options, and what it gains at the first and at the last layer.
+# Method -> its options, and its gain at the first and at the last layer.
 METHODS: dict[str, tuple[dict[str, Any], float, float]] = {
     "CE": ({"objective": "ce"}, 0.0, 0.0),
     "ACL backbone": ({"objective": "acl"}, 0.0, 0.01),

@@ -1,4 +1,4 @@
-"""The part of a model card that describes calibrated early exit."""
+"""The section of a model card on calibrated early exit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from ...runtime.files import write_whole
 from ...runtime.text import markdown_table
 from .search import AREA_WORDS
 
-# What `fusedacl exits` writes stands between these, and is replaced as a whole.
+# Markers around the section, which `fusedacl exits` replaces as a whole.
 _EARLY_EXIT = ("<!-- fusedacl: early exit -->", "<!-- fusedacl: end of early exit -->")
 
 
 def write_early_exit(path: Path, study: Mapping[str, Any], policy: str) -> None:
-    """Put what a study found on the policy that is stored with a model into the model's card.
+    """Write the findings on a stored policy into the card of its model.
 
-    Written again it replaces itself. A model without a card gets one of this alone. `study`: as
-    `exit_study.study_exits` returns it; `policy`: the stored one's name in it.
+    An earlier section is replaced; a missing card is created. `study`: the results of
+    `study_exits`; `policy`: the name of the stored policy in them.
     """
     start, end = _EARLY_EXIT
     section = "\n".join([start, *_early_exit_lines(study, policy), end])

@@ -1,4 +1,4 @@
-"""What choosing a setting is worth on texts that it was not chosen on."""
+"""Scores of settings on texts that they were not chosen on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ NUM_FOLDS = 2
 
 @dataclass(frozen=True)
 class CrossFitted:
-    """All texts of a split, each under the setting that the other folds chose.
+    """Results on all texts of a split, each with the setting chosen on the other folds.
 
-    score: of the metric, a fraction; mean_layer: layers run per text; flops_share: of the full
-    model's operations.
+    score: the metric, as a fraction; mean_layer: layers run per text; flops_share: operations as a
+    share of the full model's.
     """
 
     score: float
@@ -38,11 +38,10 @@ def cross_fit(
     num_thresholds: int = 33,
     num_folds: int = NUM_FOLDS,
 ) -> CrossFitted:
-    """Choose a policy's setting without each fold in turn, and score it there.
+    """Choose a policy's setting on all folds but one, and score it on that one, for each fold.
 
-    The learned exit is fitted anew without the fold, too. A setting chosen on all texts is a little
-    better there than elsewhere; this score is free of that, and a little pessimistic, for it is
-    chosen on fewer texts.
+    The learned exit is also fitted without the fold. The score of a setting on the texts that it
+    was chosen on is optimistic; this one is slightly pessimistic, being chosen on fewer texts.
 
     Raises:
         ValueError: too few texts, or no setting reaches the target in some fold.

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...model.exit_policies import Policy
-from ...runtime.plots import require_matplotlib
+from ...model.exit_policies import POLICIES, Policy
+from ...runtime.plots import legend_below, look, new_figure, plain, require_matplotlib, save_figure
 from ...runtime.text import markdown_table, write_tables
 from .search import AREA_WORDS, SweepRow, frontier
 from .timing import MeasuredSpeed
@@ -15,17 +15,6 @@ from .timing import MeasuredSpeed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-FIGURE_SUFFIXES = (".png", ".svg")
-# Told apart in grey and by those who see few colours: a colour and a marker each.
-_LOOKS: dict[str, tuple[str, str]] = {
-    "max_probability": ("#0072b2", "o"),
-    "entropy": ("#e69f00", "s"),
-    "patience": ("#009e73", "^"),
-    "patience_confidence": ("#cc79a7", "D"),
-    "voting": ("#56b4e9", "v"),
-    "learned": ("#d55e00", "P"),
-    "fixed_layer": ("#777777", "x"),
-}
 _INTEGER_POLICIES = ("patience", "voting", "fixed_layer")
 
 
@@ -38,12 +27,13 @@ def draw_quality_speed(
 ) -> list[Path]:
     """Quality against speed of each policy, as `path`.png and .svg.
 
-    The first panel: score against operations of the best settings. Where some were timed, one more
-    a batch size: score against speed-up. The full model is a star; where it loses 1 % is a line.
+    The first panel shows the best settings' scores against operations; if settings were timed, a
+    panel per batch size shows scores against speed-up. The star is the full model, the dashed line
+    a loss of 1 %.
 
     Args:
         curves: policy name -> its rows.
-        measured: wall-clock of the settings that were timed.
+        measured: wall-clock times of the settings that were timed.
 
     Raises:
         ValueError: there is no row, or matplotlib is not installed.
@@ -51,13 +41,12 @@ def draw_quality_speed(
     if not any(curves.values()):
         raise ValueError("curves is empty: sweep a policy first.")
     require_matplotlib()
-    from matplotlib.figure import Figure
     from matplotlib.ticker import PercentFormatter
 
     measured = measured or {}
     sizes = _batch_sizes(measured)
     width = 4.2 * (1 + len(sizes)) if sizes else 7.2
-    figure = Figure(figsize=(width, 4.9), layout="constrained")
+    figure = new_figure(width, 4.9)
     first, *others = figure.subplots(1, 1 + len(sizes), sharey=True, squeeze=False)[0]
     shares = {
         name: [(row.flops_share, row.score) for row in frontier(rows)]
@@ -82,52 +71,29 @@ def draw_quality_speed(
         axes.xaxis.set_major_formatter("{x:g}x")
         axes.set_xlabel(f"measured speed, batch {size} (full model: 1x)")
     figure.suptitle("Quality and speed of early exit")
-    # Below the axes: curves may lie anywhere in them.
-    handles, labels = first.get_legend_handles_labels()
-    columns = round(width / 2.4)
-    figure.legend(handles, labels, frameon=False, loc="outside lower center", ncols=columns)
-    written = [path.with_name(path.name + suffix) for suffix in FIGURE_SUFFIXES]
-    for file in written:
-        figure.savefig(file, dpi=150)
-    return written
+    legend_below(figure, *first.get_legend_handles_labels())
+    return save_figure(figure, path)
 
 
 def _draw_panel(
     axes: Axes, lines: Mapping[str, Sequence[tuple[float, float]]], full_score: float
 ) -> None:
-    """Policy name -> its points, beside the full model at 1."""
+    """Draw the points of each policy (its name -> them), and the full model at x = 1."""
     for name, points in lines.items():
-        color, marker = _LOOKS[name]
         axes.plot(
             [x for x, _ in points],
             [score for _, score in points],
-            color=color,
-            marker=marker,
+            **look(list(POLICIES).index(name)),
             markersize=4.5,
-            # Dotted: there is nothing between two settings, where a threshold can be anything.
+            # Dotted for integers, between which there are no settings.
             linestyle=":" if name in _INTEGER_POLICIES else "-",
             linewidth=1.4,
             label=name.replace("_", " "),
         )
-    axes.plot(
-        1,
-        full_score,
-        marker="*",
-        markersize=14,
-        color="black",
-        linestyle="",
-        zorder=3,
-        label="full model",
-    )
-    axes.axhline(
-        full_score - 0.01 * abs(full_score),
-        color="black",
-        linewidth=0.8,
-        linestyle="--",
-        label="1 % below the full model",
-    )
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.plot(1, full_score, "k*", markersize=14, zorder=3, label="full model")
+    limit = full_score - 0.01 * abs(full_score)
+    axes.axhline(limit, color="k", lw=0.8, ls="--", label="1 % below the full model")
+    plain(axes)
 
 
 def _batch_sizes(measured: Mapping[Policy, Sequence[MeasuredSpeed]]) -> list[int]:
@@ -141,13 +107,13 @@ def write_speed_tables(
     path: Path,
     measured: Mapping[Policy, Sequence[MeasuredSpeed]] | None = None,
 ) -> list[Path]:
-    """Sweeps as `path`.csv and .md: policy, parameters, score, mean layer, FLOPs, times.
+    """Write the settings of all policies as `path`.csv and .md, with scores, FLOPs and times.
 
     Args:
         curves: policy name -> its rows.
-        areas: policy name -> its area under the curve; a column of the CSV, where each row has to
-            stand alone, a table of its own on the page.
-        measured: wall-clock of the settings that were timed; empty cells at the others.
+        areas: policy name -> its area under the curve; a column of the CSV, and a table of its own
+            in the Markdown file.
+        measured: wall-clock times of the settings that were timed; other cells are empty.
     """
     measured = measured or {}
     sizes = _batch_sizes(measured)
@@ -167,9 +133,9 @@ def write_speed_tables(
                 cells += [f"{speed.early_ms:.3f}", f"{speed.speedup:.2f}"] if speed else ["", ""]
             table.append(cells)
             numbers.append([*cells[:num_facts], f"{areas[name]:.4f}", *cells[num_facts:]])
-    of_policies = markdown_table(
+    area_table = markdown_table(
         ["policy", "area under the curve"], [[name, f"{areas[name]:.4f}"] for name in curves]
     )
-    intro = f"{of_policies}\n\nArea under the curve: {AREA_WORDS}.\n\nThe settings swept:"
-    of_csv = [*header[:num_facts], "area_under_curve", *header[num_facts:]]
-    return write_tables(path, header, table, intro, (of_csv, numbers))
+    intro = f"{area_table}\n\nArea under the curve: {AREA_WORDS}.\n\nThe settings tried:"
+    csv_header = [*header[:num_facts], "area_under_curve", *header[num_facts:]]
+    return write_tables(path, header, table, intro, (csv_header, numbers))

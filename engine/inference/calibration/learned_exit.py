@@ -1,7 +1,7 @@
-"""The learned exit: one linear layer that says how likely an exit's answer is right.
+"""The learned exit: a linear layer that predicts the probability that an exit's answer is right.
 
 It is fitted on texts that the exits were not trained on: on their training texts the exits are
-right far more often than elsewhere, and the layer would learn to trust them too much.
+right far more often, and the layer would overestimate them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NUM_FOLDS = 5
 
 
 def fold_of(labels: Tensor, num_folds: int, seed: int = 0) -> Tensor:
-    """A fold 0 … num_folds - 1 for each text: int64 [n]; every class is spread over all of them.
+    """The fold of each text, 0 … num_folds - 1, stratified by class: int64 [n].
 
     Raises:
         ValueError: there are fewer texts than folds.
@@ -34,11 +34,11 @@ def fold_of(labels: Tensor, num_folds: int, seed: int = 0) -> Tensor:
 
 
 def fit_learned_exit(readings: ExitReadings, regularization: float = 1.0) -> nn.Linear:
-    """The learned exit of these texts: one linear layer for all exits but the last, on the CPU.
+    """Fit a learned exit: one linear layer for all exits but the last, on the CPU.
 
-    From an exit's representation h to the log odds that the exit's answer is right, by logistic
-    regression on standardised h with an L2 penalty (BERxiT fits a square loss during training; ours
-    comes after it). Where every answer is right, or none, it is a constant.
+    It maps an exit's representation h to the log odds that the exit's answer is right: logistic
+    regression on standardised h with an L2 penalty, after training (BERxiT fits a square loss
+    during training). If all answers are right, or all wrong, it is a constant.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -46,7 +46,7 @@ def fit_learned_exit(readings: ExitReadings, regularization: float = 1.0) -> nn.
     is_right = _is_right(readings).flatten().numpy()
     head = nn.Linear(embeddings.shape[-1], 1)
     if is_right.all() or not is_right.any():
-        # Laplace's rule: certain, but no more than so many texts allow.
+        # Laplace's rule of succession: probabilities stay below 1.
         odds = (is_right.sum() + 1) / ((~is_right).sum() + 1)
         weight, bias = np.zeros(embeddings.shape[-1]), np.log([odds])
     else:
@@ -56,7 +56,7 @@ def fit_learned_exit(readings: ExitReadings, regularization: float = 1.0) -> nn.
         inputs -= mean
         inputs /= deviation
         fitted = LogisticRegression(C=1 / regularization, max_iter=1000).fit(inputs, is_right)
-        # The standardisation becomes part of the layer.
+        # The layer includes the standardisation.
         weight = fitted.coef_[0] / deviation
         bias = fitted.intercept_ - weight @ mean
     with torch.no_grad():
@@ -66,7 +66,7 @@ def fit_learned_exit(readings: ExitReadings, regularization: float = 1.0) -> nn.
 
 
 def cross_fitted(readings: ExitReadings, num_folds: int = NUM_FOLDS) -> ExitReadings:
-    """The readings with certainties of which none comes from a layer fitted on its own text.
+    """The readings with cross-fitted certainties: each from a layer fitted on the other folds.
 
     Raises:
         ValueError: fewer texts than folds, or readings without embeddings.
@@ -81,19 +81,19 @@ def cross_fitted(readings: ExitReadings, num_folds: int = NUM_FOLDS) -> ExitRead
 
 
 def judged_by(head: nn.Linear, readings: ExitReadings) -> ExitReadings:
-    """The readings with the certainties that a learned exit has on them."""
+    """The readings with the certainties of a learned exit."""
     return dataclasses.replace(readings, certainties=_certainties(head, readings))
 
 
 def with_learned_exit(readings: ExitReadings) -> ExitReadings:
-    """Put a learned exit into the model; the readings with cross-fitted certainties.
+    """Give the model a learned exit; returns the readings with cross-fitted certainties.
 
-    The model's is fitted on all texts. Thresholds for it are chosen on the certainties that are
-    returned: those of the model's own layer on these texts would be too good.
+    The model's layer is fitted on all texts. Its thresholds are chosen on the returned certainties,
+    because those of a layer on the texts it was fitted on are too good.
 
     Raises:
-        ValueError: exits that are right (or wrong) on every text, fewer texts than folds, or
-            readings without embeddings.
+        ValueError: the exits are right (or wrong) on every text, there are fewer texts than folds,
+            or the readings have no embeddings.
     """
     is_right = _is_right(readings)
     if is_right.all() or not is_right.any():
@@ -109,7 +109,7 @@ def with_learned_exit(readings: ExitReadings) -> ExitReadings:
 
 
 def _is_right(readings: ExitReadings) -> Tensor:
-    """Whether each exit but the last answers right: bool [E - 1, n]."""
+    """True where the answer of an exit but the last is right: bool [E - 1, n]."""
     return readings.logits[:-1].argmax(dim=-1) == readings.labels
 
 

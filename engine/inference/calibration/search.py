@@ -1,7 +1,7 @@
-"""Choosing a policy and its threshold on labelled texts, from one pass through all exits.
+"""Choice of a policy and its threshold on labelled texts, from one pass through all exits.
 
-A policy is replayed on what the exits showed: the very code that inference runs decides, so a sweep
-over many thresholds costs one pass of the model and says what inference will do.
+A policy is replayed on the readings of the exits with the code that decides during inference, so
+many thresholds cost one pass of the model, and the results are those of inference.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .readings import ExitReadings
 if TYPE_CHECKING:
     from ...model.multi_exit import MultiExitForSequenceClassification
 
-# No threshold lies between signals that are nearer than this: rounding would decide.
+# Thresholds are not put between signals closer than this, where rounding would decide.
 _SAFE_GAP = 4e-6
-# What `area_under_curve` is, for those who read it in a table.
+# Definition of `area_under_curve` for tables.
 AREA_WORDS = (
     "mean, over all budgets from the first exit's operations to the full model's, of the best score"
     " within the budget"
@@ -46,7 +46,7 @@ AREA_WORDS = (
 
 
 def replay(policy: Policy, readings: ExitReadings) -> Tensor:
-    """The exit (its place, 0 = first) where each text leaves under a policy: int64 [n]."""
+    """The position of the exit (0 = first) where each text leaves under a policy: int64 [n]."""
     _check_usable(policy, readings)
     last = len(readings.exit_layers) - 1
     exits = torch.full_like(readings.labels, last)
@@ -61,10 +61,10 @@ def replay(policy: Policy, readings: ExitReadings) -> Tensor:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One setting of a policy on the calibration texts.
+    """Results of a setting of a policy on the calibration texts.
 
-    score: of the metric swept for, a fraction; mean_layer: layers run per text;
-    flops_share: of the full model's operations; exit_counts: layer -> texts that left there.
+    score: the metric, as a fraction; mean_layer: layers run per text; flops_share: operations as a
+    share of the full model's; exit_counts: layer -> number of texts that left there.
     """
 
     policy: Policy
@@ -75,10 +75,10 @@ class SweepRow:
 
 
 def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> list[SweepRow]:
-    """What each policy would score and cost, in the order given.
+    """Score and cost of each policy, in the order given.
 
     Raises:
-        ValueError: a policy that the model's exits cannot carry, an unknown metric.
+        ValueError: a policy does not suit the model's exits, or the metric is unknown.
     """
     full_cost = float(full_flops(readings.model).at(readings.lengths).sum())
     costs: dict[tuple[type[Policy], int], list[Flops]] = {}
@@ -87,7 +87,7 @@ def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> li
     texts = torch.arange(len(readings.labels))
     for policy in policies:
         exits = replay(policy, readings)
-        # Policies that read the same exits cost the same at each of them.
+        # Costs depend on the exits that a policy reads, hence on its class and its layer.
         key = (type(policy), policy.layer if isinstance(policy, FixedLayer) else 0)
         if key not in costs:
             costs[key] = exit_flops(readings.model, policy)
@@ -107,20 +107,20 @@ def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> li
 
 
 def spent_flops(costs: Sequence[Flops], readings: ExitReadings, exits: Tensor) -> float:
-    """Operations on all texts that leave at `exits` [n], where exit e costs `costs`[e]."""
+    """Operations on all texts, text i leaving at `exits`[i]; `costs`: of each exit."""
     return sum(
         float(cost.at(readings.lengths[exits == index]).sum()) for index, cost in enumerate(costs)
     )
 
 
 def policy_grid(name: str, readings: ExitReadings, num_thresholds: int = 33) -> list[Policy]:
-    """Settings of a policy worth trying on these texts, from "all leave at once" to "nobody does".
+    """Settings of a policy to try on these texts, from "all leave at the first exit" to "none".
 
-    Thresholds lie at quantiles of the signals seen, each in the middle of a wide gap between two of
-    them, so that rounding decides on no text (in float32). Integers: all that the exits allow.
+    Thresholds are near quantiles of the observed signals, in the middle of a wide gap between two
+    of them, so that float32 rounding decides on no text. Integers: all that the exits allow.
 
     Raises:
-        ValueError: an unknown policy, or one that the model cannot carry.
+        ValueError: the policy is unknown, or does not suit the model.
     """
     if num_thresholds < 3:
         raise ValueError(f"num_thresholds={num_thresholds}: at least 3 are needed.")
@@ -147,7 +147,7 @@ def policy_grid(name: str, readings: ExitReadings, num_thresholds: int = 33) -> 
 
 
 def frontier(rows: Sequence[SweepRow]) -> list[SweepRow]:
-    """The settings that none beats, cheapest first: each scores more than all cheaper ones."""
+    """The settings that score more than all cheaper ones, cheapest first."""
     best: list[SweepRow] = []
     for row in sorted(rows, key=lambda row: (row.flops_share, -row.score)):
         if not best or row.score > best[-1].score:
@@ -158,27 +158,27 @@ def frontier(rows: Sequence[SweepRow]) -> list[SweepRow]:
 def spread_out(
     rows: Sequence[SweepRow], number: int, chosen: SweepRow | None = None
 ) -> list[SweepRow]:
-    """At most `number` (3 or more) settings of the frontier, spread over its operations.
+    """At most `number` (3 or more) settings of the frontier, spread over their operations.
 
-    Cheapest first, with both of its ends, and with `chosen` whether it lies on it or not.
+    Cheapest first, with both ends of the frontier, and with `chosen` even if it is not on it.
     """
     assert number >= 3, number
     kept = frontier(rows)
     if chosen is not None and chosen not in kept:
         kept = sorted([*kept, chosen], key=lambda row: row.flops_share)
     while len(kept) > number:
-        # The one least missed: its neighbours are the nearest to each other.
+        # Drop the setting whose neighbours are closest to each other.
         inner = [place for place in range(1, len(kept) - 1) if kept[place] != chosen]
         del kept[min(inner, key=lambda at: kept[at + 1].flops_share - kept[at - 1].flops_share)]
     return kept
 
 
 def area_under_curve(rows: Sequence[SweepRow], readings: ExitReadings, metric: str) -> float:
-    """Mean over all budgets of the best score that a budget allows: one number for a policy.
+    """Mean over all budgets of the best score within the budget, in the unit of the metric.
 
-    A budget is a share of the full model's operations, from what it takes if all texts leave at the
-    first exit (which is counted among every policy's settings, so that policies compare) to 1. The
-    curve is a staircase; its mean has the metric's own unit.
+    A budget is a share of the full model's operations, between that of leaving at the first exit
+    and 1. Leaving at the first exit counts as a setting of every policy, so that all areas cover
+    the same budgets. The curve is a step function.
     """
     first = sweep(readings, [FixedLayer(readings.exit_layers[0])], metric)[0]
     points = [(row.flops_share, row.score) for row in rows if row.flops_share < 1]
@@ -193,10 +193,10 @@ def area_under_curve(rows: Sequence[SweepRow], readings: ExitReadings, metric: s
 
 @dataclass(frozen=True)
 class Target:
-    """What a policy is chosen for; exactly one of the three.
+    """The target that a policy is chosen for; exactly one of three.
 
     max_quality_loss: relative loss of the metric against the full model (0.01: one per cent);
-    max_mean_layer: layers run per text; max_flops_share: of the full model's operations.
+    max_mean_layer: layers run per text; max_flops_share: share of the full model's operations.
     """
 
     max_quality_loss: float | None = None
@@ -220,12 +220,12 @@ class Target:
 
 
 def choose(rows: Sequence[SweepRow], full_score: float, target: Target) -> SweepRow:
-    """The cheapest setting of enough quality, or the best within the budget.
+    """The cheapest setting of sufficient quality, or the best within the budget.
 
-    Chosen on the texts that are scored, the result is a little better there than elsewhere.
+    Its score on the texts that it was chosen on is slightly better than on others.
 
     Raises:
-        ValueError: no setting reaches the target; the nearest is told.
+        ValueError: no setting reaches the target; the message names the nearest.
     """
     if not rows:
         raise ValueError("rows is empty: there is no setting to choose from.")
@@ -261,10 +261,10 @@ def calibration_record(
     dtype: torch.dtype,
     max_seq_length: int,
 ) -> dict[str, Any]:
-    """What a model's configuration keeps: a chosen policy, its parameters and how it was chosen.
+    """The record of a chosen policy that a model's configuration stores.
 
-    `data`: the name of the texts, such as "mrpc, validation"; `dtype` and `max_seq_length` are
-    those of the pass: with others the signals, which the threshold was set for, are others too.
+    `data`: name of the texts ("mrpc, validation"); `dtype` and `max_seq_length`: those of the
+    readings. They are recorded because a threshold is valid only for signals computed with them.
     """
     return {
         "name": row.policy.name,
@@ -285,7 +285,7 @@ def calibration_record(
 
 
 def store_policy(model: MultiExitForSequenceClassification, record: Mapping[str, Any]) -> None:
-    """Make a calibrated policy the model's own: `save_pretrained` then writes it with the model."""
+    """Store a calibrated policy in the model's configuration, for `save_pretrained`."""
     model.config.exit_policy = dict(record)
 
 
@@ -299,7 +299,7 @@ def _check_usable(policy: Policy, readings: ExitReadings) -> None:
 
 
 def _thresholds(policy: type[Policy], readings: ExitReadings, num_thresholds: int) -> list[float]:
-    """0, 1 and quantiles of a policy's signal at all exits but the last."""
+    """Thresholds 0 and 1, and near quantiles of the policy's signal at all exits but the last."""
     assert issubclass(policy, ThresholdPolicy)
     if policy is Learned:
         _check_usable(Learned(0.0), readings)

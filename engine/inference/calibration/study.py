@@ -1,4 +1,4 @@
-"""`fusedacl exits`: what early exit costs and brings, policy by policy, and the choice of one."""
+"""`fusedacl exits`: quality and speed of early exit by policy, and the choice of a policy."""
 
 from __future__ import annotations
 
@@ -9,18 +9,16 @@ from typing import Any
 
 from ...config.commands import ExitsConfig
 from ...config.fields import command_line
-from ...data.batching import encode
-from ...data.dataset import load_splits
 from ...model.early_exit import check_has_earlier_exits
 from ...model.exit_policies import Learned, Policy, policy_class
 from ...model.multi_exit import MultiExitConfig
-from ...model.saved import TrainedModel
 from ...runtime.device import dtype_name
 from ...runtime.files import write_json
 from ...runtime.machine import machine_name, versions
 from ...runtime.manifest import check_not_sealed
 from ...runtime.plots import require_matplotlib
 from ...runtime.text import did_you_mean, text_table
+from ..evaluation import load_labelled
 from .card import write_early_exit
 from .cross_fitting import cross_fit
 from .figures import draw_quality_speed, write_speed_tables
@@ -43,31 +41,29 @@ from .timing import MeasuredSpeed, measure_speed
 logger = logging.getLogger("fusedacl")
 DEFAULT_MAX_QUALITY_LOSS = 0.01
 MEASURED_BATCH_SIZES = (1, 32)
-# Of one policy: enough for the shape of its curve. They take turns with one pass of the full model;
-# if each takes half of its time, six take 4 passes' time where one takes 1.5.
+# Settings of a policy that are timed: enough to show the shape of its curve.
 MAX_TIMED_SETTINGS = 6
 _DEFAULT_SAMPLES = ExitsConfig().exits.measured_samples
 
 
 def study_exits(config: ExitsConfig) -> dict[str, Any]:
-    """Sweep policies on the first evaluation split; calibrate and store one where asked to.
+    """Try policies on the first evaluation split; calibrate and store one if asked to.
 
-    Returns (and writes to exits.json in `output_dir` as it goes, with tables and figure) the full
-    model's score, per policy its chosen setting, area under the curve and times (`measured`: the
-    chosen setting's; `timed`: of all settings that were timed, with what they score and cost); and
-    printable `lines`. A KeyboardInterrupt ends it early: what was done is kept, and `complete` is
-    false.
+    Returns the score of the full model; for each policy its chosen setting, its area under the
+    curve and times (`measured`: of the chosen setting; `timed`: of all timed settings, with scores
+    and costs); and `lines` to print. Results so far are also written to exits.json in `output_dir`,
+    with tables and a figure. After a KeyboardInterrupt they are returned, and `complete` is false.
 
     Raises:
-        ValueError: a mistake in the options, the data or the model; a target out of reach of the
-            policy to store.
+        ValueError: a mistake in the options, the data or the model; the policy to store does not
+            reach the target.
         FloatingPointError: the model's logits are NaN or infinite.
     """
     return ExitStudy(config).run()
 
 
 class ExitStudy:
-    """One study. Everything that can be refused is refused by the constructor."""
+    """A study of policies; the constructor checks all options before any work."""
 
     def __init__(self, config: ExitsConfig) -> None:
         self.config, self.options = config, config.exits
@@ -80,34 +76,25 @@ class ExitStudy:
             )
         self.model_dir = Path(config.model.model_name_or_path or "")
         is_named = config.model.model_name_or_path is not None
-        if self.options.policy is not None and is_named and not self.model_dir.is_dir():
-            raise ValueError(
-                f"policy is stored with the model: {str(self.model_dir)!r} is no local directory."
-            )
         if self.options.policy is not None and is_named:
+            if not self.model_dir.is_dir():
+                raise ValueError(
+                    f"policy is stored with the model: {str(self.model_dir)!r} is not a local "
+                    "directory."
+                )
             check_not_sealed(self.model_dir)
         self.output_dir = None
         if self.options.output_dir is not None:
             self.output_dir = Path(self.options.output_dir)
             require_matplotlib()
-        self.trained = TrainedModel(config.model, config.data.max_seq_length)
+        self.trained, data = load_labelled(config.model, config.data, "calibrate")
         check_has_earlier_exits(self.trained.model)
-        data = load_splits(config.data, needs_train=False, label_names=self.trained.label_names)
-        for note in data.notes:
-            logger.info(note)
-        if not data.evaluation_splits:
-            raise ValueError(f"{data.name} has no labelled split to calibrate on.")
         self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
         if self.metric not in data.metrics:
             raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
         split = data.evaluation_splits[0]
         self.data_name = f"{data.name}, {split}"
-        self.encoded = encode(
-            data.splits[split],
-            self.trained.tokenizer,
-            self.trained.max_length,
-            model_limit=self.trained.limit,
-        )
+        self.encoded = self.trained.encode(data.splits[split])
         self.curves: dict[str, list[SweepRow]] = {}
         self.chosen: dict[str, SweepRow] = {}
         self.to_time: dict[str, list[SweepRow]] = {}
@@ -115,7 +102,7 @@ class ExitStudy:
         self.is_stored = False
 
     def run(self) -> dict[str, Any]:
-        """Sweep all policies, then time some settings of each; see `study_exits`."""
+        """Try all policies, then time some settings of each; see `study_exits`."""
         trained, progress = self.trained, not self.config.model.disable_tqdm
         self.readings = read_exits(
             trained.model,
@@ -148,7 +135,7 @@ class ExitStudy:
                 self._save()
             if self.options.measure:
                 self._draw()
-                # The stored one first: its times are those that matter most.
+                # The policy to store first, whose times matter most.
                 for name in sorted(self.to_time, key=lambda name: name != self.options.policy):
                     self._measure(name)
                     self._save()
@@ -160,7 +147,7 @@ class ExitStudy:
         return {**self.results, "lines": self._lines()}
 
     def _sweep(self, name: str) -> None:
-        """Try the settings of a policy, choose one for the target, store it where asked to."""
+        """Try the settings of a policy and choose one for the target; store it if asked to."""
         readings, metric = self.readings, self.metric
         rows = sweep(readings, policy_grid(name, readings, self.options.num_thresholds), metric)
         found: dict[str, Any] = {"area_under_curve": area_under_curve(rows, readings, metric)}
@@ -177,13 +164,14 @@ class ExitStudy:
         if self.output_dir is not None:
             self.to_time[name] = spread_out(rows, MAX_TIMED_SETTINGS, self.chosen.get(name))
         elif name in self.chosen:
-            # Only the chosen setting's times are printed.
+            # Without files, only the times of the chosen setting are shown.
             self.to_time[name] = [self.chosen[name]]
         self.results["policies"][name] = found
         if name == self.options.policy:
             self._store(found)
 
     def _record(self, name: str, chosen: SweepRow) -> dict[str, Any]:
+        """The record of a policy's chosen setting, with its cross-fitted score."""
         record = calibration_record(
             chosen,
             self.readings,
@@ -195,7 +183,7 @@ class ExitStudy:
         )
         facts = record["calibration"]
         if name == Learned.name:
-            # What the scores of this one mean: see `learned_exit.with_learned_exit`.
+            # See `learned_exit.with_learned_exit`.
             facts["learned_exit"] = {"fitted_on": self.data_name, "num_folds": NUM_FOLDS}
         try:
             scored = cross_fit(
@@ -218,8 +206,8 @@ class ExitStudy:
         if self.options.policy == Learned.name:
             self.trained.model.save_pretrained(self.model_dir)
         else:
-            # The weights on disk are as they were, and so is their learned exit or its absence:
-            # one that was fitted for the sweep is not among them.
+            # Only the configuration changes: a learned exit that was fitted for the study is not
+            # stored.
             on_disk = MultiExitConfig.from_pretrained(self.model_dir)
             on_disk.exit_policy = kept
             on_disk.save_pretrained(self.model_dir)
@@ -227,6 +215,7 @@ class ExitStudy:
         self.is_stored = True
 
     def _measure(self, name: str) -> None:
+        """Time the settings of a policy."""
         rows, found = self.to_time[name], self.results["policies"][name]
         by_size = [
             measure_speed(
@@ -271,7 +260,7 @@ class ExitStudy:
             write_json(self.output_dir / "exits.json", self.results)
 
     def _draw(self) -> None:
-        """Tables and figure of what has been swept."""
+        """Write tables and figure of the policies tried so far."""
         if self.output_dir is not None and self.curves:
             path, policies = self.output_dir / "exits", self.results["policies"]
             areas = {name: policies[name]["area_under_curve"] for name in self.curves}
@@ -280,7 +269,7 @@ class ExitStudy:
             draw_quality_speed(self.curves, full_score, self.metric, path, self.measured)
 
     def _lines(self) -> list[str]:
-        """What the command prints: a table of the chosen settings, and what its columns mean."""
+        """The output of the command: a table of the chosen settings and a legend."""
         results, metric = self.results, self.metric
         header = ["policy", "setting", metric, "cross-fitted", "mean layer", "FLOPs", "area"]
         if self.measured:
@@ -314,8 +303,8 @@ class ExitStudy:
         return lines
 
     def _interrupted(self) -> str:
-        where = "" if self.output_dir is None else f" What is done is in {self.output_dir}."
-        swept = f"{len(self.curves)} of {len(self.names)} policies are swept"
+        where = "" if self.output_dir is None else f" Results so far are in {self.output_dir}."
+        swept = f"{len(self.curves)} of {len(self.names)} policies were tried"
         timed = f", {self._num_timed()} of {len(self.to_time)} timed" * self.options.measure
         return f"Interrupted: {swept}{timed}.{where}"
 
@@ -325,7 +314,7 @@ def _policy_names(config: ExitsConfig) -> list[str]:
     if config.exits.policy is not None:
         names.append(config.exits.policy)
     if not names:
-        raise ValueError("policies is empty: name one policy at least.")
+        raise ValueError("policies is empty: name at least one policy.")
     for name in names:
         policy_class(name)
     return list(dict.fromkeys(names))
@@ -341,7 +330,7 @@ def _target(config: ExitsConfig) -> Target:
 
 
 def _row(found: dict[str, Any], name: str, num_speeds: int) -> list[str]:
-    """A policy's line in the table."""
+    """The row of a policy in the table."""
     area = f"{found['area_under_curve']:.4f}"
     if "calibration" not in found:
         return [name, "target out of reach", "", "", "", "", area, *[""] * num_speeds]

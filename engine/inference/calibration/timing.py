@@ -1,4 +1,4 @@
-"""What early exit costs and brings: measured times, tables and the quality-speed figure."""
+"""Measured times of early exit beside the full model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ...data.batching import EncodedSplit, collate, epoch_batches
+from ...data.batching import EncodedSplit, evaluation_batches
 from ...model.early_exit import EarlyExit
 from ...model.exit_policies import Policy
 from ...runtime.device import autocast
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """Wall-clock of one policy against the full model on the same texts.
+    """Wall-clock times of a policy and of the full model on the same texts.
 
-    Milliseconds per text, medians over `repeats` passes; speedup: the median of full / early over
-    the passes, in each of which all that were timed took turns batch by batch.
+    early_ms, full_ms: milliseconds per text, medians over `repeats` passes; speedup: median of
+    full / early over the passes. In a pass, all that is timed takes turns batch by batch.
     """
 
     batch_size: int
@@ -50,20 +50,14 @@ def measure_speed(
     repeats: int = 3,
     progress: bool = False,
 ) -> list[MeasuredSpeed]:
-    """Time policies and the plain full model (backbone and last exit), all taking turns.
+    """Time policies and the plain full model (backbone and last exit) in turns.
 
-    The texts are spread evenly over the split, collated beforehand and on the model's device; a
-    pass runs all of their batches. The model is left in evaluation mode.
+    At most `max_texts` texts are used, evenly spaced in the split; their batches are on the model's
+    device before the clock starts. The model is left in evaluation mode.
     """
     texts = np.unique(np.linspace(0, len(encoded) - 1, min(max_texts, len(encoded))).astype(int))
-    batches = epoch_batches(
-        encoded.lengths[texts], batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
-    )
-    inputs = []
-    for indices in batches:
-        tensors = collate(encoded, texts[indices], pad_token_id)
-        tensors.pop("labels", None)
-        inputs.append({name: value.to(model.device) for name, value in tensors.items()})
+    batches = evaluation_batches(encoded.take(texts), batch_size, pad_token_id, device=model.device)
+    inputs = [batch for _, batch in batches]
 
     def full(**batch: Tensor) -> None:
         with autocast(model.device, dtype):
@@ -86,7 +80,7 @@ def measure_speed(
     with rounds:
         for repeat in range(repeats):
             for number, batch in enumerate(inputs, start=repeat):
-                # Who goes first rotates: none always finds the warmer cache.
+                # The order rotates, so that none always runs with the warmest cache.
                 for turn in range(number, number + len(runs)):
                     run = runs[turn % len(runs)]
                     start = time.perf_counter()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...config.commands import AngleConfig
-from ...experiments.runs import check_distinct, distinct_labels, method_of, run_config
+from ...experiments.runs import named_runs
 from ...runtime.files import write_whole
 from ...runtime.plots import (
     legend_below,
@@ -21,8 +21,8 @@ from ...runtime.plots import (
     save_figure,
 )
 from ...runtime.text import text_table, write_tables
-from ..page.page import CAPTION_SUFFIX, Section, write_page
-from ..page.page import Figure as PageFigure
+from ..page.page import CAPTION_SUFFIX, Figure, Section, Table, write_page
+from ..run_figures import angle_words, draw_angles
 from .gradient_angles import RIGHT_ANGLE, AngleRecords, measure_angles
 
 if TYPE_CHECKING:
@@ -38,30 +38,30 @@ TABLE_HEADER = (
 
 
 def report_angles(runs: Sequence[Path], config: AngleConfig) -> tuple[str, list[Path]]:
-    """Measure the angles of some runs and write tables and figures; a printable table, the files.
+    """Measure the angles of runs and write tables and figures.
+
+    Returns a table to print, and the files written.
 
     Raises:
-        ValueError: as `measure_angles`; `output_dir` or a label is missing; matplotlib is.
+        ValueError: as `measure_angles`; `output_dir`, a label or matplotlib is missing.
         FloatingPointError: as `measure_angles`.
     """
     if config.angles.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
     require_matplotlib()
-    check_distinct(runs)
-    configs = [run_config(run) for run in runs]
-    data = [str(given.data.task_name or given.data.dataset_name) for given in configs]
-    methods = [method_of(given) for given in configs]
-    labels = distinct_labels(runs, methods, data, config.angles.labels)
-    records = [measure_angles(run, config, label) for run, label in zip(runs, labels, strict=True)]
+    named = named_runs(runs, config.angles.labels)
+    records = [
+        measure_angles(run, config, label) for run, (label, _) in zip(runs, named, strict=True)
+    ]
     rows = angle_rows(records)
     files = write_angles(records, Path(config.angles.output_dir))
     return "\n".join([text_table(TABLE_HEADER, rows), "", *notes(records)]), files
 
 
 def write_angles(records: Sequence[AngleRecords], output_dir: Path) -> list[Path]:
-    """Table, figures and page: angles.*, angles_by_layer.*, index.html; returns the files.
+    """Write angles.*, angles_by_layer.* and index.html; returns the files.
 
-    Both figures have their caption beside them, <name>.caption.txt.
+    The captions of both figures are written to <name>.caption.txt.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
     rows, words = angle_rows(records), "\n\n".join(notes(records))
@@ -71,14 +71,14 @@ def write_angles(records: Sequence[AngleRecords], output_dir: Path) -> list[Path
     by_layer = draw_by_layer(records, output_dir / "angles_by_layer")
     captions = (
         f"Angle between {_gradients(records)} over {_whole(records)} of trained models, by "
-        f"training batch ({_data(records)}); dashed: medians. Parameters fixed, dropout off.",
+        f"training batch ({_data(records)}); dashed: 90 degrees. Parameters fixed, dropout off.",
         f"The same by part of the model: median and 10th to 90th percentile of the batches of "
         f"{_data(records)}.",
     )
     figures = []
     for (_, picture), caption in zip((whole, by_layer), captions, strict=True):
         write_whole(picture.with_name(f"{picture.stem}{CAPTION_SUFFIX}"), caption + "\n")
-        figures.append(PageFigure(picture, caption))
+        figures.append(Figure(picture, caption))
     files = [*tables, *whole, *by_layer]
     page = write_page(
         output_dir / "index.html",
@@ -88,7 +88,7 @@ def write_angles(records: Sequence[AngleRecords], output_dir: Path) -> list[Path
             Section(
                 "Gradient angles",
                 figures=figures,
-                tables=[(TABLE_HEADER, rows)],
+                tables=[Table(TABLE_HEADER, rows)],
                 notes=notes(records),
                 files=files,
             )
@@ -98,7 +98,7 @@ def write_angles(records: Sequence[AngleRecords], output_dir: Path) -> list[Path
 
 
 def angle_rows(records: Sequence[AngleRecords]) -> list[list[str]]:
-    """The cells of `TABLE_HEADER`, a row for each run and each of its groups; degrees."""
+    """The rows of the table (`TABLE_HEADER`), one per run and group of parameters; in degrees."""
     rows = []
     for record in records:
         for name in record.names:
@@ -118,7 +118,7 @@ def angle_rows(records: Sequence[AngleRecords]) -> list[list[str]]:
 
 
 def notes(records: Sequence[AngleRecords]) -> list[str]:
-    """What a reader of the numbers has to know, in sentences."""
+    """Sentences on how the numbers were measured and what limits them."""
     lines = [
         "Angle in degrees between the gradients of the cross-entropy and of the contrastive loss "
         "of one training batch; parameters fixed, dropout off, float32."
@@ -141,52 +141,35 @@ def notes(records: Sequence[AngleRecords]) -> list[str]:
 
 
 def draw_histograms(records: Sequence[AngleRecords], path: Path) -> list[Path]:
-    """The distribution of the angle over all parameters, one colour a run: `path`.png and .svg."""
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
-
-    angles = [record.angles(record.names[0]) for record in records]
-    figure = new_figure(7.5, 4.6)
-    axes = figure.subplots()
-    bins = _bins(np.concatenate(angles)).tolist()
-    handles, labels = [], []
-    for index, (record, values) in enumerate(zip(records, angles, strict=True)):
-        color = look(index)["color"]
-        weights = np.full(len(values), 1 / len(values))
-        filled: Any = axes.hist(
-            values, bins, weights=weights, histtype="stepfilled", color=color, alpha=0.35
-        )[2]
-        # The outline stays visible where histograms lie on one another.
-        outline: Any = axes.hist(
-            values, bins, weights=weights, histtype="step", color=color, linewidth=1.4
-        )[2]
-        median = float(np.median(values))
-        line = axes.axvline(median, color=color, linestyle="--", linewidth=1.2)
-        mark(index, *filled, *outline, line)
-        handles.append(filled[0])
-        above = record.share_above(record.names[0])
-        labels.append(f"{record.label}: median {median:.1f}°, {above:.0%} above 90°")
-    axes.axvline(RIGHT_ANGLE, color="black", linewidth=1)
-    axes.set_xlabel(f"angle between {_gradients(records)} (degrees)")
-    axes.set_ylabel("share of the batches")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"{_data(records)}: gradient angles, parameters fixed, dropout off")
-    plain(axes)
-    legend_below(figure, handles, labels)
-    return save_figure(figure, path)
+    """Histogram of the angle over all parameters of each run: `path`.png and .svg."""
+    angles: dict[str, list[float]] = {
+        record.label: record.angles(record.names[0]).tolist() for record in records
+    }
+    series = {
+        f"{label}: {angle_words(values, RIGHT_ANGLE)}": values for label, values in angles.items()
+    }
+    return draw_angles(
+        {f"{_data(records)}: gradient angles, parameters fixed, dropout off": series},
+        [RIGHT_ANGLE],
+        path,
+        bin_degrees=_bin_degrees(np.concatenate(list(angles.values()))),
+        height=4.6,
+        label=f"angle between {_gradients(records)} (degrees)",
+        counted="batches",
+    )
 
 
 def draw_by_layer(records: Sequence[AngleRecords], path: Path) -> list[Path]:
-    """Median and 10th to 90th percentile of each group's angle: `path`.png and .svg.
+    """Median and 10th to 90th percentile of the angle of each group: `path`.png and .svg.
 
-    A group is left out of a run where a gradient is zero in every batch.
+    A group is left out of a run if a gradient is zero in every batch.
     """
     places = _places(records)
     figure = new_figure(max(6.0, 2.4 + 0.7 * len(places)), 4.6)
     axes = figure.subplots()
     handles = []
     for index, record in enumerate(records):
-        # Beside one another, not on one another.
+        # Shifted, so that the error bars of runs do not overlap.
         shift = 0.12 * (index - (len(records) - 1) / 2)
         defined = [g for g in record.groups if record.num_undefined(g) < record.num_batches]
         spread = [np.percentile(record.angles(group), (10, 50, 90)) for group in defined]
@@ -216,7 +199,7 @@ def draw_by_layer(records: Sequence[AngleRecords], path: Path) -> list[Path]:
 
 
 def _parts(bars: ErrorbarContainer) -> list[Artist]:
-    """What error bars are drawn as."""
+    """The artists that error bars consist of."""
     line, caps, ranges = bars.lines
     return [part for part in (line, *caps, *ranges) if part is not None]
 
@@ -230,7 +213,7 @@ def _finding(record: AngleRecords) -> str:
 
 
 def _batch_rows(records: Sequence[AngleRecords]) -> list[list[str]]:
-    """A row for each run, batch and group."""
+    """The rows of the CSV file, one per run, batch and group."""
     rows = []
     for record in records:
         for name in record.names:
@@ -242,19 +225,15 @@ def _batch_rows(records: Sequence[AngleRecords]) -> list[list[str]]:
     return rows
 
 
-def _bins(angles: np.ndarray) -> np.ndarray:
-    """Edges at whole steps, 90 among them; about 24, fewer for few angles."""
+def _bin_degrees(angles: np.ndarray) -> float:
+    """Width of about 24 bins, or of fewer, wider ones for few angles."""
     extent = max(float(angles.max() - angles.min()), 1.0)
-    # Few batches give no fine distribution.
     most = min(24.0, max(8.0, 2 * len(angles) ** 0.5))
-    step = next(step for step in (0.25, 0.5, 1, 2, 2.5, 5, 10, 15, 30) if extent / step <= most)
-    first = np.floor((angles.min() - RIGHT_ANGLE) / step)
-    last = np.floor((angles.max() - RIGHT_ANGLE) / step) + 1
-    return RIGHT_ANGLE + step * np.arange(first, last + 1)
+    return next(step for step in (0.25, 0.5, 1, 2, 2.5, 5, 10, 15, 30) if extent / step <= most)
 
 
 def _places(records: Sequence[AngleRecords]) -> list[str]:
-    """All groups of the runs, in the order of depth: those of a deep run first, then others'."""
+    """All groups of the runs by depth, exits last; the run with most groups sets the order."""
     deepest = max(records, key=lambda record: len(record.groups))
     names = list(deepest.groups)
     others = dict.fromkeys(group for record in records for group in record.groups)

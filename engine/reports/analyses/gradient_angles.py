@@ -1,10 +1,10 @@
-"""The angle between the gradients of two losses, over a trained model's parameters and layers.
+"""Angles between the gradients of two losses, over a trained model's parameters and layers.
 
     g_ce, g_c      gradients of the cross-entropy and of the contrastive loss of one batch
     angle          acos(g_ce . g_c / (|g_ce| |g_c|)) in degrees
 
-The parameters stay as they are and dropout is off: what differs between batches is the batch.
-Figure 2 of arXiv 2602.03563 shows these angles; it does not say whether dropout was on.
+The parameters are fixed and dropout is off, so angles differ between batches only by the texts.
+Figure 2 of arXiv 2602.03563 shows such angles without saying whether dropout was on.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ....kernels import grad_dot_norm
 from ....kernels.gradients.angle import angle_degrees, within_angle
 from ...config.commands import AngleConfig
 from ...config.training import TrainingConfig
-from ...data.batching import EncodedSplit, collate, encode, epoch_batches
+from ...data.batching import EncodedSplit, collate, epoch_batches
 from ...experiments.runs import load_data, load_model, method_of, run_config
 from ...model.encoder_layers import layer_modules
 from ...model.multi_exit import MultiExitForSequenceClassification
@@ -34,7 +34,7 @@ from ...training.stages import Stage, plan_stages, prepare, stage_losses, stage_
 ALL = "all parameters"
 BACKBONE = "backbone"
 EMBEDDINGS = "embeddings"
-# A final norm, DeBERTa's relative positions, layers that share their weights.
+# Such as a final norm, DeBERTa's relative positions, or layers that share their weights.
 REST = "rest of backbone"
 MAX_BATCHES = 200
 RIGHT_ANGLE = 90.0
@@ -42,13 +42,13 @@ RIGHT_ANGLE = 90.0
 
 @dataclass(frozen=True)
 class AngleRecords:
-    """The angles of one run: B batches, G groups of parameters that share none.
+    """The angles of a run for B batches and G disjoint groups of parameters.
 
     label: the run's method; data: its data set; contrastive: "SCL", "ACL" or "ACL-CL".
-    settings: what else the angles depend on, in words.
-    groups: their names, from the embeddings to the exits.
+    settings: the other settings that the angles depend on, in words.
+    groups: names of the groups, from the embeddings to the exits.
     stats [B, G, 3]: (g_ce . g_c, |g_ce|^2, |g_c|^2), float64.
-    num_single_class: batches all of whose labels are the same.
+    num_single_class: number of batches whose labels are all the same.
     """
 
     label: str
@@ -65,32 +65,32 @@ class AngleRecords:
 
     @property
     def names(self) -> list[str]:
-        """What has an angle: all parameters, the backbone where it has parts, and each group."""
+        """All parameters, the backbone if it has several groups, and each group."""
         if len(self.groups) == 1:
             return list(self.groups)
         backbone = [BACKBONE] if len(self._members(BACKBONE)) > 1 else []
         return [ALL, *backbone, *self.groups]
 
     def totals(self, name: str) -> np.ndarray:
-        """The stats [B, 3] of one of `names`; those of several groups are their sum."""
+        """The stats [B, 3] of one of `names`, summed over its groups."""
         return self.stats[:, self._members(name)].sum(axis=1)
 
     def angles(self, name: str) -> np.ndarray:
-        """Degrees [B]; 90 where a gradient is zero."""
+        """Angles in degrees [B]; 90 if a gradient is zero."""
         return angle_degrees(torch.from_numpy(self.totals(name))).numpy()
 
     def cosines(self, name: str) -> np.ndarray:
-        """Cosines [B]; 0 where a gradient is zero."""
+        """Cosines [B]; 0 if a gradient is zero."""
         dot, main, auxiliary = self.totals(name).T
         product = np.sqrt(main) * np.sqrt(auxiliary)
         return np.divide(dot, product, out=np.zeros_like(dot), where=product > 0)
 
     def share_above(self, name: str, angle: float = RIGHT_ANGLE) -> float:
-        """Share of the batches at which a gate of so many degrees would drop the term."""
+        """Share of the batches at which a gate with this limit would drop the term."""
         return float((~within_angle(torch.from_numpy(self.totals(name)), angle)).double().mean())
 
     def num_undefined(self, name: str) -> int:
-        """Batches where a gradient is zero, so that the angle is 90 by convention."""
+        """Number of batches in which a gradient is zero, so that the angle is 90 by convention."""
         return int((self.totals(name)[:, 1:] == 0).any(axis=1).sum())
 
     def _members(self, name: str) -> list[int]:
@@ -104,20 +104,20 @@ class AngleRecords:
 def measure_angles(
     run: Path, config: AngleConfig | None = None, label: str | None = None
 ) -> AngleRecords:
-    """Angles of a trained run over training batches, its parameters unchanged, in float32.
+    """Measure the angles of a trained run on training batches, in float32.
 
-    Batches, sequence length, temperature, denominator and reduction are the run's. The exit that
-    `exit_layer` names is measured over what its strategy trains with it: backbone and exit, or, in
-    the second stage of two_stage, the exit alone beside its frozen teacher. The cross-entropy is
-    the bare one, without distillation.
+    Batches, sequence length, temperature, denominator and reduction are those of the run. The
+    angles of the exit that `exit_layer` names are over the parameters that the strategy trains with
+    it: backbone and exit, or, in the second stage of two_stage, the exit alone. The cross-entropy
+    is without distillation.
 
     Args:
         run: the output directory, or one of its checkpoints.
-        label: the run's name in tables and figures; None: its method.
+        label: name of the run in tables and figures; None: its method.
 
     Raises:
-        ValueError: no such run, exit or data, or a device that is not there.
-        FloatingPointError: a gradient is NaN or infinite; the batch is named.
+        ValueError: the run, exit, data or device does not exist.
+        FloatingPointError: a gradient is NaN or infinite; the message names the batch.
     """
     config = AngleConfig() if config is None else config
     options = config.angles
@@ -127,8 +127,8 @@ def measure_angles(
     stage = choose_stage(given, model, options.exit_layer, run)
     contrasted = contrastive_config(given, stage, options.contrastive)
     data = load_data(run, given, trained.label_names, vars(config.data), needs_train=True)
-    split = encode(data.splits["train"], tokenizer, trained.max_length, model_limit=trained.limit)
-    # With a contrastive_batch_size, that many samples are contrasted in a step.
+    split = trained.encode(data.splits["train"])
+    # The number of samples that are contrasted in a step.
     batch_size = (
         options.per_device_train_batch_size
         or given.optimization.contrastive_batch_size
@@ -139,7 +139,7 @@ def measure_angles(
         training_batches(split, batch_size, seed, options.num_batches, given.data.group_by_length)
     )
     prepare(model, stage)
-    model.eval()  # `prepare` has turned dropout on.
+    model.eval()  # `prepare` turns dropout on.
     names, parameters, groups = parameter_groups(model)
     rows, reached, num_single_class = [], np.zeros(len(names), dtype=bool), 0
     shown = tqdm(
@@ -164,7 +164,7 @@ def measure_angles(
         rows.append(stats)
         for group, left, right in zip(groups, main, auxiliary, strict=True):
             reached[group] |= left is not None or right is not None
-    # The layers after an exit have no part in its losses.
+    # Layers above an exit get no gradient from its losses.
     kept = np.flatnonzero(reached)
     objective = contrasted.objective
     contrastive = objective.objective.upper() + ("-CL" if objective.cross_layer else "")
@@ -191,10 +191,9 @@ def choose_stage(
     exit_layer: str | None,
     run: Path,
 ) -> Stage:
-    """The part of the run's strategy that trains the exit of `exit_layer`, and this exit alone.
+    """The stage of the run's strategy that trains the exit of `exit_layer`, for this exit only.
 
-    exit_layer: a layer; "all": the exits that the strategy's last stage trains together; None: the
-    last one.
+    exit_layer: a layer; "all": all exits of the last stage together; None: the last exit.
 
     Raises:
         ValueError: the model has no such exit.
@@ -217,10 +216,10 @@ def choose_stage(
 def contrastive_config(
     config: TrainingConfig, stage: Stage, contrastive: str | None
 ) -> TrainingConfig:
-    """The run's options, with the contrastive loss to measure and nothing but cross-entropy.
+    """The options of a run, changed to the contrastive loss to measure and plain cross-entropy.
 
-    contrastive: None: the run's own, SCL for runs of cross-entropy alone. ACL of an exit with a
-    teacher is ACL-CL, unless the run went without.
+    contrastive: None: the run's own loss, or SCL if it has none. ACL of an exit with a teacher
+    becomes ACL-CL, unless the run did not use that.
     """
     trained_with = config.objective.objective
     chosen = contrastive or ("acl" if trained_with == "acl" else "scl")
@@ -230,7 +229,7 @@ def contrastive_config(
         objective=chosen,
         cross_layer=chosen == "acl" and stage.has_teacher and wants_teacher,
         distill_weight=0.0,
-        # This machine may lack what the run's had.
+        # The implementation of the run may not be available on this machine.
         impl="auto",
     )
     return dataclasses.replace(config, objective=objective)
@@ -243,7 +242,7 @@ def training_batches(
     num_batches: int | None,
     group_by_length: bool = False,
 ) -> Iterator[np.ndarray]:
-    """Rows of the batches that training begins with; one epoch's, 200 at most, by default."""
+    """Rows of the first training batches; by default those of an epoch, at most 200."""
     wanted, epoch = num_batches, 0
     while wanted is None or wanted > 0:
         batches = epoch_batches(
@@ -258,10 +257,10 @@ def training_batches(
 def parameter_groups(
     model: MultiExitForSequenceClassification,
 ) -> tuple[list[str], list[Parameter], list[int]]:
-    """Names of groups, the parameters that are trained, and the group of each.
+    """Names of the groups, the trained parameters, and the group of each parameter.
 
-    Groups, where they hold such a parameter: embeddings, "layer 1" (the first) to the last, the
-    rest of the backbone, and "exit m" of layer m.
+    Groups are the embeddings, "layer 1" to the last layer, the rest of the backbone, and "exit m"
+    of layer m; those without a trained parameter are left out.
     """
     homes: dict[Parameter, str] = {}
     layers = layer_modules(model.backbone)
@@ -295,8 +294,8 @@ def _batch_losses(
 def _both_gradients(
     losses: ExitLosses, parameters: Sequence[Parameter]
 ) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """Gradients of the two losses, each summed over the exits; None where one does not reach."""
-    assert losses.auxiliary is not None  # `contrastive_config` has asked for one.
+    """Gradients of the two losses summed over the exits; None for unreached parameters."""
+    assert losses.auxiliary is not None  # `contrastive_config` asks for one.
     auxiliary = torch.autograd.grad(
         losses.auxiliary.sum(), parameters, retain_graph=True, allow_unused=True
     )

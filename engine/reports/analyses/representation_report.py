@@ -1,6 +1,6 @@
-"""`fusedacl tsne`: representations and label embeddings of some runs, drawn and measured.
+"""`fusedacl tsne`: figures and alignment of representations and label embeddings of runs.
 
-Figure 6 of arXiv 2602.03563: one column a run, one row an exit.
+Figure 6 of arXiv 2602.03563 has this form: a column per run, a row per exit.
 """
 
 from __future__ import annotations
@@ -15,55 +15,57 @@ from typing import Any
 import numpy as np
 
 from ...config.commands import TSNEConfig
-from ...experiments.runs import check_distinct, distinct_labels, method_of, run_config
+from ...experiments.runs import named_runs
 from ...model.multi_exit import MultiExitConfig
 from ...runtime.files import write_whole
-from ...runtime.plots import legend_below, new_figure, require_matplotlib, save_figure
+from ...runtime.plots import (
+    COLORS,
+    MARKERS,
+    legend_below,
+    new_figure,
+    require_matplotlib,
+    save_figure,
+)
 from ...runtime.text import text_table, write_tables
-from ..page.page import CAPTION_SUFFIX, Section, write_page
-from ..page.page import Figure as PageFigure
+from ..page.page import CAPTION_SUFFIX, Figure, Section, Table, write_page
 from .representations import Representations, choose_layers, measure_alignment, read_representations
 
 TABLE_HEADER = (
     "run", "exit", "texts", "own label", "nearest other", "margin", "nearest is own", "silhouette",
 )  # fmt: skip
-# Okabe and Ito's, which those who see few colours tell apart; points are too small for markers
-# alone. A star is a label embedding.
-_COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9", "#7f7f7f", "#f0e442")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "h")
-_PANELS_A_ROW = 3
-# Beyond these, names and legend would hide the points.
+# Without the star, which marks label embeddings. One fewer than colours, so that a colour that
+# repeats has another marker.
+_MARKERS = MARKERS[:-1]
+_PANELS_PER_ROW = 3
+# With more classes, names and legend would cover the points.
 MAX_NAMED_CLASSES = 20
 NOTES = (
-    "Cosines between representations and label embeddings, both of length 1 as the contrastive "
-    "loss sees them; dropout off. Margin: the mean of a text's cosine to its own label embedding "
-    "less that to the nearest other. Silhouette: of the true classes, by cosine distance, texts "
-    "only. None of these depends on t-SNE.",
-    "t-SNE keeps neighbours; sizes of groups and distances between them mean nothing.",
+    "Cosines between representations and label embeddings, both normalised to length 1 as in the "
+    "contrastive loss; dropout off. Margin: mean of the cosine to the own label embedding minus "
+    "that to the nearest other. Silhouette: of the true classes, by cosine distance, texts only. "
+    "None of these depends on t-SNE.",
+    "t-SNE preserves neighbours; the sizes of groups and the distances between them have no "
+    "meaning.",
 )
 
 
 def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[str, list[Path]]:
-    """Draw and measure the exits of some runs; a printable table, and the files written.
+    """Draw and measure the exits of runs; returns a table to print, and the files written.
 
     Raises:
-        ValueError: no such run, exit or data; `output_dir` is missing; too few texts for the
-            perplexity; matplotlib or scikit-learn is missing.
+        ValueError: a run, exit or data set does not exist; `output_dir`, matplotlib or scikit-learn
+            is missing; there are too few texts for the perplexity.
         FloatingPointError: a representation is NaN or infinite.
     """
     if config.tsne.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
     require_matplotlib()
     require_sklearn()
-    check_distinct(runs)
-    configs = [run_config(run) for run in runs]
-    data = [str(given.data.task_name or given.data.dataset_name) for given in configs]
-    methods = [method_of(given) for given in configs]
-    labels = distinct_labels(runs, methods, data, config.tsne.labels)
+    named = named_runs(runs, config.tsne.labels)
     layers = choose_layers(config.tsne.exit_layers, [_exit_layers(run) for run in runs])
     found = [
         read_representations(run, given, label, config, layers)
-        for run, given, label in zip(runs, configs, labels, strict=True)
+        for run, (label, given) in zip(runs, named, strict=True)
     ]
     for exits in found:
         check_perplexity(config.tsne.perplexity, len(exits[0].samples), len(exits[0].class_names))
@@ -73,7 +75,7 @@ def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[st
 
 
 def require_sklearn() -> None:
-    """Check that t-SNE can be computed, before any work.
+    """Check that t-SNE is installed, before any work.
 
     Raises:
         ValueError: scikit-learn is not installed.
@@ -85,12 +87,12 @@ def require_sklearn() -> None:
 
 
 def check_perplexity(perplexity: float, num_samples: int, num_classes: int) -> None:
-    """Refuse a perplexity for which there are too few points.
+    """Check that there are enough points for a perplexity.
 
-    t-SNE looks at the 3 perplexity nearest neighbours of each point (van der Maaten 2014).
+    t-SNE uses the 3 * perplexity nearest neighbours of each point (van der Maaten 2014).
 
     Raises:
-        ValueError: saying the largest perplexity that works.
+        ValueError: there are too few; the message gives the largest perplexity that works.
     """
     points = num_samples + num_classes
     largest = (points - 1) // 3
@@ -105,7 +107,7 @@ def check_perplexity(perplexity: float, num_samples: int, num_classes: int) -> N
 
 
 def embed(exit_of_run: Representations, perplexity: float, seed: int) -> np.ndarray:
-    """t-SNE of the texts and then the label embeddings, by cosine distance: [n + K, 2]."""
+    """t-SNE of the texts followed by the label embeddings, by cosine distance: [n + K, 2]."""
     from sklearn.manifold import TSNE
 
     points = np.concatenate([exit_of_run.samples, exit_of_run.label_embeddings])
@@ -114,7 +116,7 @@ def embed(exit_of_run: Representations, perplexity: float, seed: int) -> np.ndar
 
 
 def alignment_rows(exits: Sequence[Representations]) -> list[list[str]]:
-    """The cells of `TABLE_HEADER`, a row for each exit of each run."""
+    """The rows of the table (`TABLE_HEADER`), one per run and exit."""
     rows = []
     for one in exits:
         found = measure_alignment(one)
@@ -136,9 +138,9 @@ def alignment_rows(exits: Sequence[Representations]) -> list[list[str]]:
 def write_representations(
     found: Sequence[Sequence[Representations]], rows: Sequence[Sequence[str]], config: TSNEConfig
 ) -> list[Path]:
-    """tsne.png, .svg and .csv, representations.csv and .md, index.html; returns the files.
+    """Write tsne.png, .svg and .csv, representations.csv and .md, and index.html; returns them.
 
-    found: for each run its exits, the same layers in all.
+    found: the exits of each run, on the same layers in all runs.
     """
     output_dir = Path(str(config.tsne.output_dir))
     points = [
@@ -165,8 +167,8 @@ def write_representations(
         [
             Section(
                 "Representations",
-                figures=[PageFigure(figures[1], caption)],
-                tables=[(TABLE_HEADER, rows)],
+                figures=[Figure(figures[1], caption)],
+                tables=[Table(TABLE_HEADER, rows)],
                 notes=NOTES,
                 files=files,
             )
@@ -176,20 +178,19 @@ def write_representations(
 
 
 def draw(
-    found: Sequence[Sequence[Representations]],
-    points: Sequence[Sequence[np.ndarray]],
-    path: Path,
+    found: Sequence[Sequence[Representations]], points: Sequence[Sequence[np.ndarray]], path: Path
 ) -> list[Path]:
-    """One column a run, one row an exit (one run: rows of three exits): `path`.png and .svg.
+    """A column per run and a row per exit, or rows of three exits of a single run.
 
-    points: those of `embed` [n + K, 2], in the order of `found`. Label embeddings are stars.
+    Writes `path`.png and .svg. points: those of `embed` [n + K, 2], in the order of `found`; label
+    embeddings are stars.
     """
     from matplotlib.lines import Line2D
 
     num_rows, num_columns = len(found[0]), len(found)
     if num_columns == 1:
-        # The exits of one run are read like text.
-        num_columns = min(num_rows, _PANELS_A_ROW)
+        # The exits of a single run are arranged in rows.
+        num_columns = min(num_rows, _PANELS_PER_ROW)
         num_rows = math.ceil(num_rows / num_columns)
     figure = new_figure(0.6 + 4.4 * num_columns, 0.9 + 4.0 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
@@ -218,17 +219,14 @@ def _scatter(axes: Any, one: Representations, where: np.ndarray) -> None:
     size = 18 if num_samples <= 400 else 9
     for index, name in enumerate(one.class_names):
         chosen = texts[one.classes == index]
-        color = _COLORS[index % len(_COLORS)]
-        # A colour comes again with another marker.
-        marker = _MARKERS[(index + index // len(_COLORS)) % len(_MARKERS)]
         axes.scatter(
-            chosen[:, 0], chosen[:, 1], s=size, color=color, marker=marker, alpha=0.55,
-            linewidths=0, label=name,
+            *chosen.T, s=size, color=COLORS[index % len(COLORS)], alpha=0.55, linewidths=0,
+            marker=_MARKERS[index % len(_MARKERS)], label=name,
         )  # fmt: skip
     named = len(one.class_names) <= MAX_NAMED_CLASSES
     axes.margins(0.1)
     for index, (x, y) in enumerate(stars):
-        color = _COLORS[index % len(_COLORS)]
+        color = COLORS[index % len(COLORS)]
         axes.scatter(
             x, y, s=300 if named else 90, marker="*", color=color, edgecolors="black", zorder=3
         )
@@ -245,14 +243,14 @@ def _scatter(axes: Any, one: Representations, where: np.ndarray) -> None:
 
 
 def _name_places(where: np.ndarray, stars: np.ndarray) -> list[tuple[str, bool]]:
-    """For each star, how its name is aligned with it, inside the picture, and whether above it."""
+    """For each star, the horizontal alignment of its name, and whether the name is above it."""
     low, extent = where.min(axis=0), np.ptp(where, axis=0)
     shares = (stars - low) / np.where(extent > 0, extent, 1)  # [K, 2], in [0, 1]
     places: list[tuple[str, bool]] = []
     order = np.arange(len(stars))
     for index, (x, y) in enumerate(shares):
         across = "left" if x < 0.15 else "right" if x > 0.85 else "center"
-        # Of stars that lie close together, the highest alone is named above.
+        # Only the highest of stars close together has its name above.
         near = (np.abs(shares - (x, y)) < (0.3, 0.12)).all(axis=1)
         higher = near & ((shares[:, 1] > y) | ((shares[:, 1] == y) & (order < index)))
         places.append((across, not higher.any()))
@@ -263,7 +261,7 @@ def _caption(found: Sequence[Sequence[Representations]], config: TSNEConfig) -> 
     data = dict.fromkeys(one.data for exits in found for one in exits)
     sizes = dict.fromkeys(str(len(exits[0].samples)) for exits in found)
     many = any(len(exits[0].class_names) > MAX_NAMED_CLASSES for exits in found)
-    unnamed = " Colours repeat, and names are left out: there are too many classes." if many else ""
+    unnamed = " Colours repeat and names are left out, as there are many classes." if many else ""
     return (
         f"t-SNE of the representations of {' or '.join(sizes)} texts ({'; '.join(data)}) by true "
         f"class, and of the label embeddings (stars). Cosine distance, perplexity "
@@ -288,11 +286,11 @@ def _points_csv(
 
 
 def _exit_layers(run: Path) -> list[int]:
-    """The layers with an exit, from the model's configuration alone."""
+    """The layers with exits, from the model's configuration."""
     file = run / "config.json"
     if not file.is_file():
         raise ValueError(
-            f"run {str(run)!r} holds no config.json: it is not finished. Name a finished run, or "
+            f"run {str(run)!r} holds no config.json: it is not finished. Name a finished run or "
             "one of its checkpoint directories."
         )
     try:

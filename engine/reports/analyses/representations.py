@@ -1,11 +1,11 @@
-"""Representations of texts at a model's exits beside the label embeddings, and how they lie.
+"""Representations of texts at a model's exits, label embeddings, and their alignment.
 
-    h_i    the sample representation that an exit's classifier reads
-    l_k    the classifier's weight for class k, its label embedding
-    both divided by their length, as the contrastive loss sees them
+    h_i    sample representation, the input of an exit's classifier
+    l_k    label embedding, the classifier's weight for class k
+    both normalised to length 1, as in the contrastive loss
 
-Source: arXiv 2602.03563, section 5.7 and Figure 6, which shows pictures only. The numbers here do
-not depend on t-SNE.
+Source: arXiv 2602.03563, section 5.7 and Figure 6 (pictures only). The numbers here do not depend
+on t-SNE.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 
 from ...config.commands import TSNEConfig
 from ...config.training import TrainingConfig
-from ...data.batching import EncodedSplit, collate, encode, epoch_batches
+from ...data.batching import EncodedSplit
 from ...data.columns import TextSplit
 from ...data.dataset import TextData
 from ...experiments.runs import load_data, load_model
+from ...inference.logits import exit_outputs
 from ...model.multi_exit import MultiExitForSequenceClassification, parse_layers
 from ...model.saved import TrainedModel
 
 
 @dataclass(frozen=True)
 class Representations:
-    """One exit of one run: n texts, K classes, d dimensions; all rows of length 1 (or 0).
+    """Representations at an exit of a run: n texts, K classes, d dimensions; rows of length 1 or 0.
 
-    label: the run's; data: its data set and split; layer: the exit's (1 = first).
-    samples [n, d]; label_embeddings [K, d]; classes [n], each text's true class.
+    label: that of the run; data: data set and split; layer: that of the exit (1 = first).
+    samples [n, d]; label_embeddings [K, d]; classes [n], the true class of each text.
     """
 
     label: str
@@ -49,13 +49,13 @@ class Representations:
 
 @dataclass(frozen=True)
 class Alignment:
-    """How the texts of an exit lie to the label embeddings and to each other; cosines in [-1, 1].
+    """Alignment of the texts at an exit with the label embeddings, as cosines in [-1, 1].
 
-    own: mean cosine of a text to its own class's label embedding; nearest_other: to the nearest of
-    the others; margin: own less nearest_other; nearest_is_own: share of the texts to which no label
-    embedding is nearer than their own.
-    silhouette: of the true classes, by cosine distance, over the texts; None where they are all of
-    one class, or each of its own.
+    own: mean cosine of a text to the label embedding of its class; nearest_other: to the nearest
+    other one; margin: own minus nearest_other; nearest_is_own: share of the texts with no other
+    label embedding nearer than their own.
+    silhouette: mean silhouette of the true classes by cosine distance; None for a single class, or
+    a class per text.
     """
 
     own: float
@@ -68,11 +68,11 @@ class Alignment:
 def read_representations(
     run: Path, given: TrainingConfig, label: str, config: TSNEConfig, exit_layers: Sequence[int]
 ) -> list[Representations]:
-    """The exits of a trained run on texts of its first evaluation split, one entry a layer.
+    """Representations of the first evaluation split's texts at exits of a run, one per layer.
 
     Args:
-        given: the run's options.
-        exit_layers: of the exits wanted; the model must have them.
+        given: options of the run.
+        exit_layers: layers of the exits, which the model must have.
 
     Raises:
         ValueError: no model, no such exit, no labelled evaluation split, or the data are gone.
@@ -86,7 +86,7 @@ def read_representations(
                 f"exit_layers: run {str(run)!r} has no exit on layer {layer}; it has "
                 f"{', '.join(map(str, model.exit_layers))}."
             )
-    # Of all the split's texts, however few of them the run was evaluated on.
+    # Texts are drawn from the whole split, even if the run was evaluated on a part of it.
     whole = dataclasses.replace(given, data=dataclasses.replace(given.data, max_eval_samples=None))
     data = load_data(run, whole, trained.label_names, vars(config.data), needs_train=False)
     encoded, split = _drawn_texts(data, trained, config)
@@ -107,7 +107,7 @@ def read_representations(
             if bad.any():
                 raise FloatingPointError(
                     f"run {str(run)!r}, exit {layer}: {bad.sum()} of {len(rows)} {what}s are NaN "
-                    "or infinite. The run has diverged: look at an earlier checkpoint of it."
+                    "or infinite. The run has diverged: use an earlier checkpoint of it."
                 )
         found.append(
             Representations(
@@ -124,7 +124,7 @@ def read_representations(
 
 
 def measure_alignment(exit_of_run: Representations) -> Alignment:
-    """How the texts lie to the label embeddings and to each other."""
+    """Measure the alignment of the texts with the label embeddings."""
     from sklearn.metrics import silhouette_score
 
     samples, classes = exit_of_run.samples, exit_of_run.classes
@@ -148,10 +148,10 @@ def measure_alignment(exit_of_run: Representations) -> Alignment:
 
 
 def choose_layers(text: str | None, available: Sequence[Sequence[int]]) -> list[int]:
-    """Layers of `exit_layers`, given those of each run; unset: first, middle, last in common.
+    """The layers that `exit_layers` names; None: first, middle and last of the common layers.
 
     Raises:
-        ValueError: it names no layers, or the runs have none in common to choose from.
+        ValueError: it does not name layers, or the runs have no layer in common.
     """
     common = sorted(set(available[0]).intersection(*available[1:]))
     if text is not None:
@@ -172,7 +172,7 @@ def choose_layers(text: str | None, available: Sequence[Sequence[int]]) -> list[
 def _drawn_texts(
     data: TextData, trained: TrainedModel, config: TSNEConfig
 ) -> tuple[EncodedSplit, str]:
-    """At most `max_samples` texts of the first evaluation split, drawn by the seed; its name."""
+    """At most `max_samples` random texts of the first evaluation split, and its name."""
     if not data.evaluation_splits:
         raise ValueError(f"{data.name} has no labelled evaluation split to take texts from.")
     name = data.evaluation_splits[0]
@@ -186,34 +186,29 @@ def _drawn_texts(
         None if split.second is None else [split.second[row] for row in rows],
         [split.labels[row] for row in rows],
     )
-    encoded = encode(drawn, trained.tokenizer, trained.max_length, model_limit=trained.limit)
-    return encoded, name
+    return trained.encode(drawn), name
 
 
-@torch.inference_mode()
 def _embeddings(
     trained: TrainedModel,
     encoded: EncodedSplit,
     positions: Sequence[int],
     batch_size: int,
-    description: str | None,
-) -> list[np.ndarray]:
-    """Representations of length 1, [n, d] of each exit, in the split's order."""
-    model, rows = trained.model, []
-    batches = epoch_batches(
-        encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
-    )
-    for indices in tqdm(
-        batches, desc=description, leave=False, disable=True if description is None else None
+    progress: str | None,
+) -> np.ndarray:
+    """Representations of length 1 in the split's order: [E, n, d]."""
+    order, parts = [], []
+    for rows, output in exit_outputs(
+        trained.model,
+        encoded,
+        batch_size,
+        pad_token_id=trained.tokenizer.pad_token_id,
+        positions=positions,
+        progress=progress,
     ):
-        batch = collate(encoded, indices, trained.tokenizer.pad_token_id)
-        batch.pop("labels", None)
-        batch = {name: value.to(model.device) for name, value in batch.items()}
-        states = model.exit_states(**batch, positions=positions)
-        output = model.classify(states, batch["attention_mask"], positions=positions)
-        rows.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
-    order = np.argsort(np.concatenate(batches))
-    return list(torch.cat(rows, dim=1).numpy()[:, order])
+        order.append(rows)
+        parts.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
+    return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()].numpy()
 
 
 def _label_embeddings(model: MultiExitForSequenceClassification, position: int) -> np.ndarray:

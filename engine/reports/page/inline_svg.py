@@ -1,4 +1,4 @@
-"""An SVG file as a part of an HTML page: names of its own, nothing that runs or loads."""
+"""SVG files inside an HTML page: ids are made unique, active and external content is removed."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 _SVG = "{http://www.w3.org/2000/svg}"
-# Style sheets reach beyond their picture once it is part of a page; the rest runs or loads.
+# Style sheets would apply to the whole page; the other elements run or load something.
 _DROPPED = ("script", "style", "metadata", "foreignObject", "title", "desc", "a", "set")
 _PAINT = re.compile(r"\b(fill|stroke|stop-color)(\s*:\s*)(#[0-9a-fA-F]{3,6}|black|white)\b")
-# What ink and paper are is up to the page, which may be dark.
+# Black and white become the page's text and background colours, for its dark theme.
 _THEMED = {
     **dict.fromkeys(("#000000", "#000", "black"), "currentColor"),
     **dict.fromkeys(("#ffffff", "#fff", "white"), "var(--card)"),
 }
-_PIXELS_A_POINT = 4 / 3
-_SMALLEST = 0.6
+_PIXELS_PER_POINT = 4 / 3
+_MIN_SCALE = 0.6
 _MARKED = re.compile(r"(series|legend)-(\d+)(-\w+)?")
 
 
 def inline_svg(file: Path, prefix: str, description: str) -> str:
-    """The picture as an `<svg>` element as wide as its place, in the page's ink and paper.
+    """The picture as an `<svg>` element that follows the page's width and theme.
 
     Args:
-        prefix: put before every id, so that pictures of one page do not share any.
-        description: what a screen reader says.
+        prefix: prefix of all ids, so that pictures on a page share none.
+        description: text for screen readers.
 
-    Elements with the ids series-N or legend-N, also with -more behind, are marked with data-series
+    Elements with ids series-N, series-N-… and legend-N, legend-N-… get the attributes data-series
     and data-legend.
 
     Raises:
-        ValueError: the file is missing, is no SVG, or loads something from elsewhere.
+        ValueError: the file is missing, is not an SVG picture, or loads something.
     """
     try:
         root = ElementTree.parse(file).getroot()
@@ -43,16 +43,17 @@ def inline_svg(file: Path, prefix: str, description: str) -> str:
     box = root.get("viewBox") or _box(root, file)
     root.attrib.clear()
     root.attrib |= {"viewBox": box, "role": "img", "aria-label": description}
-    # Never larger than drawn, so that letters have one size in all pictures; never so small that
-    # they cannot be read.
-    width = float(box.split()[2]) * _PIXELS_A_POINT
-    root.set("style", f"width: {width:.0f}px; min-width: {_SMALLEST * width:.0f}px")
+    # At most the size as drawn, so that text has the same size in all pictures, and large enough to
+    # be read.
+    width = float(box.split()[2]) * _PIXELS_PER_POINT
+    root.set("style", f"width: {width:.0f}px; min-width: {_MIN_SCALE * width:.0f}px")
     root.set("fill", "currentColor")
     root.tail = None
     return ElementTree.tostring(root, encoding="unicode")
 
 
 def _box(root: ElementTree.Element, file: Path) -> str:
+    """A viewBox from the width and height."""
     sizes = [re.match(r"\s*([\d.]+)", root.get(name, "")) for name in ("width", "height")]
     if None in sizes:
         raise ValueError(f"{str(file)!r} has neither a viewBox nor a width and a height.")
@@ -60,8 +61,9 @@ def _box(root: ElementTree.Element, file: Path) -> str:
 
 
 def _clean(element: ElementTree.Element, file: Path, prefix: str) -> None:
+    """Remove active content, make ids unique and colours those of the page, in place."""
     for child in list(element):
-        # Comments have a function as their tag; editors' elements are in namespaces of their own.
+        # The tag of a comment is a function; elements of editors are in other namespaces.
         name = child.tag if isinstance(child.tag, str) else ""
         if not name.startswith(_SVG) or name.removeprefix(_SVG) in _DROPPED:
             element.remove(child)

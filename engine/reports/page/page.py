@@ -1,4 +1,4 @@
-"""One HTML page of figures and tables that stands alone: no request, light and dark, any width."""
+"""A self-contained HTML page of figures and tables: it loads nothing, and is light or dark."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
 from ...runtime.files import write_whole
+from ...runtime.text import write_tables
 from .inline_svg import inline_svg
-from .page_style import SCRIPT, STYLE
 
 CAPTION_SUFFIX = ".caption.txt"
-# More than this is folded away.
-_SHOWN_COMMANDS = 3
 _NUMBER = re.compile(r"(\*\*)?[+-]?\d[\d.,]*\s?(%|x|s|°)?(\s|\*|$|±|\()")
-# The browser itself then refuses whatever would be loaded from elsewhere.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture (.svg, or .png where there is none), its caption, and words in its place."""
+    """A picture (.svg or .png) with its caption.
+
+    description: text for screen readers; empty: the caption.
+    """
 
     path: Path
     caption: str = ""
-    # For those who do not see it; empty: the caption.
     description: str = ""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; `**so**` is strong. The first column names the row."""
+    """Cells as text, with `**strong**` ones marked so; the first column names the row."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -42,22 +43,42 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what is under it, in this order.
+    """A heading and what stands below it, in this order.
 
-    text: paragraphs, a blank line between them; `code` and **strong** are marked so.
-    figures: with a caption, or a path (its caption is then beside it in <name>.caption.txt).
-    tables: with a caption, or header and rows.
-    notes: what a reader must know to trust it; commands: lines to repeat it.
-    files: what else there is, linked where it lies beside the page.
+    text: paragraphs separated by blank lines, with `code` and **strong** marked so.
+    notes: limits of the numbers; commands: command lines that repeat the runs.
+    files: further files, linked if they lie beside the page or below it.
     """
 
     title: str
     text: str = ""
-    figures: Sequence[Path | Figure] = ()
-    tables: Sequence[Table | tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
     notes: Sequence[str] = ()
     commands: Sequence[str] = ()
     files: Sequence[Path] = ()
+
+
+def write_section(
+    path: Path,
+    title: str,
+    table: Table,
+    figures: Sequence[Path],
+    caption: str,
+    notes: Sequence[str],
+    numbers: tuple[Sequence[str], Sequence[Sequence[str]]] | None = None,
+    text: str = "",
+) -> Section:
+    """Write a table as `path`.csv and .md; returns the section with it and a figure.
+
+    figures: files of one figure, of which the section shows the SVG, with `caption`.
+    numbers: header and rows of the CSV file, if they are not those of the table.
+    """
+    words = "\n\n".join([table.caption, *notes])
+    files = [*figures, *write_tables(path, table.header, table.rows, words, numbers)]
+    described = f"{caption} The numbers are in the table below."
+    shown = [Figure(file, caption, described) for file in figures if file.suffix == ".svg"]
+    return Section(title, text, shown, [table], notes, files=files)
 
 
 def write_page(
@@ -70,52 +91,31 @@ def write_page(
     """Write the page; returns `path`.
 
     Args:
-        summary: what was found, a sentence or several.
-        facts: what was run, name -> value.
+        summary: the findings, a sentence or several.
+        facts: data, model, versions, …: name -> value.
 
     Raises:
-        ValueError: a picture is missing or loads something, or a table's row is too long or short.
+        ValueError: a picture is missing or loads something, or a row has too few or many cells.
     """
-    names = _names(section.title for section in sections)
-    contents = [
-        f'<li><a href="#{name}">{_marked(section.title)}</a></li>'
-        for name, section in zip(names, sections, strict=True)
-    ]
-    body = [
-        _section(section, name, path.parent) for name, section in zip(names, sections, strict=True)
-    ]
-    parts = [
-        "<!DOCTYPE html>",
-        '<html lang="en">',
-        "<head>",
-        '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">',
-        f"<title>{html.escape(title)}</title>",
-        f"<style>{STYLE}</style>",
-        "</head>",
-        "<body>",
-        '<div class="layout">',
-        "<header>",
-        f"<h1>{_marked(title)}</h1>",
-        _findings(summary),
-        _facts(facts or {}),
-        "</header>",
-        f'<nav aria-label="Contents"><div><h2>Contents</h2><ol>{"".join(contents)}</ol></div></nav>'
-        if contents
-        else "",
-        "<main>",
-        *body,
-        "</main>",
-        "<footer>Written by fusedacl. The page loads nothing; the files that it names lie beside "
-        "it.</footer>",
-        "</div>",
-        f"<script>{SCRIPT}</script>",
-        "</body>",
-        "</html>",
-    ]
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters["marked"] = _marked
+    environment.globals |= {"picture": _picture, "column_classes": _column_classes}
+    findings = [summary] if isinstance(summary, str) else summary
+    text = environment.get_template("page.html").render(
+        title=title,
+        findings=[finding for finding in findings if finding],
+        facts=facts or {},
+        sections=list(zip(_anchors(section.title for section in sections), sections, strict=True)),
+        directory=path.parent,
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, "\n".join(part for part in parts if part) + "\n")
+    write_whole(path, text + "\n")
     return path
 
 
@@ -123,22 +123,17 @@ def captioned_figures(directories: Iterable[Path]) -> list[Figure]:
     """The pictures with a <name>.caption.txt beside them, by name; .svg rather than .png."""
     found = []
     for directory in dict.fromkeys(directories):
-        for sidecar in sorted(directory.glob(f"*{CAPTION_SUFFIX}")):
-            stem = sidecar.name.removesuffix(CAPTION_SUFFIX)
+        for file in sorted(directory.glob(f"*{CAPTION_SUFFIX}")):
+            stem = file.name.removesuffix(CAPTION_SUFFIX)
             pictures = (directory / f"{stem}{suffix}" for suffix in (".svg", ".png"))
-            picture = next((file for file in pictures if file.is_file()), None)
+            picture = next((path for path in pictures if path.is_file()), None)
             if picture is not None:
-                found.append(Figure(picture, _caption_of(picture)))
+                found.append(Figure(picture, file.read_text(encoding="utf-8").strip()))
     return found
 
 
-def _caption_of(picture: Path) -> str:
-    sidecar = picture.with_name(picture.stem + CAPTION_SUFFIX)
-    return sidecar.read_text(encoding="utf-8").strip() if sidecar.is_file() else ""
-
-
-def _names(titles: Iterable[str]) -> list[str]:
-    """An anchor for each title, no two alike."""
+def _anchors(titles: Iterable[str]) -> list[str]:
+    """A distinct anchor for each title."""
     taken: list[str] = []
     for title in titles:
         base = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
@@ -150,114 +145,36 @@ def _names(titles: Iterable[str]) -> list[str]:
     return taken
 
 
-def _marked(text: str) -> str:
+def _marked(text: str) -> Markup:
     """Text as HTML, with `code` and **strong**."""
     escaped = html.escape(text)
     escaped = re.sub(r"`([^`]+)`", r"<code>\1</code>", escaped)
-    return re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped)
+    return Markup(re.sub(r"\*\*([^*]+)\*\*", r"<strong>\1</strong>", escaped))
 
 
-def _findings(summary: str | Sequence[str]) -> str:
-    sentences = [summary] if isinstance(summary, str) else list(summary)
-    sentences = [sentence for sentence in sentences if sentence]
-    if not sentences:
-        return ""
-    if len(sentences) == 1:
-        inner = f"<p>{_marked(sentences[0])}</p>"
-    else:
-        inner = "<ul>" + "".join(f"<li>{_marked(line)}</li>" for line in sentences) + "</ul>"
-    return f'<div class="findings">{inner}</div>'
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    if not facts:
-        return ""
-    lines = [f"<dt>{_marked(name)}</dt><dd>{_marked(value)}</dd>" for name, value in facts.items()]
-    return f'<dl class="facts">{"".join(lines)}</dl>'
-
-
-def _section(section: Section, name: str, directory: Path) -> str:
-    parts = [f'<section id="{name}" aria-labelledby="{name}-title">']
-    parts.append(f'<h2 id="{name}-title">{_marked(section.title)}</h2>')
-    parts += [f"<p>{_marked(p)}</p>" for p in section.text.split("\n\n") if p.strip()]
-    for index, figure in enumerate(section.figures):
-        parts.append(_figure(figure, f"{name}-figure-{index}-"))
-    for index, table in enumerate(section.tables):
-        made = table if isinstance(table, Table) else Table(*table)
-        parts.append(_table(made, f"{name}-table-{index}", section.title))
-    if section.notes:
-        notes = "".join(f"<li>{_marked(note)}</li>" for note in section.notes)
-        parts.append(f'<ul class="notes">{notes}</ul>')
-    if section.commands:
-        lines = "".join(f"<pre><code>{html.escape(c)}</code></pre>" for c in section.commands)
-        if len(section.commands) > _SHOWN_COMMANDS:
-            summary = f"{len(section.commands)} commands"
-            lines = f"<details><summary>{summary}</summary>{lines}</details>"
-        parts.append(lines)
-    if section.files:
-        parts.append(_files(section.files, directory))
-    return "\n".join([*parts, "</section>"])
-
-
-def _figure(figure: Path | Figure, prefix: str) -> str:
-    if isinstance(figure, Path):
-        figure = Figure(figure, _caption_of(figure))
+def _picture(figure: Figure, prefix: str) -> Markup:
+    """The picture as an element; `prefix`: of the ids in an SVG picture."""
     words = figure.description or figure.caption or figure.path.stem.replace("_", " ")
-    if figure.path.suffix == ".png":
-        if not figure.path.is_file():
-            raise ValueError(f"{str(figure.path)!r} does not exist.")
-        content = base64.b64encode(figure.path.read_bytes()).decode("ascii")
-        picture = f'<img src="data:image/png;base64,{content}" alt="{html.escape(words)}">'
-    else:
-        picture = inline_svg(figure.path, prefix, words)
-    caption = f"<figcaption>{_marked(figure.caption)}</figcaption>" if figure.caption else ""
-    # Focusable, so that the keyboard scrolls it where it is wider than the window.
-    return (
-        f'<figure><div class="chart card scroll" tabindex="0" role="group" '
-        f'aria-label="Figure">{picture}</div>{caption}</figure>'
-    )
+    if figure.path.suffix != ".png":
+        return Markup(inline_svg(figure.path, prefix, words))
+    if not figure.path.is_file():
+        raise ValueError(f"{str(figure.path)!r} does not exist.")
+    content = base64.b64encode(figure.path.read_bytes()).decode("ascii")
+    return Markup('<img src="data:image/png;base64,{}" alt="{}">').format(content, words)
 
 
-def _table(table: Table, name: str, title: str) -> str:
+def _column_classes(table: Table) -> list[Markup]:
+    """The class attribute of each column's cells: that of numbers, or none."""
     for row in table.rows:
         if len(row) != len(table.header):
             raise ValueError(
-                f"table {table.caption or title!r}: a row has {len(row)} cells and the header "
-                f"{len(table.header)}: {list(row)}."
+                f"table {table.caption or list(table.header)!r}: a row has {len(row)} cells and "
+                f"the header {len(table.header)}: {list(row)}."
             )
-    numeric = [
-        column > 0
-        and any(row[column] for row in table.rows)
-        and all(_NUMBER.match(row[column]) for row in table.rows if row[column])
-        for column in range(len(table.header))
+    columns = [
+        [row[place] for row in table.rows if row[place]] for place in range(len(table.header))
     ]
-    classes = [' class="number"' if number else "" for number in numeric]
-    head = "".join(
-        f'<th scope="col"{kind}><button type="button">{_marked(cell)}</button></th>'
-        for cell, kind in zip(table.header, classes, strict=True)
-    )
-    lines = []
-    for row in table.rows:
-        cells = [f'<th scope="row">{_marked(row[0])}</th>'] if row else []
-        for cell, kind in zip(row[1:], classes[1:], strict=True):
-            cells.append(f"<td{kind}>{_marked(cell)}</td>")
-        lines.append(f"<tr>{''.join(cells)}</tr>")
-    caption = f'<figcaption id="{name}">{_marked(table.caption)}</figcaption>'
-    label = f'aria-labelledby="{name}"' if table.caption else f'aria-label="{html.escape(title)}"'
-    return (
-        f"<figure>{caption if table.caption else ''}"
-        f'<div class="card scroll" role="region" tabindex="0" {label}>'
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-        "</div></figure>"
-    )
-
-
-def _files(files: Sequence[Path], directory: Path) -> str:
-    links = []
-    for file in files:
-        if file.is_relative_to(directory):
-            place = html.escape(file.relative_to(directory).as_posix())
-            links.append(f'<a href="{place}">{html.escape(file.name)}</a>')
-        else:
-            links.append(html.escape(file.name))
-    return f'<p class="files">Files: {", ".join(links)}</p>'
+    return [
+        Markup(' class="number"' if place and cells and all(map(_NUMBER.match, cells)) else "")
+        for place, cells in enumerate(columns)
+    ]

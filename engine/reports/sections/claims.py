@@ -1,4 +1,4 @@
-"""Claims of a recipe ("ACL-CL beats 2ST on shallow exits"), each held against the runs' scores."""
+"""Claims of a recipe ("ACL-CL beats 2ST on shallow exits"), compared with the runs' scores."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..page.page import Section, Table
 from .findings import Comparison, compare
 
 _RULES = (
-    "Scores in percent (of a spread: in points), mean ± standard deviation (n - 1) over the seeds; "
-    "difference in points, positive where the claim is right; noise: the sum of both deviations, "
+    "Scores in percent (spreads in points), mean ± standard deviation (n - 1) over the seeds; "
+    "difference in points, positive if it supports the claim; noise: the sum of both deviations, "
     "which a difference must exceed to count."
 )
 _NUMBERS = [
@@ -28,7 +28,7 @@ _NUMBERS = [
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one task says to a claim; the scores are fractions, one a seed."""
+    """The scores that support or contradict a claim on a task: fractions, one per seed."""
 
     claim: ClaimPlan
     task: str
@@ -37,7 +37,7 @@ class Evidence:
 
     @property
     def comparison(self) -> Comparison:
-        """Positive where the claim is right: of spreads, the smaller one is the better."""
+        """The difference, positive if it supports the claim: of spreads, the smaller is better."""
         ours, theirs = (list(seeds.values.values()) for seeds in (self.better, self.than))
         found = compare(ours, theirs)
         if self.claim.spread_over is None:
@@ -55,6 +55,7 @@ class Evidence:
 
     @property
     def cells(self) -> list[str]:
+        """The row of the table, in percent and points."""
         found = self.comparison
         noise = "" if found.noise is None else f"{found.noise:.1f}"
         scores = [self.better.words, self.than.words]
@@ -62,7 +63,7 @@ class Evidence:
 
     @property
     def numbers(self) -> list[str]:
-        """The row of a CSV file, as fractions."""
+        """The row of the CSV file, as fractions."""
         found = self.comparison
         values = [self.better.mean, self.better.deviation, self.than.mean, self.than.deviation]
         values += [found.difference / 100, None if found.noise is None else found.noise / 100]
@@ -73,7 +74,7 @@ class Evidence:
 def weigh(
     sweep: SweepResults, claim: ClaimPlan, metric: str | None = None
 ) -> tuple[list[Evidence], list[str]]:
-    """What each task says to a claim, and notes on what is missing.
+    """The evidence of each task on a claim, and notes on what is missing.
 
     Raises:
         ValueError: the runs do not report `metric`.
@@ -99,7 +100,7 @@ def weigh(
 
 
 def verdict_words(claim: ClaimPlan, evidence: Sequence[Evidence]) -> str:
-    """One sentence: where the claim holds, where its contrary, and where neither is sure."""
+    """A sentence: the tasks where the claim holds, where its contrary, and where neither does."""
     places: dict[str, list[str]] = {}
     for of_task in evidence:
         places.setdefault(of_task.verdict, []).append(of_task.task)
@@ -113,13 +114,13 @@ def verdict_words(claim: ClaimPlan, evidence: Sequence[Evidence]) -> str:
         )
         if verdict in places
     ]
-    return f"“{claim.text}”: {'; '.join(words) or 'no run speaks to it yet'}."
+    return f"“{claim.text}”: {'; '.join(words) or 'no results yet'}."
 
 
 def claims_section(
     sweep: SweepResults, claims: Sequence[ClaimPlan], metric: str | None, path: Path
 ) -> Section | None:
-    """One table a claim, a row a task; `path`.csv and .md hold all. None where no run is done."""
+    """A table per claim with a row per task; also `path`.csv and .md. None if no run is done."""
     sentences, tables, rows, numbers, notes = [], [], [], [], []
     for claim in claims:
         evidence, missing = weigh(sweep, claim, metric)
@@ -135,17 +136,18 @@ def claims_section(
     if not tables:
         return None
     notes = [*dict.fromkeys(notes), _RULES]
-    of_page = ["claim", "better", "than", "task", "its score", "the other's", *header[3:]]
+    page_header = ["claim", "better", "than", "task", "its score", "the other's", *header[3:]]
     files = write_tables(
-        path, of_page, rows, "\n\n".join([*sentences, *notes]), (_NUMBERS, numbers)
+        path, page_header, rows, "\n\n".join([*sentences, *notes]), (_NUMBERS, numbers)
     )
     return Section("Claims", " ".join(sentences), tables=tables, notes=notes, files=files)
 
 
 def _scores(sweep: SweepResults, task: str, method: str, claim: ClaimPlan, metric: str) -> Seeds:
+    """The scores of a method that the claim compares: means over exits, or their spreads."""
     if claim.spread_over is None:
         (grid,) = sweep.grids(method)
-        return sweep.seeds(task, method, grid, lambda run: _of_exits(run, metric, claim.shallow))
+        return sweep.seeds(task, method, grid, lambda run: _exit_mean(run, metric, claim.shallow))
     by_seed: dict[int, list[SweepRun]] = {}
     for run in sweep.runs:
         if (run.task, run.method) == (task, method):
@@ -156,12 +158,12 @@ def _scores(sweep: SweepResults, task: str, method: str, claim: ClaimPlan, metri
 def _spreads(
     by_seed: Mapping[int, Sequence[SweepRun]], num_values: int, metric: str, shallow: bool
 ) -> Seeds:
-    """The highest less the lowest score of a seed over all values of the option."""
+    """The highest minus the lowest score over the values of the option, for each seed."""
     values: dict[int, float] = {}
     problems: dict[int, str] = {}
     for seed, runs in by_seed.items():
         try:
-            scores = [_of_exits(run, metric, shallow) for run in runs]
+            scores = [_exit_mean(run, metric, shallow) for run in runs]
         except NotThereError as error:
             problems[seed] = str(error)
             continue
@@ -172,8 +174,8 @@ def _spreads(
     return Seeds(values, problems)
 
 
-def _of_exits(run: SweepRun, metric: str, shallow: bool) -> float:
-    """The mean over a run's exits, or over the lower half of them; raises NotThereError."""
+def _exit_mean(run: SweepRun, metric: str, shallow: bool) -> float:
+    """The mean over the exits of a run, or over the lower half; raises NotThereError."""
     layers = sorted(run.layers())
     if shallow:
         layers = layers[: max(1, len(layers) // 2)]
@@ -181,7 +183,7 @@ def _of_exits(run: SweepRun, metric: str, shallow: bool) -> float:
 
 
 def _layers(sweep: SweepResults, task: str, method: str) -> set[tuple[int, ...]]:
-    """The layers with an exit in a method's finished runs."""
+    """The layers with exits in each finished run of a method."""
     found = set()
     for run in sweep.runs:
         if (run.task, run.method) == (task, method):

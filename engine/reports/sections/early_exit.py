@@ -1,7 +1,8 @@
-"""Early exit of several runs in one table, from what `fusedacl exits` left in RUN/exits."""
+"""Early exit of several runs in one table, from the files of `fusedacl exits` in RUN/exits."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,8 +11,7 @@ from typing import Any
 from ...experiments.results import SweepRun
 from ...inference.calibration.search import AREA_WORDS
 from ...runtime.plots import COLORS, MARKERS, legend_below, new_figure, plain, save_figure
-from ...runtime.text import write_tables
-from ..page.page import Figure, Section, Table
+from ..page.page import Figure, Section, Table, write_section
 from .score_figures import metric_words
 
 EXITS_FILE = Path("exits") / "exits.json"
@@ -20,9 +20,9 @@ EXITS_FILE = Path("exits") / "exits.json"
 def exits_section(
     runs: Mapping[str, Sequence[SweepRun]], data: str, path: Path, title: str
 ) -> Section | None:
-    """The chosen setting of each policy, score against operations: label -> runs, one row a run.
+    """The chosen setting of each policy, with scores and operations; runs: label -> seeds.
 
-    Writes `path`.png, .svg, .csv, .md. None where no run holds an exits.json.
+    Writes `path`.png, .svg, .csv, .md. None if no run holds an exits.json.
     """
     notes: list[str] = []
     found: list[tuple[str, SweepRun, dict[str, Any]]] = []
@@ -55,7 +55,7 @@ def exits_section(
             chosen = facts["calibration"]
             setting = " ".join(f"{k}={v:.4g}" for k, v in facts["parameters"].items())
             row = [label, str(run.seed), policy.replace("_", " "), setting]
-            # On texts that the setting was not chosen on, where that could be done.
+            # The score on texts that the setting was not chosen on, if there is one.
             unseen = (chosen.get("cross_fitted") or {}).get("score")
             row += [f"{100 * chosen['score']:.1f}"]
             row += ["" if unseen is None else f"{100 * unseen:.1f}", f"{100 * full:.1f}"]
@@ -69,9 +69,9 @@ def exits_section(
     metric = metric_words(found[0][2]["metric"])
     words = (
         f"The setting that `fusedacl exits` chose for each policy on {data}: {metric} in percent, "
-        "beside the full model's; FLOPs as a share of the full model's. One row a run: nothing is "
-        "averaged. Score: on the texts that the setting was chosen on; cross-fitted: each text "
-        f"under a setting that others chose. Area: the policy's {AREA_WORDS}."
+        "beside the full model's; FLOPs as a share of the full model's. A row per run and policy. "
+        "Score: on the texts that the setting was chosen on; cross-fitted: on texts that it was "
+        f"not chosen on. Area: the policy's {AREA_WORDS}."
     )
     if not rows:
         return Section(title, words, notes=notes)
@@ -80,14 +80,12 @@ def exits_section(
         if not any(row[place] for row in rows):
             for row in [header, *rows]:
                 del row[place]
-    figures = _draw(points, metric, path)
-    tables = write_tables(path, header, rows, "\n\n".join([words, *notes]))
     caption = (
-        f"{metric[0].upper()}{metric[1:]} lost or won against operations saved on {data}, one mark "
-        "a policy and run, at the chosen setting, cross-fitted where there is such a score. Up and "
-        "to the left is better; the full model is at 100 % and 0."
+        f"Difference in {metric} to the full model against operations on {data}, a mark per policy "
+        "and run at the chosen setting; cross-fitted scores where there are any. Up and to the "
+        "left is better; the full model is at 100 % and 0."
     )
-    # One a method: the seeds' pictures are beside their runs.
+    # One per method; those of other seeds lie beside their runs.
     first = {label: run for label, run, _ in reversed(found)}
     curves = [
         Figure(
@@ -98,16 +96,13 @@ def exits_section(
         for label, run in reversed(first.items())
         if (picture := run.directory / "exits" / "exits.svg").is_file()
     ]
-    return Section(
-        title,
-        figures=[Figure(figures[1], caption), *curves],
-        tables=[Table(header, rows, words)],
-        notes=notes,
-        files=[*figures, *tables],
-    )
+    figures, table = _draw(points, metric, path), Table(header, rows, words)
+    section = write_section(path, title, table, figures, caption, notes)
+    return dataclasses.replace(section, figures=[*section.figures, *curves])
 
 
 def _read(run: SweepRun, label: str, notes: list[str]) -> dict[str, Any] | None:
+    """The study of a run; None if there is none, or it is damaged, which is added to `notes`."""
     file = run.directory / EXITS_FILE
     try:
         study = json.loads(file.read_text(encoding="utf-8"))
@@ -148,7 +143,7 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
     axes.set_xlabel("operations per text (% of the full model's FLOPs)")
     axes.set_ylabel(f"{metric}: difference to the full model (points)")
     plain(axes)
-    # Methods by colour first, so that their legend entries carry their series' numbers.
+    # Methods before policies, so that the numbers of their legend entries are those of the series.
     handles: list[Any] = []
     for index in range(len(labels)):
         handles += axes.plot([], [], color=COLORS[index % len(COLORS)], linewidth=4)

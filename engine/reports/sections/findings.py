@@ -1,4 +1,4 @@
-"""What the numbers of a report say, in sentences: for and against, and how sure they are."""
+"""Sentences on the results of a report, with differences and their uncertainty."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from .layer_scores import Curve, LayerScores
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference of two means in points, and the sum of both standard deviations (n - 1).
+    """A difference of two means in points; noise: the sum of both standard deviations (n - 1).
 
-    noise: None where either has a single seed.
+    The noise is None if either has a single seed.
     """
 
     difference: float
@@ -23,7 +23,7 @@ class Comparison:
 
     @property
     def is_clear(self) -> bool:
-        """Whether the difference exceeds the sum of the deviations."""
+        """True if the difference exceeds the sum of the deviations."""
         return self.noise is not None and abs(self.difference) > self.noise
 
     @property
@@ -41,7 +41,7 @@ class Comparison:
 
 
 def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """The first scores (fractions, one a seed) against the second."""
+    """Compare scores: fractions, one per seed."""
     noise = None
     if min(len(first), len(second)) > 1:
         noise = 100 * (statistics.stdev(first) + statistics.stdev(second))
@@ -50,7 +50,7 @@ def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
 
 
 def layer_findings(scores: LayerScores, reference: str) -> str:
-    """The reference method against the best other one: all exits, the shallow half, each layer."""
+    """Compare the reference method with the best other one: all exits, lower half, each layer."""
     ours, other = _rivals(scores, reference)
     if ours is None or other is None:
         return ""
@@ -83,7 +83,7 @@ def layer_findings(scores: LayerScores, reference: str) -> str:
 
 
 def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str) -> str:
-    """On how many tasks the reference leads the average over the exits; who leads elsewhere."""
+    """The tasks on which the reference leads the average over the exits, and the others."""
     ahead, clear, behind = [], [], []
     label = reference
     for task, scores in of_tasks.items():
@@ -111,7 +111,7 @@ def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str) -> str:
 
 
 def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, Seeds]]) -> str:
-    """Each row against the reference: row -> task -> scores."""
+    """Compare each row with the reference; rows: row -> task -> scores."""
     base = rows[reference]
     parts = []
     for label, of_row in rows.items():
@@ -132,7 +132,7 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
         sure = f"{higher} clearly higher, {lower} clearly lower"
         single = sum(comparison.noise is None for comparison in found)
         if single:
-            sure = f"{sure}, {single} of single seeds: no claim"
+            sure = f"{sure}, {single} with single seeds: no claim"
         if single == len(found):
             sure = "single seeds, no claim"
         parts.append(f"{label} {mean:+.1f} ({number}: {sure})")
@@ -145,7 +145,7 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
 
 
 def _rivals(scores: LayerScores, reference: str) -> tuple[Curve | None, Curve | None]:
-    """The reference's curve, and the best other one over the same layers."""
+    """The curve of the reference, and the best other curve over the same layers."""
     ours = next((curve for curve in scores.curves if curve.label == reference), None)
     if ours is None:
         return None, None

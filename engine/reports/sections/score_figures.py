@@ -14,9 +14,9 @@ from ...runtime.plots import PANELS_PER_ROW, legend_below, look, mark, panels, p
 def draw_dots(
     scores: Mapping[str, Sequence[tuple[str, Seeds]]], label: str, path: Path
 ) -> list[Path]:
-    """Panel title -> (row, scores): a large dot for the mean, a small one for each seed.
+    """Draw a large dot for each mean and a small one for each seed; panel title -> (row, scores).
 
-    `label`: what the horizontal axis shows, in percent.
+    `label`: that of the horizontal axis, in percent.
     """
     rows = [row for row, _ in next(iter(scores.values()))]
     figure, every = panels(len(scores), 1.3 + 0.32 * len(rows))
@@ -24,7 +24,7 @@ def draw_dots(
         for row, (_, seeds) in enumerate(entries):
             color = look(row)["color"]
             if not seeds:
-                # At the axes' middle, whatever the scale is.
+                # In the middle of the axes, independent of the scale.
                 axes.annotate(
                     "missing", (0.5, row), xycoords=("axes fraction", "data"), ha="center",
                     va="center", color="#7d7d7d", fontsize=8,
@@ -49,7 +49,7 @@ def draw_values(
     label: str,
     path: Path,
 ) -> list[Path]:
-    """Panel title -> line -> (value, scores): the mean over the seeds, and their range."""
+    """Draw means over the seeds and their range; panel title -> line -> (value, scores)."""
     lines = list(dict.fromkeys(line for of_panel in scores.values() for line in of_panel))
     values = list(
         dict.fromkeys(
@@ -63,18 +63,9 @@ def draw_values(
             index = lines.index(line)
             there = [(values.index(value), seeds) for value, seeds in points if seeds]
             places = [place for place, _ in there]
-            means = [100 * seeds.mean for _, seeds in there]
-            handles[line] = axes.plot(places, means, **look(index), markersize=5)[0]
-            band = axes.fill_between(
-                places,
-                [100 * min(seeds.values.values()) for _, seeds in there],
-                [100 * max(seeds.values.values()) for _, seeds in there],
-                color=look(index)["color"],
-                alpha=0.15,
-                linewidth=0,
-            )
-            mark(index, handles[line], band, first=2 * panel)
-        # One step a value, whatever its size: the values are a choice, not a scale.
+            columns = [list(seeds.values.values()) for _, seeds in there]
+            handles[line] = draw_line(axes, index, places, columns, first=2 * panel)
+        # Evenly spaced: the values are a choice, not a scale.
         axes.set_xticks(range(len(values)), [str(value) for value in values])
         axes.set_xlabel(option, fontsize=9)
         axes.set_title(title, fontsize=10)
@@ -84,12 +75,29 @@ def draw_values(
     return save_figure(figure, path)
 
 
+def draw_line(
+    axes: Any, index: int, places: Sequence[int], columns: Sequence[Sequence[float]], first: int = 0
+) -> Any:
+    """Draw series `index` as a line of means and a band of ranges over `places`; the line.
+
+    columns: the scores at each place, as fractions; first: number of the line among the parts of
+    the series.
+    """
+    means = [mean_of(scores) for scores in columns]
+    (line,) = axes.plot(places, means, **look(index), markersize=5)
+    low, high = ([100 * extreme(scores) for scores in columns] for extreme in (min, max))
+    color = look(index)["color"]
+    band = axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
+    mark(index, line, band, first=first)
+    return line
+
+
 def metric_words(metric: str) -> str:
-    """A metric's name as people write it."""
+    """The printed name of a metric."""
     named = {"f1": "F1", "macro_f1": "macro F1", "matthews_correlation": "Matthews correlation"}
     return named.get(metric, metric.replace("_", " "))
 
 
 def mean_of(values: Sequence[float]) -> float:
-    """The mean in percent of fractions."""
+    """The mean of fractions, in percent."""
     return 100 * statistics.mean(values)

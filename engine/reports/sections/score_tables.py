@@ -1,7 +1,7 @@
-"""Tables of a sweep: the full models' scores, an ablation, and the values of one option.
+"""Tables of a sweep: scores of the full models, an ablation, and the values of an option.
 
-They have the shapes of Tables 1 to 3 of arXiv 2602.03563. A mean over tasks is given only where
-every task has a score; what is missing is named below each table.
+They have the form of Tables 1 to 3 of arXiv 2602.03563. A mean over tasks is given only if every
+task has a score; missing scores are listed below each table.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ...experiments.report_plan import GridPlan, Target
 from ...experiments.results import Seeds, SweepResults, grid_label
-from ...runtime.text import write_tables
-from ..page.page import Figure, Section, Table
+from ...model.exit_policies import FixedLayer
+from ...model.flops import exit_flops, full_flops
+from ...model.multi_exit import MultiExitConfig, MultiExitForSequenceClassification
+from ...model.saved import DEFAULT_MAX_LENGTH
+from ..page.page import Section, Table, write_section
 from .findings import table_finding
-from .operations import operations
-from .score_figures import draw_dots, draw_values
+from .score_figures import draw_dots, draw_values, metric_words
 from .task_scores import (
     Column,
     Row,
@@ -34,7 +38,6 @@ _COUNTS = (
     "row's numbers of seeds differ, each is in brackets."
 )
 _BOLD = "**Bold**: the best of its column, where it leads by more than the sum of both deviations."
-_DOTS = "Large: mean over the seeds; small: each seed."
 
 
 def ablation_section(
@@ -42,7 +45,7 @@ def ablation_section(
 ) -> Section | None:
     """Cross-layer averages by task and the differences to the first row (Table 2).
 
-    Writes `path`.png, .svg, .csv, .md. None where no run is done.
+    Writes `path`.png, .svg, .csv, .md. None if no run is done.
     """
     rows = rows_of(sweep, targets)
     planned = planned_tasks(sweep, rows)
@@ -77,26 +80,40 @@ def ablation_section(
         if task not in tasks
     ]
     text = table_finding("Average over the exits", rows[0].label, scores.by_row())
-    section = Section("Ablation", text, tables=[Table(header, lines, words)])
-    return _written(section, scores, "Average score over the exits (%)", path, notes)
+    table, notes = Table(header, lines, words), [*scores.notes(), *notes]
+    drawn = _draw(scores, "Average score over the exits (%)", path)
+    return write_section(path, "Ablation", table, *drawn, notes, scores.numbers(), text)
 
 
 def full_model_section(
-    sweep: SweepResults, targets: Mapping[str, Target], metric: str | None, path: Path
+    sweep: SweepResults,
+    targets: Mapping[str, Target],
+    metric: str | None,
+    path: Path,
+    all_metrics: bool = False,
 ) -> Section | None:
     """Scores of last or named exits by task, with their operations (Table 1).
 
-    Writes `path`.png, .svg, .csv, .md. None where no run is done.
+    `all_metrics`: a column for every metric of a task, beside the main one's.
+
+    Writes `path`.png, .svg, .csv, .md. None if no run is done.
     """
     rows = rows_of(sweep, targets)
     tasks, common = list(planned_tasks(sweep, rows)), common_tasks(sweep, rows)
     columns: list[Column] = []
     for task in tasks:
         found = sweep.metric(task, metric)
-        for index, split in enumerate(sweep.splits(task) if found else []):
-            label = f"{task}, {split.removeprefix('validation_')}" if index else task
-            counts = index == 0 and task in common
-            columns.append(Column(task, split, str(found), label, counts, is_main=index == 0))
+        names = dict.fromkeys([found, *(sweep.metrics(task) if all_metrics else ())])
+        for split in sweep.splits(task) if found else []:
+            for name in names:
+                is_main = split == sweep.splits(task)[0] and name == found
+                label = task
+                if split != sweep.splits(task)[0]:
+                    label += f", {split.removeprefix('validation_')}"
+                if name != found:
+                    label += f", {metric_words(str(name))}"
+                counts = is_main and task in common
+                columns.append(Column(task, split, str(name), label, counts, is_main))
     scores = collect(
         sweep,
         rows,
@@ -118,21 +135,22 @@ def full_model_section(
         lines.append([*line, scores.over_tasks(row)[1]] if several else line)
     words = (
         f"Score of the last exit, or of the exit that a row names, in percent "
-        f"({scores.metrics()}). {flops_words} {_COUNTS} {_BOLD}"
+        f"({scores.metrics()}). {f'{flops_words} ' if flops_words else ''}{_COUNTS} {_BOLD}"
     )
     text = table_finding("Full models", rows[0].label, scores.by_row())
-    section = Section("Full models", text, tables=[Table(header, lines, words)])
-    return _written(section, scores, "Score (%)", path, flops_notes)
+    table, notes = Table(header, lines, words), [*scores.notes(), *flops_notes]
+    drawn = _draw(scores, "Score (%)", path)
+    return write_section(path, "Full models", table, *drawn, notes, scores.numbers(), text)
 
 
 def grid_section(
     sweep: SweepResults, plan: GridPlan, metric: str | None, path: Path
 ) -> Section | None:
-    """Cross-layer averages by the value of an option (Table 3): table and lines.
+    """Cross-layer averages by the value of an option (Table 3), as a table and as lines.
 
-    Writes `path`.png, .svg, .csv, .md. None where no run is done.
+    Writes `path`.png, .svg, .csv, .md. None if no run is done.
     """
-    # Line -> value -> row; what else a method has a list for makes lines of its own.
+    # Line -> value -> row; the values of further listed options make separate lines.
     points: dict[str, dict[Any, Row]] = {}
     for name, target in plan.methods.items():
         for row in rows_of(sweep, {name: target}):
@@ -159,7 +177,7 @@ def grid_section(
         ]
         words = [f"{seeds.words} ({len(seeds)})" if seeds else "" for seeds in cells]
         lines.append([str(value), *words])
-    words_of_table = (
+    caption_of_table = (
         f"Average score over the layers of all exits, in percent ({scores.metrics()}), by "
         f"{plan.option}. Mean ± standard deviation (n - 1), in brackets the number of seeds."
     )
@@ -183,48 +201,46 @@ def grid_section(
         f"Average score over the exits by {plan.option}: mean over the seeds, and the range from "
         "the lowest to the highest seed. The values are evenly spaced, whatever their size."
     )
-    text = "\n\n".join([words_of_table, *notes])
-    tables = write_tables(path, header, lines, text, scores.numbers())
-    return Section(
-        f"Values of {plan.option}",
-        figures=[Figure(figures[1], caption)],
-        tables=[Table(header, lines, words_of_table)],
-        notes=notes,
-        files=[*figures, *tables],
-    )
+    table, title = Table(header, lines, caption_of_table), f"Values of {plan.option}"
+    return write_section(path, title, table, figures, caption, notes, scores.numbers())
 
 
-def _written(
-    section: Section, scores: TaskScores, axis: str, path: Path, more_notes: Sequence[str]
-) -> Section:
-    """The section with its figure, notes and files."""
-    figures = draw_dots(
-        {
-            column.label: [(row.label, scores.at(row, column)) for row in scores.rows]
-            for column in scores.columns
-        },
-        axis,
-        path,
-    )
-    (table,) = section.tables
-    assert isinstance(table, Table)
-    notes = [*scores.notes(), *more_notes]
-    text = "\n\n".join([table.caption, *notes])
-    tables = write_tables(path, table.header, table.rows, text, scores.numbers())
-    return Section(
-        section.title,
-        section.text,
-        figures=[Figure(figures[1], f"{axis}. {_DOTS}")],
-        tables=section.tables,
-        notes=notes,
-        files=[*figures, *tables],
-    )
+def _draw(scores: TaskScores, axis: str, path: Path) -> tuple[list[Path], str]:
+    """The figure of a table of scores: its files, and its caption."""
+    dots = {
+        column.label: [(row.label, scores.at(row, column)) for row in scores.rows]
+        for column in scores.columns
+    }
+    return draw_dots(dots, axis, path), f"{axis}. Large: mean over the seeds; small: each seed."
+
+
+def operations(directory: Path, layer: int | None = None) -> tuple[float, int]:
+    """FLOPs of a saved model on a text of its max_seq_length tokens, and that length.
+
+    The weights are not read. `layer`: the exit that the model is cut off at; None: the last one.
+
+    Raises:
+        ValueError: there is no model, it has no such exit, or its encoder is not supported.
+    """
+    if not (directory / "config.json").is_file():
+        raise ValueError("no model is saved with the run")
+    config = MultiExitConfig.from_pretrained(directory)
+    length = int(config.max_seq_length or DEFAULT_MAX_LENGTH)
+    with torch.device("meta"):
+        model = MultiExitForSequenceClassification(config)
+    if layer is None or layer == model.exit_layers[-1]:
+        flops = full_flops(model)
+    elif layer in model.exit_layers:
+        flops = exit_flops(model, FixedLayer(layer))[model.exit_layers.index(layer)]
+    else:
+        raise ValueError(f"the model has no exit on layer {layer}")
+    return float(flops.at(torch.tensor([length]))[0]), length
 
 
 def _flops(
     sweep: SweepResults, rows: Sequence[Row], tasks: Sequence[str]
 ) -> tuple[dict[str, list[str]], str, list[str]]:
-    """Row -> its two cells on operations; what they are (nothing: there are none); notes."""
+    """Row -> its two cells on operations; their explanation, empty if there are none; notes."""
     found: dict[tuple[str, str], float] = {}
     lengths: dict[str, int] = {}
     unread: dict[str, list[str]] = {}
@@ -253,7 +269,10 @@ def _flops(
         if texts
         else ""
     )
-    notes = [f"No FLOPs for {'; '.join(which)}: {error}." for error, which in unread.items()]
+    notes = [
+        f"No FLOPs for {'; '.join(which) if found or len(unread) > 1 else 'any run'}: {error}."
+        for error, which in unread.items()
+    ]
     return cells, words, notes
 
 

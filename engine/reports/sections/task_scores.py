@@ -1,4 +1,4 @@
-"""Scores by method and task, as the tables of a report show them."""
+"""Scores by method and task for the tables of a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .score_figures import metric_words
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its printed label, and the method, grid point and exit (None: the last) behind it."""
+    """A row: its printed label, and its method, grid point and exit (None: the last)."""
 
     label: str
     method: str
@@ -25,9 +25,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A task's score on one split.
+    """A metric of a task on a split.
 
-    is_main: the task's first split, or all that there is; counts: in the mean over tasks.
+    is_main: the main metric on the main split; counts: whether the mean over tasks includes it.
     """
 
     task: str
@@ -40,7 +40,7 @@ class Column:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """A score, or why there is none, for every row and column."""
+    """A score, or the reason for none, for every row and column."""
 
     rows: Sequence[Row]
     columns: Sequence[Column]
@@ -54,12 +54,12 @@ class TaskScores:
 
     @property
     def counted(self) -> list[Column]:
-        """The columns that a mean over tasks is of."""
+        """The columns in the mean over tasks."""
         return [column for column in self.columns if column.counts]
 
     @cached_property
     def leaders(self) -> set[tuple[str, str]]:
-        """Row and column of each clear best."""
+        """Row and column of the best scores that lead by more than the deviations."""
         found = set()
         for column in self.columns:
             there = {row.label: list(self.at(row, column).values.values()) for row in self.rows}
@@ -68,13 +68,13 @@ class TaskScores:
         return found
 
     def counts(self, row: Row) -> str:
-        """Numbers of seeds in a row: "3" or "2 to 3"."""
+        """The number of seeds in a row: "3" or "2 to 3"."""
         numbers = {len(self.at(row, column)) for column in self.columns}
         few, many = min(numbers), max(numbers)
         return str(many) if few == many else f"{few} to {many}"
 
     def cell(self, row: Row, column: Column) -> str:
-        """The score in words, with its number of seeds where the row has several."""
+        """The score, with its number of seeds if these differ within the row."""
         seeds = self.at(row, column)
         if not seeds:
             return ""
@@ -82,16 +82,16 @@ class TaskScores:
         return words if self.counts(row).isdigit() else f"{words} ({len(seeds)})"
 
     def difference(self, row: Row, column: Column) -> str:
-        """To the first row, in points."""
+        """The difference to the first row, in points."""
         seeds, reference = self.at(row, column), self.at(self.rows[0], column)
         if row is self.rows[0] or not seeds or not reference:
             return ""
         return f"{100 * (seeds.mean - reference.mean):+.1f}"
 
     def over_tasks(self, row: Row) -> tuple[float | None, str]:
-        """The mean over the counted tasks, where all are there, and in words.
+        """The mean over the counted tasks if all have scores, as a number and in words.
 
-        With a deviation where all tasks have the same seeds.
+        It has a deviation if all tasks have the same seeds.
         """
         of_tasks = [self.at(row, column) for column in self.counted]
         if not of_tasks or not all(of_tasks):
@@ -103,7 +103,7 @@ class TaskScores:
         return mean, Seeds(dict(enumerate(map(statistics.mean, by_seed))), {}).words
 
     def notes(self) -> list[str]:
-        """What is missing, and what that does to the means over tasks."""
+        """Notes on missing scores, and on their effect on the means over tasks."""
         missing = [
             note
             for row in self.rows
@@ -118,8 +118,8 @@ class TaskScores:
                 notes.append(f"{row.label} has no mean of tasks: nothing on {', '.join(absent)}.")
             elif len({tuple(seeds.values) for seeds in of_tasks.values()}) > 1:
                 notes.append(
-                    f"{row.label}: the mean of tasks is of different seeds on different tasks, "
-                    "hence without a deviation."
+                    f"{row.label}: the tasks have different seeds, so the mean of tasks has no "
+                    "deviation."
                 )
         return notes
 
@@ -133,14 +133,14 @@ class TaskScores:
     def metrics(self) -> str:
         """ "F1 on mrpc; accuracy on rte, sst2"."""
         tasks: dict[str, list[str]] = {}
-        for column in self.columns:
+        for column in filter(lambda column: column.is_main, self.columns):
             tasks.setdefault(metric_words(column.metric), []).append(column.task)
         return "; ".join(
             f"{metric} on {', '.join(dict.fromkeys(names))}" for metric, names in tasks.items()
         )
 
     def numbers(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows of a CSV file: one row a score, as a fraction."""
+        """Header and rows of a CSV file with a row per score, as a fraction."""
         header = ["method", "task", "split", "metric", "seeds", "mean", "standard_deviation"]
         rows = []
         for row in self.rows:
@@ -161,7 +161,7 @@ class TaskScores:
 
 
 def rows_of(sweep: SweepResults, targets: Mapping[str, Target]) -> list[Row]:
-    """The rows of some methods, one each grid point."""
+    """The rows of some methods, one per grid point."""
     return [
         Row(grid_label(label, grid), target.method, grid, target.layer)
         for label, target in targets.items()
@@ -170,13 +170,13 @@ def rows_of(sweep: SweepResults, targets: Mapping[str, Target]) -> list[Row]:
 
 
 def finished(sweep: SweepResults, task: str, row: Row) -> list[SweepRun]:
-    """The finished seeds of a row on a task that were evaluated."""
+    """The runs of a row on a task that were evaluated."""
     runs = sweep.of(task, row.method, row.grid)
-    return [run for run in runs if run.results and run.results["metrics"]]
+    return [run for run in runs if run.evaluated]
 
 
 def planned_tasks(sweep: SweepResults, rows: Sequence[Row]) -> dict[str, list[str]]:
-    """Task -> the rows that the sweep runs on it, for the tasks with any."""
+    """Task -> labels of the rows that the sweep runs on it, for tasks with any."""
     planned = {
         task: [row.label for row in rows if sweep.of(task, row.method, row.grid)]
         for task in sweep.tasks
@@ -191,7 +191,7 @@ def common_tasks(sweep: SweepResults, rows: Sequence[Row]) -> list[str]:
 
 
 def main_columns(sweep: SweepResults, tasks: Sequence[str], metric: str | None) -> list[Column]:
-    """One column a task with a finished run: its main split.
+    """A column for the main metric of each task with a finished run.
 
     Raises:
         ValueError: a task's runs do not report `metric`.
@@ -206,7 +206,7 @@ def collect(
     columns: Sequence[Column],
     read: Callable[[SweepRun, Row, Column], float],
 ) -> TaskScores:
-    """What `read` finds in each run."""
+    """The value of `read` for each run, by row and column."""
     scores = {}
     for row in rows:
         for column in columns:

@@ -3,7 +3,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from fusedacl.engine.data.batching import EncodedSplit, collate, encode, epoch_batches
+from fusedacl.engine.data.batching import (
+    EncodedSplit,
+    collate,
+    encode,
+    epoch_batches,
+    evaluation_batches,
+)
 from fusedacl.engine.data.columns import TextSplit
 from transformers import (
     AutoTokenizer,
@@ -116,7 +122,7 @@ def test_a_text_without_tokens_is_refused(tokenizer: PreTrainedTokenizerBase) ->
     backend.post_processor = None
     bare = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]")
     with pytest.raises(ValueError, match="data row 2 has no token"):
-        # A control character, which the normaliser removes.
+        # The normaliser removes this control character.
         encode(TextSplit(["w1", "\u0001"]), bare, 8)
 
 
@@ -151,22 +157,11 @@ def test_batches_depend_on_seed_and_epoch_alone(group_by_length: bool) -> None:
         batches = epoch_batches(LENGTHS, 8, seed=seed, epoch=epoch, group_by_length=group_by_length)
         return np.concatenate(batches).tolist()
 
-    # Another user of numpy's global generator changes nothing.
+    # The global generator of NumPy has no influence.
     first = order(3, 1)
     np.random.seed(7)
     assert order(3, 1) == first
     assert len({tuple(order(*key)) for key in ((3, 1), (3, 2), (4, 1), (1, 3))}) == 4
-
-
-def test_drop_last_leaves_out_random_rows_and_only_the_remainder() -> None:
-    left_out = set()
-    for epoch in range(4):
-        batches = epoch_batches(
-            LENGTHS, 100, seed=0, epoch=epoch, group_by_length=True, drop_last=True
-        )
-        assert [len(batch) for batch in batches] == [100] * 10
-        left_out |= set(range(1003)) - set(np.concatenate(batches).tolist())
-    assert len(left_out) > 3
 
 
 def padded_tokens(batches: list[np.ndarray]) -> int:
@@ -180,7 +175,7 @@ def test_grouping_pads_little_and_starts_with_the_longest_batch() -> None:
     assert padded_tokens(grouped) < 1.1 * LENGTHS.sum()
     longest = [int(LENGTHS[batch].max()) for batch in grouped[:-1]]
     assert longest[0] == max(longest)
-    # Neither rising nor falling after that: training must not see lengths in order.
+    # The lengths of the following batches are in no order.
     steps = np.sign(np.diff(longest[1:]))
     assert min((steps > 0).sum(), (steps < 0).sum()) > len(steps) // 4
 
@@ -198,7 +193,6 @@ def test_without_shuffling_rows_come_in_order_or_longest_first() -> None:
         ({"batch_size": 0}, "batch_size=0"),
         ({"batch_size": 8, "seed": -1}, "seed=-1"),
         ({"batch_size": 8, "epoch": -1}, "epoch=-1"),
-        ({"batch_size": 2000, "drop_last": True}, "drop_last leaves no batch: 1003 rows"),
         ({"batch_size": 8, "lengths": np.zeros(0, dtype=np.int64)}, "no rows to batch"),
     ],
 )
@@ -207,20 +201,16 @@ def test_batches_that_cannot_be(arguments: dict, message: str) -> None:
         epoch_batches(**{"lengths": LENGTHS, "seed": 0, "epoch": 0, **arguments})
 
 
-@pytest.mark.parametrize("multiple", [None, 8])
-def test_collate_equals_the_padding_of_the_tokenizer(
-    tokenizer: PreTrainedTokenizerBase, multiple: int | None
-) -> None:
+def test_collate_equals_the_padding_of_the_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
     split = random_pairs(50, longest=8)
     encoded = encode(split, tokenizer, 32)
     indices = np.array([49, 0, 7, 7, 23])
-    batch = collate(encoded, indices, tokenizer.pad_token_id, multiple)
+    batch = collate(encoded, indices, tokenizer.pad_token_id)
     assert split.second is not None and split.labels is not None
     expected = tokenizer(
         [split.first[row] for row in indices],
         [split.second[row] for row in indices],
         padding=True,
-        pad_to_multiple_of=multiple,
         return_tensors="pt",
     )
     assert set(batch) == {*expected, "labels"}
@@ -239,3 +229,23 @@ def test_collate_pads_with_the_given_token_and_takes_any_sequence(
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 0], [0, 0, 0, 0]]
     assert "labels" not in batch
+
+
+def test_evaluation_batches_hold_every_text_once_without_labels(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    encoded = encode(random_pairs(50, longest=8), tokenizer, 32)
+    batches = list(evaluation_batches(encoded, 7, tokenizer.pad_token_id))
+    assert len(batches) == 8
+    rows = np.concatenate([indices for indices, _ in batches])
+    assert sorted(rows) == list(range(50))
+    assert (np.diff(encoded.lengths[rows]) <= 0).all()
+    for indices, batch in batches:
+        expected = collate(encoded, indices, tokenizer.pad_token_id)
+        assert set(batch) == set(expected) - {"labels"}
+        assert all(torch.equal(batch[name], expected[name]) for name in batch)
+    parts = [
+        list(evaluation_batches(encoded, 7, 0, part=slice(rank, None, 3))) for rank in (0, 1, 2)
+    ]
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert parts[1][2][0].tolist() == batches[7][0].tolist()

@@ -1,4 +1,4 @@
-"""Recipes: what cells they plan, and what is wrong with them in words."""
+"""Recipes: the cells they plan, and messages about mistakes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recipe(**changes: Any) -> dict[str, Any]:
 
 def test_cells() -> None:
     cells = plan_cells(recipe())
-    # Seed by seed; the first stage comes along with the method that needs it.
+    # Seed by seed; a first stage is added with the method that needs it.
     grid = [f"SCL, aux_weight {w}, temperature {t}" for w in (0.1, 0.5) for t in (0.1, 1.0)]
     assert [cell.name for cell in cells] == [
         *(f"rte, {name}, seed 1" for name in ["CE", "ACL", *grid]),
@@ -58,7 +58,7 @@ def test_features_are_shared_by_what_can_share_them() -> None:
         "A": second,
         "B": {**second, "distill_weight": 0.5},
         "C": {**second, "stage1": "CE linear", "exit_head": "linear"},
-        # States of other layers, or of texts cut elsewhere, are other states.
+        # Features depend on the layers and on the length of the texts.
         "D": {**second, "exit_layers": [2, 4]},
         "E": {**second, "max_seq_length": 32},
         "both stages": {"strategy": "two_stage", "objective": "ce"},

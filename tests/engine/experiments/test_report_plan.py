@@ -1,4 +1,4 @@
-"""The `report` section of a recipe: what it asks for, and mistakes in it."""
+"""The `report` section of a recipe: its analyses, and mistakes in it."""
 
 from __future__ import annotations
 
@@ -50,6 +50,8 @@ def test_what_suits_a_recipe_that_asks_for_nothing() -> None:
         ({"ablation": {"methods": []}}, "report.ablation.methods: expected `printed name"),
         ({"full_model": {"methods": {"x": {"layer": 3}}}}, "expected a method, or {method"),
         ({"full_model": {"methods": {"x": {"method": "ACL", "layer": 0}}}}, "layer=0 is no layer"),
+        ({"ablation": {"methods": {"x": "ACL"}, "metrics": "all"}}, "expected `methods:"),
+        ({"full_model": {"methods": {"x": "ACL"}, "metrics": "f1"}}, "metrics='f1': write `all`"),
         ({"grid": {"option": "x"}}, "report.grid: expected a list of tables"),
         ({"grid": [{"option": "x"}]}, "report.grid: expected `option` and `methods`"),
         (

@@ -1,4 +1,4 @@
-"""A sweep's record as it is read back: scores, and reasons where there are none."""
+"""Reading a sweep's record: scores, and reasons for missing scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reading runs back: from which file, under which name."""
+"""Reading the options of runs, and naming runs."""
 
 from __future__ import annotations
 

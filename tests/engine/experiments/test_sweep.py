@@ -1,4 +1,4 @@
-"""Sweeps: order, failures, stopping and going on, with stand-in runs; once with real ones."""
+"""Sweeps: order, failures, stopping and resuming, with stand-in runs; once with real ones."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RECIPE: dict[str, Any] = {
     "tasks": {"rte": {}},
     "methods": METHODS,
 }
-# What a run does, as far as a sweep can see.
+# A run, as far as it matters to a sweep.
 STAND_IN = """
 import json, pathlib, sys, time
 directory, action, seconds = pathlib.Path(sys.argv[1]), sys.argv[2], float(sys.argv[3])
@@ -43,14 +43,15 @@ if sys.argv[5]:
     features.mkdir(parents=True, exist_ok=True)
     (features / "meta.json").write_text("{}")
 metrics = {"validation": {"6": {"accuracy": 0.5, "loss": 1.0}}}
-(directory / "results.json").write_text(json.dumps({"metrics": metrics, "train_seconds": 1.0}))
+results = {"metrics": metrics, "train_seconds": 1.0, "options": {}}
+(directory / "results.json").write_text(json.dumps(results))
 with open(sys.argv[4], "a") as journal:
     journal.write(f"end {directory}\\n")
 """
 
 
 class StandInSweep(Sweep):
-    """A sweep whose runs are `STAND_IN`; `failing` names methods, `seconds` each run's length."""
+    """A sweep whose runs are `STAND_IN`; `failing`: methods; `seconds`: duration of a run."""
 
     failing: tuple[str, ...] = ()
     seconds = 0.0
@@ -71,7 +72,7 @@ class StandInSweep(Sweep):
         return self.directory / "journal"
 
     def order(self) -> list[str]:
-        """What started and ended when: "start ce/seed-1"."""
+        """Starts and ends of runs in order: "start ce/seed-1"."""
         lines = self.journal.read_text().splitlines()
         return [line.replace(f"{self.directory}/cells/rte/", "") for line in lines]
 
@@ -113,7 +114,7 @@ def test_as_many_at_a_time_as_there_are_workers(tmp_path: Path) -> None:
 def test_features_are_written_by_one_run_and_deleted(tmp_path: Path) -> None:
     sweep = StandInSweep({**RECIPE, "seeds": [1], "share_features": True}, tmp_path, workers=4)
     sweep.run()
-    # The second of the two that share waits until the first has written.
+    # Of two runs that share features, the second waits until the first has written them.
     assert sweep.order()[2:] == [
         "start acl/seed-1", "end acl/seed-1", "start kd/seed-1", "end kd/seed-1",
     ]  # fmt: skip
@@ -165,7 +166,7 @@ def test_a_run_that_a_killed_sweep_left_behind_is_not_started_again(tmp_path: Pa
     killed.seconds = 2.0
     with killed.lock.held():
         killed._start(killed.runs[0])
-    # The sweep's own hold on the directory is gone; its run's is not.
+    # The sweep no longer holds the lock, but its run does.
     left = killed.runs[0].process
     assert left is not None
     again = StandInSweep(killed.recipe, tmp_path)
@@ -190,7 +191,7 @@ def test_status_tells_what_became_of_runs(tmp_path: Path) -> None:
         sweep._write()
         seen.recall()
         assert seen.runs[0].status == "running"
-    # Nobody holds the lock: it was killed.
+    # No process holds the lock, so the sweep was killed.
     seen.recall()
     assert seen.runs[0].status == "interrupted"
 
@@ -215,7 +216,7 @@ def test_features_of_a_first_stage_that_is_trained_anew_are_deleted(tmp_path: Pa
     assert process is not None
     process.wait()
     assert not stale.exists() and other.exists()
-    # A second stage leaves what others wrote.
+    # A second stage does not delete the features of others.
     stale.mkdir()
     sweep._start(sweep.runs[1])
     process = sweep.runs[1].process
@@ -276,7 +277,7 @@ def test_real_runs(tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys) -> 
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(recipe))
     arguments = ["sweep", str(file), "--output_dir", str(tmp_path / "out")]
-    # Data are named on the command line: recipes are for more than one machine.
+    # Data are named on the command line, because recipes are used on several machines.
     arguments += ["--data_dir", str(tiny_data)]
     assert main([*arguments, "--status"]) == 0
     assert "0 of 1" in capsys.readouterr().out and not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""Early exit: the same answers at any batch size and order, and what it costs."""
+"""Early exit: the same answers at any batch size and order, and its costs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def multi_exit_model(
     model = MultiExitForSequenceClassification(config).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        # Random encoders are much the same for all texts: larger embeddings tell them apart.
+        # Random encoders give similar states for all texts; larger embeddings separate them.
         words = model.backbone.get_input_embeddings().weight
         words.copy_(torch.randn(words.shape, generator=generator))
     return model
@@ -94,7 +94,7 @@ def texts(number: int = NUM_TEXTS) -> EncodedSplit:
 def one_by_one(
     model: MultiExitForSequenceClassification, encoded: EncodedSplit, policy: Policy
 ) -> tuple[list[int], list[int]]:
-    """Answers and layers by the plain model, a text at a time: what early exit has to give."""
+    """Expected answers and layers, from the plain model, one text at a time."""
     from fusedacl.engine.model.early_exit import certainty_of
     from fusedacl.engine.model.exit_policies import ExitReading
 
@@ -129,7 +129,7 @@ def test_batches_do_not_matter(exit_head: str, name: str, parameters: dict[str, 
     policy = make_policy(name, **parameters)
     answers, layers = one_by_one(model, encoded, policy)
     if name != "fixed_layer":
-        # Otherwise there is nothing to see here.
+        # Otherwise the test would show nothing.
         assert len(set(layers)) > 1, (name, np.bincount(layers))
     alone = None
     for batch_size in (1, 7, 256):
@@ -140,7 +140,7 @@ def test_batches_do_not_matter(exit_head: str, name: str, parameters: dict[str, 
             assert output.predictions.tolist() == answers
             assert output.exit_layers.tolist() == layers
             alone = output if alone is None else alone
-            # Other batches are other paddings: rounding, never more.
+            # Other batches have other padding, which changes the rounding only.
             torch.testing.assert_close(output.probabilities, alone.probabilities, rtol=0, atol=1e-6)
             assert torch.equal(output.flops, alone.flops)
 
@@ -178,7 +178,7 @@ def test_nobody_leaves_early_is_the_full_model() -> None:
     expected = model(**batch).logits.softmax(dim=-1)
     torch.testing.assert_close(output.probabilities, expected, rtol=0, atol=1e-6)
     assert output.mean_layer == 5
-    # The earlier exits were computed in vain.
+    # The earlier exits were computed without effect.
     assert 1 < output.flops_share < 1.1
     last = early_exit(model, batch, "fixed_layer", layer=5)
     torch.testing.assert_close(last.probabilities, expected, rtol=0, atol=1e-6)
@@ -203,14 +203,14 @@ def test_layers_run_for_the_texts_that_need_them_alone(monkeypatch: pytest.Monke
         assert sum(rows for rows, _ in seen.get(layer, [])) == int(
             (output.exit_layers >= layer).sum()
         )
-    # No padding beyond the longest text that is left.
+    # No padding beyond the longest remaining text.
     widest = int(lengths[output.exit_layers == 5].max())
     assert max(width for _, width in seen[5]) == widest
     seen.clear()
     engine.predict(encoded, 10, pad_token_id=1, repack=True)
     full = [rows for shapes in seen.values() for rows, _ in shapes]
     assert max(full) == 10
-    # Full batches but for the last of each layer.
+    # Full batches, except for the last one of each layer.
     assert all(sum(rows < 10 for rows, _ in shapes) <= 1 for layer, shapes in seen.items())
     seen.clear()
     engine = EarlyExit(model, FixedLayer(2))
@@ -228,7 +228,7 @@ def test_flops_by_hand() -> None:
     spent = [flops.at(length).item() for flops in exit_flops(model)]
     assert spent == [layer + exit, 2 * (layer + exit), 3 * (layer + exit), 5 * layer + 4 * exit]
     assert full_flops(model).at(length).item() == 5 * layer + exit
-    # An exit that is not read costs nothing; the learned exit a product with h.
+    # An exit that is not read costs nothing; the learned exit costs a product with h.
     spent = [flops.at(length).item() for flops in exit_flops(model, FixedLayer(2))]
     assert spent[1] == 2 * layer + exit
     learned = exit_flops(model, make_policy("learned", threshold=0.5))

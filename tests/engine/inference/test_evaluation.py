@@ -1,4 +1,4 @@
-"""Metrics against their definitions, and evaluation of a finished run."""
+"""Metrics compared with their definitions, and the evaluation of a finished run."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_metrics_by_their_definitions() -> None:
         [5 / 8, f1, (f1 + other_f1) / 2, matthews]
     )
     assert score(["f1"], np.zeros(4), np.ones(4)) == {"f1": 0.0}
-    with pytest.raises(ValueError, match="metric='f2' is not one"):
+    with pytest.raises(ValueError, match="metric='f2' is unknown. Did you mean 'f1'"):
         score(["f2"], predictions, labels)
 
 
@@ -128,7 +128,7 @@ def test_answers_that_are_none_are_not_scored(
     source = ["--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
     assert main([*command, *source]) == 1
     told = capsys.readouterr()
-    assert "The exit on layer 2 answers 24 of 24 texts with NaN or infinite logits" in told.err
+    assert "The exit on layer 2 has NaN or infinite logits for 24 of 24 texts" in told.err
     assert "Take another checkpoint" in told.err
     assert told.out == "" and not file.exists()
 

@@ -1,4 +1,4 @@
-"""Each policy by hand, and the mistakes it refuses."""
+"""Each policy on small examples, and the mistakes it refuses."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def logits_of(*answers: int) -> Tensor:
 
 
 def leaving_exits(policy: Policy, exits: list[Tensor]) -> list[int]:
-    """The exit (1 = first) where each text would leave, 0 for never."""
+    """The exit (1 = first) where each text leaves; 0: at none."""
     found = torch.zeros(len(exits[0]), dtype=torch.int64)
     memory: Memory = {}
     for number, logits in enumerate(exits, start=1):
@@ -94,7 +94,7 @@ def test_patience_with_confidence_counts_confident_exits() -> None:
     first, second = torch.cat([confident, confident]), torch.cat([confident, unsure])
     exits = [first, second, first, first]
     assert leaving_exits(PatienceConfidence(2, 0.9), exits) == [2, 4]
-    # The answer need not be the same.
+    # The answers may differ.
     assert leaving_exits(PatienceConfidence(2, 0.9), [logits_of(0), logits_of(1)]) == [2]
     by_probability = [MaximumProbability(0.9).leaves(ExitReading(1, x), {})[0] for x in exits]
     once = [PatienceConfidence(1, 0.9).leaves(ExitReading(1, x), {})[0] for x in exits]

@@ -111,7 +111,7 @@ def exits_dir(tiny_bert: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
         ({"policy": "stored"}, None),
         ({"policy": "stored", "bf16": True}, "calibrated with dtype float32, this run has dtype"),
         ({"policy": "stored", "max_seq_length": 16}, "max_seq_length 64, this run has max_seq_le"),
-        # The user's own threshold was not calibrated.
+        # A threshold given by the user was not calibrated.
         ({"policy": "entropy:threshold=1", "bf16": True}, None),
         ({"bf16": True}, None),
     ],
@@ -181,7 +181,7 @@ def test_answers_that_are_none_are_not_written(
         model.backbone.get_input_embeddings().weight.fill_(float("nan"))
     model.save_pretrained(tmp_path / "broken")
     load_tokenizer(str(exits_dir)).save_pretrained(tmp_path / "broken")
-    with pytest.raises(FloatingPointError, match=r"3 of 3 texts \(the first in row 1\) with NaN"):
+    with pytest.raises(FloatingPointError, match=r"3 of 3 texts \(the first in row 1\) are NaN"):
         run(tmp_path / "broken", csv_file, tmp_path / "out.csv", policy=policy)
     assert not (tmp_path / "out.csv").exists()
 

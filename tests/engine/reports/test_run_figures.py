@@ -1,4 +1,4 @@
-"""Figures that show the numbers, and a results page that claims no more than they say."""
+"""Loss curves and histograms of angles from what runs logged."""
 
 from __future__ import annotations
 
@@ -7,7 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusedacl.engine.reports.run_figures import draw_angle_histogram, draw_loss_curves
+from fusedacl.engine.reports.run_figures import (
+    angle_words,
+    draw_angle_histogram,
+    draw_loss_curves,
+    logged_angles,
+)
 from fusedacl.engine.runtime.text import text_table
 
 
@@ -44,6 +49,24 @@ def test_figures_are_drawn(run_dir: Path, tmp_path: Path) -> None:
         pixels = matplotlib.image.imread(figure)
         assert pixels.shape[0] > 300
         assert pixels.std() > 0.02
+    # Angles 61 to 80 in the first epoch, 81 to 100 in the second.
+    svg = (tmp_path / "angles.svg").read_text()
+    assert "epoch 1" in svg and "epoch 2" in svg
+    assert "40 angles, median 80°, 25.0% beyond 90°" in svg
+
+
+def test_logged_angles(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "epoch": 0.5, "angle_degrees": 80.0},
+        {"step": 2, "epoch": 1, "angle_degrees exit 10": 70.0, "angle_degrees backbone": None},
+        {"step": 3, "epoch": 1.5, "angle_degrees exit 10": 75.0, "loss": 1.0},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "metrics.jsonl").write_text(text)
+    assert logged_angles(tmp_path) == [
+        ("model", 0.5, 80.0), ("exit 10", 1.0, 70.0), ("exit 10", 1.5, 75.0)
+    ]  # fmt: skip
+    assert angle_words([70.0, 90.0, 95.0], 90) == "median 90°, 33.3% beyond 90°"
 
 
 def test_runs_that_cannot_be_drawn(run_dir: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole report: of a sweep that is not finished, and of runs given by hand."""
+"""The whole report of an unfinished sweep, and of single runs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_analysis_is_there(report: Report, page_checks: ModuleType) -> Non
 def test_what_is_missing_is_named(report: Report) -> None:
     missing = next(section for section in report.sections if section.title == "Missing runs")
     (table,) = missing.tables
-    assert list(table.rows) == [  # type: ignore[union-attr]
+    assert list(table.rows) == [
         ["cola", "2ST-linear", "1, 2", "waiting"],
         ["cola", "ACL", "2", "failed: exit status 1: no memory"],
     ]
@@ -73,7 +73,7 @@ def test_what_is_missing_is_named(report: Report) -> None:
 def test_a_sweep_from_the_command_line(
     make_sweep: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # Nothing asked for: what suits the methods. One seed: no claim.
+    # No `report` section: the default analyses. A single seed: no claim.
     sweep = make_sweep(
         tmp_path / "s", report=None, methods=("CE", "JT", "2ST-MHA"), tasks=("rte",), seeds=(1,)
     )
@@ -104,7 +104,7 @@ def test_a_task_that_has_not_begun(make_sweep: Callable[..., Path], tmp_path: Pa
     made = write_report([sweep], tmp_path / "out")
     titles = [section.title for section in made.sections]
     assert titles == ["Layer scores: mrpc", "Missing runs", "Commands"]
-    # One seed: a difference, and no claim.
+    # A single seed: a difference, but no claim.
     assert ": no claim)" in made.sections[0].text
 
 
@@ -151,12 +151,12 @@ def test_angles_of_many_values(
     def methods(made: Report) -> tuple[list[str], list[str]]:
         section = next(s for s in made.sections if s.title == "Gate angles: mrpc")
         (table,) = section.tables
-        rows = table.rows  # type: ignore[union-attr]
+        rows = table.rows
         return list(dict.fromkeys(row[0] for row in rows)), list(section.notes)
 
     grid = [f"ACL sweep, aux_weight {value}" for value in (0.005, 0.02, 0.1)]
     assert methods(report) == (["ACL backbone", "ACL", *grid], [])
-    monkeypatch.setattr(sweep_report, "_MOST_PANELS", 4)
+    monkeypatch.setattr(sweep_report, "_MAX_PANELS", 4)
     made = write_report([unfinished_sweep], tmp_path)
     note = "Left out, having a list of values each: ACL sweep."
     assert methods(made) == (["ACL backbone", "ACL"], [note])

@@ -1,4 +1,4 @@
-"""The cross-fitted score: by hand, without the optimism of choosing, and when it cannot be had."""
+"""The cross-fitted score: computed by hand, free of optimism, and errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_each_half_has_the_setting_that_the_other_chose(exit_readings: ExitReadi
         flops += scored.flops_share * full
     assert found.score == pytest.approx(right / 80)
     assert found.mean_layer == pytest.approx(layers / 80)
-    # Shares of halves weigh as their operations, which are nearly proportional to tokens here.
+    # The shares of the halves are weighted by operations, here nearly proportional to tokens.
     assert found.flops_share == pytest.approx(float(flops / sum(exit_readings.lengths)), rel=0.02)
     assert found.num_folds == 2
 
@@ -49,7 +49,7 @@ def test_every_policy_can_be_cross_fitted(name: str, exit_readings: ExitReadings
 def test_choosing_among_noise_gains_nothing_elsewhere(
     name: str, exit_readings: ExitReadings
 ) -> None:
-    """Exits that guess: the best of many thresholds looks better than it is."""
+    """With random exits, the best of many thresholds looks better than it is."""
     gains, unseen = [], []
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)

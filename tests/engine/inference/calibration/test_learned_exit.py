@@ -1,4 +1,4 @@
-"""The learned exit: what it learns, and that no text is judged by a layer fitted on it."""
+"""The learned exit: its certainties, and that none comes from a layer fitted on the text."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def test_it_tells_right_from_wrong(exit_readings: ExitReadings) -> None:
 
 
 def test_no_text_is_judged_by_a_layer_fitted_on_it(exit_readings: ExitReadings) -> None:
-    """A text whose label changes is judged as before; with its own layer it would not be."""
+    """Changing the label of a text does not change its own cross-fitted certainty."""
     before = cross_fitted(exit_readings).certainties
     labels = exit_readings.labels.clone()
-    # Another class, and so another order of the classes: the folds have to stay as they are.
+    # Another class changes the order of the classes; the folds must stay the same.
     folds = fold_of(labels, 5)
     text = 7
     changed = dataclasses.replace(exit_readings, labels=labels)
@@ -51,7 +51,7 @@ def test_no_text_is_judged_by_a_layer_fitted_on_it(exit_readings: ExitReadings) 
 
 
 def test_noise_is_not_taken_for_knowledge(exit_readings: ExitReadings) -> None:
-    """On random answers a layer's own texts flatter it; the cross-fitted certainties do not."""
+    """On random answers a layer looks better on its own texts; cross-fitted certainties do not."""
     generator = torch.Generator().manual_seed(0)
     noise = dataclasses.replace(
         exit_readings,
@@ -93,7 +93,7 @@ def test_nothing_to_learn(exit_readings: ExitReadings, all_right: bool) -> None:
     word = "right" if all_right else "wrong"
     with pytest.raises(ValueError, match=f"exits are {word} on all 80 texts"):
         with_learned_exit(readings)
-    # In a fold that is no reason to stop: Laplace's rule on 3 exits x 80 texts.
+    # Within a fold it is no error: Laplace's rule on 3 exits x 80 texts.
     certainty = judged_by(fit_learned_exit(readings), readings).certainties
     expected = 241 / 242 if all_right else 1 / 242
     torch.testing.assert_close(certainty, torch.full_like(certainty, expected))

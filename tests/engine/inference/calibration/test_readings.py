@@ -1,4 +1,4 @@
-"""One pass through all exits, and what it refuses."""
+"""Reading all exits in one pass, and the errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_a_part_of_the_texts_reads_as_in_the_whole(exit_readings: ExitReadings) 
     mask = torch.zeros(len(readings), dtype=torch.bool)
     mask[rows] = True
     assert torch.equal(readings.subset(mask).lengths, readings.lengths[rows.sort().values])
-    # Nobody asks how sure the last exit is.
+    # The certainty of the last exit is not read.
     assert readings.at(3).certainty is None
 
 
@@ -44,7 +44,7 @@ def test_logits_that_are_no_numbers(
 ) -> None:
     with torch.no_grad():
         exit_model.exits[1].classifier.weight[0, 0] = value
-    with pytest.raises(FloatingPointError, match="exit on layer 2 answers 80 of 80 texts with NaN"):
+    with pytest.raises(FloatingPointError, match="layer 2 has NaN .* for 80 of 80 texts"):
         read_exits(exit_model, exit_texts, 16, pad_token_id=0)
 
 

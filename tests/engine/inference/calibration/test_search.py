@@ -1,4 +1,4 @@
-"""Calibration: replay equals inference, targets are met, what is kept of the choice."""
+"""Calibration: replay equals inference, targets are met, the choice is recorded."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from fusedacl.engine.model.exit_policies import (
 
 @pytest.fixture
 def readings(exit_readings: ExitReadings) -> ExitReadings:
-    """What inference sees: with the certainties of the model's own learned exit."""
+    """Readings as in inference, with the certainties of the model's own learned exit."""
     with_learned_exit(exit_readings)
     return judged_by(exit_readings.model.learned_exit, exit_readings)
 
@@ -62,7 +62,7 @@ def test_a_sweep_says_what_inference_does(
         assert row.exit_counts == {
             layer: int((online.exit_layers == layer).sum()) for layer in (1, 2, 3, 4)
         }
-    # From the cheapest the policy can do to the full model's quality.
+    # From the cheapest setting of the policy to the quality of the full model.
     assert max(row.mean_layer for row in rows) == 4
     if name not in ("patience", "patience_confidence"):
         assert min(row.mean_layer for row in rows) == 1
@@ -101,14 +101,14 @@ def test_the_frontier_drops_what_is_beaten() -> None:
 
 
 def test_settings_spread_over_the_frontier() -> None:
-    """Few of many: both ends, the chosen one, and no crowd elsewhere."""
+    """Both ends and the chosen setting are kept, and the others are spread out."""
     shares = [0.1, 0.11, 0.12, 0.13, 0.3, 0.5, 0.52, 0.7, 0.9, 1.0]
     rows = [row(share, share) for share in shares]
     beaten, chosen = row(0.6, 0.2), rows[2]
     kept = spread_out([*rows[::-1], beaten], 6, chosen)
     assert [r.flops_share for r in kept] == [0.1, 0.12, 0.3, 0.5, 0.7, 1.0]
     assert spread_out(rows, 10) == rows
-    # A budget of layers may choose what another setting beats in operations.
+    # The best setting within a budget of layers need not be best in operations.
     assert [r.flops_share for r in spread_out([*rows, beaten], 4, beaten)] == [0.1, 0.3, 0.6, 1.0]
     assert spread_out(rows[:1], 3, rows[0]) == rows[:1]
 
@@ -202,7 +202,7 @@ def test_inference_unlike_the_calibration(
     record = {"calibration": {"dtype": "float32", "max_seq_length": 20}}
     told = calibration_mismatch(record, dtype, length)
     assert told is None if words is None else words in told
-    # Nothing is known of a record without them.
+    # A record without them cannot be compared.
     assert calibration_mismatch({"calibration": {"score": 0.5}}, dtype, length) is None
     assert calibration_mismatch({"name": "entropy"}, dtype, length) is None
 

@@ -1,4 +1,4 @@
-"""`fusedacl exits` from the sweep to a model that keeps its policy, and `predict --policy`."""
+"""`fusedacl exits`, from trying policies to a model that stores one, and `predict --policy`."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_sweep_store_and_serve(
 def test_a_learned_exit_of_the_sweep_is_not_promised_to_those_who_load(
     model_dir: Path, tiny_data: Path
 ) -> None:
-    """It is not among the weights that stay, so the configuration may not name it."""
+    """It is not among the saved weights, so the configuration must not name it."""
     both = ["--policies", "entropy,learned", "--policy", "entropy", "--max_mean_layer", "2"]
     assert run(model_dir, tiny_data, *both) == 0
     config = json.loads((model_dir / "config.json").read_text())
@@ -118,12 +118,12 @@ def test_ctrl_c_keeps_what_is_done(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The second policy to be timed is interrupted; the stored one was the first."""
+    """The timing of the second policy is interrupted; the stored policy was timed first."""
     out = tmp_path / "report"
     timed, seen = [], []
 
     def interrupted(*arguments: Any, **options: Any) -> list[MeasuredSpeed]:
-        # What is on disk when a policy's turn comes.
+        # The file on disk when the timing of a policy begins.
         seen.append(json.loads((out / "exits.json").read_text()))
         if len(timed) == 3:
             raise KeyboardInterrupt
@@ -139,7 +139,7 @@ def test_ctrl_c_keeps_what_is_done(
     assert "measured" not in seen[0]["policies"]["voting"]
     assert len(seen[2]["policies"]["voting"]["measured"]) == 2
     printed = capsys.readouterr().out
-    words = f"Interrupted: 3 of 3 policies are swept, 1 of 3 timed. What is done is in {out}."
+    words = f"Interrupted: 3 of 3 policies were tried, 1 of 3 timed. Results so far are in {out}."
     assert words in printed and "voting is stored with the model" in printed
     results = json.loads((out / "exits.json").read_text())
     assert not results["complete"]
@@ -161,7 +161,7 @@ def test_times_that_nothing_would_show_are_not_taken(
         return measure_speed(*arguments, **options)
 
     monkeypatch.setattr(exit_study, "measure_speed", measured)
-    # Patience cannot leave at the first exit: it has no setting for this target.
+    # With patience, no text leaves at the first exit: no setting reaches this target.
     options = ["--policies", "entropy,patience", "--max_mean_layer", "1", "--measure"]
     assert run(model_dir, tiny_data, *options, "--measured_samples", "4") == 0
     assert [[policy.name for policy in policies] for policies in timed] == [["entropy"]] * 2
@@ -185,7 +185,7 @@ def test_ctrl_c_before_anything_is_stored(
     options = ["--policies", "entropy,patience", "--policy", "patience"]
     assert run(model_dir, tiny_data, *options, "--output_dir", str(tmp_path / "out")) == 130
     printed = capsys.readouterr().out
-    assert "Interrupted: 1 of 2 policies are swept. What" in printed
+    assert "Interrupted: 1 of 2 policies were tried. Results" in printed
     assert "is stored" not in printed
     assert list(json.loads((tmp_path / "out/exits.json").read_text())["policies"]) == ["entropy"]
     assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None
@@ -208,7 +208,7 @@ def test_the_learned_exit_survives(
         assert torch.equal(model.state_dict()[name], value)
     inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
     assert model.early_exit(inputs).exit_layers.tolist() == [1]
-    # Another policy, stored later, leaves it where it is.
+    # Storing another policy later keeps it.
     assert run(model_dir, tiny_data, "--policy", "patience", "--max_quality_loss", "1") == 0
     again = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert again.config.exit_policy["name"] == "patience"
@@ -266,5 +266,5 @@ def test_a_model_that_diverged(
         model.exits[0].classifier.weight.fill_(float("nan"))
     model.save_pretrained(model_dir)
     assert run(model_dir, tiny_data, "--policy", "entropy") == 1
-    assert "exit on layer 1 answers 24 of 24 texts with NaN" in capsys.readouterr().err
+    assert "layer 1 has NaN or infinite logits for 24 of 24 texts" in capsys.readouterr().err
     assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None

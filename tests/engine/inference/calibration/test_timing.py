@@ -1,4 +1,4 @@
-"""Tables, the quality-speed figure, and times of early exit against the full model."""
+"""Tables, the quality-speed figure, and times of early exit beside the full model."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_figure(tmp_path: Path) -> None:
 
 
 def test_times_are_panels_of_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One a batch size, with the settings that were timed in it and the full model."""
+    """A panel per batch size, with the settings timed at it and the full model."""
     drawn = []
     savefig = Figure.savefig
 
@@ -136,13 +136,13 @@ def test_times() -> None:
         model, encoded, [FixedLayer(1)], 4, pad_token_id=0, max_texts=8, repeats=3
     )
     assert (speed.batch_size, speed.num_texts, speed.repeats) == (4, 8, 3)
-    # One layer of six: faster, whatever else the machine does.
+    # A layer of six is faster on any machine.
     assert speed.speedup > 1
     assert 0 < speed.early_ms < speed.full_ms
 
 
 def test_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Settings and the full model batch by batch; who goes first rotates."""
+    """Settings and the full model alternate batch by batch, in rotating order."""
     turns, clock = [], [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     call, forward = EarlyExit.__call__, BertModel.forward

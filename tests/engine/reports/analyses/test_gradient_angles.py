@@ -1,4 +1,4 @@
-"""Gradient angles of trained runs: against an oracle in float64, by layer, and told in files."""
+"""Gradient angles of trained runs: compared with float64, by layer, and in files."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def options(**values: Any) -> AngleConfig:
 
 
 def first_batch(run: Path) -> tuple[MultiExitForSequenceClassification, dict[str, torch.Tensor]]:
-    """The model in float64, and the texts of the first training batch, tokenised anew."""
+    """The model in float64, and the first training batch, tokenised again."""
     config, trained = run_config(run), load_model(run, "cpu")
     texts = load_data(run, config, trained.label_names, {}, needs_train=True).splits["train"]
     order = np.random.default_rng([config.optimization.seed, 0]).permutation(len(texts))[:16]
@@ -107,7 +107,7 @@ def test_angle_of_one_batch_is_that_of_whole_gradients(
     model, batch = first_batch(run)
     labels = batch.pop("labels")
     output = model(**batch)
-    # Of the tiny model: layer m has the exit m, or the last only.
+    # In the tiny model, layer m has the exit m, or only the last layer has an exit.
     position = layer - 1 if len(model.exits) == 2 else 0
     logits, h = output.exit_logits[position], output.exit_embeddings[position]
     weight = model.exits[position].classifier.weight
@@ -146,14 +146,14 @@ def test_groups_add_up_and_layers_after_the_exit_have_no_part(runs: dict[str, Pa
     assert np.ptp(joint.angles(ALL)) > 0.1
     every = measure_angles(runs["joint"], options(exit_layer="all"))
     assert every.groups == ("embeddings", "layer 1", "layer 2", "exit 1", "exit 2")
-    # Exits share no parameter: together they have the angles that each has alone.
+    # Exits share no parameter, so each has the same angles as alone.
     assert every.angles("exit 1") == pytest.approx(joint.angles("exit 1"), abs=0.01)
     second = measure_angles(runs["two_stage"], options(exit_layer="all"))
     assert second.names == ["exit 1"]
 
 
 def test_zero_gradients_are_right_angles_and_counted(runs: dict[str, Path]) -> None:
-    """SCL does not reach a linear exit, which has no parameter but its classifier's."""
+    """SCL has no gradient for a linear exit, whose only parameters are its classifier's."""
     found = measure_angles(runs["scl"], options(num_batches=3))
     assert found.num_undefined("exit 2") == 3
     assert found.angles("exit 2").tolist() == [90.0] * 3
@@ -202,7 +202,7 @@ def test_batches_are_those_training_begins_with(runs: dict[str, Path], tmp_path:
 
 
 def test_contrastive_loss_is_the_runs_own(runs: dict[str, Path]) -> None:
-    """ACL-CL where the exit has a teacher; cross-entropy without distillation."""
+    """ACL-CL if the exit has a teacher; cross-entropy without distillation."""
     for name, asked, layer, wanted in (
         ("ce", None, None, ("scl", False)),
         ("ce", "acl", None, ("acl", False)),

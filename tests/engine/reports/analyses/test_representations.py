@@ -1,4 +1,4 @@
-"""Representations beside label embeddings: the numbers, t-SNE, and the files of `fusedacl tsne`."""
+"""Representations and label embeddings: the numbers, t-SNE, and the files of `fusedacl tsne`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from torch.nn import functional
 def make_run(
     tiny_bert: Path, tiny_data: Path, directory: Path, head: str, layers: list[int]
 ) -> Path:
-    """What a run leaves, of a model whose words differ, without the training."""
+    """The files of a run, without training, of a model with distinct word embeddings."""
     torch.manual_seed(1)
     model = MultiExitForSequenceClassification.from_encoder(
         str(tiny_bert), label_names=["negative", "positive"], exit_layers=layers, exit_head=head
@@ -86,7 +86,7 @@ def test_representations_are_what_the_classifier_reads(
         logits = model(**tokens).exit_logits[1]
         h = model(**tokens).exit_embeddings[1]
     assert one.samples == pytest.approx(functional.normalize(h, dim=-1).numpy(), abs=1e-5)
-    # Both lengths given back, and the bias of a linear exit, they make the logits.
+    # Scaled to their lengths, and with the bias of a linear exit, they give the logits.
     weight = model.exits[1].classifier.weight.detach()
     bias = 0 if model.exits[1].classifier.bias is None else model.exits[1].classifier.bias.detach()
     cosines = torch.from_numpy(one.samples @ one.label_embeddings.T)
@@ -110,7 +110,7 @@ def test_alignment_by_hand() -> None:
     assert found.nearest_other == pytest.approx((0 + 0.8 + 0 + 0) / 4)
     assert found.margin == pytest.approx((1 - 0.2 + 1 + 1) / 4)
     assert found.nearest_is_own == 0.75
-    # Cosine distances: of the first two 0.4 between them, then 1 and 0.2 to the others.
+    # Cosine distances of the first two: 0.4 to each other, then 1 and 0.2 to the others.
     silhouettes = [(1 - 0.4) / 1, (0.2 - 0.4) / 0.4, 1, 1]
     assert found.silhouette == pytest.approx(np.mean(silhouettes))
     assert measure_alignment(made([[1, 0], [0, 1]], labels, [1, 1])).silhouette is None

@@ -1,4 +1,4 @@
-"""The page stands alone: well-formed, no request, no shared ids, and it says what it was given."""
+"""The page is well-formed, loads nothing, has unique ids, and shows its contents."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SVG = (
 
 
 class Checker(HTMLParser):
-    """Every tag is closed where it must be; collects ids and what is loaded."""
+    """Check that tags are closed; collect ids and URLs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,11 +74,12 @@ def write_svg(path: Path, root: str = "", more: str = "") -> Path:
 def test_a_page_of_everything(tmp_path: Path) -> None:
     picture = write_svg(tmp_path / "a.svg")
     (tmp_path / "a.caption.txt").write_text("Beside <it>\n")
+    beside = captioned_figures([tmp_path])
     (tmp_path / "b.png").write_bytes(b"\x89PNG")
     table = Table(["method", "score"], [["A & B", "**65.0 ± 7.1**"], ["`C`", "3"]], "All of them")
     sections = [
-        Section("Same", "One.\n\nTwo.", [picture, Figure(picture, "again")], [table], ["a note"]),
-        Section("Same", tables=[(["x", "y"], [["1", "no number"]])], files=[picture]),
+        Section("Same", "One.\n\nTwo.", [*beside, Figure(picture, "again")], [table], ["a note"]),
+        Section("Same", tables=[Table(["x", "y"], [["1", "no number"]])], files=[picture]),
         Section("Last", figures=[Figure(tmp_path / "b.png", "png")], commands=["run <me>"] * 4),
     ]
     path = tmp_path / "new" / "index.html"
@@ -101,8 +102,8 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
 
 
 def test_rows_that_do_not_fit(tmp_path: Path) -> None:
-    section = Section("Scores", tables=[(["a", "b"], [["only one"]])])
-    with pytest.raises(ValueError, match="'Scores': a row has 1 cells and the header 2"):
+    section = Section("Scores", tables=[Table(["a", "b"], [["only one"]], "All")])
+    with pytest.raises(ValueError, match="'All': a row has 1 cells and the header 2"):
         write_page(tmp_path / "x.html", "x", "", [section])
     assert not (tmp_path / "x.html").exists()
 

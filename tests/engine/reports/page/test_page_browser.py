@@ -1,4 +1,4 @@
-"""The pages in a real browser: their script runs, they fit a telephone and a large window."""
+"""The pages in a real browser: the script runs, and the page fits small and large windows."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ _FLAGS = (
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
     "--hide-scrollbars", "--virtual-time-budget=2000",
 )  # fmt: skip
-# Sorts a section's table by a column of numbers and by its names, points at an entry of its chart's
-# legend (t-SNE's has none that does something), and notes what came of it.
+# Sorts the table of a section by a column of numbers and by its names, points at a legend entry of
+# its chart (those of t-SNE have no effect), and records the results.
 _PROBE = """<script>
 const root = document.documentElement, note = root.dataset;
 note.scrollWidth = root.scrollWidth; note.clientWidth = root.clientWidth;
@@ -58,7 +58,7 @@ def browser() -> str:
 
 @dataclass(frozen=True)
 class ProbedPage:
-    """A page with the probe in it, and what the probe must note.
+    """A page with the probe in it, and the results that the probe must record.
 
     names: first column of the section's table, sorted; dimmed: series that are not pointed at.
     """
@@ -159,7 +159,7 @@ def test_it_fits_a_large_window(browser: str, probed_page: ProbedPage, tmp_path:
 
 
 def test_it_fits_a_telephone(browser: str, probed_page: ProbedPage, tmp_path: Path) -> None:
-    # A window is at least 500 wide; a frame has no such limit.
+    # A window is at least 500 pixels wide; a frame can be narrower.
     frame = tmp_path / "frame.html"
     frame.write_text(
         '<!DOCTYPE html><body style="margin:0"><script>onmessage = (event) => {'
@@ -175,7 +175,7 @@ def test_it_fits_a_telephone(browser: str, probed_page: ProbedPage, tmp_path: Pa
 
 
 def widths(html: str) -> tuple[int, int]:
-    """Of the document and of its window."""
+    """Widths of the document and of its window."""
     found = dict(re.findall(r'data-(scroll|client)-width="(\d+)"', html))
     return int(found["scroll"]), int(found["client"])
 

@@ -1,4 +1,4 @@
-"""Claims against scores: who is right, by how much, and when nothing may be said."""
+"""Claims compared with scores: verdicts, differences, and cases without a verdict."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ def test_of_spreads_the_smaller_is_better() -> None:
     assert found.better.values == pytest.approx({1: 0.01, 2: 0.01})
     assert found.than.values == pytest.approx({1: 0.1, 2: 0.1})
     assert found.comparison.difference == pytest.approx(9) and found.verdict == "holds"
-    # One value of one seed is not there: that seed has no spread, and one seed makes no claim.
+    # A seed lacks a value, so it has no spread; the other seed alone makes no claim.
     found, notes = weigh(sweep_of(*runs[:-1], run_of("rte", "B", 2, None, aux_weight=1.0)), CALM)
     assert [of_task.verdict for of_task in found] == ["one seed: no claim"]
     assert notes == ["Missing: B on rte, seed 2 (waiting)."]
-    # Nor has it one where a value is not among the runs at all.
+    # The same if a value is not among the runs at all.
     found, notes = weigh(sweep_of(*runs[:-1]), CALM)
     assert [of_task.verdict for of_task in found] == ["one seed: no claim"]
     assert notes == ["Missing: B on rte, seed 2 (2 of 3 values)."]

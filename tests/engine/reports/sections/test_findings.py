@@ -1,4 +1,4 @@
-"""Sentences on numbers: they say who leads, by how much, and whether that is more than chance."""
+"""Sentences on numbers: the leader, the lead, and whether it exceeds the deviations."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_one_task() -> None:
         "Averaged over the exits, ACL has 81.8 and the best other method, MHA, 77.2: +4.5 points"
     )
     assert "On layers 1 to 2: +10.0 points" in words
-    # At layer 4 the single-exit model is above.
+    # At layer 4 the single-exit model has the higher score.
     assert words.endswith("ACL has the highest mean at 2 of 4 exits.")
     behind = layer_findings(scores(MHA, ACL), "MHA")
     assert "ACL, 81.8: -4.5 points" in behind and "at 2 of 4 exits" in behind
@@ -79,5 +79,5 @@ def test_a_table() -> None:
     assert table_finding("Full models", "absent", rows) == ""
     single = {"CE": {"mrpc": Seeds({1: 0.5}, {})}, "ACL": {"mrpc": Seeds({1: 0.9}, {})}}
     some = {"CE": rows["CE"], "ACL": {"mrpc": high, "rte": Seeds({1: 0.5}, {})}}
-    assert "1 clearly higher, 0 clearly lower, 1 of single" in table_finding("x", "CE", some)
+    assert "1 clearly higher, 0 clearly lower, 1 with single" in table_finding("x", "CE", some)
     assert "ACL +40.0 (1 task: single seeds, no claim)" in table_finding("x", "CE", single)

@@ -1,4 +1,4 @@
-"""The angles that runs logged, and what the gate did with them."""
+"""Histograms and table of the angles that runs logged."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fusedacl.engine.experiments.results import read_sweep
-from fusedacl.engine.reports.page.page import Figure, Table
-from fusedacl.engine.reports.sections.gate_angles import gate_section, logged_angles
+from fusedacl.engine.reports.sections.gate_angles import gate_section
 
 
 def test_angles_of_a_sweep(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
@@ -16,7 +15,7 @@ def test_angles_of_a_sweep(make_sweep: Callable[..., Path], tmp_path: Path) -> N
         tmp_path / "s", methods=("CE", "ACL backbone", "ACL"), tasks=("mrpc",), seeds=(1, 2)
     )
     sweep = read_sweep(directory)
-    # One run's gate saw 80 more steps at layer 1, and dropped half of them.
+    # The gate of a run saw 80 more steps at layer 1 and dropped half of them.
     run = sweep.of("mrpc", "ACL")[0].directory / "results.json"
     results = json.loads(run.read_text())
     results["gate"].append(
@@ -30,29 +29,17 @@ def test_angles_of_a_sweep(make_sweep: Callable[..., Path], tmp_path: Path) -> N
     section = gate_section(runs, "mrpc", tmp_path / "angles", "Angles")
     assert section is not None
     (table,) = section.tables
-    assert isinstance(table, Table)
     assert table.rows[0][:4] == ["ACL backbone", "2", "model", "160"]
     # 40 steps at 10 %, 40 at 5 %, twice, and 80 at 50 %.
     assert table.rows[1] == ["ACL", "2", "exit 1", "240", "78", "57 to 94", "21.7%"]
     assert [row[2] for row in table.rows[1:]] == [f"exit {layer}" for layer in range(1, 6)]
     (figure,) = section.figures
-    assert isinstance(figure, Figure) and "(ACL backbone 2, ACL 2)" in figure.caption
+    assert "(ACL backbone 2, ACL 2)" in figure.caption
     assert section.notes == []
     (runs["ACL"][1].directory / "metrics.jsonl").unlink()
     section = gate_section(runs, "mrpc", tmp_path / "angles", "Angles")
     assert section is not None and "No histogram of ACL, seed 2" in section.notes[0]
     (figure,) = section.figures
-    assert isinstance(figure, Figure) and "(ACL backbone 2, ACL 1)" in figure.caption
+    assert "(ACL backbone 2, ACL 1)" in figure.caption
     assert gate_section({"CE": runs["CE"]}, "mrpc", tmp_path / "none", "Angles") is None
     assert not (tmp_path / "none.csv").exists()
-
-
-def test_logged_angles(tmp_path: Path) -> None:
-    lines = [
-        {"step": 1, "angle_degrees": 80.0},
-        {"step": 2, "angle_degrees exit 10": 70.0, "angle_degrees backbone": None},
-        {"step": 3, "angle_degrees exit 10": 75.0, "loss": 1.0},
-    ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text)
-    assert logged_angles(tmp_path) == {"model": [80.0], "exit 10": [70.0, 75.0]}

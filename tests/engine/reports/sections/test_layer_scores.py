@@ -1,4 +1,4 @@
-"""Curves over the layers from the results of runs, and runs that do not belong together."""
+"""Curves over the layers from the results of runs, and runs that cannot be combined."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.experiments.report_plan import Target
-from fusedacl.engine.experiments.results import read_sweep
+from fusedacl.engine.experiments.results import collect_runs, read_sweep
 from fusedacl.engine.experiments.runs import run_label
 from fusedacl.engine.reports.sections.layer_scores import (
-    read_curves,
+    LayerScores,
     sweep_curves,
     write_layer_scores,
 )
+from fusedacl.engine.reports.sweep_report import report_runs
 
 OPTIONS: dict[str, Any] = {
     "strategy": "two_stage", "exit_head": "mha", "objective": "acl", "gate": "angle",
@@ -37,6 +38,14 @@ def write_run(
     }
     (directory / "results.json").write_text(json.dumps(results))
     return directory
+
+
+def read_curves(paths: list[Path]) -> LayerScores:
+    """The curves of single runs."""
+    runs = collect_runs(paths)
+    found = sweep_curves(runs, runs.tasks[0], {name: Target(name) for name in runs.methods})
+    assert found is not None
+    return found
 
 
 def test_labels_are_the_papers() -> None:
@@ -100,7 +109,7 @@ def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
             read_curves([good, other])
         assert name
     with pytest.raises(ValueError, match="metric='f2'.*Did you mean 'f1'"):
-        read_curves([good], metric="f2")
+        report_runs([good], tmp_path / "out", "f2")
     with pytest.raises(ValueError, match="runs is empty"):
         read_curves([])
 
@@ -131,11 +140,12 @@ def test_scores_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> No
     assert [(curve.label, curve.scores) for curve in found.curves] == [
         ("2ST-MHA ACL-CL", {1: [0.6], 2: [0.8]})
     ]
-    assert len(found.notes) == 2
-    assert "bad' (2ST-MHA ACL-CL), whose f1 is nan at layer 2" in found.notes[0]
-    assert "inf at layer 1" in found.notes[1]
-    with pytest.raises(ValueError, match="no run has finite scores. Left out: .*nan at layer 2"):
-        read_curves([bad])
+    assert found.notes == [
+        "Missing: 2ST-MHA ACL-CL on mrpc, seed 1 (f1 at layer 2 is nan).",
+        "Missing: 2ST-MHA CE-CL on mrpc, seed 2 (f1 at layer 1 is inf).",
+    ]
+    with pytest.raises(ValueError, match="no run has finite scores: f1 at layer 2 is nan"):
+        report_runs([bad], tmp_path / "out")
 
 
 def test_curves_of_a_sweep(unfinished_sweep: Path, tmp_path: Path) -> None:
@@ -144,7 +154,7 @@ def test_curves_of_a_sweep(unfinished_sweep: Path, tmp_path: Path) -> None:
     found = sweep_curves(sweep, "cola", targets)
     assert found is not None
     assert (found.data, found.metric) == ("cola, validation", "matthews_correlation")
-    # Each looks as on the tasks where all are there.
+    # The looks are the same as on tasks with all methods.
     assert [(curve.label, curve.place) for curve in found.curves] == [("mha", 1), ("ours", 2)]
     assert [curve.num_seeds for curve in found.curves] == [2, 1]
     results = json.loads((sweep.of("cola", "ACL")[0].directory / "results.json").read_text())
@@ -156,7 +166,7 @@ def test_curves_of_a_sweep(unfinished_sweep: Path, tmp_path: Path) -> None:
     ]
     section = write_layer_scores(found, tmp_path / "scores", "Scores")
     assert found.notes == list(section.notes)
-    assert "(mha 2, ours 1)" in section.figures[0].caption  # type: ignore[union-attr]
+    assert "(mha 2, ours 1)" in section.figures[0].caption
     svg = (tmp_path / "scores.svg").read_text()
     assert 'id="series-1-0"' in svg and 'id="legend-2"' in svg and 'id="series-0-0"' not in svg
     assert "waiting" in (tmp_path / "scores.md").read_text()

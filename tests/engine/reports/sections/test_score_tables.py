@@ -1,4 +1,4 @@
-"""Tables 1 to 3 of a sweep: every number against the runs' files, and what is missing said."""
+"""Tables 1 to 3 of a sweep: numbers compared with the runs' files, and notes on missing ones."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fusedacl.engine.experiments.report_plan import GridPlan, Target
 from fusedacl.engine.experiments.results import SweepResults, read_sweep
 from fusedacl.engine.model.flops import full_flops
 from fusedacl.engine.reports.page.page import Section, Table
-from fusedacl.engine.reports.sections.operations import operations
 from fusedacl.engine.reports.sections.score_tables import (
     ablation_section,
     full_model_section,
     grid_section,
+    operations,
 )
 from transformers import BertConfig
 
@@ -31,7 +31,6 @@ def sweep(unfinished_sweep: Path) -> SweepResults:
 def table_of(section: Section | None) -> Table:
     assert section is not None
     (table,) = section.tables
-    assert isinstance(table, Table)
     return table
 
 
@@ -42,7 +41,7 @@ def row_of(section: Section | None, label: str) -> dict[str, str]:
 
 
 def averages(sweep: SweepResults, task: str, method: str, metric: str) -> list[float]:
-    """By hand, from the files."""
+    """Computed from the files."""
     found = []
     for run in sweep.of(task, method):
         if run.problem is None:
@@ -65,7 +64,7 @@ def test_ablation(sweep: SweepResults, tmp_path: Path) -> None:
     deviation = statistics.stdev(other)
     assert rows["2ST-MHA"][2] == f"{statistics.mean(other):.1f} ± {deviation:.1f}"
     assert rows["2ST-MHA"][3] == f"{statistics.mean(other) - statistics.mean(ours):+.1f}"
-    # One seed of two on cola: no deviation, the number of seeds, a mean over tasks without one.
+    # A seed of two on cola: no deviation there and in the mean over tasks, and its number is shown.
     (single,) = averages(sweep, "cola", "ACL", "matthews_correlation")
     assert rows["ACL"][1] == "1 to 2" and rows["ACL"][4] == f"{single:.1f} (1)"
     assert rows["ACL"][6] == f"{(statistics.mean(ours) + single) / 2:.1f}"
@@ -73,12 +72,12 @@ def test_ablation(sweep: SweepResults, tmp_path: Path) -> None:
     by_seed = [statistics.mean(pair) for pair in pairs]
     together = f"{statistics.mean(by_seed):.1f} ± {statistics.stdev(by_seed):.1f}"
     assert rows["2ST-MHA"][6] == together
-    # Nothing on cola: no mean over tasks, and the reason.
+    # No score on cola: no mean over tasks, and a note.
     assert rows["2ST-linear"][1] == "0 to 2" and rows["2ST-linear"][4:] == ["", "", "", ""]
     assert section is not None
     assert "2ST-linear has no mean of tasks: nothing on cola." in section.notes
     assert "Missing: 2ST-linear on cola, seeds 1, 2 (waiting)." in section.notes
-    assert any("ACL: the mean of tasks is of different seeds" in note for note in section.notes)
+    assert any("ACL: the tasks have different seeds" in note for note in section.notes)
     assert "F1 on mrpc; Matthews correlation on cola" in table_of(section).caption
     assert section.text.startswith("Average over the exits against ACL")
     with (tmp_path / "ablation.csv").open(newline="") as file:
@@ -105,7 +104,7 @@ def test_tasks_without_all_rows_stay_out_of_an_ablation(
     assert "rte" not in table_of(section).header
     assert section is not None
     assert section.notes == ["Not in the table: rte, for which the recipe runs ACL only."]
-    # The full models' table has the task, and its mean is of the others, by name.
+    # The table of full models has the task; its mean names the tasks that it includes.
     full = full_model_section(sweep, targets, None, tmp_path / "full")
     assert table_of(full).header == ["method", "seeds", "mrpc", "rte", "cola", "mean of mrpc, cola"]
     ours = row_of(full, "ACL")
@@ -126,9 +125,26 @@ def test_full_models(sweep: SweepResults, tmp_path: Path) -> None:
     assert row_of(section, "tenth")["mrpc"] == ""
     assert section is not None
     assert "Missing: tenth on mrpc, seeds 1, 2 (it has no exit on layer 10)." in section.notes
-    # No model lies beside these results: no columns of operations, and a reason.
+    # No model is saved with these results: no columns of operations, and a note.
     assert "GFLOPs" not in table_of(section).header
-    assert any(note.startswith("No FLOPs for CE on mrpc; ") for note in section.notes)
+    assert "No FLOPs for any run: no model is saved with the run." in section.notes
+
+
+def test_all_metrics_of_a_task(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
+    directory = make_sweep(tmp_path / "s", methods=("CE",), tasks=("mrpc", "rte"), seeds=(1,))
+    for file in directory.glob("cells/mrpc/**/results.json"):
+        results = json.loads(file.read_text())
+        results["metrics"]["validation"]["6"]["accuracy"] = 0.75
+        file.write_text(json.dumps(results))
+    sweep, targets = read_sweep(directory), {"CE": Target("CE")}
+    plain = full_model_section(sweep, targets, None, tmp_path / "plain")
+    assert table_of(plain).header == ["method", "seeds", "mrpc", "rte", "mean of tasks"]
+    section = full_model_section(sweep, targets, None, tmp_path / "all", all_metrics=True)
+    header = ["method", "seeds", "mrpc", "mrpc, accuracy", "rte", "mean of tasks"]
+    assert table_of(section).header == header
+    assert row_of(section, "CE")["mrpc, accuracy"] == "75.0"
+    assert row_of(section, "CE")["mean of tasks"] == row_of(plain, "CE")["mean of tasks"]
+    assert "(F1 on mrpc; accuracy on rte)" in table_of(section).caption
 
 
 def save_config(directory: Path, exit_layers: list[int]) -> MultiExitConfig:
@@ -154,7 +170,7 @@ def test_operations(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
     targets = {"full": Target("CE"), "last": Target("ACL"), "half": Target("ACL", 3)}
     section = full_model_section(sweep, targets, None, tmp_path / "full")
     shares = [row_of(section, label)["share"] for label in targets]
-    # A half of the layers and the whole of one small exit.
+    # Half of the layers, and a small exit.
     assert shares[:2] == ["100%", "100%"] and shares[2] in ("51%", "52%", "53%")
     assert "max_seq_length tokens (20 on mrpc)" in table_of(section).caption
     with pytest.raises(ValueError, match="the model has no exit on layer 3"):
