@@ -1,8 +1,8 @@
-"""How cost grows along one size at a time: measured points, and exponents fitted to them.
+"""Growth of time and memory along one size at a time, with fitted exponents.
 
-M, d, K and E are the loss's (rows, width, label embeddings, exits), P the elements of each list of
-gradients. The exponents are slopes of least squares between the logarithms of size and of time (or
-peak memory), over the upper half of the points: small sizes are mostly the cost of a call.
+Sizes of the loss: M rows, d width, K label embeddings, E exits; P: elements of each list of
+gradients. An exponent is the least-squares slope between the logarithms of size and of time (or
+peak memory) over the upper half of the points: at small sizes, the overhead of a call dominates.
 """
 
 import math
@@ -17,9 +17,9 @@ from .loss.case import LossCase
 from .loss.suite import SUITE as LOSS
 from .suite import Suite
 
-# Fewer points have no slope worth a name.
+# A slope through fewer points is not reported.
 MIN_POINTS = 3
-# Ours and those that others use; the rest would say the same again.
+# The implementations that people use; the others grow alike.
 LOSS_PROVIDERS = ("fusedacl", "dense", "checkpointed row blocks", "pytorch-metric-learning")
 ANGLE_PROVIDERS = ("fusedacl", "concatenate + dot + norms", "torch._foreach norms + dots")
 M_OF_WIDTHS = 2048
@@ -27,7 +27,7 @@ M_OF_WIDTHS = 2048
 
 @dataclass(frozen=True)
 class Series:
-    """One axis: the suite, its providers and a case for each size."""
+    """One size that varies: the suite, its providers and a case for each value."""
 
     axis: str
     suite: Suite
@@ -79,9 +79,9 @@ def all_series(
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The slope of log y over log x in the upper half of the points, None for too few.
+    """Slope of log y over log x in the upper half of the points (x, y), None for too few.
 
-    points: (x, y); those whose y is not above 0 are left out.
+    Points whose y is not above 0 are ignored.
     """
     usable = sorted((x, y) for x, y in points if x > 0 and y > 0)
     upper = usable[min(len(usable) // 2, max(0, len(usable) - MIN_POINTS)) :]
@@ -94,7 +94,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def fits(cases: Sequence[Result]) -> list[Result]:
-    """Of every axis and provider of a growth file's cases: exponents and the points they are of."""
+    """Exponents and largest size of every axis and provider in the cases of a growth file."""
     found: dict[tuple[str, str], list[Result]] = {}
     for case in cases:
         for name, entry in case["providers"].items():
@@ -113,7 +113,7 @@ def fits(cases: Sequence[Result]) -> list[Result]:
 
 
 def sentences(growth: Sequence[Result]) -> list[str]:
-    """A line an axis: M: time ~ M^1.98 (fusedacl), …; memory ~ M^1.02 (fusedacl), …"""
+    """One line per axis, such as "M: time ~ M^1.98 (fusedacl, to 4,096); memory ~ …"."""
     lines = []
     for axis in dict.fromkeys(fit["axis"] for fit in growth):
         parts = []

@@ -1,4 +1,4 @@
-"""Ranks of a gloo group on this machine's loopback, ended whatever happens; what they send.
+"""Ranks of a gloo group on this machine's loopback, and a count of what they send.
 
 results = run_ranks(function, 4, argument, seconds=600)    # function(rank, argument) by rank
 """
@@ -21,22 +21,23 @@ import torch
 from torch import Tensor, distributed
 
 LOOPBACK = "127.0.0.1"
-# What functions of torch.distributed that send or receive have in their names.
+# Pattern in the names of those functions of torch.distributed that send or receive.
 COMMUNICATION = "gather|scatter|all_to_all|reduce|send|recv|broadcast"
 
 
 def run_ranks(
     function: Callable[..., Any], num_ranks: int, *arguments: Any, seconds: float, threads: int = 1
 ) -> list[Any]:
-    """function(rank, *arguments) of every rank, in new processes of one gloo group.
+    """Results of function(rank, *arguments) by rank, from new processes of one gloo group.
 
-    function: of a module's top level; arguments and results are pickled. threads: of each rank.
+    function: defined at the top level of a module; arguments and results are pickled.
+    threads: per rank.
 
     Raises:
-        RuntimeError: with the traceback of the first rank that raised, or the ranks that did not
-            answer in time. No process is left then either.
+        RuntimeError: a rank raised (with its traceback) or did not answer in time. All processes
+            are ended in any case.
     """
-    # Port 0: the system gives a free one, and no other process can take it meanwhile.
+    # Port 0 makes the system choose a free one, which no other process can take meanwhile.
     store = distributed.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
     pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
@@ -107,7 +108,7 @@ def _serve(
     except BaseException:
         answer = (True, traceback.format_exc())
     sender.send(answer)
-    # The parent ends all ranks when all have answered: one that left would break the others' group.
+    # The parent ends all ranks together: a rank that leaves early would break the others' group.
     threading.Event().wait()
 
 
@@ -119,10 +120,10 @@ def _end_with_parent() -> None:
 
 
 class Wire:
-    """Counts what this rank sends and receives with torch.distributed inside the block.
+    """Count what this rank sends and receives with torch.distributed inside the block.
 
     A collective counts as a ring: all-gather and all-to-all of W parts as W - 1 messages of one
-    part, each way. Collectives that are not counted raise meanwhile, so that none is missed.
+    part in each direction. Other collectives raise inside the block, so that none is missed.
     """
 
     def __init__(self) -> None:
@@ -132,7 +133,7 @@ class Wire:
     def __enter__(self) -> "Wire":
         counted: dict[str, Callable[..., None]] = {
             "all_gather_into_tensor": lambda _, sent: self._parts(sent, 1),
-            # Its name since torch 2.13.
+            # all_gather_into_tensor is called all_gather_single since torch 2.13.
             "all_gather_single": lambda _, sent: self._parts(sent, 1),
             "all_to_all_single": lambda _, sent: self._parts(sent, distributed.get_world_size()),
             "isend": lambda sent: self._add(1, bytes_of(sent), 0),
@@ -191,7 +192,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def loopback_bytes() -> int | None:
-    """What this machine has sent over its loopback, by anyone (Linux; None elsewhere)."""
+    """Bytes that all programs have sent over the loopback since boot; None if not on Linux."""
     try:
         lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
     except OSError:
