@@ -14,7 +14,7 @@ import torch
 from ..engine.config.fields import build, parse
 from ..engine.runtime import processes
 from ..engine.runtime.plots import require_matplotlib
-from ..engine.runtime.text import did_you_mean
+from ..engine.runtime.text import did_you_mean, text_table
 from .floors.machine import measured
 from .floors.rates import DTYPE_NAMES, Rates
 from .measuring.environment import CPU
@@ -25,8 +25,8 @@ from .options import (
     ExitsConfig,
     ScalingConfig,
     StepConfig,
+    names_of,
     output_directory,
-    provider_names,
     settings_of,
     sizes,
 )
@@ -87,7 +87,9 @@ def _prepare(
 ) -> tuple[dict[str, Any], Settings]:
     """Sizes and settings; sets the number of threads."""
     chosen = sizes(config)
-    settings = settings_of(config, chosen, provider_names(config.what.providers, known), child)
+    settings = settings_of(
+        config, chosen, names_of("providers", config.what.providers, known), child
+    )
     torch.set_num_threads(settings.threads)
     return chosen, settings
 
@@ -165,7 +167,7 @@ def _run_growth(config: BenchConfig, known: Sequence[str] | None = None) -> int:
             if "stopped" in file.result:
                 break
     file.result["growth"] = growth.fits(file.result["cases"])
-    print("\n" + "\n".join(growth.sentences(file.result["growth"])))
+    print("\n" + growth.fit_table(file.result["growth"], text_table))
     return _finish(file, failures)
 
 
@@ -205,6 +207,7 @@ def _run_exits(config: ExitsConfig) -> int:
 
 def _run_scaling(config: ScalingConfig) -> int:
     from .pages import scaling_figure
+    from .pages.scaling import model_section, scaling_section
     from .suites.scaling.suite import run
 
     problem, ranks = config.problem_and_ranks()
@@ -216,6 +219,7 @@ def _run_scaling(config: ScalingConfig) -> int:
     except WrongResult as error:
         return _refuse("scaling", error)
     scaling_figure.draw(file.result, file.path.with_suffix(".png"))
+    print("\n".join([*scaling_section(file.result), "", *model_section(file.result)]))
     return _finish(file, [])
 
 
@@ -239,7 +243,7 @@ def _all(arguments: list[str]) -> int:
     config = _parse(BenchConfig, "all", DESCRIPTIONS["all"], arguments)
     device = torch.device(config.how.device)
     known = _known_providers(["loss", "angle"], device)
-    named = provider_names(config.what.providers, known)
+    named = names_of("providers", config.what.providers, known)
     shared = {"preset": config.how.preset, "output_dir": config.how.output_dir}
     runs: dict[str, Callable[[], int]] = {}
     for suite in ("loss", "angle", "growth"):

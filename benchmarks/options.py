@@ -1,5 +1,6 @@
 """The options of every suite, and the sizes of the presets."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,6 @@ from typing import Any
 import torch
 
 from ..engine.config.fields import option
-from ..engine.runtime.text import did_you_mean
 from ..kernels.contrastive.tiled.loss import GPU_TILE
 from .measuring.environment import machine_name
 from .measuring.memory import Child
@@ -142,8 +142,8 @@ class StepConfig:
             ValueError: an unknown name.
         """
         return (
-            provider_names(self.what.providers, list(WORDS)),
-            provider_names(self.what.cases, list(CASES), "cases"),
+            names_of("providers", self.what.providers, WORDS),
+            names_of("cases", self.what.cases, CASES),
         )
 
 
@@ -281,7 +281,7 @@ def sizes(config: BenchConfig) -> dict[str, Any]:
         chosen[name] = whole_numbers(name, chosen[name])
     chosen["dtypes"] = names_of("dtypes", chosen["dtypes"], DTYPES)
     if config.what.dtypes is None and config.how.device == "cuda" and not _has_bfloat16():
-        chosen["dtypes"] = [name for name in chosen["dtypes"] if name != "bfloat16"]
+        chosen["dtypes"] = tuple(name for name in chosen["dtypes"] if name != "bfloat16")
     chosen["losses"] = names_of("losses", config.what.losses, LOSSES)
     chosen["tasks"] = names_of("tasks", config.what.tasks, TASKS)
     return chosen
@@ -307,30 +307,13 @@ def whole_numbers(name: str, text: str) -> list[int]:
     return list(dict.fromkeys(found))
 
 
-def names_of(name: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """Choices of a comma-separated list, without repetitions.
-
-    Raises:
-        ValueError: an unknown choice; the nearest is offered.
-    """
-    found = [part.strip() for part in text.split(",")]
-    for part in found:
-        if part not in known:
-            raise ValueError(
-                f"{name}={text!r}: {part!r} is not a choice.{did_you_mean(part, known)}"
-            )
-    return list(dict.fromkeys(found))
-
-
-def provider_names(
-    text: str | None, known: list[str], option: str = "providers"
-) -> tuple[str, ...]:
-    """Names of a comma-separated list, empty if nothing is given.
+def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, ...]:
+    """Names of a comma-separated list without repetitions, empty if nothing is given.
 
     Raises:
         ValueError: an unknown name; the nearest is offered.
     """
-    names = tuple(name.strip() for name in (text or "").split(",") if name.strip())
+    names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
     check_names(names, known, option)
     return names
 

@@ -16,20 +16,6 @@ from .environment import CPU, Result
 MAX_REPEATS = 1000
 
 
-def interleave(
-    candidates: Mapping[str, Callable[[], object]], *, rounds: int, repeats: int = 1
-) -> dict[str, Result]:
-    """Time every candidate once per round.
-
-    A sample is the mean of `repeats` calls in a row. Each candidate is called as often once before
-    the first round.
-    """
-    turns = {name: partial(seconds_per_call, call, repeats) for name, call in candidates.items()}
-    for turn in turns.values():
-        turn()
-    return interleave_samples(turns, rounds=rounds)
-
-
 def seconds(call: Callable[[], object]) -> float:
     """Seconds of one call on the CPU."""
     start = time.perf_counter()
@@ -56,7 +42,7 @@ def interleave_on(
     rounds: int,
     sample_seconds: float = 0.02,
 ) -> dict[str, Result]:
-    """`interleave` for asynchronous calls: each sample waits for the device at both ends.
+    """Time every candidate once per round; a sample is the mean of several calls in a row.
 
     Each candidate is called as often in a row as fills `sample_seconds`, so that the wait is a
     small part of every sample even when candidates differ a thousandfold.
@@ -80,7 +66,7 @@ def synchronize(device: torch.device) -> None:
 def interleave_samples(
     turns: Mapping[str, Callable[[], list[float]]], *, rounds: int, skip: int = 0
 ) -> dict[str, Result]:
-    """`interleave` for candidates that time themselves: a turn returns its samples in seconds.
+    """Times of candidates that time themselves: a turn returns its samples in seconds.
 
     The first `skip` samples of every turn are dropped.
     """

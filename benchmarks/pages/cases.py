@@ -1,9 +1,10 @@
 """Sections of the performance page for the loss, the angle check and the growth."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 
 from ...engine.runtime.text import markdown_table
 from ..measuring.environment import Result
+from ..measuring.times_table import short, times_table
 from ..suites import growth
 
 TITLES = {
@@ -33,11 +34,6 @@ def cases_section(result: Result) -> list[str]:
 
 def growth_section(result: Result, figure: str) -> list[str]:
     """Exponents, and the largest size that fitted into memory, of every provider."""
-    rows = []
-    for fit in result["growth"]:
-        slopes = ["-" if fit[key] is None else f"{fit[key]:.2f}" for key in ("time", "memory")]
-        rows.append([fit["axis"], fit["provider"], *slopes, f"{fit['largest']:,}"])
-    header = ["size", "provider", "exponent of time", "exponent of memory", "largest size"]
     refused = [
         case
         for case in result["cases"]
@@ -50,49 +46,12 @@ def growth_section(result: Result, figure: str) -> list[str]:
         f"upper half of the points (- : fewer than {growth.MIN_POINTS} points). The largest size "
         "is the last one that fitted into memory.",
         "",
-        markdown_table(header, rows),
+        growth.fit_table(result["growth"], markdown_table),
         "",
         f"![Time and memory against size]({figure})",
         *left_out_lines(refused),
         *_noise(result),
     ]
-
-
-def times_table(providers: Mapping[str, Result]) -> str:
-    """Times by provider; the second column is relative to the first provider.
-
-    The floor and the memory are left out if no provider has them.
-    """
-    if not providers:
-        return "Nothing was measured."
-    first = next(iter(providers.values()))["p50_ms"]
-    columns = {
-        "provider": list(providers),
-        "median (20th to 80th percentile), ms": [
-            f"{_short(entry['p50_ms'])} ({_short(entry['p20_ms'])} to {_short(entry['p80_ms'])})"
-            for entry in providers.values()
-        ],
-        "time relative to the first": [
-            "-" if entry["p50_ms"] == first else f"{entry['p50_ms'] / first:.2f}"
-            for entry in providers.values()
-        ],
-        "time over floor": _numbers(providers, "over_floor", 1, 2),
-        "peak memory, MiB": _numbers(providers, "peak_bytes", 2**20, 1),
-    }
-    shown = {name: cells for name, cells in columns.items() if set(cells) != {"-"}}
-    return markdown_table(list(shown), list(zip(*shown.values(), strict=True)))
-
-
-def _numbers(providers: Mapping[str, Result], key: str, unit: int, digits: int) -> list[str]:
-    values = (entry.get(key) for entry in providers.values())
-    return ["-" if value is None else f"{value / unit:.{digits}f}" for value in values]
-
-
-def _short(milliseconds: float) -> str:
-    """Three significant digits without an exponent."""
-    if milliseconds >= 100:
-        return f"{milliseconds:.0f}"
-    return f"{milliseconds:.{1 if milliseconds >= 10 else 2 if milliseconds >= 1 else 3}f}"
 
 
 def left_out_lines(cases: Sequence[Result]) -> list[str]:
@@ -117,7 +76,7 @@ def noisy_words(why: Iterable[str]) -> str:
 def _floor(case: Result) -> str:
     if case.get("floor_ms") is None:
         return ""
-    return f" (floor {_short(case['floor_ms'])} ms, bound by {case['bound_by']})"
+    return f" (floor {short(case['floor_ms'])} ms, bound by {case['bound_by']})"
 
 
 def _noise(result: Result) -> list[str]:

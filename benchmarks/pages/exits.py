@@ -2,7 +2,7 @@
 
 from ..floors.matrix_products import EXPLAINED
 from ..measuring.environment import Result
-from .cases import times_table
+from ..measuring.times_table import times_table
 
 
 def exits_section(result: Result) -> list[str]:

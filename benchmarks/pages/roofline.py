@@ -98,7 +98,7 @@ def draw(results: Sequence[Result], path: Path) -> None:
     axes = figure.subplots()
     names = list(dict.fromkeys(each["provider"] for each in shown))
     # Providers beyond the palette get hollow markers.
-    looks = {
+    looks: dict[str, dict[str, Any]] = {
         name: {
             "color": COLORS[index % len(COLORS)],
             "fillstyle": "full" if index < len(COLORS) else "none",

@@ -65,17 +65,37 @@ def model_page(results: Mapping[str, tuple[Result, str]]) -> str:
         "computes takes max(C, F) + max(3 C, 3 F), which is never less than our C + 3 F.",
     ]
     for machine, (result, figure) in results.items():
-        lines += ["", f"## Machine `{machine}`", "", *_comparison(result)]
+        lines += ["", f"## Machine `{machine}`", "", *model_section(result)]
         lines += ["", f"![Time, memory and bytes against the number of ranks]({figure})"]
-        for model in result["models"]:
-            assumptions = model["assumptions"]
-            lines += [
-                "",
-                f"By the model, {_shape(result)}, {assumptions['name']} ({assumptions['source']}):",
-                "",
-                *(f"- {sentence}" for sentence in in_words(model)),
-            ]
     return "\n".join(lines) + "\n"
+
+
+def model_section(result: Result) -> list[str]:
+    """The model beside the measured ranks, and up to MAX_RANKS ranks on each machine."""
+    lines = _comparison(result)
+    header = ["ranks", *(f"{words}, {unit}" for unit in ("ms", "MB") for words in WORDS.values())]
+    for model in result["models"]:
+        machine, link = model["assumptions"], model["assumptions"]["between"]
+        at = {(row["method"], row["ranks"]): row for row in model["rows"]}
+        rows = [
+            [f"{ranks:,}"]
+            + [f"{at[name, ranks]['ms']:,.0f}" for name in WORDS]
+            + [f"{at[name, ranks]['memory_bytes'] / 1e6:,.0f}" for name in WORDS]
+            for ranks in (1, 8, 64, 512, MAX_RANKS)
+        ]
+        lines += [
+            "",
+            f"By the model, {_shape(result)}, {machine['name']} ({machine['source']}); "
+            f"{machine['flops_per_second'] / 1e9:,.1f} GFLOP/s, "
+            f"{machine['exponentials_per_second'] / 1e9:,.2f} Gexp/s, "
+            f"alpha {link['seconds_per_message'] * 1e6:,.0f} us, "
+            f"beta {link['bytes_per_second'] / 1e6:,.0f} MB/s:",
+            "",
+            markdown_table(header, rows),
+            "",
+            *(f"- {sentence}" for sentence in in_words(model)),
+        ]
+    return lines
 
 
 def _comparison(result: Result) -> list[str]:

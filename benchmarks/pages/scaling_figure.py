@@ -10,7 +10,7 @@ from ..suites.scaling.suite import CPU_MODEL
 from .png import save_png
 
 # Line style and width by method; lines of different methods may coincide.
-STYLES = {"ours": ("-", 3.0), "gather_all": ("-", 1.5), "gather_rows": ("--", 1.5),
+STYLES: dict[str, tuple[Any, float]] = {"ours": ("-", 3.0), "gather_all": ("-", 1.5), "gather_rows": ("--", 1.5),
           "ring": ("-.", 1.5)}  # fmt: skip
 METHOD_COLORS = dict(zip(STYLES, COLORS, strict=False))
 PANELS = (

@@ -3,8 +3,9 @@
 from ...engine.runtime.text import markdown_table
 from ..floors.matrix_products import EXPLAINED
 from ..measuring.environment import Result
+from ..measuring.times_table import times_table
 from ..suites.step.names import BARS, CACHED_WORDS, WORDS
-from .cases import left_out_lines, noisy_words, times_table
+from .cases import left_out_lines, noisy_words
 
 
 def step_section(result: Result, figure: str | None = None, explain: bool = True) -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..measuring.environment import Result
+from ..measuring.times_table import Table
 from .gate.case import AngleCase
 from .gate.suite import SUITE as ANGLE
 from .loss.case import LossCase
@@ -112,19 +113,11 @@ def fits(cases: Sequence[Result]) -> list[Result]:
     ]
 
 
-def sentences(growth: Sequence[Result]) -> list[str]:
-    """One line per axis, such as "M: time ~ M^1.98 (fusedacl, to 4,096); memory ~ …"."""
-    lines = []
-    for axis in dict.fromkeys(fit["axis"] for fit in growth):
-        parts = []
-        for what in ("time", "memory"):
-            slopes = [
-                f"{axis}^{fit[what]:.2f} ({fit['provider']}, to {fit['largest']:,})"
-                for fit in growth
-                if fit["axis"] == axis and fit[what] is not None
-            ]
-            if slopes:
-                parts.append(f"{what} ~ {', '.join(slopes)}")
-        words = "; ".join(parts) or f"fewer than {MIN_POINTS} points, no exponent"
-        lines.append(f"{axis}: {words}")
-    return lines
+def fit_table(growth: Sequence[Result], table: Table) -> str:
+    """Exponents by size and provider."""
+    rows = []
+    for fit in growth:
+        slopes = ["-" if fit[key] is None else f"{fit[key]:.2f}" for key in ("time", "memory")]
+        rows.append([fit["axis"], fit["provider"], *slopes, f"{fit['largest']:,}"])
+    header = ["size", "provider", "exponent of time", "exponent of memory", "largest size"]
+    return table(header, rows)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from ..measuring.clock import (
 from ..measuring.environment import Result
 from ..measuring.memory import extra_device_memory
 from ..measuring.result_file import ResultFile
+from ..measuring.times_table import times_table
 from .suite import Call, Provider, Suite, peak_bytes
 
 # Size of a case's input sets together, in caches: no call finds its inputs in the cache.
@@ -39,7 +41,7 @@ class DeviceLost(Exception):
 
 @dataclass(frozen=True)
 class Settings:
-    """How cases are measured.
+    """Settings of a run.
 
     rounds: upper limit; slow cases get fewer (at least 3), so that they take `case_seconds`.
     providers: names of those to run, empty for all.
@@ -56,18 +58,10 @@ class Settings:
     child: memory.Child | None = None
 
 
-class Rotation:
+def rotating(call: Call, inputs: Sequence[Any]) -> Callable[[], Any]:
     """A call that uses the next input set each time."""
-
-    def __init__(self, call: Call, inputs: Sequence[Any]) -> None:
-        self.call = call
-        self.inputs = inputs
-        self.next = 0
-
-    def __call__(self) -> Any:
-        inputs = self.inputs[self.next]
-        self.next = (self.next + 1) % len(self.inputs)
-        return self.call(inputs)
+    turn = cycle(inputs)
+    return lambda: call(next(turn))
 
 
 def num_input_sets(suite: Suite, case: Any, device: torch.device) -> int:
@@ -166,7 +160,7 @@ def run_case(
     found["input_sets"] = {"number": number, "bytes": number * suite.input_bytes(case)}
     calls, errors, failures = _checked(suite, case, fitting, inputs, left_out, device)
     of_rates = suite.rate_calls(case) if device.type == "cpu" else {}
-    rotations = {name: Rotation(call, inputs) for name, call in calls.items()}
+    rotations = {name: rotating(call, inputs) for name, call in calls.items()}
     try:
         times = timed(device, rotations | of_rates, settings)
         launched = {name: launches(turn, device) for name, turn in rotations.items()}
@@ -285,24 +279,8 @@ def print_case(found: Result, said: set[tuple[str, str]]) -> None:
     floor = found["floor_ms"]
     print(f"\n{found['words']}", end="")
     print("" if floor is None else f"   floor {floor:.3g} ms ({found['bound_by']})")
-    rows = []
-    first = next(iter(found["providers"].values()), None)
-    for name, entry in found["providers"].items():
-        peak, over = entry["peak_bytes"], entry["over_floor"]
-        rows.append(
-            [
-                name,
-                f"{entry['p50_ms']:.4g}",
-                f"{entry['p20_ms']:.4g} to {entry['p80_ms']:.4g}",
-                f"{entry['p50_ms'] / first['p50_ms']:.2f}" if first else "",
-                "-" if over is None else f"{over:.3g}",
-                "-" if peak is None else f"{peak / 2**20:.1f}",
-                f"{entry['error']:.0e}",
-            ]
-        )
-    if rows:
-        header = ["", "ms", "p20 to p80", "x first", "x floor", "peak MiB", "error"]
-        print(text_table(header, rows))
+    if found["providers"]:
+        print(times_table(found["providers"], text_table))
     for name, reason in found["left_out"].items():
         if (name, reason) not in said:
             print(f"  {name}: {reason}")

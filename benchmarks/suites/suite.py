@@ -112,7 +112,7 @@ def missing(module: str, distribution: str) -> str | None:
     return f"{distribution} is not installed. Run: pip install {distribution}"
 
 
-def check_names(names: Sequence[str], known: Iterable[str], option: str = "providers") -> None:
+def check_names(names: Sequence[str], known: Iterable[str], option: str) -> None:
     """Check names that a user gave for an option.
 
     Raises:

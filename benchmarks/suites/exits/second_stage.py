@@ -12,12 +12,14 @@ from tqdm import tqdm
 
 from ....engine.config.training import TrainingConfig
 from ....engine.objectives.losses import ExitLosses
+from ....engine.runtime.text import text_table
 from ....engine.training.metrics_log import MetricsLog
 from ....engine.training.storage.checkpoint import save_model
 from ....engine.training.trainer import Trainer
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
 from ...measuring.clock import quantiles, ratio, seconds
 from ...measuring.environment import Result
+from ...measuring.times_table import times_table
 from ..suite import WrongResult
 
 BATCH_SIZE = 32
@@ -176,13 +178,7 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
         "total_faster_than_apart": totals["apart"] / totals["together"],
         "total_cached_faster": totals["together"] / totals["cached"],
     }
-    print(
-        f"{name}{' bf16' if bf16 else ''}: {len(ways['apart'])} exits together "
-        f"{times['together']['p50_ms']:.0f} ms per batch, {result['faster_than_apart']:.2f}x "
-        f"faster than one at a time (sums: {result['total_faster_than_apart']:.2f}); from the "
-        f"cache {times['cached']['p50_ms']:.0f} ms, {result['cached_faster']:.2f}x faster than "
-        f"without (sums: {result['total_cached_faster']:.2f})"
-    )
+    print(f"\n{name}{' bf16' if bf16 else ''}, per batch", times_table(times, text_table), sep="\n")
     return result
 
 

@@ -24,11 +24,13 @@ from ....engine.data.batching import EncodedSplit, collate
 from ....engine.data.quickstart import minilm_path
 from ....engine.model.early_exit import EarlyExit
 from ....engine.model.multi_exit import MultiExitForSequenceClassification
+from ....engine.runtime.text import text_table
 from ....kernels import acl_cl_loss
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
-from ...measuring.clock import interleave, quantiles, ratio, seconds
-from ...measuring.environment import Result
+from ...measuring.clock import interleave_on, quantiles, ratio, seconds
+from ...measuring.environment import CPU, Result
 from ...measuring.result_file import ResultFile
+from ...measuring.times_table import times_table
 from ..baselines import dense_supcon
 from ..suite import WrongResult
 from .second_stage import BATCH_SIZE, STAGES, WIDTH, Runs, compare, second_stage
@@ -139,10 +141,7 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
         "times": times,
         "over_full": ratio(times, "early_exit", "full"),
     }
-    print(
-        f"{head} exits, batch {batch_size}, nothing leaves early: {result['over_full']:.3f}x the "
-        f"full model ({times['full']['p50_ms'] / len(batches):.1f} ms)"
-    )
+    print(f"\n{head} exits, batch {batch_size}", times_table(times, text_table), sep="\n")
     return result
 
 
@@ -222,14 +221,11 @@ def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
     num_trained = BATCH_SIZE + num_labels
     num_flops = num_exits * 2 * (2 * num_trained) * (2 * num_trained + num_trained) * EXIT_WIDTH
     flops = dict.fromkeys(calls, num_flops)
-    times = interleave(calls | {PRODUCTS: product_turn(EXIT_WIDTH)}, rounds=rounds, repeats=10)
+    times = interleave_on(CPU, calls | {PRODUCTS: product_turn(EXIT_WIDTH)}, rounds=rounds)
     rate = add_floors(times, flops, EXIT_WIDTH)
-    faster = ratio(times, "dense", "fusedacl")
-    print(
-        f"ACL-CL, E={num_exits} N={BATCH_SIZE} K={num_labels} d={EXIT_WIDTH}: "
-        f"{times['fusedacl']['p50_ms']:.2f} ms, {faster:.2f}x faster than a dense loss per exit"
-    )
     shape = {"exits": num_exits, "samples": BATCH_SIZE, "labels": num_labels, "width": EXIT_WIDTH}
+    print(f"\nACL-CL, {shape}", times_table(times, text_table), sep="\n")
+    faster = ratio(times, "dense", "fusedacl")
     return {"shape": shape, **rate, "times": times, "faster_than_dense": faster}
 
 

@@ -3,22 +3,20 @@
 results = run_ranks(function, 4, argument, seconds=600)    # function(rank, argument) by rank
 """
 
-import multiprocessing
 import os
+import pickle
 import re
 import sys
-import threading
+import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, set_num_threads
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 LOOPBACK = "127.0.0.1"
 # Pattern in the names of those functions of torch.distributed that send or receive.
@@ -39,84 +37,50 @@ def run_ranks(
     """
     # Port 0 makes the system choose a free one, which no other process can take meanwhile.
     store = distributed.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
-    processes = [
-        context.Process(
-            target=_serve,
-            args=(sender, rank, num_ranks, store.port, seconds, threads, function, arguments),
+    with tempfile.TemporaryDirectory() as directory:
+        files = [Path(directory) / str(rank) for rank in range(num_ranks)]
+        ranks = start_processes(
+            _run_rank,
+            (files, store.port, seconds, threads, function, arguments),
+            nprocs=num_ranks,
+            join=False,
             daemon=True,
         )
-        for rank, (_, sender) in enumerate(pipes)
-    ]
-    try:
-        for process, (_, sender) in zip(processes, pipes, strict=True):
-            process.start()
-            sender.close()
-        return _collect([receiver for receiver, _ in pipes], seconds)
-    finally:
-        for process in processes:
-            if process.pid is not None:
+        end = time.monotonic() + seconds
+        try:
+            while not ranks.join(max(0.0, end - time.monotonic())):
+                if time.monotonic() >= end:
+                    silent = [rank for rank, file in enumerate(files) if not file.exists()]
+                    raise RuntimeError(f"ranks {silent} gave no answer within {seconds:g} seconds")
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise RuntimeError(f"rank {error.error_index} of {num_ranks}: {error}") from None
+        finally:
+            for process in ranks.processes:
                 process.kill()
                 process.join()
+        return [pickle.loads(file.read_bytes()) for file in files]
 
 
-def _collect(receivers: list[Any], seconds: float) -> list[Any]:
-    end = time.monotonic() + seconds
-    ranks = {receiver: rank for rank, receiver in enumerate(receivers)}
-    results: dict[int, Any] = {}
-    while len(results) < len(receivers):
-        waiting = [receiver for receiver, rank in ranks.items() if rank not in results]
-        ready = connection.wait(waiting, timeout=max(0.0, end - time.monotonic()))
-        if not ready:
-            silent = [ranks[receiver] for receiver in waiting]
-            raise RuntimeError(f"ranks {silent} gave no answer within {seconds:g} seconds")
-        for receiver in waiting:
-            if receiver not in ready:
-                continue
-            rank = ranks[receiver]
-            try:
-                failed, results[rank] = receiver.recv()
-            except EOFError:
-                raise RuntimeError(f"rank {rank} ended without an answer") from None
-            if failed:
-                raise RuntimeError(f"rank {rank} of {len(receivers)}: {results[rank]}")
-    return [results[rank] for rank in range(len(receivers))]
-
-
-def _serve(
-    sender: Any,
+def _run_rank(
     rank: int,
-    num_ranks: int,
+    files: list[Path],
     port: int,
     seconds: float,
     threads: int,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(threads)
-    try:
-        store = distributed.TCPStore(LOOPBACK, port, is_master=False)
-        distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=num_ranks,
-            timeout=timedelta(seconds=seconds),
-        )  # fmt: skip
-        answer = (False, function(rank, *arguments))
-    except BaseException:
-        answer = (True, traceback.format_exc())
-    sender.send(answer)
-    # The parent ends all ranks together: a rank that leaves early would break the others' group.
-    threading.Event().wait()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    set_num_threads(threads)
+    distributed.init_process_group(
+        "gloo", store=distributed.TCPStore(LOOPBACK, port, is_master=False), rank=rank,
+        world_size=len(files), timeout=timedelta(seconds=seconds),
+    )  # fmt: skip
+    files[rank].write_bytes(pickle.dumps(function(rank, *arguments)))
+    # A rank that leaves early would break the group of the others.
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 class Wire:

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ....engine.runtime.text import text_table
 from ...measuring.clock import quantiles
 from ...measuring.environment import Result, machine_name
 from ...measuring.result_file import ResultFile
 from ..suite import WrongResult
-from .cost_model import MAX_RANKS, METHODS, WORDS, Link, Machine, Problem, in_words, modelled
+from .cost_model import METHODS, Link, Machine, Problem, modelled
 from .loopback import run_ranks
 from .ranks import measure
 
@@ -44,7 +43,7 @@ def run(
     budget_bytes: float,
     described: tuple[Machine, Problem] | None = None,
 ) -> None:
-    """Measure and model everything; progress is printed.
+    """Measure and model everything.
 
     described: another machine that is modelled, and the problem in its data type.
 
@@ -52,10 +51,6 @@ def run(
         WrongResult: counted and modelled bytes differ.
     """
     torch.set_num_threads(options.threads)
-    print(
-        f"N = {problem.num_samples} samples per rank, K = {problem.num_labels}, "
-        f"d = {problem.width}, forward + backward"
-    )
     measured = [
         on_loopback(replace(problem, num_ranks=num_ranks), options)
         for num_ranks in options.world_sizes
@@ -64,11 +59,6 @@ def run(
     machines = {CPU_MODEL: (cpu_machine(chosen["rates"], chosen["ranks"]), problem)}
     if described is not None:
         machines["options"] = described
-    models = []
-    for name, (machine, at) in machines.items():
-        model = {"preset": name, **modelled(machine, at, budget_bytes)}
-        print_model(model)
-        models.append(model)
     file.result |= {
         "machine": machine_name(),
         "problem": {
@@ -77,7 +67,10 @@ def run(
             "width": problem.width,
         },
         "measured": measured,
-        "models": models,
+        "models": [
+            {"preset": name, **modelled(machine, at, budget_bytes)}
+            for name, (machine, at) in machines.items()
+        ],
     }
 
 
@@ -115,7 +108,6 @@ def on_loopback(problem: Problem, options: RankOptions) -> Result:
             "memory_bytes": None if None in memory else max(memory),
             "model_memory_bytes": cost.memory_bytes,
         }
-    print_measured(problem.num_ranks, rates, methods)
     return {"ranks": problem.num_ranks, "rates": rates, "methods": methods}
 
 
@@ -130,31 +122,6 @@ def check_bytes(name: str, num_ranks: int, counted: int, modelled: int) -> None:
             f"{name}, {num_ranks} ranks: {counted} bytes were sent but the model predicts "
             f"{modelled}: one of them is wrong, nothing is written"
         )
-
-
-def print_measured(num_ranks: int, rates: dict[str, float], methods: Result) -> None:
-    words = f"\n{num_ranks} rank{'s' if num_ranks > 1 else ''} on loopback (gloo, float32); rates "
-    words += f"per rank while all are busy: {rates['flops_per_second'] / 1e9:.1f} GFLOP/s, "
-    words += f"{rates['exponentials_per_second'] / 1e9:.2f} Gexp/s"
-    if num_ranks > 1:
-        words += f", alpha {rates['seconds_per_message'] * 1e6:.0f} us, "
-        words += f"beta {rates['bytes_per_second'] / 1e6:.0f} MB/s"
-    print(words)
-    header = ["", "ms", "model ms", "model/measured", "sent MB", "model MB", "loopback MB",
-              "memory MB", "model MB"]  # fmt: skip
-    keys = ("sent_bytes", "model_sent_bytes", "loopback_bytes", "memory_bytes",
-            "model_memory_bytes")  # fmt: skip
-    rows = [
-        [
-            WORDS[name],
-            f"{found['times']['p50_ms']:.1f}",
-            f"{found['model_ms']:.1f}",
-            f"{found['model_over_measured']:.2f}",
-            *("-" if found[key] is None else f"{found[key] / 1e6:.3f}" for key in keys),
-        ]
-        for name, found in methods.items()
-    ]
-    print(text_table(header, rows))
 
 
 def measurement_for_model(measured: list[Result]) -> Result:
@@ -180,18 +147,3 @@ def cpu_machine(rates: dict[str, float], num_ranks: int) -> Machine:
         source=f"rates measured in this run with {num_ranks} ranks; more ranks as if each had a "
         "core and a link of its own",
     )
-
-
-def print_model(model: Result) -> None:
-    machine = model["assumptions"]
-    print(f"\n{machine['name']}, by the model ({machine['source']}):")
-    at = {(row["method"], row["ranks"]): row for row in model["rows"]}
-    units = (("ms", 1.0), ("memory_bytes", 1e6))
-    header = ["ranks", *(f"{name} {unit}" for unit in ("ms", "MB") for name in METHODS)]
-    rows = [
-        [str(ranks)] + [f"{at[name, ranks][key] / by:.4g}" for key, by in units for name in METHODS]
-        for ranks in (1, 8, 64, 512, MAX_RANKS)
-    ]
-    print(text_table(header, rows))
-    for sentence in in_words(model):
-        print(f"- {sentence}")

@@ -28,6 +28,7 @@ from ...measuring.clock import interleave_samples, ratio, seconds
 from ...measuring.environment import Result, machine_name
 from ...measuring.memory import Child, HighWaterMark
 from ...measuring.result_file import ResultFile
+from ...measuring.times_table import times_table
 from ..suite import WrongResult
 from .names import (
     ACL,
@@ -68,7 +69,7 @@ MAX_CACHED_TIME = 1.45
 
 @dataclass(frozen=True)
 class Turns:
-    """How a case is measured: rounds, timed and profiled steps per turn, peak memory.
+    """Rounds of turns, timed and profiled steps per turn, and whether to measure peak memory.
 
     providers: names, empty for all. has_bars: whether the targets apply to a case of this size.
     """
@@ -376,23 +377,8 @@ def bar(what: str, value: float, most: float) -> Result:
 
 def text(case: Result) -> str:
     """A case as a table with its targets and the providers that were left out."""
-    times = case["providers"]
-    base = times.get(CE) or times[next(iter(times))]
-    rows = []
-    for name, row in times.items():
-        peak = row.get("peak_bytes")
-        rows.append(
-            [
-                (WORDS | CACHED_WORDS)[name],
-                f"{row['p50_ms']:.0f}",
-                f"{row['p20_ms']:.0f} to {row['p80_ms']:.0f}",
-                f"{row['p50_ms'] / base['p50_ms']:.2f}",
-                f"{row['over_floor']:.2f}",
-                "-" if peak is None else f"{peak / 2**20:.0f}",
-            ]
-        )
-    header = [case["words"], "ms", "20th to 80th", "relative", "x floor", "peak MiB"]
-    lines = [text_table(header, rows)]
+    named = {(WORDS | CACHED_WORDS)[name]: row for name, row in case["providers"].items()}
+    lines = [f"\n{case['words']}", times_table(named, text_table)]
     lines += [
         f"{b['what']}: {b['value']:.2f} (at most {b['at_most']}: {'yes' if b['met'] else 'no'})"
         for b in case["bars"]

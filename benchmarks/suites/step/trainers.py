@@ -261,7 +261,7 @@ class _ClockCallback(transformers.TrainerCallback):
 
 
 def _features(trainer: Trainer) -> list[dict[str, Any]]:
-    """Texts of an epoch in the order of our batches."""
+    """The texts of an epoch, in the order of our batches."""
     split = trainer.train_split
     assert split.labels is not None
     features = []

@@ -20,11 +20,11 @@ from fusedacl.benchmarks.suites.loss import providers as loss_providers
 from fusedacl.benchmarks.suites.loss import suite as loss
 from fusedacl.benchmarks.suites.runner import (
     DeviceLost,
-    Rotation,
     Settings,
     num_input_sets,
     plan,
     refuse_what_cannot_fit,
+    rotating,
     run_case,
     run_cases,
 )
@@ -140,7 +140,7 @@ def test_inputs_take_turns_and_are_larger_than_the_cache(monkeypatch: pytest.Mon
     assert 100 * number > 1000
     assert num_input_sets(Sums(), Case(10_000), CPU) == 1
     seen: list[float] = []
-    turn = Rotation(lambda x: seen.append(float(x[0])), Sums().inputs(Case(2), CPU, 3))
+    turn = rotating(lambda x: seen.append(float(x[0])), Sums().inputs(Case(2), CPU, 3))
     for _ in range(4):
         turn()
     assert seen == [1, 2, 3, 1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -140,13 +141,16 @@ def test_no_rank_is_left() -> None:
     assert not multiprocessing.active_children()
 
 
-def test_silent_ranks_are_named() -> None:
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    with pytest.raises(RuntimeError, match=r"ranks \[0\] gave no answer within 0.05 seconds"):
-        loopback._collect([receiver], 0.05)
-    sender.close()
-    with pytest.raises(RuntimeError, match="rank 0 ended without an answer"):
-        loopback._collect([receiver], 10.0)
+def end(rank: int) -> None:
+    os._exit(3)
+
+
+def test_silent_and_dead_ranks_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] gave no answer within 0 seconds"):
+        loopback.run_ranks(end, 2, seconds=0)
+    with pytest.raises(RuntimeError, match="rank 0 of 1: process 0 terminated with exit code 3"):
+        loopback.run_ranks(end, 1, seconds=120)
+    assert not multiprocessing.active_children()
 
 
 OTHER_MACHINE = {
@@ -181,14 +185,14 @@ def test_the_model_predicts_what_two_ranks_send(
     assert [model["preset"] for model in result["models"]] == ["cpu_loopback", "options"]
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
-    assert "2 ranks on loopback" in printed
-    assert "the machine of the options, by the model (numbers given as options" in printed
+    assert "2 ranks:" in printed and "the machine of the options (numbers given" in printed
     results = read_directories([tmp_path])
     text = page(results, tmp_path)
     assert "### Negatives of all ranks" in text and "[scaling_by_the_model.md](" in text
     text = modelled(results, tmp_path)
     assert "# Negatives of all ranks, by the model" in text
-    assert "the machine of the options (numbers given as options, not measured):" in text
+    assert "the machine of the options (numbers given as options, not measured); " in text
+    assert "312,000.0 GFLOP/s, 3,000.00 Gexp/s, alpha 5 us, beta 25,000 MB/s:" in text
     assert "](scaling.png)" in text and "| 2 | ring of blocks and their gradients |" in text
 
 
