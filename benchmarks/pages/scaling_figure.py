@@ -10,8 +10,12 @@ from ..suites.scaling.suite import CPU_MODEL
 from .png import save_png
 
 # Line style and width by method; lines of different methods may coincide.
-STYLES: dict[str, tuple[Any, float]] = {"ours": ("-", 3.0), "gather_all": ("-", 1.5), "gather_rows": ("--", 1.5),
-          "ring": ("-.", 1.5)}  # fmt: skip
+STYLES: dict[str, tuple[Any, float]] = {
+    "ours": ("-", 3.0),
+    "gather_all": ("-", 1.5),
+    "gather_rows": ("--", 1.5),
+    "ring": ("-.", 1.5),
+}
 METHOD_COLORS = dict(zip(STYLES, COLORS, strict=False))
 PANELS = (
     ("ms", 1.0, "milliseconds"),

@@ -257,9 +257,3 @@ def apex_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         for x, y in zip(a, b, strict=True)
     )
     return torch.stack([torch.as_tensor(dot), *(norm.square().reshape(()) for norm in norms)])
-
-
-def foreach_combine_(a: Sequence[Tensor], b: Sequence[Tensor], weight: float, scale: float) -> None:
-    """a <- scale ((1 - weight) a + weight b) with PyTorch's multi-tensor operations."""
-    torch._foreach_lerp_(list(a), list(b), weight)
-    torch._foreach_mul_(list(a), scale)
