@@ -1,1 +1,1 @@
-"""What the loss, the angle check and a training step cost, beside what one would use instead."""
+"""Time and memory of the losses, the gate and training steps, beside the alternatives."""

@@ -3,92 +3,98 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from ..engine.config.fields import parse
+from ..engine.config.fields import build, parse
+from ..engine.runtime import processes
 from ..engine.runtime.plots import require_matplotlib
-from ..engine.runtime.text import did_you_mean
+from ..engine.runtime.text import did_you_mean, text_table
 from .floors.machine import measured
-from .floors.rates import DTYPE_NAMES, Rates, rates_result
+from .floors.rates import DTYPE_NAMES, Rates
 from .measuring.environment import CPU
 from .measuring.memory import Child
 from .measuring.result_file import ResultFile
-from .options import BenchConfig, output_directory, provider_names, settings_of, sizes
+from .options import (
+    BenchConfig,
+    ExitsConfig,
+    ScalingConfig,
+    StepConfig,
+    names_of,
+    output_directory,
+    settings_of,
+    sizes,
+)
 from .suites import growth
 from .suites.gate import suite as angle
 from .suites.gate.case import AngleCase
 from .suites.loss import suite as loss
 from .suites.loss.case import LOSSES, LossCase
 from .suites.runner import Settings, refuse_what_cannot_fit, run_cases
-from .suites.suite import Suite
+from .suites.suite import Suite, WrongResult
 
 USAGE = """usage: fusedacl bench <suite> [config.yaml] [--option value …]
 
-  loss       the contrastive loss, forward + backward, beside what one would use instead
-  angle      the gradient-angle check and the gated combination
-  growth     how time and memory grow with M, d, K, E and the number of parameters
-  step       a training step
-  exits      many exits together, early exit
-  scaling    negatives of all ranks
+  loss       the contrastive loss, forward + backward, beside the alternatives
+  angle      the gradient-angle check and the gated combination, beside the alternatives
+  growth     growth of time and memory with M, d, K, E and the number of parameters
+  step       a training step, beside the Hugging Face Trainer
+  exits      training several exits together, and early exit
+  scaling    negatives from all ranks
   all        all of these
-  compare    two result files, or two commits (--commits A B): what changed, what is noise
+  compare    changes between two result files, or two commits (--commits A B), beyond the noise
 
 fusedacl bench <suite> --help explains each option; --preset quick takes minutes for all."""
 
-MADE: dict[str, Suite] = {"loss": loss.SUITE, "angle": angle.SUITE}
-# Of timing a point of a series; there are many.
+SUITES: dict[str, Suite] = {"loss": loss.SUITE, "angle": angle.SUITE}
+# Limit of `case_seconds` for each point of a series, because there are many points.
 POINT_SECONDS = 4.0
-OWN_COMMAND_LINE = ("step", "exits", "scaling")
+
+Config = TypeVar("Config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one suite; returns the exit status: 0, 1 (something of ours failed), 2 (a mistake)."""
+    """Run a suite; returns 0, 1 (a result of ours is wrong) or 2 (a mistake in the arguments)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
         return 0
+    suite = arguments[0]
     try:
-        return run(arguments[0], arguments[1:])
+        if suite not in COMMANDS:
+            raise ValueError(f"There is no suite {suite!r}.{did_you_mean(suite, COMMANDS)}")
+        return COMMANDS[suite](arguments[1:])
     except ValueError as error:
-        print(f"fusedacl bench {arguments[0]}: {error}", file=sys.stderr)
+        print(f"fusedacl bench {suite}: {error}", file=sys.stderr)
         return 2
 
 
-def run(suite: str, arguments: list[str]) -> int:
-    """`main` without the last word on mistakes.
-
-    Raises:
-        ValueError: a mistake in the arguments.
-    """
-    if suite not in _SUITES:
-        raise ValueError(f"There is no suite {suite!r}.{did_you_mean(suite, _SUITES)}")
-    return _SUITES[suite](arguments)
+def _parse(cls: type[Config], suite: str, description: str, arguments: list[str]) -> Config:
+    # --quick is short for --preset quick.
+    words = [part for word in arguments for part in (
+        ("--preset", "quick") if word == "--quick" else (word,)
+    )]  # fmt: skip
+    return parse(cls, f"fusedacl bench {suite}", description, words)
 
 
-def _parse(suite: str, words: str, arguments: list[str]) -> BenchConfig:
-    return parse(BenchConfig, f"fusedacl bench {suite}", words, arguments)
-
-
-def _prepared(
+def _prepare(
     config: BenchConfig, known: list[str], child: Child
 ) -> tuple[dict[str, Any], Settings]:
-    """Sizes and settings; the number of threads is set."""
+    """Sizes and settings; sets the number of threads."""
     chosen = sizes(config)
-    settings = settings_of(config, chosen, provider_names(config.what.providers, known), child)
+    settings = settings_of(
+        config, chosen, names_of("providers", config.what.providers, known), child
+    )
     torch.set_num_threads(settings.threads)
     return chosen, settings
 
 
-def _known(suites: Sequence[str], device: torch.device) -> list[str]:
-    """Names of all providers of suites, in their order."""
+def _known_providers(suites: Sequence[str], device: torch.device) -> list[str]:
     cases: list[tuple[Suite, Any]] = []
     if "loss" in suites:
         cases += [(loss.SUITE, LossCase(kind, 4, 8, 2)) for kind in LOSSES]
@@ -100,38 +106,34 @@ def _known(suites: Sequence[str], device: torch.device) -> list[str]:
 
 def _cases(suite: str, config: BenchConfig, chosen: dict[str, Any]) -> list[Any]:
     if suite == "angle":
-        return list(
-            angle.cases(
-                tasks=chosen["tasks"], parameters=chosen["parameters"], dtypes=chosen["dtypes"]
-            )
-        )
+        names: tuple[str, ...] = ("tasks", "parameters", "dtypes")
+        return list(angle.cases(**{name: chosen[name] for name in names}))
     names = ("losses", "rows", "widths", "classes", "exits", "dtypes")
     return list(loss.cases(samples=config.what.samples, **{name: chosen[name] for name in names}))
 
 
-def _of_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = None) -> int:
+def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = None) -> int:
     """bench loss, bench angle."""
-    known = list(known or _known([suite], torch.device(config.how.device)))
+    known = list(known or _known_providers([suite], torch.device(config.how.device)))
     with Child(config.how.threads) as child:
-        chosen, settings = _prepared(config, known, child)
+        chosen, settings = _prepare(config, known, child)
         cases = _cases(suite, config, chosen)
-        made = MADE[suite]
-        refuse_what_cannot_fit(made, cases, settings)
+        refuse_what_cannot_fit(SUITES[suite], cases, settings)
         path = output_directory(config) / f"{suite}.json"
         file = ResultFile(path, suite, config.how.preset, settings.device, cases=[])
-        rates = _machine(file, settings)
-        return _finished(file, run_cases(made, cases, settings, file, rates))
+        rates = _measure_machine(file, settings)
+        return _finish(file, run_cases(SUITES[suite], cases, settings, file, rates))
 
 
-def _machine(file: ResultFile, settings: Settings) -> Rates:
-    """The machine's rates, measured and kept in the file."""
+def _measure_machine(file: ResultFile, settings: Settings) -> Rates:
+    """Measure the machine's rates, print them and add them to the file."""
     try:
         rates = measured(settings.device)
     except ImportError as error:
         raise ValueError(
             f"device={str(settings.device)!r}: {error}. Run: pip install triton"
         ) from error
-    file.result["rates"] = rates_result(rates)
+    file.result["rates"] = rates.record()
     products = ", ".join(
         f"{DTYPE_NAMES[dtype]} {value / 1e9:.0f} GFLOP/s" for dtype, value in rates.flops.items()
     )
@@ -142,14 +144,14 @@ def _machine(file: ResultFile, settings: Settings) -> Rates:
     return rates
 
 
-def _growth(config: BenchConfig, known: Sequence[str] | None = None) -> int:
+def _run_growth(config: BenchConfig, known: Sequence[str] | None = None) -> int:
     how = config.how
-    known = list(known or _known(["loss", "angle"], torch.device(how.device)))
+    known = list(known or _known_providers(["loss", "angle"], torch.device(how.device)))
     with Child(how.threads) as child:
-        chosen, settings = _prepared(config, known, child)
+        chosen, settings = _prepare(config, known, child)
         path = output_directory(config) / "growth.json"
         file = ResultFile(path, "growth", how.preset, settings.device, cases=[])
-        rates = _machine(file, settings)
+        rates = _measure_machine(file, settings)
         failures = []
         for series in growth.all_series(
             how.device, how.preset, chosen["dtypes"][0], config.what.samples
@@ -165,11 +167,68 @@ def _growth(config: BenchConfig, known: Sequence[str] | None = None) -> int:
             if "stopped" in file.result:
                 break
     file.result["growth"] = growth.fits(file.result["cases"])
-    print("\n" + "\n".join(growth.sentences(file.result["growth"])))
-    return _finished(file, failures)
+    print("\n" + growth.fit_table(file.result["growth"], text_table))
+    return _finish(file, failures)
 
 
-def _finished(file: ResultFile, failures: list[str]) -> int:
+def _run_step(config: StepConfig) -> int:
+    from .pages import step_figure
+    from .suites.step.suite import PRESETS, run
+
+    providers, cases = config.names()
+    require_matplotlib()
+    name = "_".join(("step", *cases))
+    file = ResultFile(output_directory(config) / f"{name}.json", "step", config.how.preset)
+    try:
+        run(
+            PRESETS[config.how.preset], file,
+            providers=providers, cases=cases, threads=config.how.threads,
+        )  # fmt: skip
+    except WrongResult as error:
+        return _refuse("step", error)
+    finally:
+        processes.leave()
+    step_figure.draw(file.result, file.path.with_suffix(".png"))
+    return _finish(file, [])
+
+
+def _run_exits(config: ExitsConfig) -> int:
+    from .suites.exits.suite import real_texts, run
+
+    quick, data_dir = config.how.preset == "quick", config.what.data_dir
+    file = ResultFile(output_directory(config) / "exits.json", "exits", config.how.preset)
+    texts = Path(data_dir) if data_dir else None if quick else real_texts()
+    try:
+        run(file, quick=quick, data_dir=texts, threads=config.how.threads)
+    except WrongResult as error:
+        return _refuse("exits", error)
+    return _finish(file, [])
+
+
+def _run_scaling(config: ScalingConfig) -> int:
+    from .pages import scaling_figure
+    from .pages.scaling import model_section, scaling_section
+    from .suites.scaling.suite import run
+
+    problem, ranks = config.problem_and_ranks()
+    described = config.described_machine(problem)
+    require_matplotlib()
+    file = ResultFile(output_directory(config) / "scaling.json", "scaling", config.how.preset)
+    try:
+        run(file, problem, ranks, config.model.memory_budget_gb * 1e9, described)
+    except WrongResult as error:
+        return _refuse("scaling", error)
+    scaling_figure.draw(file.result, file.path.with_suffix(".png"))
+    print("\n".join([*scaling_section(file.result), "", *model_section(file.result)]))
+    return _finish(file, [])
+
+
+def _refuse(suite: str, error: WrongResult) -> int:
+    print(f"fusedacl bench {suite}: {error}", file=sys.stderr)
+    return 1
+
+
+def _finish(file: ResultFile, failures: list[str]) -> int:
     file.save()
     found = file.result["noise"]
     print(f"\nspread {found['spread']:.1%} (20th to 80th percentile, typical)", end="")
@@ -180,66 +239,35 @@ def _finished(file: ResultFile, failures: list[str]) -> int:
     return 1 if failures else 0
 
 
-def _elsewhere(suite: str, arguments: list[str]) -> int:
-    """The suites that have command lines of their own; --preset is theirs too."""
-    if suite == "scaling":
-        require_matplotlib()
-    words, rest = [], list(arguments)
-    while rest:
-        word = rest.pop(0)
-        if word == "--preset" and rest and rest[0] in ("quick", "full"):
-            words += ["--quick"] if rest.pop(0) == "quick" else []
-        else:
-            words.append(word)
-    before, sys.argv = sys.argv, [f"fusedacl bench {suite}", *words]
-    try:
-        import_module(f".suites.{suite}.suite", __package__).main()
-    except SystemExit as stop:
-        if isinstance(stop.code, str):
-            print(f"fusedacl bench {suite}: {stop.code}", file=sys.stderr)
-            return 1
-        return stop.code or 0
-    finally:
-        sys.argv = before
-    return 0
-
-
 def _all(arguments: list[str]) -> int:
-    config = _parse("all", "Every suite, one after the other; each leaves a file.", arguments)
+    config = _parse(BenchConfig, "all", DESCRIPTIONS["all"], arguments)
     device = torch.device(config.how.device)
-    known = _known(["loss", "angle"], device)
-    named = provider_names(config.what.providers, known)
-    statuses: list[int] = []
-    seconds: dict[str, float] = {}
+    known = _known_providers(["loss", "angle"], device)
+    named = names_of("providers", config.what.providers, known)
+    shared = {"preset": config.how.preset, "output_dir": config.how.output_dir}
+    runs: dict[str, Callable[[], int]] = {}
     for suite in ("loss", "angle", "growth"):
-        own = _known(["loss", "angle"] if suite == "growth" else [suite], device)
+        own = _known_providers(["loss", "angle"] if suite == "growth" else [suite], device)
         if named and not set(named) & set(own):
             print(f"\nbench {suite}: none of the named providers takes part, left out.")
-            continue
-        with _timed(suite, seconds):
-            statuses.append(
-                _growth(config, known) if suite == "growth" else _of_cases(suite, config, known)
-            )
-    for suite in OWN_COMMAND_LINE:
-        if device != CPU:
+        elif suite == "growth":
+            runs[suite] = partial(_run_growth, config, known)
+        else:
+            runs[suite] = partial(_run_cases, suite, config, known)
+    for suite, (cls, run) in CPU_SUITES.items():
+        if device == CPU:
+            runs[suite] = partial(run, build(cls, shared))
+        else:
             print(f"\nbench {suite} measures the CPU: left out with --device {device}.")
-            continue
-        options = ["--preset", config.how.preset]
-        if config.how.output_dir is not None:
-            options += ["--output_dir", config.how.output_dir]
-        with _timed(suite, seconds):
-            statuses.append(_elsewhere(suite, options))
+    statuses, seconds = [0], {}
+    for suite, measure in runs.items():
+        print(f"\nBENCH {suite.upper()}", flush=True)
+        start = time.monotonic()
+        statuses.append(measure())
+        seconds[suite] = time.monotonic() - start
     took = ", ".join(f"{suite} {each:.0f} s" for suite, each in seconds.items())
     print(f"\nbench all took {sum(seconds.values()):.0f} s: {took}")
-    return max(statuses, default=0)
-
-
-@contextmanager
-def _timed(suite: str, seconds: dict[str, float]) -> Iterator[None]:
-    print(f"\nBENCH {suite.upper()}", flush=True)
-    start = time.monotonic()
-    yield
-    seconds[suite] = time.monotonic() - start
+    return max(statuses)
 
 
 def _compare(arguments: list[str]) -> int:
@@ -248,25 +276,27 @@ def _compare(arguments: list[str]) -> int:
 
     parser = argparse.ArgumentParser(
         prog="fusedacl bench compare",
-        description="What changed between two result files, or between two commits: of each time "
-        "the ratio of medians, and whether it is more than noise. With --commits the suite is run "
-        "here from both, in turns; its options follow.",
+        description="Changes between two result files or two commits: the ratio of medians of each "
+        "time, and whether it is more than noise. With --commits the suite runs here from both "
+        "commits in turns; its options follow.",
         allow_abbrev=False,
     )
-    # With --commits what is not said here is the suite's, and its values are no files.
-    of_commits = "--commits" in arguments
-    if of_commits or {"-h", "--help"} & set(arguments):
+    # With --commits, all other arguments are the suite's options, whose values are not files.
+    from_commits = "--commits" in arguments
+    if from_commits or {"-h", "--help"} & set(arguments):
         parser.add_argument("--commits", nargs=2, metavar=("OLD", "NEW"), help="in place of files")
-        parser.add_argument("--suite", choices=tuple(MADE), default="loss", help="(default: loss)")
-        parser.add_argument("--repeats", type=int, default=2, help="runs of each (default: 2)")
-    if not of_commits:
+        parser.add_argument(
+            "--suite", choices=tuple(SUITES), default="loss", help="(default: loss)"
+        )
+        parser.add_argument("--repeats", type=int, default=2, help="runs per commit (default: 2)")
+    if not from_commits:
         parser.add_argument("files", nargs="*", type=Path, metavar="FILE", help="OLD and NEW")
     options, rest = parser.parse_known_args(arguments)
-    if of_commits:
+    if from_commits:
         if options.repeats < 1:
-            raise ValueError(f"repeats={options.repeats}: each commit is run once at least.")
-        # A mistake in them is found here, not after two trees were laid out.
-        _parse(options.suite, "", rest)
+            raise ValueError(f"repeats={options.repeats}: each commit must run once at least.")
+        # Finds mistakes before two trees are laid out.
+        _parse(BenchConfig, options.suite, "", rest)
         print(compare_commits(options.commits, options.suite, rest, options.repeats))
         return 0
     if rest:
@@ -277,26 +307,30 @@ def _compare(arguments: list[str]) -> int:
     return 0
 
 
-def _loss(arguments: list[str]) -> int:
-    words = "Time and memory of the contrastive loss, forward + backward."
-    return _of_cases("loss", _parse("loss", words, arguments))
+DESCRIPTIONS = {
+    "loss": "Time and memory of the contrastive loss, forward + backward.",
+    "angle": "Time and memory of the gradient-angle check and the gated combination.",
+    "growth": "Series along M, d, K, E and the number of parameters, with fitted exponents.",
+    "step": "Time, memory and parts of a training step, float32 on the CPU.",
+    "exits": "Time of training several exits, and of early exit if no text leaves early.",
+    "scaling": "Cost of negatives from all ranks: measured on loopback, modelled up to 4096 ranks.",
+    "all": "Every suite, one after another; each writes a file.",
+}
+CPU_SUITES: dict[str, tuple[type, Callable[[Any], int]]] = {
+    "step": (StepConfig, _run_step),
+    "exits": (ExitsConfig, _run_exits),
+    "scaling": (ScalingConfig, _run_scaling),
+}
 
 
-def _angle(arguments: list[str]) -> int:
-    words = "Time and memory of the gradient-angle check and the gated combination."
-    return _of_cases("angle", _parse("angle", words, arguments))
+def _command(suite: str, cls: type, run: Callable[[Any], int]) -> Callable[[list[str]], int]:
+    return lambda arguments: run(_parse(cls, suite, DESCRIPTIONS[suite], arguments))
 
 
-def _grows(arguments: list[str]) -> int:
-    words = "Series along M, d, K, E and the parameters, with fitted exponents."
-    return _growth(_parse("growth", words, arguments))
-
-
-_SUITES: dict[str, Callable[[list[str]], int]] = {
-    "loss": _loss,
-    "angle": _angle,
-    "growth": _grows,
-    **{suite: partial(_elsewhere, suite) for suite in OWN_COMMAND_LINE},
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    **{suite: _command(suite, BenchConfig, partial(_run_cases, suite)) for suite in SUITES},
+    "growth": _command("growth", BenchConfig, _run_growth),
+    **{suite: _command(suite, cls, run) for suite, (cls, run) in CPU_SUITES.items()},
     "all": _all,
     "compare": _compare,
 }

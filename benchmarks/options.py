@@ -1,5 +1,6 @@
-"""The options of `fusedacl bench loss | angle | growth`, and the sizes of the presets."""
+"""The options of every suite, and the sizes of the presets."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,26 +8,29 @@ from typing import Any
 import torch
 
 from ..engine.config.fields import option
-from ..engine.runtime.text import did_you_mean
+from ..kernels.contrastive.tiled.loss import GPU_TILE
 from .measuring.environment import machine_name
 from .measuring.memory import Child
 from .measuring.result_file import default_directory
-from .suites.gate.shapes import BERT_BASE
+from .suites.gate.case import BERT_BASE
 from .suites.gate.suite import TASKS
 from .suites.loss.case import LOSSES
 from .suites.runner import Settings
+from .suites.scaling.cost_model import Link, Machine, Problem
+from .suites.scaling.suite import RankOptions
+from .suites.step.names import CASES, WORDS
 from .suites.suite import check_names
 
 PRESETS = ("quick", "full")
 DEVICES = ("cpu", "cuda")
 DTYPES = ("float32", "float16", "bfloat16")
 COMPILED = "dense torch.compile"
-# What a preset leaves out, unless providers are named.
+# Providers that a preset leaves out unless they are named.
 SKIPPED = {
     "quick": {COMPILED: f"compiling takes long: --providers '{COMPILED}' or --preset full"},
     "full": {},
 }
-# On GPUs only where --device says so; the CPU's sizes stop where a call takes seconds.
+# The CPU's sizes end where one call takes seconds.
 SIZES: dict[tuple[str, str], dict[str, Any]] = {
     ("cpu", "quick"): {
         "rows": "1024", "widths": "64", "classes": "2", "exits": "1,12", "parameters": "2000000",
@@ -46,50 +50,225 @@ SIZES: dict[tuple[str, str], dict[str, Any]] = {
         "case_seconds": 60.0,
     },
 }  # fmt: skip
+RANK_SIZES: dict[str, dict[str, Any]] = {
+    "quick": {"world_sizes": "1,2", "num_samples": 64, "num_labels": 5, "width": 32, "rounds": 2},
+    "full": {
+        "world_sizes": "1,2,4", "num_samples": 512, "num_labels": 77, "width": 768, "rounds": 5,
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
-class What:
-    losses: str = option(",".join(LOSSES), "loss: supcon (one batch), acl (N samples, K labels)")
-    tasks: str = option(",".join(TASKS), "angle: dot_norm, combine (with clipping), gate (both)")
-    rows: str | None = option(None, "M of supcon_loss, as 1024,4096 (unset: the preset's)")
-    samples: int = option(32, "N of acl_loss, texts a batch", at_least=2)
-    widths: str | None = option(None, "d of the rows; acl_loss takes the first")
-    classes: str | None = option(None, "K of acl_loss, label embeddings")
-    exits: str | None = option(None, "E of acl_loss, exits in one call")
-    parameters: str | None = option(None, "elements of each list of gradients, as 1000000")
-    dtypes: str | None = option(None, f"of {', '.join(DTYPES)}")
-    providers: str | None = option(
-        None, "names as the tables have them, with commas between (unset: the preset's)"
+class Run:
+    preset: str = option(
+        "full", "quick takes less than two minutes for all suites", choices=PRESETS
+    )
+    threads: int = option(2, "number of CPU threads", at_least=1)
+    output_dir: str | None = option(
+        None,
+        "directory of the result file (unset: benchmarks/results/<machine> for the whole full "
+        "preset in a checkout, else runs/bench/<machine>)",
     )
 
 
 @dataclass(frozen=True)
-class How:
-    preset: str = option("full", "quick: under two minutes for all suites", choices=PRESETS)
-    device: str = option("cpu", "what computes", choices=DEVICES)
-    threads: int = option(2, "CPU threads", at_least=1)
-    rounds: int | None = option(None, "how often everything is timed, at most", at_least=1)
-    case_seconds: float | None = option(None, "of timing a case, about", above=0)
+class How(Run):
+    device: str = option("cpu", "device to measure", choices=DEVICES)
+    rounds: int | None = option(None, "largest number of samples per provider", at_least=1)
+    case_seconds: float | None = option(None, "approximate seconds of timing per case", above=0)
     peaks: bool = option(True, "measure peak memory (on a CPU in a child process)")
-    output_dir: str | None = option(
-        None,
-        "where the JSON file goes (unset: benchmarks/results/<machine> for all of the full preset "
-        "in a checkout, else runs/bench/<machine>)",
+
+
+@dataclass(frozen=True)
+class RankRun(Run):
+    threads: int = option(1, "number of CPU threads per rank", at_least=1)
+
+
+@dataclass(frozen=True)
+class What:
+    losses: str = option(
+        ",".join(LOSSES), "losses to time: supcon (one batch), acl (N samples, K label embeddings)"
+    )
+    tasks: str = option(
+        ",".join(TASKS), "gate tasks to time: dot_norm, combine (with clipping), gate (both)"
+    )
+    rows: str | None = option(None, "M of supcon_loss, such as 1024,4096 (unset: by the preset)")
+    samples: int = option(32, "N of acl_loss, texts per batch", at_least=2)
+    widths: str | None = option(None, "d, width of the rows; acl_loss uses the first one")
+    classes: str | None = option(None, "K of acl_loss, number of label embeddings")
+    exits: str | None = option(None, "E of acl_loss, exits in one call")
+    parameters: str | None = option(None, "elements in each list of gradients, such as 1000000")
+    dtypes: str | None = option(None, f"data types, from {', '.join(DTYPES)}")
+    providers: str | None = option(
+        None, "provider names as printed in the tables, comma-separated (unset: by the preset)"
     )
 
 
 @dataclass(frozen=True)
 class BenchConfig:
+    """Options of loss, angle, growth and all."""
+
     what: What = field(default_factory=What)
     how: How = field(default_factory=How)
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether everything of the preset is measured, so that its file may be committed."""
+        return self.what == What()
+
+
+@dataclass(frozen=True)
+class Steps:
+    providers: str | None = option(None, f"trainers, from {', '.join(WORDS)} (unset: all)")
+    cases: str | None = option(
+        None,
+        f"cases, from {', '.join(CASES)} (unset: all); the file is then named after them",
+    )
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    what: Steps = field(default_factory=Steps)
+    how: Run = field(default_factory=Run)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.what.providers is None
+
+    def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Providers and cases, empty for all.
+
+        Raises:
+            ValueError: an unknown name.
+        """
+        return (
+            names_of("providers", self.what.providers, WORDS),
+            names_of("cases", self.what.cases, CASES),
+        )
+
+
+@dataclass(frozen=True)
+class Texts:
+    data_dir: str | None = option(
+        None, "directory with mrpc/ (unset: $FUSEDACL_DATA if it has it, else embedded texts)"
+    )
+
+
+@dataclass(frozen=True)
+class ExitsConfig:
+    what: Texts = field(default_factory=Texts)
+    how: Run = field(default_factory=Run)
+    is_whole = True
+
+
+@dataclass(frozen=True)
+class Ranks:
+    world_sizes: str | None = option(
+        None, "numbers of ranks on this machine, in ascending order, such as 1,2,4"
+    )
+    num_samples: int | None = option(None, "N, samples per rank", at_least=1)
+    num_labels: int | None = option(None, "K, label embeddings", at_least=1)
+    width: int | None = option(None, "d, width of the rows", at_least=1)
+    rounds: int | None = option(None, "samples per method", at_least=1)
+    timeout: float = option(900.0, "seconds allowed for all ranks of one number", above=0)
+
+
+@dataclass(frozen=True)
+class ModelledMachine:
+    """A machine that is modelled at given rates, beside this one at measured rates."""
+
+    memory_budget_gb: float = option(8.0, "GB of a rank's memory that the loss may use", above=0)
+    matrix_tflops: float | None = option(
+        None, "another machine to model: TFLOP/s of matrix products per rank", above=0
+    )
+    giga_exponentials: float | None = option(None, "10^9 exponentials/s per rank", above=0)
+    memory_gb: float | None = option(None, "GB of memory per rank", above=0)
+    message_us: float | None = option(None, "microseconds per message between nodes", above=0)
+    link_gb_s: float | None = option(None, "GB/s per rank and direction between nodes", above=0)
+    ranks_per_node: int = option(1, "ranks per node", at_least=1)
+    node_message_us: float | None = option(
+        None, "microseconds per message within a node (unset: message_us)", above=0
+    )
+    node_link_gb_s: float | None = option(
+        None, "GB/s per rank and direction within a node (unset: link_gb_s)", above=0
+    )
+    dtype: str = option("float16", "data type there", choices=("float16", "float32"))
+    overlap: bool = option(True, "whether a ring sends while it computes there")
+
+
+@dataclass(frozen=True)
+class ScalingConfig:
+    what: Ranks = field(default_factory=Ranks)
+    model: ModelledMachine = field(default_factory=ModelledMachine)
+    how: RankRun = field(default_factory=RankRun)
+
+    @property
+    def is_whole(self) -> bool:
+        return self.what == Ranks()
+
+    def problem_and_ranks(self) -> tuple[Problem, RankOptions]:
+        """The loss to measure, and how.
+
+        Raises:
+            ValueError: numbers of ranks out of order, or only one rank.
+        """
+        chosen = RANK_SIZES[self.how.preset] | {
+            name: value for name, value in vars(self.what).items() if value is not None
+        }
+        world_sizes = whole_numbers("world_sizes", chosen["world_sizes"])
+        if sorted(world_sizes) != world_sizes or max(world_sizes) == 1:
+            raise ValueError(
+                f"world_sizes={chosen['world_sizes']!r}: write ascending numbers, and one above 1 "
+                "at least, for the model needs the link between ranks: 1,2."
+            )
+        shape = (chosen["num_samples"], chosen["num_labels"], chosen["width"])
+        ranks = RankOptions(
+            tuple(world_sizes), chosen["rounds"], self.how.threads, self.what.timeout
+        )
+        return Problem(1, *shape, element_bytes=4), ranks
+
+    def described_machine(self, problem: Problem) -> tuple[Machine, Problem] | None:
+        """The machine that the options describe with the problem in its data type, or None.
+
+        Raises:
+            ValueError: the options describe a part of a machine.
+        """
+        given = self.model
+        needed = ("matrix_tflops", "giga_exponentials", "memory_gb", "message_us", "link_gb_s")
+        missing = [name for name in needed if getattr(given, name) is None]
+        defaults = ModelledMachine(memory_budget_gb=given.memory_budget_gb)
+        if missing and given == defaults:
+            return None
+        if missing:
+            raise ValueError(
+                f"Modelling another machine also needs --{missing[0]}: all of {', '.join(needed)}."
+            )
+        tflops, exponentials, memory, message, link = (getattr(given, name) for name in needed)
+        size = 2 if given.dtype == "float16" else 4
+        machine = Machine(
+            name="the machine of the options",
+            flops_per_second=tflops * 1e12,
+            exponentials_per_second=exponentials * 1e9,
+            memory_bytes=memory * 1e9,
+            within=Link(
+                (given.node_message_us or message) / 1e6, (given.node_link_gb_s or link) * 1e9
+            ),
+            between=Link(message / 1e6, link * 1e9),
+            ranks_per_node=given.ranks_per_node,
+            overlaps_units=True,
+            overlaps_messages=given.overlap,
+            source="numbers given as options, not measured",
+        )
+        # GPU kernels work in one tile, in place.
+        shape = (problem.num_samples, problem.num_labels, problem.width)
+        return machine, Problem(1, *shape, size, tile=GPU_TILE, tile_bytes=size)
+
 
 def sizes(config: BenchConfig) -> dict[str, Any]:
-    """The options that have a preset's value where none is given: lists, rounds, seconds.
+    """Sizes, rounds and seconds of the preset, with those that were given in their place.
 
     Raises:
-        ValueError: a size that is no whole number above 0, an unknown dtype, a missing device.
+        ValueError: a size that is not a whole number above 0, or an unknown dtype, loss or task.
     """
     chosen = dict(SIZES[config.how.device, config.how.preset])
     for section in (config.what, config.how):
@@ -102,7 +281,7 @@ def sizes(config: BenchConfig) -> dict[str, Any]:
         chosen[name] = whole_numbers(name, chosen[name])
     chosen["dtypes"] = names_of("dtypes", chosen["dtypes"], DTYPES)
     if config.what.dtypes is None and config.how.device == "cuda" and not _has_bfloat16():
-        chosen["dtypes"] = [name for name in chosen["dtypes"] if name != "bfloat16"]
+        chosen["dtypes"] = tuple(name for name in chosen["dtypes"] if name != "bfloat16")
     chosen["losses"] = names_of("losses", config.what.losses, LOSSES)
     chosen["tasks"] = names_of("tasks", config.what.tasks, TASKS)
     return chosen
@@ -113,59 +292,44 @@ def _has_bfloat16() -> bool:
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
-    """A list of sizes.
+    """Numbers of a comma-separated list, without repetitions.
 
     Raises:
-        ValueError: naming what is no size.
+        ValueError: a part is not a whole number above 0.
     """
     found = []
     for part in text.split(","):
         if not part.strip().isdigit() or int(part) < 1:
             raise ValueError(
-                f"{name}={text!r}: {part.strip()!r} is no whole number above 0. Write 1024,4096."
+                f"{name}={text!r}: {part.strip()!r} is not a whole number above 0. Write 1024,4096."
             )
         found.append(int(part))
     return list(dict.fromkeys(found))
 
 
-def names_of(name: str, text: str, known: tuple[str, ...]) -> list[str]:
-    """A list of choices.
+def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, ...]:
+    """Names of a comma-separated list without repetitions, empty if nothing is given.
 
     Raises:
-        ValueError: naming what is no choice, with the nearest.
+        ValueError: an unknown name; the nearest is offered.
     """
-    found = [part.strip() for part in text.split(",")]
-    for part in found:
-        if part not in known:
-            raise ValueError(f"{name}={text!r}: {part!r} is no choice.{did_you_mean(part, known)}")
-    return list(dict.fromkeys(found))
-
-
-def provider_names(text: str | None, known: list[str]) -> tuple[str, ...]:
-    """None for all.
-
-    Raises:
-        ValueError: naming what is no provider, with the nearest.
-    """
-    if text is None:
-        return ()
-    names = [name.strip() for name in text.split(",")]
-    check_names(names, known)
-    return tuple(names)
+    names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
+    check_names(names, known, option)
+    return names
 
 
 def settings_of(
     config: BenchConfig, chosen: dict[str, Any], names: tuple[str, ...], child: Child
 ) -> Settings:
-    """
+    """Settings of the runner.
+
     Raises:
-        ValueError: there is no such device here.
+        ValueError: the device is missing.
     """
     device = torch.device(config.how.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
-            f"device='cuda': torch {torch.__version__} finds no CUDA device here. Use --device "
-            "cpu; python -m fusedacl.benchmarks.floors.loss_and_gate prints what a GPU could reach."
+            f"device='cuda': torch {torch.__version__} finds no CUDA device here. Use --device cpu."
         )
     return Settings(
         device=device,
@@ -178,9 +342,10 @@ def settings_of(
     )
 
 
-def output_directory(config: BenchConfig) -> Path:
-    if config.how.output_dir is not None:
-        return Path(config.how.output_dir)
-    # A part of the full preset must not take the place of a whole one's file.
-    preset = config.how.preset if config.what == What() else "custom"
-    return default_directory(machine_name(torch.device(config.how.device)), preset)
+def output_directory(config: BenchConfig | StepConfig | ExitsConfig | ScalingConfig) -> Path:
+    """Directory of the result file; only a whole full preset goes to the committed results."""
+    how = config.how
+    if how.output_dir is not None:
+        return Path(how.output_dir)
+    device = torch.device(how.device if isinstance(how, How) else "cpu")
+    return default_directory(machine_name(device), how.preset if config.is_whole else "custom")

@@ -1,1 +1,1 @@
-"""Two result files, or two commits, side by side."""
+"""Comparison of two result files, and of two commits."""

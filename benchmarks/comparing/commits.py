@@ -1,7 +1,7 @@
-"""The same bench run from two commits, in turns, and the comparison of what it measured.
+"""Run a suite from two commits in turns and compare the results.
 
-Each commit's engine/ and kernels/ are laid out in a temporary directory with the benchmarks of this
-checkout, so that only the code under test differs; its compiled loop is built there.
+The engine/ and kernels/ of each commit are laid out in a temporary directory with the benchmarks of
+this checkout, so that only the code under test differs. Their C loops are compiled there.
 """
 
 import io
@@ -17,21 +17,27 @@ from ..measuring.environment import Result
 from ..measuring.result_file import read_result
 from .files import compare, merged
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-# What a tree needs of a commit; the benchmarks are this checkout's.
+BENCHMARKS = Path(__file__).resolve().parents[1]
+CHECKOUT = BENCHMARKS.parent
+# Taken from the commit; the benchmarks are those of this checkout.
 PARTS = ("engine", "kernels")
 BUILD_FILES = ("setup.py", "pyproject.toml", "README.md", "LICENSE")
+# Packages that these benchmarks import and that commits with flat folders do not have.
+NEEDED = ("engine/runtime", "kernels/contrastive")
 
 
 def compare_commits(
     commits: Sequence[str], suite: str, options: Sequence[str], repeats: int = 2
 ) -> str:
-    """Runs `bench suite options` from both, A B B A …, and compares.
+    """Run `bench suite options` from both commits in the order A B B A …, and compare.
 
     Raises:
-        ValueError: no git checkout, an unknown commit, or a run that failed, with what it said.
+        ValueError: no git checkout, an unknown commit, a commit with another layout, or a run that
+            failed, with its output.
     """
     hashes = [commit_hash(name) for name in commits]
+    for name, commit in zip(commits, hashes, strict=True):
+        check_layout(name, commit)
     with tempfile.TemporaryDirectory(prefix="fusedacl_bench_") as directory:
         sites = []
         for index, commit in enumerate(hashes):
@@ -57,14 +63,33 @@ def commit_hash(name: str) -> str:
         ) from None
     if found.returncode != 0:
         raise ValueError(
-            f"commits: {name!r} is no commit of the checkout in {str(CHECKOUT)!r}: name a hash, a "
-            "branch or HEAD~1, or compare two result files."
+            f"commits: {name!r} is not a commit of the checkout in {str(CHECKOUT)!r}: name a hash, "
+            "a branch or HEAD~1, or compare two result files."
         )
     return found.stdout.decode().strip()
 
 
+def check_layout(name: str, commit: str) -> None:
+    """Check that these benchmarks can import the packages of a commit.
+
+    Raises:
+        ValueError: the commit is older than the present layout of engine/ and kernels/.
+    """
+    missing = [
+        folder
+        for folder in NEEDED
+        if _git("cat-file", "-e", f"{commit}:{folder}/__init__.py").returncode != 0
+    ]
+    if missing:
+        raise ValueError(
+            f"commits: {name!r} has no {missing[0]}/: its engine/ and kernels/ are from before "
+            "they were split into folders, so these benchmarks cannot import them. Measure that "
+            "commit with its own fusedacl bench and compare the two result files."
+        )
+
+
 def lay_out(commit: str, tree: Path) -> Path:
-    """The directory to import from: fusedacl/{engine,kernels,benchmarks}."""
+    """Lay out a commit; returns the directory that holds fusedacl/{engine,kernels,benchmarks}."""
     tree.mkdir(parents=True)
     archive = _git("archive", "--format=tar", commit, *PARTS, *BUILD_FILES)
     if archive.returncode != 0:
@@ -75,9 +100,9 @@ def lay_out(commit: str, tree: Path) -> Path:
     site.mkdir(parents=True)
     for part in PARTS:
         (site / part).symlink_to(tree / part, target_is_directory=True)
-    (site / "benchmarks").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
-    # setup.py names this package too.
-    (tree / "benchmarks").symlink_to(Path(__file__).resolve().parents[1], target_is_directory=True)
+    # setup.py looks for the benchmarks beside itself.
+    for folder in (site, tree):
+        (folder / "benchmarks").symlink_to(BENCHMARKS, target_is_directory=True)
     subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, capture_output=True
     )
@@ -85,10 +110,10 @@ def lay_out(commit: str, tree: Path) -> Path:
 
 
 def run_from(site: Path, suite: str, arguments: Sequence[str]) -> Result:
-    """What `bench suite` leaves when its packages are those of a tree.
+    """Result of `bench suite` with the packages of a tree.
 
     Raises:
-        ValueError: it failed, or another fusedacl was imported.
+        ValueError: the run failed, or another fusedacl was imported.
     """
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = subprocess.run(

@@ -1,9 +1,8 @@
-"""Two results side by side: what is faster, what is slower, and what the noise hides.
+"""Comparison of two results: faster, slower, or no change beyond the noise.
 
-A change is named only where four things agree: the medians differ by more than either run
-scatters, the intervals from the 20th to the 80th percentile do not touch, the machine itself (its
-rates of matrix product, exponential and copy) and the case's other providers, which are not our
-code, moved by less, and neither run is marked noisy.
+A change is reported only if all of these hold: the medians differ by more than the spread of either
+run; the intervals from the 20th to the 80th percentile do not overlap; the machine's own rates and
+the case's other providers, which are not our code, changed by less; neither run is noisy.
 """
 
 import math
@@ -20,31 +19,31 @@ FASTER, SLOWER, SAME = "faster", "slower", "no change seen"
 NOT_JUDGED = "not judged: noisy"
 VERDICTS = (FASTER, SLOWER, SAME, NOT_JUDGED)
 Times = dict[tuple[str, ...], Result]
-# Below this, two runs on the same machine differ by themselves.
+# Two runs of the same code on the same machine differ by this much.
 MIN_CHANGE = 0.03
 RATES = ("giga_exponentials_per_second", "gigabytes_per_second")
 ENVIRONMENT = ("cpu", "gpu", "cores", "threads", "torch", "python", "driver", "cuda", "triton")
 
 
 def compare_files(old: Path, new: Path) -> str:
-    """The table of two files, and what else differs between them.
+    """Table of the changes between two files, and differences of machine and settings.
 
     Raises:
-        ValueError: a file of another schema, or two files that have no case in common.
+        ValueError: a file of another schema, or files that have no case in common.
     """
     results = [read_result(path) for path in (old, new)]
     return compare(results[0], results[1], names=(str(old), str(new)))
 
 
 def compare(old: Result, new: Result, names: tuple[str, str] = ("old", "new")) -> str:
-    """See `compare_files`; results in place of files."""
+    """`compare_files` for results that are already read."""
     if old["benchmark"] != new["benchmark"]:
         raise ValueError(
-            f"{names[0]} is of bench {old['benchmark']} and {names[1]} of bench "
+            f"{names[0]} is a result of bench {old['benchmark']}, {names[1]} of bench "
             f"{new['benchmark']}: name two files of one suite."
         )
     drift = machine_drift(old, new)
-    lines = [f"old: {_of(old)}", f"new: {_of(new)}", *_differences(old, new)]
+    lines = [f"old: {_origin(old)}", f"new: {_origin(new)}", *_differences(old, new)]
     lines.append(
         "noise: times scatter by "
         f"{old['noise']['spread']:.1%} (old) and {new['noise']['spread']:.1%} (new), "
@@ -71,7 +70,7 @@ def compare(old: Result, new: Result, names: tuple[str, str] = ("old", "new")) -
 
 
 def changes(old: Result, new: Result, drift: float = 0.0) -> list[Result]:
-    """Every time that both have, the ratio of medians and what may be said of it."""
+    """Ratio of medians and verdict for every time that both results have."""
     before, after = _times(old), _times(new)
     noisy = old["noise"]["noisy"] or new["noise"]["noisy"]
     rows = []
@@ -87,7 +86,7 @@ def changes(old: Result, new: Result, drift: float = 0.0) -> list[Result]:
 
 
 def _control(before: Times, after: Times, path: tuple[str, ...]) -> float:
-    """How far the other providers of a case, which are not our code, moved between the runs."""
+    """Median change of the case's other providers, which are not our code, between the runs."""
     moved = [
         abs(math.log(after[other]["p50_ms"] / times["p50_ms"]))
         for other, times in before.items()
@@ -98,7 +97,7 @@ def _control(before: Times, after: Times, path: tuple[str, ...]) -> float:
 
 
 def judge(old: Mapping[str, Any], new: Mapping[str, Any], drift: float = 0.0) -> Result:
-    """One pair of times."""
+    """Ratio, noise and verdict for one pair of times."""
     change = new["p50_ms"] / old["p50_ms"]
     noise = max(spread(dict(old)), spread(dict(new)), drift, MIN_CHANGE)
     verdict = SAME
@@ -113,7 +112,7 @@ def judge(old: Mapping[str, Any], new: Mapping[str, Any], drift: float = 0.0) ->
 
 
 def machine_drift(old: Result, new: Result) -> float:
-    """The largest relative difference of the rates that both runs measured, 0 without any."""
+    """Largest relative difference of the rates that both runs measured; 0 if there are none."""
     found = []
     for key in RATES:
         found += _ratios(old.get("rates") or {}, new.get("rates") or {}, key)
@@ -128,9 +127,9 @@ def _ratios(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> list[fl
 
 
 def merged(runs: list[Result]) -> Result:
-    """Several runs of one commit as one result: medians of their times, spread between the runs.
+    """Merge several runs of one commit: the median of their medians, and the widest interval.
 
-    The interval is the widest of any run, and no narrower than the medians of the runs lie apart.
+    The interval also covers the medians of all runs.
     """
     first, found = runs[0], [_times(run) for run in runs]
     times = {}
@@ -153,7 +152,7 @@ def merged(runs: list[Result]) -> Result:
 
 
 def _best_rates(runs: list[Result]) -> Result:
-    """Of each rate the fastest run's: what the machine could do."""
+    """The highest value of each rate in any run."""
     best: Result = {"gigaflops": {}}
     for rates in (run.get("rates") or {} for run in runs):
         for dtype, value in rates.get("gigaflops", {}).items():
@@ -165,7 +164,7 @@ def _best_rates(runs: list[Result]) -> Result:
 
 
 def _times(result: Result) -> Times:
-    """Every time by what it is of; names of merged runs are paths already."""
+    """Every time by its path; merged results have paths as keys already."""
     if "merged" in result:
         return {tuple(key.split("\n")): value for key, value in result["merged"].items()}
     sections = {
@@ -176,13 +175,13 @@ def _times(result: Result) -> Times:
     return dict(timings(sections))
 
 
-def _of(result: Result) -> str:
+def _origin(result: Result) -> str:
     environment = result["environment"]
     return f"commit {environment['commit']}, {environment['date']}, preset {result['preset']}"
 
 
 def _differences(old: Result, new: Result) -> list[str]:
-    """The lines on what else differs, the machine first."""
+    """Sentences about differences of machine, versions and settings."""
     before, after = old["environment"], new["environment"]
     found = [
         f"{key} differs: {before.get(key)} and {after.get(key)}."

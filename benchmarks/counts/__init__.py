@@ -1,1 +1,1 @@
-"""Operations, bytes and launches held against the accepted ones."""
+"""Counts of operations, bytes and launches, compared with the accepted ones."""

@@ -1,12 +1,12 @@
-"""What losses, training steps and inference do, in counts that are the same on any machine.
+"""Counts of losses, training steps and inference, which are the same on any machine.
 
-    python -m fusedacl.benchmarks.counts                        prints them, and what has changed
-    python -m fusedacl.benchmarks.counts --write                accepts them
+    python -m fusedacl.benchmarks.counts                        print them, and changes
+    python -m fusedacl.benchmarks.counts --write                accept them
     python -m fusedacl.benchmarks.counts --only 'step: acl' --places
 
-Operations of PyTorch, operations of matrix products, bytes, host reads, passes through the model,
-Triton launches and collectives, on the CPU with one thread. Status 1: they are not those of
-counts.json, which was accepted with the versions that it names.
+The counts are of PyTorch operations, FLOP of matrix products, bytes, host reads, passes through the
+model, Triton launches and collectives, on the CPU with one thread. Exit status 1 means that they
+differ from expected.json, which names the versions with which it was accepted.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tqdm import tqdm
 
 from ...engine.runtime.files import write_json
@@ -32,13 +33,13 @@ from .step_cases import model_cases
 
 EXPECTED = Path(__file__).with_name("expected.json")
 ACCEPT = "python -m fusedacl.benchmarks.counts --write"
-# A part of what is expected. Bytes depend on when Python lets go of a tensor; with another minor
-# version of these packages the same call may take other operations.
+# Relative tolerances. Bytes depend on when Python frees a tensor; another minor version of the
+# packages may run other operations for the same call.
 TOLERANCE = 0.01
 TOLERANCE_ELSEWHERE = 0.1
 PACKAGES = ("torch", "transformers")
 IN_BYTES = ("allocated_bytes", "peak_bytes")
-# The first call of a case makes what is kept: the optimizer's state, tables, caches.
+# The first call of a case creates what later calls reuse: optimizer state, tables, caches.
 CALLS = 2
 
 Record = dict[str, Any]
@@ -49,10 +50,10 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, directory: Path, calls: int = CALLS) -> tuple[Counts, Counter[str]]:
-    """The counts of a case's last call, and its operations by place; `directory` is for its files.
+    """Counts of a case's last call, and its operations by function; `directory` is for its files.
 
     Raises:
-        RuntimeError: of three calls or more, the last two did not do the same.
+        RuntimeError: there are three calls or more and the last two have different counts.
     """
     with _one_thread():
         subject = case.prepare(directory)
@@ -65,7 +66,7 @@ def measure(case: Case, directory: Path, calls: int = CALLS) -> tuple[Counts, Co
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """What is cut into pieces for the threads is cut alike everywhere."""
+    """Use one thread: the number of threads changes how work is split."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -75,15 +76,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def versions() -> dict[str, str]:
-    """Package -> major and minor version, with which other counts may be right."""
+    """Package -> major and minor version, on which counts depend."""
     return {name: ".".join(version(name).split(".")[:2]) for name in PACKAGES}
 
 
 def read_expected() -> Record:
-    """{"versions": …, "cases": {name: record}} of counts.json.
+    """Read expected.json: {"versions": …, "cases": {name: record}}.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the file does not exist.
     """
     if not EXPECTED.is_file():
         raise ValueError(f"{EXPECTED}: no such file; in a checkout {ACCEPT} writes it.")
@@ -92,7 +93,7 @@ def read_expected() -> Record:
 
 
 def compare(expected: Record, found: Mapping[str, Record]) -> list[str]:
-    """What has changed in the cases found, one line each."""
+    """Changes in the cases found, one line each."""
     exact = expected["versions"] == versions()
     lines: list[str] = []
     for name, record in found.items():
@@ -104,7 +105,7 @@ def compare(expected: Record, found: Mapping[str, Record]) -> list[str]:
 
 
 def compare_case(name: str, expected: Record, found: Record, *, exact: bool) -> list[str]:
-    """What has changed in one case; `exact`: the versions are those of `expected`."""
+    """Changes in one case; `exact`: the versions are those of `expected`."""
     lines = []
     for what in Counts.__dataclass_fields__:
         before, after = expected[what], found[what]
@@ -136,8 +137,8 @@ def _total(value: int | dict[str, int]) -> int:
 
 
 def explain(lines: Sequence[str]) -> str:
-    """The lines of `compare`, and what to do about them."""
-    return "\n".join([*lines, f"If that is as it should be, accept it: {ACCEPT}"])
+    """The lines of `compare`, and how to accept the changes."""
+    return "\n".join([*lines, f"If these changes are intended, accept them: {ACCEPT}"])
 
 
 def table(found: Mapping[str, Record]) -> str:
@@ -163,15 +164,15 @@ def table(found: Mapping[str, Record]) -> str:
 
 
 def write(found: Mapping[str, Record], kept: Sequence[str]) -> None:
-    """counts.json from what was found; of the cases `kept`, what it held before.
+    """Write expected.json from the cases found; the cases `kept` stay as they are.
 
     Raises:
-        ValueError: that was counted with other versions.
+        ValueError: the kept cases were counted with other versions.
     """
     before = read_expected() if EXPECTED.is_file() else {"versions": versions(), "cases": {}}
     if kept and before["versions"] != versions():
         raise ValueError(
-            f"{EXPECTED.name} holds the counts of {before['versions']}, and this is {versions()}: "
+            f"{EXPECTED.name} has counts of {before['versions']}, but these are of {versions()}: "
             "accept all cases together."
         )
     known = {name: before["cases"][name] for name in kept if name in before["cases"]} | dict(found)
@@ -181,7 +182,7 @@ def write(found: Mapping[str, Record], kept: Sequence[str]) -> None:
 
 
 def print_places(places: Counter[str]) -> None:
-    """How many operations come from each function, and which."""
+    """Print the number and names of the operations of each function."""
     by_function: dict[str, list[str]] = {}
     totals: Counter[str] = Counter()
     for place, number in places.most_common():
@@ -196,17 +197,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="accept the counts: counts.json")
-    parser.add_argument("--only", metavar="TEXT", help="the cases whose names begin with it")
+    parser.add_argument("--write", action="store_true", help="accept the counts in expected.json")
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose names begin so")
     parser.add_argument("--places", action="store_true", help="print where operations come from")
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if case.name.startswith(options.only or "")]
     if not chosen:
         names = ", ".join(case.name for case in cases())
         parser.error(f"--only {options.only}: no case begins with it; there are: {names}")
-    # Before the kernels are imported.
+    # Triton reads this when the kernels are imported.
     os.environ["TRITON_INTERPRET"] = "1"
-    _hush()
+    transformers.utils.logging.disable_progress_bar()
     found: dict[str, Record] = {}
     places: dict[str, Counter[str]] = {}
     left_out: dict[str, str] = {}
@@ -233,13 +234,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if changes:
         print(explain(changes), file=sys.stderr)
     return 1 if changes else 0
-
-
-def _hush() -> None:
-    """No progress bars of models that are saved and loaded."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Cases of `counts`: the contrastive losses and the gradient check, on the CPU.
 
-Triton kernels are those of a GPU, in Triton's interpreter, which stands in for one at each launch.
+With Triton's interpreter, the GPU's Triton kernels are counted too.
 """
 
 import importlib.util
@@ -26,12 +26,12 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "acl_cl": acl_cl_loss,
 }
 WIDTH = 64
-# Samples and label embeddings: a GLUE batch, and batches of several tiles of the CPU (512 rows) or
-# of more rows than a single launch takes.
+# A GLUE batch, and a batch that takes several tiles on the CPU (512 rows) and several launches on a
+# GPU.
 SMALL = {"num_samples": 32, "num_labels": 2}
 LARGE = {"num_samples": 1500, "num_labels": 36}
 EXITS = 5
-# Batches of a training run are not of one size: their kernels should be.
+# Batch sizes of a training run vary; the compiled kernels should not.
 SMALL_SIZES = (9, 16, 30, 31, 32, 64)
 LARGE_SIZES = (997, 1000, 1001, 1008, 1024, 1500)
 NUM_RANKS = 4
@@ -39,7 +39,7 @@ NUM_RANKS = 4
 
 @dataclass(frozen=True)
 class Subject:
-    """What is counted: a call, and the modules whose forward calls are."""
+    """The call to count, and the modules whose forward calls are counted."""
 
     call: Callable[[], object]
     watched: Mapping[str, Sequence[nn.Module]] = field(default_factory=dict)
@@ -47,10 +47,10 @@ class Subject:
 
 @dataclass(frozen=True)
 class Case:
-    """One line of the table.
+    """One row of the table.
 
     prepare: makes the subject; it may write into the directory, which the cases share.
-    obstacle: what keeps the case from being counted here, or None.
+    obstacle: a message if the case cannot be counted here, else None.
     """
 
     name: str
@@ -126,7 +126,7 @@ def _sizes(impl: str, sizes: Sequence[int], num_labels: int) -> Case:
 def _inputs(
     name: str, num_samples: int, num_labels: int, exits: int | None
 ) -> tuple[list[Tensor], Tensor]:
-    """Embeddings, and what else the loss takes; labels [N]."""
+    """Embeddings and the loss's other rows; labels [N]."""
     generator = torch.Generator().manual_seed(0)
     leading = () if exits is None else (exits,)
 
@@ -151,13 +151,13 @@ def _forward_backward(
 
 
 def _global_loss(directory: Path) -> Subject:
-    """One rank's part of a loss whose other ranks are made up: they send what this one sends."""
+    """One rank of a loss over a fake group, whose other ranks send what this one sends."""
     inputs, labels = _inputs("acl", SMALL["num_samples"], SMALL["num_labels"], None)
 
     def call() -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        # With a group comes a hook that names the rank in tracebacks, and stays.
+        # init_process_group replaces the exception hook and does not restore it.
         with mock.patch.object(sys, "excepthook", sys.excepthook):
             distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=NUM_RANKS)
             try:
@@ -170,7 +170,7 @@ def _global_loss(directory: Path) -> Subject:
 
 
 def _gradient_check(impl: str, directory: Path) -> Subject:
-    """Both functions over gradients of MiniLM's shapes that agree, unscaled and clipped."""
+    """Both gradient functions over equal gradients in MiniLM's shapes, unscaled and clipped."""
     from transformers import BertConfig, BertModel
 
     with torch.device("meta"):
@@ -205,7 +205,7 @@ def _no_stand_in_for_ranks() -> str | None:
     if not distributed.is_available():
         return "this torch is built without distributed"
     if importlib.util.find_spec("torch.testing._internal.distributed.fake_pg") is None:
-        return "this torch has no process group without processes"
+        return "this torch has no fake process group"
     if distributed.is_initialized():
         return "this process is part of a process group already"
     return None

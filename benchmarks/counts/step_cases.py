@@ -1,7 +1,7 @@
 """Cases of `counts`: training steps of the local engine, and inference with early exits.
 
-A BERT of six narrow layers, with an exit on each where there are several, and texts of one length:
-what is counted does not depend on what the model has learned.
+A BERT of six narrow layers, with an exit on each layer in the cases of several exits, and texts of
+one length. The counts do not depend on the weights.
 """
 
 import json
@@ -30,8 +30,7 @@ NUM_TOKENS = 24
 BATCH_SIZE = 8
 CHUNKS = 2
 WORDS = "the old new red dog cat bird house runs sleeps eats sings good bad".split()
-# Nothing in a step may depend on values that rounding changes: every gradient is too long, and
-# every angle small enough.
+# No branch may depend on rounding: every gradient is clipped and every angle is accepted.
 CE: dict[str, Any] = {"objective": "ce", "max_grad_norm": 1e-4}
 ACL: dict[str, Any] = {**CE, "objective": "acl", "max_angle": 180.0}
 STEPS: dict[str, dict[str, Any]] = {
@@ -55,7 +54,7 @@ STEPS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": NUM_LAYERS,
     },
 }
-# What is trained as one model does not need as many layers.
+# Steps of a single exit need fewer layers.
 FEWER_LAYERS = {"num_hidden_layers": NUM_LAYERS // 2}
 STAGE2: dict[str, dict[str, Any]] = {
     "acl": ACL,
@@ -66,7 +65,7 @@ STAGE2: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Halves(Policy):
-    """Half of the texts that come to an exit leave there, whatever it read."""
+    """Half of the texts that reach an exit leave there, whatever its logits."""
 
     name = "halves"
 
@@ -108,13 +107,13 @@ def model_cases() -> list[Case]:
 
 
 def _step(options: dict[str, Any], directory: Path) -> Subject:
-    """The third step of a run: the first makes the optimizer's state."""
+    """A step of a run; the first call creates the optimizer state."""
     trainer = _trainer(directory, **options)
     return Subject(trainer.one_step, _parts(trainer.model))
 
 
 def _gate(impl: str, directory: Path) -> Subject:
-    """Two backward passes of next to nothing over a model's parameters, and the decision."""
+    """Two trivial backward passes over a model's parameters, and the gate's decision."""
     shapes = [p.shape for p in _trainer(directory, **ACL).model.parameters()]
     parameters = [nn.Parameter(torch.ones(shape)) for shape in shapes]
     gate = GradientGate(parameters, max_angle=180.0, impl=impl)
@@ -191,14 +190,14 @@ def _trainer(directory: Path, **options: Any) -> SteppedTrainer:
 
 
 def _write_encoder(directory: Path) -> None:
-    """A random BERT with its tokenizer, as the hub would give it."""
+    """Write a random BERT with its tokenizer, in the layout of the hub."""
     import transformers
     from transformers import BertConfig, BertModel
 
     directory.mkdir()
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     (directory / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
-    # A name that type checkers do not find, for transformers makes it when it is asked for.
+    # transformers creates this name on access, so type checkers do not find it.
     cast(Any, transformers).BertTokenizerFast.from_pretrained(directory).save_pretrained(directory)
     config = BertConfig(
         vocab_size=len(vocabulary),
@@ -212,7 +211,7 @@ def _write_encoder(directory: Path) -> None:
 
 
 def _write_texts(file: Path, num_texts: int) -> None:
-    """Two classes; every text fills a row of a batch."""
+    """Write texts of two classes; every text has NUM_TOKENS tokens."""
     rows = [
         {
             "sentence": " ".join(WORDS[(row + place) % len(WORDS)] for place in range(NUM_TOKENS)),

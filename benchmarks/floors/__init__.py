@@ -1,1 +1,1 @@
-"""Lower bounds of the time that a machine needs."""
+"""Lower bounds of the time that the work takes on a machine."""

@@ -1,8 +1,7 @@
-"""What the CPU at hand can do a second: matrix products, exponentials, bytes copied and read.
+"""Measured rates of the CPU: matrix products, exponentials, bytes copied and read.
 
-The products and exponentials are of blocks as the tiled loss has them, at its width, into memory
-that is already there; they take their turns among the contestants, so that a busy machine slows the
-floor as much as what is held against it.
+Products and exponentials have the block size of the tiled loss and write into existing memory.
+They take turns with the providers, so that a busy machine slows the floor and the providers alike.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,19 +14,19 @@ from ..measuring.environment import CPU, gpu_name
 from ..measuring.memory import cache_bytes
 from .rates import Rates
 
-# Rows of the blocks with which the rates are measured.
+# Rows of the blocks with which rates are measured.
 BLOCK = 512
 # Calls in a row per sample of a rate.
 RATE_CALLS = 20
 ROUNDS = 5
-# Where no case says another: the width of BERT-base.
+# Width of BERT-base, for the rates that are measured once at the start of a run.
 WIDTH = 768
 
 
 def machine_rates(
     width: int, dtype: torch.dtype = torch.float32
 ) -> dict[str, Callable[[], object]]:
-    """RATE_CALLS products and exponentials of one block, into memory that is already there."""
+    """Calls that compute RATE_CALLS products, or exponentials, of one block."""
     left, right = torch.randn(2, BLOCK, width).to(dtype)
     out = torch.empty(BLOCK, BLOCK, dtype=dtype)
     exponents = torch.rand(BLOCK, BLOCK)
@@ -44,25 +43,25 @@ def machine_rates(
 
 
 def memory_rates() -> dict[str, Callable[[], object]]:
-    """A copy and a dot product of two vectors that together are far larger than the cache."""
+    """A copy and a dot product of two vectors that are far larger than the cache together."""
     source, target = torch.ones(2, max(2**22, cache_bytes() // 2))
     return {"copy": lambda: target.copy_(source), "read": lambda: torch.dot(source, target)}
 
 
 def product_rate(times: Mapping[str, Any], width: int) -> float:
-    """FLOPs a second, by the median of the products of `machine_rates`."""
+    """FLOP per second, from the median time of the products of `machine_rates`."""
     return 2 * BLOCK**2 * width * RATE_CALLS / (times["p50_ms"] / 1e3)
 
 
 def rates_from(times: Mapping[str, Mapping[str, Any]], width: int) -> Rates:
-    """Rates by the medians of `machine_rates` and `memory_rates`, whichever took part.
+    """Rates from the median times of `machine_rates` and `memory_rates`; either may be missing.
 
-    Bytes are those of the faster of copying and reading, so that the floor stays one.
+    The memory rate is the higher one of copying and reading, so that it stays an upper bound.
     """
     seconds = {name: times[name]["p50_ms"] / 1e3 for name in times}
     flops, exponentials, rate_of_bytes = {}, float("inf"), float("inf")
     if "gemm" in seconds:
-        # 16 bits are computed in float32 where the CPU has no products of them.
+        # A CPU without 16-bit products computes them in float32.
         flops = dict.fromkeys(
             (torch.float32, torch.float16, torch.bfloat16), product_rate(times["gemm"], width)
         )
@@ -76,6 +75,6 @@ def rates_from(times: Mapping[str, Mapping[str, Any]], width: int) -> Rates:
 
 
 def measured() -> Rates:
-    """All of them, by themselves, at a run's begin."""
+    """Measure all rates, with nothing else running in this process."""
     calls = machine_rates(WIDTH) | memory_rates()
     return rates_from(interleave_on(CPU, calls, rounds=ROUNDS), WIDTH)

@@ -1,4 +1,4 @@
-"""What the GPU at hand can do a second: matrix products, exponentials, bytes copied."""
+"""Measured rates of the GPU: matrix products, exponentials, bytes copied."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,10 @@ import triton.language as tl
 
 from ..measuring.clock import interleave_on
 from ..measuring.environment import gpu_name
-from .rates import TF32_PRODUCTS, Rates
+from .rates import Rates
 
+# A float32 product on the matrix unit is three tf32 products (Triton's "tf32x3").
+TF32_PRODUCTS = 3
 BLOCK = 1024
 NUM_WARPS = 4
 ROUNDS = 5
@@ -17,11 +19,11 @@ ROUNDS = 5
 
 @triton.jit
 def exponentials_kernel(x, NUM_EXPONENTIALS: tl.constexpr, BLOCK: tl.constexpr):
-    """Each value goes through so many exponentials in registers that its memory does not count."""
+    """NUM_EXPONENTIALS per value, in registers: so many that memory traffic does not count."""
     offsets = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + offsets)
     for _ in range(NUM_EXPONENTIALS):
-        # The sign is part of the instruction; the iteration has a fixed point and stays finite.
+        # The negation costs no instruction; the iteration has a fixed point and stays finite.
         value = tl.exp2(-value)
     tl.store(x + offsets, value)
 
@@ -34,7 +36,7 @@ def measured(
     num_exponentials: int = 1024,
     num_bytes: int = 2**30,
 ) -> Rates:
-    """The median of a few runs of each; random matrices, for zeros draw less power."""
+    """Measure all rates by medians. Matrices are random: products of zeros draw less power."""
     calls: dict[str, Callable[[], object]] = {}
     dtypes = [torch.float16, torch.float32]
     if device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 0):
@@ -62,7 +64,7 @@ def measured(
         name=f"{gpu_name(device)}, measured",
         flops=flops,
         exponentials=values.numel() * num_exponentials / seconds["exponentials"],
-        # Read and written.
+        # Each byte is read and written.
         bytes=2 * source.numel() / seconds["copy"],
     )
 

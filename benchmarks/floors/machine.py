@@ -1,4 +1,4 @@
-"""Rates of the machine at hand, measured."""
+"""Measured rates of this machine's CPU or GPU."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from .rates import Rates
 
 
 def measured(device: torch.device) -> Rates:
-    """The rates of the machine at hand, instead of its vendor's."""
+    """Measure the rates of a device.
+
+    Raises:
+        ImportError: the device is a GPU and Triton is not installed.
+    """
     if device.type == "cpu":
-        from . import cpu as cpu_rates
+        from . import cpu
 
-        return cpu_rates.measured()
-    from . import gpu as gpu_rates
+        return cpu.measured()
+    from . import gpu
 
-    return gpu_rates.measured(device)
+    return gpu.measured(device)

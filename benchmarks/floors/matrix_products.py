@@ -1,4 +1,4 @@
-"""The floor of whole steps: their own matrix products, at the rate measured in turns with them."""
+"""Floor of a whole step: the time of its matrix products at the rate measured in turns with it."""
 
 from collections.abc import Callable, Mapping
 
@@ -8,30 +8,30 @@ from ..measuring.counting import count
 from ..measuring.environment import Result
 from .cpu import machine_rates, product_rate
 
-# The rate's name among the contestants while they take turns.
+# Name of the rate among the providers that take turns.
 PRODUCTS = "matrix products"
 EXPLAINED = (
-    "The floor of each is the time of its own matrix products, counted, at the rate of one that "
-    "took turns with them."
+    "The floor of each row is the time that its own matrix products, which were counted, take at "
+    "the rate of a matrix product that was timed in turns with them."
 )
 
 
 def flops_of(call: Callable[[], object], calls: int = 1) -> int:
-    """FLOPs of matrix products in a call that does the same thing `calls` times."""
+    """FLOP of matrix products, per repetition, in a call that repeats its work `calls` times."""
     counts, _ = count(call)
     return counts.flops // calls
 
 
 def product_turn(width: int, dtype: torch.dtype = torch.float32) -> Callable[[], object]:
-    """What takes a turn beside the contestants, as PRODUCTS."""
+    """The call that takes turns with the providers under the name PRODUCTS."""
     return machine_rates(width, dtype)["gemm"]
 
 
 def add_floors(times: dict[str, Result], flops: Mapping[str, int], width: int) -> Result:
-    """Takes PRODUCTS out of the times; the others get "flops" and "over_floor".
+    """Remove PRODUCTS from the times; add "flops" and "over_floor" to the others.
 
     Returns:
-        "gigaflops" of the products, to add to the result.
+        {"gigaflops": rate of the products}, to add to the result.
     """
     rate = product_rate(times.pop(PRODUCTS), width)
     for name, number in flops.items():

@@ -1,1 +1,1 @@
-"""Time, memory and operation counts, and the file they are kept in."""
+"""Time, memory and operation counts, and the file that holds them."""

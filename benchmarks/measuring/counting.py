@@ -1,8 +1,8 @@
-"""What a call does, counted instead of timed: the same numbers on any machine.
+"""Counts of what a call does: operations, FLOPs, bytes, host reads; the same on any machine.
 
-A dispatch mode sees every operation that PyTorch runs in the calling thread, those of backward
-passes too. Triton kernels are noted with their grids and not run, so that large grids cost nothing:
-what they write is left as it was allocated.
+A dispatch mode sees every operation that PyTorch runs in the calling thread, including those of
+backward passes. Triton kernels are recorded with their grids but not run, so that large grids cost
+no time; their output tensors keep uninitialised values.
 """
 
 import contextlib
@@ -19,39 +19,42 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-# Every way by which PyTorch hands a tensor's value to Python ends in one of these, or the shape of
-# a result depends on values, for which the host waits.
+# Operations for which the host waits: they return a value to Python, or the shape of their result
+# depends on values.
 READS = frozenset(
     "_local_scalar_dense is_nonzero item nonzero masked_select _unique2 bincount equal".split()
 )
-# With a mask for an index the same.
+# Host reads too if an index is a mask.
 INDEXING = frozenset(("index", "index_put", "index_put_"))
-# On the CPU these leave no operation behind, where on a GPU they are a copy that is waited for.
+# Methods that copy from a GPU and wait, but run no operation if the tensor is on the CPU.
 SILENT_READS = ("tolist", "cpu", "numpy")
-# Which arguments are multiplied: [.., m, k] and [.., k, n] or [k].
-PRODUCTS = {
-    **dict.fromkeys(("mm", "bmm", "mv", "dot", "vdot"), (0, 1)),
-    **dict.fromkeys(("addmm", "baddbmm", "addmv"), (1, 2)),
-}
-# Products in an attention: scores and values; backward again the scores, then four gradients.
-ATTENTIONS = {
-    "_scaled_dot_product_flash_attention_for_cpu": (0, 1, 2),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": (1, 2, 5),
+# FLOPs of products that PyTorch's own counter does not know.
+OTHER_FLOPS: dict[str, Callable[..., int]] = {
+    **dict.fromkeys(("dot", "vdot"), lambda x, y, *_: 2 * x.numel()),
+    "mv": lambda matrix, *_: 2 * matrix.numel(),
+    "addmv": lambda bias, matrix, *_: 2 * matrix.numel(),
+    "_scaled_dot_product_flash_attention_for_cpu": lambda q, k, v, *_: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    "_scaled_dot_product_flash_attention_for_cpu_backward": lambda gradient, q, k, v, *_: (
+        sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What one call did.
+    """Counts of one call.
 
-    operations: PyTorch's, by name, without host reads and collectives.
-    flops: of matrix products, two a multiplication and addition.
-    allocated_bytes: of all results' storages; peak_bytes: the most of them at one time.
-    host_reads: "place: how", each of which may wait for a device.
-    passes: forward calls of what was watched.
-    launches: of Triton kernels, with their grids; binaries: what a GPU would compile for them.
-    collectives: by name.
+    operations: PyTorch operations by name, without host reads and collectives.
+    flops: floating-point operations of matrix products; a multiply-add counts as two.
+    allocated_bytes: bytes of all new storages; peak_bytes: the most that lived at one time.
+    host_reads: number of reads by "function: operation"; each one may wait for a device.
+    passes: forward calls of the watched modules.
+    launches: Triton kernels with their grids; binaries: variants that a GPU would compile for them.
+    collectives: collective operations by name.
     """
 
     operations: dict[str, int] = field(default_factory=dict)
@@ -65,7 +68,7 @@ class Counts:
     collectives: dict[str, int] = field(default_factory=dict)
 
     def record(self) -> dict[str, Any]:
-        """As JSON has it, names in alphabetical order."""
+        """A dictionary for JSON, names in alphabetical order."""
         return {
             name: dict(sorted(value.items())) if isinstance(value, dict) else value
             for name, value in asdict(self).items()
@@ -75,12 +78,12 @@ class Counts:
 def count(
     call: Callable[[], object], watched: Mapping[str, Sequence[nn.Module]] | None = None
 ) -> tuple[Counts, Counter[str]]:
-    """What a call does, and its operations by "place: name".
+    """Run a call and return its counts, and its operations by "function: name".
 
-    The place is the function of this project from which an operation came.
+    The function is the innermost one of this project that ran the operation.
 
     Args:
-        watched: name -> modules whose forward calls are counted together.
+        watched: name -> modules whose forward calls are added up.
     """
     mode = _Counting()
     passes: Counter[str] = Counter()
@@ -113,7 +116,7 @@ def count(
 
 
 def is_host_read(name: str, arguments: Sequence[Any]) -> bool:
-    """Whether the host waits for the values of this operation (its name without "aten::")."""
+    """Whether the host waits for the result of this operation; `name` without "aten::"."""
     return name in READS or (
         name in INDEXING
         and any(
@@ -131,14 +134,14 @@ class _Counting(TorchDispatchMode):
         self.collectives: Counter[str] = Counter()
         self.flops = self.allocated_bytes = self.peak_bytes = 0
         self._live_bytes = 0
-        # Address of a storage -> the storage, and its bytes as last seen.
+        # Address of a storage -> the storage, and its size when last seen.
         self._live: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # In inference mode composite operations arrive whole, elsewhere in parts.
+        # Composite operations arrive undivided in inference mode; elsewhere PyTorch splits them.
         if torch.is_inference_mode_enabled():
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -146,24 +149,24 @@ class _Counting(TorchDispatchMode):
                 return result
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
-        # A range for the profiler: nothing is computed.
+        # Profiler ranges compute nothing.
         if name.startswith("profiler::"):
             return result
         self.places[f"{_place()}: {name}"] += 1
-        self.flops += _flops(name, args)
+        self.flops += _flops(func, name, args, kwargs, result)
         if name.startswith("c10d::"):
             self.collectives[name.removeprefix("c10d::")] += 1
         elif is_host_read(name, args):
             self.host_reads[f"{_place()}: {name}"] += 1
         else:
             self.operations[name] += 1
-        # What `torch.tensor` has made arrives here for the first time.
+        # The storage that `torch.tensor` made is new, although it arrives as an input.
         inputs = () if name == "lift_fresh" else (*args, *kwargs.values())
         self._note_storages(result, inputs)
         return result
 
     def noted(self, read: str) -> Callable[..., Any]:
-        """A method of Tensor that is counted as a host read."""
+        """A method of Tensor that also counts as a host read."""
         method = getattr(Tensor, read)
 
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -195,9 +198,9 @@ class _Counting(TorchDispatchMode):
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    """Those in arguments or results of an operation: tensors, or lists of them."""
+    """Tensors in the arguments or results of an operation, which may be nested lists."""
     if isinstance(values, Tensor):
-        # A sparse tensor has no storage of its own.
+        # Sparse tensors have no single storage.
         if values.layout is torch.strided:
             yield values
     elif isinstance(values, (list, tuple)):
@@ -205,24 +208,22 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
-def _flops(name: str, args: Sequence[Any]) -> int:
-    if name in PRODUCTS:
-        left, right = (args[place] for place in PRODUCTS[name])
-        return 2 * left.numel() * (right.shape[-1] if right.dim() > 1 else 1)
-    if name in ATTENTIONS:
-        query_place, key_place, num_products = ATTENTIONS[name]
-        # [.., T, d] and [.., S, d]
-        return 2 * num_products * args[query_place].numel() * args[key_place].shape[-2]
-    return 0
+def _flops(
+    func: Any, name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any
+) -> int:
+    if name in OTHER_FLOPS:
+        return OTHER_FLOPS[name](*args)
+    formula = flop_registry.get(func._overloadpacket)
+    return 0 if formula is None else formula(*args, **kwargs, out_val=result)
 
 
 def _place() -> str:
-    """The innermost function of this project that is being run, but for the benchmarks'."""
+    """The innermost running function of kernels or engine."""
     frame = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
         if module.startswith(("fusedacl.kernels", "fusedacl.engine")):
-            # Without comprehensions, which some versions of Python run in a frame of their own.
+            # Python 3.11 runs comprehensions in a frame of their own, newer versions do not.
             function = frame.f_code.co_qualname.partition(".<locals>.<")[0]
             return f"{module.removeprefix('fusedacl.')}.{function}"
         frame = frame.f_back  # type: ignore[assignment]
@@ -231,7 +232,7 @@ def _place() -> str:
 
 @contextlib.contextmanager
 def _no_garbage() -> Iterator[None]:
-    """Storages are freed when the last reference goes, and at no other time."""
+    """Disable garbage collection: storages are freed only when their last reference goes."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -243,7 +244,7 @@ def _no_garbage() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Launch:
-    """A kernel with its grid, and what makes Triton compile another binary of it."""
+    """A kernel with its grid, and the key under which Triton would cache its binary."""
 
     text: str
     binary: tuple[Any, ...]
@@ -251,7 +252,7 @@ class _Launch:
 
 @contextlib.contextmanager
 def _launches() -> Iterator[list[_Launch]]:
-    """The launches within the block, which are noted and not done."""
+    """Record the launches inside the block instead of running them."""
     found: list[_Launch] = []
     try:
         from triton.runtime.interpreter import InterpretedFunction
@@ -274,7 +275,7 @@ def _binary(kernel: Any, named: Mapping[str, Any]) -> tuple[Any, ...]:
     types = kernel.fn.__annotations__
     key: list[Any] = [kernel.fn.__module__, kernel.fn.__name__]
     for name, value in sorted(named.items()):
-        # Options of a launch, such as num_warps, are no arguments of the kernel.
+        # Launch options such as num_warps are not arguments of the kernel.
         if name in kernel.arg_names and "constexpr" not in str(types.get(name)):
             value = _kind(value, name in unspecialized)
         key.append((name, value))
@@ -282,7 +283,7 @@ def _binary(kernel: Any, named: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _kind(value: Any, unspecialized: bool) -> Any:
-    """As Triton tells arguments apart: dtypes, 16-byte alignment, the number 1, multiples of 16."""
+    """Properties that Triton specialises on: dtype, 16-byte alignment, 1, multiples of 16."""
     if isinstance(value, Tensor):
         return str(value.dtype), value.data_ptr() % 16 == 0
     if isinstance(value, int) and not isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""The machine, versions and commit that a result belongs to."""
+"""Machine, versions and commit of a result."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def machine_name(device: torch.device = CPU) -> str:
 
 
 def gpu_name(device: torch.device) -> str:
-    """As the driver has it; the CPU's where the device is one."""
+    """The GPU's name as the driver reports it; on a CPU the processor's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_model()
 
 
 def environment(device: torch.device = CPU) -> Result:
-    """What a reader needs to judge or repeat the numbers."""
+    """Everything that a reader needs to judge or repeat the numbers."""
     gpu = _gpu(device) if device.type == "cuda" else {}
     return gpu | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -73,9 +73,9 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit of this file's checkout, with "+changes" when what runs may differ from it.
+    """Commit of this file's checkout, with "+changes" if files differ from it.
 
-    What other runs have measured does not count.
+    Result files do not count as changes.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     code = ["--", ":/", ":!results"]

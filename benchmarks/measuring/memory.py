@@ -1,8 +1,7 @@
-"""How much memory there is, and what one call takes at its peak.
+"""Available memory, and the peak memory of one call.
 
-On a GPU the allocator tells the peak. On a CPU a child process measures it by the high-water mark
-of its resident memory (Linux: /proc/self/clear_refs resets the mark): freed memory goes back to the
-system at once there, so that the mark shows what is held.
+On a GPU the allocator reports the peak. On a CPU it is the high-water mark of the resident memory
+of a child process, which Linux can reset (/proc/self/clear_refs).
 """
 
 from __future__ import annotations
@@ -17,22 +16,22 @@ from typing import Any
 
 import torch
 
-from ..suites.suite import Suite
+from ...engine.runtime import processes
 
-# glibc's name for the size from which memory comes from the system, and goes back to it.
+RESET_FILE = Path("/proc/self/clear_refs")
+# mallopt's parameter (glibc): allocations above this size are returned to the system when freed.
 M_MMAP_THRESHOLD = -3
-# Where Linux does not tell.
+# Used if Linux does not report the size.
 DEFAULT_CACHE = 32 * 2**20
 GPU_CACHE = 64 * 2**20
-# A prediction leaves room for what else runs.
+# The rest of the free memory is left to other programs.
 USABLE_SHARE = 0.9
-# One call is not waited for longer than this.
 CHILD_SECONDS = 300.0
 END_SECONDS = 10.0
 
 
 def cache_bytes(device: torch.device | None = None) -> int:
-    """The last-level cache of the CPU, or the GPU's second level."""
+    """Size of the CPU's last-level cache, or of the GPU's L2 cache."""
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return int(getattr(properties, "L2_cache_size", GPU_CACHE))
@@ -45,7 +44,7 @@ def cache_bytes(device: torch.device | None = None) -> int:
 
 
 def available_bytes(device: torch.device) -> int:
-    """What a run may take now; a CPU that does not tell is taken at its word: no limit."""
+    """Memory that a run may use now; no limit (2**62) on a system that does not report it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(device)
@@ -59,7 +58,7 @@ def available_bytes(device: torch.device) -> int:
 
 
 def too_large(needed: int, available: int) -> str | None:
-    """Why it is refused, with both numbers, or None."""
+    """A message with both numbers if the need exceeds what is available, else None."""
     if needed <= available:
         return None
     return (
@@ -68,11 +67,49 @@ def too_large(needed: int, available: int) -> str | None:
     )
 
 
-class Child:
-    """A process that measures peaks, one after the other; started when first asked."""
+class HighWaterMark:
+    """Peak of this process's resident memory since `reset`, beyond what it held at that moment."""
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        # Freed memory that stays with the process would hide what the next call needs.
+        if hasattr(self._libc, "mallopt"):
+            self._libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+
+    @staticmethod
+    def is_available() -> bool:
+        return RESET_FILE.exists()
+
+    def reset(self) -> None:
+        if hasattr(self._libc, "malloc_trim"):
+            self._libc.malloc_trim(0)
+        RESET_FILE.write_text("5", encoding="ascii")
+        self._before = _status_bytes("VmRSS")
+
+    def raised_bytes(self) -> int:
+        return _status_bytes("VmHWM") - self._before
+
+    def raised_by(self, call: Callable[[], object]) -> int:
+        """Bytes by which one call raises the mark; its result is held until the mark is read."""
+        self.reset()
+        result = call()
+        raised = self.raised_bytes()
+        del result
+        return raised
+
+
+def _status_bytes(field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, f"Linux reports {field}"
+    return int(match[1]) * 1024
+
+
+class Child:
+    """A process that measures memory peaks, one after another; it starts at the first request."""
+
+    def __init__(self, threads: int, seconds: float = CHILD_SECONDS) -> None:
         self.threads = threads
+        self.seconds = seconds
         self._process: Any = None
         self._pipe: Any = None
 
@@ -81,26 +118,29 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
-            # It ends by itself, and what it started with it.
+            # A closed pipe ends the child, and with it the processes that it started.
             self._pipe.close()
             self._process.join(END_SECONDS)
         self._end()
 
-    def peak(self, suite: Suite, name: str, case: Any) -> int | str | None:
-        """Bytes by which one call of a provider raises the child's high-water mark.
+    def measure(self, function: Callable[..., int], *arguments: Any) -> int | str | None:
+        """Result of `function(*arguments)` in the child.
 
-        A text says why there is no number: a child that dies takes only its own measurement with
-        it. None where the system tells no high-water mark.
+        function: defined at the top level of a module; it and its arguments are pickled.
+
+        Returns:
+            An error message if the function raised, the child ended or `seconds` passed; the next
+            request then starts a new child. None if the system has no high-water mark.
         """
-        if not Path("/proc/self/clear_refs").exists():
+        if not HighWaterMark.is_available():
             return None
         if self._process is None:
             self._start()
         try:
-            self._pipe.send((suite, name, case))
-            if self._pipe.poll(CHILD_SECONDS):
+            self._pipe.send((function, arguments))
+            if self._pipe.poll(self.seconds):
                 return self._pipe.recv()
-            answer = f"no answer within {CHILD_SECONDS:g} seconds"
+            answer = f"no answer within {self.seconds:g} seconds"
         except (EOFError, BrokenPipeError, ConnectionResetError):
             answer = "the process that measures memory ended without an answer"
         self._end()
@@ -123,54 +163,24 @@ class Child:
 
 def _serve(pipe: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
     while True:
         try:
-            suite, name, case = pipe.recv()
+            function, arguments = pipe.recv()
         except EOFError:
-            return
+            break
         try:
-            pipe.send(_extra(suite, name, case, libc))
+            pipe.send(function(*arguments))
         except Exception as error:
-            # A call that fails here is named beside its times; the others go on.
+            # Reported beside the times of this provider; the others are still measured.
             pipe.send(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
-
-
-def _extra(suite: Suite, name: str, case: Any, libc: Any) -> int:
-    device = torch.device("cpu")
-    provider = next((each for each in suite.providers(case, device) if each.name == name), None)
-    if provider is None:
-        raise ValueError(f"{suite.words(case)} has no provider {name!r}.")
-    call = provider.make(case, device)
-    (inputs,) = suite.inputs(case, device, 1)
-    # Libraries, compilers, threads and workspaces come with the first call.
-    call(inputs)
-    return _raised_by(lambda: call(inputs), libc)
-
-
-def _raised_by(function: Callable[[], object], libc: Any) -> int:
-    if hasattr(libc, "malloc_trim"):
-        libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status_bytes("VmRSS")
-    result = function()
-    raised = _status_bytes("VmHWM") - before
-    del result
-    return raised
-
-
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None, f"Linux reports {field}"
-    return int(match[1]) * 1024
+    # A run under DeepSpeed leaves a process group behind.
+    processes.leave()
 
 
 def extra_device_memory(function: Callable[[], object], device: torch.device) -> int | None:
-    """Bytes by which one call, made before, raises the device's allocated memory at its peak.
+    """Bytes by which one call raises the GPU allocator's peak; None on a CPU.
 
-    None on a CPU (`extra_memory` measures there).
+    The function must have been called before, so that what it keeps does not count.
     """
     if device.type != "cuda":
         return None

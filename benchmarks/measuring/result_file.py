@@ -1,4 +1,4 @@
-"""The file that a benchmark leaves: one schema, written after every case, refused when foreign.
+"""The result file of a benchmark, which is written after every case.
 
     {"schema": 1, "benchmark": "loss", "preset": "full", "environment": {...}, "rates": {...},
      "cases": [{"case": {...}, "words": ..., "floor_ms": ..., "bound_by": ...,
@@ -8,8 +8,7 @@
      "growth": [...],
      "noise": {"spread", "load_average", "busy_cores", "cores", "noisy", "why"}}
 
-Suites that came before it (exits, scaling, step) have sections of their own in place of cases.
-Files without "schema" are older still; only the performance page reads them.
+The suites exits and scaling have sections of their own in place of "cases".
 """
 
 from __future__ import annotations
@@ -28,17 +27,18 @@ from ...engine.runtime.files import write_whole
 from .environment import CPU, Result, environment
 
 SCHEMA = 1
-# The typical (p80 - p20) / p50 from which a result is marked.
+# A result is noisy above this typical (p80 - p20) / p50 ...
 NOISY_SPREAD = 0.15
-# Of the cores, what others kept busy before the run; by the load average where that is not told.
+# ... or above this share of the cores that other programs kept busy before the run,
 NOISY_BUSY = 0.15
+# ... or, if that is unknown, above this load average per core.
 NOISY_LOAD = 0.5
-# For so long this process waits and sees what others do.
+# Seconds for which the load by other programs is watched before a run.
 WATCH_SECONDS = 0.3
 
 
 class ResultFile:
-    """A result in the making; `save` leaves a whole file each time."""
+    """A result that grows case by case; `save` replaces the file as a whole."""
 
     def __init__(
         self, path: Path, benchmark: str, preset: str, device: torch.device = CPU, **more: Any
@@ -59,7 +59,7 @@ class ResultFile:
 
 
 def noise(result: Result) -> Result:
-    """How far the times of a result scatter, and what else ran; in words where that is too much."""
+    """Spread of a result's times and load by other programs; "why" says what makes it noisy."""
     spreads = [spread(times) for _, times in timings(result)]
     load = list(result["environment"]["load_average"])
     cores = result["environment"]["cores"] or 1
@@ -67,7 +67,7 @@ def noise(result: Result) -> Result:
     why = []
     if typical > NOISY_SPREAD:
         why.append(f"times scatter by {typical:.0%} (20th to 80th percentile)")
-    # The load average also remembers what this program did before, in `bench all` say.
+    # The load average also includes this program's own earlier work, such as in `bench all`.
     busy = result["environment"].get("busy_cores")
     if busy is not None and busy > NOISY_BUSY * cores:
         why.append(f"others kept {busy:.1f} of {cores} cores busy before the run")
@@ -80,7 +80,7 @@ def noise(result: Result) -> Result:
 
 
 def busy_cores() -> float | None:
-    """Cores that others keep busy while this process waits; None where Linux's count is missing."""
+    """Number of cores that other programs keep busy; None if Linux does not report it."""
     counts = Path("/proc/stat")
     if not counts.is_file():
         return None
@@ -92,7 +92,7 @@ def busy_cores() -> float | None:
 
 
 def _idle_seconds(counts: Path) -> float:
-    """Of all cores together since the machine started: idle, and waiting for a disk."""
+    """Seconds since boot, summed over the cores, in which they were idle or waited for a disk."""
     fields = counts.read_text(encoding="ascii").partition("\n")[0].split()
     return (int(fields[4]) + int(fields[5])) / os.sysconf("SC_CLK_TCK")
 
@@ -103,7 +103,7 @@ def spread(times: Result) -> float:
 
 
 def timings(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Result]]:
-    """Every time in a result with what it is of: the case in words, the provider's name."""
+    """Every time in a result with its path: the case in words, then the provider's name."""
     if isinstance(value, dict):
         if "p50_ms" in value:
             yield path, value
@@ -116,22 +116,26 @@ def timings(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str,
             yield from timings(inner, (*path, str(name)))
 
 
-# Names that say nothing beside what is inside them.
+# Keys that are left out of the path.
 _SILENT = {"cases", "providers", "times", "points"}
 
 
-def _known(rate: float) -> float | None:
-    """A rate that took no part in the rounds is infinite, which JSON has no word for."""
-    return None if rate == float("inf") else rate
-
-
 def read_result(path: Path) -> Result:
-    """A result of this schema.
+    """Read a result file.
 
     Raises:
-        ValueError: no such file, no JSON, or another version's file, with what would do.
+        ValueError: no such file, not JSON, not a result, or a result of another schema.
     """
-    result = read_any(path)
+    if not path.is_file():
+        raise ValueError(
+            f"{str(path)!r} does not exist: name a JSON file that fusedacl bench wrote."
+        )
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{str(path)!r} is not a JSON file: {error}") from None
+    if not isinstance(result, dict) or "environment" not in result:
+        raise ValueError(f"{str(path)!r} is not a file that fusedacl bench wrote.")
     schema = result.get("schema", 0)
     if schema != SCHEMA:
         raise ValueError(
@@ -141,33 +145,9 @@ def read_result(path: Path) -> Result:
     return result
 
 
-def read_any(path: Path) -> Result:
-    """As `read_result`, and files without a schema, which the page reads as version 0."""
-    if not path.is_file():
-        raise ValueError(
-            f"{str(path)!r} does not exist: name a JSON file that fusedacl bench left."
-        )
-    try:
-        result = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{str(path)!r} is no JSON file: {error}") from None
-    if not isinstance(result, dict) or "environment" not in result:
-        raise ValueError(f"{str(path)!r} is not a file that fusedacl bench left.")
-    return result
-
-
 def default_directory(machine: str, preset: str) -> Path:
-    """Of a full run in a checkout, beside the committed results; else under runs/."""
+    """benchmarks/results/<machine> for a full run in a checkout, else runs/bench/<machine>."""
     committed = Path(__file__).parents[1] / "results"
     if preset == "full" and committed.is_dir() and os.access(committed, os.W_OK):
         return committed / machine
     return Path("runs") / "bench" / machine
-
-
-def write(result: Result, path: Path, device: torch.device = CPU) -> None:
-    """Writes a full run's result with its environment, as a file of `result.SCHEMA`."""
-    from .result_file import ResultFile
-
-    file = ResultFile(path, path.stem, "full", device, **result)
-    file.save()
-    print(f"written: {path}")

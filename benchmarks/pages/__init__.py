@@ -1,1 +1,1 @@
-"""The generated pages and figures."""
+"""docs/performance.md, its figures and the README's table, from the result files."""

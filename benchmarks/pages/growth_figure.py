@@ -1,13 +1,12 @@
-"""The figure of `bench growth`: time and peak memory against each size, a line a provider."""
+"""Figure of the growth suite: time and peak memory against each size, one line per provider."""
 
 from pathlib import Path
 from typing import Any
 
-from ...engine.runtime.plots import save_figure
+from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain
 from ..measuring.environment import Result
-from .roofline import COLORS
+from .png import save_png
 
-NAME = "growth"
 AXES = {
     "M": "M, rows of supcon_loss",
     "d": "d, width of the rows",
@@ -17,36 +16,32 @@ AXES = {
 }
 
 
-def draw(result: Result, machine: str, directory: Path) -> list[str]:
-    """growth.png and growth.svg; times above, peak memory below."""
-    from matplotlib.figure import Figure
+def draw(result: Result, path: Path) -> None:
+    """Draw times in the upper row and peak memory in the lower one."""
     from matplotlib.lines import Line2D
 
     cases = result["cases"]
     axes_names = [axis for axis in AXES if any(case["axis"] == axis for case in cases)]
     names = list(dict.fromkeys(name for case in cases for name in case["providers"]))
     colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
-    figure = Figure(figsize=(3.3 * len(axes_names), 6.4), layout="constrained")
+    figure = new_figure(3.3 * len(axes_names), 6.4)
     grid = figure.subplots(2, len(axes_names), squeeze=False)
+    rows = (("p50_ms", 1, "milliseconds"), ("peak_bytes", 2**20, "peak memory, MiB"))
     for column, axis in enumerate(axes_names):
-        of_axis = [case for case in cases if case["axis"] == axis]
-        for axes, key, unit in zip(grid[:, column], ("p50_ms", "peak_bytes"), (1, 2**20),
-                                   strict=True):  # fmt: skip
+        axis_cases = [case for case in cases if case["axis"] == axis]
+        for axes, (key, unit, words) in zip(grid[:, column], rows, strict=True):
             for name in names:
-                _line(axes, of_axis, name, key, unit, colors[name])
-            axes.set_xscale("log")
-            axes.set_yscale("log")
-            _ticks(axes, [case["size"] for case in of_axis])
-            axes.set_xlabel(AXES[axis])
-            axes.spines[["top", "right"]].set_visible(False)
-    grid[0][0].set_ylabel("milliseconds")
-    grid[1][0].set_ylabel("peak memory beyond the inputs (MiB)")
-    handles = [Line2D([], [], color=colors[name], marker="o", markersize=3, label=name)
-               for name in names]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
-    figure.suptitle(f"How cost grows, {machine}: forward + backward, and the angle's sums")
-    directory.mkdir(parents=True, exist_ok=True)
-    return [file.name for file in save_figure(figure, directory / NAME)]
+                _line(axes, axis_cases, name, key, unit, colors[name])
+            axes.set(xscale="log", yscale="log", xlabel=AXES[axis])
+            axes.set_ylabel(words if column == 0 else "")
+            _ticks(axes, [case["size"] for case in axis_cases])
+            plain(axes)
+    handles = [Line2D([], [], color=color, marker="o", markersize=3) for color in colors.values()]
+    legend_below(figure, handles, names)
+    figure.suptitle(
+        f"Growth of the cost, {path.parent.name}: loss forward + backward, angle's sums"
+    )
+    save_png(figure, path)
 
 
 def _line(axes: Any, cases: list[Result], name: str, key: str, unit: float, color: str) -> None:
@@ -59,7 +54,7 @@ def _line(axes: Any, cases: list[Result], name: str, key: str, unit: float, colo
 
 
 def _ticks(axes: Any, sizes: list[int]) -> None:
-    """The measured sizes below, as many as have room; beside, powers of ten where there are two."""
+    """Label at most about five sizes; on the y axis, only powers of ten if there are two."""
     from matplotlib.ticker import NullFormatter
 
     shown = sizes[:: 1 + len(sizes) // 5]

@@ -1,4 +1,4 @@
-"""docs/performance.md and the table in README.md from the result files; the figures beside them.
+"""docs/performance.md, the page of the scaling model, the README's table and all figures.
 
 python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --output docs/performance.md \\
     --readme README.md
@@ -7,29 +7,23 @@ python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --output do
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from ...engine.runtime.files import write_whole
 from ...engine.runtime.plots import require_matplotlib
 from ..measuring.environment import Result
-from ..measuring.result_file import SCHEMA, read_any
-from . import exits_and_scaling, growth_figure, roofline, scaling_figure, step_figure
+from ..measuring.result_file import read_result
+from . import growth_figure, roofline, scaling_figure, step_figure
 from .cases import cases_section, growth_section
+from .exits import exits_section
 from .headline import headline, write_headline
+from .scaling import MODEL_PAGE, model_page, scaling_section
 from .step import step_section
+from .summary import introduction
 
 SUITES = ("loss", "angle", "growth", "step", "exits", "scaling")
-OWN_SECTIONS: dict[str, Callable[[Result], list[str]]] = {
-    "exits": exits_and_scaling.exits_section,
-    "scaling": exits_and_scaling.scaling_section,
-}
-# Files without a schema, from before there was one.
-VERSION_0 = OWN_SECTIONS | {
-    "loss": exits_and_scaling.loss_section,
-    "angle": exits_and_scaling.angle_section,
-    "step": exits_and_scaling.step_section,
-}
+ROOFLINE = "roofline.png"
 
 
 def main() -> int:
@@ -39,15 +33,21 @@ def main() -> int:
     parser.add_argument(
         "directories", nargs="+", type=Path, help="benchmarks/results/<machine>, one or more"
     )
-    parser.add_argument("--output", type=Path, required=True, help="the page to write")
-    parser.add_argument("--readme", type=Path, help="where the short table goes, between markers")
+    parser.add_argument(
+        "--output", type=Path, required=True, help=f"the page to write, with {MODEL_PAGE} beside it"
+    )
+    parser.add_argument("--readme", type=Path, help="file with markers for the short table")
     arguments = parser.parse_args()
     try:
-        results = [read_directory(directory) for directory in arguments.directories]
-        draw(arguments.directories, results)
-        write_whole(arguments.output, page(arguments.directories, arguments.output.parent))
+        require_matplotlib()
+        results = read_directories(arguments.directories)
+        draw(results)
+        beside = arguments.output.parent
+        write_whole(arguments.output, page(results, beside))
+        if any("scaling" in found for found in results.values()):
+            write_whole(beside / MODEL_PAGE, modelled(results, beside))
         if arguments.readme is not None:
-            table = headline(arguments.directories, results)
+            table = headline({path.name: found for path, found in results.items()})
             if table:
                 write_headline(arguments.readme, table)
     except ValueError as error:
@@ -56,110 +56,83 @@ def main() -> int:
     return 0
 
 
-def read_directory(directory: Path) -> dict[str, Result]:
-    """The results of one machine by the name of their file.
+def read_directories(directories: Sequence[Path]) -> dict[Path, dict[str, Result]]:
+    """Directory of a machine -> its results by file name, in the order of the page.
 
     Raises:
-        ValueError: a file of a schema that this version does not know.
+        ValueError: a file of another schema.
     """
-    found = {}
-    files = [
-        file
-        for name in SUITES
-        # Some cases of a suite may have a file of their own.
-        for file in [directory / f"{name}.json", *sorted(directory.glob(f"{name}_*.json"))]
-    ]
-    for file in files:
-        if not file.is_file():
-            continue
-        result = read_any(file)
-        if result.get("schema", 0) not in (0, SCHEMA):
-            raise ValueError(
-                f"{str(file)!r} has schema {result['schema']}, this version reads {SCHEMA} and "
-                "what came before it: measure it again with this version (fusedacl bench)."
-            )
-        found[file.stem] = result
-    return found
-
-
-def draw(directories: Sequence[Path], results: Sequence[dict[str, Result]]) -> None:
-    """Every figure that the machines' files have numbers for, beside the files."""
-    require_matplotlib()
-    for directory, found in zip(directories, results, strict=True):
-        of_cases = _of_cases(found)
-        if any(roofline.points(result) for result in of_cases):
-            roofline.draw(of_cases, directory.name, directory)
-        if "growth" in found:
-            growth_figure.draw(found["growth"], directory.name, directory)
-        for name, result in found.items():
-            if result.get("figures") and name.startswith("step"):
-                step_figure.draw(result, directory, name)
-            elif result.get("figures") and name == "scaling":
-                scaling_figure.draw(result, directory)
-
-
-def _of_cases(found: dict[str, Result]) -> list[Result]:
-    return [found[name] for name in ("loss", "angle") if "cases" in found.get(name, {})]
-
-
-def page(directories: Sequence[Path], beside: Path | None = None) -> str:
-    """The page of some machines; what was not measured on one is left out there.
-
-    beside: the directory the page is for, from which figures are named.
-    """
-    results = [read_directory(directory) for directory in directories]
-    gpus = sorted(
-        {
-            result["environment"]["gpu"]
-            for found in results
-            for result in found.values()
-            if "gpu" in result["environment"]
+    return {
+        directory: {
+            file.stem: read_result(file)
+            for name in SUITES
+            # Some cases of a suite may be in a file of their own.
+            for file in (directory / f"{name}.json", *sorted(directory.glob(f"{name}_*.json")))
+            if file.is_file()
         }
-    )
-    where = f"On GPUs: {', '.join(gpus)}." if gpus else "Nothing here was measured on a GPU."
-    parts = [
-        "# Performance",
-        "",
-        "Made by `python -m fusedacl.benchmarks.pages.performance` from the files in "
-        "`benchmarks/results/`; "
-        "no number is typed by hand. In each table the contestants took turns in one process; "
-        "claims are ratios of medians. What is faster than ours has a number below 1. "
-        f"{where}",
-    ]
-    for directory, found in zip(directories, results, strict=True):
-        parts += ["", f"## Machine `{directory.name}`"]
-        explained: set[str] = set()
+        for directory in directories
+    }
+
+
+def draw(results: dict[Path, dict[str, Result]]) -> None:
+    """Draw every figure of the machines' results into their directories."""
+    for directory, found in results.items():
+        cases = _results_with_points(found)
+        if cases:
+            roofline.draw(cases, directory / ROOFLINE)
+        if "growth" in found:
+            growth_figure.draw(found["growth"], directory / "growth.png")
+        if "scaling" in found:
+            scaling_figure.draw(found["scaling"], directory / "scaling.png")
         for name, result in found.items():
-            parts += ["", *_section(name, result, directory, beside, explained)]
-            parts += ["", _provenance(result["environment"])]
-        if any(roofline.points(result) for result in _of_cases(found)):
-            file = _link(directory / f"{roofline.NAME}.png", beside)
+            if name.startswith("step"):
+                step_figure.draw(result, directory / f"{name}.png")
+
+
+def _results_with_points(found: dict[str, Result]) -> list[Result]:
+    results = [found[name] for name in ("loss", "angle") if name in found]
+    return results if any(roofline.points(result) for result in results) else []
+
+
+def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
+    """The page of the machines' results; `beside`: its directory, to which links are relative."""
+    parts = introduction({path.name: found for path, found in results.items()})
+    for directory, found in results.items():
+        parts += ["", f"## Machine `{directory.name}`"]
+        is_first_step = True
+        for name, result in found.items():
+            figure = _link(directory / f"{name}.png", beside)
+            if name == "growth":
+                section = growth_section(result, figure)
+            elif name.startswith("step"):
+                shown = figure if step_figure.has_parts(result) else None
+                section = step_section(result, shown, explain=is_first_step)
+                is_first_step = False
+            elif name == "exits":
+                section = exits_section(result)
+            elif name == "scaling":
+                section = scaling_section(result)
+            else:
+                section = cases_section(result)
+            parts += ["", *section, "", _provenance(result["environment"])]
+        if _results_with_points(found):
+            file = _link(directory / ROOFLINE, beside)
             parts += ["", f"![Roofline of {directory.name}]({file})"]
     return "\n".join(parts) + "\n"
 
 
-def _section(
-    name: str, result: Result, directory: Path, beside: Path | None, explained: set[str]
-) -> list[str]:
-    """Lines of one file; `explained`: what earlier files of the machine have explained."""
-    if result.get("schema", 0) == 0:
-        return VERSION_0[name](result)
-    if name == "growth":
-        return growth_section(result, _link(directory / f"{growth_figure.NAME}.png", beside))
-    if name.startswith("step"):
-        figures = result.get("figures")
-        figure = _link(directory / figures[0], beside) if figures else None
-        is_first = "step" not in explained
-        explained.add("step")
-        return step_section(result, figure, is_first)
-    if name in OWN_SECTIONS:
-        return OWN_SECTIONS[name](result)
-    return cases_section(result)
+def modelled(results: dict[Path, dict[str, Result]], beside: Path) -> str:
+    """The page of the scaling model, for the machines that have a scaling file."""
+    return model_page(
+        {
+            directory.name: (found["scaling"], _link(directory / "scaling.png", beside))
+            for directory, found in results.items()
+            if "scaling" in found
+        }
+    )
 
 
-def _link(file: Path, beside: Path | None) -> str:
-    if beside is None:
-        return f"../benchmarks/results/{file.parent.name}/{file.name}"
+def _link(file: Path, beside: Path) -> str:
     return Path(os.path.relpath(file, beside)).as_posix()
 
 

@@ -1,10 +1,10 @@
-"""The roofline of a machine: what its measured rates allow, and where ours and the others are.
+"""Roofline of a machine: its measured rates, and the rate that each provider reaches.
 
-Across: floating-point operations for each byte that must be moved (compulsory traffic: rows and
-their gradients, or both lists of gradients). Up: operations of the problem a second, so that a
-provider that does more work than the problem needs is lower. Roofs: copying, the matrix product,
-and for the loss the exponentials that go with the products: on a GPU the special function unit's
-own roof, on a CPU, where one unit does both, the two together. Their share depends on d.
+x axis: floating-point operations per byte that must be moved (rows and their gradients, or both
+lists of gradients). y axis: operations of the problem per second, so that a provider that computes
+more than the problem needs lies lower. Roofs: memory, matrix products, and for the loss the
+exponentials that belong to the products. A GPU computes those at the same time as the products; on
+a CPU the roof is that of both together. The exponentials' share depends on d.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,41 +13,33 @@ from typing import Any
 
 import torch
 
-from ...engine.runtime.plots import save_figure
+from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain
 from ..measuring.environment import Result
+from ..suites.gate.case import AngleCase
+from .png import save_png
 
-NAME = "roofline"
-COLORS = (
-    "#55a868", "#c44e52", "#4c72b0", "#dd8452", "#8172b3", "#937860", "#da8bc3", "#8c8c8c",
-    "#ccb974", "#64b5cd", "#1b4f2a", "#7f1d1d", "#173f73", "#b15928", "#4b2e83", "#000000",
-)  # fmt: skip
 MARKERS = {"supcon": "o", "acl": "s", "angle": "^"}
+KINDS = {"supcon": "supcon_loss", "acl": "acl_loss", "angle": "angle's sums"}
 
 
 def point(case: Result) -> tuple[float, float] | None:
-    """(operations a byte, operations) of a case of the loss, or of the angle's sums."""
+    """(operations per byte, operations) of a loss or of the angle's sums; None for other cases."""
     shape = case["case"]
     size = getattr(torch, shape["dtype"]).itemsize
     if "loss" in shape:
         rows = shape["samples"] + (shape["classes"] if shape["loss"] == "acl" else 0)
         exits, width = shape["exits"], shape["width"]
-        # Products forward and backward, e being symmetric: the "tiles" of floors.py.
+        # Products forward and backward over half of the pairs, because similarity is symmetric.
         operations = exits * 4.0 * rows**2 * width
         return operations / (exits * rows * width * (3 * size + 4)), operations
     if shape.get("task") == "dot_norm":
-        elements = _elements(case)
+        elements = AngleCase(**shape).elements
         return 6 * elements / (2 * elements * size), 6.0 * elements
     return None
 
 
-def _elements(case: Result) -> float:
-    from ..suites.gate.case import AngleCase
-
-    return float(AngleCase(**case["case"]).elements)
-
-
 def points(result: Result) -> list[Result]:
-    """Every provider of every case that has a place: intensity, operations a second, names."""
+    """Intensity, operations per second and names of every provider in every case with a point."""
     found = []
     for case in result.get("cases", []):
         place = point(case)
@@ -58,7 +50,7 @@ def points(result: Result) -> list[Result]:
         found += [
             {
                 "provider": name, "kind": kind, "intensity": intensity,
-                "per_second": operations / (entry["p50_ms"] / 1e3), "words": case["words"],
+                "per_second": operations / (entry["p50_ms"] / 1e3),
                 "width": case["case"].get("width"),
             }
             for name, entry in case["providers"].items()
@@ -67,7 +59,7 @@ def points(result: Result) -> list[Result]:
 
 
 def roofs(results: Sequence[Result]) -> Mapping[str, Any]:
-    """The best rates that any run of the machine measured, in operations and bytes a second."""
+    """The highest rates that any run measured: operations, exponentials and bytes per second."""
     flops, exponentials, copied, overlaps = [], [], [], True
     for result in results:
         for rates in (result.get("rates"), *(case.get("rates") for case in result["cases"])):
@@ -76,7 +68,7 @@ def roofs(results: Sequence[Result]) -> Mapping[str, Any]:
                 exponentials.append(rates["giga_exponentials_per_second"])
                 copied.append(rates["gigabytes_per_second"])
                 overlaps = overlaps and rates["overlaps_units"]
-    # A suite that does not need a rate has none.
+    # Rates that a suite does not need are null.
     known = [
         [value * 1e9 for value in values if value is not None]
         for values in (flops, exponentials, copied)
@@ -86,9 +78,9 @@ def roofs(results: Sequence[Result]) -> Mapping[str, Any]:
 
 
 def exponential_roof(limits: Mapping[str, Any], width: int) -> tuple[float, str]:
-    """Operations a second with the exponentials they need, and what the roof is called.
+    """Operations per second that the exponentials allow, and the name of the roof.
 
-    Half the pairs have one in the forward pass and half in the backward pass: 4 d operations each.
+    One exponential belongs to 4 d operations: half of the pairs, forward and backward.
     """
     roof = 4 * width * limits["exponentials"]
     if limits["overlaps"]:
@@ -96,17 +88,23 @@ def exponential_roof(limits: Mapping[str, Any], width: int) -> tuple[float, str]
     return 1 / (1 / roof + 1 / limits["flops"]), "products and exp"
 
 
-def draw(results: Sequence[Result], machine: str, directory: Path) -> list[str]:
-    """roofline.png and roofline.svg of a machine's loss and angle files."""
-    from matplotlib.figure import Figure
+def draw(results: Sequence[Result], path: Path) -> None:
+    """Draw the roofs and providers of a machine's loss and angle files."""
     from matplotlib.lines import Line2D
 
     shown = [each for result in results for each in points(result)]
     limits = roofs(results)
-    figure = Figure(figsize=(9, 6.2), layout="constrained")
+    figure = new_figure(9, 6.2)
     axes = figure.subplots()
     names = list(dict.fromkeys(each["provider"] for each in shown))
-    colors = {name: COLORS[index % len(COLORS)] for index, name in enumerate(names)}
+    # Providers beyond the palette get hollow markers.
+    looks: dict[str, dict[str, Any]] = {
+        name: {
+            "color": COLORS[index % len(COLORS)],
+            "fillstyle": "full" if index < len(COLORS) else "none",
+        }
+        for index, name in enumerate(names)
+    }
     low = min(each["intensity"] for each in shown) / 3
     high = max(each["intensity"] for each in shown) * 3
     ridge = limits["flops"] / limits["bytes"]
@@ -131,25 +129,22 @@ def draw(results: Sequence[Result], machine: str, directory: Path) -> list[str]:
         axes.text(ridge, roof, f"{words} at d = {width}", fontsize=8, color="#555555", va="top")
     for each in shown:
         axes.plot(
-            each["intensity"], each["per_second"], MARKERS[each["kind"]],
-            color=colors[each["provider"]], markersize=6, alpha=0.85,
+            each["intensity"], each["per_second"], MARKERS[each["kind"]], markersize=6, alpha=0.85,
+            **looks[each["provider"]],
         )  # fmt: skip
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    axes.set_xlabel("operations of the problem for each byte that must be moved")
-    axes.set_ylabel("operations of the problem a second")
-    axes.spines[["top", "right"]].set_visible(False)
-    kinds = {"supcon": "supcon_loss", "acl": "acl_loss", "angle": "angle's sums"}
-    handles: list[Any] = [
-        Line2D([], [], marker="o", linestyle="", color=colors[name], label=name) for name in names
-    ]
+    axes.set(
+        xscale="log", yscale="log", xlabel="operations of the problem per byte that must be moved",
+        ylabel="operations of the problem per second",
+    )  # fmt: skip
+    plain(axes)
+    handles = [Line2D([], [], marker="o", linestyle="", **looks[name]) for name in names]
+    kinds = [kind for kind in MARKERS if any(each["kind"] == kind for each in shown)]
     handles += [
-        Line2D([], [], marker=marker, linestyle="", color="#555555", fillstyle="none",
-               label=kinds[kind])
-        for kind, marker in MARKERS.items()
-        if any(each["kind"] == kind for each in shown)
-    ]  # fmt: skip
-    figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
-    figure.suptitle(f"Roofline, {machine}: forward + backward; roofs measured in the same runs")
-    directory.mkdir(parents=True, exist_ok=True)
-    return [file.name for file in save_figure(figure, directory / NAME)]
+        Line2D([], [], marker=MARKERS[kind], linestyle="", color="#555555", fillstyle="none")
+        for kind in kinds
+    ]
+    legend_below(figure, handles, [*names, *(KINDS[kind] for kind in kinds)])
+    figure.suptitle(
+        f"Roofline, {path.parent.name}: forward + backward; roofs measured in the same runs"
+    )
+    save_png(figure, path)

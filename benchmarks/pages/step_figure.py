@@ -1,99 +1,62 @@
-"""The figure of `step`: where the time of a step of ours goes."""
+"""Figure of the step suite: the parts of a step of our trainers."""
 
 from pathlib import Path
 
-from ...engine.runtime.plots import save_figure
-from ...engine.runtime.profiler_marks import (
-    CE_BACKWARD,
-    COMMUNICATION,
-    CONTRASTIVE_BACKWARD,
-    CONTRASTIVE_LOSS,
-    DATA,
-    FORWARD,
-    GATE,
-    OPTIMIZER,
-    OTHER,
-)
+from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain
+from ...engine.runtime.profiler_marks import OTHER
+from ...engine.runtime.profiler_marks import WORDS as PARTS
 from ..measuring.environment import Result
 from ..suites.step.names import WORDS
+from .png import save_png
 
-COLORS = {
-    DATA: "#8c8c8c",
-    FORWARD: "#4c72b0",
-    CONTRASTIVE_LOSS: "#937860",
-    CE_BACKWARD: "#dd8452",
-    CONTRASTIVE_BACKWARD: "#55a868",
-    GATE: "#c44e52",
-    OPTIMIZER: "#8172b3",
-    COMMUNICATION: "#64b5cd",
-    OTHER: "#dddddd",
-}
-# Smaller shares have no number in the bar.
+# Smaller shares get no number.
 MIN_NUMBER = 0.045
-NAMES = {
-    DATA: "data",
-    FORWARD: "forward",
-    CONTRASTIVE_LOSS: "contrastive loss",
-    CE_BACKWARD: "backward (CE, or both losses at once)",
-    CONTRASTIVE_BACKWARD: "backward, contrastive alone",
-    GATE: "gate: angle, combination",
-    OPTIMIZER: "optimizer, clipping",
-    COMMUNICATION: "communication",
-    OTHER: "other",
-}
+PART_COLORS = dict(zip(PARTS, COLORS, strict=False)) | {OTHER: "#dddddd"}
 
 
-def draw(result: Result, directory: Path, stem: str = "step") -> list[str]:
-    """PNG and SVG of that name: a bar a provider of ours, as long as its median step."""
-    from matplotlib.figure import Figure
+def has_parts(result: Result) -> bool:
+    return any("shares" in row for case in result["cases"] for row in case["providers"].values())
 
+
+def draw(result: Result, path: Path) -> None:
+    """Draw one bar per trainer of ours, as long as its median step; nothing without profiles."""
+    from matplotlib.patches import Patch
+
+    if not has_parts(result):
+        return
     cases = [
         (case["words"], {name: row for name, row in case["providers"].items() if "shares" in row})
         for case in result["cases"]
     ]
     cases = [(words, rows) for words, rows in cases if rows]
-    if not cases:
-        return []
     heights = [len(rows) for _, rows in cases]
-    figure = Figure(
-        figsize=(11, 0.45 * sum(heights) + 0.9 * len(cases) + 1.5), layout="constrained"
-    )
+    figure = new_figure(11, 0.45 * sum(heights) + 0.9 * len(cases) + 1.5)
     panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, (words, rows) in zip(panels, cases, strict=True):
-        names = list(rows)
-        for place, name in enumerate(names):
-            row, left = rows[name], 0.0
-            for part, color in COLORS.items():
+        for place, row in enumerate(rows.values()):
+            left = 0.0
+            for part, color in PART_COLORS.items():
                 share = row["shares"][part]
                 width = share * row["p50_ms"]
-                axes.barh(place, width, left=left, color=color, label=part, height=0.7)
+                axes.barh(place, width, left=left, color=color, height=0.7)
                 if share >= MIN_NUMBER:
                     axes.text(
                         left + width / 2, place, f"{share:.0%}", ha="center", va="center",
                         fontsize=8, color="white" if part != OTHER else "black",
                     )  # fmt: skip
                 left += width
-        labels = [WORDS[name].removeprefix("fusedacl, ") for name in names]
-        axes.set_yticks(range(len(names)), labels, fontsize=9)
+        labels = [WORDS[name].removeprefix("fusedacl, ") for name in rows]
+        axes.set_yticks(range(len(rows)), labels, fontsize=9)
         axes.invert_yaxis()
         axes.set_title(words, loc="left", fontsize=10)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[-1].set_xlabel("milliseconds a step (median); shares as profiled")
-    handles, parts = panels[0].get_legend_handles_labels()
-    found = dict(zip(parts, handles, strict=True))
-    figure.legend(
-        [found[part] for part in COLORS],
-        [NAMES[part] for part in COLORS],
-        loc="outside lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-    )
+        plain(axes)
+        axes.set_axisbelow(True)
+    panels[-1].set_xlabel("milliseconds per step (median); shares as profiled")
+    handles = [Patch(color=PART_COLORS[part]) for part in PARTS]
+    legend_below(figure, handles, list(PARTS.values()))
     cpu, threads = result["environment"]["cpu"], result["environment"]["threads"]
     figure.suptitle(
-        f"Where a training step's time goes: {cpu}, "
-        f"{threads} thread{'' if threads == 1 else 's'}, float32",
+        f"Parts of a training step: {cpu}, {threads} thread{'' if threads == 1 else 's'}, float32",
         fontsize=11,
     )
-    directory.mkdir(parents=True, exist_ok=True)
-    return [file.name for file in save_figure(figure, directory / stem)]
+    save_png(figure, path)

@@ -1,1 +1,1 @@
-"""The benchmarks."""
+"""The suites of `fusedacl bench`."""

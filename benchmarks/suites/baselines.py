@@ -1,4 +1,4 @@
-"""What one would use instead: each is written the way its users write it."""
+"""Alternatives to our losses and gate, written the way their users write them."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def dense_supcon(
     log_probability = similarity - torch.log(exponentials.sum(1, keepdim=True))
     num_positives = positive.sum(1)
     mean_log_probability = (positive * log_probability).sum(1) / num_positives.clamp(min=1)
-    # Over many rows a sum of 16 bits overflows.
+    # A 16-bit sum over many rows overflows.
     dtype = torch.promote_types(mean_log_probability.dtype, torch.float32)
     return -mean_log_probability.sum(dtype=dtype) / (num_positives > 0).sum()
 
@@ -36,8 +36,8 @@ def dense_supcon(
 def supcontrast(features: Tensor, labels: Tensor, temperature: float = 0.5) -> Tensor:
     """The loss of SupContrast (Khosla et al. 2020) for normalised features [N, views, d].
 
-    Written from its formula with its habits: every view is contrasted with every view, masks are
-    matrices, and the mean also counts the anchors without a positive, as 0.
+    Follows the published code: every view is contrasted with every view, masks are matrices, and
+    the mean also counts the anchors without a positive, as 0.
     """
     num_samples, num_views = features.shape[:2]
     contrast = torch.cat(torch.unbind(features, dim=1), dim=0)
@@ -58,14 +58,14 @@ def supcontrast(features: Tensor, labels: Tensor, temperature: float = 0.5) -> T
 def checkpointed_supcon(
     embeddings: Tensor, labels: Tensor, temperature: float, denominator: str, block_rows: int
 ) -> Tensor:
-    """The dense formula a block of anchors at a time, each block computed again in backward.
+    """The dense formula for one block of anchors after another, recomputed in the backward pass.
 
-    What one writes when M x M does not fit: torch.utils.checkpoint around a block of rows.
+    The usual workaround when M x M does not fit: torch.utils.checkpoint around a block of rows.
     """
     z = torch.nn.functional.normalize(embeddings, dim=1)
     everything = torch.arange(len(z), device=z.device)
 
-    def of_block(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def block_loss(z: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         similarity = torch.mm(z[rows], z.t()).float() / temperature
         itself = rows[:, None] == everything
         positive = (labels[rows, None] == labels) & ~itself
@@ -77,7 +77,7 @@ def checkpointed_supcon(
 
     losses, counts = zip(
         *(
-            checkpoint(of_block, z, rows, use_reentrant=False)
+            checkpoint(block_loss, z, rows, use_reentrant=False)
             for rows in everything.split(block_rows)
         ),
         strict=True,
@@ -106,11 +106,11 @@ def metric_learning_supcon(temperature: float = 0.5) -> Callable[[Tensor, Tensor
 
 
 def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:
-    """log sum_k exp(y_i . y_k) [M] by inf_cl's public loss, whose numerator is added again."""
+    """log sum_k exp(y_i . y_k) [M] by inf_cl's public loss, from which its numerator is removed."""
     from inf_cl import cal_flash_loss
 
     def log_sum_exp(y: Tensor) -> Tensor:
-        # It wants the width in heads of at most 256.
+        # inf_cl takes the width in heads of at most 256.
         negative_log = cal_flash_loss(y, y, head_dim=min(y.shape[1], 256))
         return negative_log + y.float().square().sum(1)
 
@@ -120,8 +120,8 @@ def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:
 def cut_log_sum_exp(*, accumulate_float32: bool) -> Callable[[Tensor], Tensor]:
     """log sum_k exp(y_i . y_k) [M] by cut_cross_entropy (a version with `return_lse`).
 
-    No gradient is filtered: a softmax over M rows is small everywhere, so the filter's threshold
-    would drop all of it.
+    The gradient filter is off: a softmax over M rows is small everywhere, so the filter would drop
+    the whole gradient.
     """
     from cut_cross_entropy import linear_cross_entropy
 
@@ -150,7 +150,7 @@ def supcon_by_log_sum_exp(
 ) -> Tensor:
     """The loss (denominator "others", mean) from a kernel that sums exponentials over all rows.
 
-    The positives are class sums, so that nothing of size M x M is needed beside the kernel.
+    Positives come from class sums, so that nothing of size M x M is needed.
     """
     y = torch.nn.functional.normalize(embeddings.float(), dim=1) / temperature**0.5
     rounded = y.to(embeddings.dtype)
@@ -166,7 +166,7 @@ def supcon_by_log_sum_exp(
 
 
 def looped_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """(a . b, |a|^2, |b|^2) by a loop over parameters, three dot products each."""
+    """(a . b, |a|^2, |b|^2) by a loop over parameters with three dot products each."""
     sums = a[0].new_zeros(3, dtype=torch.promote_types(a[0].dtype, torch.float32))
     for x, y in zip(a, b, strict=True):
         x, y = _widened(x.reshape(-1)), _widened(y.reshape(-1))
@@ -182,7 +182,7 @@ def concatenated_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def foreach_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """(a . b, |a|^2, |b|^2) with PyTorch's multi-tensor norms; a dot product it has not."""
+    """(a . b, |a|^2, |b|^2) with PyTorch's multi-tensor norms and a loop of dot products."""
     dot = sum(
         torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1)))
         for x, y in zip(a, b, strict=True)
@@ -195,15 +195,15 @@ def foreach_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def _widened(tensor: Tensor) -> Tensor:
-    """Squares of gradients overflow float16."""
+    """The tensor in float32 at least: squares of gradients overflow float16."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def unscale_and_clip_(
     gradients: Sequence[Tensor], inverse_scale: Tensor, found_inf: Tensor, max_norm: float
 ) -> None:
-    """What a step in float16 pays anyway: GradScaler's unscale_ and clip_grad_norm_ (foreach)."""
-    # GradScaler groups gradients by dtype, as they are here, and calls this once for each group.
+    """GradScaler's unscale_ and clip_grad_norm_ (foreach), which every float16 step needs."""
+    # GradScaler calls this once for each dtype; here all gradients have the same one.
     torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), found_inf, inverse_scale)
     norms = torch._foreach_norm(list(gradients), 2)
     total = torch.linalg.vector_norm(torch.stack(norms), 2)
@@ -214,7 +214,7 @@ def unscale_and_clip_(
 def foreach_gate_(
     a: Sequence[Tensor], b: Sequence[Tensor], weight: float, one: Tensor, max_norm: float
 ) -> None:
-    """a <- the combination, unscaled and clipped, with multi-tensor operations, no angle asked."""
+    """a <- the combination, unscaled and clipped, with multi-tensor operations and no angle."""
     torch._foreach_lerp_(list(a), list(b), weight)
     unscale_and_clip_(a, one, torch.zeros_like(one), max_norm)
 
@@ -222,7 +222,7 @@ def foreach_gate_(
 def concatenated_gate_(
     a: Sequence[Tensor], b: Sequence[Tensor], weight: float, max_angle: float, max_norm: float
 ) -> None:
-    """The whole gate as one writes it: flat copies, the cosine read by the host, a loop, clip."""
+    """The whole gate in plain PyTorch: flat copies, the cosine on the host, a loop, clipping."""
     dot, a_squared, b_squared = concatenated_dot_norm(a, b).tolist()
     cosine = dot / (a_squared * b_squared) ** 0.5
     if cosine >= math.cos(math.radians(max_angle)):
@@ -235,7 +235,7 @@ def concatenated_gate_(
 
 
 def stacked_pcgrad(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """TorchJD's PCGrad of the Jacobian [2, n] that its autojac stacks: the two gradients flat."""
+    """TorchJD's PCGrad of the Jacobian [2, n], the two flat gradients."""
     from torchjd.aggregation import PCGrad
 
     jacobian = torch.stack([torch.cat([x.reshape(-1) for x in tensors]) for tensors in (a, b)])
@@ -243,7 +243,7 @@ def stacked_pcgrad(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def apex_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """(a . b, |a|^2, |b|^2) with apex's multi_tensor_l2norm; a dot product it has not."""
+    """(a . b, |a|^2, |b|^2) with apex's multi_tensor_l2norm and a loop of dot products."""
     import amp_C
     from apex.multi_tensor_apply import multi_tensor_applier
 
@@ -257,9 +257,3 @@ def apex_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         for x, y in zip(a, b, strict=True)
     )
     return torch.stack([torch.as_tensor(dot), *(norm.square().reshape(()) for norm in norms)])
-
-
-def foreach_combine_(a: Sequence[Tensor], b: Sequence[Tensor], weight: float, scale: float) -> None:
-    """a <- scale ((1 - weight) a + weight b) with PyTorch's multi-tensor operations."""
-    torch._foreach_lerp_(list(a), list(b), weight)
-    torch._foreach_mul_(list(a), scale)

@@ -1,8 +1,8 @@
-"""How cost grows along one size at a time: measured points, and exponents fitted to them.
+"""Growth of time and memory along one size at a time, with fitted exponents.
 
-M, d, K and E are the loss's (rows, width, label embeddings, exits), P the elements of each list of
-gradients. The exponents are slopes of least squares between the logarithms of size and of time (or
-peak memory), over the upper half of the points: small sizes are mostly the cost of a call.
+Sizes of the loss: M rows, d width, K label embeddings, E exits; P: elements of each list of
+gradients. An exponent is the least-squares slope between the logarithms of size and of time (or
+peak memory) over the upper half of the points: at small sizes, the overhead of a call dominates.
 """
 
 import math
@@ -11,15 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..measuring.environment import Result
+from ..measuring.times_table import Table
 from .gate.case import AngleCase
 from .gate.suite import SUITE as ANGLE
 from .loss.case import LossCase
 from .loss.suite import SUITE as LOSS
 from .suite import Suite
 
-# Fewer points have no slope worth a name.
+# A slope through fewer points is not reported.
 MIN_POINTS = 3
-# Ours and those that others use; the rest would say the same again.
+# The implementations that people use; the others grow alike.
 LOSS_PROVIDERS = ("fusedacl", "dense", "checkpointed row blocks", "pytorch-metric-learning")
 ANGLE_PROVIDERS = ("fusedacl", "concatenate + dot + norms", "torch._foreach norms + dots")
 M_OF_WIDTHS = 2048
@@ -27,7 +28,7 @@ M_OF_WIDTHS = 2048
 
 @dataclass(frozen=True)
 class Series:
-    """One axis: the suite, its providers and a case for each size."""
+    """One size that varies: the suite, its providers and a case for each value."""
 
     axis: str
     suite: Suite
@@ -79,9 +80,9 @@ def all_series(
 
 
 def exponent(points: Sequence[tuple[float, float]]) -> float | None:
-    """The slope of log y over log x in the upper half of the points, None for too few.
+    """Slope of log y over log x in the upper half of the points (x, y), None for too few.
 
-    points: (x, y); those whose y is not above 0 are left out.
+    Points whose y is not above 0 are ignored.
     """
     usable = sorted((x, y) for x, y in points if x > 0 and y > 0)
     upper = usable[min(len(usable) // 2, max(0, len(usable) - MIN_POINTS)) :]
@@ -94,7 +95,7 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
 
 
 def fits(cases: Sequence[Result]) -> list[Result]:
-    """Of every axis and provider of a growth file's cases: exponents and the points they are of."""
+    """Exponents and largest size of every axis and provider in the cases of a growth file."""
     found: dict[tuple[str, str], list[Result]] = {}
     for case in cases:
         for name, entry in case["providers"].items():
@@ -112,19 +113,11 @@ def fits(cases: Sequence[Result]) -> list[Result]:
     ]
 
 
-def sentences(growth: Sequence[Result]) -> list[str]:
-    """A line an axis: M: time ~ M^1.98 (fusedacl), …; memory ~ M^1.02 (fusedacl), …"""
-    lines = []
-    for axis in dict.fromkeys(fit["axis"] for fit in growth):
-        parts = []
-        for what in ("time", "memory"):
-            slopes = [
-                f"{axis}^{fit[what]:.2f} ({fit['provider']}, to {fit['largest']:,})"
-                for fit in growth
-                if fit["axis"] == axis and fit[what] is not None
-            ]
-            if slopes:
-                parts.append(f"{what} ~ {', '.join(slopes)}")
-        words = "; ".join(parts) or f"fewer than {MIN_POINTS} points, no exponent"
-        lines.append(f"{axis}: {words}")
-    return lines
+def fit_table(growth: Sequence[Result], table: Table) -> str:
+    """Exponents by size and provider."""
+    rows = []
+    for fit in growth:
+        slopes = ["-" if fit[key] is None else f"{fit[key]:.2f}" for key in ("time", "memory")]
+        rows.append([fit["axis"], fit["provider"], *slopes, f"{fit['largest']:,}"])
+    header = ["size", "provider", "exponent of time", "exponent of memory", "largest size"]
+    return table(header, rows)

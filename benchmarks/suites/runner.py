@@ -1,48 +1,52 @@
-"""Runs the cases of a suite: who fits, who is right, then times in turns and peaks of memory."""
+"""Run the cases of a suite: check memory and results, then time in turns and measure peaks."""
 
 import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
 
 from ...engine.runtime.text import text_table
-from ..floors.rates import Rates, rates_result
+from ..floors.rates import Rates
 from ..measuring import memory
 from ..measuring.clock import (
     MAX_REPEATS,
-    _seconds_per_call,
     interleave_samples,
     launches,
+    seconds_per_call,
     synchronize,
 )
 from ..measuring.environment import Result
 from ..measuring.memory import extra_device_memory
 from ..measuring.result_file import ResultFile
-from .suite import Call, Provider, Suite, selected
+from ..measuring.times_table import times_table
+from .suite import Call, Provider, Suite, peak_bytes
 
-# The input sets of a case together take so many caches, so that no call finds its own there.
+# Size of a case's input sets together, in caches: no call finds its inputs in the cache.
 CACHES = 1.25
-# Of the smallest cases, whose sets are mostly Python objects.
+# Upper limit of input sets, for tiny cases whose sets are mostly Python objects.
 MAX_SETS = 8192
-# Of the calls in a row that make a sample, seconds.
+# Length of a sample; fast calls are repeated to fill it.
 SAMPLE_SECONDS = 0.02
 MIN_ROUNDS = 3
 
 
 class DeviceLost(Exception):
-    """The device does not answer any more; what was finished is in the file."""
+    """The device no longer answers. The finished cases are in the file."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """
-    rounds: at most; fewer (3 at least) where they would take more than case_seconds.
-    providers: names, empty for all. skipped: what the preset leaves out, with the reason.
-    child: measures peak memory on a CPU; None: it is not measured there.
+    """Settings of a run.
+
+    rounds: upper limit; slow cases get fewer (at least 3), so that they take `case_seconds`.
+    providers: names of those to run, empty for all.
+    skipped: providers that the preset leaves out, with the reason.
+    child: measures peak memory on a CPU; None skips that measurement.
     """
 
     device: torch.device
@@ -54,22 +58,14 @@ class Settings:
     child: memory.Child | None = None
 
 
-class Rotation:
-    """A call that takes the next input set each time."""
-
-    def __init__(self, call: Call, inputs: Sequence[Any]) -> None:
-        self.call = call
-        self.inputs = inputs
-        self.next = 0
-
-    def __call__(self) -> Any:
-        inputs = self.inputs[self.next]
-        self.next = (self.next + 1) % len(self.inputs)
-        return self.call(inputs)
+def rotating(call: Call, inputs: Sequence[Any]) -> Callable[[], Any]:
+    """A call that uses the next input set each time."""
+    turn = cycle(inputs)
+    return lambda: call(next(turn))
 
 
 def num_input_sets(suite: Suite, case: Any, device: torch.device) -> int:
-    """So many that together they are larger than the cache, of the smallest cases MAX_SETS."""
+    """Number of input sets that exceeds the cache together, at most MAX_SETS."""
     size = suite.input_bytes(case)
     return max(1, min(MAX_SETS, math.ceil(CACHES * memory.cache_bytes(device) / size)))
 
@@ -77,12 +73,14 @@ def num_input_sets(suite: Suite, case: Any, device: torch.device) -> int:
 def plan(
     suite: Suite, case: Any, settings: Settings
 ) -> tuple[list[Provider], dict[str, str], bool]:
-    """Who runs; why the others do not; whether it is memory alone that keeps all from running."""
+    """Providers that can run, the reasons of the others, and whether no provider fits memory."""
     device = settings.device
     available = memory.available_bytes(device)
     size = num_input_sets(suite, case, device) * suite.input_bytes(case) + suite.check_bytes(case)
     fitting, left_out, refused = [], {}, 0
-    for provider in selected(suite.providers(case, device), settings.providers):
+    for provider in suite.providers(case, device):
+        if settings.providers and provider.name not in settings.providers:
+            continue
         skipped = None if settings.providers else settings.skipped.get(provider.name)
         reason = skipped or provider.obstacle(case, device)
         if reason is None:
@@ -96,10 +94,10 @@ def plan(
 
 
 def refuse_what_cannot_fit(suite: Suite, cases: Iterable[Any], settings: Settings) -> None:
-    """Ends a run of which nothing fits, before it begins.
+    """Check that something of a run fits into memory, before it begins.
 
     Raises:
-        ValueError: with the numbers, and a size that fits.
+        ValueError: nothing fits; the message has the numbers and a size that fits.
     """
     cases = list(cases)
     plans = [plan(suite, case, settings) for case in cases]
@@ -123,9 +121,9 @@ def run_cases(
     rates: Rates | None,
     labels: Sequence[Mapping[str, Any]] = (),
 ) -> list[str]:
-    """Appends every case to the file, which is written after each; returns what of ours failed.
+    """Append every case to the file, which is saved after each; return failures of ours.
 
-    labels: what else is said of each case.
+    labels: further entries for each case.
     """
     failures: list[str] = []
     said: set[tuple[str, str]] = set()
@@ -148,7 +146,7 @@ def run_cases(
 def run_case(
     suite: Suite, case: Any, settings: Settings, rates: Rates | None
 ) -> tuple[Result, list[str]]:
-    """One case of the schema, and what of ours was wrong or failed."""
+    """One case of the result file, and the failures of our providers."""
     fitting, left_out, _ = plan(suite, case, settings)
     found: Result = {
         "case": asdict(case), "words": suite.words(case), "floor_ms": None, "bound_by": None,
@@ -162,7 +160,7 @@ def run_case(
     found["input_sets"] = {"number": number, "bytes": number * suite.input_bytes(case)}
     calls, errors, failures = _checked(suite, case, fitting, inputs, left_out, device)
     of_rates = suite.rate_calls(case) if device.type == "cpu" else {}
-    rotations = {name: Rotation(call, inputs) for name, call in calls.items()}
+    rotations = {name: rotating(call, inputs) for name, call in calls.items()}
     try:
         times = timed(device, rotations | of_rates, settings)
         launched = {name: launches(turn, device) for name, turn in rotations.items()}
@@ -174,11 +172,11 @@ def run_case(
         raise
     if of_rates:
         rates = suite.rates(case, times)
-        found["rates"] = rates_result(rates)
+        found["rates"] = rates.record()
     if settings.child is not None and device.type == "cpu":
-        # The child has inputs of its own.
+        # The child makes its own inputs and needs the memory of these.
         del inputs, rotations
-        peaks = {name: settings.child.peak(suite, name, case) for name in calls}
+        peaks = {name: settings.child.measure(peak_bytes, suite, name, case) for name in calls}
     floor = None if rates is None else suite.floor(rates, case)
     if floor is not None:
         found |= {"floor_ms": floor.seconds * 1e3, "bound_by": floor.bound_by}
@@ -210,7 +208,10 @@ def _checked(
     left_out: dict[str, str],
     device: torch.device,
 ) -> tuple[dict[str, Call], dict[str, float], list[str]]:
-    """The calls of those who are right, and their errors; the others are named in `left_out`."""
+    """Calls with correct results, their errors, and failures of ours.
+
+    Every other provider is added to `left_out` with the reason.
+    """
     calls, errors, failures = {}, {}, []
     exact: dict[str, Any] = {}
     for provider in fitting:
@@ -224,7 +225,7 @@ def _checked(
             reason = "does not fit: out of memory"
             torch.cuda.empty_cache()
         except Exception as failure:
-            # Any error of code that is not ours, from its compiler's to its kernels'.
+            # Other people's compilers and kernels raise errors of any type.
             refuse_lost(device, failure)
             reason = f"failed: {type(failure).__name__}: {str(failure).partition(chr(10))[0]}"
         else:
@@ -241,10 +242,10 @@ def _checked(
 
 
 def refuse_lost(device: torch.device, error: Exception) -> None:
-    """Tells a device that is gone from a call that failed.
+    """Check after a failed call whether the device still answers.
 
     Raises:
-        DeviceLost: the device does not answer.
+        DeviceLost: it does not.
     """
     try:
         synchronize(device)
@@ -256,47 +257,30 @@ def refuse_lost(device: torch.device, error: Exception) -> None:
 def timed(
     device: torch.device, calls: Mapping[str, Callable[[], object]], settings: Settings
 ) -> dict[str, Result]:
-    """Milliseconds of each; a sample of a fast call is the mean of several in a row.
+    """Times of calls in turns; a sample of a fast call is the mean of several in a row.
 
-    All calls but the rates' were made before. A slow one is repeated less often than a fast one,
-    and all together at most so often as `case_seconds` allow.
+    The number of rounds is limited so that all rounds together take about `case_seconds`.
     """
     turns, total = {}, 0.0
     for name, call in calls.items():
-        (seconds,) = _seconds_per_call(call, 1, device)
+        (seconds,) = seconds_per_call(call, 1, device)
         if seconds < SAMPLE_SECONDS:
-            (seconds,) = _seconds_per_call(call, 2, device)
+            (seconds,) = seconds_per_call(call, 2, device)
         repeats = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / seconds)))
         total += seconds * repeats
-        turns[name] = partial(_seconds_per_call, call, repeats, device)
+        turns[name] = partial(seconds_per_call, call, repeats, device)
     affordable = int(settings.case_seconds / total) if total > 0 else settings.rounds
     rounds = max(min(MIN_ROUNDS, settings.rounds), min(settings.rounds, affordable))
     return interleave_samples(turns, rounds=rounds)
 
 
 def print_case(found: Result, said: set[tuple[str, str]]) -> None:
-    """A table; why somebody is left out is said once a run."""
+    """Print a case as a table. Reasons in `said` are not printed again."""
     floor = found["floor_ms"]
     print(f"\n{found['words']}", end="")
     print("" if floor is None else f"   floor {floor:.3g} ms ({found['bound_by']})")
-    rows = []
-    first = next(iter(found["providers"].values()), None)
-    for name, entry in found["providers"].items():
-        peak, over = entry["peak_bytes"], entry["over_floor"]
-        rows.append(
-            [
-                name,
-                f"{entry['p50_ms']:.4g}",
-                f"{entry['p20_ms']:.4g} to {entry['p80_ms']:.4g}",
-                f"{entry['p50_ms'] / first['p50_ms']:.2f}" if first else "",
-                "-" if over is None else f"{over:.3g}",
-                "-" if peak is None else f"{peak / 2**20:.1f}",
-                f"{entry['error']:.0e}",
-            ]
-        )
-    if rows:
-        header = ["", "ms", "p20 to p80", "x first", "x floor", "peak MiB", "error"]
-        print(text_table(header, rows))
+    if found["providers"]:
+        print(times_table(found["providers"], text_table))
     for name, reason in found["left_out"].items():
         if (name, reason) not in said:
             print(f"  {name}: {reason}")

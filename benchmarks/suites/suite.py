@@ -1,4 +1,4 @@
-"""A provider: one way to do what a suite times, what it needs, and why it may not run here."""
+"""The protocol of a suite and of its providers, and the peak memory of one provider."""
 
 import importlib.util
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -9,9 +9,15 @@ import torch
 
 from ...engine.runtime.text import did_you_mean
 from ..floors.rates import Floor, Rates
+from ..measuring.environment import CPU
+from ..measuring.memory import HighWaterMark
 
-# Of one input set; what it returns is looked at by the suite's check alone.
+# Takes one input set; only the suite's check looks at what it returns.
 Call = Callable[[Any], Any]
+
+
+class WrongResult(Exception):
+    """Something of ours computes a wrong result, so that nothing is timed."""
 
 
 def _runs_anywhere(case: Any, device: torch.device) -> str | None:
@@ -20,11 +26,12 @@ def _runs_anywhere(case: Any, device: torch.device) -> str | None:
 
 @dataclass(frozen=True)
 class Provider:
-    """
-    make: of a case and a device, the call that is timed. It imports what it needs.
-    formula: what is computed; the call is checked against float64 of it before it is timed.
-    extra_bytes: of a case, predicted, beside the inputs.
-    obstacle: of a case and a device, why it cannot run here and what to install, or None.
+    """One implementation of what a suite times.
+
+    make: (case, device) -> the call to time. It imports the packages that it needs.
+    formula: what is computed; the call is compared with float64 of it before it is timed.
+    extra_bytes: case -> predicted memory beside the inputs.
+    obstacle: (case, device) -> why it cannot run here and what to install, or None.
     """
 
     name: str
@@ -36,45 +43,62 @@ class Provider:
 
 
 class Suite(Protocol):
-    """What the runner has to know of a suite; its cases are frozen dataclasses."""
+    """Everything that the runner asks of a suite; its cases are frozen dataclasses."""
 
     name: str
 
     def providers(self, case: Any, device: torch.device) -> list[Provider]:
-        """All, ours first, those that cannot run here included."""
+        """All providers, ours first, including those that cannot run here."""
 
     def input_bytes(self, case: Any) -> int:
-        """Of one input set, predicted."""
+        """Predicted size of one input set."""
 
     def check_bytes(self, case: Any) -> int:
-        """What the comparison with float64 takes beside the inputs."""
+        """Predicted memory of the comparison with float64, beside the inputs."""
 
     def inputs(self, case: Any, device: torch.device, number: int) -> Sequence[Any]:
-        """So many different input sets."""
+        """`number` different input sets."""
 
     def exact(self, formula: str, case: Any, inputs: Any) -> Any:
-        """float64 of a formula for one input set."""
+        """Result of a formula in float64 for one input set."""
 
     def error(self, call: Call, case: Any, inputs: Any, exact: Any) -> float:
-        """The largest error of a call relative to the largest exact value; NaN is infinite."""
+        """Largest error of a call relative to the largest exact value; infinite for NaN."""
 
     def max_error(self, provider: Provider, case: Any) -> float:
-        """From which nothing is timed."""
+        """Largest error with which a provider is still timed."""
 
     def rate_calls(self, case: Any) -> dict[str, Callable[[], object]]:
-        """On a CPU: what takes its turns among the providers, for the floor."""
+        """On a CPU: calls that take turns with the providers, to measure the rates."""
 
     def rates(self, case: Any, times: Mapping[str, Any]) -> Rates:
-        """From the times of `rate_calls`."""
+        """Rates from the times of `rate_calls`."""
 
     def floor(self, rates: Rates, case: Any) -> Floor | None:
-        """The least time that the rates allow."""
+        """Lower bound of the time at these rates."""
 
     def shrunk(self, case: Any) -> Any | None:
-        """The case at half its size, None where there is none: a size that fits is looked for."""
+        """The case at half its size, None if it cannot shrink."""
 
     def words(self, case: Any) -> str:
-        """The case in a line."""
+        """The case as one line of text."""
+
+
+def peak_bytes(suite: Suite, name: str, case: Any) -> int:
+    """Bytes by which one call of a provider raises this process's memory, on the CPU.
+
+    Raises:
+        ValueError: the suite has no provider of that name.
+    """
+    mark = HighWaterMark()
+    provider = next((each for each in suite.providers(case, CPU) if each.name == name), None)
+    if provider is None:
+        raise ValueError(f"{suite.words(case)} has no provider {name!r}.")
+    call = provider.make(case, CPU)
+    (inputs,) = suite.inputs(case, CPU, 1)
+    # The first call loads libraries, compiles, starts threads and allocates workspaces.
+    call(inputs)
+    return mark.raised_by(lambda: call(inputs))
 
 
 def installed(module: str) -> bool:
@@ -82,22 +106,17 @@ def installed(module: str) -> bool:
 
 
 def missing(module: str, distribution: str) -> str | None:
-    """That a package is not installed, with the command that installs it."""
+    """A message with the command that installs a package, None if it is installed."""
     if installed(module):
         return None
     return f"{distribution} is not installed. Run: pip install {distribution}"
 
 
-def selected(providers: Iterable[Provider], names: Sequence[str]) -> list[Provider]:
-    """Those with these names, in their own order; all of them without names."""
-    return [provider for provider in providers if not names or provider.name in names]
-
-
-def check_names(names: Sequence[str], known: Iterable[str], option: str = "providers") -> None:
-    """Refuses what no case of a run knows.
+def check_names(names: Sequence[str], known: Iterable[str], option: str) -> None:
+    """Check names that a user gave for an option.
 
     Raises:
-        ValueError: with the nearest name.
+        ValueError: an unknown name; the nearest known one is offered.
     """
     known = list(known)
     for name in names:

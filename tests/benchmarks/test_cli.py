@@ -1,10 +1,8 @@
-"""`fusedacl bench`: mistakes are named before work is done; tiny runs leave their files."""
+"""`fusedacl bench`: mistakes are reported before any work; tiny runs write their files."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -13,20 +11,28 @@ from fusedacl.benchmarks import cli
 from fusedacl.benchmarks.floors.rates import Rates
 from fusedacl.benchmarks.measuring import clock, memory
 from fusedacl.benchmarks.measuring.result_file import read_result
-from fusedacl.benchmarks.options import BenchConfig, output_directory, sizes
+from fusedacl.benchmarks.options import (
+    BenchConfig,
+    ExitsConfig,
+    ScalingConfig,
+    StepConfig,
+    output_directory,
+    sizes,
+)
 from fusedacl.benchmarks.suites import growth, runner
+from fusedacl.benchmarks.suites.suite import WrongResult
 from fusedacl.engine.cli.main import main as fusedacl
 from fusedacl.engine.config.fields import build
 
 TINY = ["--rows", "24", "--widths", "8", "--samples", "6", "--classes", "2", "--exits", "1,2"]
 TINY += ["--parameters", "2000", "--rounds", "1", "--peaks", "false", "--threads", "1"]
-# A file for each suite that the new command measures itself.
+# The suites that `bench all` runs for real here.
 OWN = ("loss", "angle", "growth")
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rates of nothing, few input sets: only the program is tried."""
+    """Invented rates and few input sets: these tests do not measure anything."""
     rates = Rates("here", {torch.float32: 1e9}, 1e9, 1e9, overlaps_units=False)
     monkeypatch.setattr("fusedacl.benchmarks.cli.measured", lambda device: rates)
     monkeypatch.setattr(memory, "cache_bytes", lambda device=None: 4096)
@@ -44,19 +50,22 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["loss", "--provders", "dense"], "Unknown flag '--provders'. Did you mean 'providers'?"),
         (["loss", "--providers", "SupKontrast"], "none named 'SupKontrast'. Did you mean 'SupCon"),
         (["angle", "--providers", "SupContrast"], "providers: there is none named 'SupContrast'."),
-        (["loss", "--rows", "1024,x"], "rows='1024,x': 'x' is no whole number above 0"),
-        (["loss", "--rows", "0"], "no whole number above 0"),
-        (["loss", "--dtypes", "float8"], "dtypes='float8': 'float8' is no choice."),
+        (["loss", "--rows", "1024,x"], "rows='1024,x': 'x' is not a whole number above 0"),
+        (["loss", "--rows", "0"], "not a whole number above 0"),
+        (["loss", "--dtypes", "float8"], "dtypes: there is none named 'float8'."),
         (["loss", "--losses", "supcn"], "Did you mean 'supcon'?"),
         (["angle", "--tasks", "dot_nrm"], "Did you mean 'dot_norm'?"),
         (["loss", "--preset", "quik"], "Did you mean 'quick'?"),
         (["loss", "--rounds", "0"], "rounds=0 is out of range"),
+        (["step", "--providers", "fusedacl_c"], "Did you mean 'fusedacl_ce'?"),
+        (["exits", "--data_dirs", "x"], "Did you mean 'data_dir'?"),
+        (["scaling", "--link_gb_s", "2"], "also needs --matrix_tflops"),
         (["compare", "one.json"], "two files are compared, 1 given"),
         (["compare", "a.json", "b.json"], "'a.json' does not exist"),
         (["compare", "a.json", "b.json", "--rows", "2"], "the options of a suite need --commits"),
         (["compare", "--commits", "HEAD", "HEAD", "x.json"], "file 'x.json' does not exist"),
         (["compare", "--commits", "HEAD", "HEAD", "--rowz", "4"], "Did you mean 'rows'?"),
-        (["compare", "--commits", "HEAD", "HEAD", "--repeats", "0"], "run once at least"),
+        (["compare", "--commits", "HEAD", "HEAD", "--repeats", "0"], "must run once at least"),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,66 +152,61 @@ def test_wrong_results_of_ours_are_status_1(
 def test_all_runs_every_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The suites with command lines of their own are told preset and directory."""
-    heard: dict[str, list[str]] = {}
+    """step, exits and scaling get the preset and the directory."""
+    heard: list[tuple[type, str, str | None]] = []
 
-    def stand_in(name: str) -> ModuleType:
-        module = ModuleType(name)
+    def stand_in(config: Any) -> int:
+        heard.append((type(config), config.how.preset, config.how.output_dir))
+        return int(isinstance(config, StepConfig))
 
-        def main() -> None:
-            heard[name] = sys.argv[1:]
-            if name == ".suites.step.suite":
-                raise SystemExit("losses differ: not timed")
-
-        module.main = main  # type: ignore[attr-defined]
-        return module
-
-    before = list(sys.argv)
-    monkeypatch.setattr(cli, "import_module", lambda name, package: stand_in(name))
+    for suite, (cls, _) in cli.CPU_SUITES.items():
+        monkeypatch.setitem(cli.CPU_SUITES, suite, (cls, stand_in))
     monkeypatch.setitem(growth.SIZES["cpu", "quick"], "E", (1, 2, 3))
     series = growth.all_series
     monkeypatch.setattr(growth, "all_series", lambda *arguments: series(*arguments, axes=("E",)))
-    options = ["--preset", "quick", "--output_dir", str(tmp_path), "--providers", "fusedacl"]
+    options = ["--quick", "--output_dir", str(tmp_path), "--providers", "fusedacl"]
     assert cli.main(["all", *TINY, *options]) == 1
-    told = ["--quick", "--output_dir", str(tmp_path)]
-    assert heard == {f".suites.{name}.suite": told for name in ("step", "exits", "scaling")}
-    assert sys.argv == before
+    assert heard == [
+        (cls, "quick", str(tmp_path)) for cls in (StepConfig, ExitsConfig, ScalingConfig)
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json" for name in OWN}
     found = read_result(tmp_path / "growth.json")
     assert [(case["axis"], case["size"]) for case in found["cases"]] == [
         ("E", 1), ("E", 2), ("E", 3)
     ]  # fmt: skip
     assert found["growth"][0]["provider"] == "fusedacl" and found["growth"][0]["time"] is not None
-    printed = capsys.readouterr()
-    assert "E: time ~ E^" in printed.out
-    assert "losses differ: not timed" in printed.err
+    printed = capsys.readouterr().out
+    assert "exponent of time" in printed and "BENCH SCALING" in printed
 
 
-def test_a_gpu_run_of_all_says_what_is_the_cpu_s(
+@pytest.mark.parametrize("suite", ["step", "exits", "scaling"])
+def test_a_wrong_result_is_status_1(
+    suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def wrong(*arguments: Any, **options: Any) -> None:
+        raise WrongResult("losses differ: not timed")
+
+    monkeypatch.setattr(f"fusedacl.benchmarks.suites.{suite}.suite.run", wrong)
+    assert cli.main([suite, "--quick", "--output_dir", str(tmp_path)]) == 1
+    assert f"fusedacl bench {suite}: losses differ: not timed" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_gpu_run_of_all_leaves_out_what_measures_the_cpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_of_cases", lambda suite, config, known: 0)
-    monkeypatch.setattr(cli, "_growth", lambda config, known: 0)
+    monkeypatch.setattr(cli, "_run_cases", lambda suite, config, known: 0)
+    monkeypatch.setattr(cli, "_run_growth", lambda config, known: 0)
 
-    def never(*arguments: Any) -> int:
-        raise AssertionError("a CPU's suite was run")
+    def never(config: Any) -> int:
+        raise AssertionError("a suite that measures the CPU was run")
 
-    monkeypatch.setattr(cli, "_elsewhere", never)
+    for suite, (cls, _) in cli.CPU_SUITES.items():
+        monkeypatch.setitem(cli.CPU_SUITES, suite, (cls, never))
     assert cli.main(["all", "--device", "cuda", "--providers", "inf-cl"]) == 0
     printed = capsys.readouterr().out
     assert "bench angle: none of the named providers takes part" in printed
     assert "bench scaling measures the CPU: left out with --device cuda" in printed
-
-
-def test_nothing_in_the_engine_needs_the_benchmarks() -> None:
-    """The verb `bench` is found through an entry point."""
-    engine = Path(sys.modules["fusedacl.engine"].__file__ or "").parent
-    users = [
-        path.name
-        for path in engine.rglob("*.py")
-        if "..benchmarks" in path.read_text(encoding="utf-8")
-    ]
-    assert users == []
 
 
 def test_a_part_of_the_sizes_does_not_replace_the_committed_file() -> None:
@@ -211,3 +215,14 @@ def test_a_part_of_the_sizes_does_not_replace_the_committed_file() -> None:
     )
     assert whole.parts[-3:-1] == ("benchmarks", "results")
     assert part.parts[:2] == ("runs", "bench")
+    some_cases, some_trainers, other_ranks = (
+        output_directory(build(cls, options)).parts[:2]
+        for cls, options in (
+            (StepConfig, {"cases": "minilm"}),
+            (StepConfig, {"providers": "fusedacl_ce"}),
+            (ScalingConfig, {"world_sizes": "1,2"}),
+        )
+    )
+    # A file of some cases has their names, so it replaces nothing.
+    assert some_cases == whole.parts[:2]
+    assert some_trainers == other_ranks == ("runs", "bench")

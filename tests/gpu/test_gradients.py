@@ -3,7 +3,7 @@
 import pytest
 import torch
 from fusedacl.benchmarks.measuring.clock import launches
-from fusedacl.benchmarks.suites.gate.shapes import bert_shapes
+from fusedacl.benchmarks.suites.gate.case import bert_shapes
 from fusedacl.kernels import gated_combine_, grad_dot_norm
 from torch import Tensor
 

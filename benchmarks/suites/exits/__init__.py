@@ -1,1 +1,1 @@
-"""Exits trained together, and early exit."""
+"""Suite of several exits: training them together, and early exit."""

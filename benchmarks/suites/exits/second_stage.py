@@ -1,4 +1,4 @@
-"""Exits of the second stage trained together, one at a time, and from the feature cache."""
+"""Second-stage training: all exits together, one at a time, and from the feature cache."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -12,34 +12,38 @@ from tqdm import tqdm
 
 from ....engine.config.training import TrainingConfig
 from ....engine.objectives.losses import ExitLosses
+from ....engine.runtime.text import text_table
 from ....engine.training.metrics_log import MetricsLog
 from ....engine.training.storage.checkpoint import save_model
 from ....engine.training.trainer import Trainer
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
 from ...measuring.clock import quantiles, ratio, seconds
 from ...measuring.environment import Result
+from ...measuring.times_table import times_table
+from ..suite import WrongResult
 
 BATCH_SIZE = 32
-# Of MiniLM, for which the rate of matrix products is measured.
+# Width of MiniLM, at which the rate of matrix products is measured.
 WIDTH = 384
 STAGES: dict[str, dict[str, Any]] = {
     "mha_acl": {"exit_head": "mha", "objective": "acl", "gate": "angle"},
     "mha_ce": {"exit_head": "mha", "objective": "ce"},
     "linear_acl": {"exit_head": "linear", "objective": "acl", "gate": "angle"},
 }
-# Steps before the timed ones: the first opens the cache, the second finds memory as it will be.
+# Untimed steps: the first one opens the cache, by the second one memory is allocated.
 WARM_UP = 2
-# Of the largest value, in float32. Exits apart differ in the order of additions; the cache holds
-# half precision, 11 bits, and a gradient adds its errors up. Products in bfloat16 have 8 bits.
+# Relative to the largest value, in float32. Exits trained one at a time differ in the order of
+# additions; the cache stores float16 (11 bits), whose errors add up in a gradient.
 MAX_ERROR = {"apart": 1e-4, "cached": 2e-2}
+# bfloat16 has 8 bits.
 MAX_ERROR_BFLOAT16 = 0.1
 
 
 class Runs:
-    """Training runs of the second stage over one first stage for each kind of exit.
+    """Second-stage runs on one first-stage model for each kind of exit.
 
-    encoder: name or path of the backbone; num_batches: of an epoch, full ones.
-    num_layers: the backbone's first ones only. data: options that say on which texts.
+    encoder: name or path of the backbone. num_batches: full batches per epoch.
+    num_layers: number of first layers to keep, None for all. data: options that select the texts.
     """
 
     def __init__(
@@ -58,7 +62,7 @@ class Runs:
         self._first: dict[str, SteppedTrainer] = {}
 
     def first_stage(self, head: str) -> "SteppedTrainer":
-        """The encoder with new exits, saved: how well its last exit does costs no time."""
+        """A saved encoder with untrained exits: accuracy does not affect the times."""
         if head not in self._first:
             options = {
                 "model_name_or_path": self.encoder,
@@ -71,19 +75,19 @@ class Runs:
         return self._first[head]
 
     def second_stage(self, name: str, options: dict[str, Any]) -> "SteppedTrainer":
-        """A run of all exits, or of those that `options` names."""
+        """A run that trains all exits, or those that `options` name."""
         self.first_stage(options["exit_head"])
         stage1 = str(self._model(options["exit_head"]))
         return SteppedTrainer(self._config(name, {"stage1_model": stage1, **options}))
 
     def cached(self, options: dict[str, Any]) -> "SteppedTrainer":
-        """A run of all exits from the cache that this kind of exit needs."""
+        """A run that trains all exits from a feature cache."""
         bits = 16 if options.get("bf16") else 32
         cache = self.directory / f"cache_{options['exit_head']}_{bits}"
         return self.second_stage("cached", {**options, "feature_cache": str(cache)})
 
     def apart(self, options: dict[str, Any]) -> list["SteppedTrainer"]:
-        """A run for each exit before the last, which is their teacher."""
+        """One run per exit before the last one, which is the teacher of all."""
         *layers, last = self.first_stage(options["exit_head"]).model.exit_layers
         return [
             self.second_stage(f"apart_{layer}", {**options, "exit_layers": f"{layer},{last}"})
@@ -110,17 +114,17 @@ class Runs:
 
 
 class SteppedTrainer(Trainer):
-    """A trainer that goes on by one step at a call."""
+    """A trainer that takes one step per call."""
 
     def __init__(self, config: TrainingConfig) -> None:
         super().__init__(config)
         self.prepare()
-        # Nobody else knows its directory; the next kind of exit has one of the same name.
+        # No other process uses the directory; the next kind of exit uses the same one again.
         self.lock.release()
         self._steps: Iterator[None] | None = None
 
     def one_step(self) -> None:
-        """The next step of the run, as `run` does it."""
+        """Take the next step of the run, as `run` does it."""
         if self._steps is None:
             self._steps = self._all_steps()
         next(self._steps)
@@ -133,59 +137,53 @@ class SteppedTrainer(Trainer):
                     yield
 
     def losses_of(self, indices: np.ndarray) -> ExitLosses:
-        """Of one batch, with their graph."""
+        """Losses of one batch, with their autograd graph."""
         (losses,) = self.losses.of(1, 1, [indices])
         return losses
 
 
 def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
-    """Milliseconds a batch of the three ways, which take turns on the batches of an epoch."""
+    """Time the three ways of training in turns, over the batches of one epoch."""
     options = STAGES[name] | ({"bf16": True} if bf16 else {})
     check(runs, name, options)
-    # The order of an epoch is the seed's, so these are the batches that are timed.
+    # The seed fixes the order of an epoch, so these are also the batches that are timed.
     flops = {
-        contestant: _mean_flops(trainers, runs.num_batches)
-        for contestant, trainers in _contestants(runs, options).items()
+        way: _mean_flops(trainers, runs.num_batches)
+        for way, trainers in _ways(runs, options).items()
     }
-    contestants = _contestants(runs, options)
+    ways = _ways(runs, options)
     turns: dict[str, Callable[[], object]] = {
-        name: partial(_one_batch, trainers) for name, trainers in contestants.items()
+        name: partial(_one_batch, trainers) for name, trainers in ways.items()
     }
     turns[PRODUCTS] = product_turn(WIDTH, torch.bfloat16 if bf16 else torch.float32)
-    samples: dict[str, list[float]] = {contestant: [] for contestant in turns}
+    samples: dict[str, list[float]] = {way: [] for way in turns}
     for number in tqdm(range(WARM_UP + runs.num_batches), desc=name, leave=False):
-        for contestant, turn in turns.items():
+        for way, turn in turns.items():
             took = seconds(turn)
             if number >= WARM_UP:
-                samples[contestant].append(took)
-    times = {contestant: quantiles(values) for contestant, values in samples.items()}
-    totals = {contestant: sum(values) for contestant, values in samples.items()}
-    (together,) = contestants["together"]
+                samples[way].append(took)
+    times = {way: quantiles(values) for way, values in samples.items()}
+    totals = {way: sum(values) for way, values in samples.items()}
+    (together,) = ways["together"]
     rate = add_floors(times, flops, WIDTH)
     result = {
         "options": options,
-        "exits": len(contestants["apart"]),
+        "exits": len(ways["apart"]),
         "mean_tokens": float(together.train_split.lengths.mean()),
         **rate,
         "times": times,
         "faster_than_apart": ratio(times, "apart", "together"),
         "cached_faster": ratio(times, "together", "cached"),
-        # Of the sums over the same batches, which are of different lengths.
+        # Sums over the same batches, whose lengths differ.
         "total_faster_than_apart": totals["apart"] / totals["together"],
         "total_cached_faster": totals["together"] / totals["cached"],
     }
-    print(
-        f"{name}{' bf16' if bf16 else ''}: {len(contestants['apart'])} exits together "
-        f"{times['together']['p50_ms']:.0f} ms a batch, {result['faster_than_apart']:.2f}x faster "
-        f"than one at a time (sums: {result['total_faster_than_apart']:.2f}); from the cache "
-        f"{times['cached']['p50_ms']:.0f} ms, {result['cached_faster']:.2f}x faster than without "
-        f"(sums: {result['total_cached_faster']:.2f})"
-    )
+    print(f"\n{name}{' bf16' if bf16 else ''}, per batch", times_table(times, text_table), sep="\n")
     return result
 
 
-def _contestants(runs: Runs, options: dict[str, Any]) -> dict[str, list["SteppedTrainer"]]:
-    """New runs of each way, which begin with the same batch."""
+def _ways(runs: Runs, options: dict[str, Any]) -> dict[str, list["SteppedTrainer"]]:
+    """New runs of each way of training, which start with the same batch."""
     return {
         "together": [runs.second_stage("together", options)],
         "apart": runs.apart(options),
@@ -199,7 +197,7 @@ def _one_batch(trainers: Sequence["SteppedTrainer"]) -> None:
 
 
 def _mean_flops(trainers: Sequence["SteppedTrainer"], num_batches: int) -> int:
-    """FLOPs of matrix products a batch, of the batches after those that warm up."""
+    """Mean FLOP of matrix products per batch, after the warm-up batches."""
     for _ in range(WARM_UP):
         _one_batch(trainers)
 
@@ -211,7 +209,11 @@ def _mean_flops(trainers: Sequence["SteppedTrainer"], num_batches: int) -> int:
 
 
 def check(runs: Runs, name: str, options: dict[str, Any]) -> None:
-    """Refuses to time what is not the same training: losses and gradients of every exit."""
+    """Compare losses and gradients of every exit between the three ways of training.
+
+    Raises:
+        WrongResult: they differ.
+    """
     options = {**options, "dropout": 0.0}
     together, cached = runs.second_stage("together", options), runs.cached(options)
     cached.model.load_state_dict(together.model.state_dict())
@@ -222,15 +224,15 @@ def check(runs: Runs, name: str, options: dict[str, Any]) -> None:
     for position, alone in enumerate(runs.apart(options)):
         alone.model.exits[0].load_state_dict(together.model.exits[position].state_dict())
         apart += exit_values(alone, indices)
-    for contestant, exits in (("apart", apart), ("cached", exit_values(cached, indices))):
-        limit = MAX_ERROR_BFLOAT16 if options.get("bf16") else MAX_ERROR[contestant]
+    for way, exits in (("apart", apart), ("cached", exit_values(cached, indices))):
+        limit = MAX_ERROR_BFLOAT16 if options.get("bf16") else MAX_ERROR[way]
         for layer, values, wanted in zip(layers, exits, expected, strict=True):
             for what, value in values.items():
-                refuse(f"{name}, {contestant}, exit {layer}, {what}", value, wanted[what], limit)
+                compare(f"{name}, {way}, exit {layer}, {what}", value, wanted[what], limit)
 
 
 def exit_values(trainer: SteppedTrainer, indices: np.ndarray) -> list[dict[str, Tensor]]:
-    """Of each exit, the losses of a batch and their gradients (flat)."""
+    """Losses of a batch and their flat gradients, for each exit."""
     losses = trainer.losses_of(indices)
     found = []
     for index, position in enumerate(trainer.stage.exits):
@@ -248,8 +250,12 @@ def exit_values(trainer: SteppedTrainer, indices: np.ndarray) -> list[dict[str, 
     return found
 
 
-def refuse(what: str, found: Tensor, wanted: Tensor, limit: float) -> None:
-    """Ends the benchmark where the largest error is beyond `limit` of the largest value."""
+def compare(what: str, found: Tensor, wanted: Tensor, limit: float) -> None:
+    """Compare two tensors.
+
+    Raises:
+        WrongResult: the largest error exceeds `limit` times the largest value.
+    """
     error = float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
     if not error <= limit:
-        raise SystemExit(f"{what}: relative error {error:.1e}: not timed")
+        raise WrongResult(f"{what}: relative error {error:.1e}: not timed")

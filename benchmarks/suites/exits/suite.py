@@ -1,12 +1,11 @@
-"""Time of training many exits, and of early exit where nothing leaves early (MiniLM, 6 layers).
+"""Time of training several exits, and of early exit if no text leaves early (MiniLM, 6 layers).
 
-    python -m fusedacl.benchmarks.suites.exits.suite [--quick] [--data_dir D]
+- A training step of the second stage with five exits together, beside the same exits trained one at
+  a time, and from the feature cache: our trainer in all cases, on the same batches, in turns.
+- Early exit with a threshold that no text reaches, beside the backbone with only its last exit.
+- ACL-CL of several exits in one call, beside a loop over dense losses.
 
-A training step of the second stage with its five exits together, beside the same five exits trained
-one at a time, and from the feature cache: our trainer in all cases, on the same batches, in turns.
-Early exit whose threshold nothing reaches, beside the same backbone with its last exit alone.
-ACL-CL of several exits in one call, beside a loop over dense losses. Losses, gradients and
-predictions are compared before anything is timed.
+Losses, gradients and predictions are compared before anything is timed.
 """
 
 import os
@@ -25,35 +24,42 @@ from ....engine.data.batching import EncodedSplit, collate
 from ....engine.data.quickstart import minilm_path
 from ....engine.model.early_exit import EarlyExit
 from ....engine.model.multi_exit import MultiExitForSequenceClassification
+from ....engine.runtime.text import text_table
 from ....kernels import acl_cl_loss
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
-from ...measuring.clock import command_line, interleave, quantiles, ratio, seconds
-from ...measuring.environment import Result
-from ...measuring.result_file import write
+from ...measuring.clock import interleave_on, quantiles, ratio, seconds
+from ...measuring.environment import CPU, Result
+from ...measuring.result_file import ResultFile
+from ...measuring.times_table import times_table
 from ..baselines import dense_supcon
-from .second_stage import BATCH_SIZE, STAGES, WIDTH, Runs, refuse, second_stage
+from ..suite import WrongResult
+from .second_stage import BATCH_SIZE, STAGES, WIDTH, Runs, compare, second_stage
 
 TEMPERATURE = 0.5
 EXIT_WIDTH = 64
 QUICK_LAYERS = 3
-# Texts of a sample at batch size 1.
+# Texts per sample at batch size 1.
 NUM_SINGLE = 16
-# Of the largest value: early exit adds in the encoder's order, without masks it does not need.
+# Relative to the largest value; early exit omits masks that have no effect.
 MAX_ERROR = 1e-4
 MAX_LOSS_ERROR = 1e-5
 
-# Of the students' and the teachers' rows (samples, label embeddings) and the labels.
+# Arguments: [samples, label embeddings] of the students, the same of the teachers, and labels.
 Loss = Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
 
 
-def main() -> None:
-    words = "directory with mrpc/ (default: $FUSEDACL_DATA, if it is one; else embedded texts)"
-    arguments = command_line(__doc__, {"--data_dir": {"type": Path, "help": words}})
-    quick, data_dir = arguments.quick, arguments.data_dir
-    if data_dir is None and not quick:
-        data_dir = real_texts()
+def run(file: ResultFile, *, quick: bool, data_dir: Path | None, threads: int = 2) -> None:
+    """Measure everything into `file`.
+
+    data_dir: the directory with mrpc/; None uses embedded texts.
+
+    Raises:
+        WrongResult: two ways of training or answering differ.
+    """
+    torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    result = file.result
     with tempfile.TemporaryDirectory() as directory:
         options: dict[str, Any] = {"task_name": "quickstart"}
         if data_dir is not None:
@@ -62,21 +68,17 @@ def main() -> None:
             Path(directory), str(minilm_path()), 2 if quick else 10,
             num_layers=QUICK_LAYERS if quick else None, **options,
         )  # fmt: skip
-        result: Result = {
-            "shape": {
-                "model": f"MiniLM, {QUICK_LAYERS if quick else 6} x {WIDTH}",
-                "texts": "embedded" if data_dir is None else "MRPC",
-                "batch": BATCH_SIZE,
-            },
-            "second_stage": {
-                name: second_stage(runs, name) for name in (["mha_acl"] if quick else STAGES)
-            },
+        result["shape"] = {
+            "model": f"MiniLM, {QUICK_LAYERS if quick else 6} x {WIDTH}",
+            "texts": "embedded" if data_dir is None else "MRPC",
+            "batch": BATCH_SIZE,
         }
+        stages = ["mha_acl"] if quick else list(STAGES)
+        result["second_stage"] = {name: second_stage(runs, name) for name in stages}
         if computes_bfloat16():
             result["second_stage"]["mha_acl_bf16"] = second_stage(runs, "mha_acl", bf16=True)
         result["early_exit"] = [
             early_exit(runs, head, batch_size, rounds=4 if quick else 20)
-            # The exits of the second stage above, in the quick preset.
             for head in (("mha",) if quick else ("linear", "mha"))
             for batch_size in (1, BATCH_SIZE)
         ]
@@ -85,24 +87,26 @@ def main() -> None:
         for num_exits in ((5,) if quick else (5, 11))
         for num_labels in (2, 77)
     ]
-    if not quick:
-        write(result, arguments.output_dir / "exits.json")
 
 
 def real_texts() -> Path | None:
-    """The directory of data sets that the environment names, if MRPC is in it."""
+    """The directory $FUSEDACL_DATA if it contains mrpc/, else None."""
     directory = os.environ.get("FUSEDACL_DATA")
     return Path(directory) if directory and (Path(directory) / "mrpc").is_dir() else None
 
 
 def computes_bfloat16() -> bool:
-    """Whether the CPU has products in bfloat16; emulated ones say nothing."""
+    """Whether the CPU has instructions for bfloat16 products; emulated ones are not timed."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
 def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
-    """Milliseconds a text or a batch of early exit that nothing leaves, and of the full model."""
+    """Time early exit that no text leaves early, and the full model, over the same batches.
+
+    Raises:
+        WrongResult: their answers differ.
+    """
     trainer = runs.first_stage(head)
     model = trainer.model.eval()
     last = model.exit_layers[-1]
@@ -117,8 +121,8 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
     for batch in batches:
         ours, plain = engine(**batch), full_model(model, batch)
         if not torch.equal(ours.predictions, plain.argmax(dim=-1)) or ours.mean_layer != last:
-            raise SystemExit(f"{head}: early exit does not answer as the last exit: not timed")
-        refuse(f"{head}, early exit: probabilities", ours.probabilities, plain, MAX_ERROR)
+            raise WrongResult(f"{head}: early exit does not answer as the last exit: not timed")
+        compare(f"{head}, early exit: probabilities", ours.probabilities, plain, MAX_ERROR)
     calls: dict[str, Callable[[dict[str, Tensor]], object]] = {
         "full": lambda batch: full_model(model, batch),
         "early_exit": lambda batch: engine(**batch),
@@ -137,10 +141,7 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
         "times": times,
         "over_full": ratio(times, "early_exit", "full"),
     }
-    print(
-        f"{head} exits, batch {batch_size}, nothing leaves early: {result['over_full']:.3f}x the "
-        f"full model ({times['full']['p50_ms'] / len(batches):.1f} ms)"
-    )
+    print(f"\n{head} exits, batch {batch_size}", times_table(times, text_table), sep="\n")
     return result
 
 
@@ -150,10 +151,10 @@ def interleave_passes(
     beside: Mapping[str, Callable[[], object]],
     rounds: int,
 ) -> dict[str, Result]:
-    """Times of passes over the batches, in turns of one batch; `beside`: once a pass.
+    """Times of passes over the batches, in turns of one batch; `beside` runs once per pass.
 
-    A difference of a few percent is lost where whole passes take turns: the machine's pace changes
-    within a second by more than that.
+    Turns of whole passes would hide differences of a few percent: the machine's speed changes by
+    more than that within a second.
     """
     samples: dict[str, list[float]] = {name: [] for name in (*calls, *beside)}
     order = random.Random(0)
@@ -172,7 +173,7 @@ def interleave_passes(
 def text_batches(
     encoded: EncodedSplit, num_texts: int, batch_size: int, pad_token_id: int
 ) -> list[dict[str, Tensor]]:
-    """The first texts as batches, padded, without their labels."""
+    """The first texts as padded batches without labels."""
     batches = []
     for rows in torch.arange(num_texts).split(batch_size):
         batch = collate(encoded, rows.numpy(), pad_token_id)
@@ -185,13 +186,17 @@ def text_batches(
 def full_model(
     model: MultiExitForSequenceClassification, batch: dict[str, Tensor]
 ) -> Tensor:  # [N, K]
-    """Probabilities of the last exit: the backbone's own forward pass, no other exit."""
+    """Probabilities of the last exit, from a plain forward pass without the other exits."""
     states = model.exit_states(**batch, positions=[-1])
     return model.classify(states, batch["attention_mask"], positions=[-1]).logits.softmax(dim=-1)
 
 
 def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
-    """ACL-CL of E exits, forward + backward."""
+    """Time ACL-CL of E exits, forward + backward.
+
+    Raises:
+        WrongResult: a loss or gradient differs from the float64 reference.
+    """
     torch.manual_seed(0)
     students = [
         torch.randn(num_exits, rows, EXIT_WIDTH, requires_grad=True)
@@ -206,24 +211,21 @@ def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
     for name, loss in losses.items():
         found = values(loss(students, teachers, labels), students)
         for what, value, reference in zip(("loss", "gradient"), found, wanted, strict=True):
-            refuse(f"ACL-CL, {name}: {what}", value, reference, MAX_LOSS_ERROR)
+            compare(f"ACL-CL, {name}: {what}", value, reference, MAX_LOSS_ERROR)
     calls: dict[str, Callable[[], object]] = {
         name: partial(forward_backward, loss, students, teachers, labels)
         for name, loss in losses.items()
     }
-    # At least one product for the pairs of all rows, one for the gradient of the half that is
-    # trained. PyTorch does not see those of a compiled loop.
+    # One product for the pairs of all rows, one for the gradient of the trained half. This is a
+    # formula because PyTorch does not see the products of the C loop.
     num_trained = BATCH_SIZE + num_labels
     num_flops = num_exits * 2 * (2 * num_trained) * (2 * num_trained + num_trained) * EXIT_WIDTH
     flops = dict.fromkeys(calls, num_flops)
-    times = interleave(calls | {PRODUCTS: product_turn(EXIT_WIDTH)}, rounds=rounds, repeats=10)
+    times = interleave_on(CPU, calls | {PRODUCTS: product_turn(EXIT_WIDTH)}, rounds=rounds)
     rate = add_floors(times, flops, EXIT_WIDTH)
-    faster = ratio(times, "dense", "fusedacl")
-    print(
-        f"ACL-CL, E={num_exits} N={BATCH_SIZE} K={num_labels} d={EXIT_WIDTH}: "
-        f"{times['fusedacl']['p50_ms']:.2f} ms, {faster:.2f}x faster than a dense loss an exit"
-    )
     shape = {"exits": num_exits, "samples": BATCH_SIZE, "labels": num_labels, "width": EXIT_WIDTH}
+    print(f"\nACL-CL, {shape}", times_table(times, text_table), sep="\n")
+    faster = ratio(times, "dense", "fusedacl")
     return {"shape": shape, **rate, "times": times, "faster_than_dense": faster}
 
 
@@ -238,7 +240,7 @@ def batched(
 
 
 def dense_loop(students: list[Tensor], teachers: list[Tensor], labels: Tensor) -> Tensor:
-    """One dense loss an exit over the concatenated rows."""
+    """One dense loss per exit over the concatenated rows."""
     embeddings, label_embeddings = students
     classes = torch.arange(label_embeddings.shape[1])
     row_labels = torch.cat([labels, classes, labels, classes])
@@ -260,7 +262,3 @@ def forward_backward(
     for tensor in students:
         tensor.grad = None
     loss(students, teachers, labels).backward()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,1 +1,1 @@
-"""The angle check and the gate beside their peers."""
+"""Suite of the angle check and the gated combination."""

@@ -1,21 +1,46 @@
-"""A case of the gate's benchmark and its inputs."""
+"""Cases and inputs of the gate's suite, with the parameter shapes of BERT."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .shapes import num_elements, shapes_of
-
-# Above every norm here, so that repeated calls change no scale; the factor is computed.
+# Above every norm here: the clipping factor is computed, but repeated calls do not shrink anything.
 MAX_NORM = 1e9
+BERT_BASE = 109_482_240
+
+
+def bert_shapes(num_layers: int, hidden: int = 768, vocabulary: int = 30522) -> list[list[int]]:
+    """Parameter shapes of BERT with its pooler; BERT-base has 199 tensors."""
+    norm = [[hidden], [hidden]]
+    layer = [[hidden, hidden], [hidden]] * 4 + norm
+    layer += [[4 * hidden, hidden], [4 * hidden], [hidden, 4 * hidden], [hidden], *norm]
+    embeddings = [[vocabulary, hidden], [512, hidden], [2, hidden], *norm]
+    return embeddings + layer * num_layers + [[hidden, hidden], [hidden]]
+
+
+def shapes_of(parameters: int) -> list[list[int]]:
+    """Shapes of a 12-layer BERT with about so many parameters; BERT-base for its exact number.
+
+    The vocabulary is 40 times the width, as in BERT-base.
+    """
+    if parameters == BERT_BASE:
+        return bert_shapes(num_layers=12)
+    hidden = max(1, round(math.sqrt(parameters / (12 * 12 + 40))))
+    return bert_shapes(num_layers=12, hidden=hidden, vocabulary=40 * hidden)
+
+
+def num_elements(shapes: Sequence[Sequence[int]]) -> int:
+    return sum(math.prod(shape) for shape in shapes)
 
 
 @dataclass(frozen=True)
 class AngleCase:
-    """parameters: elements of each of the two lists (BERT's shapes, about so many)."""
+    """A task and about so many elements in each of the two lists, in the shapes of a BERT."""
 
     task: str
     parameters: int
@@ -36,7 +61,7 @@ class AngleCase:
 
 @dataclass
 class AngleInputs:
-    """Two lists of gradients a little less than 90 degrees apart, and their sums."""
+    """Two lists of gradients at an angle below 90 degrees, and their `grad_dot_norm`."""
 
     a: list[Tensor]
     b: list[Tensor]

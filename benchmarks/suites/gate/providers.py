@@ -1,4 +1,4 @@
-"""Who reads two lists of gradients, and who combines them: ours, and what one would use instead."""
+"""Providers of the angle check and the gated combination."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -29,7 +29,7 @@ DotNorm = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def providers(case: "AngleCase", device: torch.device) -> list[Provider]:
-    """Of the case's task."""
+    """Providers of the case's task."""
     return {"dot_norm": _of_sums, "combine": _of_combination, "gate": _of_gate}[case.task](device)
 
 
@@ -94,7 +94,7 @@ def _of_gate(device: torch.device) -> list[Provider]:
             "TorchJD PCGrad",
             lambda case, device: lambda inputs: baselines.stacked_pcgrad(inputs.a, inputs.b),
             PCGRAD,
-            # The Jacobian, its rows once more while it is stacked, the result.
+            # The Jacobian, copies of its rows while it is stacked, the result.
             lambda case: 5 * case.elements * case.torch_dtype.itemsize,
             lambda case, device: missing("torchjd", "torchjd"),
         ),
@@ -131,7 +131,7 @@ def _our_obstacle(impl: str, case: "AngleCase", device: torch.device) -> str | N
     except ValueError as error:
         return str(error)
     if choose("auto", device) == impl:
-        return f'it is what "auto" takes here: {OURS}'
+        return f"same as {OURS}, which chooses it here"
     return None
 
 
@@ -148,16 +148,16 @@ def _apex_obstacle(case: "AngleCase", device: torch.device) -> str | None:
 
 
 def _little(case: "AngleCase") -> int:
-    """Partial sums."""
+    """Bytes of partial sums."""
     return 2**20 + case.elements // 2**10
 
 
 def _flat_copies(case: "AngleCase") -> int:
-    """Both lists flat, and in float32 where they are not."""
+    """Bytes of both lists as flat copies, with float32 copies of 16-bit gradients."""
     size = case.torch_dtype.itemsize
     return 2 * case.elements * (size + (0 if size >= 4 else 4))
 
 
 def _widened_copy(case: "AngleCase") -> int:
-    """The largest tensors in float32, where they are not."""
+    """Bytes of float32 copies of the largest 16-bit tensors."""
     return 2**20 + (0 if case.torch_dtype.itemsize >= 4 else 3 * case.elements)

@@ -1,9 +1,9 @@
-"""The suite of the gradient-angle check over the parameters of a BERT.
+"""Suite of the gradient-angle check over the parameters of a BERT.
 
-Tasks: `dot_norm`, the three sums the angle is made of; `combine`, the gated combination with
-loss-scale removal and clipping, given the sums; `gate`, both. What others do in their place is
-beside it and is checked against float64 of what it computes itself (PCGrad is another rule; unscale
-and clip alone is what a step in float16 pays anyway).
+Tasks: `dot_norm`, the three sums that give the angle; `combine`, the gated combination with
+unscaling and clipping, given the sums; `gate`, both. Every provider is compared with float64 of its
+own formula: PCGrad is another rule, and unscaling and clipping alone is the least that a float16
+step does.
 """
 
 from __future__ import annotations
@@ -21,19 +21,18 @@ from ...floors.loss_and_gate import combine_floor, dot_norm_floor
 from ...floors.rates import Floor, Rates
 from ..suite import Call, Provider
 from . import providers as angle_providers
-from .case import AngleCase, AngleInputs
+from .case import AngleCase, AngleInputs, num_elements
 from .providers import COMBINED, PCGRAD, SUMS, WEIGHT
-from .shapes import num_elements
 
 TASKS = ("dot_norm", "combine", "gate")
-# With which the combination is checked: it clips.
+# max_norm of the check, so low that clipping takes effect.
 CHECKED_NORM = 1.0
 OUR_MAX_ERROR = 1e-5
-# A float32 norm of 23 million elements may be off by some percent.
+# A float32 norm of 23 million elements may be wrong by some percent.
 OTHERS_MAX_ERROR = 5e-2
-# Tensors of which the combination is checked, in copies.
+# Number of tensors whose combination is checked, on copies.
 NUM_CHECKED = 3
-# Elements of a float64 block of the check.
+# Elements per float64 block of the check.
 BLOCK = 2**24
 
 
@@ -44,7 +43,7 @@ class AngleSuite:
         return angle_providers.providers(case, device)
 
     def input_bytes(self, case: AngleCase) -> int:
-        # The largest tensor also as random float32 numbers, twice.
+        # While the largest tensor is made, two more of it exist in float32.
         largest = max(num_elements([shape]) for shape in case.shapes)
         return 2 * case.elements * case.torch_dtype.itemsize + 8 * largest
 
@@ -66,7 +65,7 @@ class AngleSuite:
         return found
 
     def exact(self, formula: str, case: AngleCase, inputs: AngleInputs) -> list[Tensor]:
-        """The sums [3] of everything, or what some tensors become; clipped in any case."""
+        """The sums [3] of all tensors, or the clipped result for the checked ones."""
         if formula == SUMS:
             return [_sums(inputs.a, inputs.b)]
         few = _few(inputs)
@@ -81,7 +80,7 @@ class AngleSuite:
     def error(self, call: Call, case: AngleCase, inputs: AngleInputs, exact: list[Tensor]) -> float:
         if len(exact) == 1 and exact[0].shape == (3,):
             found = [call(inputs).reshape(3).double()]
-            # Each sum by itself: the dot product is the small one.
+            # Relative to each sum: the dot product is much smaller than the norms.
             errors = [float(((found[0] - exact[0]) / exact[0]).abs().max())]
         else:
             few = _few(inputs)
@@ -99,7 +98,7 @@ class AngleSuite:
             return OTHERS_MAX_ERROR
         if provider.formula == SUMS:
             return OUR_MAX_ERROR
-        # Half a unit of what is written, a few times; float16 has subnormal numbers there.
+        # A few rounding errors of the result's dtype.
         return max(OUR_MAX_ERROR, 4 * torch.finfo(case.torch_dtype).eps)
 
     def rate_calls(self, case: AngleCase) -> dict[str, Callable[[], object]]:
@@ -145,7 +144,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _pcgrad(a: Tensor, b: Tensor) -> Tensor:
-    """Each gradient less its part against the other, if it has one; their sum."""
+    """Sum of both gradients, each without its component that opposes the other."""
     against = (a @ b).clamp(max=0)
     return a - against / (b @ b) * b + b - against / (a @ a) * a
 

@@ -1,1 +1,1 @@
-"""The contrastive losses beside their peers."""
+"""Suite of the contrastive losses."""

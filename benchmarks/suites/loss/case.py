@@ -1,4 +1,4 @@
-"""A case of the loss's benchmark and its inputs."""
+"""Cases and inputs of the loss's suite."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LOSSES = ("supcon", "acl")
 
 @dataclass(frozen=True)
 class LossCase:
-    """supcon: M = samples, random labels of `classes`. acl: N = samples, K = classes, E = exits."""
+    """Shapes: supcon has M = samples; acl has N = samples, K = classes, E = exits."""
 
     loss: str
     samples: int
@@ -27,13 +27,15 @@ class LossCase:
 
     @property
     def num_rows(self) -> int:
-        """Of one exit, label embeddings included."""
+        """Rows of one exit, including label embeddings."""
         return self.samples + (self.classes if self.loss == "acl" else 0)
 
 
 @dataclass
 class LossInputs:
-    """upstream: the mean makes gradients of 1 / M; as a loss scale it keeps float16 in range."""
+    """Rows, labels and `upstream`, a loss scale: the mean's gradients of 1 / M are too small for
+    float16.
+    """
 
     embeddings: Tensor
     labels: Tensor

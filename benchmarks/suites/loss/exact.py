@@ -1,7 +1,6 @@
-"""float64 of the contrastive losses that providers compute, in blocks of rows, at any size.
+"""The contrastive losses in float64, in blocks of rows, for any number of rows.
 
-The formula of kernels/contrastive/reference.py with its sums over blocks: the loss at its full
-size, its gradient in some rows.
+Same formula as kernels/contrastive/reference.py: the loss of all rows, the gradient of some rows.
 """
 
 from dataclasses import dataclass
@@ -9,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Rows of which the gradient is checked.
+# Number of rows whose gradient is checked.
 NUM_CHECKED = 256
-# Pairs of a float64 block: 256 MiB.
+# Pairs per float64 block: 256 MiB.
 BLOCK_PAIRS = 2**25
 
-# What the denominator sums over, and what the mean is taken over. METHOD: eq. 1; Khosla et al.
-# 2020 and every library; SupContrast, whose mean counts anchors without a positive.
+# Rows in the denominator, and rows in the mean: eq. 1 of the paper; Khosla et al. 2020 and the
+# libraries; SupContrast, whose mean also counts anchors without a positive.
 ALL, OTHERS, OTHERS_ALL_ROWS = (
     "all rows, mean of anchors",
     "other rows, mean of anchors",
@@ -25,7 +24,7 @@ ALL, OTHERS, OTHERS_ALL_ROWS = (
 
 @dataclass(frozen=True)
 class Exact:
-    """The loss, and its gradient [n, d] in some rows [n], float64."""
+    """The loss, and its gradient [n, d] at some rows [n], in float64."""
 
     loss: Tensor
     rows: Tensor
@@ -40,7 +39,7 @@ def exact_in_blocks(
     temperature: float,
     num_checked: int = NUM_CHECKED,
 ) -> Exact:
-    """Loss of rows [M, d] with labels 0, 1, …, and the gradient of rows spread over them."""
+    """Loss of rows [M, d] with labels [M] from 0 on, and its gradient at evenly spaced rows."""
     x = embeddings.double()
     norm = x.norm(dim=1, keepdim=True)
     z = x / norm
@@ -71,20 +70,20 @@ def exact_in_blocks(
     for part in rows.split(block):
         pairs = exponentials(z, part, temperature, without_itself) * (u[part, None] + u)
         of_z = (pairs @ z - 2 * v[part, None] * (of_class - z)[part]) / temperature
-        # The diagonal's part is parallel to z and goes with the normalisation.
+        # The diagonal's contribution is parallel to z, so the normalisation removes it.
         along = (of_z * z[part]).sum(1, keepdim=True)
         gradients.append((of_z - along * z[part]) / norm[part])
     return Exact(loss, rows, torch.cat(gradients))
 
 
 def exponentials(z: Tensor, rows: Tensor, temperature: float, without_itself: bool) -> Tensor:
-    """e_ij [rows, M]; 0 for a row with itself where it does not count."""
+    """Exponentials [rows, M] of similarities; 0 for a row with itself if it does not count."""
     pairs = (z[rows] @ z.T).div_(temperature).exp_()
     return pairs.scatter_(1, rows[:, None], 0.0) if without_itself else pairs
 
 
 def error_of(loss: Tensor, gradient: Tensor, upstream: float, exact: Exact) -> dict[str, float]:
-    """Largest differences relative to the largest exact values; a NaN counts as infinite."""
+    """Largest errors relative to the largest exact values; a NaN counts as infinite."""
     pairs = {
         "loss": (loss, exact.loss),
         "gradient": (gradient[exact.rows], exact.gradient * upstream),

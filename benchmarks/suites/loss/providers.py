@@ -1,7 +1,7 @@
-"""Who computes the contrastive loss: ours by each implementation, and what one would use instead.
+"""Providers of the contrastive loss: each implementation of ours, and the alternatives.
 
-A peer computes the loss of rows [M, d] with labels [M]; for `acl_loss` it gets samples and label
-embeddings concatenated, and for several exits it is called in a loop, as its users would.
+The alternatives compute the loss of rows [M, d] with labels [M]. For `acl_loss` they get samples
+and label embeddings concatenated; for several exits they are called in a loop.
 """
 
 import importlib.util
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 TEMPERATURE = 0.5
 OURS = "fusedacl"
-# Beyond the inputs, in bytes per pair of rows in float32: the resident memory that forward +
-# backward of 1024 to 4096 rows adds on the CPU, rounded up.
+# Memory beyond the inputs, in bytes per pair of rows in float32: measured for forward + backward of
+# 1024 to 4096 rows on the CPU, rounded up.
 BYTES_PER_PAIR = {"reference": 29, "dense": 29, "compiled": 21, "supcontrast": 30, "metric": 46}
-# Rows of a block of the checkpointed loss.
+# Rows per block of the checkpointed loss.
 BLOCK_ROWS = 1024
 
-# Of rows [M, d], labels [M] and the number of classes.
+# Arguments: rows [M, d], labels [M], number of classes.
 RowLoss = Callable[[Tensor, Tensor, int], Tensor]
 Result = tuple[Tensor, ...]
 
 
 def providers(case: "LossCase", device: torch.device) -> list[Provider]:
-    """Ours as "auto" chooses, each implementation by its name, then the others."""
+    """All providers: ours with impl="auto", each implementation of ours, then the others."""
     denominators = ALL if case.loss == "acl" else OTHERS
     ours = [
         _ours(case, device, denominators, impl) for impl in ("auto", "tiled", "triton", "reference")
@@ -68,7 +68,7 @@ def providers(case: "LossCase", device: torch.device) -> list[Provider]:
 
 
 def _linear(case: "LossCase") -> int:
-    """Rows, their gradients and class sums in float32, a few times; one tile."""
+    """Bytes of a few float32 copies of rows, gradients and class sums, and of one tile."""
     rows = case.exits * (8 * case.num_rows + 4 * case.classes) * case.width * 4
     return rows + 32 * 2**20
 
@@ -93,7 +93,7 @@ def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Pr
     def why_not(case: "LossCase", device: torch.device) -> str | None:
         file = triton_file(workload) if impl == "triton" else impl
         if impl != "auto" and choose("auto", workload) == file:
-            return f'it is what "auto" takes here: {OURS}'
+            return f"same as {OURS}, which chooses it here"
         return None if impl == "auto" else obstacle(file, workload)
 
     make = partial(_make_ours, impl)
@@ -109,7 +109,7 @@ def _make_ours(impl: str, case: "LossCase", device: torch.device) -> Callable[["
 
 
 def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> Result:
-    """The losses, and the gradients of the rows that have one."""
+    """The losses, and the gradients of samples and label embeddings."""
     wanted = inputs.leaves
     value = loss(inputs.embeddings, inputs.labels, *wanted[1:])
     upstream = torch.full_like(value, inputs.upstream)
@@ -117,7 +117,10 @@ def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> Resul
 
 
 def over_exits(loss: RowLoss, *arguments: Tensor) -> Tensor:
-    """A loss of rows for samples [(E,) N, d] and label embeddings [(E,) K, d], if there are any."""
+    """Apply a loss of rows to each exit.
+
+    Arguments: samples [(E,) N, d], labels [N] and, for ACL, label embeddings [(E,) K, d].
+    """
     embeddings, labels, *more = arguments
     if not more:
         return loss(embeddings, labels, int(labels.shape[0]))
@@ -145,7 +148,7 @@ def _by_rows(
     def make(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
         whole: Callable[..., Tensor] = partial(over_exits, loss)
         if compiled:
-            # What was compiled for other shapes counts against a limit.
+            # Dynamo limits how often one function is compiled again for other shapes.
             torch._dynamo.reset()
             whole = torch.compile(whole, dynamic=False)
         return partial(forward_backward, whole)
@@ -223,7 +226,7 @@ def _autocast_obstacle(case: "LossCase", device: torch.device) -> str | None:
 
 
 def _compiler_obstacle(case: "LossCase", device: torch.device) -> str | None:
-    """torch.compile needs a C++ compiler for the CPU, Triton for a GPU."""
+    """A message if torch.compile cannot run: it needs a C++ compiler, or Triton on a GPU."""
     if device.type == "cuda":
         found = importlib.util.find_spec("triton") is not None
         return None if found else "torch.compile needs triton. Run: pip install triton"

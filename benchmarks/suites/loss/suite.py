@@ -1,8 +1,8 @@
-"""The suite of the contrastive loss, forward + backward.
+"""Suite of the contrastive loss, forward + backward.
 
 A case is either `supcon_loss` of one batch [M, d] or `acl_loss` of N samples and K label embeddings
-for E exits at once. Each provider computes a formula of its own (what the denominator sums over,
-what the mean counts); its loss and gradient are checked against float64 of that formula.
+for E exits in one call. Providers differ in which rows the denominator and the mean include; the
+loss and gradient of each are compared with float64 of its own formula.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .case import LossCase, LossInputs
 from .exact import BLOCK_PAIRS, Exact, error_of, exact_in_blocks
 from .providers import TEMPERATURE
 
-# Relative to float64. Ours rounds the result to its dtype; the others compute in it.
+# Relative to float64. Ours only rounds its result to the dtype; the others compute in the dtype.
 OUR_MAX_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
 OUR_MAX_ERROR_GPU = OUR_MAX_ERROR | {torch.float32: 1e-4}
 OTHERS_MAX_ERROR = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e-3}
@@ -37,7 +37,7 @@ class LossSuite:
 
     def input_bytes(self, case: LossCase) -> int:
         rows = case.exits * case.num_rows * case.width * case.torch_dtype.itemsize
-        # float32 random numbers before they are rounded.
+        # Twice: random float32 numbers exist before they are rounded.
         return 2 * rows + 8 * case.samples
 
     def check_bytes(self, case: LossCase) -> int:
@@ -47,7 +47,7 @@ class LossSuite:
     def inputs(self, case: LossCase, device: torch.device, number: int) -> Sequence[LossInputs]:
         generator = torch.Generator().manual_seed(0)
         leading = (case.exits,) if case.exits > 1 else ()
-        # One block of memory for all sets, so that they lie side by side as batches do.
+        # All sets share one block of memory.
         samples = torch.randn(
             number, *leading, case.samples, case.width, generator=generator
         ).to(device, case.torch_dtype)  # fmt: skip
@@ -68,7 +68,7 @@ class LossSuite:
         ]
 
     def exact(self, formula: str, case: LossCase, inputs: LossInputs) -> list[Exact]:
-        """Of each exit."""
+        """Loss and gradient of each exit."""
         return [
             exact_in_blocks(rows, _row_labels(inputs, case), formula, temperature=TEMPERATURE)
             for rows in _rows(inputs.leaves)
@@ -97,8 +97,7 @@ class LossSuite:
         return cpu_rates.rates_from(times, case.width)
 
     def floor(self, rates: Rates, case: LossCase) -> Floor | None:
-        algorithm = "triangle" if rates.overlaps_units else "tiles"
-        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype, algorithm)
+        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype)
         return None if found is None else Floor(case.exits * found.seconds, found.bound_by)
 
     def shrunk(self, case: LossCase) -> LossCase | None:
@@ -117,7 +116,7 @@ class LossSuite:
 
 
 def _rows(leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Samples, then label embeddings [M, d], of each exit."""
+    """Rows [M, d] of each exit: samples, then label embeddings."""
     return [
         torch.cat(of_exit)
         for of_exit in zip(
@@ -144,7 +143,7 @@ def cases(
     exits: Sequence[int],
     dtypes: Sequence[str],
 ) -> list[LossCase]:
-    """Every combination: `rows` are supcon's, `classes` and `exits` acl's."""
+    """All combinations; `rows` belong to supcon, `samples`, `classes` and `exits` to acl."""
     found: list[dict[str, Any]] = []
     if "supcon" in losses:
         found += [

@@ -1,1 +1,1 @@
-"""Negatives of all ranks: bytes, memory and time."""
+"""Suite of negatives from all ranks: bytes, memory and time."""

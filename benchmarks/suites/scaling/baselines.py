@@ -1,9 +1,8 @@
-"""The loss of `acl_loss(..., process_group=...)` the ways it is done elsewhere.
+"""Alternatives to `acl_loss(..., process_group=...)` from other libraries.
 
-Each takes the samples, labels and label embeddings of a rank of the default group (all ranks have
-equally many samples) and returns what this rank adds to the objective: the mean over ranks of the
-results is the mean loss of all M rows, and after the ranks' gradients are averaged they are its
-gradients. Denominator "all", reduction "mean".
+Each function takes samples, labels and label embeddings of one rank of the default group; all ranks
+have equally many samples. The mean of the results over the ranks is the mean loss of all M rows,
+and the mean of the ranks' gradients is its gradient. Denominator "all", reduction "mean".
 """
 
 from typing import Any, NamedTuple
@@ -14,40 +13,40 @@ from torch.nn.functional import normalize
 
 from ....kernels.contrastive.sharded.agreement import all_gather
 
-# Tags of what travels around the ring at the same time.
+# Message tags: blocks and gradients travel around the ring at the same time.
 BLOCK, GRADIENT = 0, 1
 
 
 class Anchors(NamedTuple):
-    """Classes and weights of a rank's rows, and what their class has."""
+    """Classes, numbers of positives and weights of a rank's rows."""
 
     all_labels: Tensor  # [W, N]
-    classes: Tensor  # [m], of the own samples and the label embeddings
+    classes: Tensor  # [m]: own samples, then label embeddings
     num_positives: Tensor  # [m]
-    weights: Tensor  # [m]: their sum over ranks is W
+    weights: Tensor  # [m]; their sum over all ranks is W
 
 
 def anchors_of(labels: Tensor, num_labels: int) -> Anchors:
-    """Gathers the labels: how many positives a row has depends on all ranks."""
+    """Gather the labels and count positives: their number depends on all ranks."""
     num_ranks = distributed.get_world_size()
     gathered = labels.new_empty(num_ranks * labels.shape[0])
     all_gather(gathered, labels, distributed.group.WORLD)
-    # The label embeddings' own rows count as well, a row itself does not.
+    # Label embeddings count as positives; a row is not its own positive.
     num_positives = torch.bincount(gathered, minlength=num_labels)
     num_anchors = gathered.shape[0] + num_positives.count_nonzero()
     classes = torch.cat([labels, torch.arange(num_labels)])
     own = num_positives[classes]
-    # A label embedding is an anchor on every rank, a sample on its own.
+    # A label embedding is an anchor on every rank, a sample on its own rank only.
     copies = torch.ones(classes.shape[0])
     copies[: labels.shape[0]] = num_ranks
     return Anchors(gathered.view(num_ranks, -1), classes, own, copies * (own > 0) / num_anchors)
 
 
 class GatherWithGradient(torch.autograd.Function):
-    """[W N, d] of all ranks; its gradient goes back to them and is added up there.
+    """Rows [W N, d] of all ranks; backward, every rank sums the gradients of its own rows.
 
-    Outside NCCL, gloo's reduce-scatter is an all-reduce, of which a rank keeps its part: twice
-    the bytes. torch.distributed.nn.all_gather does it as here: an all-to-all, and a sum.
+    Backward is an all-to-all and a sum, as in torch.distributed.nn.all_gather: gloo's
+    reduce-scatter is an all-reduce, which sends twice the bytes.
     """
 
     @staticmethod
@@ -81,7 +80,7 @@ def gather_all(
 def gather_rows(
     embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float
 ) -> Tensor:
-    """The own rows x all rows (open_clip's local_loss=True, sentence-transformers)."""
+    """Own rows x all rows (open_clip's local_loss=True, sentence-transformers)."""
     _, classes, num_positives, weights = anchors = anchors_of(labels, label_embeddings.shape[0])
     samples, label_rows = normalize(embeddings, dim=1), normalize(label_embeddings, dim=1)
     columns = torch.cat([GatherWithGradient.apply(samples), label_rows])
@@ -106,10 +105,10 @@ def _dense(
     temperature: float,
     num_samples: int | None = None,
 ) -> Tensor:
-    """The weighted losses of the rows, in eager PyTorch; row 0 is column `start`."""
+    """Weighted losses of the rows in eager PyTorch; row 0 is column `start`."""
     similarity = rows @ (columns / temperature).t()
     positive = (classes[:, None] == column_classes).to(similarity.dtype)
-    # The pairs of a row with itself; the label embeddings are the last columns.
+    # Each row's own column; the label embeddings are the last columns.
     places = torch.arange(rows.shape[0])
     own_columns = places + start
     if num_samples is not None:
@@ -123,7 +122,7 @@ def _dense(
 def ring(
     embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float
 ) -> Tensor:
-    """Blocks travel, and in the backward pass their gradients with them (Inf-CL)."""
+    """Blocks travel around a ring, in the backward pass with their gradients (Inf-CL)."""
     anchors = anchors_of(labels, label_embeddings.shape[0])
     scale = temperature**-0.5
     return RingLoss.apply(
@@ -132,7 +131,7 @@ def ring(
 
 
 class RingLoss(torch.autograd.Function):
-    """The weighted losses of the own rows, from rows y whose products are the similarities."""
+    """Weighted losses of the own rows, given rows whose products are the similarities."""
 
     @staticmethod
     def forward(ctx: Any, samples: Tensor, label_rows: Tensor, anchors: Anchors) -> Tensor:
@@ -168,11 +167,11 @@ class RingLoss(torch.autograd.Function):
         weights = anchors.weights * loss_gradient
         of_denominator = weights / sums
         of_positives = weights / anchors.num_positives.clamp(min=1)
-        # The pair of a row with itself is no positive, but the blocks count it.
+        # Corrects for the pair of a row with itself, which the blocks count as a positive.
         gradient = 2 * of_positives[:, None] * rows
 
         def add_pairs(columns: Tensor, owner: int | None) -> Tensor:
-            """Adds the columns' share to the rows' gradient; returns the columns'."""
+            """Add the columns' share to the rows' gradient; return the columns' gradient."""
             pairs = (rows @ columns.t()).exp_().mul_(of_denominator[:, None])
             same = anchors.classes[:, None] == _classes(anchors, owner)
             pairs -= same * of_positives[:, None]
@@ -189,7 +188,7 @@ class RingLoss(torch.autograd.Function):
             returning = Exchange(block_gradient, GRADIENT) if num_ranks > 1 else None
             if exchange is not None:
                 block, owner = exchange.wait(), (owner - 1) % num_ranks
-        # After W steps the gradient of the own block is back.
+        # After W steps the gradient of the own block has returned.
         own = block_gradient if returning is None else returning.wait()
         label_gradient = add_pairs(label_rows, None)
         num_samples = samples.shape[0]
@@ -197,13 +196,13 @@ class RingLoss(torch.autograd.Function):
 
 
 def _classes(anchors: Anchors, owner: int | None) -> Tensor:
-    """Of a rank's samples, or of the label embeddings."""
+    """Classes of a rank's samples, or of the label embeddings if `owner` is None."""
     num_samples = anchors.all_labels.shape[1]
     return anchors.classes[num_samples:] if owner is None else anchors.all_labels[owner]
 
 
 class Exchange:
-    """A tensor on its way to the next rank while the previous one's arrives."""
+    """Send a tensor to the next rank while the previous rank's tensor arrives."""
 
     def __init__(self, sent: Tensor, tag: int) -> None:
         rank, num_ranks = distributed.get_rank(), distributed.get_world_size()

@@ -1,52 +1,50 @@
-"""What a contrastive loss over the samples of W ranks costs a rank, by an alpha-beta model.
+"""Alpha-beta model of a contrastive loss over the samples of W ranks, per rank.
 
-A rank has N samples of width d, e bytes an element, and K label embeddings that all ranks share:
-m = N + K own rows of M = W N + K. A phase takes
+A rank has N samples of width d with e bytes per element, and K label embeddings that all ranks
+share: m = N + K own rows of M = W N + K. A phase takes
 
     messages * alpha + bytes / beta + compute        compute: products and exponentials
 
-and a ring that overlaps takes the longer of the two sides instead of their sum. Collectives are
-counted as rings: in an all-gather or a reduce-scatter of W parts a rank sends W - 1 messages of one
-part, (W - 1) / W of the whole, and receives as much. (Libraries have trees for small messages,
-whose alpha counts log W times: at thousands of ranks the model has too much latency for all.)
+and a ring that overlaps communication takes the longer of both sides instead of the sum.
+Collectives are counted as rings: in an all-gather or a reduce-scatter of W parts, a rank sends
+W - 1 messages of one part. (Libraries use trees for small messages, which take log W messages; the
+model overestimates the latency of thousands of ranks for all methods.)
 
-    ours         gather samples, labels, one sum a row; own rows x all rows; nothing is sent back
-    gather_all   gather with gradient, all rows x all rows on every rank, reduce-scatter [M, d]
+    ours         gathers samples, labels and one sum per row; own rows x all rows; sends no gradient
+    gather_all   gathers with gradient; all rows x all rows on every rank; reduce-scatters [M, d]
                  (open_clip's local_loss=False, gather_with_grad=True)
     gather_rows  the same with own rows x all rows (open_clip's local_loss=True,
                  sentence-transformers' gather_across_devices)
-    ring         blocks of N rows travel from rank to rank, in the backward pass again and with
-                 their gradients (Inf-CL)
+    ring         blocks of N rows travel from rank to rank, and once more in the backward pass
+                 together with their gradients (Inf-CL)
 
-With C the time of our gather and F that of one product of own rows and all rows, a ring of 16 bits
-that overlaps takes max(C, F) + max(3 C, 3 F), ours C + 3 F, which is never more: a ring wins by its
-memory. `weighted_ring` is the ring that could win by overlap as well.
+Let C be the time of our gather and F that of one product of own rows and all rows. A ring of 16-bit
+rows that overlaps takes max(C, F) + max(3 C, 3 F); ours takes C + 3 F, which is never more. So a
+ring wins by memory, not by time.
 
-Left out, in favour of the others: the traffic of their pair matrices through memory, everything
-that is done once a row, and their rate, which is taken to be ours.
+Left out, to the advantage of the other methods: memory traffic of their pair matrices, work that is
+done once per row, and their lower rate of products.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-
-import torch
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 
 from ....kernels.contrastive.sharded.agreement import DESCRIPTION_BYTES
 from ....kernels.contrastive.sharded.batch import aligned
 from ....kernels.contrastive.tiled.loss import TILE
-from ...floors.rates import CHIPS
+from ...measuring.environment import Result
 
 LABEL_BYTES = 8  # int64
-SUM_BYTES = 4  # D, float32
-COUNT_BYTES = 8  # a rank's number of samples, before its description
-# Copies that live at the peak, from the programs' text and within a quarter of what the CPU showed.
-# Eager PyTorch holds five float32 matrices of pairs in its backward pass: the similarities, the
-# positives, two gradients and their sum.
+SUM_BYTES = 4  # one float32 denominator per row
+COUNT_BYTES = 8  # a rank's number of samples, sent before its description
+# Copies that live at the peak; within a quarter of what was measured on the CPU.
+# The backward pass of eager PyTorch holds five float32 matrices of pairs: similarities, positives,
+# two gradients and their sum.
 PAIR_BYTES = 5 * 4
-# Besides the samples as they were gathered, ours holds normalised rows in two orders, their sums
-# over positives and one temporary, all float32.
+# Ours holds float32 rows four times: normalised in two orders, sums over positives, a temporary.
 OUR_ROW_COPIES = 4
-# Of the own rows, the gradient and what it needs.
+# Own rows with their gradient and what it needs.
 OWN_ROW_COPIES = 4
 RING_ROW_COPIES = 7
 MAX_RANKS = 4096
@@ -54,7 +52,7 @@ MAX_RANKS = 4096
 
 @dataclass(frozen=True)
 class Problem:
-    """One loss. Ours has square tiles of so many rows and, for all its buffers, bytes a pair."""
+    """Shapes of one loss. Ours works in square tiles of `tile` rows with `tile_bytes` per pair."""
 
     num_ranks: int
     num_samples: int
@@ -76,18 +74,13 @@ class Problem:
 
     @property
     def block_bytes(self) -> int:
-        """A rank's samples."""
+        """Size of one rank's samples."""
         return self.num_samples * self.width * self.element_bytes
-
-    @property
-    def gathered_bytes(self) -> int:
-        """The samples of all ranks."""
-        return self.num_ranks * self.block_bytes
 
 
 @dataclass(frozen=True)
 class Phase:
-    """The forward or the backward pass of a rank; it receives as many bytes as it sends."""
+    """Forward or backward pass of one rank, which receives as many bytes as it sends."""
 
     messages: int
     sent_bytes: int
@@ -97,7 +90,10 @@ class Phase:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one rank. memory_bytes: at the peak, beyond the inputs. can_overlap: a ring's steps."""
+    """Cost of one rank.
+
+    memory_bytes: peak beyond the inputs. can_overlap: whether it can send while it computes.
+    """
 
     phases: tuple[Phase, ...]
     memory_bytes: int
@@ -112,21 +108,13 @@ class Cost:
         return sum(phase.sent_bytes for phase in self.phases)
 
     @property
-    def received_bytes(self) -> int:
-        return self.sent_bytes
-
-    @property
     def flops(self) -> int:
         return sum(phase.flops for phase in self.phases)
-
-    @property
-    def exponentials(self) -> int:
-        return sum(phase.exponentials for phase in self.phases)
 
 
 @dataclass(frozen=True)
 class Link:
-    """alpha in seconds a message and beta in bytes a second, of a rank, each way."""
+    """alpha (seconds per message) and beta (bytes per second) of a rank, in each direction."""
 
     seconds_per_message: float
     bytes_per_second: float
@@ -134,11 +122,11 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """A rank's processor and its links: to ranks of its node, and beyond.
+    """A rank's processor, and its links within a node and between nodes.
 
-    overlaps_units: products and exponentials at the same time; overlaps_messages: messages and
-    arithmetic, which only a ring can use.
-    source: where the numbers are from.
+    overlaps_units: whether products and exponentials run at the same time.
+    overlaps_messages: whether a ring sends while it computes.
+    source: origin of the numbers.
     """
 
     name: str
@@ -153,19 +141,18 @@ class Machine:
     source: str
 
     def link(self, num_ranks: int) -> Link:
-        """The slowest that a ring of so many ranks uses."""
+        """The slowest link in a ring of so many ranks."""
         return self.within if num_ranks <= self.ranks_per_node else self.between
 
-    def compute_seconds(self, phase: Phase) -> float:
-        products = phase.flops / self.flops_per_second
-        exponentials = phase.exponentials / self.exponentials_per_second
-        return max(products, exponentials) if self.overlaps_units else products + exponentials
-
     def seconds(self, cost: Cost, num_ranks: int) -> float:
-        """Forward and backward pass."""
+        """Forward and backward pass together."""
         link, total = self.link(num_ranks), 0.0
         for phase in cost.phases:
-            compute = self.compute_seconds(phase)
+            units = (
+                phase.flops / self.flops_per_second,
+                phase.exponentials / self.exponentials_per_second,
+            )
+            compute = max(units) if self.overlaps_units else sum(units)
             wire = phase.messages * link.seconds_per_message
             wire += phase.sent_bytes / link.bytes_per_second
             overlaps = cost.can_overlap and self.overlaps_messages
@@ -174,7 +161,7 @@ class Machine:
 
 
 def ours(problem: Problem) -> Cost:
-    """`process_group` of our losses, by tiles; nothing is gathered from a single rank."""
+    """`process_group` of our losses, computed in tiles. A single rank gathers nothing."""
     others, pairs = problem.num_ranks - 1, computed_pairs(problem)
     message = COUNT_BYTES + DESCRIPTION_BYTES
     message += aligned(LABEL_BYTES * problem.num_samples) + aligned(problem.block_bytes)
@@ -184,7 +171,7 @@ def ours(problem: Problem) -> Cost:
     copies = OUR_ROW_COPIES * problem.num_rows
     copies += OWN_ROW_COPIES * problem.num_own_rows if others else 0
     tiles = problem.tile_bytes * min(problem.tile, problem.num_rows) ** 2
-    gathered = problem.gathered_bytes if others else 0
+    gathered = problem.num_ranks * problem.block_bytes if others else 0
     return Cost(
         (
             Phase(3 * others, others * message, products, pairs),
@@ -195,7 +182,7 @@ def ours(problem: Problem) -> Cost:
 
 
 def computed_pairs(problem: Problem) -> int:
-    """Pairs whose similarity ours computes: a tile of two blocks of own rows serves both."""
+    """Pairs whose similarity ours computes: a tile between own rows serves both of its sides."""
     full, rest = divmod(problem.num_own_rows, problem.tile)
     squares = full * problem.tile**2 + rest**2
     saved = (problem.num_own_rows**2 - squares) // 2
@@ -214,7 +201,7 @@ def _gather(problem: Problem, num_anchors: int) -> Cost:
     others, pairs = problem.num_ranks - 1, num_anchors * problem.num_rows
     labels = LABEL_BYTES * problem.num_samples
     products = 2 * problem.width * pairs
-    # The gathered rows, the same beside the label embeddings, and the gradients of both.
+    # The gathered rows, their concatenation with the label embeddings, and the gradients of both.
     rows = 4 * problem.num_rows * problem.width * problem.element_bytes
     rows += OWN_ROW_COPIES * 4 * problem.num_own_rows * problem.width
     return Cost(
@@ -227,13 +214,13 @@ def _gather(problem: Problem, num_anchors: int) -> Cost:
 
 
 def ring(problem: Problem) -> Cost:
-    """Gradients travel in float32: a block's is a sum over all ranks."""
+    """Gradients travel in float32, because a block's gradient is a sum over all ranks."""
     others, pairs = problem.num_ranks - 1, problem.num_own_rows * problem.num_rows
     returns = problem.num_ranks if others else 0
     labels = LABEL_BYTES * problem.num_samples
     gradient_bytes = 4 * problem.num_samples * problem.width
     products = 2 * problem.width * pairs
-    # Blocks and their gradients, each with the next one; the own rows and what they need.
+    # Two blocks and two gradients of blocks: one is in use while the next one arrives.
     blocks = 2 * problem.block_bytes + 2 * gradient_bytes if others else 0
     blocks += RING_ROW_COPIES * 4 * problem.num_own_rows * problem.width
     columns = max(problem.num_samples, problem.num_labels)
@@ -252,87 +239,30 @@ def ring(problem: Problem) -> Cost:
     )
 
 
-def weighted_ring(problem: Problem) -> Cost:
-    """A ring with our row weights u: blocks twice around, no gradients. Nobody has written it."""
-    others, pairs = problem.num_ranks - 1, problem.num_own_rows * problem.num_rows
-    once_a_row = (LABEL_BYTES + SUM_BYTES) * problem.num_samples + SUM_BYTES * problem.num_labels
-    products = 2 * problem.width * pairs
-    return Cost(
-        (
-            Phase(3 * others, others * (problem.block_bytes + once_a_row), products, pairs),
-            Phase(others, others * problem.block_bytes, 2 * products, pairs),
-        ),
-        ring(problem).memory_bytes - 2 * 4 * problem.num_samples * problem.width,
-        can_overlap=True,
-    )
-
-
 METHODS: dict[str, Callable[[Problem], Cost]] = {
     "ours": ours,
     "gather_all": gather_all,
     "gather_rows": gather_rows,
     "ring": ring,
 }
-
-
 WORDS = {
     "ours": "fusedacl: gather, own rows x all",
     "gather_all": "gather with gradient, all x all",
     "gather_rows": "gather with gradient, own rows x all",
     "ring": "ring of blocks and their gradients",
 }
-ROW_WEIGHT_RING = "a ring with our row weights, which sends no gradients (modelled only)"
 
 
-def _preset(chip: str, dtype: torch.dtype, **settings: object) -> Machine:
-    rates = next(found for found in CHIPS if found.name == chip).rates()
-    values: dict[str, object] = {
-        "flops_per_second": rates.flops[dtype],
-        "exponentials_per_second": rates.exponentials,
-        "overlaps_units": True,
-        "overlaps_messages": True,
-    }
-    return Machine(**(values | settings))  # type: ignore[arg-type]
+def modelled(machine: Machine, problem: Problem, budget_bytes: float) -> Result:
+    """Every method at 1, 2, 4, ..., MAX_RANKS ranks, and the ranks at which memory runs out.
 
-
-def data_sheet_machines(dtype: torch.dtype) -> dict[str, Machine]:
-    """GPUs and networks by their vendors' figures, which no program reaches; alpha is assumed."""
-    ethernet = Link(30e-6, 25e9 / 8)
-    return {
-        "v100_ethernet": _preset(
-            "V100 SXM2",
-            dtype,
-            name="V100, 25 Gbit/s Ethernet",
-            memory_bytes=32e9,
-            within=ethernet,
-            between=ethernet,
-            ranks_per_node=1,
-            source="data sheets (125 TFLOP/s of 16 bits, 32 GB, 25 Gbit/s a GPU); 30 us a message "
-            "is assumed",
-        ),
-        "a100_infiniband": _preset(
-            "A100 SXM 80GB",
-            dtype,
-            name="A100, NVLink and HDR InfiniBand",
-            memory_bytes=80e9,
-            # 600 GB/s of NVLink are both directions together.
-            within=Link(3e-6, 300e9),
-            between=Link(5e-6, 200e9 / 8),
-            ranks_per_node=8,
-            source="data sheets (312 TFLOP/s of 16 bits, 80 GB, 300 GB/s each way in a node of 8, "
-            "200 Gbit/s a GPU beyond); 3 us and 5 us a message are assumed",
-        ),
-    }
-
-
-def sweep(problem: Problem, machine: Machine) -> list[dict[str, object]]:
-    """All methods at 1, 2, 4 .. MAX_RANKS ranks."""
+    budget_bytes: the part of a rank's memory that the loss may use.
+    """
     rows = []
     num_ranks = 1
     while num_ranks <= MAX_RANKS:
-        at = replace(problem, num_ranks=num_ranks)
         for name, method in METHODS.items():
-            cost = method(at)
+            cost = method(replace(problem, num_ranks=num_ranks))
             rows.append(
                 {
                     "method": name,
@@ -340,43 +270,68 @@ def sweep(problem: Problem, machine: Machine) -> list[dict[str, object]]:
                     "ms": machine.seconds(cost, num_ranks) * 1e3,
                     "memory_bytes": cost.memory_bytes,
                     "sent_bytes": cost.sent_bytes,
-                    "received_bytes": cost.received_bytes,
-                    "messages": cost.messages,
-                    "flops": cost.flops,
                 }
             )
         num_ranks *= 2
-    return rows
+    return {
+        "assumptions": asdict(machine),
+        "element_bytes": problem.element_bytes,
+        "rows": rows,
+        "crossovers": {
+            "budget_bytes": budget_bytes,
+            "beyond_budget": {name: ranks_beyond(name, problem, budget_bytes) for name in METHODS},
+            "beyond_memory": {
+                name: ranks_beyond(name, problem, machine.memory_bytes) for name in METHODS
+            },
+        },
+    }
 
 
 def ranks_beyond(method: str, problem: Problem, memory_bytes: float) -> int | None:
-    """The fewest ranks at which a rank needs more memory; None: not up to MAX_RANKS."""
-    return _first(
-        lambda ranks: METHODS[method](replace(problem, num_ranks=ranks)).memory_bytes > memory_bytes
-    )
+    """Smallest number of ranks above 1 at which a rank needs more memory, None up to MAX_RANKS."""
+
+    def does_not_fit(ranks: int) -> bool:
+        return METHODS[method](replace(problem, num_ranks=ranks)).memory_bytes > memory_bytes
+
+    numbers = range(2, MAX_RANKS + 1)
+    place = bisect_left(numbers, True, key=does_not_fit)
+    return numbers[place] if place < len(numbers) else None
 
 
-def _first(found: Callable[[int], bool]) -> int | None:
-    """The smallest number of ranks from 2 on, of something that stays true once it is."""
-    if not found(MAX_RANKS):
-        return None
-    low, high = 1, MAX_RANKS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if found(middle) else (middle, high)
-    return high
+def relative_times(rows: Sequence[Result], method: str) -> dict[int, float]:
+    """Ranks, from 2 on -> time of a method divided by ours."""
+    times = {(row["method"], row["ranks"]): row["ms"] for row in rows}
+    return {
+        ranks: time / times["ours", ranks]
+        for (name, ranks), time in times.items()
+        if name == method and ranks > 1
+    }
 
 
-def times_relative_to_ours(
-    method: Callable[[Problem], Cost], problem: Problem, machine: Machine
-) -> dict[int, float]:
-    """At 2, 4 .. MAX_RANKS ranks; below 1 the method is faster."""
-    found = {}
-    num_ranks = 2
-    while num_ranks <= MAX_RANKS:
-        at = replace(problem, num_ranks=num_ranks)
-        found[num_ranks] = machine.seconds(method(at), num_ranks) / machine.seconds(
-            ours(at), num_ranks
+def in_words(model: Result) -> list[str]:
+    """Sentences that say when memory runs out, and which method is faster at how many ranks."""
+    found = model["crossovers"]
+    sentences = []
+    for key, words in (
+        ("beyond_budget", f"the budget of {found['budget_bytes'] / 1e9:g} GB per rank"),
+        (
+            "beyond_memory",
+            f"the rank's memory of {model['assumptions']['memory_bytes'] / 1e9:.3g} GB",
+        ),
+    ):
+        limits = (
+            f"{WORDS[name]}: {f'from {ranks:,} ranks on' if ranks else 'never'}"
+            for name, ranks in found[key].items()
         )
-        num_ranks *= 2
-    return found
+        sentences.append(f"Exceeds {words}, up to {MAX_RANKS:,} ranks: {'; '.join(limits)}.")
+    for name in METHODS:
+        if name == "ours":
+            continue
+        times = relative_times(model["rows"], name)
+        faster = [f"{ranks:,}" for ranks, ratio in times.items() if ratio < 1]
+        where = f"faster at {', '.join(faster)} ranks" if faster else "never faster"
+        sentences.append(
+            f"{WORDS[name]}: {min(times.values()):.2f} to {max(times.values()):,.2f} times the "
+            f"time of fusedacl, {where}."
+        )
+    return sentences

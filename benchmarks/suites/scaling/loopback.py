@@ -1,128 +1,93 @@
-"""Ranks of a gloo group on this machine's loopback, ended whatever happens; what they send.
+"""Ranks of a gloo group on this machine's loopback, and a count of what they send.
 
 results = run_ranks(function, 4, argument, seconds=600)    # function(rank, argument) by rank
 """
 
-import multiprocessing
 import os
+import pickle
 import re
 import sys
-import threading
+import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing import connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, set_num_threads
+from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
 
 LOOPBACK = "127.0.0.1"
-# What functions of torch.distributed that send or receive have in their names.
+# Pattern in the names of those functions of torch.distributed that send or receive.
 COMMUNICATION = "gather|scatter|all_to_all|reduce|send|recv|broadcast"
 
 
 def run_ranks(
     function: Callable[..., Any], num_ranks: int, *arguments: Any, seconds: float, threads: int = 1
 ) -> list[Any]:
-    """function(rank, *arguments) of every rank, in new processes of one gloo group.
+    """Results of function(rank, *arguments) by rank, from new processes of one gloo group.
 
-    function: of a module's top level; arguments and results are pickled. threads: of each rank.
+    function: defined at the top level of a module; arguments and results are pickled.
+    threads: per rank.
 
     Raises:
-        RuntimeError: with the traceback of the first rank that raised, or the ranks that did not
-            answer in time. No process is left then either.
+        RuntimeError: a rank raised (with its traceback) or did not answer in time. All processes
+            are ended in any case.
     """
-    # Port 0: the system gives a free one, and no other process can take it meanwhile.
+    # Port 0 makes the system choose a free one, which no other process can take meanwhile.
     store = distributed.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
-    pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
-    processes = [
-        context.Process(
-            target=_serve,
-            args=(sender, rank, num_ranks, store.port, seconds, threads, function, arguments),
+    with tempfile.TemporaryDirectory() as directory:
+        files = [Path(directory) / str(rank) for rank in range(num_ranks)]
+        ranks = start_processes(
+            _run_rank,
+            (files, store.port, seconds, threads, function, arguments),
+            nprocs=num_ranks,
+            join=False,
             daemon=True,
         )
-        for rank, (_, sender) in enumerate(pipes)
-    ]
-    try:
-        for process, (_, sender) in zip(processes, pipes, strict=True):
-            process.start()
-            sender.close()
-        return _collect([receiver for receiver, _ in pipes], seconds)
-    finally:
-        for process in processes:
-            if process.pid is not None:
+        end = time.monotonic() + seconds
+        try:
+            while not ranks.join(max(0.0, end - time.monotonic())):
+                if time.monotonic() >= end:
+                    silent = [rank for rank, file in enumerate(files) if not file.exists()]
+                    raise RuntimeError(f"ranks {silent} gave no answer within {seconds:g} seconds")
+        except (ProcessExitedException, ProcessRaisedException) as error:
+            raise RuntimeError(f"rank {error.error_index} of {num_ranks}: {error}") from None
+        finally:
+            for process in ranks.processes:
                 process.kill()
                 process.join()
+        return [pickle.loads(file.read_bytes()) for file in files]
 
 
-def _collect(receivers: list[Any], seconds: float) -> list[Any]:
-    end = time.monotonic() + seconds
-    ranks = {receiver: rank for rank, receiver in enumerate(receivers)}
-    results: dict[int, Any] = {}
-    while len(results) < len(receivers):
-        waiting = [receiver for receiver, rank in ranks.items() if rank not in results]
-        ready = connection.wait(waiting, timeout=max(0.0, end - time.monotonic()))
-        if not ready:
-            silent = [ranks[receiver] for receiver in waiting]
-            raise RuntimeError(f"ranks {silent} gave no answer within {seconds:g} seconds")
-        for receiver in waiting:
-            if receiver not in ready:
-                continue
-            rank = ranks[receiver]
-            try:
-                failed, results[rank] = receiver.recv()
-            except EOFError:
-                raise RuntimeError(f"rank {rank} ended without an answer") from None
-            if failed:
-                raise RuntimeError(f"rank {rank} of {len(receivers)}: {results[rank]}")
-    return [results[rank] for rank in range(len(receivers))]
-
-
-def _serve(
-    sender: Any,
+def _run_rank(
     rank: int,
-    num_ranks: int,
+    files: list[Path],
     port: int,
     seconds: float,
     threads: int,
     function: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
     if sys.platform == "linux":
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(threads)
-    try:
-        store = distributed.TCPStore(LOOPBACK, port, is_master=False)
-        distributed.init_process_group(
-            "gloo", store=store, rank=rank, world_size=num_ranks,
-            timeout=timedelta(seconds=seconds),
-        )  # fmt: skip
-        answer = (False, function(rank, *arguments))
-    except BaseException:
-        answer = (True, traceback.format_exc())
-    sender.send(answer)
-    # The parent ends all ranks when all have answered: one that left would break the others' group.
-    threading.Event().wait()
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
+    set_num_threads(threads)
+    distributed.init_process_group(
+        "gloo", store=distributed.TCPStore(LOOPBACK, port, is_master=False), rank=rank,
+        world_size=len(files), timeout=timedelta(seconds=seconds),
+    )  # fmt: skip
+    files[rank].write_bytes(pickle.dumps(function(rank, *arguments)))
+    # A rank that leaves early would break the group of the others.
+    distributed.barrier()
+    distributed.destroy_process_group()
 
 
 class Wire:
-    """Counts what this rank sends and receives with torch.distributed inside the block.
+    """Count what this rank sends and receives with torch.distributed inside the block.
 
     A collective counts as a ring: all-gather and all-to-all of W parts as W - 1 messages of one
-    part, each way. Collectives that are not counted raise meanwhile, so that none is missed.
+    part in each direction. Other collectives raise inside the block, so that none is missed.
     """
 
     def __init__(self) -> None:
@@ -132,7 +97,7 @@ class Wire:
     def __enter__(self) -> "Wire":
         counted: dict[str, Callable[..., None]] = {
             "all_gather_into_tensor": lambda _, sent: self._parts(sent, 1),
-            # Its name since torch 2.13.
+            # all_gather_into_tensor is called all_gather_single since torch 2.13.
             "all_gather_single": lambda _, sent: self._parts(sent, 1),
             "all_to_all_single": lambda _, sent: self._parts(sent, distributed.get_world_size()),
             "isend": lambda sent: self._add(1, bytes_of(sent), 0),
@@ -191,7 +156,7 @@ def bytes_of(tensor: Tensor) -> int:
 
 
 def loopback_bytes() -> int | None:
-    """What this machine has sent over its loopback, by anyone (Linux; None elsewhere)."""
+    """Bytes that all programs have sent over the loopback since boot; None if not on Linux."""
     try:
         lines = Path("/proc/net/dev").read_text(encoding="utf-8").splitlines()
     except OSError:

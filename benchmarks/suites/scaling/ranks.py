@@ -1,12 +1,8 @@
-"""What a rank does for `scaling`: rates, then the losses, checked before they are counted."""
+"""Work of one rank: check the losses, count their bytes, measure rates, times and memory."""
 
-import ctypes
 import statistics
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor, distributed
@@ -14,19 +10,18 @@ from torch import Tensor, distributed
 from ....kernels import acl_loss
 from ....kernels.contrastive.sharded.agreement import all_gather
 from ...floors.cpu import BLOCK, RATE_CALLS, machine_rates
+from ...measuring.clock import seconds as seconds_of
 from ...measuring.environment import Result
-from ...measuring.memory import _status_bytes
+from ...measuring.memory import HighWaterMark
 from . import baselines as global_baselines
 from .cost_model import METHODS
 from .loopback import Wire, loopback_bytes
 
 TEMPERATURE = 0.5
-# Relative to the largest value of the reference in float64.
+# Relative to the largest value of the float64 reference.
 MAX_ERROR = 1e-5
 SMALL_GATHERS = 20
 LARGE_BYTES = 4 * 2**20
-# glibc's name for the size from which memory comes from the system, and goes back to it.
-M_MMAP_THRESHOLD = -3
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -44,10 +39,10 @@ def losses() -> dict[str, Loss]:
 
 
 def measure(rank: int, num_samples: int, num_labels: int, width: int, rounds: int) -> Result:
-    """Rates of this rank while all are busy, and of each method: ms, bytes, memory.
+    """Rates of this rank while all ranks are busy, and seconds, bytes and memory of each method.
 
     Raises:
-        AssertionError: a loss or a gradient differs from the reference of all samples together.
+        AssertionError: a loss or a gradient differs from the reference over all samples.
     """
     inputs = own_inputs(rank, num_samples, num_labels, width)
     found = losses()
@@ -64,7 +59,7 @@ def measure(rank: int, num_samples: int, num_labels: int, width: int, rounds: in
 def own_inputs(
     rank: int | None, num_samples: int, num_labels: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples, labels and label embeddings of a rank; of all ranks for None."""
+    """Samples, labels and label embeddings of one rank, or of all ranks if `rank` is None."""
     generator = torch.Generator().manual_seed(0)
     total = num_samples * distributed.get_world_size()
     embeddings = torch.randn(total, width, generator=generator)
@@ -85,7 +80,7 @@ def forward_backward(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tenso
 
 
 def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Loss and averaged gradients of every method against one process with all samples."""
+    """Compare loss and averaged gradients of every method with one process that has all samples."""
     rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
     num_samples, (num_labels, width) = inputs[0].shape[0], inputs[2].shape
     expected = [
@@ -94,7 +89,7 @@ def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None
         torch.zeros(num_labels, width, dtype=torch.float64),
     ]
     if rank == 0:
-        # The dense reference is large: once is enough.
+        # The dense reference takes much memory, so one rank computes it for all.
         embeddings, labels, label_embeddings = own_inputs(None, num_samples, num_labels, width)
         exact = [
             tensor.detach().double().requires_grad_() for tensor in (embeddings, label_embeddings)
@@ -122,7 +117,7 @@ def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None
 
 
 def count(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Result:
-    """Messages and bytes of one forward + backward; the loopback's own count beside them."""
+    """Messages and bytes of one forward + backward pass, and the loopback interface's count."""
     with Wire() as wire:
         forward_backward(loss, inputs)
     on_loopback = []
@@ -140,15 +135,15 @@ def count(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Result:
         "messages": wire.messages,
         "sent_bytes": wire.sent_bytes,
         "received_bytes": wire.received_bytes,
-        # Others only add to it.
+        # Other programs only add to the count.
         "loopback_bytes": min(on_loopback, default=None),
     }
 
 
 def calibrate(width: int, rounds: int) -> Result:
-    """alpha and 1 / beta of an all-gather's steps, products and exponentials a second.
+    """Seconds per message and bytes per second of an all-gather; products and exponentials.
 
-    All ranks do the same at the same time.
+    All ranks work at the same time.
     """
     num_ranks = distributed.get_world_size()
     seconds: dict[str, list[float]] = {name: [] for name in ("small", "large", "gemm", "exp")}
@@ -159,7 +154,7 @@ def calibrate(width: int, rounds: int) -> Result:
             seconds["large"].append(gather_seconds(LARGE_BYTES, 1))
         for name, call in work.items():
             distributed.barrier()
-            seconds[name].append(_elapsed(call) / RATE_CALLS)
+            seconds[name].append(seconds_of(call) / RATE_CALLS)
     gemm, exp = (statistics.median(seconds[name]) for name in ("gemm", "exp"))
     rates = {
         "flops_per_second": 2 * BLOCK**2 * width / gemm,
@@ -186,40 +181,25 @@ def gather_seconds(num_bytes: int, repeats: int) -> float:
         for _ in range(repeats):
             all_gather(received, sent, group)
 
-    return _elapsed(gather) / repeats
-
-
-def _elapsed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start
+    return seconds_of(gather) / repeats
 
 
 def time_in_turns(
     found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], rounds: int
 ) -> dict[str, list[float]]:
-    """Seconds of this rank, once a round, all ranks starting together."""
+    """Seconds of this rank, one sample per round; all ranks start together."""
     seconds: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(rounds):
         for name, loss in found.items():
             distributed.barrier()
-            seconds[name].append(_elapsed(partial(forward_backward, loss, inputs)))
+            seconds[name].append(seconds_of(partial(forward_backward, loss, inputs)))
     return seconds
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes by which a call raises the high-water mark of resident memory (Linux, glibc)."""
-    if sys.platform != "linux":
+    """Bytes by which a call raises the high-water mark of resident memory; None if unknown."""
+    if not HighWaterMark.is_available():
         return None
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-    except OSError:
-        return None
-    # What is freed goes back at once, so that the mark shows what is held.
-    libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024)
+    mark = HighWaterMark()
     call()
-    libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status_bytes("VmRSS")
-    call()
-    return _status_bytes("VmHWM") - before
+    return mark.raised_by(call)

@@ -1,1 +1,1 @@
-"""Whole training steps."""
+"""Suite of whole training steps."""

@@ -1,4 +1,4 @@
-"""Who takes part in `step`: names in the result, and words for them."""
+"""Names of the providers, cases and targets of the step suite, and their words on the page."""
 
 HUGGING_FACE = "hugging_face_ce"
 TWO_BACKWARD = "two_backward_loop"
@@ -16,7 +16,7 @@ WORDS = {
     "deepspeed_ce": "fusedacl, CE, DeepSpeed with one process",
     "deepspeed_acl": "fusedacl, ACL-Grad, DeepSpeed with one process",
 }
-# What, the time of one over that of another, at most.
+# Targets: words, two providers, and the largest ratio of the first one's time to the second one's.
 BARS = (
     ("exact gate over CE", ACL, CE, 1.75),
     ("gate on the last 2 layers over CE", "fusedacl_acl_top2", CE, 1.25),
@@ -24,7 +24,9 @@ BARS = (
     ("CE under DeepSpeed over local", "deepspeed_ce", CE, 1.15),
     ("exact gate under DeepSpeed over local", "deepspeed_acl", ACL, 1.15),
 )
-# The contestants of a cached batch.
+CACHED_BATCH = "cached"
+CASES = ("minilm", "bert-base", CACHED_BATCH)
+# The providers of the case CACHED_BATCH.
 ONE_CHUNK, CACHED, ONE_SHOT = "one_chunk", "cached_batch", "one_shot"
 CACHED_WORDS = {
     ONE_CHUNK: "one chunk's step",

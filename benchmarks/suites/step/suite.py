@@ -1,20 +1,17 @@
 """Time, memory and parts of a training step, float32 on the CPU.
 
-    python -m fusedacl.benchmarks.suites.step.suite [--quick] [--providers fusedacl_ce,fusedacl_acl]
-
 Our trainer (cross-entropy, CE+SCL, ACL with each scope of the gate, under DeepSpeed with one
-process) beside the Hugging Face Trainer and a loop written by hand, on the same model, weights,
-batches and optimizer. Every text has the same number of tokens. A sample is the time from the end
-of one step to the end of the next, batching included; the contestants take turns of several steps,
-whose first ones are left out. Before anything is timed their losses must agree, without dropout:
-those of all steps where two train alike, else those of the first step. Where our step's time goes
-is profiled in a turn of its own.
+process) beside the Hugging Face Trainer and a hand-written loop, with the same model, weights,
+batches and optimizer. All texts have the same number of tokens. A sample is the time from the end
+of one step to the end of the next, including batching. Providers take turns of several steps whose
+first ones are dropped. Before anything is timed, losses without dropout are compared: at all steps
+between providers that train alike, else at the first step. The parts of our steps are profiled in
+a separate turn.
 """
 
-import argparse
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,21 +21,20 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from ....engine.runtime import processes
-from ....engine.runtime.plots import require_matplotlib
 from ....engine.runtime.text import text_table
 from ....engine.training.profiling import WARM_UP
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
 from ...measuring.clock import interleave_samples, ratio, seconds
 from ...measuring.environment import Result, machine_name
-from ...measuring.result_file import ResultFile, default_directory
-from ...pages.step_figure import draw
-from ..suite import check_names
-from .memory import peaks
+from ...measuring.memory import Child, HighWaterMark
+from ...measuring.result_file import ResultFile
+from ...measuring.times_table import times_table
+from ..suite import WrongResult
 from .names import (
     ACL,
     BARS,
     CACHED,
+    CACHED_BATCH,
     CACHED_WORDS,
     CE,
     HUGGING_FACE,
@@ -47,35 +43,35 @@ from .names import (
     TWO_BACKWARD,
     WORDS,
 )
-from .trainers import OURS, Case, Contestant, Files, Ours, contestant, obstacle
+from .trainers import OURS, Case, Files, Ours, StepTrainer, make_trainer, obstacle
 
-# Of the losses, relative. Adam makes rounding grow with the steps.
+# Largest relative difference of losses; Adam amplifies rounding errors from step to step.
 MAX_ERROR = 1e-4
 # The Hugging Face Trainer logs four decimals.
 MAX_LOGGED_ERROR = 1e-3
 CHECK_STEPS = 3
-# Of a turn: memory is new then, and what the one before has left goes back to the system.
+# Dropped at the start of a turn: memory is allocated, and that of the last provider is released.
 WARM_UP_STEPS = 2
-# The second one's losses tell of the first one's gradients.
+# The losses of the second step depend on the gradients of the first.
 CACHED_CHECK_STEPS = 2
-# Provider -> the one that trains alike.
+# Seconds for which the peak memory of one provider is awaited.
+CHILD_SECONDS = 900.0
+# Provider -> the provider that must have the same losses at every step.
 ALIKE = {
     HUGGING_FACE: CE,
     "deepspeed_ce": CE,
     TWO_BACKWARD: ACL,
     "deepspeed_acl": ACL,
 }
-CACHED_BATCH = "cached"
-CASES = ("minilm", "bert-base", CACHED_BATCH)
 MAX_CACHED_MEMORY = 1.3
 MAX_CACHED_TIME = 1.45
 
 
 @dataclass(frozen=True)
 class Turns:
-    """How a case is measured: rounds of turns, timed and profiled steps of a turn, memory.
+    """Rounds of turns, timed and profiled steps per turn, and whether to measure peak memory.
 
-    providers: names, empty for all. has_bars: whether the promises are for a case of this size.
+    providers: names, empty for all. has_bars: whether the targets apply to a case of this size.
     """
 
     rounds: int
@@ -88,7 +84,7 @@ class Turns:
 
 @dataclass(frozen=True)
 class Chunks:
-    """A contrastive batch that is cached, in chunks of `case.batch` texts."""
+    """A cached contrastive batch of `number` chunks of `case.batch` texts."""
 
     case: Case
     number: int
@@ -96,7 +92,7 @@ class Chunks:
 
     @property
     def words(self) -> str:
-        return f"contrastive batch of {self.number} chunks: {self.case.words} a chunk"
+        return f"contrastive batch of {self.number} chunks: {self.case.words} per chunk"
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ class Preset:
     cached: Chunks
 
 
-# On the large model, whose steps take seconds.
+# Providers on the large model, whose steps take seconds.
 LARGE = (
     CE,
     HUGGING_FACE,
@@ -143,96 +139,44 @@ PRESETS = {
 }
 
 
-@dataclass(frozen=True)
-class Options:
-    """
-    preset: one of PRESETS, or what it holds. providers: names, empty for all; without `ACL` among
-        them the cached batch is left out.
-    cases: of CASES, empty for all. Some of them leave a file with their names in its own.
-    output_dir: where step.json and the figure go, the file after every case; None: nowhere.
-    """
+def run(
+    preset: Preset,
+    file: ResultFile,
+    *,
+    providers: Sequence[str] = (),
+    cases: Sequence[str] = (),
+    threads: int = 2,
+) -> None:
+    """Measure the cases of a preset into a file, which is saved after each of them.
 
-    preset: str | Preset = "full"
-    providers: tuple[str, ...] = ()
-    threads: int = 2
-    output_dir: Path | None = None
-    cases: tuple[str, ...] = ()
-
-    @property
-    def stem(self) -> str:
-        """Of the files that it leaves."""
-        return "_".join(("step", *self.cases))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a small model, few steps")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
-    parser.add_argument("--providers", default="", help=f"of {', '.join(WORDS)} (default: all)")
-    parser.add_argument("--cases", default="", help=f"of {', '.join(CASES)} (default: all)")
-    parser.add_argument("--output_dir", type=Path, help="where step.json and the figure go")
-    arguments = parser.parse_args()
-    preset = "quick" if arguments.quick else "full"
-    # Some providers must not take the place of all in a committed file.
-    whole = "custom" if arguments.providers else preset
-    options = Options(
-        preset,
-        tuple(name for name in arguments.providers.split(",") if name),
-        arguments.threads,
-        arguments.output_dir or default_directory(machine_name(), whole),
-        tuple(name for name in arguments.cases.split(",") if name),
-    )
-    try:
-        run(options)
-    except ValueError as error:
-        parser.error(str(error))
-    finally:
-        processes.leave()
-
-
-def run(options: Options) -> Result:
-    """All cases; the result has schema 1 (`result`), with "bars" in every case.
+    providers: names to run, empty for all; without `ACL` among them CACHED_BATCH is left out.
+    cases: names of CASES, empty for all.
 
     Raises:
-        ValueError: an unknown provider, or no matplotlib for the figure.
-        SystemExit: trainers that should train alike do not.
+        WrongResult: trainers that should train alike do not.
     """
-    check_names(options.providers, WORDS)
-    check_names(options.cases, CASES, "cases")
-    if options.output_dir is not None:
-        require_matplotlib()
-    torch.set_num_threads(options.threads)
-    if isinstance(options.preset, Preset):
-        name, preset = "custom", options.preset
-    else:
-        name, preset = options.preset, PRESETS[options.preset]
-    directory = options.output_dir or Path()
-    file = ResultFile(directory / f"{options.stem}.json", "step", name, machine=machine_name())
-    cases = file.result["cases"] = []
-    wanted = options.providers or tuple(WORDS)
+    torch.set_num_threads(threads)
+    file.result["machine"] = machine_name()
+    found = file.result["cases"] = []
+    wanted = providers or tuple(WORDS)
     with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
         for case, turns in preset.cases:
             names = [name for name in wanted if name in (turns.providers or WORDS)]
-            if not names or case.model not in (options.cases or [case.model]):
+            if not names or case.model not in (cases or [case.model]):
                 continue
-            cases.append(measure(case, turns, names, files, options.threads))
-            print(text(cases[-1]))
-            if options.output_dir is not None:
-                file.save()
-        if ACL in wanted and CACHED_BATCH in (options.cases or [CACHED_BATCH]):
-            cases.append(measure_cached(preset.cached, files, options.threads))
-            print(text(cases[-1]))
-    if options.output_dir is not None:
-        file.result["figures"] = draw(file.result, options.output_dir, options.stem)
-        file.save()
-        print(f"written: {', '.join((str(file.path), *file.result['figures']))}")
-    return file.result
+            found.append(measure(case, turns, names, files, threads))
+            print(text(found[-1]))
+            file.save()
+        if ACL in wanted and CACHED_BATCH in (cases or [CACHED_BATCH]):
+            found.append(measure_cached(preset.cached, files, threads))
+            print(text(found[-1]))
+            file.save()
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Dozens of runs say the same of the same texts."""
+    """Silence the log: dozens of runs would repeat the same lines."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logger = logging.getLogger("fusedacl")
@@ -245,10 +189,10 @@ def quiet() -> Iterator[None]:
 
 
 def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, threads: int) -> Result:
-    """One case: who agrees, then times in turns, parts and peaks of memory."""
+    """Measure one case: compare losses, time in turns, profile, measure peak memory."""
     left_out = {name: why for name in names if (why := obstacle(name)) is not None}
     running = {
-        name: contestant(name, case, files)
+        name: make_trainer(name, case, files)
         for name in WORDS
         if name in names and name not in left_out
     }
@@ -262,8 +206,8 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
             one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
             times[name]["shares"] = one.shares
     if turns.memory:
-        makers = {name: partial(contestant, name, case, files) for name in running}
-        _add_peaks(times, peaks(makers, threads))
+        makers = {name: partial(make_trainer, name, case, files) for name in running}
+        add_peaks(times, makers, threads)
     return {
         "case": asdict(case),
         "words": case.words,
@@ -280,9 +224,13 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
 
 
 def timed(
-    running: Mapping[str, Contestant], flops: Mapping[str, int], width: int, turns: Turns, skip: int
+    running: Mapping[str, StepTrainer],
+    flops: Mapping[str, int],
+    width: int,
+    turns: Turns,
+    skip: int,
 ) -> tuple[dict[str, Result], Result]:
-    """Times by contestant, with the floors of their matrix products; and the products' rate."""
+    """Times of the trainers with the floors of their matrix products, and the products' rate."""
     num_steps = turns.steps + skip
     product = product_turn(width)
     times = interleave_samples(
@@ -298,26 +246,26 @@ def timed(
 
 
 def check(
-    case: Case, contestants: Mapping[str, Contestant], files: Files
+    case: Case, trainers: Mapping[str, StepTrainer], files: Files
 ) -> tuple[dict[str, list[tuple[float, float | None]]], dict[str, int], dict[str, str]]:
-    """The losses of some steps, FLOPs of a step, and who of the others' may not be timed.
+    """Losses of some steps, FLOP per step, and reasons not to time somebody else's trainer.
 
     Raises:
-        SystemExit: one of ours is wrong.
+        WrongResult: a trainer of ours has wrong losses.
     """
-    # What they are compared with, wanted or not.
-    needed = dict.fromkeys([*contestants, CE, *(ALIKE[n] for n in contestants if n in ALIKE)])
-    if any(name not in (CE, HUGGING_FACE) for name in contestants):
+    # Trainers that others are compared with run even if nobody asked for them.
+    needed = dict.fromkeys([*trainers, CE, *(ALIKE[n] for n in trainers if n in ALIKE)])
+    if any(name not in (CE, HUGGING_FACE) for name in trainers):
         needed[ACL] = None
     losses, flops = {}, {}
     for name in tqdm(needed, desc="check", leave=False):
-        one = contestants.get(name) or contestant(name, case, files)
+        one = trainers.get(name) or make_trainer(name, case, files)
         flops[name] = flops_of(
             partial(one.turn, CHECK_STEPS, dropout=0.0, logging_steps=1), CHECK_STEPS
         )
         losses[name] = one.losses
     wrong = {}
-    for name in contestants:
+    for name in trainers:
         alike = name in ALIKE
         pairs = list(zip(losses[name], losses[ALIKE.get(name, CE)], strict=True))
         error = max(_relative(found[0], exact[0]) for found, exact in pairs[: None if alike else 1])
@@ -328,7 +276,7 @@ def check(
         if not error <= limit:
             why = f"its losses differ by {error:.1e} (relative): not timed"
             if name in OURS:
-                raise SystemExit(f"{case.words}, {name}: {why}")
+                raise WrongResult(f"{case.words}, {name}: {why}")
             wrong[name] = why
     return losses, flops, wrong
 
@@ -339,20 +287,24 @@ def _relative(found: float | None, exact: float | None) -> float:
 
 
 def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
-    """A cached batch beside one chunk's step, and beside the step that takes it in one shot."""
+    """Measure a cached batch beside a step of one chunk and a step of the whole batch.
+
+    Raises:
+        WrongResult: the cached batch and the whole batch have different losses.
+    """
     case, number, turns = chunks.case, chunks.number, chunks.turns
     whole = case.batch * number
     makers = {
-        ONE_CHUNK: partial(contestant, ACL, case, files),
+        ONE_CHUNK: partial(make_trainer, ACL, case, files),
         CACHED: partial(
-            contestant,
+            make_trainer,
             ACL,
             case,
             files,
             gradient_accumulation_steps=number,
             contrastive_batch_size=whole,
         ),
-        ONE_SHOT: partial(contestant, ACL, case, files, per_device_train_batch_size=whole),
+        ONE_SHOT: partial(make_trainer, ACL, case, files, per_device_train_batch_size=whole),
     }
     running = {name: make() for name, make in makers.items()}
     flops = {
@@ -366,7 +318,7 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
         _relative(a, b) for found, exact in pairs for a, b in zip(found, exact, strict=True)
     )
     if not error <= MAX_ERROR:
-        raise SystemExit(f"{chunks.words}: the losses differ by {error:.1e} (relative): not timed")
+        raise WrongResult(f"{chunks.words}: the losses differ by {error:.1e} (relative): not timed")
     times, rate = timed(running, flops, case.width, turns, skip=1)
     result: Result = {
         "case": {**asdict(case), "chunks": number},
@@ -379,7 +331,7 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
         ],
     }
     if turns.memory:
-        _add_peaks(times, peaks(makers, threads))
+        add_peaks(times, makers, threads)
         cached, one_chunk = (times[name].get("peak_bytes") for name in (CACHED, ONE_CHUNK))
         if cached is not None and one_chunk is not None:
             what = "cached over one chunk, peak memory"
@@ -389,43 +341,47 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
     return result
 
 
-def _add_peaks(times: dict[str, Result], found: Mapping[str, int | str | None]) -> None:
-    for name, peak in found.items():
-        key = "peak_error" if isinstance(peak, str) else "peak_bytes"
-        times[name][key] = peak
+def add_peaks(
+    times: dict[str, Result], makers: Mapping[str, Callable[[], StepTrainer]], threads: int
+) -> None:
+    """Measure in a child process; add "peak_bytes" to the times, or "peak_error" with a message."""
+    with Child(threads, CHILD_SECONDS) as child:
+        for name, make in makers.items():
+            peak = child.measure(peak_of_step, make)
+            times[name]["peak_error" if isinstance(peak, str) else "peak_bytes"] = peak
+
+
+def peak_of_step(make: Callable[[], StepTrainer]) -> int:
+    """Bytes by which a step raises this process's memory, gradients and activations included.
+
+    Weights and optimizer state do not count: they exist after the steps before.
+    """
+    mark, raised = HighWaterMark(), 0
+
+    def after_step(step: int) -> None:
+        nonlocal raised
+        if step == WARM_UP_STEPS:
+            mark.reset()
+        elif step > WARM_UP_STEPS:
+            raised = mark.raised_bytes()
+
+    with quiet():
+        make().turn(WARM_UP_STEPS + 1, after_step=after_step)
+    return raised
 
 
 def bar(what: str, value: float, most: float) -> Result:
-    """A ratio beside what it should be at most: reported, not enforced."""
+    """A ratio and its target, which is reported but not enforced."""
     return {"what": what, "value": float(value), "at_most": most, "met": bool(value <= most)}
 
 
 def text(case: Result) -> str:
-    """A case as a table, its bars, and who is not in it."""
-    times = case["providers"]
-    base = times.get(CE) or times[next(iter(times))]
-    rows = []
-    for name, row in times.items():
-        peak = row.get("peak_bytes")
-        rows.append(
-            [
-                (WORDS | CACHED_WORDS)[name],
-                f"{row['p50_ms']:.0f}",
-                f"{row['p20_ms']:.0f} to {row['p80_ms']:.0f}",
-                f"{row['p50_ms'] / base['p50_ms']:.2f}",
-                f"{row['over_floor']:.2f}",
-                "-" if peak is None else f"{peak / 2**20:.0f}",
-            ]
-        )
-    header = [case["words"], "ms", "20th to 80th", "relative", "x floor", "peak MiB"]
-    lines = [text_table(header, rows)]
+    """A case as a table with its targets and the providers that were left out."""
+    named = {(WORDS | CACHED_WORDS)[name]: row for name, row in case["providers"].items()}
+    lines = [f"\n{case['words']}", times_table(named, text_table)]
     lines += [
         f"{b['what']}: {b['value']:.2f} (at most {b['at_most']}: {'yes' if b['met'] else 'no'})"
         for b in case["bars"]
     ]
     lines += [f"left out: {WORDS[name]}: {why}" for name, why in case["left_out"].items()]
     return "\n".join(lines) + "\n"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
-"""Who takes a training step: our trainer's variants, the Hugging Face Trainer, a hand-written loop.
+"""Trainers of the step suite: ours with each option, the Hugging Face Trainer, a hand-written loop.
 
-All train the same model, from the same weights, on the same batches in the same order, with the
-same optimizer and schedule; without dropout their losses agree to rounding.
+All start from the same weights and use the same batches in the same order, the same optimizer and
+the same schedule. Without dropout their losses agree up to rounding.
 """
 
 import json
@@ -31,7 +31,7 @@ from ..baselines import dense_acl
 from ..exits.second_stage import SteppedTrainer
 from .names import ACL, CE, HUGGING_FACE, TWO_BACKWARD
 
-# A multiple of every batch here, so that all steps are of whole batches.
+# A multiple of every batch size here, so that all batches are full.
 NUM_TEXTS = 512
 LEARNING_RATE = 1e-4
 AUXILIARY_WEIGHT = 0.02
@@ -54,7 +54,7 @@ class Case:
     """A model and the shape of its batches.
 
     model: one of MODELS, or the directory of an encoder with its tokenizer.
-    num_layers: its first ones only; None keeps all.
+    num_layers: keep only the first layers; None keeps all.
     """
 
     model: str
@@ -64,7 +64,7 @@ class Case:
 
     @property
     def width(self) -> int:
-        """Of the hidden states, for which the rate of matrix products is measured."""
+        """Width of the hidden states, at which the rate of matrix products is measured."""
         return {"minilm": 384, "bert-base": 768}.get(self.model, 64)
 
     @property
@@ -76,7 +76,7 @@ class Case:
 
 
 class Files:
-    """Encoders and texts in a directory, made when they are first asked for."""
+    """Encoders and texts in a directory, made on the first request."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -90,16 +90,16 @@ class Files:
         if not directory.exists():
             torch.manual_seed(0)
             transformers.BertModel(transformers.BertConfig()).save_pretrained(directory)
-            # Its vocabulary is BERT's.
+            # MiniLM has BERT's vocabulary.
             load_tokenizer(str(minilm_path())).save_pretrained(directory)
         return directory
 
     def texts(self, case: Case) -> Path:
-        """Labelled pairs, each so long that truncation leaves `case.tokens` tokens."""
+        """A file of labelled pairs, so long that truncation leaves exactly `case.tokens` tokens."""
         path = self.directory / f"train_{case.tokens}.jsonl"
         if not path.exists():
             rows = quickstart_splits(num_train=NUM_TEXTS)["train"]
-            # Every sentence has some words.
+            # A sentence has several words, so this many repetitions are long enough.
             times = case.tokens // 6 + 1
             path.write_text(
                 "".join(
@@ -117,7 +117,7 @@ class Files:
         return path
 
     def deepspeed(self) -> Path:
-        """What one process does unless told otherwise: no ZeRO."""
+        """An empty DeepSpeed configuration: one process without ZeRO."""
         path = self.directory / "deepspeed.json"
         path.write_text("{}\n")
         return path
@@ -127,7 +127,7 @@ AfterStep = Callable[[int], None]
 
 
 class Clock:
-    """Seconds of each step, from the end of the one before; `after_step` does not count."""
+    """Seconds from the end of one step to the end of the next, without `after_step`."""
 
     def __init__(self, after_step: AfterStep | None = None) -> None:
         self.seconds: list[float] = []
@@ -141,21 +141,21 @@ class Clock:
         self._last = time.perf_counter()
 
 
-class Contestant(Protocol):
-    # Of the steps of the last turn that recorded them: cross-entropy, and what is beside it.
+class StepTrainer(Protocol):
+    # Cross-entropy and auxiliary loss of each step of the last turn that recorded them.
     losses: list[tuple[float, float | None]]
 
     def turn(
         self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
     ) -> list[float]:
-        """Seconds of each step of a new run; `changes`: options of our trainer.
+        """Seconds of each step of a new run; `changes` are options of our trainer.
 
-        With `logging_steps=1` it records its losses.
+        With `logging_steps=1` the losses are recorded.
         """
 
 
 class Ours:
-    """Our trainer with some options."""
+    """Our trainer with given options."""
 
     def __init__(self, case: Case, files: Files, name: str, **options: Any) -> None:
         if "deepspeed_config" in options:
@@ -178,7 +178,7 @@ class Ours:
         self._files, self._name = files, name
 
     def config(self, num_steps: int, **changes: Any) -> TrainingConfig:
-        # A run holds its directory until it ends, which those here do not.
+        # These runs never end and keep their directories locked, so each needs its own.
         directory = tempfile.mkdtemp(prefix=self._name, dir=self._files.directory)
         settings = {"output_dir": directory, "max_steps": num_steps, "logging_steps": num_steps}
         return TrainingConfig.create(**{**self.options, **settings, **changes})
@@ -202,7 +202,7 @@ class Ours:
 
 
 class HuggingFace:
-    """The Hugging Face Trainer with the same model, whose own loss it takes."""
+    """The Hugging Face Trainer with the same model and the loss that the model returns."""
 
     def __init__(self, case: Case, files: Files) -> None:
         self.files = files
@@ -231,7 +231,7 @@ class HuggingFace:
                 logging_steps=trainer.config.run.logging_steps,
                 report_to="none",
                 disable_tqdm=True,
-                # In the order of our batches.
+                # Keeps the order of our batches.
                 train_sampling_strategy="sequential",
             ),
             train_dataset=_features(trainer),
@@ -283,7 +283,7 @@ def _batches(trainer: Trainer, epoch: int) -> list[np.ndarray]:
 
 
 class TwoBackward:
-    """ACL-Grad as one writes it in plain PyTorch, with a dense contrastive loss."""
+    """ACL-Grad in plain PyTorch, with a dense contrastive loss."""
 
     def __init__(self, case: Case, files: Files) -> None:
         self.ours = Ours(case, files, TWO_BACKWARD, objective="acl")
@@ -333,7 +333,7 @@ class TwoBackward:
             optimizer.zero_grad()
             if is_recorded:
                 self.losses.append((main.item(), auxiliary.item()))
-            # What a step held is free before the next one, as in a function of its own.
+            # Free the step's tensors before the next step, as a function of its own would.
             del output, main, auxiliary, main_gradient, auxiliary_gradient, parts, part
             clock.tick()
         return clock.seconds
@@ -348,8 +348,8 @@ def _flat(gradients: tuple[Tensor | None, ...], parameters: list[torch.nn.Parame
     )
 
 
-def contestant(name: str, case: Case, files: Files, **more: Any) -> Contestant:
-    """The provider of that name; `more`: options of our trainer beside its own."""
+def make_trainer(name: str, case: Case, files: Files, **more: Any) -> StepTrainer:
+    """Make the trainer of that name; `more` are further options of ours."""
     if name == HUGGING_FACE:
         return HuggingFace(case, files)
     if name == TWO_BACKWARD:
@@ -358,7 +358,7 @@ def contestant(name: str, case: Case, files: Files, **more: Any) -> Contestant:
 
 
 def obstacle(name: str) -> str | None:
-    """Why a provider cannot run here, or None."""
+    """A message if a trainer cannot run here, else None."""
     options = OURS.get(name, {})
     try:
         if "deepspeed_config" in options:

@@ -140,8 +140,8 @@ def test_several_runs_scatter_as_far_as_they_lie_apart() -> None:
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of two commits whose kernels differ; nothing in it computes."""
     root = tmp_path / "checkout"
-    for part in ("engine", "kernels"):
-        (root / part).mkdir(parents=True)
+    for part in ("engine", "kernels", *commits.NEEDED):
+        (root / part).mkdir(parents=True, exist_ok=True)
         (root / part / "__init__.py").write_text("")
     for name in commits.BUILD_FILES:
         (root / name).write_text("")
@@ -164,8 +164,17 @@ def test_each_commit_is_laid_out_as_it_was(checkout: Path, tmp_path: Path) -> No
 
 
 def test_an_unknown_commit_is_named(checkout: Path) -> None:
-    with pytest.raises(ValueError, match="'no-such' is no commit of the checkout"):
+    with pytest.raises(ValueError, match="'no-such' is not a commit of the checkout"):
         commits.commit_hash("no-such")
+
+
+def test_a_commit_with_another_layout_is_refused(checkout: Path) -> None:
+    for file in ("engine/runtime/__init__.py", "kernels/contrastive/__init__.py"):
+        (checkout / file).unlink()
+    git = ["git", "-C", str(checkout), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "commit", "-q", "--no-verify", "-am", "flat"], check=True)
+    with pytest.raises(ValueError, match="'HEAD' has no engine/runtime/: .* before they were spl"):
+        commits.compare_commits(["HEAD~1", "HEAD"], "loss", [])
 
 
 def test_two_commits_run_in_turns(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Counts in place of seconds: they are those of counts.json, and each kind of waste changes one."""
+"""Counts equal the accepted ones in expected.json, and each kind of waste changes one of them."""
 
 from __future__ import annotations
 

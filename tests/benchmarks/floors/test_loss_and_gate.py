@@ -1,44 +1,35 @@
-"""The floor model against figures worked out by hand, and the check that nothing beats it."""
+"""Floors of the loss and the gate against numbers worked out by hand; measured rates."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from fusedacl.benchmarks.floors import loss_and_gate as floors
-from fusedacl.benchmarks.floors.loss_and_gate import (
-    BERT,
-    combine_floor,
-    dot_norm_floor,
-    loss_floor,
-    num_elements,
-    page,
+from fusedacl.benchmarks.floors.loss_and_gate import combine_floor, dot_norm_floor, loss_floor
+from fusedacl.benchmarks.floors.rates import Rates
+
+BERT_BASE = 109_482_240
+# NVIDIA's figures; exponentials: 16 per clock and multiprocessor.
+V100 = Rates("V100", {torch.float16: 125e12, torch.float32: 15.7e12}, 80 * 16 * 1.53e9, 900e9)
+H200 = Rates(
+    "H200",
+    {torch.float16: 989.4e12, torch.bfloat16: 989.4e12, torch.float32: 164.9e12},
+    132 * 16 * 1.98e9,
+    4.8e12,
 )
-from fusedacl.benchmarks.floors.rates import CHIPS
-
-RATES = {chip.name: chip.rates() for chip in CHIPS}
-V100, H200 = RATES["V100 SXM2"], RATES["H200 SXM"]
-
-
-def test_bert_has_as_many_parameters_as_published() -> None:
-    # transformers' BertModel with its pooler.
-    assert {name: (len(shapes), num_elements(shapes)) for name, shapes in BERT.items()} == {
-        "BERT-base": (199, 109_482_240),
-        "BERT-large": (391, 335_141_888),
-    }
 
 
 def test_the_angle_check_reads_both_lists_once() -> None:
     """BERT-base in float32: 0.97 ms on a V100, 0.2 ms on an H200."""
-    count = num_elements(BERT["BERT-base"])
-    assert dot_norm_floor(V100, count, 4) == pytest.approx(0.97e-3, rel=0.05)
-    # One digit is given: 0.18 ms.
-    assert round(dot_norm_floor(H200, count, 4) * 1e3, 1) == 0.2
-    assert dot_norm_floor(V100, count, 2) == pytest.approx(0.97e-3 / 2, rel=0.05)
-    assert combine_floor(V100, count, 4) == pytest.approx(1.5 * dot_norm_floor(V100, count, 4))
+    assert dot_norm_floor(V100, BERT_BASE, 4) == pytest.approx(0.97e-3, rel=0.05)
+    assert round(dot_norm_floor(H200, BERT_BASE, 4) * 1e3, 1) == 0.2
+    assert dot_norm_floor(V100, BERT_BASE, 2) == pytest.approx(0.97e-3 / 2, rel=0.05)
+    assert combine_floor(V100, BERT_BASE, 4) == pytest.approx(
+        1.5 * dot_norm_floor(V100, BERT_BASE, 4)
+    )
 
 
 def test_exp_binds_narrow_rows_on_a_fast_matrix_unit() -> None:
-    """H200: 16 exp and 4096 FLOP a clock and multiprocessor, 2 d FLOP for one exp forward."""
+    """H200: 16 exp and 4096 FLOP per clock and multiprocessor, 2 d FLOP per exp forward."""
     for width, forward, backward in (
         (64, "exp", "matrix unit"),
         (128, "matrix unit", "matrix unit"),
@@ -50,53 +41,40 @@ def test_exp_binds_narrow_rows_on_a_fast_matrix_unit() -> None:
     floor = loss_floor(H200, 65536, 64, torch.bfloat16)
     assert floor is not None
     pairs, clocks = 65536**2, 132 * 1.98e9
-    assert floor.forward.seconds == pytest.approx(pairs / 16 / clocks)
+    assert floor.forward.seconds == pytest.approx(pairs / 2 / 16 / clocks)
     assert floor.backward.seconds == pytest.approx(4 * pairs * 64 / 989.4e12)
     assert floor.memory == pytest.approx(65536 * 64 * (3 * 2 + 4) / 4.8e12)
     assert floor.seconds == pytest.approx(floor.forward.seconds + floor.backward.seconds)
 
 
-def test_the_triangle_halves_the_forward_pass() -> None:
-    rows, triangle = (
-        loss_floor(V100, 16384, 256, torch.float16, algorithm) for algorithm in floors.ALGORITHMS
-    )
-    assert rows is not None and triangle is not None
-    assert triangle.forward.seconds == pytest.approx(rows.forward.seconds / 2)
-    assert triangle.backward == rows.backward
+def test_a_cpu_adds_both_units_and_recomputes_half_of_the_pairs() -> None:
+    cpu = Rates("CPU", {torch.float32: 100e9}, 1e9, 10e9, overlaps_units=False)
+    floor = loss_floor(cpu, 4096, 64, torch.float32)
+    assert floor is not None
+    pairs = 4096**2
+    assert floor.forward.seconds == pytest.approx(pairs * 64 / 100e9 + pairs / 2 / 1e9)
+    assert floor.backward.seconds == pytest.approx(3 * pairs * 64 / 100e9 + pairs / 2 / 1e9)
 
 
 def test_memory_binds_a_batch_of_few_rows() -> None:
     floor = loss_floor(V100, 16, 64, torch.float16)
     assert floor is not None
     assert floor.seconds == floor.memory
+    assert floor.bound_by == "memory"
 
 
-def test_float32_takes_the_better_of_the_two_units() -> None:
-    assert V100.flops[torch.float32] == 15.7e12
-    assert RATES["A100 SXM 80GB"].flops[torch.float32] == 156e12 / 3
-    assert RATES["RTX 4090"].flops[torch.float32] == 82.6e12
-
-
-def test_a_chip_without_bfloat16_has_no_floor_for_it() -> None:
+def test_a_machine_without_bfloat16_has_no_floor_for_it() -> None:
     assert loss_floor(V100, 16384, 64, torch.bfloat16) is None
 
 
-def test_vendors_rates_agree_with_each_other() -> None:
-    """float32 by the clock: 128 multiply-adds a multiprocessor, 64 on V100, T4 and A100."""
-    for chip in CHIPS:
-        lanes = 64 if chip.name.startswith(("V100", "T4", "A100")) else 128
-        by_clock = 2e-3 * lanes * chip.num_multiprocessors * chip.clock_ghz
-        assert by_clock == pytest.approx(chip.float32_tflops, rel=0.01)
+def test_unknown_rates_are_null_in_json() -> None:
+    record = Rates("x", {torch.float32: 2e9}, float("inf"), 3e9).record()
+    assert record["gigaflops"] == {"float32": 2.0}
+    assert record["giga_exponentials_per_second"] is None
+    assert record["gigabytes_per_second"] == 3.0
 
 
-def test_page() -> None:
-    plain, markdown = (page([V100, H200], markdown=markdown) for markdown in (False, True))
-    assert "V100 SXM2  BERT-base     fp32   109,482,240  0.973" in plain
-    assert "| H200 SXM | fp16 | 65536 | 64 |" in markdown
-    assert "| --- |" in markdown and "| --- |" not in plain
-
-
-def test_measured_rates_have_the_table_s_form(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_s_rates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rates' kernel under Triton's interpreter; the numbers are this CPU's."""
     pytest.importorskip("triton", reason="triton is not installed")
     from fusedacl.benchmarks.floors import gpu as gpu_rates
@@ -109,7 +87,7 @@ def test_measured_rates_have_the_table_s_form(monkeypatch: pytest.MonkeyPatch) -
     )
     assert found.flops.keys() >= {torch.float16, torch.float32}
     assert min(*found.flops.values(), found.exponentials, found.bytes) > 0
-    assert "measured" in page([found], markdown=True)
+    assert "measured" in found.name
 
 
 def test_the_exponentials_are_computed() -> None:

@@ -1,4 +1,4 @@
-"""Names, command lines and device measurements."""
+"""Machine names, timing in turns, and measurements that need a GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_gpu_gives_its_results_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_gpu(monkeypatch)
     assert machine_name(torch.device("cuda")) == "nvidia-h200-x"
-    # What the CPU computes stays with the CPU.
+    # Results of the CPU keep the CPU's name.
     assert machine_name() == machine_name(CPU) != "nvidia-h200-x"
 
 
@@ -38,13 +38,13 @@ def test_fast_calls_are_repeated_and_slow_ones_are_not(monkeypatch: pytest.Monke
     times = interleave_on(
         CPU, {name: lambda name=name: call(name) for name in calls}, rounds=3, sample_seconds=0.02
     )
-    # Three calls before, then three samples.
+    # Three calls before the first round, then three samples.
     assert calls == {"fast": 3 + 3 * 20, "slow": 3 + 3}
     assert times["fast"]["p50_ms"] == pytest.approx(1)
     assert times["slow"]["samples"] == 3
 
 
-def test_what_only_a_gpu_can_tell_is_absent_on_the_cpu() -> None:
+def test_gpu_measurements_are_absent_on_the_cpu() -> None:
     assert extra_device_memory(lambda: None, CPU) is None
     assert launches(lambda: None, CPU) is None
     assert "gpu" not in environment.environment()

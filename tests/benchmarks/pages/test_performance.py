@@ -1,9 +1,8 @@
-"""The performance page says what the result files say, slower things included."""
+"""The generated pages: slower providers are shown too, and the committed pages are current."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,40 +12,8 @@ from fusedacl.benchmarks.measuring.clock import quantiles
 from fusedacl.benchmarks.measuring.environment import environment
 from fusedacl.benchmarks.pages import performance, roofline
 from fusedacl.benchmarks.pages.headline import BEGIN, END
-from fusedacl.benchmarks.pages.performance import page
+from fusedacl.benchmarks.pages.performance import modelled, page, read_directories
 from fusedacl.benchmarks.suites.growth import fits
-
-
-def write_step(directory: Path, **medians_ms: float) -> None:
-    times: dict[str, Any] = {
-        name: quantiles([value / 1e3 * factor for factor in (0.9, 1.0, 1.1)])
-        for name, value in medians_ms.items()
-    }
-    result = {
-        "environment": environment(),
-        "shape": {"batch": 32, "tokens": 48, "model": "MiniLM"},
-        "times": times,
-    }
-    directory.mkdir(exist_ok=True)
-    (directory / "step.json").write_text(json.dumps(result))
-
-
-def test_ratios_on_both_sides_of_one(tmp_path: Path) -> None:
-    directory = tmp_path / "some-machine"
-    write_step(
-        directory,
-        fusedacl_ce=200,
-        hugging_face_ce=190,
-        fusedacl_scl=210,
-        fusedacl_acl_ungated=220,
-        fusedacl_acl=330,
-    )
-    text = page([directory])
-    assert "## Machine `some-machine`" in text
-    assert "| fusedacl, CE | 200.0 (188.0 to 212.0) | - |" in text
-    assert "| Hugging Face Trainer, CE, the same model | 190.0 (178.6 to 201.4) | 0.95 |" in text
-    assert "| 1.65 |" in text
-    assert "contrastive loss, forward" not in text
 
 
 def test_several_exits(tmp_path: Path) -> None:
@@ -54,6 +21,7 @@ def test_several_exits(tmp_path: Path) -> None:
         return {name: quantiles([value / 1e3]) for name, value in medians_ms.items()}
 
     result = {
+        "schema": 1,
         "environment": environment(),
         "shape": {"model": "MiniLM", "texts": "MRPC", "batch": 32},
         "second_stage": {
@@ -85,17 +53,17 @@ def test_several_exits(tmp_path: Path) -> None:
     for over_floor, entry in zip((20.0, 50.0), result["losses"][0]["times"].values(), strict=True):
         entry["over_floor"] = over_floor
     (tmp_path / "exits.json").write_text(json.dumps(result))
-    text = page([tmp_path])
+    text = page(read_directories([tmp_path]), tmp_path)
     assert "mha exits, ACL-CL with the gate, bfloat16, 53 tokens on average." in text
-    assert "together is 4.46 times as fast as one at a time, and the cache 5.12 times" in text
-    assert "| 5 exits, one at a time | 1800.0 (1800.0 to 1800.0) | 4.50 |" in text
+    assert "together is 4.46 times as fast as one at a time, and the cache is 5.12 times" in text
+    assert "| 5 exits, one at a time | 1800 (1800 to 1800) | 4.50 |" in text
     assert "| 5 exits together, from the feature cache | 80.0 (80.0 to 80.0) | 0.20 |" in text
     assert "linear exits, 16 texts one by one:" in text
-    assert "| early exit that nothing leaves | 101.0 (101.0 to 101.0) | 1.01 |" in text
+    assert "| early exit, no text leaves early | 101 (101 to 101) | 1.01 |" in text
     assert "linear exits, a batch of 16:" in text
-    assert "| early exit that nothing leaves | 116.0 (116.0 to 116.0) | 1.16 |" in text
+    assert "| early exit, no text leaves early | 116 (116 to 116) | 1.16 |" in text
     assert "E = 11, N = 32, K = 77, d = 64:" in text
-    assert "| a dense loss an exit, eager PyTorch | 5.00 (5.00 to 5.00) | 2.50 | 50.00 |" in text
+    assert "| one dense loss per exit, eager PyTorch | 5.00 (5.00 to 5.00) | 2.50 | 50.00 |" in text
 
 
 def entry(p50: float, peak: int | None = 2**20, floor_ms: float = 1.0) -> dict[str, Any]:
@@ -155,7 +123,8 @@ def bench_directory(directory: Path) -> Path:
 
 
 def test_cases_with_slower_and_faster_providers(tmp_path: Path) -> None:
-    text = page([bench_directory(tmp_path / "some-machine")])
+    directory = bench_directory(tmp_path / "some-machine")
+    text = page(read_directories([directory]), tmp_path / "docs")
     assert "supcon_loss M=4096 d=64 float32 (floor 1.00 ms, bound by exp):" in text
     assert "| fusedacl | 40.0 (36.0 to 44.0) | - | 40.00 | 1.0 |" in text
     assert "| dense | 30.0 (27.0 to 33.0) | 0.75 | 30.00 | 1.0 |" in text
@@ -165,7 +134,7 @@ def test_cases_with_slower_and_faster_providers(tmp_path: Path) -> None:
     assert "**Noisy**: times scatter by 20%." in text
     assert "| M | fusedacl | 1.50 | 0.00 | 256 |" in text
     assert "- SupContrast: does not fit: about 9 GiB by prediction." in text
-    assert "![Roofline of some-machine](../benchmarks/results/some-machine/roofline.png)" in text
+    assert "![Roofline of some-machine](../some-machine/roofline.png)" in text
 
 
 def test_the_command_draws_and_writes(
@@ -179,7 +148,7 @@ def test_the_command_draws_and_writes(
     words = [str(directory), "--output", str(output), "--readme", str(readme)]
     monkeypatch.setattr(sys, "argv", ["report", *words])
     assert performance.main() == 0
-    for name in ("roofline.png", "roofline.svg", "growth.png", "growth.svg"):
+    for name in ("roofline.png", "growth.png"):
         assert (directory / name).stat().st_size > 5_000
     assert "](../some-machine/growth.png)" in output.read_text()
     text = readme.read_text()
@@ -189,7 +158,7 @@ def test_the_command_draws_and_writes(
         "| 40 ms | 400 ms | 10.00 times | 1.0 against 1.0 MiB | dense: 0.75 times | some-machine |"
         in text
     )
-    # Written again, it is the same.
+    # A second run changes nothing.
     assert performance.main() == 0
     assert readme.read_text() == text
     readme.write_text("No markers.\n")
@@ -197,17 +166,28 @@ def test_the_command_draws_and_writes(
     assert "needs the markers" in capsys.readouterr().err
 
 
-def test_the_committed_page_and_figures_are_those_of_the_committed_files(tmp_path: Path) -> None:
+def test_the_committed_pages_and_figures_are_current(tmp_path: Path) -> None:
     root = Path(__file__).parents[3]
+    docs = root / "docs"
     directories = sorted((root / "benchmarks" / "results").iterdir())
-    committed = (root / "docs" / "performance.md").read_text()
-    assert page(directories, beside=root / "docs") == committed
-    copies = [tmp_path / directory.name for directory in directories]
-    for directory, copy in zip(directories, copies, strict=True):
-        shutil.copytree(directory, copy, ignore=shutil.ignore_patterns("*.png", "*.svg"))
-    performance.draw(copies, [performance.read_directory(copy) for copy in copies])
-    for directory, copy in zip(directories, copies, strict=True):
-        assert {file.name for file in copy.iterdir()} == {file.name for file in directory.iterdir()}
+    results = read_directories(directories)
+    assert page(results, docs) == (docs / "performance.md").read_text()
+    assert modelled(results, docs) == (docs / "scaling_by_the_model.md").read_text()
+    performance.draw({tmp_path / path.name: found for path, found in results.items()})
+    for directory in directories:
+        drawn = {file.name for file in (tmp_path / directory.name).iterdir()}
+        assert drawn == {file.name for file in directory.iterdir() if file.suffix != ".json"}
+
+
+def test_the_page_opens_with_what_was_found(tmp_path: Path) -> None:
+    directory = bench_directory(tmp_path / "some-machine")
+    opening, _, _ = page(read_directories([directory]), tmp_path).partition("## Machine")
+    assert "Nothing here was measured on a GPU." in opening
+    assert "- Contrastive loss, forward + backward, M=4096 d=64 float32: 40 ms" in opening
+    # The alternative that is faster than ours is named.
+    assert "the fastest alternative with the same result (dense) 0.75 times" in opening
+    assert "fusedacl: time M^1.50, memory M^0.00; dense: time M^2.00" in opening
+    assert "*floor*" in opening and "*Peak memory*" in opening
 
 
 def test_a_foreign_schema_is_refused(
@@ -217,7 +197,7 @@ def test_a_foreign_schema_is_refused(
     output = tmp_path / "performance.md"
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--output", str(output)])
     assert performance.main() == 2
-    assert "has schema 7, this version reads 1" in capsys.readouterr().err
+    assert "has schema 7, this version reads schema 1" in capsys.readouterr().err
     assert not output.exists()
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fusedacl.benchmarks.suites.growth import AXES, all_series, exponent, fits, sentences
+from fusedacl.benchmarks.suites.growth import AXES, all_series, exponent, fit_table, fits
+from fusedacl.engine.runtime.text import text_table
 
 
 @pytest.mark.parametrize("slope", [0.5, 1.0, 2.0])
@@ -38,14 +39,15 @@ def series_case(axis: str, size: int, **providers: tuple[float, int | None]) -> 
     }  # fmt: skip
 
 
-def test_sentences_name_axis_provider_and_largest_size() -> None:
+def test_the_table_has_exponents_and_the_largest_size() -> None:
     cases = [series_case("M", m, ours=(m**1.5, m), dense=(m**2.0, m * m)) for m in (4, 8, 16)]
     cases += [series_case("M", 32, ours=(32**1.5, 32))]
     cases += [series_case("E", e, ours=(e, None)) for e in (1, 2)]
-    assert sentences(fits(cases)) == [
-        "M: time ~ M^1.50 (ours, to 32), M^2.00 (dense, to 16); "
-        "memory ~ M^1.00 (ours, to 32), M^2.00 (dense, to 16)",
-        "E: fewer than 3 points, no exponent",
+    rows = [line.split() for line in fit_table(fits(cases), text_table).splitlines()[2:]]
+    assert rows == [
+        ["M", "ours", "1.50", "1.00", "32"],
+        ["M", "dense", "2.00", "2.00", "16"],
+        ["E", "ours", "-", "-", "2"],
     ]
 
 

@@ -1,4 +1,4 @@
-"""Nobody is timed who does not fit, is not there, is wrong, or has lost the device."""
+"""Providers that do not fit, are not installed or compute a wrong result are not timed."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from fusedacl.benchmarks.suites.loss import providers as loss_providers
 from fusedacl.benchmarks.suites.loss import suite as loss
 from fusedacl.benchmarks.suites.runner import (
     DeviceLost,
-    Rotation,
     Settings,
     num_input_sets,
     plan,
     refuse_what_cannot_fit,
+    rotating,
     run_case,
     run_cases,
 )
-from fusedacl.benchmarks.suites.suite import Provider, missing
+from fusedacl.benchmarks.suites.suite import Provider, missing, peak_bytes
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, threads=1, rounds=3, case_seconds=1.0)
@@ -140,7 +140,7 @@ def test_inputs_take_turns_and_are_larger_than_the_cache(monkeypatch: pytest.Mon
     assert 100 * number > 1000
     assert num_input_sets(Sums(), Case(10_000), CPU) == 1
     seen: list[float] = []
-    turn = Rotation(lambda x: seen.append(float(x[0])), Sums().inputs(Case(2), CPU, 3))
+    turn = rotating(lambda x: seen.append(float(x[0])), Sums().inputs(Case(2), CPU, 3))
     for _ in range(4):
         turn()
     assert seen == [1, 2, 3, 1]
@@ -220,20 +220,18 @@ def test_slow_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_peaks_of_a_child_tell_dense_from_ours() -> None:
-    """4 bytes a pair of 1500 rows are 9 MB; ours holds rows, not pairs."""
-    if not Path("/proc/self/clear_refs").exists():
-        pytest.skip("this system tells no high-water mark")
+    """4 bytes per pair of 1500 rows are 9 MB; ours holds rows, not pairs."""
+    if not memory.HighWaterMark.is_available():
+        pytest.skip("no high-water mark that can be reset")
     case = loss_case.LossCase("supcon", 1500, 8, 16)
     with memory.Child(threads=1) as child:
-        ours, dense = (child.peak(loss.SUITE, name, case) for name in ("fusedacl", "dense"))
+        ours, dense = (
+            child.measure(peak_bytes, loss.SUITE, name, case) for name in ("fusedacl", "dense")
+        )
         assert isinstance(ours, int) and isinstance(dense, int)
         assert dense > 4 * 1500**2 and dense > 4 * ours
-        assert "has no provider" in str(child.peak(loss.SUITE, "nobody", case))
-        # A child that dies is named, and the next one measures.
-        child._process.kill()
-        child._process.join()
-        assert "without an answer" in str(child.peak(loss.SUITE, "dense", case))
-        assert isinstance(child.peak(loss.SUITE, "fusedacl", case), int)
+        answer = child.measure(peak_bytes, loss.SUITE, "nobody", case)
+        assert answer == "ValueError: supcon_loss M=1500 d=8 float32 has no provider 'nobody'."
 
 
 LOSS_CASES = [
@@ -316,3 +314,13 @@ def test_gpu_kernels_name_what_they_need() -> None:
         (cut,) = [each for each in on_gpu if each.name == "cut-cross-entropy"]
         reason = cut.obstacle(LOSS_CASES[0], torch.device("cuda"))
         assert reason is not None and "pip install" in reason
+
+
+def test_bert_has_as_many_parameters_as_published() -> None:
+    """transformers' BertModel with its pooler."""
+    for num_layers, hidden, tensors, elements in (
+        (12, 768, 199, gate_case.BERT_BASE),
+        (24, 1024, 391, 335_141_888),
+    ):
+        shapes = gate_case.bert_shapes(num_layers, hidden)
+        assert (len(shapes), gate_case.num_elements(shapes)) == (tensors, elements)

@@ -1,4 +1,4 @@
-"""What is timed is the same training, the same answers and the same losses; else nothing is."""
+"""The exits suite times equal training, answers and losses, and refuses unequal ones."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from fusedacl.benchmarks.suites.exits import suite as exits
 from fusedacl.benchmarks.suites.exits.second_stage import STAGES, Runs, second_stage
 from fusedacl.benchmarks.suites.exits.suite import contrastive_losses, early_exit
+from fusedacl.benchmarks.suites.suite import WrongResult
 from fusedacl.engine.training.feature_cache import FeatureCache
 
 
@@ -50,7 +51,7 @@ def test_a_cache_that_trains_otherwise_is_not_timed(
         return [layer.roll(1, dims=0) for layer in layers], mask
 
     monkeypatch.setattr(FeatureCache, "batch", shifted)
-    with pytest.raises(SystemExit, match=r"mha_ce, cached, exit 1, main loss: .*: not timed"):
+    with pytest.raises(WrongResult, match=r"mha_ce, cached, exit 1, main loss: .*: not timed"):
         second_stage(runs, "mha_ce")
 
 
@@ -67,7 +68,7 @@ def test_early_exit_that_leaves_is_not_timed(runs: Runs, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         exits, "EarlyExit", lambda model, name, threshold: engine(model, name, threshold=1.0)
     )
-    with pytest.raises(SystemExit, match="early exit does not answer as the last exit"):
+    with pytest.raises(WrongResult, match="early exit does not answer as the last exit"):
         early_exit(runs, "mha", 32, rounds=1)
 
 
@@ -77,7 +78,7 @@ def test_losses_of_several_exits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result["faster_than_dense"] > 0
     loop = exits.dense_loop
     monkeypatch.setattr(exits, "dense_loop", lambda *arguments: 1.001 * loop(*arguments))
-    with pytest.raises(SystemExit, match="ACL-CL, dense: loss: relative error"):
+    with pytest.raises(WrongResult, match="ACL-CL, dense: loss: relative error"):
         contrastive_losses(3, 5, rounds=2)
 
 

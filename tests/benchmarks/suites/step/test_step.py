@@ -1,4 +1,4 @@
-"""What is timed trains alike; memory, parts and bars of a training step; who is left out."""
+"""The step suite: trainers that train alike are timed, others are left out; memory and parts."""
 
 from __future__ import annotations
 
@@ -9,22 +9,27 @@ from typing import Any
 
 import pytest
 import torch
+from fusedacl.benchmarks.measuring.memory import Child, HighWaterMark
+from fusedacl.benchmarks.measuring.result_file import ResultFile, read_result
+from fusedacl.benchmarks.options import StepConfig
+from fusedacl.benchmarks.pages import step_figure
 from fusedacl.benchmarks.pages.step import step_section
 from fusedacl.benchmarks.suites.step import suite as step
 from fusedacl.benchmarks.suites.step import trainers
-from fusedacl.benchmarks.suites.step.memory import peaks
 from fusedacl.benchmarks.suites.step.names import ACL, CE, HUGGING_FACE, TWO_BACKWARD, WORDS
 from fusedacl.benchmarks.suites.step.suite import (
     Chunks,
-    Options,
     Preset,
     Turns,
     bar,
     check,
     measure,
+    peak_of_step,
     run,
 )
-from fusedacl.benchmarks.suites.step.trainers import Case, Files, contestant, obstacle
+from fusedacl.benchmarks.suites.step.trainers import Case, Files, make_trainer, obstacle
+from fusedacl.benchmarks.suites.suite import WrongResult
+from fusedacl.engine.config.fields import build
 from fusedacl.engine.runtime import processes
 
 TURNS = Turns(rounds=1, steps=2, profiled=0, memory=False)
@@ -49,7 +54,7 @@ def few_texts(monkeypatch: pytest.MonkeyPatch) -> None:
 def without_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    # What DeepSpeed leaves is taken away with it.
+    # DeepSpeed sets LOCAL_RANK; monkeypatch removes it again.
     monkeypatch.setenv("LOCAL_RANK", "0")
     monkeypatch.delenv("LOCAL_RANK")
     yield
@@ -71,10 +76,10 @@ def test_a_whole_run_leaves_a_file_and_a_figure(
         HUGGING_FACE,
         TWO_BACKWARD,
     )
-    result = run(Options(preset, names, threads, tmp_path / "out"))
-    assert json.loads((tmp_path / "out" / "step.json").read_text()) == json.loads(
-        json.dumps(result)
-    )
+    file = ResultFile(tmp_path / "out" / "step.json", "step", "quick")
+    run(preset, file, providers=names, threads=threads)
+    result = read_result(file.path)
+    assert result == json.loads(json.dumps(file.result))
     assert (result["schema"], result["benchmark"]) == (1, "step")
     first, cached = result["cases"]
     assert {*first["providers"], *first["left_out"]} == set(names)
@@ -97,8 +102,8 @@ def test_a_whole_run_leaves_a_file_and_a_figure(
     assert first["providers"][CE]["shares"]["contrastive_backward"] == 0
     assert [found["what"] for found in cached["bars"]] == ["cached over one shot, time"]
     assert set(cached["providers"]) == {"one_chunk", "cached_batch", "one_shot"}
-    for name in ("step.png", "step.svg"):
-        assert (tmp_path / "out" / name).stat().st_size > 1000
+    step_figure.draw(result, tmp_path / "out" / "step.png")
+    assert (tmp_path / "out" / "step.png").stat().st_size > 1000
     page = "\n".join(step_section(result, "step.png"))
     assert f"| {WORDS[CE]} |" in page and "](step.png)" in page
     assert "| cached batch |" in page and "| exact gate over CE |" in page
@@ -109,7 +114,7 @@ def test_a_whole_run_leaves_a_file_and_a_figure(
 def test_a_loop_that_trains_otherwise_is_left_out(
     case: Case, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # It never adds the contrastive gradient; the steps are long enough to show it.
+    # It never adds the contrastive gradient; the learning rate is large enough to show it.
     monkeypatch.setattr(trainers, "cosine_similarity", lambda *a, **k: torch.tensor(-1.0))
     monkeypatch.setattr(trainers, "LEARNING_RATE", 1e-2)
     result = measure(case, TURNS, (CE, TWO_BACKWARD), files, threads=1)
@@ -123,11 +128,9 @@ def test_one_of_ours_that_is_wrong_ends_it(
     monkeypatch.setitem(
         trainers.OURS, "fusedacl_acl_ungated", {"objective": "acl", "temperature": 0.4}
     )
-    contestants = {
-        name: contestant(name, case, files) for name in ("fusedacl_acl_ungated", CE)
-    }  # fmt: skip
-    with pytest.raises(SystemExit, match="fusedacl_acl_ungated: its losses differ"):
-        check(case, contestants, files)
+    made = {name: make_trainer(name, case, files) for name in ("fusedacl_acl_ungated", CE)}
+    with pytest.raises(WrongResult, match="fusedacl_acl_ungated: its losses differ"):
+        check(case, made, files)
 
 
 def test_a_cached_batch_that_trains_otherwise_is_not_timed(
@@ -141,7 +144,7 @@ def test_a_cached_batch_that_trains_otherwise_is_not_timed(
         return cached(*arguments, weight=1.01 * weight, **settings)
 
     monkeypatch.setattr(micro_batches, "cached_losses", heavier)
-    with pytest.raises(SystemExit, match=r"3 chunks.*the losses differ by .*: not timed"):
+    with pytest.raises(WrongResult, match=r"3 chunks.*the losses differ by .*: not timed"):
         step.measure_cached(Chunks(case, 3, TURNS), files, threads=1)
 
 
@@ -163,7 +166,9 @@ def test_who_cannot_run_is_left_out_with_the_reason(
 
 def test_an_unknown_provider_is_refused() -> None:
     with pytest.raises(ValueError, match="Did you mean 'fusedacl_ce'"):
-        run(Options(providers=("fusedacl_c",)))
+        build(StepConfig, {"providers": "fusedacl_c"}).names()
+    with pytest.raises(ValueError, match="cases: there is none named 'minlm'.*'minilm'"):
+        build(StepConfig, {"cases": "minlm"}).names()
 
 
 def test_bars_are_reported_not_enforced() -> None:
@@ -172,7 +177,7 @@ def test_bars_are_reported_not_enforced() -> None:
 
 
 class Holder:
-    """Holds so many bytes in its last step, and twice as many in the steps before."""
+    """Holds `size` bytes in its last step, and twice as many in the steps before."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -203,19 +208,11 @@ def failing() -> Holder:
     return Failing(0)
 
 
-@pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="no high-water mark that can be reset"
-)
+@pytest.mark.skipif(not HighWaterMark.is_available(), reason="no high-water mark")
 def test_peaks_are_of_the_last_step() -> None:
-    found = peaks({"small": small_holder, "failing": failing, "large": large_holder}, threads=1)
-    assert found["failing"] == "RuntimeError: no room"
-    for name, size in (("small", 32), ("large", 96)):
-        assert isinstance(found[name], int)
-        assert found[name] / 2**20 == pytest.approx(size, abs=6)
-
-
-def test_some_cases_leave_a_file_of_their_own() -> None:
-    assert Options().stem == "step"
-    assert Options(cases=("minilm", "cached")).stem == "step_minilm_cached"
-    with pytest.raises(ValueError, match="cases: there is none named 'minlm'.*'minilm'"):
-        run(Options(cases=("minlm",)))
+    with Child(threads=1) as child:
+        assert child.measure(peak_of_step, failing) == "RuntimeError: no room"
+        for make, size in ((small_holder, 32), (large_holder, 96)):
+            found = child.measure(peak_of_step, make)
+            assert isinstance(found, int)
+            assert found / 2**20 == pytest.approx(size, abs=6)
