@@ -5,7 +5,9 @@ import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
 
 import torch
 
@@ -17,8 +19,20 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# torch.compile cannot trace a look at the machine; the answers do not change in a process.
-@torch.compiler.assume_constant_result
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def assume_constant_result(function: Function) -> Function:
+    """Mark a function for torch.compile, which cannot trace how it asks the machine.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but imports torch._dynamo, which
+    takes as long as importing torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant_result
 def capability(device: torch.device) -> int | None:
     """Compute capability of a device as an integer, 90 for 9.0; None without NVIDIA's CUDA.
 
@@ -32,7 +46,7 @@ def capability(device: torch.device) -> int | None:
     return 10 * major + minor
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def triton_obstacle(device: torch.device) -> str | None:
     """What keeps every Triton kernel from running on this device, or None."""
     found = triton_version()
