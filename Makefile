@@ -9,7 +9,7 @@ SOURCES := setup.py pyproject.toml constraints.txt
 # Tests at a time. Those of several ranks start up to four processes of their own.
 TEST_PROCESSES ?= 2
 
-# The range of Triton that is claimed: both ends are compiled by `make targets`.
+# The supported range of Triton: `make targets` compiles with both ends and the pinned version.
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
@@ -29,8 +29,10 @@ lint: $(VENV)/.dev
 	$(PIP) install -q --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy
 
-# Every Triton kernel for every GPU, compiled without a GPU. The pinned Triton's turn is in `test`.
+# Every Triton kernel for every GPU, compiled without a GPU; `test` compiles a selection. The tables
+# in docs/kernels.md are those of the pinned Triton.
 targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/.installed
+	$(BIN)/python -m fusedacl.kernels.targets --check docs/kernels.md
 	for version in $(OLDEST_TRITON) $(NEWEST_TRITON); do PYTHONPATH=build/triton-$$version \
 	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions || exit 1; done
 
