@@ -541,9 +541,7 @@ def test_what_is_no_group() -> None:
 
 
 def test_a_device_without_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fusedacl.kernels.contrastive.sharded import batch as global_rows
-
-    monkeypatch.setattr(global_rows, "device_types", lambda group: ["cuda"])
+    monkeypatch.setattr(agreement, "device_types", lambda group: ["cuda"])
     with pytest.raises(ValueError, match="embeddings are on cpu and .* for cuda only"):
         agreement.check_device(None, torch.device("cpu"))
 
