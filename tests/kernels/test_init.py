@@ -1,4 +1,4 @@
-"""The import of the package: what it loads, and Hugging Face's distribution `kernels`."""
+"""Import of the package: loaded modules, and Hugging Face's distribution `kernels`."""
 
 import os
 import subprocess
