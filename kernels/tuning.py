@@ -1,10 +1,10 @@
-"""Measured tiles: what this GPU runs fastest, found when asked for and remembered in a file.
+"""Search for the fastest tiles on this GPU, which are kept in a file.
 
     python -m fusedacl.kernels.tuning --help
 
-The command tries tiles near the shipped ones on the GPU at hand and stores the fastest of each
-kernel, dtype and width. `tuned` looks them up. Nothing else measures: a training step never
-searches, and without a file the shipped tiles are used.
+The command tries tiles near the shipped ones on this GPU and stores the fastest tile of each
+kernel, dtype and width, which `tiles.tuned` looks up. A training step never searches; without the
+file it uses the shipped tiles.
 """
 
 from __future__ import annotations
@@ -41,29 +41,29 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 WIDTHS = (64, 128, 256, 768)
 NUM_ROWS = 16384
 TEMPERATURE = 0.5
-# A tile replaces another one if it saves this part of the time: less is noise.
+# A tile replaces another one if it saves this fraction of the time; less is noise.
 WORTHWHILE = 0.02
-# A result may differ from the shipped tile's by this part of the largest value: other orders of
-# the sums, and float16 weights of the pairs.
+# A result may differ from the shipped tile's by this fraction of the largest value, because of
+# other orders of the sums and float16 weights of the pairs.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What can be tuned: the shipped tile, and a launch with any other."""
+    """A kernel that can be tuned: its shipped tile, and a launch with any tile."""
 
     name: str
     shipped: Tile
     launch: Callable[[Tile], Tensor]
 
 
-# Milliseconds of a call.
+# Returns the milliseconds of a call.
 Timer = Callable[[Callable[[], Any]], float]
 
 
 def store(found: dict[str, dict[str, Any]]) -> Path:
-    """Adds entries to the file; others that write at the same time lose nothing."""
-    # Only where Triton is, hence on Linux.
+    """Add entries to the file, keeping those of processes that write at the same time."""
+    # Triton, and so this command, exists on Linux only.
     import fcntl
 
     path = cache_file()
@@ -71,7 +71,7 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         content = {"schema": SCHEMA, "entries": {**read(path), **found}}
-        # A reader sees the old file or the new one, never a part.
+        # A reader sees the old file or the new file, never an incomplete one.
         handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             json.dump(content, file, indent=1)
@@ -82,9 +82,9 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
 
 
 def search(kernel: Kernel, width: int, timer: Timer) -> tuple[Tile, dict[Tile, float]]:
-    """The fastest tile, and the milliseconds of all that were tried.
+    """Return the fastest tile, and the milliseconds of all tiles that were tried.
 
-    From the shipped tile to its fastest neighbour, as long as that saves time.
+    Goes from the shipped tile to its fastest neighbour, as long as that saves time.
     """
     expected = kernel.launch(kernel.shipped)
     times = {kernel.shipped: timer(lambda: kernel.launch(kernel.shipped))}
@@ -100,10 +100,10 @@ def search(kernel: Kernel, width: int, timer: Timer) -> tuple[Tile, dict[Tile, f
 
 
 def measure(kernel: Kernel, tile: Tile, expected: Tensor, timer: Timer) -> float:
-    """Milliseconds of a tile; infinite if it does not run or its result is wrong."""
+    """Return the milliseconds of a tile; infinity if it does not run or its result is wrong."""
     try:
         result = kernel.launch(tile)
-    # Too little shared memory, or a compiler that gives up: the tile is not for this GPU.
+    # Too little shared memory, or an error of the compiler: the tile does not suit this GPU.
     except Exception as error:
         logger.info("%s does not run with %s: %s", kernel.name, tile, error)
         return math.inf
@@ -115,7 +115,7 @@ def measure(kernel: Kernel, tile: Tile, expected: Tensor, timer: Timer) -> float
 
 
 def neighbours(tile: Tile, width: int) -> Iterator[Tile]:
-    """Tiles with one number changed by one step."""
+    """Yield the tiles that differ in one number by one step."""
     from .contrastive.gpu.tiles import ONE_CHUNK, PADDED_ROWS
 
     smallest, largest = 16, min(width, ONE_CHUNK)
@@ -139,11 +139,11 @@ def neighbours(tile: Tile, width: int) -> Iterator[Tile]:
 def tunable_kernels(
     device: torch.device, dtype: torch.dtype, width: int, num_rows: int
 ) -> list[Kernel]:
-    """The kernels over pairs, on random rows of a padded width."""
+    """Return the kernels of `pair_sums`, on random rows of a padded width."""
     from .contrastive.gpu import pair_sums
 
     found = capability(device)
-    assert found is not None, "main has looked"
+    assert found is not None, "main has checked"
     blocks = shipped(found, dtype, width)
     num_padded = pair_sums.padded(num_rows)
     z = torch.randn(1, num_padded, width, device=device)
@@ -154,33 +154,31 @@ def tunable_kernels(
     classes = torch.zeros(num_padded, dtype=torch.int32, device=device)
     u = torch.full((1, num_padded), 1 / num_rows, device=device)
     u[:, num_rows:] = 0
-    sizes = (num_rows, num_rows, 0, TEMPERATURE, "all")
+    sizes = (num_rows, num_rows, TEMPERATURE, "all")
     return [
         Kernel(
             "row_sums",
             blocks.forward,
-            lambda tile: pair_sums.row_sums(z, z, shifts, classes, classes, *sizes, tile).sum(0),
+            lambda tile: pair_sums.row_sums(z, shifts, classes, *sizes, tile).sum(0),
         ),
         Kernel(
             "pair_gradient",
             blocks.backward,
-            lambda tile: pair_sums.pair_gradient(
-                z, z, u, u, shifts, classes, classes, *sizes, tile
-            ).sum(0),
+            lambda tile: pair_sums.pair_gradient(z, u, shifts, classes, *sizes, tile).sum(0),
         ),
     ]
 
 
 def obstacle() -> str | None:
-    """What keeps tiles from being measured here, or None."""
+    """Return why tiles cannot be measured here, or None."""
     if interpreting():
-        return "TRITON_INTERPRET=1 is set, and the interpreter's times say nothing: unset it"
+        return "TRITON_INTERPRET=1 is set, and the interpreter's times mean nothing: unset it"
     if not torch.cuda.is_available():
         return "torch finds no GPU here (torch.cuda.is_available() is False)"
     device = torch.device("cuda")
     reason = triton_obstacle(device)
     if reason is None and (capability(device) or 0) < 80:
-        return "the tiles are of kernels that need compute capability 8.0 or newer"
+        return "the kernels that have tiles need compute capability 8.0 or newer"
     return reason
 
 
@@ -193,21 +191,21 @@ def gpu_timer(call: Callable[[], Any]) -> float:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fusedacl.kernels.tuning",
-        description="Measure tiles on this GPU and remember the fastest; minutes per width. Where "
-        f"they are kept: {cache_file()} ($FUSEDACL_CACHE names another directory).",
+        description="Measure tiles on this GPU and store the fastest in a file; takes minutes per "
+        f"width. The file is {cache_file()} ($FUSEDACL_CACHE names another directory).",
     )
     parser.add_argument(
         "--dtype", nargs="+", default=["float16"], metavar="NAME",
-        help="of the unit rows: float16 serves float16 and bfloat16 embeddings, float32 the others "
-        "(default: float16)",
+        help="dtype of the unit rows: float16 for float16 and bfloat16 embeddings, float32 for "
+        "float32 embeddings (default: float16)",
     )  # fmt: skip
     parser.add_argument(
         "--width", nargs="+", type=int, default=list(WIDTHS), metavar="NUMBER",
-        help="of the embeddings (default: %(default)s)",
+        help="width of the embeddings (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--rows", type=int, default=NUM_ROWS, metavar="NUMBER",
-        help="of the batch that is measured (default: %(default)s)",
+        help="number of rows of the measured batch (default: %(default)s)",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
@@ -228,7 +226,7 @@ def describe(tile: Tile) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command."""
+    """Run the command."""
     arguments = parse_arguments(argv)
     reason = obstacle()
     if reason is not None:
@@ -250,11 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 }
                 print(
                     f"{kernel.name} {dtype} width {width}: {describe(best)}: {times[best]:.4g} ms; "
-                    f"as shipped {times[kernel.shipped]:.4g} ms; {len(times)} tiles tried"
+                    f"shipped tile {times[kernel.shipped]:.4g} ms; {len(times)} tiles tried"
                 )
-            # After each width, so that a search which is broken off has not been for nothing.
+            # After each width, so that an interrupted search keeps its results.
             path = store(found)
-    print(f"kept in {path}")
+    print(f"stored in {path}")
     return 0
 
 

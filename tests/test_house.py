@@ -20,7 +20,8 @@ FLOORS = {
     "": ("kernels", "engine", "benchmarks"),
     "kernels": ("support", "gradients contrastive", "tuning targets"),
     "kernels.contrastive": (
-        "batch autograd",
+        "batch",
+        "autograd",
         "reference tiled",
         "gpu",
         "dispatch sharded",

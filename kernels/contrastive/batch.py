@@ -1,49 +1,158 @@
-"""The M rows of a contrastive batch: samples, label embeddings, and their teacher counterparts.
+"""The rows of a contrastive batch and the arguments of its loss.
 
-Row order everywhere: samples, label embeddings, teacher samples, teacher label embeddings. The
-teacher rows are constants, so the rows that receive a gradient come first.
+The M rows are, in this order: samples, label embeddings, teacher samples, teacher label embeddings.
+Teacher rows are constants, so the rows that receive a gradient come first.
 """
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# A vector this short has no direction: it normalises to zero and its gradient is zero.
+# A vector this short has no direction: it normalizes to zero and its gradient is zero.
 ZERO_NORM = 1e-12
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Arguments of a contrastive loss, already checked; options as in `losses.supcon_loss`.
+
+    embeddings: [N, d], or [E, N, d] for E exits.
+    labels: [N].
+    label_embeddings: [K, d] or [E, K, d]; None without label embeddings.
+    teacher_embeddings, teacher_label_embeddings: [N, d] and [K, d], shared by the exits and without
+        gradient; None without a teacher.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+    label_embeddings: Tensor | None
+    teacher_embeddings: Tensor | None
+    teacher_label_embeddings: Tensor | None
+    temperature: float
+    denominator: str
+    reduction: str
+    ignore_index: int
+
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the fields in order, as the custom operators take them."""
+        return (
+            self.embeddings, self.labels, self.label_embeddings, self.teacher_embeddings,
+            self.teacher_label_embeddings, self.temperature, self.denominator, self.reduction,
+            self.ignore_index,
+        )  # fmt: skip
+
+    @property
+    def parts(self) -> list[Tensor]:
+        """The tensors that hold rows, in row order."""
+        parts = (
+            self.embeddings, self.label_embeddings, self.teacher_embeddings,
+            self.teacher_label_embeddings,
+        )  # fmt: skip
+        return [part for part in parts if part is not None]
+
+    @property
+    def leading(self) -> torch.Size:
+        """(E,) with exits, else ()."""
+        return self.embeddings.shape[:-2]
+
+    @property
+    def num_labels(self) -> int | None:
+        return None if self.label_embeddings is None else self.label_embeddings.shape[-2]
+
+    @property
+    def num_classes(self) -> int:
+        """C: the number K of label embeddings or, without them, the number of samples."""
+        num_labels = self.num_labels
+        return self.labels.shape[0] if num_labels is None else num_labels
+
+    @property
+    def num_rows(self) -> int:
+        """The number M of rows."""
+        return sum(part.shape[-2] for part in self.parts)
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        return accumulate_dtype(*(part.dtype for part in self.parts))
+
+    def concatenate(self, dtype: torch.dtype) -> Tensor:
+        """Copy all rows into one tensor [.., M, d]."""
+        parts = self.parts
+        teacher = [part.expand(*self.leading, -1, -1) for part in parts[2:]]
+        return torch.cat([*parts[:2], *teacher], dim=-2).to(dtype)
+
+    def find_classes(self) -> tuple[Tensor, bool]:
+        """Return `compute_classes` of this batch's labels."""
+        num_copies = 1 if self.teacher_embeddings is None else 2
+        return compute_classes(self.labels, self.num_labels, self.ignore_index, num_copies)
+
+    def shape(self, trains_samples: bool, trains_labels: bool) -> BatchShape:
+        label_embeddings = self.label_embeddings
+        return BatchShape(
+            self.embeddings.shape[-2], self.num_labels, self.num_classes,
+            self.embeddings.shape[-1],
+            self.temperature, self.denominator, self.reduction, self.ignore_index,
+            self.embeddings.dtype, None if label_embeddings is None else label_embeddings.dtype,
+            trains_samples, trains_labels,
+        )  # fmt: skip
+
+
+class BatchShape(NamedTuple):
+    """Sizes, options and dtypes of a batch: what a backward pass needs beside saved tensors.
+
+    num_labels, label_dtype: None without label embeddings.
+    trains_samples, trains_labels: which inputs need a gradient.
+    """
+
+    num_samples: int
+    num_labels: int | None
+    num_classes: int
+    width: int
+    temperature: float
+    denominator: str
+    reduction: str
+    ignore_index: int
+    sample_dtype: torch.dtype
+    label_dtype: torch.dtype | None
+    trains_samples: bool
+    trains_labels: bool
+
+    @property
+    def num_student_rows(self) -> int:
+        """N + K, the number of rows without the teacher's."""
+        return self.num_samples + (self.num_labels or 0)
+
+    @property
+    def trained_rows(self) -> tuple[int, int]:
+        """The first row with a gradient, and the row after the last one."""
+        first = 0 if self.trains_samples else self.num_samples
+        return first, self.num_student_rows if self.trains_labels else self.num_samples
+
+
 def accumulate_dtype(*dtypes: torch.dtype) -> torch.dtype:
-    """The dtype of the computation: float64 if an input is float64, else float32."""
+    """Return the dtype of the computation: float64 if an input is float64, else float32."""
     return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
-def parts_in_order(
-    embeddings: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-) -> list[Tensor]:
-    """The parts that are present, in row order, [n, d] or [E, n, d]; no part is copied."""
-    parts = [embeddings] if label_embeddings is None else [embeddings, label_embeddings]
-    if teacher_embeddings is not None and teacher_label_embeddings is not None:
-        leading = embeddings.shape[:-2]
-        parts.append(teacher_embeddings.expand(*leading, -1, -1))
-        parts.append(teacher_label_embeddings.expand(*leading, -1, -1))
-    return parts
 
 
 def compute_classes(
     labels: Tensor, num_labels: int | None, ignore_index: int, num_copies: int
 ) -> tuple[Tensor, bool]:
-    """Class ids [M] of all rows from the samples' labels [N], and whether rows may be ignored.
+    """Return the class ids [M] of all rows and whether some rows may be ignored.
 
-    There are C classes; an ignored row has the id C. With `num_labels` = K, C = K and the ids are
-    the labels, followed by the label embeddings' own 0..K-1. Without (None), labels are any
-    integers, C = N, and equal labels share an id. `num_copies` is 2 when teacher rows repeat the
-    student's.
+    There are C classes; an ignored row has the id C. With `num_labels` = K label embeddings, C = K:
+    a sample's id is its label, and label embedding k has the id k. Without label embeddings (None)
+    labels are any integers, C = N, and equal labels share an id.
+
+    Args:
+        labels: [N].
+        num_copies: 2 when teacher rows repeat the student's, else 1.
 
     Raises:
-        ValueError: a label outside [0, K). Looked for on the CPU only: elsewhere the look would
-            wait for the device.
+        ValueError: a label is outside [0, K). Checked on the CPU only: on another device the check
+            would wait for the device.
     """
     labels = labels.long()
     may_ignore = True
@@ -66,7 +175,7 @@ def compute_classes(
 
 
 def check_range(labels: Tensor, num_labels: int, ignore_index: int) -> None:
-    """Raises ValueError for the first label that is neither in [0, K) nor `ignore_index`."""
+    """Raise ValueError for the first label that is neither in [0, K) nor `ignore_index`."""
     outside = ((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)
     if outside.any():
         raise ValueError(
@@ -75,12 +184,12 @@ def check_range(labels: Tensor, num_labels: int, ignore_index: int) -> None:
         )
 
 
-# torch.compile cannot trace a look at the labels' values: for it they stay behind an operator.
+# torch.compile cannot trace code that depends on the labels' values, so it sees an operator.
 @torch.library.custom_op("fusedacl::row_classes", mutates_args=())
 def row_classes(
     labels: Tensor, num_labels: int | None, ignore_index: int, num_copies: int
 ) -> Tensor:
-    """`compute_classes` as an operator."""
+    """Return the class ids of `compute_classes`."""
     classes, _ = compute_classes(labels, num_labels, ignore_index, num_copies)
     return classes
 

@@ -1,4 +1,4 @@
-"""What a caller may pass to the losses, checked once at the public boundary."""
+"""Validation of the losses' arguments, once, at the public boundary."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_options(
 
 
 def check_tensors(tensors: dict[str, Tensor], labels: Tensor) -> None:
-    """Types, dtypes and devices."""
+    """Check types, dtypes and devices."""
     if not isinstance(labels, Tensor):
         raise TypeError(f"labels must be a torch.Tensor, not {type(labels).__name__}")
     if labels.dtype not in LABEL_DTYPES:
@@ -49,7 +49,7 @@ def check_tensors(tensors: dict[str, Tensor], labels: Tensor) -> None:
             raise TypeError(
                 f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64"
             )
-        # Under autocast a bfloat16 activation beside a float32 weight is the normal case.
+        # Under autocast a bfloat16 activation with a float32 weight is normal.
         if tensor.dtype != embeddings.dtype and not torch.is_autocast_enabled(
             embeddings.device.type
         ):

@@ -1,4 +1,4 @@
-"""Which implementation runs where, and why, in words."""
+"""Choice of the implementation of the contrastive losses, with its reasons in words."""
 
 import functools
 import logging
@@ -12,17 +12,18 @@ from .tiled import loss as tiled
 
 logger = logging.getLogger(__name__)
 
-# What a user may ask for; "triton" is supcon_small or supcon_fused, by the number of rows.
+# The values of `impl`; "triton" is supcon_small or supcon_fused, by the number of rows.
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
-# Up to here a batch goes to the kernel that does everything in one launch.
+# Up to this many rows one launch computes loss and gradient.
 SMALL_ROWS = 256
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What the choice depends on: M rows of width d of one dtype on one device.
+    """Properties of a batch that the choice depends on.
 
-    num_rows is this process's; with num_ranks > 1 other processes hold further rows of the batch.
+    num_rows: rows M on this process; with num_ranks > 1 other processes hold more rows.
+    width: d.
     """
 
     device: torch.device
@@ -34,14 +35,17 @@ class Workload:
 
 
 def choose(impl: str, workload: Workload) -> str:
-    """The implementation that runs, by the name of its file; ValueError if `impl` cannot.
+    """Return the implementation that runs: "reference", "tiled", "supcon_small" or "supcon_fused".
 
-    "auto" on a GPU is one launch for a small batch, else the fused kernels where Triton reaches the
-    matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run, for it was the faster
-    one at every size measured, also without its compiled loop (float32, forward + backward, one
-    thread of an AVX-512 Xeon; microseconds reference / tiled): 34 rows of width 64: 343 / 314, of
-    width 768: 540 / 467; 131 of 64: 624 / 438; 515 of 64: 4068 / 1907; 11 exits of 34 rows: 740 /
-    512; 4096 of 64: 561000 / 38000.
+    On a GPU "auto" is "supcon_small" (one launch) for a small batch, else "supcon_fused" where
+    Triton can use the matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run,
+    because it was faster at every size measured, also without its compiled loop (float32, forward
+    + backward, one thread of an AVX-512 Xeon; microseconds, reference / tiled): 34 rows of width
+    64: 343 / 314, of width 768: 540 / 467; 131 of 64: 624 / 438; 515 of 64: 4068 / 1907; 11 exits
+    of 34 rows: 740 / 512; 4096 of 64: 561000 / 38000.
+
+    Raises:
+        ValueError: `impl` cannot run, with the reason.
     """
     chosen, refused = decide(impl, workload)
     if not torch.compiler.is_compiling():
@@ -50,7 +54,7 @@ def choose(impl: str, workload: Workload) -> str:
 
 
 def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
-    """`choose`, and why what "auto" would have preferred cannot run."""
+    """Return the choice, and why the implementations that "auto" prefers to it cannot run."""
     if impl != "auto":
         name = triton_file(workload) if impl == "triton" else impl
         reason = obstacle(name, workload)
@@ -72,16 +76,16 @@ def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
 
 
 def triton_file(workload: Workload) -> str:
-    """The Triton implementation meant for this number of rows.
+    """Return the Triton implementation for this number of rows.
 
-    One launch cannot wait for other ranks' rows in its middle: with them it is supcon_fused.
+    With several ranks it is supcon_fused: one launch cannot wait for other ranks' rows.
     """
     small = workload.num_rows <= SMALL_ROWS and workload.num_ranks == 1
     return "supcon_small" if small else "supcon_fused"
 
 
 def obstacle(name: str, workload: Workload) -> str | None:
-    """What keeps an implementation from running this, or None."""
+    """Return why an implementation cannot run, or None."""
     dtype, temperature = workload.dtype, workload.temperature
     if name == "tiled" and tiled.compute_dtype(temperature, dtype) is None:
         largest = tiled.MAX_EXPONENT[torch.float64]
@@ -95,7 +99,7 @@ def obstacle(name: str, workload: Workload) -> str | None:
     if reason is not None:
         return reason
     found = capability(workload.device)
-    assert found is not None, "triton_obstacle has looked"
+    assert found is not None, "triton_obstacle has checked"
     arguments = (workload.num_rows, workload.width, dtype, temperature, found)
     if name == "supcon_small":
         from .gpu import small_batches
@@ -110,7 +114,7 @@ def obstacle(name: str, workload: Workload) -> str | None:
 def log_once(
     impl: str, chosen: str, device_type: str, dtype: torch.dtype, refused: tuple[str, ...]
 ) -> None:
-    """One line for each kind of call, not for each call."""
+    """Log one line per kind of call, not per call."""
     why = f" ({'; '.join(refused)})" if refused else ""
     logger.info(
         "contrastive loss, impl=%s, %s embeddings on %s: %s%s",
@@ -119,7 +123,7 @@ def log_once(
 
 
 def explain(workload: Workload) -> str:
-    """One line for people: what impl="auto" takes here, and why not the others."""
+    """Describe in one line what impl="auto" chooses here, and why not the others."""
     chosen, refused = decide("auto", workload)
     precision = accumulate_dtype(workload.dtype)
     if chosen == "tiled":

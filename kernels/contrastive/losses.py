@@ -1,4 +1,4 @@
-"""The public contrastive losses: validation, choice of implementation, reduction."""
+"""The public contrastive losses."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from . import dispatch, reference
+from .autograd import without_autocast
+from .batch import Batch
 from .checks import check_options, check_shapes, check_tensors
-from .sharded import batch
 from .sharded import losses as sharded
 from .sharded.agreement import (
     ProcessGroup,
@@ -19,6 +20,7 @@ from .sharded.agreement import (
     check_device,
     check_process_group,
 )
+from .sharded.batch import Spread
 from .tiled import loss as tiled
 
 
@@ -52,36 +54,36 @@ def supcon_loss(
             Yeh et al. 2021; an anchor without a negative does not count either).
         reduction: "mean" over the anchors that count, "sum" (the paper), or "none": the L_i.
         ignore_index: a row with this label does not exist.
-        process_group: over whose ranks the gradients are averaged, as data-parallel training does
-            (`torch.distributed.group.WORLD`, say). The samples of all its ranks are then one batch,
-            of W x N samples on W ranks; see below. None: this process's batch alone.
+        process_group: group of the ranks whose gradients are averaged, as in data-parallel training
+            (for example `torch.distributed.group.WORLD`). The samples of all its ranks form one
+            batch; see below. None: the batch of this process alone.
         impl: "auto" (the fastest here), "reference", "tiled" or "triton".
 
     Returns:
         A scalar ([E] with exits; [N] or [E, N] for "none"): float32, or float64 for float64
-        embeddings. It is computed in that precision, under autocast too.
+        embeddings. It is computed in that precision, also under autocast.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what would do.
+        TypeError, ValueError: the message names the argument, its value and a remedy.
 
     With a process_group of W ranks:
-        Every rank passes its own samples, as many as it has (none, too), the same label embeddings
-        and the same options. The rows of all ranks are anchors, positives and negatives, label
-        embeddings and their teacher counterparts once. Loss and gradients are those of one process
-        that holds all samples, to rounding, once the gradients of the ranks are averaged: "mean"
+        Every rank passes its own samples, any number of them, the same label embeddings and the
+        same options. The rows of all ranks are anchors, positives and negatives; label embeddings
+        and their teacher counterparts occur once. When the gradients of the ranks are averaged,
+        loss and gradients are, up to rounding, those of one process that holds all samples: "mean"
         and "sum" return the loss of the global batch on every rank, embeddings get W times its
-        gradient and label embeddings the whole of it. All ranks must scale the loss alike.
+        gradient and label embeddings its whole gradient. All ranks must scale the loss equally.
 
-        "none" returns the L_i of the own rows: the own samples', and on every rank those of all
-        label embeddings (teacher rows likewise). Averaging gives the gradient of the mean over
-        ranks of what is made of them: W x own samples' sum + label embeddings' sum on every rank
-        averages to the "sum" of the global batch.
+        "none" returns the L_i of the rank's own rows: its samples and, on every rank, all label
+        embeddings (the same for teacher rows). The averaged gradient is that of the mean over ranks
+        of the objective computed from them: W x (sum over the own samples) + (sum over the label
+        embeddings) on every rank gives the "sum" of the global batch.
 
-        All ranks of the group must call, in the same order. What one rank passes and others do not
-        raises on all of them. Three all-gathers make a loss, a short one to agree, the embeddings
-        and one number a row; the last belongs to the backward pass for "none", where a rank that
-        does not call backward leaves the others waiting until the group's timeout. For "mean" and
-        "sum" the backward pass has no communication.
+        All ranks of the group must call, in the same order. Different arguments raise on all ranks.
+        A loss takes three all-gathers: a short one to agree, the embeddings, and one number per
+        row. For "none" the last one is part of the backward pass, where a rank that does not call
+        backward makes the others wait until the group's timeout. For "mean" and "sum" the backward
+        pass has no communication.
     """
     return _contrastive_loss(
         labels, {"embeddings": embeddings},
@@ -101,15 +103,15 @@ def acl_loss(
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Aligned contrastive loss: samples and label embeddings are rows alike (ACL-Embed).
+    """Aligned contrastive loss over samples and label embeddings (ACL-Embed).
 
-    `supcon_loss` over M = N + K rows: the samples, then label embedding k with label k. Gradient
-    goes to both. See `supcon_loss` for the formula and the arguments it shares.
+    `supcon_loss` over M = N + K rows: the samples, then label embedding k with label k. Both get
+    a gradient. See `supcon_loss` for the formula and the other arguments.
 
     Args:
         embeddings: [N, d], or [E, N, d] for E exits at once.
         labels: [N] integers in [0, K), or `ignore_index`.
-        label_embeddings: [K, d] (the weight of an `nn.Linear` classifier as it lies), or [E, K, d].
+        label_embeddings: [K, d] (the weight of an `nn.Linear` classifier as it is), or [E, K, d].
             The dtype is that of `embeddings`; under autocast the two may differ.
 
     Returns:
@@ -138,17 +140,17 @@ def acl_cl_loss(
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Cross-layer aligned contrastive loss: an exit's rows beside the last exit's (ACL-CL).
+    """Cross-layer aligned contrastive loss of an exit and its teacher, the last exit (ACL-CL).
 
     `supcon_loss` over M = 2N + 2K rows: samples, label embeddings, teacher samples, teacher label
-    embeddings. Teacher rows are anchors, positives and negatives like the others, but constants:
-    no gradient goes to them. See `supcon_loss` for the formula and the arguments it shares.
+    embeddings. Teacher rows are anchors, positives and negatives like the others, but get no
+    gradient. See `supcon_loss` for the formula and the other arguments.
 
     Args:
         embeddings: [N, d], or [E, N, d] for E exits at once.
         labels: [N] integers in [0, K), or `ignore_index`.
         label_embeddings: [K, d], or [E, K, d].
-        teacher_embeddings: [N, d], of the same samples; shared by the exits.
+        teacher_embeddings: [N, d], for the same samples; shared by the exits.
         teacher_label_embeddings: [K, d]; shared by the exits.
 
     Returns:
@@ -196,25 +198,21 @@ def _contrastive_loss(
         if num_ranks > 1:
             announce_refusal(process_group, error)
         raise
-    contrastive_loss = implementation(name)
-    if num_ranks > 1:
-        options = (temperature, denominator, reduction, ignore_index)
-        spread = _agree(process_group, tensors, options, name)
-        # Without any sample the rows are the same on every rank, and each computes the loss.
-        if any(spread.num_samples):
-            contrastive_loss = functools.partial(sharded.contrastive_loss, name, spread)
     embeddings = tensors["embeddings"]
     teachers = (tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"))
-    arguments = (
+    batch = Batch(
         embeddings, labels, tensors.get("label_embeddings"),
         *(None if teacher is None else teacher.detach() for teacher in teachers),
         float(temperature), denominator, reduction, ignore_index,
     )  # fmt: skip
-    device_type = embeddings.device.type
-    if not torch.is_autocast_enabled(device_type):
-        return contrastive_loss(*arguments)
-    with torch.autocast(device_type, enabled=False):
-        return contrastive_loss(*arguments)
+    contrastive_loss = implementation(name)
+    if num_ranks > 1:
+        spread = _agree(process_group, batch, name)
+        # Without any sample the rows are the same on every rank, and each computes the loss.
+        if any(spread.num_samples):
+            contrastive_loss = functools.partial(sharded.contrastive_loss, name, spread)
+    with without_autocast(embeddings.device.type):
+        return contrastive_loss(batch)
 
 
 def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) -> dispatch.Workload:
@@ -231,39 +229,32 @@ def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) ->
     )
 
 
-def _agree(
-    process_group: ProcessGroup,
-    tensors: dict[str, Tensor],
-    options: tuple[float, str, str, int],
-    name: str,
-) -> batch.Spread:
-    """Who has how many samples, after all ranks have said that they compute the same loss."""
-    embeddings, label_embeddings = tensors["embeddings"], tensors.get("label_embeddings")
-    num_labels = 0 if label_embeddings is None else label_embeddings.shape[-2]
+def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:
+    """Return every rank's number of samples once all ranks have agreed on the same loss."""
     call = {
-        "the number of exits E": embeddings.shape[0] if embeddings.dim() == 3 else None,
-        "the width d": embeddings.shape[-1],
-        "the number of label embeddings K": num_labels,
-        "the dtypes": [str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values()],
-        "the device": embeddings.device.type,
-        "temperature": options[0],
-        "denominator": options[1],
-        "reduction": options[2],
-        "ignore_index": options[3],
+        "the number of exits E": batch.leading[0] if batch.leading else None,
+        "the width d": batch.embeddings.shape[-1],
+        "the number of label embeddings K": batch.num_labels or 0,
+        "the dtypes": [str(part.dtype).removeprefix("torch.") for part in batch.parts],
+        "the device": batch.embeddings.device.type,
+        "temperature": batch.temperature,
+        "denominator": batch.denominator,
+        "reduction": batch.reduction,
+        "ignore_index": batch.ignore_index,
         "the implementation chosen": name,
     }
-    num_samples = agree(process_group, embeddings.shape[-2], call)
-    return batch.Spread(
+    num_samples = agree(process_group, batch.embeddings.shape[-2], call)
+    return Spread(
         process_group,
         torch.distributed.get_rank(process_group),
         num_samples,
-        num_labels,
-        num_copies=2 if "teacher_embeddings" in tensors else 1,
+        batch.num_labels or 0,
+        num_copies=1 if batch.teacher_embeddings is None else 2,
     )
 
 
-def implementation(name: str) -> Callable[..., Tensor]:
-    """The loss of one file. Triton's are imported when they are chosen: Triton may be absent."""
+def implementation(name: str) -> Callable[[Batch], Tensor]:
+    """Return the loss function; those of Triton are imported when chosen: Triton may be absent."""
     if name == "reference":
         return reference.contrastive_loss
     if name == "tiled":

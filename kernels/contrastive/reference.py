@@ -15,39 +15,24 @@ count. A row whose label is ignored does not exist.
 import torch
 from torch import Tensor
 
-from .batch import ZERO_NORM, accumulate_dtype, compute_classes, parts_in_order, row_classes
+from .batch import ZERO_NORM, Batch, accumulate_dtype, row_classes
 
 
-def contrastive_loss(
-    embeddings: Tensor,
-    labels: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    ignore_index: int,
-) -> Tensor:
-    """The loss of `supcon.supcon_loss` and its companions, whose arguments are already checked.
+def contrastive_loss(batch: Batch) -> Tensor:
+    """Return the loss: a scalar or [E]; for reduction "none" [.., M].
 
     Computed in float32 (float64 if an input is). Memory: several [M, M] matrices per exit.
     """
-    num_labels = None if label_embeddings is None else label_embeddings.shape[-2]
-    num_classes = labels.shape[0] if num_labels is None else num_labels
-    num_copies = 1 if teacher_embeddings is None else 2
     if torch.compiler.is_compiling():
-        classes = row_classes(labels, num_labels, ignore_index, num_copies)  # [M]
+        num_copies = 1 if batch.teacher_embeddings is None else 2
+        classes = row_classes(batch.labels, batch.num_labels, batch.ignore_index, num_copies)
     else:
-        classes, _ = compute_classes(labels, num_labels, ignore_index, num_copies)
-    exists = classes < num_classes
+        classes, _ = batch.find_classes()  # [M]
+    exists = classes < batch.num_classes
 
-    teachers = (teacher_embeddings, teacher_label_embeddings)
-    constants = (None if teacher is None else teacher.detach() for teacher in teachers)
-    parts = parts_in_order(embeddings, label_embeddings, *constants)
-    dtype = accumulate_dtype(*(part.dtype for part in parts))
-    z = normalize(torch.cat([part.to(dtype) for part in parts], dim=-2), exists)  # [.., M, d]
-    similarity = z @ z.mT / temperature  # [.., M, M]
+    dtype = accumulate_dtype(*(part.dtype for part in batch.parts))
+    z = normalize(batch.concatenate(dtype), exists)  # [.., M, d]
+    similarity = z @ z.mT / batch.temperature  # [.., M, M]
 
     pair_exists = exists[:, None] & exists  # [M, M]
     same_class = (classes[:, None] == classes) & pair_exists
@@ -57,7 +42,7 @@ def contrastive_loss(
         "all": pair_exists,
         "others": pair_exists & ~itself,
         "negatives": pair_exists & ~same_class,
-    }[denominator]
+    }[batch.denominator]
     num_positives = positive.sum(1)  # [M]
     is_anchor = (num_positives > 0) & in_denominator.any(1)
 
@@ -66,19 +51,18 @@ def contrastive_loss(
     losses = log_denominator - positive_sum / num_positives.clamp(min=1)
     losses = losses.masked_fill(~is_anchor, 0)
 
-    if reduction != "none":
+    if batch.reduction != "none":
         losses = losses.sum(-1)
-    if reduction == "mean":
+    if batch.reduction == "mean":
         losses = losses / is_anchor.sum().clamp(min=1)
     return losses
 
 
 def normalize(x: Tensor, exists: Tensor) -> Tensor:
-    """Unit vectors [.., M, d]; zero, with gradient zero, for zero vectors and ignored rows."""
-    # A NaN is not <= anything: it goes through to the loss.
-    directionless = (torch.linalg.vector_norm(x, dim=-1, keepdim=True) <= ZERO_NORM) | ~exists[
-        :, None
-    ]
+    """Return unit vectors [.., M, d]; zero vectors and ignored rows become 0 with gradient 0."""
+    # A NaN is not <= anything: it reaches the loss.
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    directionless = (norm <= ZERO_NORM) | ~exists[:, None]
     # Vector and length are both replaced before the division, so that neither 0/0 nor an ignored
     # row's NaN enters the backward pass.
     x = x.masked_fill(directionless, 0)

@@ -1,1 +1,1 @@
-"""Dot product and norms of two gradients in one pass, and the gated combination."""
+"""Dot product and norms of two lists of gradients, and their gated combination."""

@@ -1,4 +1,4 @@
-"""The angle between two lists of gradients, and their gated combination, in one pass each.
+"""The angle between two lists of gradients and their gated combination, in one pass each.
 
     stats = (a . b, |a|^2, |b|^2)          angle = acos(a . b / (|a| |b|)) in degrees
     l'    = weight if angle <= max_angle else 0
@@ -24,21 +24,21 @@ IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
 def grad_dot_norm(
     a: Gradients, b: Gradients, *, groups: Sequence[int] | None = None, impl: str = "auto"
 ) -> Tensor:
-    """(a . b, |a|^2, |b|^2) of two lists of gradients, per group.
+    """Return (a . b, |a|^2, |b|^2) of two lists of gradients per group.
 
     Args:
-        a, b: equally long lists; entry i of both has the same shape. None stands for zeros.
-        groups: the group 0..G-1 of every entry; None: one group.
+        a, b: lists of equal length; entry i has the same shape in both. None stands for zeros.
+        groups: group 0..G-1 of every entry; None: one group.
         impl: "triton" reads both lists once in one launch (GPU); "tiled" reads them once (CPU);
-            "reference" makes three passes anywhere; "auto" takes the one that fits. On a GPU none
-            waits for the device.
+            "reference" makes three passes on any device; "auto" chooses by the device. On a GPU
+            none waits for the device.
 
     Returns:
-        [G, 3] float32, accumulated in float64 over chunks of float32 sums (float64 gradients:
-        of float64 sums). The same call gives the same bits.
+        [G, 3] float32, accumulated in float64 over chunks of float32 sums (of float64 sums for
+        float64 gradients). The same call gives the same bits.
 
     Raises:
-        TypeError, ValueError: naming the entry and what would do.
+        TypeError, ValueError: the message names the entry and a remedy.
     """
     device, num_groups = _check_lists(a, b, groups)
     name = choose(impl, device, a, b)
@@ -63,27 +63,27 @@ def gated_combine_(
     groups: Sequence[int] | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """a <- scale ((1 - l') a + l' b) in place, l' = weight where the angle is small enough.
+    """Set a to scale ((1 - l') a + l' b) in place; l' = weight where the angle is small enough.
 
     Args:
-        a, b: as in `grad_dot_norm`; an entry of `a` may be None only where that of `b` is too.
-        stats: [G, 3] of `grad_dot_norm` for the same lists and groups.
-        weight: l' in [0, 1] where the two agree; elsewhere l' = 0.
-        max_angle: the largest angle in degrees, in [0, 180], at which they agree. With a zero
-            gradient on either side the angle is 90.
-        scale: a factor for the result (loss-scale removal): a number or a 0-dim tensor.
-        max_norm: clip the scaled result, all groups together, to this norm. If the stats of any
+        a, b: as in `grad_dot_norm`; an entry of `a` may be None only if that of `b` is None too.
+        stats: [G, 3] from `grad_dot_norm` for the same lists and groups.
+        weight: l' in [0, 1] of groups whose gradients agree; of the others l' = 0.
+        max_angle: largest angle in degrees, in [0, 180], at which gradients agree. The angle to a
+            zero gradient is 90.
+        scale: factor of the result (to remove a loss scale): a number or a 0-dim tensor.
+        max_norm: clip the scaled result of all groups together to this norm. If the stats of any
             group are not finite there is no norm, and no gradient is written.
-        clip_groups: clip each group by its own norm instead; a group whose stats are not finite
-            then keeps its gradients, and the others are written.
+        clip_groups: clip each group by its own norm instead: only a group whose stats are not
+            finite keeps its gradients.
         groups, impl: as in `grad_dot_norm`.
 
     Returns:
         [G] float32: the l' used. NaN where the stats are not finite: that group has no angle and
-        its gradients are left as they are, so the caller has to skip the step.
+        keeps its gradients, so the caller must skip the step.
 
     Raises:
-        TypeError, ValueError: naming the argument and what would do.
+        TypeError, ValueError: the message names the argument and a remedy.
     """
     device, num_groups = _check_lists(a, b, groups)
     if tuple(stats.shape) != (num_groups, 3):
@@ -131,27 +131,27 @@ def gated_combine_(
 
 
 def angle_degrees(stats: Tensor) -> Tensor:
-    """Angle [G] in degrees, float32, from the [G, 3] of `grad_dot_norm`.
+    """Return the angle [G] in degrees, float32, from the [G, 3] of `grad_dot_norm`.
 
-    90 where a gradient is zero, NaN where the stats are not finite. Waits for no device.
+    90 where a gradient is zero, NaN where the stats are not finite. Does not wait for the device.
     """
     return _angle(stats).float()
 
 
 def within_angle(stats: Tensor, max_angle: float) -> Tensor:
-    """Whether the angle is at most `max_angle` degrees, bool [G]: the gate's decision.
+    """Return whether the angle is at most `max_angle` degrees, bool [G]: the gate's decision.
 
-    In float64: `angle_degrees` is rounded. False where the stats are not finite.
+    Computed in float64, whereas `angle_degrees` is rounded. False where the stats are not finite.
     """
     return _angle(stats) <= max_angle
 
 
 def combined_squared_norm(stats: Tensor, used: Tensor) -> Tensor:
-    """|(1 - l') a + l' b|^2 [G], float32, before any scale; without another pass.
+    """Return |(1 - l') a + l' b|^2 [G], float32, before any scale, without another pass.
 
     Args:
-        stats: [G, 3] of `grad_dot_norm`.
-        used: the l' [G] that `gated_combine_` returned (NaN stays NaN).
+        stats: [G, 3] from `grad_dot_norm`.
+        used: l' [G] from `gated_combine_`; a NaN stays NaN.
     """
     dot, a_squared, b_squared = stats.double().unbind(1)
     used = used.double()
@@ -161,7 +161,7 @@ def combined_squared_norm(stats: Tensor, used: Tensor) -> Tensor:
 
 
 def _angle(stats: Tensor) -> Tensor:
-    # In float64 acos(0) is 90 degrees to the last bit, so that a threshold of 90 keeps 90.
+    # In float64 acos(0) is exactly 90 degrees, so that a threshold of 90 accepts it.
     dot, a_squared, b_squared = stats.double().unbind(1)
     product = a_squared.sqrt() * b_squared.sqrt()
     cosine = (dot / product).masked_fill(product == 0, 0).clamp(-1, 1)
@@ -176,14 +176,14 @@ def _decide(
     max_norm: float | None,
     clip_groups: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The l' [G] and the factors [G], both float64; they stay on the device."""
+    """Return l' [G] and the factors [G], both float64, on the device."""
     used = within_angle(stats, max_angle).double() * weight
     used = used.masked_fill(~stats.isfinite().all(1), torch.nan)
     factor = torch.ones_like(used)
     if scale is not None:
         factor = factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
     if max_norm is not None:
-        # In float64: a norm of float16 gradients that still carry their loss scale may be huge.
+        # In float64, because the norm of float16 gradients with their loss scale may be huge.
         squared = combined_squared_norm(stats, used).double()
         norm = (squared if clip_groups else squared.sum()).sqrt() * factor.abs()
         factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)
@@ -191,7 +191,7 @@ def _decide(
 
 
 def choose(impl: str, device: torch.device, a: Gradients = (), b: Gradients = ()) -> str:
-    """The implementation that runs, "reference", "tiled" or "triton"; ValueError if it cannot."""
+    """Return "reference", "tiled" or "triton"; ValueError if `impl` cannot run."""
     check_name("impl", impl, IMPLEMENTATIONS)
     on_cpu = device.type == "cpu"
     if impl == "auto":
@@ -204,7 +204,7 @@ def choose(impl: str, device: torch.device, a: Gradients = (), b: Gradients = ()
             raise ValueError(f"impl='triton' cannot run: {reason}")
     if impl == "tiled" and not on_cpu:
         raise ValueError(
-            f"impl='tiled' cannot run: it is for the CPU, the gradients are on {device} "
+            f"impl='tiled' cannot run: it is for the CPU, and the gradients are on {device} "
             "(impl='reference' runs anywhere)"
         )
     return impl
@@ -220,7 +220,7 @@ def _triton_obstacle(device: torch.device, a: Gradients, b: Gradients) -> str | 
 
 
 def explain(device: torch.device) -> str:
-    """One line for people: what impl="auto" takes on this device."""
+    """Describe in one line what impl="auto" chooses on this device."""
     name = choose("auto", device)
     how = "three passes of torch.dot"
     if name == "tiled" and cpu.compiled_loop() is not None:
@@ -240,7 +240,7 @@ def explain(device: torch.device) -> str:
 def _check_lists(
     a: Gradients, b: Gradients, groups: Sequence[int] | None
 ) -> tuple[torch.device, int]:
-    """The device of the gradients (the CPU if all are None) and the number of groups."""
+    """Return the device of the gradients (the CPU if all are None) and the number of groups."""
     if len(a) != len(b):
         raise ValueError(
             f"a has {len(a)} entries and b {len(b)}: they must be equally long, with None for a "
@@ -250,7 +250,7 @@ def _check_lists(
         raise ValueError("a and b are empty: pass the gradients of at least one parameter")
     device = next((t.device for t in (*a, *b) if isinstance(t, Tensor)), torch.device("cpu"))
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
-        # Hundreds of entries every step: one look at each, and the words only where it fails.
+        # There are hundreds of entries per step: one quick check each, the message only on failure.
         for side, tensor in (("a", left), ("b", right)):
             if not _is_gradient(tensor, device):
                 _refuse(f"{side}[{index}]", tensor, device)

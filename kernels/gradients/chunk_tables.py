@@ -1,4 +1,4 @@
-"""Tables that tell a GPU program which chunk of which tensor is its own."""
+"""Tables in device memory that assign a chunk of a tensor to every GPU program."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from torch import Tensor
 
 from .reference import Gradients
 
-# Elements of a program, and those that it takes at a time: 8 a thread are one 128-bit load of
-# float16 and two of float32. BERT-base (110M elements) gives 6700 programs, many waves on any GPU.
+# Elements per program. BERT-base (110M elements) gives 6700 programs, many waves on any GPU.
 CHUNK = 16384
 
-# Lists of different shapes, dtypes or groups whose tables are kept, and sets of addresses of each.
+# Number of layouts (shapes, dtypes and groups) that are kept, and of address tables per layout.
 MAX_LAYOUTS = 8
 MAX_ADDRESSES = 8
 
@@ -36,12 +35,12 @@ CODES = {
 
 
 class Lists(NamedTuple):
-    """Two lists of gradients as the tables need them, a value (two addresses) per entry."""
+    """Two lists of gradients as the tables need them: a value (two addresses) per entry."""
 
     sizes: tuple[int, ...]
     codes: tuple[int, ...]
     addresses: tuple[int, ...]
-    # Index, and what is read instead of a and b: either may be a copy, which must outlive the call.
+    # Index, and the tensors read instead of a and b; a copy must live until the launch.
     stand_ins: list[tuple[int, Tensor | None, Tensor | None]]
 
 
@@ -50,7 +49,7 @@ def read_lists(a: Gradients, b: Gradients) -> Lists:
     addresses: list[int] = []
     stand_ins = []
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
-        # Hundreds of entries a step: the usual case comes first and is short.
+        # There are hundreds of entries per step, so the usual case comes first and is short.
         if (
             left is not None
             and right is not None
@@ -72,18 +71,18 @@ def read_lists(a: Gradients, b: Gradients) -> Lists:
 
 
 def in_one_order(left: Tensor | None, right: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Both in one order of memory without gaps: themselves, or copies where they are not."""
+    """Return both tensors dense and in the same memory order, as copies where necessary."""
     left, right = (
         t if t is None or is_dense(t) else t.detach().contiguous() for t in (left, right)
     )
     if left is not None and right is not None and left.stride() != right.stride():
-        # The strides of a dense tensor are kept.
+        # `empty_like` keeps the strides of a dense tensor.
         right = torch.empty_like(left, dtype=right.dtype).copy_(right.detach())
     return left, right
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill their memory, in any order of dimensions."""
+    """Return whether the elements fill their memory, in any order of dimensions."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -93,11 +92,11 @@ def is_dense(tensor: Tensor) -> bool:
 
 
 class Layout:
-    """The tables, on the device, of lists of certain sizes, dtypes and groups; no gradients.
+    """Tables on the device for lists of certain sizes, dtypes and groups, without the gradients.
 
-    chunks [2, num_chunks] int32: entry, and number within the entry; by group, then by entry.
-    entries [3, n] int64: size, codes, group.
-    group_starts [G + 1] int32: the first chunk of each group.
+    chunks: int32 [2, num_chunks], entry and number within the entry; sorted by group, then entry.
+    entries: int64 [3, n], size, dtype codes and group.
+    group_starts: int32 [G + 1], the first chunk of each group.
     """
 
     def __init__(
@@ -124,9 +123,9 @@ class Layout:
         self.spares: list[Tensor] = []
 
     def upload(self, table: Tensor, staging: Tensor | None = None) -> Tensor:
-        """The table on the device, which is not waited for.
+        """Return the table on the device, without waiting for the copy.
 
-        PyTorch hands pinned memory to nobody else while a copy from it is under way.
+        PyTorch does not reuse pinned memory while a copy from it is running.
         """
         if self.device.type != "cuda":
             return table
@@ -135,13 +134,13 @@ class Layout:
         return staging.copy_(table).to(self.device, non_blocking=True)
 
     def find_addresses(self, addresses: tuple[int, ...], capturing: bool) -> Tensor:
-        """[n, 2] int64; never written again, for a CUDA graph may be reading it."""
+        """Return a table int64 [n, 2]; never written again, as a CUDA graph may read it."""
         table = self.address_tables.get(addresses)
         if table is None:
             on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             if capturing:
                 # Before torch 2.8 no memory can be pinned during a capture. The copy becomes part
-                # of the graph, so its source stays, and before a replay the table is empty.
+                # of the graph, so its source is kept, and the table is empty until a replay.
                 staging = self.spares.pop() if self.spares else on_host.pin_memory()
                 table = self.upload(on_host, staging)
                 for_graphs.append(staging)
@@ -149,14 +148,14 @@ class Layout:
                 table = self.upload(on_host)
                 keep(self.address_tables, addresses, table, MAX_ADDRESSES)
         if self.device.type == "cuda" and not capturing:
-            # One for each of the two calls of a step.
+            # For both calls of a step.
             while len(self.spares) < 2:
                 self.spares.append(torch.empty_like(table, device="cpu", pin_memory=True))
         return table
 
 
 def keep(cache: OrderedDict[Any, Any], key: Any, value: Any, size: int) -> None:
-    """As the newest of at most `size`."""
+    """Store a value as the newest of at most `size`."""
     cache[key] = value
     cache.move_to_end(key)
     while len(cache) > size:
@@ -164,7 +163,7 @@ def keep(cache: OrderedDict[Any, Any], key: Any, value: Any, size: int) -> None:
 
 
 layouts: OrderedDict[tuple[Any, ...], Layout] = OrderedDict()
-# What captured graphs read: nobody tells when one is gone, so it stays.
+# Memory that captured graphs read; kept forever, because nothing tells when a graph is deleted.
 for_graphs: list[Any] = []
 lock = threading.Lock()
 
@@ -172,10 +171,10 @@ lock = threading.Lock()
 def find_tables(
     lists: Lists, groups: Sequence[int] | None, num_groups: int, device: torch.device
 ) -> tuple[Layout, Tensor]:
-    """The layout and the address table of these lists, for use on the current stream.
+    """Return the layout and the address table of these lists for the current stream.
 
     Raises:
-        RuntimeError: a CUDA graph is being captured and such lists were not seen before.
+        RuntimeError: a CUDA graph is being captured and such lists are new.
     """
     capturing, stream = False, 0
     if device.type == "cuda":
@@ -187,7 +186,7 @@ def find_tables(
     key = (stream, lists_key)
     with lock:
         if capturing:
-            # A capture starts on an idle device: the tables made on any stream are there.
+            # A capture starts on an idle device, so tables made on any stream are complete.
             key = next((found for found in layouts if found[1] == lists_key), key)
         layout = layouts.get(key)
         if layout is None and capturing:

@@ -1,7 +1,7 @@
 """The gradient check on the CPU: one pass over memory for the sums and one for the combination.
 
-The sums come from a compiled loop (cpu_loop.c), which reads both gradients once; where no C
-compiler was found at installation, from three products of a chunk that stays in cache.
+The sums are computed by a compiled loop (cpu_loop.c) that reads both gradients once or, if no C
+compiler was found at installation, by three products of a chunk that stays in cache.
 """
 
 import ctypes
@@ -15,14 +15,13 @@ from torch import Tensor
 from ..support.c_loops import library
 from .reference import Gradients, combine_, flat, sum_dtype
 
-# Elements of a chunk for each thread, which PyTorch's operations take one after the other: the
-# first reads them from memory, the following ones from the core's cache. Measured on a Xeon with 2
-# MiB of L2 per core, one thread, float32: three products of 110M elements 32k 136 ms, 128k 128 ms,
-# 256k 142 ms, 1024k 162 ms; combination of 53M elements 32k 58 ms, 128k 53 ms, 256k 57 ms, 1024k 62
-# ms.
+# Elements of a chunk per thread. Of several PyTorch operations on a chunk the first one reads it
+# from memory, the others from the core's cache. Measured on a Xeon with 2 MiB of L2 per core, one
+# thread, float32: three products of 110M elements 32k 136 ms, 128k 128 ms, 256k 142 ms, 1024k
+# 162 ms; combination of 53M elements 32k 58 ms, 128k 53 ms, 256k 57 ms, 1024k 62 ms.
 CHUNK_PER_THREAD = 128 * 1024
-# Elements that the compiled loop takes at a time: fixed, so that the sums do not depend on the
-# number of threads, and long enough that Python's part of a call does not count.
+# Elements per piece of the compiled loop: fixed, so that the sums do not depend on the number of
+# threads, and large, so that Python's share of the time is negligible.
 PIECE = 1024 * 1024
 
 Sums = tuple[float, float, float]
@@ -32,15 +31,15 @@ Sides = tuple[bool, bool, bool]
 def grad_dot_norm(
     a: Gradients, b: Gradients, groups: Sequence[int] | None, num_groups: int
 ) -> Tensor:
-    """[G, 3] of `gradients.grad_dot_norm`, whose arguments are already checked."""
+    """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
     totals = [[0.0] * 3 for _ in range(num_groups)]
-    # By dtype: what one call of the compiled loop can take, and whose sums they are.
+    # Pieces by dtype, because a call of the compiled loop takes one dtype, and their totals.
     pieces: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
     owners: dict[torch.dtype, list[tuple[list[float], Sides]]] = {
         torch.float32: [],
         torch.float64: [],
     }
-    # A gradient that is not contiguous was copied: its copy has to live until the loop has run.
+    # Copies of gradients that are not contiguous must live until the loop has run.
     alive: list[Tensor] = []
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         some = left if left is not None else right
@@ -66,20 +65,20 @@ def grad_dot_norm(
 
 
 def add(total: list[float], counts: Sides, sums: Sequence[float]) -> None:
-    """Add those of (x . y, |x|^2, |y|^2) that count: an entry may lack a side."""
+    """Add those of (x . y, |x|^2, |y|^2) that count: an entry may be None on one side."""
     for column, count in enumerate(counts):
         if count:
             total[column] += sums[column]
 
 
 def sums_by_chunks(x: Tensor, y: Tensor) -> Sums:
-    """(x . y, |x|^2, |y|^2) by PyTorch, chunk by chunk while it is in cache."""
+    """Return (x . y, |x|^2, |y|^2) by PyTorch, chunk by chunk while it is in cache."""
     dtype = torch.promote_types(sum_dtype(x), sum_dtype(y))
     dot = x_squared = y_squared = 0.0
     for left, right in zip(x.split(chunk_size()), y.split(chunk_size()), strict=True):
         left, right = left.to(dtype), right.to(dtype)
-        # In this order each product fetches one new operand from memory (1.05x the speed of
-        # starting with the mixed one).
+        # In this order each product reads one new operand from memory (1.05 times the speed of
+        # starting with the mixed product).
         x_squared += torch.dot(left, left).item()
         dot += torch.dot(left, right).item()
         y_squared += torch.dot(right, right).item()
@@ -87,7 +86,7 @@ def sums_by_chunks(x: Tensor, y: Tensor) -> Sums:
 
 
 def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> list[float]:
-    """The compiled loop's three sums of every piece: address of x, address of y, count."""
+    """Return the three sums of every piece, which is: address of x, address of y, count."""
     num_pieces = len(pieces) // 3
     table = (ctypes.c_int64 * len(pieces))(*pieces)
     sums = (ctypes.c_double * len(pieces))()
@@ -103,7 +102,7 @@ def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> list[float]:
 def gated_combine_(
     a: Gradients, b: Gradients, used: Tensor, factor: Tensor, groups: Sequence[int] | None
 ) -> None:
-    """`gradients_reference.gated_combine_`, chunk by chunk while it is in cache."""
+    """Compute `reference.gated_combine_` chunk by chunk, while a chunk is in cache."""
     weights, factors = used.tolist(), factor.tolist()
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         group = 0 if groups is None else groups[index]
@@ -116,7 +115,7 @@ def gated_combine_(
 
 
 def combine_by_chunks_(left: Tensor, right: Tensor | None, weight: float, factor: float) -> None:
-    """One contiguous entry."""
+    """Combine one contiguous entry in place."""
     others = None if right is None or weight == 0 else flat(right).split(chunk_size())
     if others is None:
         factor *= 1 - weight
@@ -139,7 +138,7 @@ def chunk_size() -> int:
 
 @functools.cache
 def compiled_loop() -> ctypes.CDLL | None:
-    """cpu_loop.c, or None where the package was installed without it."""
+    """Load cpu_loop.c; None where the package was installed without it."""
     loop = library("gradients._cpu_loop")
     if loop is not None:
         loop.pair_sums_float.restype = loop.pair_sums_double.restype = None

@@ -1,17 +1,17 @@
-/* x . y, |x|^2 and |y|^2 of two arrays in one read of each: PyTorch has no operation for it.
+/* x . y, |x|^2 and |y|^2 of two arrays, reading each once; PyTorch has no operation for it.
  *
- * Plain C without Python's headers, called through ctypes (kernels/gradients/cpu.py), for many
- * pairs at once: a list of gradients has hundreds of short ones.
+ * Plain C without Python's headers, called through ctypes (cpu.py) for many pairs of arrays at once,
+ * because a list of gradients has hundreds of short ones.
  */
 #include <stdint.h>
 
-/* Independent sums, so that the compiler may vectorise without reordering a sum: six 512-bit or
+/* Independent sums, so that the compiler can vectorize without reordering a sum: six 512-bit or
  * twelve 256-bit registers. */
 #define LANES 32
-/* Terms added in the arrays' own precision; beyond them in double. */
+/* Number of terms added in the precision of the arrays; sums of blocks are added in double. */
 #define BLOCK 8192
 
-/* One binary for every x86-64: the loader takes the widest vectors that the machine has. */
+/* One binary for every x86-64: the loader chooses the widest vectors that the machine has. */
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__)
 #define WIDEST __attribute__((target_clones("avx512f", "avx2,fma", "default")))
 #else

@@ -5,15 +5,16 @@
     a      <- factor ((1 - l'_g) a + l'_g b)
     factor  = scale min(1, max_norm / (|scale| |g| + 1e-6))
     |g|^2   = sum_g (1 - l'_g)^2 |a|^2 + 2 l'_g (1 - l'_g) a . b + l'_g^2 |b|^2
-                                                                  or of each group by itself
+                                                                  or of each group alone
 
-The lists are cut into chunks of CHUNK elements; a program takes one. Tables in device memory tell
-it where: what depends on shapes, dtypes and groups is made once, the addresses again when they
-change.
+The lists are divided into chunks of CHUNK elements, one per program. Programs find their chunk in
+tables in device memory: one for shapes, dtypes and groups, made once, and one for the addresses,
+made again when they change.
 
-Precision: a lane adds CHUNK / BLOCK products in float32 and a tree the BLOCK lanes, 26 roundings at
-most. The chunks of a group are added in float64: 10^9 elements lose no more than 16384. The order
-of all sums depends on sizes and groups alone, so the same values give the same bits.
+Precision: a lane adds CHUNK / BLOCK products in float32 and a tree adds the BLOCK lanes, with at
+most 26 roundings. The chunks of a group are added in float64, so that 10^9 elements lose no more
+than 16384. The order of all sums depends only on sizes and groups, so the same values give the same
+bits.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..support.variant import Variant
+from ..support.variant import Variant, make_variant
 from . import chunk_tables
 from .chunk_tables import (
     ABSENT,
@@ -44,18 +45,20 @@ from .chunk_tables import (
 )
 from .reference import Gradients
 
+# Elements that a program loads at a time: 8 per thread are one 128-bit load of float16, or two of
+# float32.
 BLOCK = 1024
 NUM_WARPS = 4
-# Groups decided at a time: one a thread.
+# Groups that a program decides at a time, one per thread.
 GROUP_BLOCK = 128
-# Partial sums that the second stage adds at a time.
+# Partial sums that a program of the second stage adds at a time.
 PARTIAL_BLOCK = 1024
 PARTIAL_WARPS = 8
 
 
 @triton.jit
 def locate(chunk, chunks, num_chunks, entries, addresses, num_entries, CHUNK: tl.constexpr):
-    """Both addresses and dtypes, the number of elements, the group, and which code reads them."""
+    """Return both addresses and dtype codes, number of elements, group, and kind of access."""
     entry = tl.load(chunks + chunk)
     first = tl.load(chunks + num_chunks + chunk).to(tl.int64) * CHUNK
     size = tl.load(entries + entry)
@@ -89,10 +92,10 @@ def pointer_to(address, WIDE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def load(address, code, offsets, mask, WIDE: tl.constexpr, ALIGNED: tl.constexpr):
-    """x [BLOCK] float32, 0 outside the mask."""
+    """Return x [BLOCK] float32, 0 outside the mask."""
     x = tl.load(pointer_to(address, WIDE, ALIGNED) + offsets, mask=mask, other=0)
     if not WIDE:
-        # A bfloat16 is the upper half of a float32: no conversion, so sm_70 and 75 can do it too.
+        # A bfloat16 is the upper half of a float32: sm_70 and 75 need no conversion instruction.
         bfloat16 = (x.to(tl.int32) << 16).to(tl.float32, bitcast=True)
         float16 = x.to(tl.float16, bitcast=True).to(tl.float32)
         x = tl.where(code == BFLOAT16, bfloat16, float16)
@@ -110,23 +113,16 @@ def store(address, code, offsets, x, mask, WIDE: tl.constexpr, ALIGNED: tl.const
 
 @triton.jit
 def lane_sums(
-    left,
-    left_code,
-    right,
-    right_code,
-    count,
-    BLOCK: tl.constexpr,
-    LEFT_WIDE: tl.constexpr,
-    RIGHT_WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """x . y, |x|^2 and |y|^2 of every BLOCK-th element, each [BLOCK] float32."""
+    left, left_code, right, right_code, count,
+    BLOCK: tl.constexpr, LEFT_WIDE: tl.constexpr, RIGHT_WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Return x . y, |x|^2 and |y|^2 of every BLOCK-th element, each [BLOCK] float32."""
     dot = tl.zeros([BLOCK], tl.float32)
     left_squared = tl.zeros([BLOCK], tl.float32)
     right_squared = tl.zeros([BLOCK], tl.float32)
     offsets = tl.arange(0, BLOCK)
     whole = count // BLOCK * BLOCK
-    # A mask that is the same for the whole block does not split 128-bit loads.
+    # A mask that is the same for the whole block keeps 128-bit loads.
     for start in range(0, whole, BLOCK):
         here = start + offsets
         x = load(left, left_code, here, left_code != ABSENT, LEFT_WIDE, ALIGNED)
@@ -148,16 +144,11 @@ def lane_sums(
 
 @triton.jit(do_not_specialize=["num_chunks", "num_entries"])
 def chunk_sums_kernel(
-    chunks,
-    entries,
-    addresses,
+    chunks, entries, addresses,
     # Written: [3, num_chunks] float32.
-    partials,
-    num_chunks,
-    num_entries,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    partials, num_chunks, num_entries,
+    CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Grid: chunks."""
     chunk = tl.program_id(0)
     left, left_code, right, right_code, count, _, access = locate(
@@ -172,7 +163,7 @@ def chunk_sums_kernel(
                 left, left_code, right, right_code, count,
                 BLOCK, ACCESS // 4 == 1, ACCESS // 2 % 2 == 1, ACCESS % 2 == 1,
             )  # fmt: skip
-    # Out here the tree is the same whatever the alignment, hence also the last bit.
+    # Outside the loop the tree is the same for every alignment, and so is the last bit.
     tl.store(partials + chunk, tl.sum(dot, 0))
     tl.store(partials + num_chunks + chunk, tl.sum(left_squared, 0))
     tl.store(partials + 2 * num_chunks + chunk, tl.sum(right_squared, 0))
@@ -180,13 +171,11 @@ def chunk_sums_kernel(
 
 @triton.jit(do_not_specialize=["num_chunks"])
 def group_sums_kernel(
-    partials,
-    group_starts,
+    partials, group_starts,
     # Written: [G, 3] float32.
-    stats,
-    num_chunks,
+    stats, num_chunks,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """Grid: groups x the three sums; a group without chunks has zeros."""
     group = tl.program_id(0)
     column = tl.program_id(1)
@@ -211,11 +200,11 @@ def load_stats(stats, group, mask):
 
 @triton.jit
 def decide(dot, left_squared, right_squared, lowest_cosine, weight):
-    """l', float64. NaN where the stats are not finite."""
+    """Return l', float64; NaN where the stats are not finite."""
     product = tl.sqrt(left_squared) * tl.sqrt(right_squared)
     is_zero = product == 0.0
     cosine = tl.where(is_zero, 0.0, dot / tl.where(is_zero, 1.0, product))
-    # Rounding may leave a cosine below -1, and at 180 degrees everything agrees.
+    # Rounding may give a cosine below -1, and at 180 degrees all gradients agree.
     cosine = tl.where(cosine < -1.0, -1.0, cosine)
     used = tl.where(cosine >= lowest_cosine, weight, 0.0).to(tl.float64)
     finite = tl.abs(dot) + left_squared + right_squared < float("inf")
@@ -224,7 +213,7 @@ def decide(dot, left_squared, right_squared, lowest_cosine, weight):
 
 @triton.jit
 def combined_squared_norm(dot, left_squared, right_squared, used):
-    """|(1 - l') a + l' b|^2, float64."""
+    """Return |(1 - l') a + l' b|^2, float64."""
     kept = 1.0 - used
     squared = kept * kept * left_squared + 2.0 * used * kept * dot + used * used * right_squared
     return tl.where(squared < 0.0, 0.0, squared)
@@ -232,28 +221,19 @@ def combined_squared_norm(dot, left_squared, right_squared, used):
 
 @triton.jit
 def clipped(factor, squared_norm, max_norm):
-    """The factor that leaves a norm of at most `max_norm`; NaN for a norm of NaN."""
+    """Return the factor that gives a norm of at most `max_norm`; NaN for a norm of NaN."""
     ratio = max_norm / (tl.sqrt(squared_norm) * tl.abs(factor) + 1e-6)
     return factor * tl.where(ratio > 1.0, 1.0, ratio)
 
 
 @triton.jit
 def combine_chunk(
-    left,
-    left_code,
-    right,
-    right_code,
-    count,
-    kept,
-    taken,
-    BLOCK: tl.constexpr,
-    LEFT_WIDE: tl.constexpr,
-    RIGHT_WIDE: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    """x <- kept x + taken y; y is not read where it does not count."""
-    # The compiler gives blocks of one shape one layout, that of the narrowest dtype. In a shape of
-    # its own float32 gets 128 bits a thread, and is stored without a detour by shared memory.
+    left, left_code, right, right_code, count, kept, taken,
+    BLOCK: tl.constexpr, LEFT_WIDE: tl.constexpr, RIGHT_WIDE: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Set x to kept x + taken y; y is not read where it does not count."""
+    # The compiler gives all blocks of one shape the layout of the narrowest dtype. With a shape of
+    # its own float32 gets 128 bits per thread, and is stored without passing through shared memory.
     NUM_ROWS: tl.constexpr = (4 if RIGHT_WIDE else 2) if LEFT_WIDE else 1
     WIDTH: tl.constexpr = BLOCK // NUM_ROWS
     offsets = tl.arange(0, NUM_ROWS)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
@@ -277,28 +257,17 @@ def combine_chunk(
 
 @triton.jit(do_not_specialize=["lowest_cosine", "num_chunks", "num_entries", "num_groups"])
 def gated_combine_kernel(
-    chunks,
-    entries,
-    addresses,
-    stats,
+    chunks, entries, addresses, stats,
     # Written: [G] float32, the l' used.
     used_weights,
     # A number, or the address of a float32 where SCALE_IN_MEMORY.
-    scale,
-    weight,
-    max_norm,
+    scale, weight, max_norm,
     # The bits of a float64, for a launch has no float64 arguments.
-    lowest_cosine,
-    num_chunks,
-    num_entries,
-    num_groups,
+    lowest_cosine, num_chunks, num_entries, num_groups,
     SCALE_IN_MEMORY: tl.constexpr,
     # "none", "all" groups by their common norm, or "each" by its own.
-    CLIP: tl.constexpr,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr,
-):
+    CLIP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, GROUP_BLOCK: tl.constexpr,
+):  # fmt: skip
     """Grid: chunks, at least 1; the first program also writes l'."""
     chunk = tl.program_id(0)
     lowest_cosine = lowest_cosine.to(tl.float64, bitcast=True)
@@ -347,7 +316,7 @@ def gated_combine_kernel(
 def grad_dot_norm(
     a: Gradients, b: Gradients, groups: Sequence[int] | None, num_groups: int
 ) -> Tensor:
-    """[G, 3] of `gradients.grad_dot_norm`, whose arguments are already checked."""
+    """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
     device = device_of(a, b)
     lists = read_lists(a, b)
     with on_device(device):
@@ -380,11 +349,11 @@ def gated_combine_(
     groups: Sequence[int] | None,
     num_groups: int,
 ) -> Tensor:
-    """The l' [G] of `gradients.gated_combine_`, whose arguments are already checked.
+    """Return the l' [G] of `angle.gated_combine_`, whose arguments are already checked.
 
-    With `max_norm` for all groups together and stats that are not finite in any of them there is
-    no norm to clip to, so the whole step is void: no gradient is written, and l' is NaN in those
-    groups only. Otherwise only these groups stay as they are. With a scale of NaN all stay.
+    If `max_norm` is for all groups together and the stats of any group are not finite, there is no
+    norm to clip: no gradient is written, and l' is NaN only in those groups. Otherwise only those
+    groups keep their gradients. With a scale of NaN all groups keep them.
     """
     device = device_of(a, b)
     lists = read_lists(a, b)
@@ -402,7 +371,7 @@ def gated_combine_(
             SCALE_IN_MEMORY=isinstance(scale, Tensor), CLIP=clip,
             CHUNK=chunk_tables.CHUNK, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
-    # autograd does not see what a kernel writes.
+    # Autograd does not notice what a kernel writes.
     torch.autograd.graph.increment_version([left for left in a if left is not None])
     with torch.no_grad():
         for index, stand_in, _ in lists.stand_ins:
@@ -413,18 +382,18 @@ def gated_combine_(
 
 
 def float32(number: float) -> float:
-    """Rounded as the launch will; infinite beyond the largest, where the launch would fail."""
+    """Round as the launch does; infinity beyond the largest number, where the launch would fail."""
     return ctypes.c_float(number).value
 
 
 @functools.lru_cache(maxsize=64)
 def lowest_cosine_bits(max_angle: float) -> int:
-    """The smallest float64 cosine within the angle, as an integer with the same bits.
+    """Return the smallest float64 cosine within the angle, as an integer with the same bits.
 
-    Angles as `gradients.angle_degrees` rounds them: some cosines below 0 still are 90 degrees.
+    Angles are rounded as in `angle._angle`, where some cosines below 0 are still 90 degrees.
     """
 
-    # The angle of `below` is too large, unless none is; that of `lowest` never is.
+    # The angle of `below` is too large, unless no angle is; that of `lowest` never is.
     below, lowest = -1.0, -1.0 if max_angle >= 180 else 1.0
     while below < (middle := (below + lowest) / 2) < lowest:
         cosine = torch.tensor(middle, dtype=torch.float64, device="cpu")
@@ -436,7 +405,7 @@ def lowest_cosine_bits(max_angle: float) -> int:
 
 
 def obstacle(a: Gradients, b: Gradients) -> str | None:
-    """What keeps these lists from running here, or None."""
+    """Return why this kernel cannot take these lists, or None."""
     dtypes = {None if t is None else t.dtype for gradients in (a, b) for t in gradients}
     if dtypes.issubset(DTYPES):
         return None
@@ -448,36 +417,31 @@ def obstacle(a: Gradients, b: Gradients) -> str | None:
 
 
 def variants(capability: int) -> list[Variant]:
-    """The same on every GPU: one binary reads every mix of dtypes and alignments."""
-    tables = {"chunks": "*i32", "entries": "*i64", "addresses": "*i64"}
-    counts = {"num_chunks": "i32", "num_entries": "i32"}
+    """List the shipped compilations, the same on every GPU; all read every dtype and alignment."""
+    types = {
+        "chunks": "*i32", "entries": "*i64", "addresses": "*i64", "group_starts": "*i32",
+        "partials": "*fp32", "stats": "*fp32", "used_weights": "*fp32",
+        "weight": "fp32", "max_norm": "fp32", "lowest_cosine": "i64",
+    }  # fmt: skip
     sizes = {"CHUNK": chunk_tables.CHUNK, "BLOCK": BLOCK}
     found = [
-        Variant(
-            "chunk_sums", chunk_sums_kernel, {**tables, "partials": "*fp32", **counts}, sizes,
-            num_warps=NUM_WARPS, divisible_by_16=frozenset({*tables, "partials"}),
-        ),
-        Variant(
-            "group_sums", group_sums_kernel,
-            {"partials": "*fp32", "group_starts": "*i32", "stats": "*fp32", "num_chunks": "i32"},
-            {"BLOCK": PARTIAL_BLOCK}, num_warps=PARTIAL_WARPS,
-            divisible_by_16=frozenset({"partials", "group_starts", "stats"}),
+        make_variant("chunk_sums", chunk_sums_kernel, sizes, types, num_warps=NUM_WARPS),
+        make_variant(
+            "group_sums", group_sums_kernel, {"BLOCK": PARTIAL_BLOCK}, types,
+            num_warps=PARTIAL_WARPS,
         ),
     ]  # fmt: skip
     for in_memory, clip in itertools.product((False, True), ("none", "all", "each")):
-        types = {
-            **tables, "stats": "*fp32", "used_weights": "*fp32",
-            "scale": "*fp32" if in_memory else "fp32", "weight": "fp32", "max_norm": "fp32",
-            "lowest_cosine": "i64", **counts, "num_groups": "i32",
-        }  # fmt: skip
         constants = {
             "SCALE_IN_MEMORY": in_memory, "CLIP": clip, **sizes, "GROUP_BLOCK": GROUP_BLOCK,
         }  # fmt: skip
         found.append(
-            Variant(
+            make_variant(
                 f"gated_combine, scale {'in memory' if in_memory else 'a number'}, clip {clip}",
-                gated_combine_kernel, types, constants, num_warps=NUM_WARPS,
-                divisible_by_16=frozenset(name for name in types if types[name][0] == "*"),
+                gated_combine_kernel,
+                constants,
+                {**types, "scale": "*fp32" if in_memory else "fp32"},
+                num_warps=NUM_WARPS,
             )
-        )  # fmt: skip
+        )
     return found

@@ -1,4 +1,4 @@
-"""The specification of the gradient check: three products, then one combination, per entry."""
+"""The specification of the gradient check: three products and one combination per entry."""
 
 from collections.abc import Sequence
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 Gradients = Sequence[Tensor | None]
-# Elements that are widened to float64 at a time. One float32 product over an embedding table is
-# off by 1e-4 already, and a widened copy of all of it takes twice its memory.
+# Number of elements converted to float64 at a time. One float32 product over an embedding table has
+# an error of 1e-4, and a float64 copy of the whole table takes twice its memory.
 PIECE = 2**22
 
 
 def grad_dot_norm(
     a: Gradients, b: Gradients, groups: Sequence[int] | None, num_groups: int
 ) -> Tensor:
-    """[G, 3] of `gradients.grad_dot_norm`, whose arguments are already checked."""
+    """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
     device = next((t.device for t in (*a, *b) if t is not None), torch.device("cpu"))
     nothing = torch.zeros(3, dtype=torch.float64, device=device)
     rows = [[nothing] for _ in range(num_groups)]
@@ -27,9 +27,9 @@ def grad_dot_norm(
 def gated_combine_(
     a: Gradients, b: Gradients, used: Tensor, factor: Tensor, groups: Sequence[int] | None
 ) -> None:
-    """a <- factor ((1 - l') a + l' b) with the l' [G] and the factors [G] of `gradients`.
+    """Set a to factor ((1 - l') a + l' b) with l' [G] and factors [G].
 
-    Where either is NaN the gradients stay as they are: masked, for the host does not know.
+    Where either is NaN the gradients are kept, by a mask: the host does not know the values.
     """
     weights, factors = used.unbind(), factor.unbind()
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
@@ -39,17 +39,17 @@ def gated_combine_(
 
 
 def sum_dtype(tensor: Tensor) -> torch.dtype:
-    """The precision in which this gradient's elements are multiplied and added."""
+    """Return the dtype in which this gradient's elements are multiplied and added."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """One dimension, in index order: `reshape` copies a gradient that is not contiguous."""
+    """Return the elements in index order, as a copy if the gradient is not contiguous."""
     return tensor.detach().reshape(-1)
 
 
 def pair_sums(left: Tensor | None, right: Tensor | None) -> Tensor:
-    """(x . y, |x|^2, |y|^2) [3] float64 of one entry."""
+    """Return (x . y, |x|^2, |y|^2) of one entry, float64 [3]."""
     x, y = (None if t is None else flat(t).split(PIECE) for t in (left, right))
     some = x if x is not None else y
     assert some is not None, "an entry that is None on both sides is left out"
@@ -62,7 +62,7 @@ def pair_sums(left: Tensor | None, right: Tensor | None) -> Tensor:
 
 
 def combine_(left: Tensor, right: Tensor | None, used: Tensor, factor: Tensor) -> None:
-    """One entry."""
+    """Combine one entry in place."""
     dtype = sum_dtype(left)
     a = left.to(dtype)
     weight = used.to(dtype)

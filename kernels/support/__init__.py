@@ -1,1 +1,1 @@
-"""What several kernels need: the machine, compiled loops, names, variants."""
+"""Modules that several kernels share: the machine, compiled loops, names, variants."""

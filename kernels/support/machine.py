@@ -1,11 +1,13 @@
-"""What this machine offers to Triton kernels."""
+"""Support of this machine for Triton kernels."""
 
 import functools
 import importlib
 import importlib.util
 import os
 import re
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,16 +15,28 @@ OLDEST_TRITON = (3, 3)
 
 
 def interpreting() -> bool:
-    """Whether Triton's interpreter stands in for a GPU: kernels then run on the CPU, slowly."""
+    """Return whether Triton's interpreter is on, which runs kernels on the CPU, slowly."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-# torch.compile cannot trace a look at the machine; the answers do not change in a process.
-@torch.compiler.assume_constant_result
-def capability(device: torch.device) -> int | None:
-    """Compute capability of a device as an integer, 90 for 9.0; None without NVIDIA's CUDA.
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-    The interpreter's is 80: the oldest that runs every kernel.
+
+def assume_constant_result(function: Function) -> Function:
+    """Mark a function for torch.compile, which cannot trace how it asks the machine.
+
+    `torch.compiler.assume_constant_result` sets the same mark, but imports torch._dynamo, which
+    takes as long as importing torch.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@assume_constant_result
+def capability(device: torch.device) -> int | None:
+    """Return a device's compute capability as an integer, 90 for 9.0; None without NVIDIA's CUDA.
+
+    For the interpreter it is 80, the oldest that runs every kernel.
     """
     if interpreting():
         return 80
@@ -32,17 +46,12 @@ def capability(device: torch.device) -> int | None:
     return 10 * major + minor
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def triton_obstacle(device: torch.device) -> str | None:
-    """What keeps every Triton kernel from running on this device, or None."""
-    found = triton_version()
-    if found is None:
-        return "Triton is not installed (pip install triton; it exists for Linux)"
-    if found < OLDEST_TRITON:
-        return (
-            f"Triton {dotted(found)} is too old: {dotted(OLDEST_TRITON)} or newer is needed "
-            "(pip install -U triton)"
-        )
+    """Return why no Triton kernel can run on this device, or None."""
+    reason = version_obstacle()
+    if reason is not None:
+        return reason
     compute_capability = capability(device)
     if compute_capability is None:
         if device.type == "cuda":
@@ -59,18 +68,27 @@ def triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
+def version_obstacle() -> str | None:
+    """Return why the installed Triton cannot compile the kernels, or None."""
+    found = triton_version()
+    if found is None:
+        return "Triton is not installed (pip install triton; it exists for Linux)"
+    if found < OLDEST_TRITON:
+        found_words, oldest = (".".join(map(str, number)) for number in (found, OLDEST_TRITON))
+        return (
+            f"Triton {found_words} is too old: {oldest} or newer is needed (pip install -U triton)"
+        )
+    return None
+
+
 @functools.cache
 def triton_version() -> tuple[int, ...] | None:
-    """(major, minor) of the installed Triton; None if it is absent."""
+    """Return (major, minor) of the installed Triton; None if it is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     try:
         found = version("triton")
     except PackageNotFoundError:
-        # A folder on PYTHONPATH need not hold the distribution's metadata.
+        # A folder on PYTHONPATH may lack the distribution's metadata.
         found = importlib.import_module("triton").__version__
     return tuple(int(number) for number in re.findall(r"\d+", found)[:2])
-
-
-def dotted(number: tuple[int, ...]) -> str:
-    return ".".join(map(str, number))

@@ -1,4 +1,4 @@
-"""A kernel as it is shipped: the types, constants and warps with which it is compiled.
+"""A shipped compilation of a kernel: its types, constants and number of warps.
 
 Every Triton file lists its own with `variants(capability)`; `targets` compiles them all.
 """
@@ -12,15 +12,14 @@ from typing import Any
 class Variant:
     """One compilation of one kernel.
 
-    name: for people, unique in its file: the kernel, then what distinguishes this variant.
+    name: shown in tables, unique in its file: the kernel, then what distinguishes the variant.
     kernel: the `@triton.jit` function.
     types: Triton type of every run-time argument by name ("*fp16", "i32", "fp32", "*i64").
     constants: value of every `tl.constexpr` argument by name.
-    divisible_by_16: the run-time arguments which a launch finds divisible by 16 (addresses from
+    divisible_by_16: the run-time arguments that are divisible by 16 in every launch (addresses from
         PyTorch's allocator, padded strides), as Triton's launcher would mark them.
-    matrix_unit: this variant is promised to use the matrix unit (mma or wgmma instructions).
-    spills_because: None, or why this variant is shipped although it spills registers, with the
-        measurement that says so.
+    matrix_unit: whether the variant must use the matrix unit (mma or wgmma instructions).
+    spills_because: None, or the measurement for which the variant is shipped although it spills.
     """
 
     name: str
@@ -32,3 +31,20 @@ class Variant:
     divisible_by_16: frozenset[str] = frozenset()
     matrix_unit: bool = False
     spills_because: str | None = None
+
+
+def make_variant(
+    name: str,
+    kernel: Any,
+    constants: Mapping[str, Any],
+    types: Mapping[str, str],
+    **settings: Any,
+) -> Variant:
+    """Return a variant whose addresses are all divisible by 16.
+
+    types: Triton types of the arguments that are not i32; names of other kernels are ignored.
+    """
+    names = [name for name in kernel.arg_names if name not in constants]
+    own = {name: types.get(name, "i32") for name in names}
+    addresses = frozenset(name for name in names if own[name].startswith("*"))
+    return Variant(name, kernel, own, constants, **{"divisible_by_16": addresses} | settings)

@@ -1,15 +1,15 @@
-"""Compiles every kernel as it is shipped for every GPU that is claimed; needs no GPU.
+"""Compile every shipped kernel for every supported GPU, without a GPU.
 
     python -m fusedacl.kernels.targets --help
 
 Reads from each binary what decides whether it runs well: registers, spills, shared memory, matrix
-instructions, and the number of warps that a multiprocessor can hold. Ends with status 1 if a
-variant does not compile, spills, asks for more shared memory than the GPU has, or lacks the matrix
+instructions, and the number of warps that a multiprocessor can hold. Exits with status 1 if a
+variant does not compile, spills, needs more shared memory than the GPU has, or lacks the matrix
 instructions that it promises.
 
-The Triton is the one that Python finds first; another one is tried with
+Uses the Triton that Python finds first; to use another one:
 
-    PYTHONPATH=<folder that holds it> python -m fusedacl.kernels.targets
+    PYTHONPATH=<folder that contains it> python -m fusedacl.kernels.targets
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
-from ..support.machine import OLDEST_TRITON, dotted, interpreting, triton_version
+from ..support.machine import interpreting, version_obstacle
 from ..support.names import check_name
 from .chips import CHIPS
-from .compilation import list_tasks, measure
+from .compilation import choose_pairs, list_tasks, measure
 from .limits import find_failures, is_unknown
-from .tables import markdown, print_table, replace_generated
+from .tables import markdown, markdown_cells, print_table, read_cells, replace_generated
 
-# The Triton files by the names of their operators; each offers `variants(capability)`.
+# The Triton files by the names of their operators; each has a function `variants(capability)`.
 KERNEL_FILES = {
     "supcon_small": "contrastive.gpu.small_batches",
     "supcon_fused": "contrastive.gpu.large_batches",
@@ -42,31 +42,41 @@ KERNEL_FILES = {
 def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fusedacl.kernels.targets",
-        description="Compile every kernel as it is shipped, for every GPU, without a GPU; status 1 "
-        "if one does not compile, spills, exceeds the shared memory, or lacks promised matrix "
-        "instructions.",
+        description="Compile every shipped kernel for every supported GPU, without a GPU. Exits "
+        "with status 1 if one does not compile, spills registers, exceeds the shared memory, or "
+        "lacks promised matrix instructions.",
     )
-    parser.add_argument("--kernels", nargs="+", metavar="FILE", help="only these files")
+    parser.add_argument("--kernels", nargs="+", metavar="FILE", help="compile only these files")
     parser.add_argument(
-        "--capability", nargs="+", metavar="NUMBER", help="only these, as 70 for 7.0"
+        "--capability",
+        nargs="+",
+        metavar="NUMBER",
+        help="compile only for these compute capabilities; 70 stands for 7.0",
     )
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)),
-        help="processes (default: one per usable core, %(default)s)",
+        help="number of processes (default: one per usable core, %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pairs", action="store_true",
+        help="compile a selection in which every two properties of a variant (kernel, constants, "
+        "types, GPU) occur together: about a fifth of all compilations",
     )  # fmt: skip
     parser.add_argument(
         "--keep-exceptions", action="store_true",
-        help="accept a spills_because where nothing spills: for another Triton than the one the "
-        "exception was written for",
+        help="accept a spills_because where nothing spills, for a Triton other than the one that "
+        "the exception was written for",
     )  # fmt: skip
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--quiet", action="store_true", help="print failures and a last line only")
-    output.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     output.add_argument(
-        "--write", type=Path, metavar="PAGE", help="put the Markdown table between PAGE's markers"
+        "--quiet", action="store_true", help="print only failures and a summary line"
     )
     output.add_argument(
-        "--check", type=Path, metavar="PAGE", help="fail if PAGE's table is not the one found"
+        "--write", type=Path, metavar="PAGE",
+        help="write the results as Markdown tables between PAGE's markers",
+    )  # fmt: skip
+    output.add_argument(
+        "--check", type=Path, metavar="PAGE", help="fail if PAGE's tables differ from the results"
     )
     arguments = parser.parse_args(argv)
     try:
@@ -79,6 +89,8 @@ def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argpars
         arguments.capability = [int(number) for number in arguments.capability or known]
         if arguments.jobs < 1:
             raise ValueError(f"--jobs is {arguments.jobs}: it must be at least 1")
+        if arguments.pairs and arguments.write:
+            raise ValueError("--write needs every compilation: leave out --pairs")
         page = arguments.write or arguments.check
         if page is not None:
             replace_generated(page.read_text(encoding="utf-8"), "")
@@ -87,30 +99,17 @@ def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argpars
     return arguments
 
 
-def toolchain_obstacle() -> str | None:
-    """What keeps this machine from compiling kernels, or None."""
-    if sys.platform != "linux":
-        return f"Triton exists for Linux only, and this is {sys.platform}"
-    found = triton_version()
-    if found is None:
-        return "Triton is not installed (pip install triton)"
-    if found < OLDEST_TRITON:
-        return (
-            f"Triton {dotted(found)} is too old: {dotted(OLDEST_TRITON)} or newer is needed "
-            "(pip install -U triton)"
-        )
-    return None
-
-
 def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | None = None) -> int:
-    """The command; `files` stand in for the shipped ones."""
+    """Run the command; `files` replace the shipped ones in tests."""
     arguments = parse_arguments(argv, KERNEL_FILES if files is None else files)
-    reason = toolchain_obstacle()
+    reason = version_obstacle()
+    if sys.platform != "linux":
+        reason = f"Triton exists for Linux only, and this is {sys.platform}"
     if reason is not None:
         print(f"cannot compile kernels: {reason}", file=sys.stderr)
         return 2
     if interpreting():
-        # Triton has been imported with torch, and gives the kernels to its interpreter.
+        # Kernels that are already imported belong to the interpreter: start a new process.
         environment = {**os.environ, "TRITON_INTERPRET": "0"}
         command = [sys.executable, "-m", "fusedacl.kernels.targets", *(argv or sys.argv[1:])]
         return subprocess.run(command, env=environment, check=False).returncode
@@ -121,29 +120,35 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
             name: importlib.import_module(f"..{KERNEL_FILES[name]}", __package__)
             for name in arguments.kernels
         }
-    tasks = list_tasks(files, arguments.capability)
+    everything = list_tasks(files, arguments.capability)
+    tasks = choose_pairs(everything) if arguments.pairs else everything
     if not tasks:
         print(f"nothing is shipped for these GPUs by {', '.join(files)}", file=sys.stderr)
         return 2
     outcomes = measure(tasks, arguments.jobs)
 
     heading = f"Triton {triton.__version__}, {len(tasks)} compilations."
-    table = markdown(tasks, outcomes, heading)
     failures = [
         f"{task.file}, {task.variant.name}, sm_{task.capability}: {failure}"
         for task, outcome in zip(tasks, outcomes, strict=True)
         for failure in find_failures(task, outcome, keep_exceptions=arguments.keep_exceptions)
     ]
-    if arguments.markdown:
-        print(table)
-    elif arguments.write is not None:
+    if arguments.write is not None:
         page = arguments.write.read_text(encoding="utf-8")
+        table = markdown(tasks, outcomes, heading)
         arguments.write.write_text(replace_generated(page, table), encoding="utf-8")
     elif arguments.check is not None:
-        page = arguments.check.read_text(encoding="utf-8")
-        if replace_generated(page, table) != page:
+        written = read_cells(arguments.check.read_text(encoding="utf-8"))
+        cells = markdown_cells(tasks, outcomes)
+        differing = {key for key in cells if written.get(key) != cells[key]}
+        # Cells without a variant, and variants without a cell, also where nothing was compiled.
+        known = {(task.file, task.variant.name, task.capability) for task in everything}
+        chosen = {key for key in written if key[0] in files and key[2] in arguments.capability}
+        differing |= known ^ chosen
+        if differing:
             failures.append(
-                f"the table in {arguments.check} is not this one: run "
+                f"{len(differing)} cells of {arguments.check} differ, such as "
+                f"{', '.join(map(str, min(differing)))}: run "
                 f"python -m fusedacl.kernels.targets --write {arguments.check}"
             )
     elif not arguments.quiet:
@@ -157,7 +162,7 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
         }
     )
     if unknown:
-        print(f"not compiled, for this assembler does not know it: {', '.join(unknown)}")
+        print(f"not compiled, because this assembler does not know it: {', '.join(unknown)}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{heading[:-1]}: {f'{len(failures)} failures' if failures else 'all as promised'}")

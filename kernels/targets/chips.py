@@ -1,4 +1,4 @@
-"""What a multiprocessor of each GPU has, and how many warps of a kernel it can hold at once."""
+"""Multiprocessors of the supported GPUs, and the number of warps of a kernel that fit on one."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ KIB = 1024
 
 @dataclass(frozen=True)
 class Chip:
-    """What a multiprocessor has: resident warps and blocks, and bytes of shared memory.
+    """Limits of a multiprocessor: resident warps and blocks, and bytes of shared memory.
 
-    shared_reserved: what the system takes of each block's shared memory.
-    shared_unit: shared memory is given out in multiples of this.
+    shared_reserved: bytes of each block's shared memory that the system reserves.
+    shared_unit: shared memory is allocated in multiples of this number of bytes.
     """
 
     warps: int
@@ -34,7 +34,7 @@ CHIPS = {
     90: Chip(64, 32, 228 * KIB, 227 * KIB, KIB, 128),
     100: Chip(64, 32, 228 * KIB, 227 * KIB, KIB, 128),
 }
-# The same on all of them: four partitions of 16384 registers, given to warps in units of 256.
+# The same on all GPUs: four partitions of 16384 registers, allocated to warps in units of 256.
 PARTITIONS = 4
 REGISTERS_PER_PARTITION = 16384
 REGISTER_UNIT = 256
@@ -43,7 +43,7 @@ THREADS_PER_WARP = 32
 
 @dataclass(frozen=True)
 class Occupancy:
-    """How many blocks and warps a multiprocessor holds at once, and what forbids one block more."""
+    """Blocks and warps that a multiprocessor holds at once, and the resource that limits them."""
 
     blocks: int
     warps: int
@@ -51,7 +51,7 @@ class Occupancy:
 
 
 def occupancy(registers: int, shared: int, num_warps: int, capability: int) -> Occupancy:
-    """The bound by registers per thread, shared bytes per block and warps per block."""
+    """Return the occupancy by registers per thread, shared bytes per block and warps per block."""
     chip = CHIPS[capability]
     warp_registers = round_up(max(registers, 1) * THREADS_PER_WARP, REGISTER_UNIT)
     warps_by_registers = REGISTERS_PER_PARTITION // warp_registers * PARTITIONS

@@ -1,7 +1,8 @@
-"""Compilation of kernel variants for GPUs that are not present, and the resources they need."""
+"""Compilation of kernel variants for GPUs that are not present, and their use of resources."""
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import re
@@ -16,7 +17,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 from ..support.variant import Variant
 from .chips import CHIPS, THREADS_PER_WARP
@@ -33,10 +34,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled variant needs.
+    """Resources of one compiled variant.
 
-    registers: per thread. spilled: bytes per thread in local memory. shared: bytes per block.
-    matrix: matrix instructions in the code (mma, wgmma, tcgen05).
+    registers: per thread.
+    spilled: bytes per thread in local memory.
+    shared: bytes of shared memory per block.
+    matrix: number of matrix instructions in the code (mma, wgmma, tcgen05).
     loads, wide_loads: load instructions from global memory, and those of 16 bytes or more.
     """
 
@@ -48,12 +51,16 @@ class Resources:
     wide_loads: int
 
 
-# What became of a task: what it needs, or why it does not compile.
+# The result of a task: its resources, or why it does not compile.
 Outcome = Resources | str
 
 
 def compile_variant(task: Task) -> tuple[bytes, str, int]:
-    """Binary, PTX, and dynamic shared memory in bytes."""
+    """Return the binary, the PTX, and the dynamic shared memory in bytes.
+
+    Triton keeps compilations on the disk by source, options, versions and GPU, and compiles only
+    what is new.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -95,7 +102,7 @@ def compile_variant(task: Task) -> tuple[bytes, str, int]:
 def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int) -> Resources:
     import triton
 
-    # It lies beside the assembler in Triton's own package, and so knows what that one wrote.
+    # From Triton's own package, so that its version matches the assembler's.
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
@@ -106,7 +113,7 @@ def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int
     usage = parse_usage(listing)
     static_shared = usage["SHARED"]
     if capability >= 90 and static_shared > 0:
-        # There the assembler counts what the system reserves in every block that shares at all.
+        # There the assembler includes what the system reserves in a block with shared memory.
         static_shared -= CHIPS[capability].shared_reserved
     loads, wide_loads = count_loads(ptx)
     return Resources(
@@ -120,7 +127,7 @@ def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int
 
 
 def parse_usage(listing: str) -> dict[str, int]:
-    """REG, STACK, SHARED, LOCAL of the one kernel that `cuobjdump --dump-resource-usage` lists."""
+    """Return REG, STACK, SHARED, LOCAL of a kernel as `cuobjdump --dump-resource-usage` lists."""
     fields = {name: int(number) for name, number in re.findall(r"\b([A-Z]+):(\d+)", listing)}
     missing = {"REG", "STACK", "SHARED", "LOCAL"} - set(fields)
     if missing:
@@ -133,7 +140,7 @@ def count_matrix_instructions(ptx: str) -> int:
 
 
 def count_loads(ptx: str) -> tuple[int, int]:
-    """Load instructions from global memory, and how many of them take 16 bytes or more at once."""
+    """Return the number of loads from global memory, and of those of 16 bytes or more."""
     widths = []
     for instruction in re.findall(r"\bld\.global[\w.:]*", ptx):
         # ld.global.L1::evict_last.v4.b32: four registers of 32 bits.
@@ -168,9 +175,38 @@ def list_tasks(files: Mapping[str, ModuleType], capabilities: Sequence[int]) -> 
     return tasks
 
 
+def choose_pairs(tasks: Sequence[Task]) -> list[Task]:
+    """Choose tasks in which every two properties that meet in some task of a file meet as well.
+
+    Properties are the kernel, each constant, type and alignment, and the GPU: about a fifth of all
+    tasks, found greedily.
+    """
+    pairs_of = []
+    for task in tasks:
+        variant = task.variant
+        properties = [
+            ("kernel", getattr(variant.kernel, "__name__", None)), ("capability", task.capability),
+            ("divisible", variant.divisible_by_16),
+            *variant.constants.items(), *variant.types.items(),
+        ]  # fmt: skip
+        pairs = itertools.combinations(sorted(map(str, properties)), 2)
+        pairs_of.append({(task.file, *pair) for pair in pairs})
+    return [tasks[index] for index in cover(pairs_of)]
+
+
+def cover(sets: Sequence[set[Any]]) -> list[int]:
+    """Choose sets, greedily, whose union is that of all sets; return their positions."""
+    missing, chosen = set().union(*sets), []
+    while missing:
+        best = max(range(len(sets)), key=lambda index: len(sets[index] & missing))
+        missing -= sets[best]
+        chosen.append(best)
+    return chosen
+
+
 @dataclass
 class Worker:
-    """A process that compiles a share of the tasks; `share` holds those not yet reported."""
+    """A process that compiles a share of the tasks; `share` holds the tasks not yet reported."""
 
     process: BaseProcess
     share: deque[int]
@@ -178,9 +214,9 @@ class Worker:
 
 
 def measure(tasks: Sequence[Task], num_jobs: int) -> list[Outcome]:
-    """The outcome of each task, from `num_jobs` processes.
+    """Return the outcome of each task, computed by `num_jobs` processes.
 
-    A process of their own, because the compiler may end it: some kernels make it abort.
+    Some kernels make the compiler abort its process, so it runs in processes of its own.
     """
     outcomes: dict[int, Outcome] = {}
     shares = [deque(range(first, len(tasks), num_jobs)) for first in range(num_jobs)]
@@ -210,22 +246,20 @@ def measure(tasks: Sequence[Task], num_jobs: int) -> list[Outcome]:
 
 
 def start_worker(tasks: Sequence[Task], share: deque[int], log: Path) -> tuple[Connection, Worker]:
-    # A forked process has the kernels already. Nothing has been compiled here, so that there are
-    # no threads which a fork would lose.
+    # A forked process has imported the kernels already. Nothing has been compiled in this process,
+    # so there are no threads that a fork would lose.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     work = [tasks[index] for index in share]
     process = context.Process(target=measure_share, args=(work, sender, log))
     process.start()
-    # Only the worker holds this end now: its death closes it.
+    # Only the worker holds this end now, so its death closes the pipe.
     sender.close()
     return receiver, Worker(process, share, log)
 
 
 def measure_share(tasks: Sequence[Task], sender: Connection, log: Path) -> None:
-    """Sends the outcome of one task after the other; what the compiler prints goes to `log`."""
-    # What another run has compiled is no proof about this one.
-    os.environ["TRITON_CACHE_DIR"] = str(log.with_suffix(".cache"))
+    """Send the outcome of one task after the other; the compiler's output goes to `log`."""
     with log.open("w+b") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -248,7 +282,7 @@ def explain_death(worker: Worker) -> str:
 
 
 def summarize(message: str, log: Path) -> str:
-    """The lines that name an error, for both a message and a log can be pages of code."""
+    """Return the lines that name an error: a message or a log may be pages of code."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     telling = [line for line in lines[1:] if re.search("error|fatal|assert", line, re.IGNORECASE)]
     chosen = [lines[0], *(telling or lines[-1:])[:2]] if len(lines) > 1 else lines

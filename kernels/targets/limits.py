@@ -1,16 +1,16 @@
-"""Limits that every compiled kernel must keep."""
+"""Limits of resources that every compiled kernel must keep."""
 
 from __future__ import annotations
 
 from .chips import CHIPS, kib
 from .compilation import Outcome, Task
 
-# From here on an assembler may be too old to know the GPU: the table then says so.
+# An older assembler may not know GPUs from this compute capability on; the table then says so.
 MAY_BE_UNKNOWN = 100
 
 
 def is_unknown(task: Task, outcome: Outcome) -> bool:
-    """Whether the assembler does not know this GPU yet."""
+    """Return whether the assembler does not know this GPU yet."""
     return (
         task.capability >= MAY_BE_UNKNOWN
         and isinstance(outcome, str)
@@ -19,7 +19,7 @@ def is_unknown(task: Task, outcome: Outcome) -> bool:
 
 
 def find_failures(task: Task, outcome: Outcome, *, keep_exceptions: bool) -> list[str]:
-    """What is wrong with a variant, each with its remedy."""
+    """List the limits that a variant breaks, each with a remedy."""
     if isinstance(outcome, str):
         if is_unknown(task, outcome):
             return []

@@ -1,4 +1,4 @@
-"""Tables of what compilation found: on the terminal and in the documentation."""
+"""Tables of compiled kernels' resources: on the terminal and in the documentation."""
 
 from __future__ import annotations
 
@@ -14,15 +14,8 @@ END = "<!-- end of the generated part -->"
 
 def print_table(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
     header = (
-        "regs",
-        "spills",
-        "shared",
-        "blocks",
-        "warps",
-        "limited by",
-        "matrix",
-        "16-byte loads",
-    )
+        "regs", "spills", "shared", "blocks", "warps", "limited by", "matrix", "16-byte loads",
+    )  # fmt: skip
     width = max(len(task.variant.name) for task in tasks)
     for file in dict.fromkeys(task.file for task in tasks):
         print(f"\n{file}")
@@ -47,14 +40,11 @@ def print_table(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
 
 
 def markdown(tasks: Sequence[Task], outcomes: Sequence[Outcome], heading: str) -> str:
-    """A table per file: a row per variant, a column per GPU."""
+    """Return a table per file with a row per variant and a column per GPU."""
     lines = [heading, ""]
+    all_cells = markdown_cells(tasks, outcomes)
     for file in dict.fromkeys(task.file for task in tasks):
-        cells = {
-            (task.variant.name, task.capability): markdown_cell(task, outcome)
-            for task, outcome in zip(tasks, outcomes, strict=True)
-            if task.file == file
-        }
+        cells = {key[1:]: cell for key, cell in all_cells.items() if key[0] == file}
         capabilities = sorted({capability for _, capability in cells})
         lines += [
             f"### {file}",
@@ -69,6 +59,33 @@ def markdown(tasks: Sequence[Task], outcomes: Sequence[Outcome], heading: str) -
     return "\n".join(lines)
 
 
+def markdown_cells(
+    tasks: Sequence[Task], outcomes: Sequence[Outcome]
+) -> dict[tuple[str, str, int], str]:
+    """Return the cells by file, variant and compute capability."""
+    return {
+        (task.file, task.variant.name, task.capability): markdown_cell(task, outcome)
+        for task, outcome in zip(tasks, outcomes, strict=True)
+    }
+
+
+def read_cells(page: str) -> dict[tuple[str, str, int], str]:
+    """Read the cells of the tables that `markdown` wrote into a page."""
+    cells, file = {}, ""
+    capabilities: list[int] = []
+    for line in page.partition(BEGIN)[2].partition(END)[0].splitlines():
+        row = line.strip("|").split("|")
+        if line.startswith("### "):
+            file = line.removeprefix("### ")
+        elif line.startswith("| variant |"):
+            capabilities = [int(name.strip().removeprefix("sm_")) for name in row[1:]]
+        elif line.startswith("| "):
+            for capability, cell in zip(capabilities, row[1:], strict=True):
+                if cell.strip():
+                    cells[file, row[0].strip(), capability] = cell.strip()
+    return cells
+
+
 def markdown_cell(task: Task, outcome: Outcome) -> str:
     if isinstance(outcome, str):
         return "unknown" if is_unknown(task, outcome) else "**does not compile**"
@@ -78,7 +95,7 @@ def markdown_cell(task: Task, outcome: Outcome) -> str:
 
 
 def replace_generated(page: str, generated: str) -> str:
-    """The page with `generated` between its two markers; ValueError if it lacks them."""
+    """Return the page with `generated` between its markers; ValueError if it lacks them."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

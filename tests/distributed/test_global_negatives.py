@@ -541,7 +541,6 @@ def test_what_is_no_group() -> None:
 
 
 def test_a_device_without_collectives(monkeypatch: pytest.MonkeyPatch) -> None:
-
     monkeypatch.setattr(agreement, "device_types", lambda group: ["cuda"])
     with pytest.raises(ValueError, match="embeddings are on cpu and .* for cuda only"):
         agreement.check_device(None, torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Every tensor that a kernel allocates without filling starts as NaN."""
+"""A fixture that fills every newly allocated tensor with NaN."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""The folder steps aside for Hugging Face's distribution `kernels` when it shadows it."""
+"""Import of the package: loaded modules, and Hugging Face's distribution `kernels`."""
 
 import os
 import subprocess
@@ -48,3 +48,17 @@ def test_transformers_imports_from_the_root(tmp_path: Path, installed: bool) -> 
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.split() == ["True", str(stand_in) if installed else "None"]
+
+
+def test_import_loads_nothing_beside_torch() -> None:
+    """Importing torch._dynamo, sympy or triton takes as long as importing torch does."""
+    program = """
+import sys, torch
+before = set(sys.modules)
+import fusedacl.kernels
+new = {name for name in sys.modules if name not in before and not name.startswith("fusedacl")}
+print(*sorted(new))
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []

@@ -1,4 +1,4 @@
-"""No value is read on the host: a stand-in, for the CPU, of CUDA's synchronisation debug mode.
+"""No value is read on the host: CUDA's synchronization debug mode, imitated on the CPU.
 
 Every way by which PyTorch hands a tensor's value to Python ends in one of a few operators. They are
 refused here while losses and gradient functions run as they would on a GPU.
@@ -13,7 +13,7 @@ import torch
 from contrastive_cases import DEVICE, Inputs, make_inputs, run
 from fusedacl.benchmarks.measuring.counting import is_host_read
 from fusedacl.kernels import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
-from fusedacl.kernels.contrastive import batch, dispatch, reference
+from fusedacl.kernels.contrastive import batch, dispatch
 from fusedacl.kernels.contrastive.tiled import cpu_loop
 from fusedacl.kernels.contrastive.tiled import loss as tiled
 from torch import Tensor
@@ -23,7 +23,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 
 class Refuse(TorchDispatchMode):
-    """Raises where a value is read."""
+    """Raise an error where a value is read."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -36,31 +36,25 @@ class Refuse(TorchDispatchMode):
 
 @contextmanager
 def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Refuses reads, but for those that `compute_classes` makes on the CPU only, on purpose.
+    """Refuse reads, except those that `compute_classes` makes intentionally on the CPU only.
 
     It looks for labels out of range where a look costs nothing; `test_classes_are_not_read` shows
     that it does not look on another device.
     """
 
+    original = batch.compute_classes
+
     def compute_classes(*arguments: Any) -> tuple[Tensor, bool]:
         with _disable_current_modes():
-            classes, _ = batch.compute_classes(*arguments)
-        # What it answers where it does not look.
+            classes, _ = original(*arguments)
+        # The answer of a device on which the labels are not checked.
         return classes, True
 
-    for module in loss_modules():
-        if hasattr(module, "compute_classes"):
-            monkeypatch.setattr(module, "compute_classes", compute_classes)
     with Refuse(), monkeypatch.context() as patch:
+        patch.setattr(batch, "compute_classes", compute_classes)
         # On the CPU it reads memory without an operator.
         patch.setattr(Tensor, "tolist", lambda tensor: tensor.flatten()[0].item())
         yield
-
-
-def loss_modules() -> list[Any]:
-    from fusedacl.kernels.contrastive.gpu import large_batches, small_batches
-
-    return [reference, tiled, large_batches, small_batches]
 
 
 def test_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +107,7 @@ def test_losses(monkeypatch: pytest.MonkeyPatch, implementation: str, kind: str)
 
 @pytest.mark.parametrize("tile", [4, 512])
 def test_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    """Several tiles with the kernels between their products, and one tile without."""
+    """Several tiles with Triton kernels between their products, and one tile without."""
     monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
     monkeypatch.setattr(tiled, "TILE", tile)
     monkeypatch.setattr(tiled, "GPU_TILE", tile)
@@ -128,13 +122,13 @@ def test_tiles(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
 @pytest.mark.parametrize("impl", ["reference", "triton"])
 @pytest.mark.parametrize("groups", [None, [0, 2, 0]])
 def test_gradients(monkeypatch: pytest.MonkeyPatch, impl: str, groups: list[int] | None) -> None:
-    """Sums, decision, combination, loss-scale removal, clipping, and what is logged of them."""
+    """Sums, decision, combination, loss-scale removal, clipping, and the logged values."""
     from fusedacl.kernels.gradients import gpu
 
     a, b = ([torch.randn(shape, device=DEVICE) for shape in ((3, 4), 7, 2)] for _ in range(2))
     some = [b[0].t().contiguous().t(), b[1], None]
     scale = torch.tensor(0.5, device=DEVICE)
-    # The largest angle as a cosine: a constant, found on the host once, from no tensor of the step.
+    # The largest angle as a cosine is a constant, computed once on the host.
     gpu.lowest_cosine_bits(90.0)
     with no_reads(monkeypatch):
         for max_norm, clip_groups in ((None, False), (1.0, False), (1.0, True)):

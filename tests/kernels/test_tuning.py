@@ -1,4 +1,4 @@
-"""Tiles are measured when asked, and kept for the GPU and versions they were measured on."""
+"""The search for tiles, and the file that keeps them for one GPU and one set of versions."""
 
 import json
 import logging
@@ -39,7 +39,7 @@ def remember(tile: Any, kernel: str = "row_sums", width: int = 64) -> None:
 
 
 def distance(tile: Tile) -> float:
-    """Steps from BEST: a search that walks downhill arrives there."""
+    """Return the number of steps to BEST, which a descending search finds."""
     halvings = sum(
         abs(math.log2(getattr(tile, name) / getattr(BEST, name)))
         for name in ("rows", "columns", "chunk", "num_warps")
@@ -48,7 +48,7 @@ def distance(tile: Tile) -> float:
 
 
 def fake(cost: Callable[[Tile], float]) -> tuple[Kernel, tuning.Timer]:
-    """A kernel that computes nothing, and the clock that shows what its tile is said to cost."""
+    """Make a kernel that computes nothing, and a timer that returns the cost of its tile."""
     launched: list[Tile] = []
 
     def launch(tile: Tile) -> Tensor:
@@ -157,7 +157,7 @@ def test_the_search_walks_to_the_fastest_tile() -> None:
     assert best == BEST
     assert times[best] == 1
     assert times[SHIPPED] == 1 + distance(SHIPPED)
-    # 4 x 4 x 3 x 3 x 5 tiles are allowed: a walk tries a few of them.
+    # Of the 4 x 4 x 3 x 3 x 5 possible tiles the search tries a few.
     assert len(times) < 50
 
 
@@ -238,7 +238,7 @@ def test_the_command_measures_prints_and_stores(
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) == 2
     assert "row_sums torch.float16 width 64: rows 64, columns 32" in printed[0]
-    assert printed[1] == f"kept in {own_cache}"
+    assert printed[1] == f"stored in {own_cache}"
     assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
 
 

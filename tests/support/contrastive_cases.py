@@ -1,15 +1,19 @@
-"""What the tests of every contrastive implementation share: inputs, label layouts, oracles."""
+"""Inputs, label layouts and oracles for the tests of every contrastive implementation."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
-from fusedacl.kernels.contrastive import reference
+from fusedacl.kernels.contrastive import dispatch, reference
+from fusedacl.kernels.contrastive.tiled import cpu_loop
+from fusedacl.kernels.contrastive.tiled import loss as tiled
+from fusedacl.kernels.targets.compilation import cover
 from torch import Tensor
 
-# Compiled kernels need a GPU; without one the interpreter runs them on the CPU.
+# Without a GPU, Triton's interpreter runs the kernels on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 DENOMINATORS = ("all", "others", "negatives")
@@ -25,6 +29,58 @@ LABELS: dict[str, Callable[[int, int], Tensor]] = {
     ),
     "all ignored": lambda num, num_labels: torch.full((num,), -100),
 }
+# Label embeddings and teacher: arguments of `make_inputs`.
+KINDS: list[dict[str, Any]] = [
+    {"num_labels": None},
+    {"num_labels": 3},
+    {"num_labels": 11},
+    {"num_labels": 3, "teacher": True},
+]
+
+
+def combine(*factors: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
+    """Choose combinations in which any `strength` values of different factors occur together."""
+    everything = list(itertools.product(*map(enumerate, factors)))
+    groups = [
+        set(itertools.combinations([(f, index) for f, (index, _) in enumerate(values)], strength))
+        for values in everything
+    ]
+    return [tuple(value for _, value in everything[index]) for index in cover(groups)]
+
+
+def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    """Compute by tiles of that many rows; class sums by a mask only with the shipped tile."""
+    monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
+    monkeypatch.setattr(tiled, "TILE", tile)
+    monkeypatch.setattr(tiled, "ONE_TILE", tile * tile)
+    monkeypatch.setattr(tiled, "FEW_ROWS", 128 if tile == 512 else 0)
+
+
+def use_implementation(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
+    """Return the `impl` that runs "reference", "tiled", "tiles of 4 rows", "small" or "fused"."""
+    if name == "tiles of 4 rows":
+        set_tile(monkeypatch, 4)
+        return "tiled"
+    if name not in ("small", "fused"):
+        return name
+    monkeypatch.setattr(dispatch, "SMALL_ROWS", 256 if name == "small" else 0)
+    if name == "fused":
+        use_small_gpu_tiles(monkeypatch)
+    return "triton"
+
+
+def use_small_gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make small batches have several tiles; the interpreter also computes the padded rows."""
+    from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
+    from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
+
+    def small_tiles(capability: int, dtype: torch.dtype, width: int) -> Blocks:
+        chunk, output = min(width, 64), min(width, 128)
+        return Blocks(Tile(32, 16, chunk, 0, 4, 2), Tile(16, 32, chunk, output, 4, 2))
+
+    monkeypatch.setattr(large_batches, "shipped", small_tiles)
+    for module in (pair_sums, row_steps):
+        monkeypatch.setattr(module, "PADDED_ROWS", 32)
 
 
 def make_inputs(
@@ -37,7 +93,7 @@ def make_inputs(
     dtype: torch.dtype = torch.float64,
     device: str = "cpu",
 ) -> Inputs:
-    """Random samples [.., N, d], label embeddings [.., K, d] and teacher rows, as asked for."""
+    """Make random samples [.., N, d], label embeddings [.., K, d] and teacher rows."""
     leading = () if exits is None else (exits,)
     inputs = {"embeddings": torch.randn(*leading, num_samples, width).to(dtype)}
     if num_labels is not None:
@@ -55,16 +111,16 @@ def loss_function(inputs: Inputs) -> Callable[..., Tensor]:
 
 
 def operator_arguments(reduction: str, device: str = "cpu") -> tuple[Any, ...]:
-    """Arguments of the tiled and the fused operator, with exits, teacher and an ignored label."""
+    """Make arguments of an operator with exits, a teacher and an ignored label."""
     inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32, device=device)
     samples, label_embeddings, *teachers = inputs.values()
     labels = torch.tensor([0, 1, -100, 0, 2], device=device)
     trained = samples.requires_grad_(), label_embeddings.requires_grad_()
-    return (trained[0], labels, trained[1], *teachers, 0.5, "all", reduction, -100, True)
+    return (trained[0], labels, trained[1], *teachers, 0.5, "all", reduction, -100, True, True)
 
 
 def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any) -> list[Tensor]:
-    """Loss and gradients of the trained inputs for an upstream gradient (ones if None)."""
+    """Return loss and gradients of the trained inputs for an upstream gradient (None: ones)."""
     copies = {
         name: tensor.detach()
         .clone(memory_format=torch.preserve_format)
@@ -80,7 +136,7 @@ def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any)
 def run_eager(
     inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any
 ) -> list[Tensor]:
-    """The dense formula with every tensor, also the M x M ones, in the dtype of the inputs."""
+    """Compute the dense formula with every tensor, also [M, M], in the dtype of the inputs."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(reference, "accumulate_dtype", lambda *dtypes: dtypes[0])
         return run(inputs, labels, upstream, impl="reference", **options)
@@ -92,27 +148,41 @@ def check_error(
     upstream: Tensor | None = None,
     *,
     impl: str = "triton",
+    eager_in_float32: bool = False,
     **options: Any,
 ) -> list[Tensor]:
-    """Loss and gradients of `impl` are as near to float64 as twice eager PyTorch's error.
+    """Compare loss and gradients of `impl` with float64: at most twice eager PyTorch's error.
 
-    The largest error of each output counts, so no single wrong row is averaged away. The floor is
-    for a value that eager happens to round exactly: half a unit in the last place of the inputs'
-    dtype (eager's own rounding of its result), and 4 units of the output's for sums in another
-    order.
+    Eager PyTorch computes in the dtype of the inputs or, if asked for, in float32. The largest
+    error of each output counts, so no single wrong row is averaged away. Where eager
+    PyTorch happens to be exact, a floor allows half a unit in the last place of the inputs' dtype
+    (eager's own rounding of its result), and 4 units of the output's dtype for sums in another
+    order. A loss is a difference of terms of up to 1 / temperature that may cancel: its units are
+    those of its terms.
     """
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
     exact = run(doubles, labels, upstream, impl="reference", **options)
-    eager = run_eager(inputs, labels, upstream, **options)
+    if eager_in_float32:
+        eager = run(inputs, labels, upstream, impl="reference", **options)
+        input_rounding = torch.finfo(torch.float32).eps
+    else:
+        eager = run_eager(inputs, labels, upstream, **options)
+        input_rounding = torch.finfo(inputs["embeddings"].dtype).eps
     found = run(inputs, labels, upstream, impl=impl, **options)
-    rounding = torch.finfo(inputs["embeddings"].dtype).eps
-    for wanted, same_dtype, got in zip(exact, eager, found, strict=True):
+    num_terms = 1
+    if options.get("reduction") == "sum":
+        num_terms = sum(tensor.shape[-2] for tensor in inputs.values())
+    term = num_terms / options.get("temperature", 0.5)
+    for index, (wanted, same_dtype, got) in enumerate(zip(exact, eager, found, strict=True)):
         assert got.shape == wanted.shape
         if wanted.numel() == 0:
             continue
+        largest = wanted.abs().max()
+        size = largest.clamp(min=term) if index == 0 else largest
         allowed = 2 * (same_dtype.double() - wanted).abs().max()
-        floor = max(4 * torch.finfo(got.dtype).eps, 0.5 * rounding)
-        allowed += floor * wanted.abs().max()
+        allowed += torch.maximum(
+            4 * torch.finfo(got.dtype).eps * size, 0.5 * input_rounding * largest
+        )
         error = (got.double() - wanted).abs().max()
         # `not <=` also catches a NaN.
         assert error <= allowed, f"error {error:.3g}, allowed {allowed:.3g}"

@@ -12,24 +12,30 @@ Gradient for upstream row weights w_i, with u_i = w_i / D_i and v_i = w_i / n_i:
     A_i  = sum of v_j z_j over i's class                   v_i C_i where a class has one weight
     dx_i = (G_i - z_i (z_i . G_i)) / (temperature ||x_i||)
 
-The sums over pairs are those of `pair_kernels`; the rest is done row by row, in `row_kernels`. The
-pairs see row weights of at most 1: the largest upstream gradient and 1 / temperature come after, in
-float32.
+The sums over pairs are those of `pair_sums`; the rest is done row by row in `row_steps`. The row
+weights in the sums over pairs are at most 1: the largest upstream gradient and 1 / temperature are
+multiplied afterwards, in float32.
 """
 
 import itertools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...support import machine
 from ...support.variant import Variant
-from ..autograd import without_autocast
-from ..batch import compute_classes, parts_in_order
+from ..autograd import Implementation
+from ..batch import Batch, BatchShape
 from .pair_sums import padded, padded_width, pair_gradient, pair_variants, row_sums
-from .row_steps import class_sums, finish_gradients, losses, normalize, row_variants, unit_dtype
+from .row_steps import (
+    Rows,
+    class_sums,
+    finish_gradients,
+    losses,
+    normalize,
+    row_variants,
+    unit_dtype,
+)  # fmt: skip
 from .tiles import Blocks, shipped, tuned
 
 MAX_WIDTH = 1024
@@ -37,36 +43,15 @@ MAX_WIDTH = 1024
 MIN_TEMPERATURE = 0.023
 
 
-def contrastive_loss(
-    embeddings: Tensor,
-    labels: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    ignore_index: int,
-) -> Tensor:
-    """The loss as in `reference.contrastive_loss`."""
-    trained = (embeddings, label_embeddings)
-    with_gradient = torch.is_grad_enabled() and any(
-        part is not None and part.requires_grad for part in trained
-    )
-    arguments = (
-        embeddings, labels, label_embeddings, teacher_embeddings, teacher_label_embeddings,
-        temperature, denominator, reduction, ignore_index, with_gradient,
-    )  # fmt: skip
-    # Both do the same; outside torch.compile an operator would only add its dispatch.
-    if torch.compiler.is_compiling():
-        return supcon_fused(*arguments)[0]
-    return FusedLoss.apply(*arguments)
+def contrastive_loss(batch: Batch) -> Tensor:
+    """Return the loss of `reference.contrastive_loss`."""
+    return implementation.loss(batch)
 
 
 def obstacle(
     num_rows: int, width: int, dtype: torch.dtype, temperature: float, capability: int
 ) -> str | None:
-    """What keeps these kernels from computing this, or None."""
+    """Return why these kernels cannot compute such a loss, or None."""
     if capability < 80:
         return (
             f"compute capability {capability / 10} has no matrix unit that Triton reaches: 8.0 or "
@@ -84,123 +69,62 @@ def obstacle(
     return None
 
 
-class Rows(NamedTuple):
-    """What is known of M rows before any pair is looked at; shapes as in `row_kernels`."""
-
-    z: Tensor
-    inverse_norms: Tensor
-    shifts: Tensor
-    padded_classes: Tensor
-    sums_by_class: Tensor
-    # int64 [M]: the rows by class; and [C + 1]: where a class begins in it.
-    order: Tensor
-    starts: Tensor
-
-
-def prepare(
-    embeddings: Tensor,
-    labels: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    temperature: float,
-    ignore_index: int,
-) -> Rows:
-    """Unit vectors, classes and their sums: all that is O(M d), on the current device."""
-    num_samples = labels.shape[0]
-    num_labels = None if label_embeddings is None else label_embeddings.shape[-2]
-    num_classes = num_samples if num_labels is None else num_labels
-    num_copies = 1 if teacher_embeddings is None else 2
-    classes, _ = compute_classes(labels, num_labels, ignore_index, num_copies)  # [M]
-    # On a GPU, where a look at the labels would wait for the device, a label outside [0, K) stops
-    # at this operation's bounds instead of in a kernel below.
-    ids = torch.arange(num_classes + 1, device=classes.device)
+def prepare(batch: Batch) -> Rows:
+    """Compute unit vectors, classes and class sums in O(M d), on the current device."""
+    classes, _ = batch.find_classes()  # [M]
+    # On a GPU, where checking the labels would wait for the device, a label outside [0, K) stops at
+    # this operation's bounds instead of in a kernel below.
+    ids = torch.arange(batch.num_classes + 1, device=classes.device)
     classes = ids.index_select(0, classes)
 
-    unit_rows = normalize(
-        embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings,
-        classes, num_classes, temperature,
-    )  # fmt: skip
+    unit_rows = normalize(batch, classes)
     # Stable: the order of a class's rows decides the rounding of its sum.
     in_order, order = classes.sort(stable=True)
     starts = torch.searchsorted(in_order, ids)
     return Rows(*unit_rows, class_sums(unit_rows[0], None, order, starts), order, starts)
 
 
-def forward(
-    embeddings: Tensor,
-    labels: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    ignore_index: int,
-    with_gradient: bool,
-) -> tuple[Tensor, list[Tensor]]:
-    """The loss, and what `backward` needs to know of this pass: O(M d)."""
-    with torch.cuda.device_of(embeddings):
-        rows = prepare(
-            embeddings, labels, label_embeddings, teacher_embeddings, teacher_label_embeddings,
-            temperature, ignore_index,
-        )  # fmt: skip
-        z, inverse_norms, shifts, padded_classes, sums_by_class, order, starts = rows
-        num_rows = order.shape[0]
+def forward(batch: Batch, trains_samples: bool, trains_labels: bool) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss and what `backward` needs, O(M d)."""
+    temperature, denominator = batch.temperature, batch.denominator
+    with torch.cuda.device_of(batch.embeddings):
+        rows = prepare(batch)
+        num_rows = rows.order.shape[0]
         partial_sums = row_sums(
-            z, z, shifts, padded_classes, padded_classes, num_rows, num_rows, 0,
-            temperature, denominator, tiles(z).forward,
+            rows.z, rows.shifts, rows.classes, num_rows, num_rows, temperature, denominator,
+            tiles(rows.z).forward,
         )  # fmt: skip
-        loss, u, inverse_positives = losses(
-            partial_sums, z, padded_classes, sums_by_class, starts, temperature, denominator
-        )
-
-    saved = [
-        z, inverse_norms, shifts, padded_classes, u, inverse_positives, sums_by_class, order,
-        starts,
-    ]  # fmt: skip
-    if reduction != "none":
+        loss, u, inverse_positives = losses(partial_sums, rows, temperature, denominator)
+    saved = [*rows, u, inverse_positives]
+    if batch.reduction != "none":
         loss = loss.sum(-1)
-    if reduction == "mean":
+    if batch.reduction == "mean":
         num_anchors = torch.count_nonzero(inverse_positives).clamp_(min=1)
         loss /= num_anchors
         saved.append(num_anchors)
-    return loss.view(embeddings.shape[:-2] + loss.shape[1:]), saved if with_gradient else []
+    loss = loss.view(batch.leading + loss.shape[1:])
+    return loss, saved if trains_samples or trains_labels else []
 
 
-@without_autocast
-def backward(
-    loss_gradient: Tensor,
-    saved: list[Tensor],
-    num_samples: int,
-    num_labels: int | None,
-    width: int,
-    num_rows: int,
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    sample_dtype: torch.dtype,
-    label_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    """Gradients [E, N, d] and, unless label_dtype is None, [E, K, d]."""
-    (
-        z, inverse_norms, shifts, padded_classes, u, inverse_positives, sums_by_class, order,
-        starts, *num_anchors,
-    ) = saved  # fmt: skip
-    num_exits, num_padded_rows, _ = z.shape
-    v, weighted_sums = inverse_positives, sums_by_class
-    with torch.cuda.device_of(z):
-        if reduction == "none":
+def backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> list[Tensor]:
+    """Return gradients [.., N, d] and, if label embeddings are trained, [.., K, d]."""
+    rows, (u, inverse_positives, *num_anchors) = Rows(*saved[:7]), saved[7:]
+    per_row = shape.reduction == "none"
+    num_exits, num_padded_rows, _ = rows.z.shape
+    num_rows = rows.order.shape[0]
+    v, weighted_sums = inverse_positives, rows.sums_by_class
+    with torch.cuda.device_of(rows.z):
+        if per_row:
             upstream = torch.nn.functional.pad(
                 loss_gradient.reshape(num_exits, num_rows).float(), (0, num_padded_rows - num_rows)
             ).masked_fill_(inverse_positives == 0, 0)
-            # The pairs' weights want row weights of at most 1.
+            # The sums over pairs need row weights of at most 1.
             largest = upstream.abs().amax(-1, keepdim=True)
             largest.clamp_(min=torch.finfo(torch.float32).tiny)
             upstream /= largest
             u = u * upstream
             v = inverse_positives * upstream
-            weighted_sums = class_sums(z, v, order, starts)
+            weighted_sums = class_sums(rows.z, v, rows.order, rows.starts)
             factors = largest
         else:
             factors = loss_gradient.reshape(num_exits).float()
@@ -208,21 +132,19 @@ def backward(
                 factors = factors / num_anchors[0]
             factors = factors.contiguous()
 
-        num_trained = num_samples
-        if label_dtype is not None and num_labels is not None:
-            num_trained += num_labels
+        # Frozen label embeddings are constants, as those of the teacher are.
+        num_trained = shape.num_student_rows if shape.trains_labels else shape.num_samples
         partial_gradients = pair_gradient(
-            z, z, u, u, shifts, padded_classes, padded_classes, num_trained, num_rows, 0,
-            temperature, denominator, tiles(z).backward,
+            rows.z, u, rows.shifts, rows.classes, num_trained, num_rows,
+            shape.temperature, shape.denominator, tiles(rows.z).backward,
         )  # fmt: skip
-        return finish_gradients(
-            partial_gradients, z, inverse_norms, padded_classes, sums_by_class, weighted_sums,
-            v, factors, num_samples, width, temperature, sample_dtype, label_dtype,
-        )  # fmt: skip
+        gradients = finish_gradients(partial_gradients, rows, weighted_sums, v, factors, shape)
+    leading = loss_gradient.shape[:-1] if per_row else loss_gradient.shape
+    return [gradient.view(leading + gradient.shape[1:]) for gradient in gradients]
 
 
 def tiles(z: Tensor) -> Blocks:
-    """The tiles for these unit rows where they are: measured ones, or those shipped."""
+    """Return the tiles for these unit rows on their device: measured ones, or those shipped."""
     capability = machine.capability(z.device)
     assert capability is not None, "dispatch.choose refuses such a device"
     kind = (z.device, z.dtype, z.shape[-1])
@@ -232,159 +154,50 @@ def tiles(z: Tensor) -> Blocks:
     )
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]) -> None:
-    embeddings, labels, label_embeddings, teacher, _, temperature, denominator, reduction, _, _ = (
-        inputs
-    )
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1])
-    num_samples, num_labels = labels.shape[0], None
-    if label_embeddings is not None:
-        num_labels = label_embeddings.shape[-2]
-    num_rows = (1 if teacher is None else 2) * (num_samples + (num_labels or 0))
-    ctx.options = (
-        num_samples, num_labels, embeddings.shape[-1], num_rows,
-        temperature, denominator, reduction,
-    )  # fmt: skip
-    ctx.leading = embeddings.shape[:-2]
-    ctx.dtypes = (
-        embeddings.dtype, None if label_embeddings is None else label_embeddings.dtype,
-    )  # fmt: skip
-
-
-def input_gradients(
-    function: Callable[..., list[Tensor]], ctx: Any, loss_gradient: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The gradient of every input, by `backward` or its operator."""
-    nothing = (None,) * 10
-    if loss_gradient is None:
-        return nothing
-    sample_dtype, label_dtype = ctx.dtypes
-    # Frozen label embeddings are constants like the teacher's: the pairs' rows stop before them.
-    if not ctx.needs_input_grad[2]:
-        label_dtype = None
-    gradients = [
-        gradient.view(ctx.leading + gradient.shape[1:])
-        for gradient in function(
-            loss_gradient, list(ctx.saved_tensors), *ctx.options, sample_dtype, label_dtype
-        )
-    ]
-    label_gradient = None if label_dtype is None else gradients[1]
-    return gradients[0], None, label_gradient, *nothing[3:]
-
-
-class FusedLoss(torch.autograd.Function):
-    """`supcon_fused` without an operator's dispatch."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        output = forward(*inputs)
-        setup_context(ctx, inputs, output)
-        return output[0]
-
-    @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            # Gradients of this gradient would leave the tiles out without a word.
-            raise RuntimeError(
-                "impl='triton' has no second derivative, and backward was called with "
-                "create_graph=True: impl='reference' can be differentiated twice"
-            )
-        return input_gradients(backward, ctx, loss_gradient)
-
-
-# The schemas are spelt out because torch 2.6 does not derive them from `list[Tensor]`.
-supcon_fused = torch.library.custom_op(
-    "fusedacl::supcon_fused",
-    without_autocast(forward),
-    mutates_args=(),
-    schema=(
-        "(Tensor embeddings, Tensor labels, Tensor? label_embeddings, Tensor? teacher_embeddings, "
-        "Tensor? teacher_label_embeddings, float temperature, str denominator, str reduction, "
-        "SymInt ignore_index, bool with_gradient) -> (Tensor, Tensor[])"
-    ),
-)
-supcon_fused_backward = torch.library.custom_op(
-    "fusedacl::supcon_fused_backward",
-    backward,
-    mutates_args=(),
-    schema=(
-        "(Tensor loss_gradient, Tensor[] saved, SymInt num_samples, SymInt? num_labels, "
-        "SymInt width, SymInt num_rows, float temperature, str denominator, str reduction, "
-        "ScalarType sample_dtype, ScalarType? label_dtype) -> Tensor[]"
-    ),
-)
-supcon_fused.register_autograd(
-    lambda ctx, loss_gradient, _: input_gradients(supcon_fused_backward, ctx, loss_gradient),
-    setup_context=setup_context,
-)
-
-
-@supcon_fused.register_fake
-def _(
-    embeddings: Tensor,
-    labels: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    ignore_index: int,
-    with_gradient: bool,
+def fake_forward(
+    batch: Batch, trains_samples: bool, trains_labels: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    parts = parts_in_order(
-        embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings
+    num_rows, num_exits = batch.num_rows, batch.leading.numel()
+    loss = batch.embeddings.new_empty(
+        (*batch.leading, num_rows) if batch.reduction == "none" else batch.leading,
+        dtype=torch.float32,
     )
-    num_rows = sum(part.shape[-2] for part in parts)
-    leading = embeddings.shape[:-2]
-    num_exits = leading.numel()
-    loss = embeddings.new_empty(
-        (*leading, num_rows) if reduction == "none" else leading, dtype=torch.float32
-    )
-    if not with_gradient:
+    if not (trains_samples or trains_labels):
         return loss, []
-    num_classes = labels.shape[0] if label_embeddings is None else label_embeddings.shape[-2]
-    num_padded_rows, width = padded(num_rows), padded_width(embeddings.shape[-1])
+    labels, num_starts = batch.labels, batch.num_classes + 1
+    num_padded_rows, width = padded(num_rows), padded_width(batch.embeddings.shape[-1])
+    unit = unit_dtype(batch.embeddings.dtype)
     saved = [
-        loss.new_empty(num_exits, num_padded_rows, width, dtype=unit_dtype(embeddings.dtype)),
+        loss.new_empty(num_exits, num_padded_rows, width, dtype=unit),
         loss.new_empty(num_exits, num_padded_rows),
         loss.new_empty(num_padded_rows),
         loss.new_empty(num_padded_rows, dtype=torch.int32),
+        loss.new_empty(num_starts, num_exits, width),
+        labels.new_empty(num_rows, dtype=torch.int64),
+        labels.new_empty(num_starts, dtype=torch.int64),
         loss.new_empty(num_exits, num_padded_rows),
         loss.new_empty(num_padded_rows),
-        loss.new_empty(num_classes + 1, num_exits, width),
-        labels.new_empty(num_rows, dtype=torch.int64),
-        labels.new_empty(num_classes + 1, dtype=torch.int64),
     ]
-    if reduction == "mean":
+    if batch.reduction == "mean":
         saved.append(labels.new_empty((), dtype=torch.int64))
     return loss, saved
 
 
-@supcon_fused_backward.register_fake
-def _(
-    loss_gradient: Tensor,
-    saved: list[Tensor],
-    num_samples: int,
-    num_labels: int | None,
-    width: int,
-    num_rows: int,
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    sample_dtype: torch.dtype,
-    label_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    num_exits = saved[0].shape[0]
-    gradients = [saved[0].new_empty(num_exits, num_samples, width, dtype=sample_dtype)]
-    if label_dtype is not None:
-        gradients.append(saved[0].new_empty(num_exits, num_labels or 0, width, dtype=label_dtype))
-    return gradients
+def fake_backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> list[Tensor]:
+    leading = loss_gradient.shape[:-1] if shape.reduction == "none" else loss_gradient.shape
+    rows = [(shape.num_samples, shape.sample_dtype)]
+    if shape.trains_labels:
+        rows.append((shape.num_labels, shape.label_dtype))
+    return [saved[0].new_empty(*leading, num, shape.width, dtype=dtype) for num, dtype in rows]
+
+
+implementation = Implementation(
+    "supcon_fused", "triton", forward, backward, fake_forward, fake_backward
+)
 
 
 def variants(capability: int) -> list[Variant]:
-    """Every padded width up to 256 and one above, whose code is that of all of them."""
+    """List the shipped compilations: each padded width up to 256, and one larger width for all."""
     if capability < 80:
         return []
     found = []

@@ -1,29 +1,29 @@
-"""What the contrastive losses of large batches compute row by row, between the sums over pairs.
+"""Row-wise steps of the contrastive losses of large batches, around the sums over pairs.
 
     normalize           z_i = x_i / ||x_i||
     class_sums          C = sum of z_j, or A = sum of v_j z_j, over a class's rows
     losses              L_i = log D_i + (1 - z_i . (C_i - z_i) / n_i) / temperature
-                        u_i = 1 / D_i, and 1 / n_i; 0 for what is not an anchor
+                        u_i = 1 / D_i, and 1 / n_i; 0 for rows that are no anchors
     finish_gradients    G_i  = P_i - v_i (C_i - z_i) - (A_i - v_i z_i)
                         dx_i = (G_i - z_i (z_i . G_i)) factor / (temperature ||x_i||)
 
 D_i and P_i are the sums over pairs, n_i is the number of i's positives, v_i = w_i / n_i for row
-weights w_i, and factor what was taken out of all weights.
+weights w_i, and factor is a common factor of all weights.
 
-`normalize` reads the inputs wherever they lie and writes the unit rows once, one after the other
-and padded with zeros: float16 for 16-bit samples (|z| <= 1, and of the two 16-bit formats it has
-three bits more), else float32.
+`normalize` reads the inputs in their own dtypes and strides and writes the unit rows once,
+contiguous and padded with zeros: in float16 for 16-bit samples (|z| <= 1, and of the two 16-bit
+formats float16 has three bits more), else in float32.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...support.variant import Variant
-from ..batch import ZERO_NORM
+from ...support.variant import Variant, make_variant
+from ..batch import ZERO_NORM, Batch, BatchShape
 from .pair_sums import (
     MAX_PARTIAL_BYTES,
     MAX_SPLITS,
@@ -32,97 +32,61 @@ from .pair_sums import (
     padded,
     padded_width,
 )
+from .parts import gather, part_arguments, part_types
 from .tiles import PADDED_ROWS
 
-# Few values for each thread spill no registers and keep many programs in flight. Sums of classes
-# loop over rows and take more at once.
+# Few values per thread spill no registers and keep many programs in flight. Class sums loop over
+# rows and take more values at once.
 NUM_WARPS = 8
 VALUES = 32 * NUM_WARPS * 4
 CLASS_SUM_VALUES = 32 * NUM_WARPS * 16
-# Rows of a class that one program adds up.
+# Number of rows of a class that one program adds up.
 ROWS_PER_SPLIT = 256
+
+# Arguments of the kernels that are addresses of float32 numbers.
+FLOAT_ARRAYS = (
+    "inverse_norms", "shifts", "weights", "sums", "partial_sums", "class_sums", "losses", "u",
+    "inverse_positives", "partial_gradients", "weighted_class_sums", "v", "factors",
+)  # fmt: skip
 
 SHORTEST = tl.constexpr(ZERO_NORM)
 SMALLEST = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
-@triton.jit
-def load_part(part, rows, columns, wanted):
-    """x [R, W] float32 of one part, 0 where it is not wanted."""
-    start, row_stride, column_stride = part
-    offsets = (
-        rows.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
-    )
-    return tl.load(start + offsets, mask=wanted, other=0.0).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["num_samples", "num_labels", "num_rows", "num_classes"])
 def normalize_kernel(
-    samples,
-    samples_exit_stride,
-    samples_row_stride,
-    samples_column_stride,
-    label_rows,
-    label_rows_exit_stride,
-    label_rows_row_stride,
-    label_rows_column_stride,
-    teacher,
-    teacher_row_stride,
-    teacher_column_stride,
-    teacher_label_rows,
-    teacher_label_rows_row_stride,
-    teacher_label_rows_column_stride,
+    samples, samples_exit_stride, samples_row_stride, samples_column_stride,
+    label_rows, label_rows_exit_stride, label_rows_row_stride, label_rows_column_stride,
+    teacher, teacher_row_stride, teacher_column_stride,
+    teacher_label_rows, teacher_label_rows_row_stride, teacher_label_rows_column_stride,
     # int64 [M]
     classes,
     # [E, M_padded, WIDTH], [E, M_padded], and [M_padded] twice: written.
-    z,
-    inverse_norms,
-    shifts,
-    padded_classes,
-    num_samples,
-    num_labels,
-    num_rows,
-    num_padded_rows,
-    num_classes,
-    width,
-    shift,
-    HAS_LABELS: tl.constexpr,
-    HAS_TEACHER: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
+    z, inverse_norms, shifts, padded_classes,
+    num_samples, num_labels, num_rows, num_padded_rows, num_classes, width, shift,
+    HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
     """Grid: blocks of padded rows, exits."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exit = tl.program_id(1).to(tl.int64)
     columns = tl.arange(0, BLOCK_WIDTH)
     row_class = tl.load(classes + rows, mask=rows < num_rows, other=num_classes).to(tl.int32)
     exists = row_class != num_classes
-    wanted = exists[:, None] & (columns < width)[None, :]
-
-    part = (samples + exit * samples_exit_stride, samples_row_stride, samples_column_stride)
-    x = load_part(part, rows, columns, wanted & (rows < num_samples)[:, None])
-    if HAS_LABELS:
-        part = (
+    parts = (
+        (samples + exit * samples_exit_stride, samples_row_stride, samples_column_stride),
+        (
             label_rows + exit * label_rows_exit_stride,
             label_rows_row_stride,
             label_rows_column_stride,
-        )
-        position = rows - num_samples
-        here = (position >= 0) & (position < num_labels)
-        x += load_part(part, position, columns, wanted & here[:, None])
-    if HAS_TEACHER:
-        part = (teacher, teacher_row_stride, teacher_column_stride)
-        position = rows - num_samples - num_labels
-        here = (position >= 0) & (position < num_samples)
-        x += load_part(part, position, columns, wanted & here[:, None])
-        part = (
-            teacher_label_rows, teacher_label_rows_row_stride, teacher_label_rows_column_stride,
-        )  # fmt: skip
-        position -= num_samples
-        x += load_part(part, position, columns, wanted & (position >= 0)[:, None])
+        ),
+        (teacher, teacher_row_stride, teacher_column_stride),
+        (teacher_label_rows, teacher_label_rows_row_stride, teacher_label_rows_column_stride),
+    )
+    sizes = (num_samples, num_labels, num_rows, width)
+    x = gather(rows, exists, columns, sizes, parts, HAS_LABELS, HAS_TEACHER)
 
-    # A NaN is not <= anything: it goes through to the loss.
+    # A NaN is not <= anything: it reaches the loss.
     norm = tl.sqrt(tl.sum(x * x, 1))
     inverse_norm = 1.0 / tl.where(norm <= SHORTEST, float("inf"), norm)
     padded_rows = exit * num_padded_rows + rows
@@ -142,19 +106,15 @@ def class_sums_kernel(
     z,
     # WEIGHTED: float32 [E, M_padded]
     weights,
-    # int64 [M]: the rows by class; and [C + 1]: where a class begins in it.
-    order,
-    starts,
+    # int64 [M]: rows sorted by class; and [C + 1]: start of each class among them.
+    order, starts,
     # [splits, C + 1, E, WIDTH], written.
     sums,
-    num_padded_rows,
-    num_classes,
-    WEIGHTED: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    num_padded_rows, num_classes,
+    WEIGHTED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-):
-    """Grid: classes, splits of a class's rows, exits. The last class, of ignored rows, has 0."""
+):  # fmt: skip
+    """Grid: classes, splits of a class's rows, exits. The last class, of ignored rows, gets 0."""
     row_class = tl.program_id(0)
     split = tl.program_id(1)
     num_splits = tl.num_programs(1)
@@ -188,26 +148,16 @@ def class_sums_kernel(
 def losses_kernel(
     # [splits, E, M]
     partial_sums,
-    z,
-    padded_classes,
-    # float32 [C + 1, E, WIDTH], and int64 [C + 1]: where a class begins among the rows by class.
-    class_sums,
-    starts,
+    z, padded_classes,
+    # float32 [C + 1, E, WIDTH], and int64 [C + 1]: start of each class among the sorted rows.
+    class_sums, starts,
     # [E, M], [E, M_padded] and [M_padded]: written.
-    losses,
-    u,
-    inverse_positives,
-    num_rows,
-    num_padded_rows,
-    num_splits,
-    num_classes,
-    inverse_temperature,
-    DENOMINATOR: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
+    losses, u, inverse_positives,
+    num_rows, num_padded_rows, num_splits, num_classes, inverse_temperature,
+    DENOMINATOR: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
-):
-    """Grid: blocks of padded rows, exits. u and 1 / n_i are 0 for what is not an anchor."""
+):  # fmt: skip
+    """Grid: blocks of padded rows, exits. u and 1 / n_i are 0 for rows that are no anchors."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exit = tl.program_id(1).to(tl.int64)
     num_exits = tl.num_programs(1)
@@ -218,7 +168,7 @@ def losses_kernel(
     for split in range(num_splits):
         start = (split * num_exits + exit) * num_rows
         sums += tl.load(partial_sums + start + rows, mask=inside, other=0.0)
-    # A row with nothing to compare has the sum 0 and does not count; a NaN stays.
+    # A row with nothing to compare has the sum 0 and does not count; a NaN is kept.
     sums = tl.where(sums < SMALLEST, SMALLEST, sums)
 
     row_class = tl.load(padded_classes + rows)
@@ -227,7 +177,7 @@ def losses_kernel(
     num_positives = tl.load(starts + row_class + 1, mask=exists, other=0) - first - 1
     is_anchor = num_positives > 0
     if DENOMINATOR == "negatives":
-        # Ignored rows are the last class, which begins after all that exist.
+        # Ignored rows are the last class, which starts after all rows that exist.
         is_anchor = is_anchor & (num_positives + 1 < tl.load(starts + num_classes))
     inverse = tl.where(is_anchor, 1.0 / tl.maximum(num_positives, 1).to(tl.float32), 0.0)
 
@@ -250,33 +200,20 @@ def losses_kernel(
 def input_gradient_kernel(
     # [splits, E, num_trained, WIDTH]
     partial_gradients,
-    z,
-    inverse_norms,
-    padded_classes,
-    # [C + 1, E, WIDTH]: of z, and PER_ROW of v z.
-    class_sums,
-    weighted_class_sums,
-    # [M_padded], PER_ROW [E, M_padded].
+    z, inverse_norms, padded_classes,
+    # [C + 1, E, WIDTH]: sums of z and, if PER_ROW, of v z.
+    class_sums, weighted_class_sums,
+    # [M_padded]; if PER_ROW [E, M_padded].
     v,
     # [E]
     factors,
     # [E, N, d] and [E, K, d], written.
-    sample_gradient,
-    label_gradient,
-    num_splits,
-    num_trained,
-    num_padded_rows,
-    num_samples,
-    num_labels,
-    width,
-    inverse_temperature,
-    PER_ROW: tl.constexpr,
-    WITH_LABELS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_WIDTH: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-):
-    """Grid: blocks of trained rows, exits. Class terms, normalisation, upstream gradient."""
+    sample_gradient, label_gradient,
+    num_splits, num_trained, num_padded_rows, num_samples, num_labels, width, inverse_temperature,
+    PER_ROW: tl.constexpr, WITH_LABELS: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of trained rows, exits. Adds class terms, normalization, upstream gradient."""
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     exit = tl.program_id(1).to(tl.int64)
     num_exits = tl.num_programs(1)
@@ -308,8 +245,8 @@ def input_gradient_kernel(
     gradient -= z_row * tl.sum(gradient * z_row, 1)[:, None]
     inverse_norm = tl.load(inverse_norms + padded_rows, mask=trained, other=0.0)
     factor = tl.load(factors + exit) * inverse_temperature
-    # Exactly 0 for a row without direction, whatever the rest of the batch holds: an ignored row is
-    # in nobody's denominator, so that its pairs' weights may have left float16's range.
+    # Exactly 0 for a row without direction, whatever else the batch holds: no denominator contains
+    # an ignored row, so the weights of its pairs may have left float16's range.
     gradient = tl.where(
         (inverse_norm == 0.0)[:, None], 0.0, gradient * (inverse_norm * factor)[:, None]
     )
@@ -331,66 +268,51 @@ def input_gradient_kernel(
         )
 
 
-def normalize(
-    embeddings: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    classes: Tensor,
-    num_classes: int,
-    temperature: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit rows [E, M padded, W], 1 / norms [E, M padded], shifts and classes [M padded].
+class Rows(NamedTuple):
+    """Everything about the M rows that needs no pair."""
 
-    Shifts and classes as `pair_kernels` wants them, from classes [M], where `num_classes` means
-    that a row is ignored.
-    """
-    num_exits = embeddings.shape[0] if embeddings.dim() == 3 else 1
-    num_samples, width = embeddings.shape[-2:]
-    num_labels = 0 if label_embeddings is None else label_embeddings.shape[-2]
+    # [E, M padded, W] in `unit_dtype`, and float32 [E, M padded].
+    z: Tensor
+    inverse_norms: Tensor
+    # float32 and int32 [M padded], as in `pair_sums`; class C means an ignored row.
+    shifts: Tensor
+    classes: Tensor
+    # float32 [C + 1, E, W]
+    sums_by_class: Tensor
+    # int64 [M]: rows sorted by class; and [C + 1]: start of each class among them.
+    order: Tensor
+    starts: Tensor
+
+
+def normalize(batch: Batch, classes: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the first four fields of `Rows` from the classes [M], where C means an ignored row."""
+    num_exits = batch.leading.numel()
+    num_samples, width = batch.embeddings.shape[-2:]
     num_rows, num_padded_rows = classes.shape[0], padded(classes.shape[0])
-    z = embeddings.new_empty(
-        num_exits, num_padded_rows, padded_width(width), dtype=unit_dtype(embeddings.dtype)
+    z = batch.embeddings.new_empty(
+        num_exits, num_padded_rows, padded_width(width), dtype=unit_dtype(batch.embeddings.dtype)
     )
     inverse_norms = z.new_empty(num_exits, num_padded_rows, dtype=torch.float32)
     shifts = z.new_empty(num_padded_rows, dtype=torch.float32)
     padded_classes = classes.new_empty(num_padded_rows, dtype=torch.int32)
     constants = row_constants(z.shape[-1])
     normalize_kernel[num_padded_rows // constants["BLOCK_ROWS"], num_exits](
-        *part_arguments(embeddings, label_embeddings, teacher_embeddings, teacher_label_embeddings),
-        classes, z, inverse_norms, shifts, padded_classes,
-        num_samples, num_labels, num_rows, num_padded_rows, num_classes,
-        width, -exponent_scale(temperature),
-        HAS_LABELS=label_embeddings is not None, HAS_TEACHER=teacher_embeddings is not None,
+        *part_arguments(batch.parts), classes, z, inverse_norms, shifts, padded_classes,
+        num_samples, batch.num_labels or 0, num_rows, num_padded_rows, batch.num_classes,
+        width, -exponent_scale(batch.temperature),
+        HAS_LABELS=batch.label_embeddings is not None,
+        HAS_TEACHER=batch.teacher_embeddings is not None,
         **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return z, inverse_norms, shifts, padded_classes
 
 
-def part_arguments(
-    embeddings: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-) -> list[Any]:
-    """Address and strides of every part; of the samples for a part that is absent."""
-    arguments: list[Any] = []
-    for part in (embeddings, label_embeddings):
-        part = embeddings if part is None else part
-        exit_stride = part.stride(0) if part.dim() == 3 else 0
-        arguments += [part, exit_stride, part.stride(-2), part.stride(-1)]
-    for part in (teacher_embeddings, teacher_label_embeddings):
-        part = embeddings if part is None else part
-        arguments += [part, part.stride(-2), part.stride(-1)]
-    return arguments
-
-
 def class_sums(z: Tensor, weights: Tensor | None, order: Tensor, starts: Tensor) -> Tensor:
-    """The sum of the rows, or of weight times row, of each class [C + 1, E, W] float32."""
+    """Return the sum of rows, or of weight times row, per class [C + 1, E, W] float32."""
     num_exits, num_padded_rows, width = z.shape
     num_classes = starts.shape[0] - 1
-    # One class may hold most rows. The host does not know which: all are split, as far as their
-    # partial sums' memory is bounded.
+    # One class may hold most rows, and the host does not know which: all classes are split, within
+    # the bound on the memory of their partial sums.
     num_bytes = max(1, 4 * (num_classes + 1) * num_exits * width)
     num_splits = min(MAX_SPLITS, order.shape[0] // ROWS_PER_SPLIT, MAX_PARTIAL_BYTES // num_bytes)
     num_splits = max(1, num_splits)
@@ -404,30 +326,23 @@ def class_sums(z: Tensor, weights: Tensor | None, order: Tensor, starts: Tensor)
 
 
 def losses(
-    partial_sums: Tensor,
-    z: Tensor,
-    padded_classes: Tensor,
-    sums_by_class: Tensor,
-    starts: Tensor,
-    temperature: float,
-    denominator: str,
+    partial_sums: Tensor, rows: Rows, temperature: float, denominator: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses [E, M], u = 1 / D [E, M padded] and 1 / number of positives [M padded].
+    """Return losses [E, M], u = 1 / D [E, M padded] and 1 / number of positives [M padded].
 
     Args:
-        partial_sums: of `row_sums` [splits, E, M].
-        sums_by_class: of `class_sums` [C + 1, E, W].
-        starts: int64 [C + 1]: where a class begins among the rows by class.
+        partial_sums: result of `row_sums` [splits, E, M].
     """
     num_splits, num_exits, num_rows = partial_sums.shape
-    _, num_padded_rows, width = z.shape
+    z, num_padded_rows, width = rows.z, *rows.z.shape[1:]
     found = z.new_empty(num_exits, num_rows, dtype=torch.float32)
     u = z.new_empty(num_exits, num_padded_rows, dtype=torch.float32)
     inverse_positives = z.new_empty(num_padded_rows, dtype=torch.float32)
     constants = row_constants(width)
     losses_kernel[num_padded_rows // constants["BLOCK_ROWS"], num_exits](
-        partial_sums, z, padded_classes, sums_by_class, starts, found, u, inverse_positives,
-        num_rows, num_padded_rows, num_splits, starts.shape[0] - 1, 1 / temperature,
+        partial_sums, z, rows.classes, rows.sums_by_class, rows.starts, found, u,
+        inverse_positives,
+        num_rows, num_padded_rows, num_splits, rows.starts.shape[0] - 1, 1 / temperature,
         DENOMINATOR=denominator, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return found, u, inverse_positives
@@ -435,124 +350,77 @@ def losses(
 
 def finish_gradients(
     partial_gradients: Tensor,
-    z: Tensor,
-    inverse_norms: Tensor,
-    padded_classes: Tensor,
-    sums_by_class: Tensor,
+    rows: Rows,
     weighted_sums: Tensor,
     v: Tensor,
     factors: Tensor,
-    num_samples: int,
-    width: int,
-    temperature: float,
-    sample_dtype: torch.dtype,
-    label_dtype: torch.dtype | None,
+    shape: BatchShape,
 ) -> list[Tensor]:
-    """Gradients [E, N, d] of the samples and, unless label_dtype is None, [E, K, d].
+    """Return gradients [E, N, d] of the samples and, if trained, [E, K, d] of label embeddings.
 
     Args:
-        partial_gradients: of `pair_gradient` for the rows with a gradient [splits, E, N + K, W].
-        sums_by_class, weighted_sums: of `class_sums` for z and for v z [C + 1, E, W].
-        v: [M padded], the same for all anchors of a class, which makes weighted_sums v times
-            sums_by_class, so that any tensor may stand for it; or [E, M padded], any.
-        factors: float32 [E]: by which everything is multiplied.
+        partial_gradients: result of `pair_gradient` for the trained rows [splits, E, n, W].
+        weighted_sums: `class_sums` of v z [C + 1, E, W].
+        v: [M padded] if all anchors of a class have the same v: weighted_sums is then v times
+            rows.sums_by_class and not read; or [E, M padded].
+        factors: float32 [E]: factor of all gradients of an exit.
     """
     num_splits, num_exits, num_trained, z_width = partial_gradients.shape
-    num_labels = num_trained - num_samples
-    gradients = [z.new_empty(num_exits, num_samples, width, dtype=sample_dtype)]
-    if label_dtype is not None:
-        gradients.append(z.new_empty(num_exits, num_labels, width, dtype=label_dtype))
+    num_samples, num_labels = shape.num_samples, num_trained - shape.num_samples
+    z = rows.z
+    gradients = [z.new_empty(num_exits, num_samples, shape.width, dtype=shape.sample_dtype)]
+    if shape.trains_labels:
+        gradients.append(z.new_empty(num_exits, num_labels, shape.width, dtype=shape.label_dtype))
     constants = row_constants(z_width)
     input_gradient_kernel[triton.cdiv(num_trained, constants["BLOCK_ROWS"]), num_exits](
-        partial_gradients, z, inverse_norms, padded_classes, sums_by_class, weighted_sums,
-        v, factors, gradients[0], gradients[-1],
+        partial_gradients, z, rows.inverse_norms, rows.classes, rows.sums_by_class,
+        weighted_sums, v, factors, gradients[0], gradients[-1],
         num_splits, num_trained, z.shape[1], num_samples, num_labels,
-        width, 1 / temperature,
-        PER_ROW=v.dim() == 2, WITH_LABELS=label_dtype is not None,
+        shape.width, 1 / shape.temperature,
+        PER_ROW=v.dim() == 2, WITH_LABELS=shape.trains_labels,
         **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return gradients
 
 
 def row_constants(width: int, values: int = VALUES) -> dict[str, int]:
-    """The constants of a kernel that takes so many values of rows of this padded width at once."""
+    """Return the constants of a kernel for rows of this padded width and `values` per program."""
     block_width = triton.next_power_of_2(width)
     block_rows = min(PADDED_ROWS, values // block_width)
     return {"WIDTH": width, "BLOCK_WIDTH": block_width, "BLOCK_ROWS": block_rows}
 
 
 def unit_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the unit rows for samples of this dtype."""
+    """Return the dtype of the unit rows for samples of this dtype."""
     return torch.float16 if dtype in (torch.float16, torch.bfloat16) else torch.float32
 
 
 def row_variants(dtype: torch.dtype, width: int) -> list[Variant]:
-    """The kernels as they are shipped for unit rows of this dtype and padded width."""
+    """List the shipped compilations for unit rows of this dtype and padded width."""
     unit = UNIT_TYPES[dtype]
-    parts = {}
-    for name, strides in (
-        ("samples", ("exit", "row", "column")), ("label_rows", ("exit", "row", "column")),
-        ("teacher", ("row", "column")), ("teacher_label_rows", ("row", "column")),
-    ):  # fmt: skip
-        parts[name] = unit
-        parts |= {f"{name}_{stride}_stride": "i32" for stride in strides}
-    counts = {"num_rows": "i32", "num_padded_rows": "i32", "num_classes": "i32"}
-    common = {"z": unit, "padded_classes": "*i32", "inverse_norms": "*fp32"}
-    kernels: list[tuple[Any, str, dict[str, str], dict[str, Any]]] = [
-        (
-            normalize_kernel,
-            "",
-            {
-                **parts, **common, **counts, "classes": "*i64", "shifts": "*fp32",
-                "num_samples": "i32", "num_labels": "i32", "width": "i32", "shift": "fp32",
-            },
-            {"HAS_LABELS": True, "HAS_TEACHER": True},
-        ),
-        (
-            losses_kernel,
-            " negatives",
-            {
-                **counts, "partial_sums": "*fp32", "z": unit, "padded_classes": "*i32",
-                "class_sums": "*fp32", "starts": "*i64", "losses": "*fp32", "u": "*fp32",
-                "inverse_positives": "*fp32", "num_splits": "i32", "inverse_temperature": "fp32",
-            },
-            {"DENOMINATOR": "negatives"},
-        ),
-    ]  # fmt: skip
-    for flag in (False, True):
-        kernels += [
-            (
-                class_sums_kernel,
-                " weighted" if flag else "",
-                {
-                    "z": unit, "weights": "*fp32" if flag else unit, "order": "*i64",
-                    "starts": "*i64", "sums": "*fp32", "num_padded_rows": "i32",
-                    "num_classes": "i32",
-                },
-                {"WEIGHTED": flag, **row_constants(width, CLASS_SUM_VALUES)},
-            ),
-            (
-                input_gradient_kernel,
-                " per row" if flag else "",
-                {
-                    **common, "partial_gradients": "*fp32", "class_sums": "*fp32",
-                    "weighted_class_sums": "*fp32", "v": "*fp32", "factors": "*fp32",
-                    "sample_gradient": unit, "label_gradient": unit, "num_splits": "i32",
-                    "num_trained": "i32", "num_padded_rows": "i32", "num_samples": "i32",
-                    "num_labels": "i32", "width": "i32", "inverse_temperature": "fp32",
-                },
-                {"PER_ROW": flag, "WITH_LABELS": True},
-            ),
-        ]  # fmt: skip
+    types = {
+        **part_types(unit[1:]), "z": unit, "classes": "*i64", "padded_classes": "*i32",
+        "order": "*i64", "starts": "*i64", "sample_gradient": unit, "label_gradient": unit,
+        **dict.fromkeys(FLOAT_ARRAYS, "*fp32"),
+        **dict.fromkeys(("shift", "inverse_temperature"), "fp32"),
+    }  # fmt: skip
+    sums = row_constants(width, CLASS_SUM_VALUES)
+    kernels: list[tuple[Any, str, dict[str, Any], dict[str, str]]] = [
+        (normalize_kernel, "", {"HAS_LABELS": True, "HAS_TEACHER": True}, {}),
+        (losses_kernel, " negatives", {"DENOMINATOR": "negatives"}, {}),
+        (class_sums_kernel, "", {"WEIGHTED": False, **sums}, {"weights": unit}),
+        (input_gradient_kernel, "", {"PER_ROW": False, "WITH_LABELS": True}, {}),
+        (class_sums_kernel, " weighted", {"WEIGHTED": True, **sums}, {}),
+        (input_gradient_kernel, " per row", {"PER_ROW": True, "WITH_LABELS": True}, {}),
+    ]
     return [
-        Variant(
-            name=f"{kernel.__name__} {unit[1:]} width {width}{kind}",
-            kernel=kernel,
-            types=types,
-            constants={**row_constants(width), **constants},
+        make_variant(
+            f"{kernel.__name__} {unit[1:]} width {width}{kind}",
+            kernel,
+            {**row_constants(width), **constants},
+            {**types, **own_types},
             num_warps=NUM_WARPS,
             num_stages=3,
-            divisible_by_16=frozenset(name for name in types if types[name][0] == "*"),
         )
-        for kernel, kind, types, constants in kernels
+        for kernel, kind, constants, own_types in kernels
     ]

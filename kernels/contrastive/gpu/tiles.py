@@ -1,4 +1,4 @@
-"""Tile shapes of the pair kernels: those shipped, and those that tuning found on this GPU."""
+"""Tile shapes of the kernels of `pair_sums`: shipped, or measured on this GPU by `tuning`."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 
 # Rows are padded to a multiple of every block, so that blocks are loaded without a mask.
 PADDED_ROWS = 128
-# Up to here a block of rows holds the gradient of the whole width in registers.
+# Up to this width a program holds the gradient of its rows in registers.
 ONE_CHUNK = 256
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How one kernel walks over the pairs.
+    """Launch parameters of one kernel.
 
-    rows, columns: of the tile of pairs that a program holds; they divide PADDED_ROWS.
-    chunk: columns of z that enter one matrix product of similarities; divides the padded width.
-    output: columns of the gradient that a program holds (the forward pass has none: 0); divides
-        the padded width. Each further chunk of the output computes the similarities once more.
+    rows, columns: size of the tile of pairs that a program holds; they divide PADDED_ROWS.
+    chunk: columns of z in one matrix product of similarities; divides the padded width.
+    output: columns of the gradient that a program holds (0 in the forward pass); divides the padded
+        width. Each additional chunk of the output computes the similarities once more.
     """
 
     rows: int
@@ -39,35 +39,36 @@ class Tile:
 
 @dataclass(frozen=True)
 class Blocks:
-    """The tiles of both passes."""
+    """Tiles of both passes."""
 
     forward: Tile
     backward: Tile
 
 
 def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
-    """The tiles for unit rows of this dtype (float16, float32) and padded width.
+    """Return the tiles for unit rows of this dtype (float16, float32) and padded width.
 
-    Chosen by the compiled kernels' resources and the floors, not by a clock: `tuning` is for that.
-    Nothing spills; then as many rows as registers hold, since every block of rows reads all the
-    columns; then the most warps a multiprocessor: some compute exponentials while others multiply.
-    Compute capability 8.6, 8.9 and 12.x have 99 KiB of shared memory a program, 8.0 has 163.
+    Chosen by the compiled kernels' resources, not by timing, for which there is `tuning`: no
+    spills; then as many rows as registers hold, because every block of rows reads all columns; then
+    as many warps per multiprocessor as possible, because some compute exponentials while others
+    multiply. Compute capabilities 8.6, 8.9 and 12.x have 99 KiB of shared memory per program, 8.0
+    has 163.
     """
     little_memory = capability in (86, 89) or capability >= 120
     if dtype == torch.float32:
-        # A product of three tf32 ones holds three times the operands: smaller chunks.
+        # A product made of three tf32 products holds three times the operands: smaller chunks.
         chunk, output = min(width, 32), min(width, 128)
         wide = width > 64
         columns = 16 if wide and capability >= 90 else 32
         num_warps = 8 if capability >= 100 or (wide and capability < 90) else 4
         return Blocks(Tile(128, 64, chunk, 0, 8, 2), Tile(64, columns, chunk, output, num_warps, 2))
     if width > ONE_CHUNK:
-        # Similarities are computed width / 256 times, three times at 768: the backward pass there
-        # takes twice the products of one that could hold the whole width.
+        # Similarities are computed width / 256 times, for width 768 three times: twice the products
+        # of a backward pass that could hold the whole width.
         forward = Tile(128, 64, 64, 0, 4, 3) if capability >= 100 else Tile(128, 128, 64, 0, 8, 2)
         return Blocks(forward, Tile(64, 64, 64, ONE_CHUNK, 8, 2))
-    # From 9.0 on the matrix unit takes 64 rows at a time from each group of four warps, and is fast
-    # enough to want two groups' rows for every column that it reads.
+    # From 9.0 on the matrix unit takes 64 rows at a time from each group of four warps, and is so
+    # fast that it needs the rows of two groups for every column that it reads.
     rows = 128 if capability >= 90 and not (little_memory and width == 256) else 64
     if width == 256:
         num_warps = 4 if capability >= 100 else 8
@@ -84,7 +85,7 @@ SCHEMA = 1
 
 
 def cache_file() -> Path:
-    """$FUSEDACL_CACHE/tuning.json, by default in the user's cache directory."""
+    """Return $FUSEDACL_CACHE/tuning.json, by default in the user's cache directory."""
     folder = os.environ.get("FUSEDACL_CACHE")
     if folder:
         return Path(folder, "tuning.json")
@@ -94,7 +95,7 @@ def cache_file() -> Path:
 
 @functools.cache
 def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> Tile | None:
-    """The tile measured on this GPU with these versions for a padded width, or None."""
+    """Return the tile measured on this GPU with these versions for a padded width, or None."""
     if device.type != "cuda":
         return None
     found = entries().get(entry_name(kernel, device, dtype, width))
@@ -125,12 +126,12 @@ def entry_name(kernel: str, device: torch.device, dtype: torch.dtype, width: int
 
 @functools.cache
 def entries() -> dict[str, dict[str, Any]]:
-    """What the file holds, read once."""
+    """Return the entries of the cache file, read once."""
     return read(cache_file())
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a file by name; none, with a warning, if it is not a file of ours."""
+    """Return the entries of a file by name; none, with a warning, if the file is not valid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -150,7 +151,7 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
 
 def warn_about(path: Path, reason: str) -> None:
     logger.warning(
-        "%s is ignored, and the shipped tiles are used: %s. Remove it, or measure anew with "
+        "%s is ignored, and the shipped tiles are used: %s. Remove it, or measure again with "
         "python -m fusedacl.kernels.tuning",
         path, reason,
     )  # fmt: skip

@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-# Bytes of the description of a call.
+# Size of the description of a call in bytes.
 DESCRIPTION_BYTES = 512
-# A refusal's text is cut to this: a character takes up to six bytes.
+# Length of an error text sent to other ranks; a character takes up to six bytes.
 REFUSAL_CHARACTERS = 80
 
 ProcessGroup = Any
 
 
 def check_process_group(process_group: ProcessGroup) -> int:
-    """The number of its ranks.
+    """Return the number of ranks of the group.
 
     Raises:
-        TypeError, ValueError: what is no process group, or none that this process takes part in.
+        TypeError, ValueError: not a process group, or one that this process is no member of.
     """
     if not distributed.is_available():
         raise ValueError("process_group was given, but this torch is built without distributed")
@@ -46,14 +46,14 @@ def check_process_group(process_group: ProcessGroup) -> int:
 
 
 def device_types(process_group: ProcessGroup) -> list[str]:
-    """The types of devices on whose tensors the group has collectives."""
+    """Return the types of devices whose tensors the group can gather."""
     # "cpu:gloo,cuda:nccl"
     backends = str(distributed.get_backend_config(process_group)).split(",")
     return [backend.partition(":")[0] for backend in backends]
 
 
 def check_device(process_group: ProcessGroup, device: torch.device) -> None:
-    """Raises ValueError where the group cannot gather tensors of this device."""
+    """Raise ValueError if the group cannot gather tensors of this device."""
     found = device_types(process_group)
     if device.type not in found:
         raise ValueError(
@@ -64,18 +64,18 @@ def check_device(process_group: ProcessGroup, device: torch.device) -> None:
 
 
 def announce_refusal(process_group: ProcessGroup, error: Exception) -> None:
-    """The other ranks' call of `agree` then raises too, instead of waiting for this rank."""
+    """Make the other ranks' call of `agree` raise too, instead of waiting for this rank."""
     exchange(process_group, -1, f"{type(error).__name__}: {error}"[:REFUSAL_CHARACTERS])
 
 
 def agree(process_group: ProcessGroup, num_samples: int, call: dict[str, Any]) -> tuple[int, ...]:
-    """The number of samples of every rank, if all ranks describe the same call.
+    """Return the number of samples of every rank if all ranks describe the same call.
 
     Args:
-        call: names and values (those of JSON) that must be the same on all ranks.
+        call: names and values (JSON types) that must be the same on all ranks.
 
     Raises:
-        ValueError: on every rank, naming what differs and who passes what.
+        ValueError: on every rank; the message names what differs and the value of each rank.
     """
     counts, descriptions = exchange(process_group, num_samples, call)
     for rank, count in enumerate(counts):
@@ -92,11 +92,11 @@ def agree(process_group: ProcessGroup, num_samples: int, call: dict[str, Any]) -
 def exchange(
     process_group: ProcessGroup, count: int, description: Any
 ) -> tuple[tuple[int, ...], list[bytes]]:
-    """Every rank's count and its description as JSON, with one all-gather."""
+    """Return every rank's count and description as JSON, with one all-gather."""
     text = json.dumps(description, ensure_ascii=False).encode(errors="replace")
     assert len(text) <= DESCRIPTION_BYTES, f"a description of {len(text)} bytes"
     message = count.to_bytes(8, "little", signed=True) + text.ljust(DESCRIPTION_BYTES)
-    # On the CPU where the group can do that: there the sizes are known without waiting for a GPU.
+    # On the CPU where the group supports it: there the sizes are known without waiting for a GPU.
     types = device_types(process_group)
     sent = torch.frombuffer(bytearray(message), dtype=torch.uint8)
     sent = sent.to("cpu" if "cpu" in types else types[0])
@@ -108,7 +108,7 @@ def exchange(
 
 
 def differences(calls: list[dict[str, Any]]) -> str:
-    """What the ranks' calls do not have in common, in words."""
+    """Describe the differences between the ranks' calls."""
     found = []
     for name in dict.fromkeys(name for call in calls for name in call):
         ranks_by_value: dict[str, list[int]] = {}
@@ -127,11 +127,11 @@ def differences(calls: list[dict[str, Any]]) -> str:
 
 
 def all_gather(received: Tensor, sent: Tensor, process_group: ProcessGroup) -> None:
-    """received [W, ..] <- sent [..] of every rank."""
-    # As bytes: backends differ in the dtypes that they know.
+    """Gather `sent` [..] of every rank into `received` [W, ..]."""
+    # As bytes: backends support different dtypes.
     received_bytes = received.view(-1).view(torch.uint8)
     sent_bytes = sent.contiguous().view(-1).view(torch.uint8)
-    # torch 2.13 renamed it, and warns of the old name.
+    # torch 2.13 renamed it, and warns about the old name.
     renamed = getattr(distributed, "all_gather_single", None)
     gather = renamed or distributed.all_gather_into_tensor
     gather(received_bytes, sent_bytes, group=process_group)

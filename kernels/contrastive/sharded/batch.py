@@ -1,31 +1,35 @@
-"""The rows of a contrastive batch that is spread over the ranks of a process group.
+"""A contrastive batch that is spread over the ranks of a process group.
 
 The global batch has the samples of all ranks, in the order of the ranks, then the label embeddings
-ONCE, then their teacher counterparts: row for row the batch of one process that holds all samples.
-A rank's own rows are its samples, all label embeddings and their teacher counterparts.
+ONCE, then their teacher counterparts: the same rows as the batch of one process that holds all
+samples. A rank's own rows are its samples, all label embeddings and their teacher counterparts.
 
-Three collectives make a loss: `agree` (512 bytes a rank, which also finds out who passes what
-others do not), `gather_batch` (labels and embeddings) and `Spread.gather_rows` (one number a row).
+A loss takes three collectives: `agree` (512 bytes per rank, which also detects ranks that pass
+different arguments), `gather_batch` (labels and embeddings) and `Spread.gather_rows` (one number
+per row).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from .agreement import ProcessGroup, all_gather
 
-# Parts of a message begin at multiples of the largest element.
+# Parts of a message start at multiples of the size of the largest element.
 ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Which rows of a global batch are whose.
+    """The distribution of the rows of a global batch over the ranks.
 
-    num_samples: of every rank, in order; num_labels: K, or 0; num_copies: 2 with teacher rows.
+    num_samples: number of samples of each rank, in order.
+    num_labels: K, or 0 without label embeddings.
+    num_copies: 2 with teacher rows, else 1.
     """
 
     process_group: ProcessGroup
@@ -40,7 +44,7 @@ class Spread:
 
     @property
     def num_rows(self) -> int:
-        """M, of all ranks."""
+        """The number M of rows of all ranks."""
         return self.num_copies * (sum(self.num_samples) + self.num_labels)
 
     @property
@@ -49,35 +53,36 @@ class Spread:
 
     @property
     def own_samples(self) -> slice:
-        """This rank's samples among all."""
+        """The slice of this rank's samples among all samples."""
         start = sum(self.num_samples[: self.rank])
         return slice(start, start + self.num_samples[self.rank])
 
     def own_rows(self, device: torch.device) -> Tensor:
-        """The places of the own rows [m] in the global batch: samples, labels, teacher's."""
+        """Return the positions of the own rows [m] in the global batch."""
         total, num_labels, own = sum(self.num_samples), self.num_labels, self.own_samples
-        places = torch.arange(self.num_copies * (total + num_labels), device=device)
-        by_copy = places.view(self.num_copies, total + num_labels)
+        positions = torch.arange(self.num_copies * (total + num_labels), device=device)
+        by_copy = positions.view(self.num_copies, total + num_labels)
         return torch.cat([by_copy[:, own], by_copy[:, total:]], dim=1).flatten()
 
     def own_first(self, device: torch.device) -> Tensor:
-        """The places of all rows [M] in the global batch, the own ones first."""
+        """Return the positions of all rows [M] in the global batch, the own rows first."""
         total, own = sum(self.num_samples), self.own_samples
-        places = torch.arange(self.num_rows, device=device).view(self.num_copies, -1)
-        others = torch.cat([places[:, : own.start], places[:, own.stop : total]], dim=1)
+        positions = torch.arange(self.num_rows, device=device).view(self.num_copies, -1)
+        others = torch.cat([positions[:, : own.start], positions[:, own.stop : total]], dim=1)
         return torch.cat([self.own_rows(device), others.flatten()])
 
     def place_rows(self, values: Tensor) -> Tensor:
-        """Values [.., M] of all rows from those of the own rows [.., m]; 1 for the others."""
+        """Return values [.., M] of all rows from the own rows' [.., m]; 1 for the others."""
         placed = values.new_ones(*values.shape[:-1], self.num_rows)
         placed[..., self.own_rows(values.device)] = values
         return placed
 
     def mean_weights(self, upstream: Tensor) -> Tensor:
-        """Weights [.., m] of the own rows in the mean over ranks, for `gather_rows`.
+        """Return weights [.., m] of the own rows in the mean over ranks, for `gather_rows`.
 
-        From the gradients that this rank's losses receive: a sample is in one rank's, a label
-        embedding in all of them, whose mean `gather_rows` takes.
+        Args:
+            upstream: gradients [.., m] of this rank's losses. A sample has a loss on one rank; a
+                label embedding has one on every rank, of which `gather_rows` takes the mean.
         """
         num_own = self.num_samples[self.rank]
         by_copy = upstream.reshape(*upstream.shape[:-1], self.num_copies, num_own + self.num_labels)
@@ -85,10 +90,10 @@ class Spread:
         return torch.cat([samples, labels], dim=-1).flatten(-2)
 
     def gather_rows(self, values: Tensor) -> Tensor:
-        """Values [.., M] of all rows from those of the own rows [.., m], with one all-gather.
+        """Return values [.., M] of all rows from the own rows' [.., m], with one all-gather.
 
-        A sample's value is that of its rank. A label embedding has one on every rank: their mean,
-        so that the result is the same, bit for bit, on all ranks.
+        A sample's value is that of its rank. A label embedding has a value on every rank: the
+        result holds their mean, so that all ranks have the same bits.
         """
         num_own, largest = self.num_samples[self.rank], max(self.num_samples)
         leading = values.shape[:-1]
@@ -99,34 +104,38 @@ class Spread:
         received = sent.new_empty(self.num_ranks, *sent.shape)
         all_gather(received, sent, self.process_group)
         parts = [received[rank, ..., :number] for rank, number in enumerate(self.num_samples)]
-        # Divided first: the sum of large denominators might leave the range of their dtype.
+        # Divided before the sum, which might leave the range of the dtype.
         parts.append((received[..., largest:] / self.num_ranks).sum(0))
         return torch.cat(parts, dim=-1).flatten(-2)
 
+    def all_sums(self, own_sums: Tensor, reduction: str) -> Tensor:
+        """Return D [.., M] in the global order from that of the own rows [.., m].
 
-@dataclass(frozen=True)
-class GlobalBatch:
-    """The samples of all ranks, without a graph: [.., N, d], [N] and, with a teacher, [N, d]."""
+        With "none" only the own rows' losses are needed, and D is gathered in the backward pass. In
+        the global order every rank adds up the same numbers in the same order.
+        """
+        return self.place_rows(own_sums) if reduction == "none" else self.gather_rows(own_sums)
 
-    spread: Spread
-    embeddings: Tensor
-    labels: Tensor
-    teacher_embeddings: Tensor | None
+    def gather_upstream(
+        self, own_sums: Tensor, upstream: Tensor, order: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return D and the upstream gradients [.., M] of all rows in this order, for "none"."""
+        own = torch.stack([own_sums, self.mean_weights(upstream).to(own_sums.dtype)], dim=-2)
+        sums, weights = self.gather_rows(own).index_select(-1, order).unbind(-2)
+        return sums, weights
 
 
-def gather_batch(
-    spread: Spread, embeddings: Tensor, labels: Tensor, teacher_embeddings: Tensor | None
-) -> GlobalBatch:
-    """The samples of all ranks as they were passed, in their own dtypes, with one all-gather.
+def gather_batch(spread: Spread, batch: Batch) -> Batch:
+    """Return the batch with the samples of all ranks, without a graph, after one all-gather.
 
-    Not normalised: 16-bit embeddings stay 16 bits on the way, and what is computed from them is
-    what one process would compute. Labels become int64.
+    The samples are not normalized: 16-bit embeddings are sent as 16 bits, and the loss is computed
+    from what one process would have. Labels become int64.
     """
     largest = max(spread.num_samples)
-    # Samples first, so that a rank's samples are a slice.
-    own = [labels.long(), embeddings.detach().movedim(-2, 0)]
-    if teacher_embeddings is not None:
-        own.append(teacher_embeddings.detach())
+    # The sample dimension comes first, so that a rank's samples are a slice.
+    own = [batch.labels.long(), batch.embeddings.detach().movedim(-2, 0)]
+    if batch.teacher_embeddings is not None:
+        own.append(batch.teacher_embeddings.detach())
     sent = torch.cat([padded_bytes(part, largest) for part in own])
     received = sent.new_empty(spread.num_ranks, sent.numel())
     all_gather(received, sent, spread.process_group)
@@ -140,16 +149,16 @@ def gather_batch(
         ]
         parts.append(torch.cat(by_rank))
         start += aligned(num_bytes)
-    return GlobalBatch(
-        spread,
-        parts[1].movedim(0, -2).contiguous(),
-        parts[0],
-        parts[2] if len(parts) > 2 else None,
+    return replace(
+        batch,
+        embeddings=parts[1].movedim(0, -2).contiguous(),
+        labels=parts[0],
+        teacher_embeddings=parts[2] if len(parts) > 2 else None,
     )
 
 
 def padded_bytes(part: Tensor, num_samples: int) -> Tensor:
-    """The elements of a part [n, ..] as bytes, padded to those of [num_samples, ..]."""
+    """Return the bytes of a part [n, ..], padded to the size of [num_samples, ..]."""
     found = part.contiguous().view(-1).view(torch.uint8)
     num_bytes = aligned(shape_bytes((num_samples, *part.shape[1:]), part.dtype))
     return torch.nn.functional.pad(found, (0, num_bytes - found.numel()))

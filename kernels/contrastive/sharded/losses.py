@@ -1,13 +1,13 @@
 """The contrastive losses over the samples of all ranks of a process group.
 
 Every rank has its samples, and the same label embeddings and teacher label embeddings. All rows of
-the global batch (see `global_rows`) are anchors, positives and negatives, as if one process held
-all samples. A rank computes the sums over pairs of its own rows with all rows, 1/W of the whole,
-and the sums of the label embeddings, which are few, on every rank:
+the global batch (see `batch`) are anchors, positives and negatives, as if one process held all
+samples. A rank computes the sums over pairs of its own rows with all rows, 1/W of the whole, and
+the sums of the label embeddings, which are few, on every rank:
 
     gather the samples        [N, d]: the one large message
     D_i of the own rows       own rows x all rows
-    gather D                  one number a row; now every rank knows all L_i
+    gather D                  one number per row; now every rank knows all L_i
     gradient of the own rows  sum_j e_ij (u_i + u_j) y_j over all rows: e is symmetric, so the own
                               rows' gradient through other ranks' anchors needs only those u_j, and
                               nothing is sent back
@@ -16,10 +16,12 @@ The objective of W ranks whose gradients are averaged is the mean of what the ra
 "mean" and "sum" every rank returns the global loss L, the samples of a rank get W dL/dx, which
 averaging divides by W, and label embeddings, whose gradient every rank computes whole, get dL/dl.
 For "none" a rank returns the losses of its own rows. With upstream gradients g_r of rank r, row j
-has the weight w_j = sum_r g_rj / W (a sample has one rank, a label embedding all); these weights
-are gathered with D, in the backward pass.
+has the weight w_j = sum_r g_rj / W (a sample is in one rank's sum, a label embedding in all); these
+weights are gathered with D, in the backward pass.
 """
 
+import functools
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -28,43 +30,33 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from .batch import GlobalBatch, Spread, gather_batch
+from ..autograd import Passes
+from ..batch import Batch
+from .batch import Spread, gather_batch
 
-# temperature, denominator, reduction, ignore_index
-Options = tuple[float, str, str, int]
 
+def contrastive_loss(name: str, spread: Spread, batch: Batch) -> Tensor:
+    """Return the loss of all ranks' samples by the implementation of that name.
 
-def contrastive_loss(
-    name: str,
-    spread: Spread,
-    embeddings: Tensor,
-    labels: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    ignore_index: int,
-) -> Tensor:
-    """The loss of all ranks' samples by the implementation of that name; see above.
-
-    The arguments are this rank's, already checked and, by `global_rows.agree`, those of all ranks.
+    The batch is this rank's, checked; its options are, by `agreement.agree`, those of all ranks.
     """
-    batch = gather_batch(spread, embeddings, labels, teacher_embeddings)
-    options = (temperature, denominator, reduction, ignore_index)
+    everyone = gather_batch(spread, batch)
     if name == "reference":
-        return reference_loss(
-            batch, embeddings, label_embeddings, teacher_label_embeddings, options
-        )
-    return GlobalLoss.apply(
-        passes(name), batch, embeddings, label_embeddings, teacher_label_embeddings, options,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
+        return reference_loss(spread, batch.embeddings, everyone)
+    module = passes(name)
+
+    def forward(_: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
+        return module.forward(spread, everyone, any(trained))
+
+    refusal = (
+        "with a process_group only impl='reference' (reduction 'mean' or 'sum') can be "
+        "differentiated twice"
+    )
+    return Passes(refusal, forward, functools.partial(module.backward, spread)).loss(batch)
 
 
 def passes(name: str) -> ModuleType:
-    """The file with both passes of an implementation: `forward` and `backward`."""
+    """Return the module with `forward` and `backward` of an implementation."""
     if name == "tiled":
         from . import tiled_passes
 
@@ -74,72 +66,17 @@ def passes(name: str) -> ModuleType:
     return gpu_passes
 
 
-class GlobalLoss(torch.autograd.Function):
-    """Both passes over the own rows."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        file: ModuleType,
-        batch: GlobalBatch,
-        embeddings: Tensor,
-        label_embeddings: Tensor | None,
-        teacher_label_embeddings: Tensor | None,
-        options: Options,
-        grad_enabled: bool,
-    ) -> Tensor:
-        trained = ctx.needs_input_grad[2], ctx.needs_input_grad[3]
-        loss, saved, ctx.known = file.forward(
-            batch, label_embeddings, teacher_label_embeddings, *options,
-            with_gradient=grad_enabled and any(trained), with_labels=trained[1],
-        )  # fmt: skip
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*saved)
-        ctx.backward = file.backward
-        ctx.spread, ctx.leading = batch.spread, embeddings.shape[:-2]
-        ctx.dtypes = (
-            embeddings.dtype, None if label_embeddings is None else label_embeddings.dtype,
-        )  # fmt: skip
-        return loss
-
-    @staticmethod
-    def backward(ctx: Any, loss_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
-        if loss_gradient is None:
-            return (None,) * 7
-        if torch.is_grad_enabled():
-            # Gradients of this gradient would leave the tiles out without a word.
-            raise RuntimeError(
-                "backward was called with create_graph=True: with a process_group only "
-                "impl='reference' (reduction 'mean' or 'sum') can be differentiated twice"
-            )
-        samples, labels = ctx.backward(
-            ctx.spread, loss_gradient, list(ctx.saved_tensors), ctx.known, *ctx.dtypes
-        )
-        return None, None, samples, labels, None, None, None
-
-
-def reference_loss(
-    batch: GlobalBatch,
-    embeddings: Tensor,
-    label_embeddings: Tensor | None,
-    teacher_label_embeddings: Tensor | None,
-    options: Options,
-) -> Tensor:
-    """Every rank computes the whole of `reference.contrastive_loss` and differentiates its part."""
-    own, everyone = batch.spread.own_samples, batch.embeddings
-    scaled = ScaleGradient.apply(embeddings, batch.spread.num_ranks)
-    samples = torch.cat(
-        [everyone[..., : own.start, :], scaled, everyone[..., own.stop :, :]], dim=-2
-    )
-    loss = reference.contrastive_loss(
-        samples, batch.labels, label_embeddings, batch.teacher_embeddings,
-        teacher_label_embeddings, *options,
-    )  # fmt: skip
-    return OwnRows.apply(loss, batch.spread) if options[2] == "none" else loss
+def reference_loss(spread: Spread, embeddings: Tensor, everyone: Batch) -> Tensor:
+    """Return `reference.contrastive_loss` of all samples, differentiable for the own ones."""
+    own, samples = spread.own_samples, everyone.embeddings
+    scaled = ScaleGradient.apply(embeddings, spread.num_ranks)
+    samples = torch.cat([samples[..., : own.start, :], scaled, samples[..., own.stop :, :]], dim=-2)
+    loss = reference.contrastive_loss(replace(everyone, embeddings=samples))
+    return OwnRows.apply(loss, spread) if everyone.reduction == "none" else loss
 
 
 class ScaleGradient(torch.autograd.Function):
-    """x, whose gradient is multiplied by a number."""
+    """The identity, whose gradient is multiplied by a number."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
@@ -152,7 +89,7 @@ class ScaleGradient(torch.autograd.Function):
 
 
 class OwnRows(torch.autograd.Function):
-    """The losses of the own rows [.., m] among all [.., M], whose gradient is that of all ranks."""
+    """The own rows' losses [.., m] of all losses [.., M], with the gradients of all ranks."""
 
     @staticmethod
     def forward(ctx: Any, losses: Tensor, spread: Spread) -> Tensor:

@@ -1,45 +1,46 @@
-/* The contrastive loss of a small batch and its gradient in one call: at 32 samples PyTorch's forty
- * operations cost many times what they compute.
+/* The contrastive loss of a small batch and its gradient in one call: at 32 samples the overhead of
+ * PyTorch's forty operations exceeds their computation many times.
  *
- * The algebra and its names are those of supcon_tiled.py. Plain C without Python's headers, called
- * through ctypes (supcon_compiled.py).
+ * Formulas and names are those of loss.py. Plain C without Python's headers, called through ctypes
+ * (cpu_loop.py).
  */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-/* The block of a matrix product that stays in registers: twelve sums, two loads and a broadcast are
- * fifteen of sixteen 256-bit registers. */
+/* Block of a matrix product in registers: twelve sums, two loads and a broadcast use fifteen of
+ * sixteen 256-bit registers. */
 #define ROWS 6
 #define LANES 8
 #define COLUMNS (2 * LANES)
-/* Summands that are added to one another before their sum is added to the others': rounding grows
- * with their number. */
+/* Number of products that are summed before their sum is added to the result: the rounding error
+ * grows with the number. */
 #define SUMMANDS 128
 
-/* A vector this short has no direction (rows.ZERO_NORM). */
+/* A vector this short has no direction (ZERO_NORM in batch.py). */
 #define ZERO_NORM 1e-12f
 #define SMALLEST 1.17549435e-38f
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* They go through pointers, for by value they would depend on the target's calling convention. */
+/* Passed through pointers, because passing by value would depend on the calling convention of the
+ * target. */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* As in supcon_compiled.py. */
+/* In the order of cpu_loop.py. */
 enum denominator { ALL, OTHERS, NEGATIVES };
 enum reduction { MEAN, SUM };
 
 enum step { NORMALIZE, PAIRS, GRADIENT };
 
-/* Classes of rows that do not exist: labelled ignore_index, or padding. */
+/* Classes of rows that do not exist: ignored by their label, or padding. */
 enum { IGNORED = -1, PADDING = -2 };
 
-/* supcon_compiled.Problem, field by field. */
+/* Problem in cpu_loop.py has the same fields. */
 struct problem {
-    /* Samples [E][N][d], label embeddings [E][K][d], and their teachers' [N][d] and [K][d]; null
-     * where there are none. */
+    /* Samples [E][N][d], label embeddings [E][K][d], and their teacher counterparts [N][d] and
+     * [K][d]; null where absent. */
     const float *parts[4];
     const int64_t *labels; /* [N] */
     float *losses;         /* [E] */
@@ -49,17 +50,17 @@ struct problem {
     double temperature;
 };
 
-/* What one exit needs beside its inputs. Threads that share out its rows, in blocks of ROWS, write
- * apart from each other in every step but NORMALIZE. */
+/* Scratch memory of one exit. Threads that share its rows, in blocks of ROWS, write to different
+ * memory in every step except NORMALIZE, which one thread does. */
 struct scratch {
     float *y;        /* [columns][width], zeros beyond M and d */
-    float *panels;   /* [columns / COLUMNS][d][COLUMNS]: y again, sixteen rows side by side */
-    float *products; /* [rows][width]: G, where the panels were */
+    float *panels;   /* [columns / COLUMNS][d][COLUMNS]: y in blocks of sixteen transposed rows */
+    float *products; /* [rows][width]: G, in the memory of the panels */
     float *pairs;    /* [rows][columns]: e, then the pairs' weights in the gradient */
     float *sums;     /* [classes][width] of y */
     float *inverse_norm, *exists, *inverse_positives, *weight, *u, *losses; /* [columns] */
     int32_t *classes, *members;                                             /* [columns] */
-    int64_t rows, columns, width; /* M and d, and more for whole blocks */
+    int64_t rows, columns, width; /* M, M and d, rounded up to whole blocks */
 };
 
 INLINE int64_t rounded_up(int64_t count, int64_t multiple)
@@ -77,7 +78,7 @@ INLINE int64_t num_rows(const struct problem *p)
     return num_trained(p) * p->num_copies;
 }
 
-/* Lays the arrays out from `start`; returns how many floats they take. */
+/* Place the arrays in memory from `start`; return their number of floats. */
 static int64_t lay_out(const struct problem *p, float *start, struct scratch *s)
 {
     int64_t used = 0;
@@ -105,12 +106,12 @@ static int64_t lay_out(const struct problem *p, float *start, struct scratch *s)
 /* exp for |x| <= 87: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2]; NaN stays NaN. */
 INLINE void exponentiate(lanes *e)
 {
-    /* Adding 1.5 * 2^23 rounds to an integer, which then stands in the low bits. */
+    /* Adding 1.5 * 2^23 rounds to an integer, which is then in the low bits. */
     const float shift = 12582912.0f;
     const int32_t shift_bits = 0x4B400000, bias = 127, mantissa_bits = 23;
     union { lanes real; integers bits; } shifted = {.real = *e * 1.44269504f + shift}, power;
     lanes n = shifted.real - shift;
-    /* ln 2 in two parts, the first exact times n. */
+    /* ln 2 in two parts; n times the first one is exact. */
     lanes r = *e - n * 0.693359375f;
     r += n * 2.12194440e-4f;
     lanes tail = r * 1.9875691500e-4f + 1.3981999507e-3f;
@@ -167,8 +168,9 @@ INLINE void block_product(const float *a, int64_t a_stride, const float *b, int6
     }
 }
 
-/* Classes of the rows and how many rows each has. A class is known by its label where there are
- * label embeddings, else by its first row. Returns the position of a label outside [0, K), or -1. */
+/* Find the class of each row and the number of rows of each class. The class is the label with label
+ * embeddings, else the first row with the same label. Return the position of a label outside [0, K),
+ * or -1. */
 static int64_t find_classes(const struct problem *p, struct scratch *s)
 {
     memset(s->members, 0, sizeof(int32_t) * s->columns);
@@ -198,7 +200,7 @@ static int64_t find_classes(const struct problem *p, struct scratch *s)
     return -1;
 }
 
-/* 1 / the number of positives, and the rows' weights in the loss. */
+/* Compute 1 / number of positives and the weight in the loss of each row. */
 static void weigh_rows(const struct problem *p, struct scratch *s)
 {
     int64_t num_existing = 0, num_counted = 0;
@@ -215,7 +217,7 @@ static void weigh_rows(const struct problem *p, struct scratch *s)
         s->weight[i] = s->inverse_positives[i] > 0 ? weight : 0;
 }
 
-/* y, its panels, and the sum over each class. */
+/* Compute y, its panels, and the sum over each class. */
 INLINE void normalize(const struct problem *p, struct scratch *s, int64_t exit)
 {
     int64_t sizes[4] = {p->num_samples, p->num_labels, p->num_samples, p->num_labels}, i = 0;
@@ -247,7 +249,7 @@ INLINE void normalize(const struct problem *p, struct scratch *s, int64_t exit)
                     s->y[(first + column) * s->width + k];
 }
 
-/* e of the ROWS rows from `first` with all columns, and the rows' u and losses. */
+/* Compute e of the ROWS rows from `first` with all columns, and the rows' u and losses. */
 INLINE void pair_up(const struct problem *p, struct scratch *s, int64_t first)
 {
     lanes sums[ROWS] = {{0}};
@@ -290,7 +292,7 @@ INLINE float sum_losses(const struct problem *p, const struct scratch *s)
     return (float)loss;
 }
 
-/* The gradient of those of the ROWS rows from `first` that are trained. */
+/* Compute the gradient of the trained rows among the ROWS rows from `first`. */
 INLINE void differentiate(const struct problem *p, struct scratch *s, int64_t exit, int64_t first)
 {
     float *pairs = s->pairs + first * s->columns, *product = s->products + first * s->width;
@@ -336,8 +338,9 @@ INLINE void step_through(const struct problem *p, struct scratch *s, enum step s
     }
 }
 
-/* The same for every machine and for those with fused multiply-add, who get twice the speed. Not by
- * target_clones: its "avx2,fma" makes two clones, one without the other. ANY_MACHINE is for tests. */
+/* The same code compiled for every machine and for machines with fused multiply-add, which doubles the
+ * speed. target_clones cannot do it: "avx2,fma" makes two clones, one without the other. Tests
+ * define ANY_MACHINE. */
 static void step_anywhere(const struct problem *p, struct scratch *s, enum step step,
                                int64_t exit, int64_t first, int64_t last)
 {
@@ -361,7 +364,7 @@ static int has_fma(void)
 #define has_fma() 0
 #endif
 
-/* One step of an exit for the blocks of rows first <= block < last. */
+/* Do one step of an exit for the blocks of rows first <= block < last. */
 static void take_step(const struct problem *p, float *scratch, int step, int64_t exit,
                       int64_t first, int64_t last)
 {
@@ -370,16 +373,16 @@ static void take_step(const struct problem *p, float *scratch, int step, int64_t
     (has_fma() ? step_with_fma : step_anywhere)(p, &s, (enum step)step, exit, first, last);
 }
 
-/* How many floats of scratch an exit needs. */
+/* Return the number of floats of scratch memory of an exit. */
 int64_t supcon_scratch(const struct problem *p)
 {
     struct scratch s;
     return lay_out(p, 0, &s);
 }
 
-/* Losses and gradients of all exits, by so many threads. Every row is one thread's, so that the bits
- * do not depend on their number. `scratch` is enough for min(threads, exits) exits.
- * Returns the position of a label outside [0, K), or -1. */
+/* Compute losses and gradients of all exits. Every row is computed by one thread, so that the bits do
+ * not depend on the number of threads. `scratch` has memory for min(num_threads, num_exits) exits.
+ * Return the position of a label outside [0, K), or -1. */
 int64_t supcon_loss(const struct problem *p, float *scratch, int64_t num_threads)
 {
     struct scratch s;

@@ -1,23 +1,25 @@
-"""What is done to a tile of similarities between its two matrix products, on a GPU.
+"""Triton kernels for a tile of similarities between its two matrix products.
 
     sums:  rows_i = sum_j e_ij weight_j     columns_j = sum_i e_ij weight_i     e_ij = exp(s_ij)
     pairs: s_ij <- e_ij (u_i + u_j)         in place
 
-The products are cuBLAS's, on tensor cores for float16 also where Triton has no matrix unit (V100).
-One read of the tile, one write for the pairs; PyTorch's operations take four of each.
+The products are computed by cuBLAS, which uses tensor cores for float16 also where Triton cannot
+(V100). A kernel reads the tile once and `pairs` writes it once; PyTorch's operations would read and
+write it four times.
 """
 
 import itertools
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...support.variant import Variant
+from ...support.variant import Variant, make_variant
 
-# Each program takes a block of rows and columns of the tile. 8 values a thread: no spills on any
-# target, and enough loads in flight.
+# Each program processes a block of rows and columns of the tile. 8 values per thread: no spills on
+# any GPU, and enough loads in flight.
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 64
 NUM_WARPS = 8
@@ -25,17 +27,10 @@ NUM_WARPS = 8
 
 @triton.jit
 def exponentials(
-    tile,
-    row_classes,
-    column_classes,
-    rows,
-    columns,
-    num_rows,
-    num_columns,
-    WITHOUT_DIAGONAL: tl.constexpr,
-    WITHOUT_OWN_CLASS: tl.constexpr,
-):
-    """e [rows, columns] float32, 0 outside the tile and where the denominator leaves it out."""
+    tile, row_classes, column_classes, rows, columns, num_rows, num_columns,
+    WITHOUT_DIAGONAL: tl.constexpr, WITHOUT_OWN_CLASS: tl.constexpr,
+):  # fmt: skip
+    """Return e [rows, columns] float32, 0 outside the tile and for pairs that are left out."""
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
     offsets = rows[:, None] * num_columns + columns[None, :]
     # A pair that does not exist has the similarity -inf, whose exponential is 0.
@@ -52,20 +47,11 @@ def exponentials(
 
 @triton.jit
 def exponential_sums_kernel(
-    tile,
-    row_weight,
-    column_weight,
-    row_classes,
-    column_classes,
-    row_partials,
-    column_partials,
-    num_rows,
-    num_columns,
-    WITHOUT_DIAGONAL: tl.constexpr,
-    WITHOUT_OWN_CLASS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    tile, row_weight, column_weight, row_classes, column_classes, row_partials, column_partials,
+    num_rows, num_columns,
+    WITHOUT_DIAGONAL: tl.constexpr, WITHOUT_OWN_CLASS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     row_block = tl.program_id(0)
     column_block = tl.program_id(1)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -90,18 +76,10 @@ def exponential_sums_kernel(
 
 @triton.jit
 def pair_weights_kernel(
-    tile,
-    row_u,
-    column_u,
-    row_classes,
-    column_classes,
-    num_rows,
-    num_columns,
-    WITHOUT_DIAGONAL: tl.constexpr,
-    WITHOUT_OWN_CLASS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
+    tile, row_u, column_u, row_classes, column_classes, num_rows, num_columns,
+    WITHOUT_DIAGONAL: tl.constexpr, WITHOUT_OWN_CLASS: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
-):
+):  # fmt: skip
     rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     columns = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     exponential = exponentials(
@@ -111,8 +89,8 @@ def pair_weights_kernel(
     of_rows = tl.load(row_u + rows, mask=rows < num_rows, other=0.0)
     of_columns = tl.load(column_u + columns, mask=columns < num_columns, other=0.0)
     weights = exponential * (of_rows[:, None] + of_columns[None, :])
-    # Nothing to a row that exists: its weights are below 200. Those of an ignored row, which is in
-    # nobody's D, know no bound, and infinity times its zeros would be NaN. A NaN goes through.
+    # Rows that exist have weights below 200. Those of an ignored row, which no D contains, have no
+    # bound, and infinity times its zeros would be NaN. A NaN is kept.
     weights = tl.where(weights > 60000.0, 60000.0, weights)
     weights = tl.where(weights < -60000.0, -60000.0, weights)
     inside = (rows[:, None] < num_rows) & (columns[None, :] < num_columns)
@@ -131,20 +109,23 @@ def sums(
     is_diagonal: bool,
     tile: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Row sums [rows] and column sums [columns], float32, of the exponentials of a tile.
+    """Return row sums [rows] and column sums [columns], float32, of the exponentials of a tile.
 
-    y_rows [rows, d], y_columns [columns, d], tile [rows, columns]: float16 or float32 alike; the
-    tile is contiguous, of fewer than 2^31 elements, and holds the similarities afterwards.
-    row_classes, row_weight [rows]; column_classes, column_weight [columns].
-    is_diagonal: both sides are the same rows, so that pair i, i is a row with itself.
+    Args:
+        y_rows, y_columns, tile: [rows, d], [columns, d] and [rows, columns], all float16 or all
+            float32. The tile is contiguous, has fewer than 2^31 elements, and holds the
+            similarities afterwards.
+        row_classes, row_weight: [rows].
+        column_classes, column_weight: [columns].
+        is_diagonal: rows and columns are the same rows, so that pair (i, i) is a row with itself.
     """
     torch.matmul(y_rows, y_columns.t(), out=tile)
     num_rows, num_columns = tile.shape
     blocks = grid(tile)
-    # Programs write their own partial sums and add none: the order of the sum is fixed.
+    # Every program writes its own partial sums, so the order of the sum is fixed.
     row_partials = row_weight.new_empty(blocks[1], num_rows)
     column_partials = row_weight.new_empty(blocks[0], num_columns)
-    # Triton launches on the current device, which may be another one.
+    # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(tile):
         exponential_sums_kernel[blocks](
             tile, row_weight, column_weight, row_classes, column_classes,
@@ -165,7 +146,7 @@ def pair_weights(
     is_diagonal: bool,
     tile: Tensor,
 ) -> None:
-    """tile <- e_ij (u_i + u_j); arguments as in `sums`."""
+    """Set the tile to e_ij (u_i + u_j); arguments as in `sums`."""
     torch.matmul(y_rows, y_columns.t(), out=tile)
     num_rows, num_columns = tile.shape
     with torch.cuda.device_of(tile):
@@ -190,31 +171,26 @@ def constants(denominator: str, is_diagonal: bool) -> dict[str, bool | int]:
 
 
 def variants(capability: int) -> list[Variant]:
-    """The same on every GPU: for whole tiles, and for those at the edge, of any size."""
-    common = {
-        "row_classes": "*i64", "column_classes": "*i64", "num_rows": "i32", "num_columns": "i32",
-    }  # fmt: skip
-    kernels = {
-        exponential_sums_kernel: {
-            "row_weight": "*fp32", "column_weight": "*fp32",
-            "row_partials": "*fp32", "column_partials": "*fp32",
-        },
-        pair_weights_kernel: {"row_u": "*fp32", "column_u": "*fp32"},
-    }  # fmt: skip
+    """List the shipped compilations, the same on every GPU: whole tiles, and tiles of any size."""
+    arrays = (
+        "row_weight", "column_weight", "row_partials", "column_partials", "row_u", "column_u",
+    )  # fmt: skip
+    classes = {"row_classes": "*i64", "column_classes": "*i64"}
     found = []
-    for (kernel, own), dtype, denominator, whole in itertools.product(
-        kernels.items(), ("fp16", "fp32"), ("others", "negatives"), (True, False)
+    for kernel, dtype, denominator, whole in itertools.product(
+        (exponential_sums_kernel, pair_weights_kernel),
+        ("fp16", "fp32"),
+        ("others", "negatives"),
+        (True, False),
     ):
-        types = {"tile": f"*{dtype}", **own, **common}
-        pointers = frozenset(name for name, kind in types.items() if kind.startswith("*"))
-        found.append(
-            Variant(
-                name=f"{kernel.__name__} {dtype} {denominator} {'whole' if whole else 'edge'}",
-                kernel=kernel,
-                types=types,
-                constants=constants(denominator, is_diagonal=True),
-                num_warps=NUM_WARPS,
-                divisible_by_16=frozenset(types) if whole else pointers,
-            )
+        variant = make_variant(
+            f"{kernel.__name__} {dtype} {denominator} {'whole' if whole else 'edge'}",
+            kernel,
+            constants(denominator, is_diagonal=True),
+            {"tile": f"*{dtype}", **classes, **dict.fromkeys(arrays, "*fp32")},
+            num_warps=NUM_WARPS,
         )
+        if whole:
+            variant = replace(variant, divisible_by_16=frozenset(variant.types))
+        found.append(variant)
     return found

@@ -19,7 +19,7 @@ def no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, capability: int | None) -> None:
-    """A machine with a GPU of this compute capability."""
+    """Pretend that the machine has a GPU of this compute capability."""
     for module in (dispatch, machine):
         monkeypatch.setattr(module, "capability", lambda device: capability)
 
@@ -32,7 +32,7 @@ def test_auto_on_the_cpu_is_tiled_wherever_it_can_run(dtype: torch.dtype) -> Non
 
 
 def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By rows, capability, dtype and temperature."""
+    """The choice depends on rows, capability, dtype and temperature."""
     for capability, num_rows, dtype, temperature, name in (
         (90, 256, torch.float16, 0.5, "supcon_small"),
         (90, 257, torch.float16, 0.5, "supcon_fused"),

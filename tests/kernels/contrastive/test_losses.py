@@ -1,4 +1,4 @@
-"""The public boundary: what is accepted, and what is refused in which words."""
+"""The public functions: accepted arguments, refused arguments and their messages."""
 
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +34,7 @@ def test_shapes_of_the_results() -> None:
 
 
 def test_ignore_index_may_be_any_label() -> None:
-    """A label that is ignored is like one that is not there, be it a valid class or not."""
+    """A row with the ignored label has no effect, whether the label is a valid class or not."""
     for ignored in (1, -1, 255):
         labels = torch.where(Y == 1, ignored, Y)
         expected = supcon_loss(X[Y == 0], Y[Y == 0])
@@ -126,7 +126,7 @@ def test_types_that_are_refused(message: str) -> None:
 
 @pytest.mark.parametrize("impl", ["reference", "tiled", "triton"])
 def test_a_teacher_is_a_constant_even_where_it_asks_for_a_gradient(impl: str) -> None:
-    """Frozen student, undetached teacher: a loss without graph, whatever else is added to it."""
+    """A loss of a frozen student has no graph, even if the teacher was not detached."""
     teacher = X.clone().requires_grad_()
     loss = acl_cl_loss(X, Y, W, teacher, W, impl=impl)
     assert not loss.requires_grad

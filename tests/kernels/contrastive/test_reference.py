@@ -1,4 +1,4 @@
-"""The specification against loops written from the definition, which share no code with it."""
+"""The specification against independent loops written from the definition."""
 
 import math
 from operator import mul
@@ -14,7 +14,7 @@ DENOMINATORS = ("all", "others", "negatives")
 def definition(
     rows: list[list[float]], labels: list[int], temperature: float, denominator: str
 ) -> tuple[list[float], int]:
-    """L_i of every row and the number of anchors; a label of -100 is ignored."""
+    """Return L_i of every row and the number of anchors; the label -100 is ignored."""
 
     def unit(row: list[float]) -> list[float]:
         norm = math.sqrt(math.fsum(x * x for x in row))

@@ -15,7 +15,7 @@ List = list[Tensor | None]
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several chunks and a last one that is not full."""
+    """Use several chunks, of which the last is not full."""
     monkeypatch.setattr(cpu, "CHUNK_PER_THREAD", 16)
     monkeypatch.setattr(cpu, "PIECE", 20)
 
@@ -67,13 +67,13 @@ def test_sums_of_mixed_dtypes(impl: str) -> None:
 
 
 def test_many_elements_lose_nothing(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
-    """A sum of 2^24 ones and more is where one float32 accumulator stops counting."""
+    """One float32 accumulator of ones stops at 2^24."""
     monkeypatch.setattr(cpu, "CHUNK_PER_THREAD", 128 * 1024)
     monkeypatch.setattr(cpu, "PIECE", 2**20)
     ones = torch.ones(2**24 + 3000)
     sums = grad_dot_norm([ones], [ones], impl=impl)
     assert sums.tolist() == [[float(torch.tensor(2.0**24 + 3000))] * 3]
-    # Each addition of these rounds: one float32 product over all is off by more.
+    # Each addition rounds: one float32 product over all elements has a larger error.
     tenths = ones.fill_(0.1)
     exact = tenths[0].double().item() ** 2 * tenths.numel()
     assert grad_dot_norm([tenths], [tenths], impl=impl)[0].tolist() == pytest.approx(
@@ -96,7 +96,7 @@ def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyP
 def test_the_compiled_loop_at_every_edge(count: int, dtype: torch.dtype) -> None:
     if cpu.compiled_loop() is None:
         pytest.skip("the compiled loop was not built: no C compiler at installation")
-    # One element before and after that must not be read.
+    # The elements before and after must not be read.
     x, y = (torch.randn(count + 2, dtype=dtype) for _ in range(2))
     x[0], x[-1] = NAN, NAN
     expected = expected_stats([x[1:-1]], [y[1:-1]], [0])[0]
@@ -120,7 +120,7 @@ def test_angle() -> None:
         torch.testing.assert_close(angle, torch.tensor([degrees]), rtol=0, atol=1e-5)
     assert angle_degrees(grad_dot_norm([x], [torch.zeros(2)])).tolist() == [90]
     assert angle_degrees(grad_dot_norm([x], [None])).tolist() == [90]
-    # Rounding may leave a cosine above 1.
+    # Rounding may give a cosine above 1.
     assert angle_degrees(torch.tensor([[1.0001, 1.0, 1.0]])).tolist() == [0]
     for bad in (NAN, INF):
         assert angle_degrees(grad_dot_norm([torch.tensor([1.0, bad])], [x])).isnan().all()
@@ -150,7 +150,7 @@ def test_combination(
 
 
 def test_gate_per_group(impl: str) -> None:
-    """Kept, dropped, zero gradient, overflow: each group takes its own decision."""
+    """Each group decides by itself: kept, dropped, zero gradient, overflow."""
     x = torch.tensor([1.0, 0.0])
     a: List = [x.clone(), x.clone(), x.clone(), torch.tensor([1.0, INF])]
     b: List = [torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 1.0]), torch.zeros(2), x.clone()]
@@ -165,7 +165,7 @@ def test_gate_per_group(impl: str) -> None:
 
 @pytest.mark.parametrize("scale", [None, -2.0, torch.tensor(0.5)], ids=["none", "float", "tensor"])
 def test_clipping_is_part_of_the_pass(impl: str, scale: float | Tensor | None) -> None:
-    """All groups together, after the scale; as torch.nn.utils.clip_grad_norm_."""
+    """The norm is that of all groups after the scale, as in torch.nn.utils.clip_grad_norm_."""
     a, b = make_lists()
     b[6] = None
     groups = [0, 1, 1, 0, 1, 0, 0]
@@ -184,7 +184,7 @@ def test_clipping_is_part_of_the_pass(impl: str, scale: float | Tensor | None) -
 
 
 def test_each_group_may_be_clipped_by_itself(impl: str) -> None:
-    """As if every group had been combined alone; one that overflows does not stop the others."""
+    """Results equal those of each group alone; an overflow in one does not affect the others."""
     a, b = make_lists()
     b[6] = None
     groups = [0, 1, 2, 0, 1, 2, 0]
@@ -206,7 +206,7 @@ def test_each_group_may_be_clipped_by_itself(impl: str) -> None:
 
 
 def test_without_a_norm_nothing_is_written(impl: str) -> None:
-    """One group overflows: with clipping no gradient has a factor, without it the others have."""
+    """If one group overflows, clipping has no factor; without clipping the others are written."""
     a: List = [torch.ones(2), torch.tensor([1.0, INF])]
     b: List = [torch.ones(2), torch.ones(2)]
     stats = grad_dot_norm(a, b, groups=[0, 1])
@@ -219,7 +219,7 @@ def test_without_a_norm_nothing_is_written(impl: str) -> None:
 
 
 def test_the_decision_is_taken_in_float64() -> None:
-    """60.00000000000001 degrees: the angle in float32 is 60."""
+    """An angle of 60.00000000000001 degrees is 60 in float32."""
     stats = torch.tensor([[0.5, 1.0, 1.0]])
     assert angle_degrees(stats).tolist() == [60]
     for max_angle in (60.0, 60.00000000000001, 59.99999999999999):

@@ -1,4 +1,4 @@
-"""Against the float64 reference; test_angle.py holds what all implementations have in common."""
+"""The GPU kernels against the float64 reference; test_angle.py has the tests that all share."""
 
 import itertools
 import math
@@ -19,13 +19,13 @@ ONE = pytest.approx(1, abs=1e-5)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 List = list[Tensor | None]
 
-# NumPy, on which the interpreter computes, warns of what these tests are about.
+# NumPy, in the interpreter, warns of the NaN and infinity that some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
-    """Entries of several chunks, chunks of several blocks, and nothing made for other sizes."""
+    """Entries have several chunks, chunks several blocks; tables of other sizes are deleted."""
     monkeypatch.setattr(chunk_tables, "CHUNK", 256)
     monkeypatch.setattr(gpu, "BLOCK", 64)
     monkeypatch.setattr(gpu, "PARTIAL_BLOCK", 8)
@@ -38,14 +38,14 @@ def random(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def unaligned(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A view that starts one element behind a multiple of 16 bytes."""
+    """Make a view that starts one element after a multiple of 16 bytes."""
     view = random(size + 1, dtype=dtype)[1:]
     assert size == 0 or view.data_ptr() % 16 != 0
     return view
 
 
 def copies(gradients: List, dtype: torch.dtype | None = None) -> List:
-    """With the same strides where there are no gaps."""
+    """Copy a list; copies have the same strides unless these leave gaps."""
     return [None if t is None else t.to(dtype or t.dtype, copy=True) for t in gradients]
 
 
@@ -54,7 +54,7 @@ def fused(a: List, b: List, groups: list[int] | None = None) -> Tensor:
 
 
 def check_sums(a: List, b: List, groups: list[int] | None = None) -> Tensor:
-    """As near to float64 as float32 sums of this few products are; relative to |a| |b|."""
+    """Check the sums against float64, within float32 rounding relative to |a| |b|."""
     double = torch.float64
     wanted = grad_dot_norm(copies(a, double), copies(b, double), groups=groups, impl="reference")
     found = fused(a, b, groups)
@@ -66,9 +66,9 @@ def check_sums(a: List, b: List, groups: list[int] | None = None) -> Tensor:
 
 
 def check_combination(a: List, b: List, stats: Tensor | None = None, **options: Any) -> Tensor:
-    """Every element is off by at most a rounding of its dtype and of float32 arithmetic.
+    """Check every element, within one rounding of its dtype and of float32 arithmetic.
 
-    Triton's interpreter does not round to bfloat16, it truncates.
+    Triton's interpreter truncates to bfloat16 instead of rounding.
     """
     groups = options.get("groups")
     if stats is None:
@@ -97,14 +97,14 @@ def check_combination(a: List, b: List, stats: Tensor | None = None, **options: 
 
 
 def same_gaps(tensor: Tensor) -> Tensor:
-    """A copy with the same strides, also where they leave gaps."""
+    """Copy a tensor with the same strides, also where they leave gaps."""
     base = tensor.new_empty(tensor.untyped_storage().size() // tensor.element_size())
     view = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
     return view.copy_(tensor)
 
 
 def mixed_lists() -> tuple[List, List]:
-    """Every pair of dtypes and of sizes around a block and a chunk."""
+    """Make lists with every pair of dtypes, and sizes around a block and a chunk."""
     sizes = itertools.cycle((1, 7, 0, 64, 255, 256, 257, 1000, 512))
     a: List = []
     b: List = []
@@ -135,7 +135,7 @@ def test_one_launch_for_all_dtypes_and_groups() -> None:
             used = check_combination(
                 a, present, groups=groups, max_norm=max_norm, clip_groups=clip_groups
             )
-            # Groups without a single element have their l' too.
+            # Groups without elements have an l' too.
             assert used.tolist() == [torch.tensor(0.3).item()] * len(stats)
 
 
@@ -156,7 +156,7 @@ def test_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_many_chunks_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Float32 stops counting at 2^24; here so many chunks make up more than that."""
+    """A float32 sum of ones stops at 2^24; the sum of these chunks is larger."""
     monkeypatch.setattr(chunk_tables, "CHUNK", 64)
     ones = torch.full((64 * 260 + 1,), 32.0, device=DEVICE)
     stats = fused([ones], [ones])
@@ -261,7 +261,7 @@ def test_weight_0_and_1_are_exact() -> None:
 
 
 def test_decisions_are_those_of_the_angle() -> None:
-    """Also at the last bit: 90 degrees exactly, just below, just above."""
+    """Exact to the last bit: 90 degrees, just below and just above."""
     tiny = 2.0 ** torch.arange(-60.0, -45.0, 0.5, dtype=torch.float64)
     cosine = torch.cat([torch.linspace(-1, 1, 101, dtype=torch.float64), tiny, -tiny])
     stats = torch.stack([cosine, torch.ones_like(cosine), torch.ones_like(cosine)], dim=1).float()
@@ -281,7 +281,7 @@ def test_decisions_are_those_of_the_angle() -> None:
 
 
 def test_gate_per_group() -> None:
-    """Kept, dropped, zero gradient, overflow: each group takes its own decision."""
+    """Each group decides by itself: kept, dropped, zero gradient, overflow."""
     x = torch.tensor([1.0, 0.0], device=DEVICE)
     a: List = [x.clone(), x.clone(), x.clone(), torch.tensor([1.0, INF], device=DEVICE), x[:0]]
     b: List = [x + x.flip(0), x.flip(0) - x, torch.zeros_like(x), x.clone(), None]
@@ -289,7 +289,7 @@ def test_gate_per_group() -> None:
     stats = fused(a, b, groups)
     options: dict[str, Any] = {"weight": 0.5, "scale": 2.0, "groups": groups, "impl": "triton"}
     before = copies(a)
-    # One overflow: without a common norm no gradient is written.
+    # One group overflows: without a common norm no gradient is written.
     used = gated_combine_(a, b, stats, max_norm=1.0, **options)
     assert used.nan_to_num(-1).tolist() == [0.5, 0, 0.5, 0.5, -1, 0.5]
     assert all(torch.equal(x, y) for x, y in zip(a, before, strict=True))
@@ -359,7 +359,7 @@ def test_addresses_may_change_and_shapes_stay() -> None:
         a: List = [random(300), random(7)]
         b: List = [random(300), random(7)]
         check_combination(a, b)
-        # Alive, so that the next ones lie elsewhere.
+        # Kept alive, so that the next gradients have other addresses.
         kept.append((a, b))
     (layout,) = chunk_tables.layouts.values()
     assert len(layout.address_tables) == chunk_tables.MAX_ADDRESSES
@@ -373,14 +373,14 @@ def test_tables_are_bounded_shared_and_without_gradients() -> None:
         stats = fused(a, a)
         gated_combine_(a, a, stats, weight=0.5, impl="triton")
     assert len(chunk_tables.layouts) == chunk_tables.MAX_LAYOUTS
-    # Both calls of a step use the same.
+    # Both calls of a step use the same tables.
     assert all(len(x.address_tables) == 1 for x in chunk_tables.layouts.values())
     held = [value for x in chunk_tables.layouts.values() for value in vars(x).values()]
     assert not any(value is a[0] for value in held)
 
 
 def test_a_graph_keeps_its_own_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a capture copies to the device is there after a replay only: not for other calls."""
+    """A table copied during a capture exists only after a replay: other calls must not use it."""
     monkeypatch.setattr(chunk_tables, "for_graphs", [])
     fused([random(3)], [random(3)])
     (layout,) = chunk_tables.layouts.values()
@@ -407,7 +407,7 @@ def test_a_capture_uses_the_tables_of_the_warm_up(monkeypatch: pytest.MonkeyPatc
     key = another_stream, ((3,), (15,), None, 1, device)
     chunk_tables.layouts[key] = made
     assert chunk_tables.find_tables(lists, None, 1, device) == (made, table)
-    # Nobody may evict them now.
+    # The graph needs them, so they must be kept.
     assert chunk_tables.for_graphs == [(made, table)]
 
 
@@ -442,12 +442,3 @@ def test_other_dtypes_are_refused(dtype: torch.dtype) -> None:
         with pytest.raises(ValueError, match=f"impl='triton' cannot run: a gradient is {dtype}"):
             grad_dot_norm(a, b, impl="triton")
     assert gpu.obstacle([x, None], [x.half(), x.bfloat16()]) is None
-
-
-@pytest.mark.parametrize("capability", [70, 75, 80, 86, 89, 90, 100])
-def test_variants_name_every_argument(capability: int) -> None:
-    variants = gpu.variants(capability)
-    assert len({variant.name for variant in variants}) == len(variants)
-    for variant in variants:
-        assert {*variant.types, *variant.constants} == set(variant.kernel.arg_names)
-        assert variant.divisible_by_16 <= variant.types.keys()

@@ -7,7 +7,7 @@ from fusedacl.kernels.support.c_loops import library
 
 @pytest.mark.parametrize("name", ["gradients._cpu_loop", "contrastive.tiled._cpu_loop"])
 def test_loops_are_built_where_a_compiler_is(name: str) -> None:
-    """setup.py goes on without them, so that a loop that does not compile would go unseen."""
+    """setup.py ignores a loop that does not compile."""
     if sys.platform != "linux" or shutil.which("gcc") is None:
         pytest.skip("no gcc on this machine")
     assert library(name) is not None

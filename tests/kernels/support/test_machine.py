@@ -25,5 +25,15 @@ def test_what_keeps_triton_from_running(monkeypatch: pytest.MonkeyPatch) -> None
     assert "Triton is not installed" in reason(GPU)
 
 
+def test_the_mark_for_torch_compile_is_the_official_one() -> None:
+    def ours() -> None: ...
+
+    def official() -> None: ...
+
+    machine.assume_constant_result(ours)
+    torch.compiler.assume_constant_result(official)
+    assert vars(ours) == vars(official) != {}
+
+
 def test_the_installed_version_is_read() -> None:
     assert machine.triton_version() == tuple(map(int, triton.__version__.split(".")[:2]))

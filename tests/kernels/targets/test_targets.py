@@ -1,9 +1,11 @@
-"""The gate lets through what is sound, and names what is not.
+"""The command `targets` accepts sound kernels and names the unsound ones.
 
 The kernels here are never run: a process without the interpreter imports this file and compiles
-them as a stand-in for a file of kernels.
+them in place of a shipped file of kernels.
 """
 
+import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -15,9 +17,11 @@ import pytest
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl  # noqa: E402
+from fusedacl.kernels.support import machine  # noqa: E402
 from fusedacl.kernels.support.variant import Variant  # noqa: E402
 from fusedacl.kernels.targets import __main__ as targets  # noqa: E402
 from fusedacl.kernels.targets import compilation, limits, tables  # noqa: E402
+from fusedacl.kernels.targets.chips import CHIPS  # noqa: E402
 from fusedacl.kernels.targets.compilation import Resources, Task  # noqa: E402
 
 PAGE = Path(__file__).parents[3] / "docs" / "kernel_resources.md"
@@ -32,7 +36,7 @@ def copy_kernel(source, target, number, BLOCK: tl.constexpr):
 
 @triton.jit
 def normalize_kernel(source, target, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Needs all ROWS x COLUMNS values at once."""
+    """Hold all ROWS x COLUMNS values at once."""
     offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     values = tl.load(source + offsets)
     values = values / tl.sum(values, 1)[:, None] / tl.sum(values, 0)[None, :]
@@ -114,7 +118,7 @@ compile_variant = compilation.compile_variant
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The gate as it is shipped."""
+    """Run the command for the shipped kernels."""
     return subprocess.run(
         [sys.executable, "-m", "fusedacl.kernels.targets", *arguments],
         capture_output=True, text=True, timeout=1200, check=False,
@@ -122,7 +126,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def gate(file: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The gate for a stand-in, in a process that does not interpret."""
+    """Run the command for the kernels of a class here, in a process without the interpreter."""
     program = f"""
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
@@ -138,10 +142,31 @@ sys.exit(targets.main({json.dumps(arguments)}, files))
     )  # fmt: skip
 
 
-def test_every_shipped_kernel_is_as_promised_and_the_page_shows_it() -> None:
-    done = command("--check", str(PAGE))
+def test_shipped_kernels_are_as_promised_and_the_page_shows_them() -> None:
+    """Every pair of properties; `make targets` compiles every combination."""
+    done = command("--pairs", "--check", str(PAGE))
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all as promised\n")
+
+
+def test_pairs_of_properties_are_covered_by_fewer_tasks() -> None:
+    tasks = [
+        Task("file", capability, product(f"{dtype} {rows} {chunk}", dtype, rows, chunk))
+        for capability, dtype, rows, chunk in itertools.product(
+            (70, 80, 90), ("fp16", "fp32"), (16, 32, 64), (32, 64)
+        )
+    ]
+
+    def pairs(chosen: list[Task]) -> set[tuple[str, str]]:
+        found = set()
+        for task in chosen:
+            words = [f"sm_{task.capability}", *task.variant.name.split()]
+            found |= set(itertools.combinations(enumerate(words), 2))
+        return found
+
+    chosen = compilation.choose_pairs(tasks)
+    assert pairs(chosen) == pairs(tasks)
+    assert 9 <= len(chosen) < len(tasks) / 2
 
 
 def test_sound_kernels_pass() -> None:
@@ -155,7 +180,7 @@ def test_sound_kernels_pass() -> None:
     assert spills == 0
     assert matrix_instructions > 0
     copies = [line for line in lines if line[:2] == ["copy", "sm_75"]]
-    # 1024 values by 128 threads: two loads of four values each.
+    # 1024 values for 128 threads: two loads of four values each.
     assert copies[0][-3:] == ["2", "of", "2"]
 
 
@@ -200,11 +225,12 @@ def test_a_gpu_that_the_assembler_does_not_know_is_said_and_no_failure(tmp_path:
     assembler.chmod(0o755)
     paths = {
         "TRITON_PTXAS_PATH": str(assembler), "TRITON_PTXAS_BLACKWELL_PATH": str(assembler),
+        "TRITON_CACHE_DIR": str(tmp_path / "cache"),
     }  # fmt: skip
     done = gate("Sound", "--capability", "100", **paths)
     assert done.returncode == 0, done.stderr
     assert "does not know it: sm_100" in done.stdout
-    # A GPU that every assembler knows is another matter.
+    # Every assembler must know this GPU.
     assert gate("Sound", "--capability", "90", **paths).returncode == 1
 
 
@@ -271,6 +297,8 @@ def test_markdown_has_a_row_per_variant_and_a_column_per_gpu() -> None:
             "",
         ]
     )
+    cells = tables.read_cells(f"text\n{tables.BEGIN}\n{page}\n{tables.END}\n| no | cell |\n")
+    assert cells == tables.markdown_cells(tasks, [spilled, sound, sound, "LLVM ERROR"])
 
 
 def test_the_table_replaces_what_lies_between_the_markers() -> None:
@@ -280,6 +308,26 @@ def test_the_table_replaces_what_lies_between_the_markers() -> None:
     assert tables.replace_generated(written, "new\n") == written
     with pytest.raises(ValueError, match="lacks the lines"):
         tables.replace_generated("no markers", "new")
+
+
+@pytest.mark.parametrize("file", targets.KERNEL_FILES)
+def test_variants_name_every_argument_once(file: str) -> None:
+    module = importlib.import_module(f"fusedacl.kernels.{targets.KERNEL_FILES[file]}")
+    for capability in CHIPS:
+        variants = module.variants(capability)
+        assert bool(variants) == (file != "supcon_fused" or capability >= 80)
+        assert len({variant.name for variant in variants}) == len(variants)
+        for variant in variants:
+            arguments = [*variant.types, *variant.constants]
+            assert sorted(arguments) == sorted(variant.kernel.arg_names)
+            assert variant.divisible_by_16 <= variant.types.keys()
+            assert variant.matrix_unit == (
+                file.startswith("supcon")
+                and capability >= 80
+                and (
+                    file == "supcon_small" or variant.name.startswith(("row_sums", "pair_gradient"))
+                )
+            )
 
 
 def test_two_variants_of_one_name_are_refused() -> None:
@@ -308,6 +356,7 @@ def test_a_file_that_ships_nothing_is_refused() -> None:
         (["--kernels", "supcon_smal"], "did you mean 'supcon_small'?"),
         (["--capability", "72"], "--capability is '72'"),
         (["--jobs", "0"], "--jobs is 0"),
+        (["--pairs", "--write", str(PAGE)], "leave out --pairs"),
         (["--check", "no-such-page.md"], "no-such-page.md"),
     ],
 )
@@ -336,6 +385,6 @@ def test_what_is_missing_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(targets, "triton_version", lambda: version)
+    monkeypatch.setattr(machine, "triton_version", lambda: version)
     assert targets.main([]) == 2
     assert message in capsys.readouterr().err

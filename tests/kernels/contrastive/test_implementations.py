@@ -1,0 +1,251 @@
+"""Tests of all implementations: autograd, torch.compile, autocast, strides, special inputs."""
+
+from typing import Any
+
+import pytest
+import torch
+from contrastive_cases import (
+    DENOMINATORS,
+    DEVICE,
+    REDUCTIONS,
+    check_error,
+    make_inputs,
+    operator_arguments,
+    run,
+    use_implementation,
+)
+from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
+from fusedacl.kernels.contrastive.batch import Batch
+from fusedacl.kernels.contrastive.gpu import large_batches, small_batches
+from fusedacl.kernels.contrastive.tiled import loss as tiled
+from torch import Tensor
+
+# NumPy, in the interpreter, warns of NaN and infinity.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+NAMES = ("reference", "tiled", "tiles of 4 rows", "small", "fused")
+MODULES = {
+    "tiled": tiled,
+    "tiles of 4 rows": tiled,
+    "small": small_batches,
+    "fused": large_batches,
+}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("name", MODULES)
+def test_operators_pass_opcheck(monkeypatch: pytest.MonkeyPatch, name: str, reduction: str) -> None:
+    use_implementation(monkeypatch, name)
+    implementation = MODULES[name].implementation
+    arguments = operator_arguments(reduction, DEVICE)
+    torch.library.opcheck(implementation.operator, arguments)
+    batch = Batch(*(x.detach() if isinstance(x, Tensor) else x for x in arguments[:9]))
+    loss, saved = implementation.forward(batch, True, True)
+    saved += implementation.inputs_to_save(batch)
+    arguments = (torch.ones_like(loss), saved, *batch.shape(True, True))
+    torch.library.opcheck(implementation.backward_operator, arguments)
+
+
+@pytest.mark.parametrize(
+    "name, dtype, reduction, frozen",
+    [
+        ("reference", torch.float32, "mean", False),
+        ("tiled", torch.float32, "mean", False),
+        ("tiles of 4 rows", torch.float16, "none", False),
+        ("tiles of 4 rows", torch.float32, "mean", True),
+        ("small", torch.float32, "mean", False),
+        ("small", torch.float16, "none", False),
+        ("small", torch.float32, "none", True),
+        ("small", torch.float16, "mean", True),
+        ("fused", torch.float32, "mean", False),
+        ("fused", torch.float16, "none", True),
+    ],
+)
+def test_compiles_without_a_graph_break(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype, reduction: str, frozen: bool
+) -> None:
+    """Compiled results and gradients are the same, also with frozen label embeddings."""
+    impl = use_implementation(monkeypatch, name)
+    torch.compiler.reset()
+    inputs = make_inputs(5, 3, teacher=True, dtype=dtype, device=DEVICE)
+    labels = torch.tensor([0, 1, -100, 0, 2], device=DEVICE)
+    samples, label_embeddings, *teachers = inputs.values()
+
+    def loss(samples: Tensor, label_embeddings: Tensor, labels: Tensor) -> Tensor:
+        rows = acl_cl_loss(
+            samples * 1.5, labels, label_embeddings, *teachers, impl=impl, reduction=reduction
+        )
+        return rows.exp().sum()
+
+    arguments = samples.requires_grad_(), label_embeddings.requires_grad_(not frozen), labels
+    trained = [argument for argument in arguments if argument.requires_grad]
+    # aot_eager traces forward and backward as inductor does and needs no C++ compiler.
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    expected, found = loss(*arguments), compiled(*arguments)
+    torch.testing.assert_close(found, expected)
+    for wanted, got in zip(
+        torch.autograd.grad(expected, trained), torch.autograd.grad(found, trained), strict=True
+    ):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got, wanted)
+    if DEVICE == "cpu" and impl != "triton":
+        with pytest.raises(ValueError, match=r"labels holds 7, but label_embeddings has K = 3"):
+            compiled(*arguments[:2], torch.tensor([0, 1, -100, 7, 2]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_only_trained_inputs_get_a_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Frozen samples, frozen label embeddings, and no gradient at all."""
+    impl = use_implementation(monkeypatch, name)
+    labels = torch.arange(9, device=DEVICE) % 3
+    for reduction in REDUCTIONS:
+        options: dict[str, Any] = {"impl": impl, "reduction": reduction}
+        inputs = make_inputs(9, 3, dtype=torch.float32, device=DEVICE)
+        expected = dict(zip(inputs, run(inputs, labels, None, **options)[1:], strict=True))
+        for trained in inputs:
+            frozen = {name: tensor.clone() for name, tensor in inputs.items()}
+            frozen[trained].requires_grad_()
+            loss = acl_loss(labels=labels, **frozen, **options)
+            loss.sum().backward()
+            assert {name for name, t in frozen.items() if t.grad is not None} == {trained}
+            torch.testing.assert_close(frozen[trained].grad, expected[trained])
+            with torch.no_grad():
+                plain = acl_loss(labels=labels, **frozen, **options)
+            assert not plain.requires_grad
+            torch.testing.assert_close(plain, loss)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_same_bits_when_called_twice(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    impl = use_implementation(monkeypatch, name)
+    inputs = make_inputs(33, 5, width=20, exits=2, teacher=True, dtype=torch.float32, device=DEVICE)
+    labels = torch.randint(5, (33,), device=DEVICE)
+    for reduction in REDUCTIONS:
+        first, second = (
+            run(inputs, labels, None, impl=impl, reduction=reduction) for _ in range(2)
+        )
+        assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("name", NAMES)
+def test_without_an_anchor_loss_and_gradient_are_zero(
+    monkeypatch: pytest.MonkeyPatch, poison: None, name: str, denominator: str
+) -> None:
+    """Only singletons, one row, no row: the gradient exists and is 0."""
+    impl = use_implementation(monkeypatch, name)
+    for num, dtype in ((20, torch.float16), (5, torch.float32), (1, torch.bfloat16), (0, None)):
+        for reduction in REDUCTIONS:
+            inputs = make_inputs(num, dtype=dtype or torch.float32, device=DEVICE)
+            loss, gradient = run(
+                inputs, torch.arange(num, device=DEVICE), None,
+                impl=impl, denominator=denominator, reduction=reduction,
+            )  # fmt: skip
+            assert loss.shape == ((num,) if reduction == "none" else ())
+            assert (loss == 0).all()
+            assert gradient.shape == (num, 6)
+            assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nan_and_infinity_are_not_hidden(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    impl = use_implementation(monkeypatch, name)
+    for value, dtype, denominator in zip(
+        (torch.nan, torch.inf, torch.nan),
+        (torch.float16, torch.bfloat16, torch.float32),
+        DENOMINATORS,
+        strict=True,
+    ):
+        for reduction in ("mean", "none"):
+            inputs = make_inputs(40, dtype=dtype, device=DEVICE)
+            inputs["embeddings"][34, 2] = value
+            labels = torch.arange(40, device=DEVICE) % 3
+            options = {"denominator": denominator, "reduction": reduction}
+            loss, gradient = run(inputs, labels, None, impl=impl, **options)
+            assert loss.isnan().any()
+            assert gradient.isnan().any()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_second_derivative_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    impl = use_implementation(monkeypatch, name)
+    embeddings = torch.randn(4, 3, requires_grad=True, device=DEVICE)
+    loss = supcon_loss(embeddings, torch.tensor([0, 0, 1, 1], device=DEVICE), impl=impl)
+    with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
+        torch.autograd.grad(loss, embeddings, create_graph=True)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("name", MODULES)
+def test_strided_inputs(
+    monkeypatch: pytest.MonkeyPatch, poison: None, name: str, layout: str
+) -> None:
+    """Inputs, labels and upstream gradients with any strides."""
+    impl = use_implementation(monkeypatch, name)
+    strided = {
+        "transposed": torch.randn(6, 9, device=DEVICE).t(),
+        "sliced": torch.randn(18, 12, device=DEVICE)[::2, ::2],
+        "expanded": torch.randn(9, 1, device=DEVICE).expand(9, 6),
+    }[layout]
+    inputs = {"embeddings": strided, "label_embeddings": torch.randn(6, 3, device=DEVICE).t()}
+    inputs["teacher_embeddings"] = strided.flip(0) if layout == "sliced" else strided
+    inputs["teacher_label_embeddings"] = torch.randn(3, device=DEVICE)[:, None].expand(3, 6)
+    labels = (torch.arange(18, device=DEVICE) % 3)[::2]
+    upstream = torch.randn(1, device=DEVICE).expand(24)
+    check_error(inputs, labels, upstream, impl=impl, reduction="none")
+    check_error(inputs, labels, impl=impl)
+
+
+@pytest.mark.parametrize(
+    "values, dtype",
+    [
+        ([-7, 10**12, -7, 0, 10**12, -7], torch.int64),
+        # Equal in their low 32 bits.
+        ([2**40, 2**41, 2**40, 3, 2**41, 2**40], torch.int64),
+        ([2, 0, 2, 1, 0, 2], torch.int32),
+        ([200, 3, 200, 255, 3, 200], torch.uint8),
+        ([-2, 0, -2, 1, 0, -2], torch.int8),
+    ],
+)
+@pytest.mark.parametrize("name", ["tiled", "tiles of 4 rows", "small"])
+def test_only_the_equality_of_labels_matters(
+    monkeypatch: pytest.MonkeyPatch, name: str, values: list[int], dtype: torch.dtype
+) -> None:
+    impl = use_implementation(monkeypatch, name)
+    inputs = make_inputs(6, dtype=torch.float32, device=DEVICE)
+    wanted = run(inputs, torch.tensor([0, 1, 0, 2, 1, 0], device=DEVICE), None, impl=impl)
+    found = run(inputs, torch.tensor(values, dtype=dtype, device=DEVICE), None, impl=impl)
+    for expected, got in zip(wanted, found, strict=True):
+        torch.testing.assert_close(expected, got)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_mixed_dtypes_under_autocast(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Computed from the inputs as float32; gradients have the inputs' dtypes.
+
+    The backward pass may run under autocast too, except that of the reference, which is PyTorch's.
+    """
+    impl = use_implementation(monkeypatch, name)
+    labels = torch.arange(12, device=DEVICE) % 3
+    dtypes = (torch.bfloat16, torch.float32, torch.float16, torch.bfloat16)
+    values = make_inputs(12, 3, width=8, teacher=True, dtype=torch.float32, device=DEVICE).items()
+    inputs = {key: x.to(dtype) for (key, x), dtype in zip(values, dtypes, strict=True)}
+    floats = {key: tensor.float() for key, tensor in inputs.items()}
+    # The products of large batches are those of float16 numbers.
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if name == "fused" else {"rtol": 0.0, "atol": 0.0}
+    for reduction in REDUCTIONS:
+        options = {"impl": impl, "reduction": reduction}
+        expected = run(floats, labels, None, **options)
+        trained = [inputs["embeddings"].clone(), inputs["label_embeddings"].clone()]
+        arguments = [x.requires_grad_() for x in trained]
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            loss = acl_cl_loss(
+                arguments[0], labels, arguments[1], *list(inputs.values())[2:], **options
+            )
+        with torch.autocast(DEVICE, dtype=torch.bfloat16, enabled=name != "reference"):
+            gradients = torch.autograd.grad(loss.sum(), arguments)
+        for wanted, got, dtype in zip(
+            expected, (loss.detach(), *gradients), (torch.float32, *dtypes[:2]), strict=True
+        ):
+            assert got.dtype == dtype
+            torch.testing.assert_close(got, wanted.to(dtype), **tolerance)
