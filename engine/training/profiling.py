@@ -166,6 +166,21 @@ def table(profile: Mapping[str, Any]) -> str:
     return f"{words}\n{text_table(header, rows)}"
 
 
+def check_steps(num_steps: int, left: int, what: str) -> None:
+    """Refuse to profile more steps than are left, for the "run" or "stage", after the warm-up.
+
+    Raises:
+        ValueError: naming the largest number.
+    """
+    if num_steps and WARM_UP + num_steps > left:
+        most = left - WARM_UP
+        remedy = f"Profile at most {most}." if most > 0 else "Profile a longer one."
+        raise ValueError(
+            f"profile={num_steps}: this {what} has {left} steps to do, the first {WARM_UP} of "
+            f"which warm up. {remedy}"
+        )
+
+
 class StepProfiler:
     """Profiles `num_steps` steps after `WARM_UP`, then writes profile.json and logs its table.
 

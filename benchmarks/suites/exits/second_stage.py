@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ....engine.config.training import TrainingConfig
 from ....engine.objectives.losses import ExitLosses
+from ....engine.training.builder import build_run
 from ....engine.training.metrics_log import MetricsLog
 from ....engine.training.storage.checkpoint import save_model
 from ....engine.training.trainer import Trainer
@@ -113,10 +114,9 @@ class SteppedTrainer(Trainer):
     """A trainer that goes on by one step at a call."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        super().__init__(config)
-        self.prepare()
+        super().__init__(build_run(config))
         # Nobody else knows its directory; the next kind of exit has one of the same name.
-        self.lock.release()
+        self.parts.lock.release()
         self._steps: Iterator[None] | None = None
 
     def one_step(self) -> None:
@@ -127,14 +127,11 @@ class SteppedTrainer(Trainer):
 
     def _all_steps(self) -> Iterator[None]:
         with MetricsLog(self.output_dir, "none") as log, tqdm(disable=True) as bar:
-            for epoch, windows in self._epochs():
-                for window in windows:
-                    self._train_step(epoch, window, log, bar)
-                    yield
+            yield from self.steps(log, bar)
 
     def losses_of(self, indices: np.ndarray) -> ExitLosses:
         """Of one batch, with their graph."""
-        (losses,) = self.losses.of(1, 1, [indices])
+        (losses,) = self.losses.of(1, [indices])
         return losses
 
 

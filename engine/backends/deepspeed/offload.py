@@ -6,13 +6,14 @@ the next gradient comes. Norms and overflow it notes while it copies: what is pu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gradients import ZeroGradients
-from .stages import Stage1, Stage2, Stage3
+from .gradients import ZeroGradients, check_version
+from .stages import Stage0, Stage1, Stage2, Stage3
 
 
 class _OnHost(ZeroGradients):
@@ -97,3 +98,21 @@ class OffloadedStage3(_OnHost, Stage3):
         super().put(gradients, finite)
         # The overflow check reads this buffer, not what was just put.
         self.optimizer.grad_partitions_flat_buffer.fill_(0.0 if finite else torch.inf)
+
+
+_STAGES: Mapping[int, type[ZeroGradients]] = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
+_OFFLOADED: Mapping[int, type[ZeroGradients]] = {
+    1: OffloadedStage1,
+    2: OffloadedStage2,
+    3: OffloadedStage3,
+}
+
+
+def zero_gradients(engine: Any, num_kinds: int, *, offloads: bool) -> ZeroGradients:
+    """The gradients of a DeepSpeed engine, as its ZeRO stage leaves them.
+
+    offloads: whether its optimizer lies in host memory.
+    """
+    check_version()
+    stages = _OFFLOADED if offloads else _STAGES
+    return stages[int(engine.zero_optimization_stage())](engine, num_kinds)

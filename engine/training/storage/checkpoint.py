@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config.fields import build, flatten
 from ...config.training import TrainingConfig
 from ...runtime import collectives, processes
-from ...runtime.files import flush, read_file
+from ...runtime.files import flush, read_file, write_json
 from ...runtime.manifest import (
     CHECKPOINT_PREFIX,
     checkpoint_directories,
@@ -107,6 +107,31 @@ def save_model(
     """config.json, model.safetensors and the tokenizer's files; `weights`: in place of its own."""
     model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
+
+
+def save_final(
+    output_dir: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    results: dict[str, Any],
+) -> None:
+    """Save the final model and its card, then results.json, at the top of the output directory.
+
+    Raises:
+        OSError: see `write_atomically`.
+    """
+    directory = output_dir / "model"
+
+    def write(partial: Path) -> None:
+        save_model(partial, model, tokenizer)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+    write_atomically(directory, write)
+    for file in directory.iterdir():
+        file.replace(output_dir / file.name)
+    directory.rmdir()
+    write_json(output_dir / "results.json", results)
 
 
 def save_checkpoint(
