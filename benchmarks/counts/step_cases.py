@@ -1,4 +1,4 @@
-"""Cases of `counts`: training steps of the local engine, and inference with early exits.
+"""Cases of `counts`: training steps of the local backend, and inference with early exits.
 
 A BERT of six narrow layers, with an exit on each where there are several, and texts of one length:
 what is counted does not depend on what the model has learned.

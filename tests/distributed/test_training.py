@@ -23,6 +23,8 @@ def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
         "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
         "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "num_train_epochs": 2,
         "per_device_train_batch_size": 8, "aux_weight": 0.3, "contrastive_reduction": "sum",
+        # No angle is near it, so that rounding decides nothing.
+        "max_angle": 180,
         "logging_steps": 1, "save_steps": 0, "device": "cpu", "disable_tqdm": True,
         "output_dir": str(tmp_path / "run"),
     }  # fmt: skip

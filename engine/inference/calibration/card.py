@@ -1,4 +1,4 @@
-"""The part of a model card that describes calibrated early exit."""
+"""The section of a model card on calibrated early exit."""
 
 from __future__ import annotations
 
@@ -6,27 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ...model.card import _METADATA, _TAGS, front_matter, made_with
+from ...model.card import front_matter, made_with
 from ...runtime.files import write_whole
 from ...runtime.text import markdown_table
 from .search import AREA_WORDS
 
-# What `fusedacl exits` writes stands between these, and is replaced as a whole.
+# `fusedacl exits` replaces everything between these two lines.
 _EARLY_EXIT = ("<!-- fusedacl: early exit -->", "<!-- fusedacl: end of early exit -->")
 
 
 def write_early_exit(path: Path, study: Mapping[str, Any], policy: str) -> None:
-    """Put what a study found on the policy that is stored with a model into the model's card.
+    """Write the section on the stored policy into a model card, in place of an earlier one.
 
-    Written again it replaces itself. A model without a card gets one of this alone. `study`: as
-    `exit_study.study_exits` returns it; `policy`: the stored one's name in it.
+    Args:
+        path: of the card; a model without one gets a card with this section alone.
+        study: as `study_exits` returns it.
+        policy: name, in the study, of the policy that is stored with the model.
     """
     start, end = _EARLY_EXIT
     section = "\n".join([start, *_early_exit_lines(study, policy), end])
     if path.is_file():
         card = path.read_text(encoding="utf-8")
     else:
-        card = "\n".join([*front_matter({**_METADATA, "tags": _TAGS}), f"# {path.parent.name}", ""])
+        card = "\n".join([*front_matter(), f"# {path.parent.name}", ""])
     before, found, rest = card.partition(start)
     _, closed, after = rest.partition(end)
     card = before + section + after if found and closed else f"{card.rstrip()}\n\n{section}\n"

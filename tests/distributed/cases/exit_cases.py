@@ -95,7 +95,7 @@ def train(
 
 
 def compare_exits(rank: int, zero: dict[str, Any], strategy: str, together: int) -> dict[str, Any]:
-    """Relative error of the update, decisions and angles, beside the local engine's."""
+    """Relative error of the update, decisions and angles, beside the local backend's."""
     world = processes.world_size()
     case = {"accumulation": 2, "max_angle": 90.0, "clip": 1.0}
     changes = {"strategy": strategy, "impl": "reference"}

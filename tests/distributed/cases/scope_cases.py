@@ -76,7 +76,7 @@ def sharded(
 def compare_scope(
     rank: int, stage: int, scope: str, max_angle: float, dtype: str, exit_head: str
 ) -> dict[str, Any]:
-    """Relative error of the update, decisions and angles, beside the local engine's in float32."""
+    """Relative error of the update, decisions and angles, beside the local backend's in float32."""
     world = processes.world_size()
     case = {"accumulation": 1, "max_angle": max_angle, "clip": 0.5}
     changes: dict[str, Any] = {"gate_scope": scope, "impl": "reference"}

@@ -1,4 +1,4 @@
-"""What the ranks of the ZeRO tests do: a tiny BERT under the DeepSpeed and the local engine."""
+"""What the ranks of the ZeRO tests do: a tiny BERT under the DeepSpeed and the local backend."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def sharded(net: Net, stage: int, case: dict[str, Any]) -> DeepSpeedBackend:
 
 
 def compare(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
-    """One run of the DeepSpeed engine beside the local engine's on all ranks' batches, float32."""
+    """One run of the DeepSpeed engine beside the local backend's on all ranks' batches, float32."""
     world = processes.world_size()
     total = world * case["accumulation"]
     first = {name: p.detach().clone() for name, p in Net().named_parameters()}
