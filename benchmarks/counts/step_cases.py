@@ -1,4 +1,4 @@
-"""Cases of `counts`: training steps of the local engine, and inference with early exits.
+"""Cases of `counts`: training steps of the local backend, and inference with early exits.
 
 A BERT of six narrow layers, with an exit on each layer in the cases of several exits, and texts of
 one length. The counts do not depend on the weights.

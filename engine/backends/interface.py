@@ -1,4 +1,4 @@
-"""What the trainer needs of an engine, whichever it drives."""
+"""The interface between the trainer and the backend that runs its backward passes and steps."""
 
 from __future__ import annotations
 
@@ -16,32 +16,44 @@ from ..objectives.losses import ExitLosses
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. `grad_norm` is before clipping; `learning_rate` is the one it used.
+    """One optimizer step. Its tensors, of shape [], may still be being computed on the device.
 
-    `decision` has one entry a group of the engine, in its order.
+    grad_norm: before clipping; not finite where the step was skipped.
+    learning_rate, loss_scale: those that the step used.
+    skipped: whether the gradient was not finite.
+    decision: has one entry per group of the backend, in its order; None without the gate.
     """
 
-    grad_norm: float
-    learning_rate: float
-    loss_scale: float
-    skipped: bool
+    grad_norm: Tensor
+    learning_rate: Tensor | float
+    loss_scale: Tensor | float
+    skipped: Tensor | bool
     decision: GateDecision | None
 
 
-class Engine(Protocol):
-    """Forward context, two backward passes, one optimizer step; `LocalEngine` documents each."""
+class Backend(Protocol):
+    """Forward context, backward passes and one optimizer step; `LocalBackend` documents each."""
 
     @property
     def groups(self) -> Mapping[str, list[Parameter]]: ...
 
     @property
-    def loss_scale(self) -> float: ...
+    def loss_scale(self) -> Tensor | float: ...
 
     def forward_context(self) -> AbstractContextManager[Any]: ...
 
-    def backward(self, losses: ExitLosses, share: float = 1.0) -> None: ...
+    def backward(self, losses: ExitLosses) -> None: ...
 
     def step(self, *, compare: bool = False) -> StepReport: ...
+
+    def check(self, loss_scale: float, skipped: bool) -> None:
+        """Refuse a skipped step that a smaller loss scale cannot mend.
+
+        Args: the values of the step's report, once they are on the host.
+
+        Raises:
+            FloatingPointError: the gradient is NaN or infinite.
+        """
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -1,89 +1,105 @@
-"""The loss scale of float16 as a DeepSpeed configuration describes it."""
+"""Dynamic loss scaling for float16: on the device, or on the host for DeepSpeed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+INITIAL_SCALE = 2.0**16
 SMALLEST_SCALE = 2.0**-14
+# Good steps after which the scale doubles.
+GROWTH_INTERVAL = 2000
+NOT_FINITE = (
+    "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, usually helps."
+)
 
 
 class LossScaler:
-    """Dynamic loss scaling: halve on overflow, double after `growth_interval` good steps.
+    """Halve the loss scale on overflow, double it after `GROWTH_INTERVAL` good steps.
 
-    torch's GradScaler wants to unscale the gradients itself; here the division by the scale is part
-    of the pass that combines the two gradients, so only the bookkeeping is left. A scaler that is
-    not enabled keeps the scale 1.
+    Nothing is read on the host. torch's GradScaler would also unscale the gradients; here that
+    division is part of the pass that combines the two gradients. A scaler that is not enabled
+    keeps the scale 1.
     """
 
-    def __init__(
-        self, enabled: bool, initial_scale: float = 2.0**16, growth_interval: int = 2000
-    ) -> None:
+    def __init__(self, device: torch.device, *, enabled: bool) -> None:
         self.enabled = enabled
-        self.scale = initial_scale if enabled else 1.0
-        self.growth_interval = growth_interval
-        self.num_good_steps = 0
+        self.scale: Tensor | float = 1.0
+        if enabled:
+            self.scale = torch.tensor(INITIAL_SCALE, device=device)
+        self._num_good_steps = torch.zeros((), dtype=torch.int32, device=device)
 
-    def update(self, overflow: bool) -> None:
-        """Account for one optimizer step, taken (no overflow) or skipped."""
-        if not self.enabled:
-            return
-        if overflow:
-            self.scale /= 2
-            self.num_good_steps = 0
-            if self.scale < SMALLEST_SCALE:
-                raise FloatingPointError(
-                    "The gradient overflows float16 even at a loss scale of "
-                    f"{self.scale * 2:g}: it is NaN or infinite. A lower learning_rate, or bf16, "
-                    "usually helps."
-                )
-            return
-        self.num_good_steps += 1
-        if self.num_good_steps == self.growth_interval:
-            self.scale *= 2
-            self.num_good_steps = 0
+    def update(self, overflow: Tensor) -> None:
+        """Account for one optimizer step; overflow []: whether it was skipped."""
+        if isinstance(self.scale, Tensor):
+            # The report of the step holds the scale that the step used.
+            self.scale = self.scale.clone()
+            torch._amp_update_scale_(
+                self.scale, self._num_good_steps, overflow.float(), 2.0, 0.5, GROWTH_INTERVAL
+            )
+
+    def check(self, scale: float, overflow: bool) -> None:
+        """Refuse an overflow that no smaller scale can mend; `scale` is the one of that step.
+
+        Raises:
+            FloatingPointError: the gradient is NaN or infinite.
+        """
+        if overflow and not self.enabled:
+            raise FloatingPointError(NOT_FINITE)
+        if overflow and scale / 2 < SMALLEST_SCALE:
+            raise FloatingPointError(
+                f"The gradient overflows float16 even at a loss scale of {scale:g}: it is NaN or "
+                "infinite. A lower learning_rate, or bf16, usually helps."
+            )
 
     def state_dict(self) -> dict[str, float]:
-        return {"scale": self.scale, "num_good_steps": self.num_good_steps}
+        return {"scale": float(self.scale), "num_good_steps": int(self._num_good_steps)}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.scale = state["scale"]
-        self.num_good_steps = int(state["num_good_steps"])
+        if isinstance(self.scale, Tensor):
+            self.scale = torch.full_like(self.scale, state["scale"])
+        self._num_good_steps.fill_(state["num_good_steps"])
 
 
 @dataclass(frozen=True)
 class LossScaleOptions:
-    """The keys of the "fp16" block of the same names; `loss_scale` 0 is a dynamic one."""
+    """The "fp16" block of a DeepSpeed configuration; `loss_scale` 0 stands for a dynamic scale."""
 
     loss_scale: float = 0.0
     initial_scale_power: int = 16
-    loss_scale_window: int = 2000
+    loss_scale_window: int = GROWTH_INTERVAL
     hysteresis: int = 1
     consecutive_hysteresis: bool = False
     min_loss_scale: float = SMALLEST_SCALE
 
 
-class DeepSpeedLossScaler(LossScaler):
-    """A `LossScaler` with a fixed scale, or one that lowers it after several overflows only.
+class DeepSpeedLossScaler:
+    """Dynamic loss scaling as DeepSpeed's configuration describes it, or a fixed scale.
 
-    `hysteresis` overflows lower the scale, the first ones only skip their steps; each growth
-    (each good step, if consecutive) allows them anew. DeepSpeed's own scaler does the same, but
-    its optimizers divide the gradients of the step at which the scale grows by the new scale.
+    It takes `hysteresis` overflows to lower the scale; those before merely skip their steps. Each
+    growth of the scale (each good step, if consecutive_hysteresis) starts that count anew.
+    DeepSpeed's own scaler does the same, but its optimizers divide the gradients of the step at
+    which the scale grows by the new scale.
     """
 
     def __init__(self, enabled: bool, options: LossScaleOptions) -> None:
-        super().__init__(
-            enabled,
-            initial_scale=options.loss_scale or 2.0**options.initial_scale_power,
-            growth_interval=options.loss_scale_window,
-        )
+        self.enabled = enabled
         self.options = options
+        initial = options.loss_scale or 2.0**options.initial_scale_power
+        self.scale = initial if enabled else 1.0
+        self.num_good_steps = 0
         self.patience = options.hysteresis
 
     def update(self, overflow: bool) -> None:
-        if not self.enabled:
-            return
+        """Account for one optimizer step, taken or skipped because of an overflow.
+
+        Raises:
+            FloatingPointError: an overflow at the smallest loss scale.
+        """
         options = self.options
-        if options.loss_scale:
+        if not self.enabled or options.loss_scale:
             return
         if overflow:
             self.num_good_steps = 0
@@ -100,14 +116,20 @@ class DeepSpeedLossScaler(LossScaler):
             return
         if options.consecutive_hysteresis:
             self.patience = options.hysteresis
-        previous = self.scale
-        super().update(overflow=False)
-        if self.scale != previous:
+        self.num_good_steps += 1
+        if self.num_good_steps == options.loss_scale_window:
+            self.scale *= 2
+            self.num_good_steps = 0
             self.patience = options.hysteresis
 
     def state_dict(self) -> dict[str, float]:
-        return {**super().state_dict(), "patience": self.patience}
+        return {
+            "scale": self.scale,
+            "num_good_steps": self.num_good_steps,
+            "patience": self.patience,
+        }
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        super().load_state_dict(state)
+        self.scale = state["scale"]
+        self.num_good_steps = int(state["num_good_steps"])
         self.patience = int(state["patience"])

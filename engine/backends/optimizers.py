@@ -1,4 +1,4 @@
-"""AdamW by name: PyTorch's, or NVIDIA apex's fused one where it is really there."""
+"""AdamW, PyTorch's or NVIDIA apex's fused one, and its learning-rate schedule."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import importlib.util
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import Parameter
+from transformers import get_linear_schedule_with_warmup
+
+from ..config.sections import OptimizationOptions
 
 OPTIMIZERS = ("adamw", "apex_fused_adam")
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
@@ -18,7 +22,7 @@ def new_optimizer(
     """AdamW over parameter groups, each with its own weight_decay.
 
     Raises:
-        ValueError: an unknown name, or apex's FusedAdam where it cannot run.
+        ValueError: the name is unknown, or apex's FusedAdam cannot run here.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=learning_rate, fused=True)
@@ -31,7 +35,8 @@ def apex_fused_adam(device: torch.device) -> Any:
     """The class apex.optimizers.FusedAdam.
 
     Raises:
-        ValueError: no GPU, no apex, another project of that name, or apex without its kernels.
+        ValueError: there is no GPU, apex is missing or built without its kernels, or another
+            project of that name is installed.
     """
     remedy = "Use optimizer=adamw (fused in PyTorch), or build NVIDIA apex from " + APEX_SOURCE
     if device.type != "cuda":
@@ -62,3 +67,94 @@ def decay_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[
         {"params": matrices, "weight_decay": weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
+
+
+class ScheduledAdamW:
+    """AdamW under a linear warm-up and a linear decay to zero, over the steps that are taken.
+
+    With `may_skip`, a flag on the device says whether a step is taken. The number of taken steps
+    and the learning rate are then kept on the device too, as the host does not know them.
+
+    Args:
+        parameters: those that are trained.
+        learning_rate: the peak.
+        num_steps: the steps of the whole schedule.
+    """
+
+    def __init__(
+        self,
+        parameters: list[Parameter],
+        options: OptimizationOptions,
+        learning_rate: float,
+        num_steps: int,
+        device: torch.device,
+        *,
+        may_skip: bool,
+    ) -> None:
+        groups = decay_groups(parameters, options.weight_decay)
+        self.optimizer = new_optimizer(options.optimizer, groups, learning_rate, device)
+        self.schedule = new_schedule(self.optimizer, options, num_steps)
+        # As GradScaler asks it: such an optimizer takes the flag `found_inf`, on the device.
+        self._takes_flag = may_skip and hasattr(self.optimizer, "_step_supports_amp_scaling")
+        if self._takes_flag:
+            factor = self.schedule.lr_lambdas[0]
+            rates = [learning_rate * factor(step) for step in range(num_steps + 1)]
+            self._rates = torch.tensor(rates, dtype=torch.float64, device=device)
+            self._num_taken = torch.zeros(1, dtype=torch.int64, device=device)
+            self._set_rate()
+
+    def _set_rate(self) -> None:
+        self._rate = self._rates.index_select(0, self._num_taken).squeeze(0)
+        # The kernel for CUDA wants float32; that for the CPU reads any precision.
+        rate = self._rate.float() if self._rate.is_cuda else self._rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+    @property
+    def learning_rate(self) -> Tensor | float:
+        """The rate of the next step."""
+        return self._rate if self._takes_flag else self.schedule.get_last_lr()[0]
+
+    @property
+    def num_taken(self) -> int:
+        """Steps that were taken; waits for the device."""
+        return int(self._num_taken) if self._takes_flag else self.schedule.last_epoch
+
+    def step(self, skip: Tensor | None = None) -> None:
+        """Update the parameters and the rate, and free the gradients; skip []: change nothing."""
+        if self._takes_flag and skip is not None:
+            self.optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+            self._num_taken += ~skip
+            self._set_rate()
+        # Only apex's FusedAdam takes no flag: under float16 the host waits for this one.
+        elif skip is None or not skip:
+            self.optimizer.step()
+            self.schedule.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The states of both, which do not tell where the rate was kept."""
+        optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
+        if self._takes_flag:
+            taken, rate = self.num_taken, float(self._rate)
+            rates = [rate] * len(optimizer["param_groups"])
+            schedule |= {"last_epoch": taken, "_step_count": taken + 1, "_last_lr": rates}
+            for group in optimizer["param_groups"]:
+                group["lr"] = rate
+        return {"optimizer": optimizer, "scheduler": schedule}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["scheduler"])
+        if self._takes_flag:
+            self._num_taken.fill_(self.schedule.last_epoch)
+            self._set_rate()
+
+
+def new_schedule(
+    optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Linear warm-up over a share `warmup_ratio` of the steps, then linear decay to zero."""
+    num_warmup = round(options.warmup_ratio * num_steps)
+    return get_linear_schedule_with_warmup(optimizer, num_warmup, num_steps)

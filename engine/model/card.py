@@ -1,30 +1,25 @@
-"""Parts that all model cards share: the hub's metadata, and the command and versions."""
+"""Parts of all model cards: the metadata for the Hugging Face hub, and how the model was made."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 
-def front_matter(base_model: str | None = None, metrics: Sequence[str] = ()) -> list[str]:
-    """The hub's metadata block, as the first lines of a model card.
-
-    base_model: its name on the hub, None if it has none.
-    """
-    metadata = {
-        "library_name": "fusedacl",
-        "pipeline_tag": "text-classification",
-        "base_model": base_model,
-        "tags": ["text-classification", "aligned-contrastive-learning"],
-        "metrics": list(metrics),
-    }
-    known = {name: value for name, value in metadata.items() if value}
-    return ["---", yaml.safe_dump(known, sort_keys=False).rstrip(), "---", ""]
+def front_matter(**metadata: Any) -> list[str]:
+    """Lines with the metadata by which the hub finds and shows a model."""
+    data = ModelCardData(
+        library_name="fusedacl",
+        pipeline_tag="text-classification",
+        tags=["text-classification", "aligned-contrastive-learning"],
+        **metadata,
+    )
+    return ["---", data.to_yaml(), "---", ""]
 
 
 def made_with(results: Mapping[str, Any]) -> list[str]:
-    """The command and the package versions of a run, from its results."""
+    """Lines with the command that made a model, and the versions of the packages it used."""
     versions = ", ".join(f"{name} {number}" for name, number in results["versions"].items())
     return ["```", results["command"], "```", "", f"Versions: {versions}."]

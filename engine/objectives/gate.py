@@ -1,4 +1,4 @@
-"""ACL-Grad: drop the auxiliary gradient when it points away from the main one (paper eq. 2, 4)."""
+"""ACL-Grad: drop the auxiliary gradient if it points away from the main one (paper eq. 2, 4)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ..runtime.profiler_marks import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, pa
 
 @dataclass(frozen=True)
 class GateDecision:
-    """What the gate saw and did, for G groups of parameters; tensors on the parameters' device.
+    """Decisions for G groups of parameters, as tensors on the device of the parameters.
 
-    weight [G]: the auxiliary weight used: the gate's, 0 where the term was dropped, NaN where a
-        gradient was not finite.
-    kept [G]: whether the angle was within the gate's.
-    angle [G]: degrees between the two gradients (90 where one of them is zero).
+    weight [G]: the auxiliary weight that was used; 0 if the term was dropped, NaN if a gradient was
+        not finite.
+    kept [G]: whether the angle was within the limit.
+    angle [G]: degrees between the two gradients; 90 if one of them is zero.
     grad_norm []: norm of the combined gradient over all groups, unscaled, before clipping.
-    active [G]: whether a gradient reached the group at all; without one the angle says nothing.
-    finite []: False: an overflow or NaN; no decision was taken and the step must be skipped.
-    exact_angle, agrees [G]: where the angle is over a part of the model and the exact one was asked
-        for: that angle, and whether it decides alike.
+    active [G]: whether a gradient reached the group at all; otherwise its angle has no meaning.
+    finite []: False after an overflow or NaN: the step must be skipped.
+    exact_angle, agrees [G]: if the angle is over a part of the model and the exact one was asked
+        for, that angle, and whether it leads to the same decision.
     """
 
     weight: Tensor
@@ -40,9 +40,9 @@ class GateDecision:
 
 
 def decision_of(stats: Tensor, used: Tensor, max_angle: float, grad_norm: Tensor) -> GateDecision:
-    """What the [G, 3] of `grad_dot_norm` say, and the l' [G] that `gated_combine_` has used.
+    """The decision behind stats [G, 3] of `grad_dot_norm` and l' [G] of `gated_combine_`.
 
-    grad_norm []: of the combined gradient; not finite where it overflowed after the decision.
+    grad_norm []: of the combined gradient; not finite if it overflowed after the decision.
     """
     return GateDecision(
         used,
@@ -55,48 +55,52 @@ def decision_of(stats: Tensor, used: Tensor, max_angle: float, grad_norm: Tensor
 
 
 def used_weight(stats: Tensor, weight: float, max_angle: float) -> Tensor:
-    """The l' [G] that stats [G, 3] decide for, as `gated_combine_` returns it."""
+    """The weights l' [G] that follow from stats [G, 3], as `gated_combine_` returns them."""
     used = weight * within_angle(stats, max_angle).float()
     return used.masked_fill(~stats.isfinite().all(dim=1), torch.nan)
 
 
 def weighted_sum(main_loss: Tensor, auxiliary_loss: Tensor, used: Tensor) -> Tensor:
-    """(1 - l') main + l' auxiliary; without a decision (NaN), where no step follows, main."""
+    """(1 - l') main + l' auxiliary; main if l' is NaN, after which the step is skipped."""
     weight = used[0].nan_to_num(0.0)
     return (1 - weight) * main_loss + weight * auxiliary_loss
 
 
 def scope_gradients(loss: Tensor, scope: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """A loss's gradients of some tensors, None where it reaches none; its graph is kept."""
+    """Gradients of a loss with respect to some tensors; None for those it does not reach.
+
+    The graph is kept.
+    """
     if not loss.requires_grad:
         return [None] * len(scope)
     return torch.autograd.grad(loss, list(scope), retain_graph=True, allow_unused=True)
 
 
 class GradientGate:
-    """Two backward passes, one decision: for any PyTorch loop.
+    """Two backward passes and one decision, for any PyTorch loop.
 
         gate = GradientGate(model.parameters(), weight=0.02)
         decision = gate.backward(main_loss, auxiliary_loss)
         optimizer.step()
 
-    After `backward`, each parameter's `.grad` holds (1 - w) g_main + w g_auxiliary, where w is
-    `weight` if the angle between the two is at most `max_angle`, else 0 (the full g_main). With
-    gradient accumulation call `accumulate` for every micro-batch, then `combine` once: the decision
-    belongs to the optimizer step. What `.grad` held before counts as main gradient.
+    After `backward`, the `.grad` of each parameter holds (1 - w) g_main + w g_auxiliary, where w is
+    `weight` if the angle between the two gradients is at most `max_angle`, else 0. With gradient
+    accumulation call `accumulate` for every micro-batch and then `combine` once, because there is
+    one decision per optimizer step. Gradients that `.grad` held before count as main gradients.
 
     Args:
         parameters: the trained parameters, over which both gradients are compared. One that a loss
             does not reach contributes zeros.
         weight: lambda, in [0, 1].
         max_angle: degrees, in [0, 180].
-        groups: one integer a parameter, 0 .. G-1: a decision for each group. None: one for all.
+        groups: the group 0 .. G-1 of each parameter; each group has its own decision. None: one
+            decision for all.
         independent: whether the groups are models of their own, each clipped by its own norm.
         impl: implementation of `grad_dot_norm` and `gated_combine_`.
 
     Raises:
-        ValueError: no parameter that requires a gradient, a value out of range, or an `impl` that
-            cannot run on the parameters' device.
+        ValueError: no parameter requires a gradient, a value is out of range, or `impl` cannot run
+            on the device of the parameters.
     """
 
     def __init__(
@@ -124,7 +128,7 @@ class GradientGate:
             raise ValueError(f"weight={weight} must lie in [0, 1].")
         if not 0 <= max_angle <= 180:
             raise ValueError(f"max_angle={max_angle} degrees must lie in [0, 180].")
-        # Refuses now what would fail at the first step.
+        # Refuses here an implementation that would fail in the first step.
         choose(impl, self.parameters[0].device)
         self.weight = weight
         self.max_angle = max_angle
@@ -133,9 +137,9 @@ class GradientGate:
         self._auxiliary: list[Tensor | None] = [None] * len(self.parameters)
 
     def accumulate(self, main_loss: Tensor, auxiliary_loss: Tensor) -> None:
-        """Add both gradients of one (micro-)batch; the losses may share their graph."""
+        """Add the gradients of both losses of one (micro-)batch; they may share their graph."""
         if auxiliary_loss.requires_grad:
-            # In place of the main gradient, autograd adds to the sum so far without a copy of it.
+            # While the auxiliary sum lies in `.grad`, autograd adds to it without a copy.
             self._exchange()
             try:
                 with part(CONTRASTIVE_BACKWARD):
@@ -146,7 +150,7 @@ class GradientGate:
             main_loss.backward()
 
     def _exchange(self) -> None:
-        """Swap `.grad` and the auxiliary gradients accumulated so far."""
+        """Swap `.grad` with the auxiliary gradients accumulated so far."""
         for index, parameter in enumerate(self.parameters):
             parameter.grad, self._auxiliary[index] = self._auxiliary[index], parameter.grad
 
@@ -154,12 +158,12 @@ class GradientGate:
     def combine(
         self, *, loss_scale: float | Tensor = 1.0, max_norm: float | None = None
     ) -> GateDecision:
-        """Decide on what was accumulated and leave the combined gradient in `.grad`.
+        """Decide on the accumulated gradients and leave the combined one in `.grad`.
 
         Args:
-            loss_scale: factor that both losses carried; divided out.
-            max_norm: clip the combined gradient, or that of each group where they are independent,
-                to this norm; None does not clip.
+            loss_scale: factor that both losses carried; it is divided out.
+            max_norm: clip the combined gradient, or that of each group if they are independent, to
+                this norm; None: do not clip.
         """
         for parameter, gradient in zip(self.parameters, self._auxiliary, strict=True):
             if parameter.grad is None and gradient is not None:
@@ -189,15 +193,15 @@ class GradientGate:
         *,
         scope: Sequence[Tensor] | None = None,
     ) -> GateDecision:
-        """`accumulate` and `combine` in one, for a step of one batch.
+        """`accumulate` and `combine` in one call, for steps of one batch.
 
         Args:
             scope: take the angle over these tensors only, such as the parameters of the last
-                layers, and back-propagate the weighted sum of the losses once. Cheaper, and at
-                times another decision. None: all parameters.
+                layers, and back-propagate the weighted sum of the losses once. This is cheaper, and
+                sometimes decides differently. None: all parameters.
 
         Raises:
-            ValueError: a scope beside groups, which decide for themselves.
+            ValueError: there are groups, each of which has an angle of its own.
         """
         if scope is None:
             self.accumulate(main_loss, auxiliary_loss)

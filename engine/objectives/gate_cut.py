@@ -1,8 +1,8 @@
-"""The gate with a cut: two short backward passes down to it, one decision, one pass from there.
+"""The gate with a cut: both losses are back-propagated down to it, and one gradient from there.
 
-What lies above the cut reads a leaf that stands for what lies below. Each loss gives gradients for
-the parameters above and for the leaf; the decision combines both, and the leaf's combined gradient
-is what the one backward pass below starts from. Given the decision nothing is approximated.
+Above the cut, the model reads a leaf tensor in place of the tensor below. Each loss gives gradients
+for the parameters above the cut and for the leaf. The decision combines them, and the combined
+gradient of the leaf is back-propagated through the part below. Given the decision, this is exact.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from .gate import GateDecision, decision_of, scope_gradients
 
 
 class Pass(NamedTuple):
-    """A forward pass that was cut: the tensor below, the leaf in its place.
+    """A forward pass that was cut: the tensor below the cut and the leaf in its place.
 
-    states [N, H]: with `head`, the texts' first hidden states, which the exit has read; constants.
+    states [N, H]: with `head`, the first hidden state of each text, as constants.
     """
 
     below: Tensor
@@ -36,8 +36,39 @@ class Pass(NamedTuple):
     states: Tensor | None
 
 
+class HeadInputs:
+    """Hooks that note what the last exit and its classifier read, until `remove`.
+
+    states [N, H]: the first hidden state of each text, without its graph.
+    representations [N, d]: the input of the classifier.
+    """
+
+    def __init__(self, model: MultiExitForSequenceClassification) -> None:
+        self.states: Tensor | None = None
+        self.representations: Tensor | None = None
+        exit_: Any = model.exits[-1]
+        # Before the hooks of ZeRO 3, which pass on tensors that the losses do not come from.
+        self._handles = [
+            exit_.register_forward_pre_hook(self._note_states, prepend=True),
+            exit_.classifier.register_forward_pre_hook(self._note_input, prepend=True),
+        ]
+
+    def _note_states(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.states = args[0][:, 0].detach()
+
+    def _note_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.representations = args[0]
+
+    def forget(self) -> None:
+        self.states = self.representations = None
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
 class Cut:
-    """A leaf in place of what the last K encoder layers, or the last exit's classifier, read.
+    """A leaf in place of the input of the last K encoder layers, or of the last exit's classifier.
 
     Every forward pass that builds a graph is cut, until `remove`.
 
@@ -48,42 +79,40 @@ class Cut:
     def __init__(self, model: MultiExitForSequenceClassification, scope: str) -> None:
         self._below: Tensor | None = None
         self._leaf: Tensor | None = None
-        self._states: Tensor | None = None
+        self._head: HeadInputs | None = None
         num_top = parse_scope(scope)
         if num_top is None:
             raise ValueError("gate_scope=all has no cut: use GradientGate.")
-        if num_top:
-            cut_layer = top_layers(model, num_top)[0]
-            self._handles = [
-                cut_layer.register_forward_pre_hook(self._replace_input, with_kwargs=True)
-            ]
-            return
         exit_: Any = model.exits[-1]
-        self._handles = [
-            exit_.register_forward_pre_hook(self._note_states),
-            exit_.classifier.register_forward_pre_hook(self._replace_input, with_kwargs=True),
-            exit_.register_forward_hook(self._replace_embeddings),
-        ]
+        module = top_layers(model, num_top)[0] if num_top else exit_.classifier
+        self._handles = [module.register_forward_pre_hook(self._replace_input, with_kwargs=True)]
+        if not num_top:
+            self._head = HeadInputs(model)
+            self._handles.append(exit_.register_forward_hook(self._replace_embeddings))
 
     def take(self) -> Pass:
-        """The last forward pass, which is then forgotten.
+        """Return the last forward pass and forget it.
 
         Raises:
-            RuntimeError: it was not cut, or there was none since.
+            RuntimeError: there was none since the last call, or it was not cut.
         """
         if self._below is None or self._leaf is None:
             raise RuntimeError(
                 "gate_scope: there was no forward pass with a graph below the cut. Where nothing "
                 "below it is trained, use all."
             )
-        found = Pass(self._below, self._leaf, self._states)
-        self._below = self._leaf = self._states = None
+        found = Pass(self._below, self._leaf, None if self._head is None else self._head.states)
+        self._below = self._leaf = None
+        if self._head is not None:
+            self._head.forget()
         return found
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         for handle in self._handles:
             handle.remove()
+        if self._head is not None:
+            self._head.remove()
 
     def _replace_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -97,22 +126,19 @@ class Cut:
             return (self._leaf, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": self._leaf}
 
-    def _note_states(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self._states = first_states(args)
-
     def _replace_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], output: ExitOutput
     ) -> ExitOutput:
-        """The contrastive loss is to read the leaf that the classifier has read."""
+        """Give the contrastive loss the leaf that the classifier has read."""
         return output if self._leaf is None else output._replace(embeddings=self._leaf)
 
 
 class ScopedGate:
-    """`GradientGate` with the angle over a part of the model; one batch an optimizer step.
+    """`GradientGate` with the angle over a part of the model, for one batch per optimizer step.
 
     Args:
-        model: whose last exit both losses read; it is cut until `close`.
-        parameters: all trained ones.
+        model: its last exit is what both losses read; it is cut until `close`.
+        parameters: all trained parameters.
         scope: "top:K" or "head", as `parse_scope` reads it.
         weight, max_angle, impl: as for `GradientGate`.
 
@@ -143,18 +169,18 @@ class ScopedGate:
         self._pass: Pass | None = None
 
     def accumulate(self, main_loss: Tensor, auxiliary_loss: Tensor) -> None:
-        """Back-propagate both losses of the step's only batch down to the cut.
+        """Back-propagate both losses of the only batch of a step down to the cut.
 
         Raises:
-            RuntimeError: a second batch before `combine`.
+            RuntimeError: it is the second batch since `combine`.
         """
         if self._auxiliary is not None:
             raise RuntimeError("A gate with a scope takes one batch a step: call combine() first.")
         self._pass = self.cut.take()
         with part(CONTRASTIVE_BACKWARD):
             self._auxiliary = scope_gradients(auxiliary_loss, [self._pass.leaf, *self.parameters])
-        # The pass below may meet parts of this graph: encoders share a bias or a norm of relative
-        # positions between layers.
+        # The pass below the cut may meet parts of this graph again: some encoders share a bias or a
+        # norm of relative positions between layers.
         with part(CE_BACKWARD):
             main_loss.backward(retain_graph=True)
 
@@ -166,12 +192,12 @@ class ScopedGate:
         max_norm: float | None = None,
         compare: bool = False,
     ) -> GateDecision:
-        """Decide, go on below the cut, and leave the combined gradient in `.grad`.
+        """Decide, continue below the cut, and leave the combined gradient in `.grad`.
 
         Args:
             loss_scale, max_norm: as for `GradientGate.combine`.
-            compare: find the exact decision too, at the price of two more passes below the cut; the
-                gradient is the same with and without.
+            compare: find the exact decision too, by two more passes below the cut; this does not
+                change the gradient.
         """
         assert self._pass is not None and self._auxiliary is not None, "accumulate comes first"
         below, leaf, states = self._pass
@@ -201,7 +227,7 @@ class ScopedGate:
     def _decisive(
         self, gradients: Sequence[Tensor | None], states: Tensor | None
     ) -> list[Tensor | None]:
-        """What the angle is over, of a loss's gradients of the leaf and of all parameters."""
+        """The gradients that the angle is taken over, out of the leaf's and all parameters'."""
         leaf, *rest = gradients
         if states is not None:
             return [None if leaf is None else map_gradient(leaf, states)]
@@ -210,12 +236,12 @@ class ScopedGate:
     def _exact_stats(
         self, main: Sequence[Tensor | None], auxiliary: Sequence[Tensor | None]
     ) -> Tensor:
-        """What `grad_dot_norm` gives for both whole gradients, [1, 3]."""
+        """`grad_dot_norm` of the two losses' gradients of all parameters, [1, 3]."""
         whole = [self._whole(gradients) for gradients in (main, auxiliary)]
         return grad_dot_norm(whole[0], whole[1], impl=self.impl)
 
     def _whole(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """A loss's gradients of all parameters, from those above the cut and the leaf's."""
+        """Gradients of a loss for all parameters, from the leaf's and those above the cut."""
         cotangent, *above = gradients
         if cotangent is None:
             return above
@@ -229,7 +255,7 @@ class ScopedGate:
         ]
 
     def _scale_and_clip(self, loss_scale: float | Tensor, max_norm: float | None) -> Tensor:
-        """Unscale and clip what lies in `.grad`; its norm before clipping."""
+        """Unscale and clip the gradients in `.grad`; returns their norm before clipping."""
         gradients = [parameter.grad for parameter in self.parameters]
         nothing = [None] * len(gradients)
         stats = grad_dot_norm(gradients, nothing, impl=self.impl)
@@ -245,32 +271,29 @@ class ScopedGate:
         return stats[0, 1].sqrt() / loss_scale
 
     def reset(self) -> None:
-        """Forget the batch."""
+        """Forget the current batch."""
         self._auxiliary = None
         self._pass = None
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Restore the model."""
         self.reset()
         self.cut.remove()
 
 
 def map_gradient(gradient: Tensor, states: Tensor) -> Tensor:
-    """The gradient [d, H] of a linear map that would add to the representations [N, d].
+    """Gradient [d, H] of a linear map from states [N, H] that is added to the representations.
 
-    Parameters sum over the texts what a loss asks of each; so does this map from the texts' first
-    states [N, H]. Text by text, the two gradients at the representations would hardly ever be more
-    than 90 degrees apart (measured; see docs/decisions.md).
+    Like the gradient of any parameter, it is a sum over the texts. Text by text, the gradients of
+    the two losses at the representations are hardly ever more than 90 degrees apart (measured; see
+    docs/decisions.md).
 
-    gradient [N, d]: of the representations.
+    Args:
+        gradient: of the representations [N, d].
+        states: the first hidden state of each text.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     return gradient.to(dtype).T @ states.to(dtype)
-
-
-def first_states(args: tuple[Tensor, ...]) -> Tensor:
-    """The first token's hidden states [N, H], without their graph, of an exit's arguments."""
-    return args[0][:, 0].detach()
 
 
 def top_layers(model: MultiExitForSequenceClassification, num_top: int) -> list[nn.Module]:
@@ -300,7 +323,7 @@ def top_parameters(model: MultiExitForSequenceClassification, num_top: int) -> l
     Raises:
         ValueError: as for `top_layers`.
     """
-    # The norm after the last layer, in encoders that normalise before their layers.
+    # Encoders that normalise before each layer have a norm after the last one.
     after = getattr(model.backbone, "final_norm", None)
     modules = [*top_layers(model, num_top), model.exits[-1]]
     modules += [] if after is None else [after]
@@ -308,10 +331,10 @@ def top_parameters(model: MultiExitForSequenceClassification, num_top: int) -> l
 
 
 def hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a layer reads, among the arguments of its call.
+    """The hidden states among the arguments of a call of a layer.
 
     Raises:
-        ValueError: it is neither the first one nor called hidden_states.
+        ValueError: they are neither the first argument nor called hidden_states.
     """
     found = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(found, Tensor):

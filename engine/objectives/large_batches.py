@@ -1,10 +1,12 @@
-"""Contrastive batches larger than one forward pass can hold.
+"""Contrastive batches that are larger than one forward pass can hold (GradCache).
 
-The contrastive loss needs the representations of all its samples at once, the backbone's graph does
-not: representations first, chunk by chunk without a graph; then the loss and its gradient with
-respect to them; then each chunk again with a graph, into which that gradient is fed. The second
-pass draws the random numbers of the first, so that dropout is the same. Memory is that of one
-chunk, time that of one more forward pass (Gao et al. 2021, arXiv 2101.06983, GradCache).
+The contrastive loss needs the representations of all its samples at once, but not the graph of the
+backbone. First the representations are computed chunk by chunk, without a graph; then the loss and
+its gradient with respect to them; then each chunk again, with a graph, through which that gradient
+is back-propagated. The second pass draws the random numbers of the first, so that dropout is the
+same. This takes the memory of one chunk, and the time of one more forward pass.
+
+Source: Gao et al. 2021, arXiv 2101.06983.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from .losses import ExitLosses, Teacher, contrastive_loss, main_losses
 
 @dataclass(frozen=True)
 class Chunk:
-    """What the exits make of some samples: outputs of E exits, their labels [N], the teacher."""
+    """Outputs of E exits on N samples, the labels [N] of the samples, and the teacher."""
 
     output: MultiExitOutput
     labels: Tensor
@@ -40,23 +42,24 @@ def cached_losses(
     *,
     shares: Sequence[float],
     weight: float,
-    loss_scale: float,
+    loss_scale: Tensor | float,
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     process_group: ProcessGroup | None = None,
 ) -> Iterator[ExitLosses]:
     """The losses of each chunk of one contrastive batch, to be back-propagated one after another.
 
-    The sum over the chunks of the auxiliary losses, and of their gradients, is `weight` times the
-    contrastive loss of the whole batch, and its gradient.
+    Summed over the chunks, the auxiliary losses and their gradients are `weight` times the
+    contrastive loss of the whole batch and its gradient.
 
     Args:
-        forwards: runs the model on a chunk; called twice, with the same random numbers.
-        label_embeddings: gives the classifiers' weights [E, K, d].
-        shares: what each chunk's main loss is multiplied by; weight: the contrastive loss's factor.
-        loss_scale: factor that the losses will carry in float16, lest the gradient that is kept
-            between the passes underflow.
-        context: where the model's weights can be read.
+        forwards: one per chunk, runs the model on it; called twice with the same random numbers.
+        label_embeddings: returns the weights of the classifiers [E, K, d].
+        shares: factors of the chunks' main losses.
+        weight: factor of the contrastive loss.
+        loss_scale: factor that the losses will carry in float16. The gradient that is kept between
+            the passes carries it too, and so does not underflow.
+        context: for the contrastive loss, and to read the weights of the model.
         process_group: as for `exit_losses`.
     """
     before, seen = [], []
@@ -68,14 +71,14 @@ def cached_losses(
     samples = torch.cat([embeddings for embeddings, _, _ in seen], dim=1).requires_grad_()
     with context():
         weights = label_embeddings().detach().clone().requires_grad_()
-    value = contrastive_loss(
-        options,
-        samples,
-        weights,
-        torch.cat([labels for _, labels, _ in seen]),
-        _join([teacher for _, _, teacher in seen]),
-        process_group,
-    )
+        value = contrastive_loss(
+            options,
+            samples,
+            weights,
+            torch.cat([labels for _, labels, _ in seen]),
+            _join([teacher for _, _, teacher in seen]),
+            process_group,
+        )
     assert value is not None  # the configuration refuses such batches without a contrastive term
     with part(CONTRASTIVE_BACKWARD):
         of_samples, of_weights = torch.autograd.grad(
@@ -94,7 +97,7 @@ def cached_losses(
                 linked = linked + _product(label_embeddings(), of_weights)
         linked = linked / loss_scale
         main, cross_entropy = main_losses(options, chunk.output, chunk.labels, chunk.teacher)
-        # The gradient of `linked`, and an equal part of the value.
+        # Has the gradient of `linked`, and as its value an equal part of the loss.
         auxiliary = linked - linked.detach() + value / len(forwards)
         yield ExitLosses(main, auxiliary, cross_entropy).times(shares[index], weight)
         start = stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,16 +16,16 @@ from ..config.sections import ObjectiveOptions
 from ..model.multi_exit import MultiExitOutput
 from ..runtime.profiler_marks import CONTRASTIVE_LOSS, FORWARD, part
 
-# The label of a text that counts in no loss.
+# Label of a text that counts in no loss.
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class ExitLosses:
-    """One value an exit: L_ce [E], and the contrastive L_scl or L_acl [E] where there is one.
+    """Losses of E exits: main L_ce [E], and the contrastive L_scl or L_acl [E] if there is one.
 
-    With distillation `main` is (1 - w) L_ce + w L_kd. `cross_entropy` [E] is L_ce alone, for the
-    log: without a graph, and of the exits that are trained only.
+    With distillation `main` is (1 - w) L_ce + w L_kd. `cross_entropy` [E] is L_ce alone, without
+    a graph, for the log.
     """
 
     main: Tensor
@@ -40,7 +41,7 @@ class ExitLosses:
         )
 
     def values(self) -> Tensor:
-        """main, cross_entropy and auxiliary, 0 where there is none, without their graph: [3, E]."""
+        """main, cross_entropy and auxiliary (0 if there is none), without their graph: [3, E]."""
         main = self.main.detach()
         rest = (self.cross_entropy, self.auxiliary)
         return torch.stack(
@@ -56,7 +57,7 @@ class ExitLosses:
 
 @dataclass(frozen=True)
 class Teacher:
-    """The frozen last exit on the same batch: constants.
+    """Output of the frozen last exit on the same batch, as constants.
 
     embeddings [N, d], label_embeddings [K, d], logits [N, K].
     """
@@ -79,11 +80,11 @@ def exit_losses(
     Args:
         output: exit_logits [E, N, K] and exit_embeddings [E, N, d] of a forward pass.
         label_embeddings: the classifiers' weights [E, K, d].
-        labels: [N], classes; `IGNORED` where a text counts in no loss.
-        teacher: the last exit, where the exits learn from it: by `distill_weight`, and as rows of
-            the contrastive batch (ACL-CL) where `cross_layer` is on.
-        process_group: the processes whose samples are contrasted with each other; None: this one's
-            alone.
+        labels: classes [N]; `IGNORED` for a text that counts in no loss.
+        teacher: the last exit, if the others learn from it: by `distill_weight`, and as rows of
+            the contrastive batch (ACL-CL) if `cross_layer` is on.
+        process_group: processes whose samples are contrasted with each other; None: the samples
+            of this process alone.
     """
     main, cross_entropy = main_losses(options, output, labels, teacher)
     auxiliary = contrastive_loss(
@@ -126,10 +127,12 @@ def contrastive_loss(
     teacher: Teacher | None = None,
     process_group: ProcessGroup | None = None,
 ) -> Tensor | None:
-    """L_scl, L_acl or L_aclcl [E] of representations [E, N, d]; None where the objective has none.
+    """L_scl, L_acl or L_aclcl [E] of representations [E, N, d]; None for the objective ce.
 
     The other arguments are those of `exit_losses`.
     """
+    if options.objective == "ce":
+        return None
     settings: dict[str, Any] = {
         "temperature": options.temperature,
         "denominator": options.denominator,
@@ -138,8 +141,6 @@ def contrastive_loss(
         "ignore_index": IGNORED,
         "process_group": process_group,
     }
-    if options.objective == "ce":
-        return None
     with part(CONTRASTIVE_LOSS):
         if options.objective == "scl":
             return supcon_loss(samples, labels, **settings)
@@ -150,10 +151,9 @@ def contrastive_loss(
 
 
 def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)) [E], the mean over the samples.
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)) [E], averaged over the samples.
 
-    Args:
-        logits: [E, N, K]; teacher_logits: [N, K].
+    logits [E, N, K], teacher_logits [N, K].
 
     Source: Hinton et al. 2015, arXiv 1503.02531.
     """
@@ -165,17 +165,24 @@ def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> 
     return temperature**2 * divergence.sum(dim=-1).mean(dim=-1)
 
 
-def check_finite(output: MultiExitOutput, step: int) -> None:
+def count_not_finite(output: MultiExitOutput) -> Tensor:
+    """Samples with a NaN or infinite value in their representation, per exit: [E] int64."""
+    return (~torch.isfinite(output.exit_embeddings).all(dim=-1)).sum(dim=1)
+
+
+def check_finite(counts: Sequence[float], num_samples: int, step: int) -> None:
     """Refuse to train on NaN or infinite representations.
+
+    Args:
+        counts: per exit, how many of the `num_samples` representations are not finite.
 
     Raises:
         FloatingPointError: naming the exit, the number of bad samples and the step.
     """
-    bad = ~torch.isfinite(output.exit_embeddings).all(dim=-1)  # [E, N]
-    for index, count in enumerate(bad.sum(dim=1).tolist()):
+    for index, count in enumerate(counts, start=1):
         if count:
             raise FloatingPointError(
-                f"Step {step}: the representations of {count} of {bad.shape[1]} samples at exit "
-                f"{index + 1} of {bad.shape[0]} are NaN or infinite. A lower learning_rate, "
+                f"Step {step}: the representations of {count:g} of {num_samples} samples at exit "
+                f"{index} of {len(counts)} are NaN or infinite. A lower learning_rate, "
                 "max_grad_norm=1, or bf16 instead of fp16 usually helps."
             )

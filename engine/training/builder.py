@@ -1,10 +1,175 @@
-"""The parts of a training run, put together before the first step."""
+"""Start-up of a training run: its data, tokenizer, model and plan, from the configuration.
+
+Whatever can be refused before the first step is refused here, or by the constructor of `Trainer`.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from transformers import PreTrainedTokenizerBase
+
+from ...kernels.contrastive.dispatch import Workload, choose
+from ..backends.interface import Backend
+from ..backends.local import LocalBackend
 from ..config.training import TrainingConfig
-from ..model.multi_exit import MultiExitForSequenceClassification, label_names
+from ..data.batching import EncodedSplit, encode
+from ..data.dataset import TextData, load_splits
+from ..data.quickstart import minilm_path
+from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
+from ..model.saved import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
 from ..runtime import processes
+from ..runtime.device import choose_device, choose_dtype
+from ..runtime.lock import RunLock
+from .feature_cache import FeatureCache, check_directory
+from .metrics_log import require_reporting
+from .stages import Stage, StepPlan, check_exits, needed_exits, plan_steps
+from .storage.best_model import BestModel, scored_layers
+from .storage.output_dir import check_output_dir
+
+logger = logging.getLogger("fusedacl")
+
+
+@dataclass
+class RunParts:
+    """The parts of a run before its first step.
+
+    given: the options as the user wrote them; config: with those that they imply.
+    lock: of the output directory, not taken yet.
+    deepspeed_config: the JSON object; None: the local backend trains.
+    base_model: name or path of the model that the run starts from.
+    best: keeps the best step; None: not asked for.
+    """
+
+    given: TrainingConfig
+    config: TrainingConfig
+    lock: RunLock
+    device: torch.device
+    dtype: torch.dtype
+    deepspeed_config: dict[str, Any] | None
+    data: TextData
+    encoded: Mapping[str, EncodedSplit]
+    tokenizer: PreTrainedTokenizerBase
+    base_model: str
+    model: MultiExitForSequenceClassification
+    plan: StepPlan
+    best: BestModel | None
+
+    @property
+    def train_split(self) -> EncodedSplit:
+        return self.encoded["train"]
+
+    @property
+    def shows_progress(self) -> bool:
+        return not self.config.run.disable_tqdm and processes.rank() == 0
+
+
+def build_run(given: TrainingConfig) -> RunParts:
+    """Load and check what a run needs.
+
+    Raises:
+        ValueError: a mistake in the configuration or the data.
+    """
+    config = given.resolved()
+    lock = RunLock(Path(str(config.run.output_dir)))
+    # A run at work there is named first: the refusals of its directory recommend to delete it.
+    lock.check_free()
+    check_output_dir(config)
+    require_reporting(config.run.report_to)
+    device, dtype = _device_and_dtype(config)
+    deepspeed_config = _deepspeed_config(config)
+    data = _load_data(config)
+    options = config.optimization
+    torch.manual_seed(options.seed)
+    base_model = options.stage1_model or config.model.model_name_or_path or str(minilm_path())
+    model = _new_model(config, base_model, data, device)
+    from_stage1 = options.stage1_model is not None
+    tokenizer = load_tokenizer(base_model, "stage1_model" if from_stage1 else "model_name_or_path")
+    encoded = _encode(config, data, model, tokenizer)
+    plan = plan_steps(config, len(model.exit_layers), len(encoded["train"]))
+    best = _new_best(config, data, model, plan)
+    if options.feature_cache is not None:
+        check_directory(Path(options.feature_cache), encoded["train"])
+    return RunParts(
+        given, config, lock, device, dtype, deepspeed_config, data, encoded, tokenizer, base_model,
+        model, plan, best,
+    )  # fmt: skip
+
+
+def uses_deepspeed(config: TrainingConfig) -> bool:
+    """Whether DeepSpeed trains: it was asked for, or a launcher has started this process."""
+    return config.optimization.deepspeed_config is not None or processes.launched() is not None
+
+
+def _device_and_dtype(config: TrainingConfig) -> tuple[torch.device, torch.dtype]:
+    options = config.optimization
+    if uses_deepspeed(config):
+        device = processes.join(config.run.device, config.run.ddp_timeout)
+    else:
+        device = choose_device(config.run.device)
+    dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
+    workload = Workload(
+        device,
+        dtype,
+        temperature=config.objective.temperature,
+        num_rows=options.per_device_train_batch_size,
+    )
+    # Refuses an implementation that cannot run here.
+    choose(config.objective.impl, workload)
+    return device, dtype
+
+
+def _deepspeed_config(config: TrainingConfig) -> dict[str, Any] | None:
+    name = config.optimization.deepspeed_config
+    if name is not None:
+        from ..backends.deepspeed.settings import read_deepspeed_config
+
+        return read_deepspeed_config(name)
+    return {} if uses_deepspeed(config) else None
+
+
+def _load_data(config: TrainingConfig) -> TextData:
+    data = load_splits(config.data)
+    for note in data.notes:
+        logger.info(note)
+    if config.without_effect:
+        logger.info(
+            "no effect with objective=%s, gate=%s: %s.",
+            config.objective.objective,
+            config.objective.gate,
+            ", ".join(config.without_effect),
+        )
+    return data
+
+
+def _new_model(
+    config: TrainingConfig, name_or_path: str, data: TextData, device: torch.device
+) -> MultiExitForSequenceClassification:
+    options, strategy = config.model, config.optimization.strategy
+    stage1 = config.optimization.stage1_model
+    trained = None if stage1 is None else load_trained(stage1, "stage1_model")
+    model = MultiExitForSequenceClassification.from_encoder(
+        name_or_path,
+        label_names=data.label_names,
+        dropout=options.dropout,
+        num_hidden_layers=options.num_hidden_layers,
+        exit_layers=None if strategy == "single" else parse_layers(options.exit_layers),
+        exit_head=options.exit_head,
+        exit_width=options.exit_width,
+        exit_attention_heads=options.exit_attention_heads,
+    )
+    if stage1 is not None and trained is not None:
+        take_last_exit(model, trained, stage1)
+    check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
+    nn.Module.to(model, device)
+    return model
 
 
 def take_last_exit(
@@ -12,7 +177,7 @@ def take_last_exit(
     trained: MultiExitForSequenceClassification,
     name: str,
 ) -> None:
-    """Copy the last exit of a trained model, which is to be the other exits' teacher.
+    """Copy the last exit of a trained model, which is to be the teacher of the other exits.
 
     Raises:
         ValueError: it has other classes, another kind of exit, or none on the last layer.
@@ -40,6 +205,82 @@ def take_last_exit(
     model.exits[-1].load_state_dict(trained.exits[-1].state_dict())
 
 
-def uses_deepspeed(config: TrainingConfig) -> bool:
-    """Whether the run is DeepSpeed's: asked for, or one process of those that were launched."""
-    return config.optimization.deepspeed_config is not None or processes.launched() is not None
+def _encode(
+    config: TrainingConfig,
+    data: TextData,
+    model: MultiExitForSequenceClassification,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, EncodedSplit]:
+    limit = length_limit(model, tokenizer)
+    max_length = config.data.max_seq_length or min(DEFAULT_MAX_LENGTH, limit)
+    model.config.max_seq_length = max_length
+    encoded = {
+        name: encode(split, tokenizer, max_length, model_limit=limit)
+        for name, split in data.splits.items()
+    }
+    for name, split in encoded.items():
+        if split.num_truncated:
+            logger.info(
+                "%s: %d of %d texts are longer than max_seq_length=%d and lose their ends.",
+                name,
+                split.num_truncated,
+                len(split),
+                max_length,
+            )
+    return encoded
+
+
+def _new_best(
+    config: TrainingConfig,
+    data: TextData,
+    model: MultiExitForSequenceClassification,
+    plan: StepPlan,
+) -> BestModel | None:
+    if not config.run.load_best_model_at_end:
+        return None
+    if not data.evaluation_splits:
+        raise ValueError(f"load_best_model_at_end: {data.name} has no labelled split to choose by.")
+    layers = scored_layers(model.exit_layers, plan.stages[-1].exits)
+    return BestModel(config.run, data.metrics, layers)
+
+
+def open_features(parts: RunParts, stage: Stage) -> FeatureCache | None:
+    """The feature cache, if it was asked for and the stage can use one."""
+    options = parts.config.optimization
+    if options.feature_cache is None or stage.trains_backbone:
+        return None
+    return FeatureCache(
+        Path(options.feature_cache),
+        parts.model,
+        parts.train_split,
+        needed_exits(parts.model, stage, stage.exits),
+        batch_size=options.per_device_eval_batch_size,
+        pad_token_id=parts.tokenizer.pad_token_id,
+        dtype=parts.dtype,
+        progress=parts.shows_progress,
+    )
+
+
+def new_backend(
+    parts: RunParts, stage: Stage, groups: Mapping[str, list[Parameter]], num_steps: int
+) -> Backend:
+    """The backend of a stage whose parameters are trained in these groups.
+
+    Raises:
+        ValueError: DeepSpeed refuses the model or the configuration, or `gate_scope` the encoder.
+    """
+    settings: dict[str, Any] = {
+        "groups": groups,
+        # On a frozen backbone the exits have nothing in common.
+        "independent": not stage.trains_backbone,
+        "learning_rate": stage.learning_rate,
+        # Exits alone are small and close to the losses: the exact decision is cheap.
+        "gate_scope": parts.config.objective.gate_scope if stage.trains_backbone else "all",
+    }
+    model, config, device = parts.model, parts.config, parts.device
+    if parts.deepspeed_config is None:
+        return LocalBackend(model, config, num_steps, device, **settings)
+    from ..backends.deepspeed.backend import DeepSpeedBackend
+
+    settings["deepspeed_config"] = parts.deepspeed_config
+    return DeepSpeedBackend(model, config, num_steps, device, **settings)

@@ -1,4 +1,4 @@
-"""The README.md of a final model: what it is, how it was made, what it scored."""
+"""The model card (README.md) of a final model, from the configuration and results of its run."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _STRATEGIES = {
 
 
 def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any]) -> str:
-    """A model card with the hub's metadata, from a run's configuration and results."""
+    """The text of the card; base_model: name or path of the model that the run started from."""
     objective = _OBJECTIVES[config.objective.objective]
     if config.gated:
         objective += f", gated at {config.objective.max_angle:g} degrees (ACL-Grad)"
@@ -34,7 +34,8 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
     names = {name for scores in _scores(results) for name in scores if name != "loss"}
     is_local = Path(base_model).exists()
     title = Path(base_model).name if is_local else base_model
-    lines = front_matter(None if is_local else base_model, sorted(names))
+    # The hub knows a model by its name, not by a path.
+    lines = front_matter(base_model=None if is_local else base_model, metrics=sorted(names))
     lines += [f"# {title} fine-tuned on {results['data']}", ""]
     lines += [f"- Base model: {base_model}", f"- Data: {results['data']}"]
     lines += [f"- Objective: {objective}", *_strategy(config)]
@@ -52,7 +53,7 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
 
 
 def _score_lines(results: Mapping[str, Any]) -> list[str]:
-    """A list of one exit's scores, a table of several exits'."""
+    """The scores of one exit as a list, those of several exits as a table."""
     if not results["metrics"]:
         return ["There was no labelled split to evaluate on."]
     if all(len(by_layer) == 1 for by_layer in results["metrics"].values()):

@@ -1,7 +1,7 @@
-"""Hidden states of a frozen backbone on disk, read in place of running the backbone again.
+"""Hidden states of a frozen backbone on disk, read instead of running the backbone again.
 
-One float16 array [tokens, layers, H] in a memory-mapped file: a text's states are one contiguous
-read. Linear exits read the first token only, so only its states are kept for them.
+They are one float16 array [tokens, layers, H] in a memory-mapped file, so that the states of a text
+are one contiguous read. For linear exits only the first token is kept, as they read no other.
 """
 
 from __future__ import annotations
@@ -26,27 +26,28 @@ from ..runtime import collectives, processes
 from ..runtime.device import autocast
 from ..runtime.files import write_json
 from ..runtime.lock import DirectoryLock
+from .transfers import to_device
 
 logger = logging.getLogger("fusedacl")
 
 STATES_FILE = "states.float16"
 META_FILE = "meta.json"
-# What a disk without room for a file answers, and one on which none can be reserved.
+# Errors of a disk that is full, and of a file system that cannot reserve room.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CANNOT_RESERVE = (errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class FeatureCache:
-    """The states of some exits' layers for every text of a split, made here if they are not there.
+    """States of some exits' layers for every text of a split; computed if they are not on disk.
 
     Args:
-        directory: of this cache alone; made if it does not exist.
-        positions: of the exits in `exit_layers` whose layers' states are kept.
-        batch_size, pad_token_id, dtype: of the backbone's pass over the split.
+        directory: holds this cache alone; created if it does not exist.
+        positions: exits, by their positions in `exit_layers`, whose layers are kept.
+        batch_size, pad_token_id, dtype: for the pass of the backbone over the split.
 
     Raises:
         ValueError: the directory holds the states of other texts, another backbone or other layers,
-            or the disk has no room for them (which is reserved before anything is written).
+            or the disk has no room for them; room is reserved before anything is written.
     """
 
     def __init__(
@@ -79,7 +80,7 @@ class FeatureCache:
                 logger.info("Feature cache: reading %s.", directory)
             else:
                 collectives.from_first(lambda: self._make(directory))
-                # The processes of a run write a part each.
+                # Each process of the run writes a part.
                 collectives.together(
                     lambda: self._write(
                         directory, model, encoded, positions, batch_size, pad_token_id, dtype,
@@ -94,9 +95,9 @@ class FeatureCache:
     def _is_there_alone(
         self, directory: Path, meta: dict[str, Any], held: contextlib.ExitStack
     ) -> bool:
-        """`_is_there`, and nobody else writes or looks while `held` is.
+        """`_is_there`, behind a lock that `held` keeps.
 
-        Two runs that both found nothing would empty the file that the other one reads.
+        Without it, two runs that both find nothing would overwrite each other's file.
         """
         waiting = f"Feature cache: waiting for the run that writes {directory}."
         held.enter_context(DirectoryLock(directory).held(waiting))
@@ -130,10 +131,10 @@ class FeatureCache:
         return 2 * int(np.prod(self.shape))
 
     def _make(self, directory: Path) -> None:
-        """The file at its full size, announced."""
+        """Create the file at its full size, and log that."""
         directory.mkdir(parents=True, exist_ok=True)
         file = directory / STATES_FILE
-        # What a killed run has left takes the room of what replaces it.
+        # The file of a killed run takes room that the new one needs.
         file.unlink(missing_ok=True)
         free = shutil.disk_usage(directory).free
         logger.info(
@@ -201,18 +202,18 @@ class FeatureCache:
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             padded[row, : stop - start] = self.states[start:stop]
         mask = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
-        layers = torch.from_numpy(padded).to(device).float().unbind(dim=2)
-        return list(layers), mask.to(device)
+        layers = to_device(torch.from_numpy(padded), device).float().unbind(dim=2)
+        return list(layers), to_device(mask, device)
 
 
 def _reserve(file: Path, num_bytes: int) -> None:
-    """An empty file of that size, its blocks on the disk where the system can promise them.
+    """Create an empty file of that size, with blocks on the disk if the system can reserve them.
 
-    Without them a disk that fills up meanwhile ends the process that writes to the mapped file, by
-    a signal and without a word.
+    If a disk fills up without reserved blocks, writing to the mapped file ends the process by a
+    signal, without an error message.
     """
     with file.open("wb") as handle:
-        # macOS has no such call, and some network file systems answer that they cannot.
+        # macOS has no such call, and some network file systems do not support it.
         if hasattr(os, "posix_fallocate"):
             try:
                 os.posix_fallocate(handle.fileno(), 0, num_bytes)
@@ -240,10 +241,10 @@ def weights_hash(model: MultiExitForSequenceClassification) -> str:
 
 
 def check_directory(directory: Path, encoded: EncodedSplit) -> None:
-    """What can be refused before the first stage has been trained.
+    """Refuse a directory that the second stage could not use, before the first one is trained.
 
     Raises:
-        ValueError: the place is a file, or holds the states of other texts.
+        ValueError: it is a file, or holds the states of other texts.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"feature_cache={str(directory)!r} is a file; name a directory.")

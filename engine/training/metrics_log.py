@@ -1,4 +1,4 @@
-"""What a run writes while it trains: metrics.jsonl, TensorBoard, and the gate's history."""
+"""The logs of a run while it trains: metrics.jsonl and TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..runtime.files import write_whole
 
 
 class Log(Protocol):
-    """Where the records of a run go."""
+    """A destination for the records of a run."""
 
     def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]: ...
 
@@ -19,14 +19,14 @@ class Log(Protocol):
 
 
 class NoLog:
-    """Of a process that leaves the writing to another."""
+    """The log of a process that is not the first one, which writes for all."""
 
     def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
-        """None are known here."""
+        """Nothing is known here."""
         return {}
 
     def write(self, record: dict[str, Any]) -> None:
-        """Written elsewhere."""
+        """Write nothing."""
 
     def __enter__(self) -> NoLog:
         return self
@@ -36,13 +36,15 @@ class NoLog:
 
 
 class MetricsLog:
-    """Appends one JSON object a line to `metrics.jsonl`, and the numbers to TensorBoard if asked.
+    """Appends records to `metrics.jsonl`, one JSON object per line, and to TensorBoard if asked.
 
-    resume_step: what was written after this step goes. keep_evaluations: whether those of the step
-        itself stay; where they came after its checkpoint, a kill may have left a part of them.
+    Args:
+        resume_step: records after this step are dropped.
+        keep_evaluations: whether the evaluations of the step itself stay. If they came after its
+            checkpoint, they may be incomplete.
 
     Raises:
-        ValueError: report_to=tensorboard where the package is not installed.
+        ValueError: report_to=tensorboard, and the package is not installed.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class MetricsLog:
         return found
 
     def write(self, record: dict[str, Any]) -> None:
-        """One logged step or evaluation; `step` and `split` are in every record."""
+        """Write a step or an evaluation; every record has `step` and `split`."""
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -103,7 +105,7 @@ class MetricsLog:
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a line that a killed run left unfinished is left out."""
+    """The records of a metrics.jsonl, without a line that a killed run left unfinished."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
@@ -114,7 +116,7 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_until(path: Path, step: int, keep_evaluations: bool) -> None:
-    """Drop the records after `step`: the resumed run writes them again."""
+    """Drop the records after `step`, which the resumed run writes again."""
     kept = [
         record
         for record in read_records(path)
@@ -125,7 +127,7 @@ def _keep_until(path: Path, step: int, keep_evaluations: bool) -> None:
 
 
 def require_reporting(report_to: str) -> None:
-    """Check, before any work, that what `report_to` names is installed.
+    """Check, before any work, that the package named by `report_to` is installed.
 
     Raises:
         ValueError: it is not.

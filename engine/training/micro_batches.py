@@ -1,7 +1,7 @@
-"""The losses of an optimizer step: its micro-batches, and each process's part of them.
+"""The losses of an optimizer step: its micro-batches, and the part of each process in them.
 
-A micro-batch has `per_device_train_batch_size` texts for every process. W processes see the batches
-that one process would see with W times that size, so they train alike.
+A micro-batch has `per_device_train_batch_size` texts per process. W processes see the batches that
+one process would see with W times that size, so they train alike.
 """
 
 from __future__ import annotations
@@ -14,24 +14,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends.interface import Engine
+from ..backends.interface import Backend
 from ..config.training import TrainingConfig
 from ..data.batching import EncodedSplit, collate
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..objectives.large_batches import Chunk, cached_losses
-from ..objectives.losses import IGNORED, ExitLosses, check_finite, exit_losses
+from ..objectives.losses import IGNORED, ExitLosses, count_not_finite, exit_losses
 from ..runtime import collectives, processes
 from ..runtime.profiler_marks import DATA, FORWARD, part
 from .feature_cache import FeatureCache
+from .padding import KnownPadding
 from .stages import Stage, stage_outputs, stage_states
+from .transfers import to_device
 
 
 @dataclass(frozen=True)
 class Part:
-    """The texts of a micro-batch that are this process's: their rows in the training split.
+    """Rows of the training split that are the part of this process in a micro-batch.
 
-    A micro-batch with fewer texts than processes leaves some with none; they take part with a text
-    whose label is `IGNORED`, because every process must exchange gradients as often as the others.
+    If a micro-batch has fewer texts than there are processes, some have none. They take part with
+    a stand-in text whose label is `IGNORED`, because every process must exchange gradients as
+    often as the others.
     """
 
     rows: np.ndarray
@@ -42,20 +45,21 @@ class Part:
 
 
 def own_part(rows: np.ndarray) -> Part:
-    """Every W-th text: parts of texts that are sorted by length take equally long."""
+    """Every W-th text, so that all parts of texts sorted by length take equally long."""
     own = rows[processes.rank() :: processes.world_size()]
     return Part(own, False) if len(own) else Part(rows[:1], True)
 
 
 class StepLosses:
-    """Runs the model on the micro-batches of a step and gives their losses, weighted.
+    """Runs the model on the micro-batches of a step and yields their losses, weighted.
 
-    The sum over micro-batches and processes of what is given is the loss of the step: each
-    cross-entropy weighs the share of its texts, each contrastive loss that of its batch's.
+    The sum over micro-batches and processes is the loss of the step: each cross-entropy is weighted
+    by the share of its texts, each contrastive loss by the share of its batch.
 
     Args:
-        stage: what is trained; engine: whose precision the model runs in; features: the backbone's
-            states, where they are read instead of computed.
+        stage: says what is trained.
+        backend: gives the precision in which the model runs.
+        features: the states of the backbone, if they are read instead of computed.
     """
 
     def __init__(
@@ -64,37 +68,41 @@ class StepLosses:
         stage: Stage,
         config: TrainingConfig,
         encoded: EncodedSplit,
-        engine: Engine,
+        backend: Backend,
         *,
         pad_token_id: int,
         device: torch.device,
-        features: FeatureCache | None = None,
+        features: FeatureCache | None,
     ) -> None:
         self.model = model
         self.stage = stage
         self.config = config
         self.encoded = encoded
-        self.engine = engine
+        self.backend = backend
         self.pad_token_id = pad_token_id
         self.device = device
         self.features = features
+        # Representations that were not finite in the step so far, per exit, and their number.
+        self.num_not_finite: list[Tensor] = []
+        self.num_samples = 0
 
-    def of(self, epoch: int, step: int, window: Sequence[np.ndarray]) -> Iterator[ExitLosses]:
+    def of(self, epoch: int, window: Sequence[np.ndarray]) -> Iterator[ExitLosses]:
         """The losses of a step's micro-batches, to be back-propagated one after another.
 
-        `window`: rows of the training split, of all processes, for each micro-batch.
+        window: the rows of each micro-batch in the training split, those of all processes.
         """
+        self.num_not_finite, self.num_samples = [], 0
         positions = self.stage.exits_in_epoch(epoch)
-        num_samples = sum(map(len, window))
+        num_texts = sum(map(len, window))
         together = self.config.chunks_together
         for start in range(0, len(window), together):
-            rows = window[start : start + together]
-            parts = [own_part(of_chunk) for of_chunk in rows]
+            chunks = window[start : start + together]
+            parts = [own_part(rows) for rows in chunks]
             yield from self._contrasted(
                 positions,
-                [partial(self._forward, positions, step, own) for own in parts],
-                [len(own) / num_samples for own in parts],
-                sum(map(len, rows)) / num_samples,
+                [partial(self._forward, positions, own) for own in parts],
+                [len(own) / num_texts for own in parts],
+                sum(map(len, chunks)) / num_texts,
             )
 
     def _contrasted(
@@ -106,61 +114,74 @@ class StepLosses:
     ) -> Iterator[ExitLosses]:
         """The losses of the chunks of one contrastive batch.
 
-        `shares`: of the step's texts, in each chunk here; `share`: in the chunks of all processes.
+        Args:
+            shares: of the texts of the step, those in each chunk of this process.
+            share: of the texts of the step, those in the chunks of all processes.
         """
-        # Locally contrasted, a batch is this process's; globally, each process has all of its loss.
+        objective, backend = self.config.objective, self.backend
         is_global = self.config.optimization.negatives == "global"
+        process_group = collectives.group() if is_global else None
+        # With global negatives each process has the whole loss of the batch, else that of its part.
         weight = share / processes.world_size() if is_global else sum(shares)
-
-        def label_embeddings() -> Tensor:
-            return self.model.label_embeddings_of(positions)
-
+        label_embeddings = partial(self.model.label_embeddings_of, positions)
         if len(forwards) > 1:
             yield from cached_losses(
                 forwards,
                 label_embeddings,
-                self.config.objective,
+                objective,
                 shares=shares,
                 weight=weight,
-                loss_scale=self.engine.loss_scale,
+                loss_scale=backend.loss_scale,
                 device=self.device,
-                context=self.engine.forward_context,
-                process_group=self._group(is_global),
+                context=backend.forward_context,
+                process_group=process_group,
             )
             return
         chunk = forwards[0]()
-        with self.engine.forward_context():
+        with backend.forward_context():
             losses = exit_losses(
-                self.config.objective,
+                objective,
                 chunk.output,
                 label_embeddings(),
                 chunk.labels,
                 chunk.teacher,
-                process_group=self._group(is_global),
+                process_group=process_group,
             )
         yield losses.times(shares[0], weight)
 
-    def _group(self, is_global: bool) -> torch.distributed.ProcessGroup | None:
-        return collectives.group() if is_global else None
-
     @part(FORWARD)
-    def _forward(self, positions: tuple[int, ...], step: int, own: Part) -> Chunk:
+    def _forward(self, positions: tuple[int, ...], own: Part) -> Chunk:
         """Outputs of the trained exits, and of their teacher, for some training texts."""
-        if self.features is not None:
-            with part(DATA):
-                states, mask = self.features.batch(own.rows, self.device)
-                assert self.encoded.labels is not None
-                labels = self.encoded.labels[own.rows].to(self.device)
+        context = self.backend.forward_context
+        with part(DATA):
+            batch = self._batch(own)
+        labels = batch.pop("labels")
+        if self.features is None:
+            mask = batch["attention_mask"]
+            with context(), KnownPadding(mask.shape, self._same_length(own)):
+                states = stage_states(self.model, self.stage, positions, batch)
         else:
             with part(DATA):
-                batch = collate(self.encoded, own.rows, self.pad_token_id)
-                batch = {name: value.to(self.device) for name, value in batch.items()}
-            labels, mask = batch.pop("labels"), batch["attention_mask"]
-            with self.engine.forward_context():
-                states = stage_states(self.model, self.stage, positions, batch)
-        with self.engine.forward_context():
+                states, mask = self.features.batch(own.rows, self.device)
+        with context():
             output, teacher = stage_outputs(self.model, self.stage, positions, states, mask)
-        check_finite(output, step)
+        # A large batch runs the model twice on each chunk, the first time without a graph.
+        if torch.is_grad_enabled():
+            self.num_not_finite.append(count_not_finite(output))
+            self.num_samples += len(own.rows)
         if own.is_stand_in:
             labels = torch.full_like(labels, IGNORED)
         return Chunk(output, labels, teacher)
+
+    def _batch(self, own: Part) -> dict[str, Tensor]:
+        """Labels [N] and, unless the features are cached, what the encoder reads, on the device."""
+        if self.features is not None:
+            assert self.encoded.labels is not None
+            batch = {"labels": self.encoded.labels[own.rows]}
+        else:
+            batch = collate(self.encoded, own.rows, self.pad_token_id)
+        return {name: to_device(value, self.device) for name, value in batch.items()}
+
+    def _same_length(self, own: Part) -> bool:
+        offsets = self.encoded.offsets
+        return len(np.unique(offsets[own.rows + 1] - offsets[own.rows])) == 1

@@ -1,8 +1,8 @@
-"""Where the time of a training step goes, as torch.profiler saw it.
+"""The time of each part of a training step, measured by torch.profiler.
 
-The engine marks the parts of a step (`step_parts`); a `StepProfiler` looks at some steps of a run.
-Parts may lie within each other: an instant belongs to the one that was begun last, so no time
-counts twice and the shares add up to 1.
+The engine marks the parts of a step (`profiler_marks`); `StepProfiler` profiles some steps of a
+run. Parts may be nested: an instant belongs to the part that began last, so that no time counts
+twice and the shares add up to 1.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from ..runtime.profiler_marks import COMMUNICATION, OTHER, PREFIX, STEP, WORDS, 
 from ..runtime.text import text_table
 
 logger = logging.getLogger("fusedacl")
-# Steps of a run before those that are profiled; the profiler itself warms up in the last of them.
+# Steps of a run before the profiled ones; the profiler itself warms up in the last of them.
 WARM_UP = 3
 PROFILE_FILE = "profile.json"
 TRACE_FILE = "trace.json.gz"
 SCHEMA = 1
 
-# What torch.distributed calls its exchanges, from their beginning to their end.
+# Prefixes of the events of torch.distributed's collectives.
 _EXCHANGES = ("gloo:", "nccl:")
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A part that ran from `start` to `end`, in microseconds."""
+    """A part of a step, from `start` to `end` in microseconds."""
 
     name: str
     start: float
@@ -46,13 +46,13 @@ class Interval:
 
 
 class Timeline:
-    """Which part each instant of some steps belongs to.
+    """Assigns each instant of some steps to a part.
 
-    `intervals`: the steps, named "step", and parts on any thread; outside steps nothing counts.
+    intervals: the steps, named "step", and the parts on any thread. Time outside steps is ignored.
     """
 
     def __init__(self, intervals: Iterable[Interval]) -> None:
-        # Of those that begin together, the shorter ones lie within the longer ones.
+        # If several begin together, the shorter ones are nested in the longer ones.
         ordered = sorted(intervals, key=lambda interval: (interval.start, -interval.end))
         changes = [(interval.start, index) for index, interval in enumerate(ordered)]
         changes += [(interval.end, index) for index, interval in enumerate(ordered)]
@@ -67,12 +67,12 @@ class Timeline:
             self._parts.append(OTHER if name == STEP else name)
 
     def part_at(self, time: float) -> str | None:
-        """None: no step was running."""
+        """The name of the part; None outside steps."""
         index = bisect_right(self._starts, time) - 1
         return self._parts[index] if index >= 0 else None
 
     def seconds(self) -> dict[str, float]:
-        """Of each part; the sum is that of the steps."""
+        """Seconds of each part; their sum is the time of the steps."""
         totals = dict.fromkeys(WORDS, 0.0)
         for index, name in enumerate(self._parts[:-1]):
             if name is not None:
@@ -81,7 +81,7 @@ class Timeline:
 
 
 def find_intervals(events: Iterable[Any]) -> Iterator[Interval]:
-    """The marked parts, and the exchanges, among a profiler's events."""
+    """The marked parts and the collectives among the events of a profiler."""
     for event in events:
         if event.device_type != DeviceType.CPU:
             continue
@@ -95,14 +95,14 @@ def find_intervals(events: Iterable[Any]) -> Iterator[Interval]:
 
 
 def device_seconds(events: Iterable[Any], timeline: Timeline) -> dict[str, float]:
-    """What the kernels and copies took that each part launched, from whichever thread."""
+    """Seconds of the kernels and copies that each part launched, from any thread."""
     totals = dict.fromkeys(WORDS, 0.0)
     for event in events:
         name = timeline.part_at(event.time_range.start)
         if event.device_type != DeviceType.CPU or name is None:
             continue
         for kernel in event.kernels:
-            # The parts themselves are among them, from their first kernel to their last.
+            # Marks appear among the kernels too, from their first kernel to their last.
             if not kernel.name.startswith(PREFIX):
                 exchanged = kernel.name.lower().startswith("nccl")
                 totals[COMMUNICATION if exchanged else name] += kernel.duration * 1e-6
@@ -110,10 +110,10 @@ def device_seconds(events: Iterable[Any], timeline: Timeline) -> dict[str, float
 
 
 def summarize(events: Iterable[Any], device: torch.device) -> dict[str, Any]:
-    """Shares of a profiler's steps: of the host's time, and of the device's where it has one.
+    """Shares of the parts in the time of profiled steps, on the device or else on the host.
 
     Raises:
-        ValueError: no step is among the events.
+        ValueError: there is no step among the events.
     """
     events = list(events)
     intervals = list(find_intervals(events))
@@ -132,7 +132,7 @@ def summarize(events: Iterable[Any], device: torch.device) -> dict[str, Any]:
     if device.type == "cuda":
         on_device = device_seconds(events, timeline)
         busy = sum(on_device.values())
-        # A driver may not let the profiler look at the device.
+        # Some drivers do not let the profiler see the device.
         if busy > 0:
             found |= {
                 "time_of": "device",
@@ -149,7 +149,7 @@ def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
 
 
 def table(profile: Mapping[str, Any]) -> str:
-    """The parts of a step, their share of its time and their milliseconds."""
+    """A text table of the parts of a step, with their shares and milliseconds."""
     step_ms, shares = profile["step_ms"], profile["shares"]
     on_device = profile["time_of"] == "device"
     busy_ms = step_ms * profile.get("device_busy", 1.0)
@@ -166,15 +166,30 @@ def table(profile: Mapping[str, Any]) -> str:
     return f"{words}\n{text_table(header, rows)}"
 
 
+def check_steps(num_steps: int, left: int, what: str) -> None:
+    """Refuse to profile more steps than are left, for the "run" or "stage", after the warm-up.
+
+    Raises:
+        ValueError: naming the largest number.
+    """
+    if num_steps and WARM_UP + num_steps > left:
+        most = left - WARM_UP
+        remedy = f"Profile at most {most}." if most > 0 else "Profile a longer one."
+        raise ValueError(
+            f"profile={num_steps}: this {what} has {left} steps to do, the first {WARM_UP} of "
+            f"which warm up. {remedy}"
+        )
+
+
 class StepProfiler:
     """Profiles `num_steps` steps after `WARM_UP`, then writes profile.json and logs its table.
 
-    Every step of the run is wrapped in `step`, and the run in the profiler itself. What is
-    computed does not change.
+    Every step of the run is wrapped in `step`, and the run in the profiler itself. Profiling does
+    not change what is computed.
 
     Args:
-        num_steps: 0: none, nothing is done or written.
-        trace: also write all that the profiler saw, in the format of Chrome's tracing.
+        num_steps: 0: profile nothing.
+        trace: also write all events, in the format of Chrome's tracing.
     """
 
     def __init__(
@@ -184,7 +199,7 @@ class StepProfiler:
         self.device = device
         self.directory = directory
         self.trace = trace
-        # What profile.json holds, once it is done.
+        # The contents of profile.json, once they are known.
         self.profile: dict[str, Any] | None = None
         self._seen = 0
         self._profiler: profile | None = None
@@ -198,12 +213,12 @@ class StepProfiler:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        # A run that ends before its time leaves no profile.
+        # A run that ends early leaves no profile.
         self._stop()
 
     @contextlib.contextmanager
     def step(self) -> Iterator[None]:
-        """Around one optimizer step."""
+        """Context of one optimizer step."""
         if self.num_steps == 0 or self.profile is not None:
             yield
             return
@@ -222,7 +237,7 @@ class StepProfiler:
         activities = [ProfilerActivity.CPU]
         if self.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        # Kineto would announce its start and end among the run's own lines.
+        # Keeps Kineto from logging its start and end.
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")
         self._profiler = profile(activities=activities)
         self._profiler.start()
@@ -249,7 +264,7 @@ class StepProfiler:
         write_json(self.directory / PROFILE_FILE, self.profile)
         written = str(self.directory / PROFILE_FILE)
         if self.trace:
-            # Its ending has it compressed.
+            # The ending .gz makes torch compress it.
             profiler.export_chrome_trace(str(self.directory / TRACE_FILE))
             written += f" and {TRACE_FILE}"
         logger.info("%s\nwritten: %s", table(self.profile), written)

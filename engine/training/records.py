@@ -1,12 +1,25 @@
-"""Records of a run: decisions of the gate, comparisons between ranks."""
+"""Records of the steps of a run, made when a step's values have come from the device."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from ..backends.interface import Backend, StepReport
+from ..config.sections import ObjectiveOptions
 from ..objectives.gate import GateDecision
+from ..objectives.losses import check_finite
+from ..runtime import collectives
+from .stages import Stage
+from .transfers import PendingValues, Stopwatch
+
+Record = dict[str, Any]
 
 
 class GateHistory:
@@ -17,15 +30,18 @@ class GateHistory:
         self.groups: list[str] = []
         self.angles: list[float] = []
         self.dropped: list[bool] = []
-        # None where the exact decision was not looked for.
+        # None for steps without the exact decision.
         self.agreed: list[bool | None] = []
 
     def add(
         self, epoch: int, group: str, angle: float, dropped: bool, agreed: bool | None = None
     ) -> None:
-        """One step: epoch (1 = first), the group of parameters, angle in degrees, decision.
+        """Add the decision of one step for one group of parameters.
 
-        agreed: whether the exact decision was the same, where `gate_scope` is not all.
+        Args:
+            epoch: 1 is the first.
+            angle: in degrees.
+            agreed: whether the exact decision was the same, where `gate_scope` is not all.
         """
         self.epochs.append(epoch)
         self.groups.append(group)
@@ -34,10 +50,10 @@ class GateHistory:
         self.agreed.append(agreed)
 
     def summary(self) -> list[dict[str, Any]]:
-        """By epoch and group: steps, share of dropped ones, deciles and median angle (degrees).
+        """Per epoch and group: steps, share of dropped terms, deciles and median of the angle.
 
-        Where the exact decision was looked for also in how many steps, and the share of them in
-        which it was the same.
+        Angles are in degrees. Where exact decisions were compared, also the number of those steps
+        and the share of them with the same decision.
         """
         epochs, angles = np.array(self.epochs), np.array(self.angles)
         groups, dropped = np.array(self.groups), np.array(self.dropped)
@@ -70,26 +86,166 @@ class GateHistory:
 
     def load_state_dict(self, state: dict[str, list[Any]]) -> None:
         for name in vars(self):
-            # A checkpoint of a version before has no `agreed`.
+            # A checkpoint of an earlier version has no `agreed`.
             setattr(self, name, list(state.get(name, [None] * len(state["epochs"]))))
 
 
-def agreements(decision: GateDecision) -> list[bool | None]:
-    """Whether the exact decision was the same, by group; None where there was none."""
-    if decision.agrees is None or decision.exact_angle is None:
-        return [None] * len(decision.kept)
-    # In float16 a gradient may be infinite that this step did not use.
-    known = decision.exact_angle.isfinite().tolist()
-    return [
-        same if seen else None for same, seen in zip(decision.agrees.tolist(), known, strict=True)
-    ]
+class StepRecords:
+    """Sends the values of each step to the host; checks, keeps and logs them as they arrive.
+
+    Args:
+        history: gets the decisions of the gate.
+        write: gets the records of the steps that are logged, in their order.
+    """
+
+    def __init__(
+        self,
+        options: ObjectiveOptions,
+        device: torch.device,
+        history: GateHistory,
+        write: Callable[[Record], None],
+    ) -> None:
+        self.options = options
+        self.history = history
+        self.write = write
+        self.pending = PendingValues(device)
+
+    def send(
+        self,
+        place: Record,
+        backend: Backend,
+        report: StepReport,
+        not_finite: Sequence[Tensor],
+        num_samples: int,
+    ) -> None:
+        """Send what every step is checked for and what the gate decided.
+
+        Args:
+            place: "step", and "gate_epoch", the epoch of the run for `history`.
+            not_finite: counts [E] of representations, out of `num_samples`.
+        """
+        values = {
+            "not_finite": torch.stack(list(not_finite)).sum(0),
+            "skipped": report.skipped,
+            "loss_scale": report.loss_scale,
+            **_decision_values(report.decision),
+        }
+        self.pending.send(values, partial(self._check, place, backend, num_samples))
+
+    def _check(self, place: Record, backend: Backend, num_samples: int, values: Record) -> None:
+        step = place["step"]
+        check_finite(values["not_finite"], num_samples, step)
+        try:
+            backend.check(values["loss_scale"], bool(values["skipped"]))
+        except FloatingPointError as error:
+            raise FloatingPointError(f"Step {step}: {error}") from None
+        if "angle" not in values or values["skipped"]:
+            return
+        rows = zip(values["active"], values["angle"], values["kept"], _agreed(values), strict=True)
+        for group, (active, angle, kept, agreed) in zip(backend.groups, rows, strict=True):
+            if active:
+                self.history.add(place["gate_epoch"], group, angle, not kept, agreed)
+
+    def log(
+        self,
+        place: Record,
+        stage: Stage,
+        epoch: int,
+        groups: Sequence[str],
+        losses: Tensor,
+        report: StepReport,
+        num_texts: int,
+        stopwatch: Stopwatch,
+    ) -> None:
+        """Send what the record of one step has; losses are sums over the exits.
+
+        Args:
+            place: begins the record.
+            epoch: of the stage, 1 is the first.
+            losses: `ExitLosses.values` of the step [3, E], the part of this process in it.
+        """
+        main, cross_entropy, auxiliary = collectives.total(losses)  # [E] each
+        values: Record = {}
+        loss = main
+        if self.options.objective != "ce":
+            weight = torch.full_like(main, self.options.aux_weight)
+            if report.decision is not None:
+                values |= _decision_values(report.decision)
+                used = weight * _kept(stage, epoch, report.decision).to(weight)
+                skipped = torch.as_tensor(report.skipped, device=weight.device)
+                weight = torch.where(skipped, weight, used)
+            loss = (1 - weight) * main + weight * auxiliary
+            values |= {"loss_aux": auxiliary.sum(), "aux_weight": weight.mean()}
+        values |= {
+            "loss": loss.sum(),
+            "loss_ce": cross_entropy.sum(),
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "loss_scale": report.loss_scale,
+            "skipped": report.skipped,
+        }
+        stopwatch.stop()
+        self.pending.send(values, partial(self._log, place, groups, num_texts, stopwatch))
+
+    def _log(
+        self,
+        place: Record,
+        groups: Sequence[str],
+        num_texts: int,
+        stopwatch: Stopwatch,
+        values: Record,
+    ) -> None:
+        record = {**place, **_angles(groups, values)}
+        names = ("loss_aux", "aux_weight", "loss", "loss_ce", "grad_norm", "learning_rate")
+        record |= {name: values[name] for name in names if name in values}
+        record |= {"loss_scale": values["loss_scale"], "skipped": bool(values["skipped"])}
+        speed = {"samples_per_second": round(num_texts / stopwatch.seconds(), 2)}
+        # JSON has no NaN: an overflow leaves no angle and no norm.
+        self.write(
+            {
+                name: None if isinstance(value, float) and not math.isfinite(value) else value
+                for name, value in record.items()
+            }
+            | speed
+        )
 
 
-def comparison(decision: GateDecision) -> dict[str, Any]:
-    """The exact angle, and whether it decides alike, where a step looked for them."""
-    if decision.exact_angle is None:
+def _decision_values(decision: GateDecision | None) -> Record:
+    """Those parts of a decision that are recorded."""
+    if decision is None:
         return {}
-    return {
-        "angle_degrees_all": decision.exact_angle[0].item(),
-        "gate_agrees": agreements(decision)[0],
-    }
+    names = ("active", "angle", "kept", "exact_angle", "agrees")
+    values = {name: getattr(decision, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _kept(stage: Stage, epoch: int, decision: GateDecision) -> Tensor:
+    """Whether the contrastive term of each exit was kept, [E] or [1] for all of them."""
+    if len(decision.kept) == 1:
+        return decision.kept
+    first, stop = stage.exits.index(stage.exits_in_epoch(epoch)[0]), len(stage.exits)
+    return decision.kept[first:stop]
+
+
+def _agreed(values: Record) -> list[bool | None]:
+    """Whether the exact decision was the same, per group; None without an exact decision."""
+    if "agrees" not in values:
+        return [None] * len(values["kept"])
+    # In float16 a gradient that this step did not use may be infinite.
+    pairs = zip(values["agrees"], values["exact_angle"], strict=True)
+    return [bool(same) if math.isfinite(exact) else None for same, exact in pairs]
+
+
+def _angles(groups: Sequence[str], values: Record) -> Record:
+    """The angle of the only group, or of each group that a gradient reached, and the exact one."""
+    if "angle" not in values:
+        return {}
+    if list(groups) == ["model"]:
+        angles = {"angle_degrees": values["angle"][0]}
+    else:
+        rows = zip(groups, values["active"], values["angle"], strict=True)
+        angles = {f"angle_degrees {name}": angle for name, active, angle in rows if active}
+    if "exact_angle" not in values:
+        return angles
+    exact = {"angle_degrees_all": values["exact_angle"][0], "gate_agrees": _agreed(values)[0]}
+    return angles | exact

@@ -10,19 +10,21 @@ from ..config.training import TrainingConfig
 from ..runtime import collectives, processes
 from ..runtime.failures import Peers
 from ..runtime.machine import versions
-from .builder import uses_deepspeed
-from .trainer import Trainer, logger
+from .builder import RunParts, build_run, uses_deepspeed
+from .trainer import Trainer
+
+logger = logging.getLogger("fusedacl")
 
 
 def train(config: TrainingConfig) -> dict[str, Any]:
     """Fine-tune an encoder as `config` says; returns what is written to `results.json`.
 
-    Where a launcher (torchrun, deepspeed) has started several processes, all of them call this.
+    If a launcher (torchrun, deepspeed) has started several processes, all of them call this.
 
     Raises:
         ValueError: a mistake in the configuration or the data, before any training.
         FloatingPointError: NaN or infinite representations, gradients or evaluated logits.
-        OSError: the disk is full, and earlier checkpoints are intact; another process is gone.
+        OSError: the disk is full (earlier checkpoints are intact), or another process has ended.
         Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
     """
     config.resolved()
@@ -32,24 +34,24 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     if processes.rank() > 0:
         logger.setLevel(logging.WARNING)
     peers = Peers()
+    parts: RunParts | None = None
     trainer: Trainer | None = None
     try:
-        trainer = collectives.together(lambda: Trainer(config))
-        trainer.peers = peers
-        collectives.together(trainer.prepare)
-        return trainer.run()
+        parts = built = collectives.together(lambda: build_run(config))
+        trainer = collectives.together(lambda: Trainer(built))
+        return trainer.run(peers)
     except RuntimeError as error:
         explained = peers.explain(error, 0 if trainer is None else trainer.step)
         if explained is None:
             raise
         raise explained from error
     finally:
-        if trainer is not None:
-            trainer.lock.release()
+        if parts is not None:
+            parts.lock.release()
 
 
 def check_alike(config: TrainingConfig) -> None:
-    """Refuse processes with other options or other versions of what computes. Collective.
+    """Refuse processes that differ in their options or in versions of packages. Collective.
 
     Raises:
         ValueError: naming the process and what differs.

@@ -1,4 +1,4 @@
-"""Training strategies: which exits are trained when, and what else moves with them (paper 3.3).
+"""Training strategies (paper, section 3.3): the stages of a run, their exits and their steps.
 
 single       backbone and last exit
 joint        backbone and all exits, the sum of their losses (eq. 6)
@@ -8,6 +8,7 @@ alternating  joint, but the last exit alone in odd epochs (eq. 7, 8)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ from torch.nn import Parameter
 from ..config.training import TrainingConfig
 from ..model.multi_exit import MultiExitForSequenceClassification, MultiExitOutput
 from ..objectives.losses import ExitLosses, Teacher, exit_losses
+from ..runtime import processes
 
 SHARED = "backbone"
 
@@ -26,11 +28,12 @@ SHARED = "backbone"
 class Stage:
     """A part of a run with one set of trained parameters and one learning-rate schedule.
 
-    name: for logs; exits: positions in `exit_layers` of the exits that are trained.
-    trains_backbone: whether the backbone is; if not, its forward pass builds no graph and runs in
-        evaluation mode, once for all exits.
-    has_teacher: whether the last exit, frozen, is the exits' teacher.
-    alternates: whether the last of the exits is alone in odd epochs (1 = first).
+    name: for logs.
+    exits: positions in `exit_layers` of the exits that are trained.
+    trains_backbone: whether the backbone is trained too; if not, its forward pass builds no graph
+        and runs in evaluation mode, once for all exits.
+    has_teacher: whether the last exit, frozen, teaches the trained ones.
+    alternates: whether the last of the exits is trained alone in odd epochs (1 is the first).
     """
 
     name: str
@@ -42,12 +45,12 @@ class Stage:
     alternates: bool = False
 
     def exits_in_epoch(self, epoch: int) -> tuple[int, ...]:
-        """The exits whose losses count in an epoch of the stage (1 = first)."""
+        """The exits whose losses count in an epoch of the stage (1 is the first)."""
         return self.exits[-1:] if self.alternates and epoch % 2 == 1 else self.exits
 
 
-def plan_stages(config: TrainingConfig, num_exits: int, has_stage1: bool = False) -> list[Stage]:
-    """The stages of a run over a model with that many exits; `has_stage1`: the first is done."""
+def plan_stages(config: TrainingConfig, num_exits: int) -> list[Stage]:
+    """The stages of a run over a model with that many exits."""
     options = config.optimization
     every, last = tuple(range(num_exits)), (num_exits - 1,)
     epochs, learning_rate = options.num_train_epochs, options.learning_rate
@@ -66,14 +69,14 @@ def plan_stages(config: TrainingConfig, num_exits: int, has_stage1: bool = False
         trains_backbone=False,
         has_teacher=True,
     )
-    return [second] if has_stage1 else [single, second]
+    return [single, second]
 
 
 def check_exits(strategy: str, exit_layers: Sequence[int], num_layers: int) -> None:
-    """Refuse exits with which a strategy of several exits has no meaning.
+    """Refuse exits that a strategy cannot train.
 
     Raises:
-        ValueError: no exit on the last layer, or none before it.
+        ValueError: a strategy of several exits lacks one on the last layer, or one before it.
     """
     layers = ",".join(map(str, exit_layers))
     if strategy == "single":
@@ -90,12 +93,84 @@ def check_exits(strategy: str, exit_layers: Sequence[int], num_layers: int) -> N
         )
 
 
-def prepare(model: MultiExitForSequenceClassification, stage: Stage) -> dict[str, list[Parameter]]:
-    """Set what is trained and the modes of all modules; returns the trained parameters in groups.
+@dataclass(frozen=True)
+class StepPlan:
+    """Optimizer steps of a run: the stage and the epoch of each, and the texts in it.
 
-    One group an exit, named after its layer ("exit 3"), and one for the backbone that they share:
-    the angle check decides for each. A single exit trained with the backbone is one model, hence
-    one group.
+    ends: the step at which each stage ends.
+    batch_size: texts of a micro-batch, those of all processes.
+    """
+
+    stages: Sequence[Stage]
+    ends: Sequence[int]
+    batch_size: int
+    accumulation: int
+    steps_per_epoch: int
+
+    @property
+    def num_steps(self) -> int:
+        return self.ends[-1]
+
+    def start(self, index: int) -> int:
+        """The step after which a stage begins."""
+        return self.ends[index - 1] if index else 0
+
+    def epochs_before(self, index: int) -> int:
+        """Epochs of the stages before one, those that were only begun included."""
+        return math.ceil(self.start(index) / self.steps_per_epoch)
+
+    def is_due(self, step: int, index: int, every: int | None) -> bool:
+        """Whether an evaluation or a checkpoint follows a step; None: each epoch, 0: never."""
+        if every == 0:
+            return False
+        # The result of a stage is evaluated and saved before the next one begins.
+        between_stages = step in self.ends[:-1]
+        return between_stages or (step - self.start(index)) % (every or self.steps_per_epoch) == 0
+
+    def epoch_share(self, step: int) -> float:
+        """Epochs that are done after a step, as records have them."""
+        return round(step / self.steps_per_epoch, 4)
+
+
+def plan_steps(config: TrainingConfig, num_exits: int, num_texts: int) -> StepPlan:
+    """The steps of a run over a model with that many exits and that many training texts.
+
+    Raises:
+        ValueError: there are fewer texts than processes, or too few steps for the strategy.
+    """
+    options, world_size = config.optimization, processes.world_size()
+    if world_size > num_texts:
+        raise ValueError(
+            f"{world_size} processes for {num_texts} training texts: start at most one for each."
+        )
+    batch_size = options.per_device_train_batch_size * world_size
+    num_batches = math.ceil(num_texts / batch_size)
+    steps_per_epoch = math.ceil(num_batches / options.gradient_accumulation_steps)
+    stages, ends = plan_stages(config, num_exits), [0]
+    if options.stage1_model is not None:
+        # The first one is done.
+        stages = stages[1:]
+    for stage in stages:
+        steps = options.max_steps
+        if steps < 0:
+            steps = max(1, round(stage.num_epochs * steps_per_epoch))
+        if stage.alternates and steps <= steps_per_epoch:
+            raise ValueError(
+                f"strategy=alternating trains the last exit alone in the first epoch: {steps} "
+                f"steps, with {steps_per_epoch} per epoch, never reach the others. Use "
+                "num_train_epochs of 2 or more."
+            )
+        ends.append(ends[-1] + steps)
+    accumulation = options.gradient_accumulation_steps
+    return StepPlan(stages, ends[1:], batch_size, accumulation, steps_per_epoch)
+
+
+def prepare(model: MultiExitForSequenceClassification, stage: Stage) -> dict[str, list[Parameter]]:
+    """Set what is trained and the modes of all modules; return the trained parameters in groups.
+
+    There is one group per exit, named after its layer ("exit 3"), and one for the backbone that
+    the exits share; the angle check decides for each. A single exit and the backbone trained with
+    it are one model, hence one group.
     """
     trained = [model.exits[position] for position in stage.exits]
     model.requires_grad_(False).eval()
@@ -115,7 +190,7 @@ def prepare(model: MultiExitForSequenceClassification, stage: Stage) -> dict[str
 def needed_exits(
     model: MultiExitForSequenceClassification, stage: Stage, positions: Sequence[int]
 ) -> list[int]:
-    """The exits whose layers' states a batch needs: those that are trained, then the teacher."""
+    """Exits whose layers a batch needs the states of: the trained ones, then the teacher."""
     return [*positions, len(model.exits) - 1] if stage.has_teacher else list(positions)
 
 
@@ -137,7 +212,7 @@ def stage_outputs(
     states: Sequence[Tensor],
     attention_mask: Tensor,
 ) -> tuple[MultiExitOutput, Teacher | None]:
-    """Outputs of the exits at `positions`, and of their teacher, from what `stage_states` gave."""
+    """Outputs of the exits at `positions`, and of their teacher, from their `stage_states`."""
     teacher = None
     if stage.has_teacher:
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Ranks that live as long as this folder's tests: starting them takes longer than most tests."""
+"""Ranks that live until the session ends: starting them takes longer than most tests."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,9 +8,9 @@ from rank_pool import Ranks
 RanksOf = Callable[[str, int, float], Ranks]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def ranks_of() -> Iterator[RanksOf]:
-    """The ranks of that name from the tests before, or new ones where a test has lost some."""
+    """The ranks of that name from earlier tests, or new ones if a test has ended some."""
     started: dict[str, Ranks] = {}
 
     def ranks_of(name: str, number: int, collective_seconds: float) -> Ranks:
@@ -30,11 +30,11 @@ def four_ranks(ranks_of: RanksOf) -> Ranks:
 
 @pytest.fixture
 def zero_ranks(ranks_of: RanksOf) -> Ranks:
-    """Two ranks in which `zero_cases` has been imported, which changes DeepSpeed."""
+    """Two ranks that import `zero_cases`, which changes DeepSpeed."""
     return ranks_of("zero", 2, 180.0)
 
 
 @pytest.fixture
 def two_ranks(ranks_of: RanksOf) -> Ranks:
-    """Two ranks that train like users' processes."""
+    """Two ranks that train as a user's processes do."""
     return ranks_of("two", 2, 90.0)

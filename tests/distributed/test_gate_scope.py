@@ -1,4 +1,4 @@
-"""A scope under ZeRO 0 to 3, on two ranks: the local engine's decisions and steps on all texts."""
+"""A scope under ZeRO 0 to 3, on two ranks: the local backend's decisions and steps on all texts."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BARS = {"fp32": (3e-6, 1e-3), "fp16": (1e-2, 0.3)}
         (3, "head", "fp32", "linear"),
     ],
 )
-def test_same_steps_as_the_local_engine(
+def test_same_steps_as_the_local_backend(
     zero_ranks: Ranks, stage: int, scope: str, dtype: str, exit_head: str
 ) -> None:
     results = zero_ranks.run(

@@ -12,7 +12,7 @@ pytest.importorskip("deepspeed")
 
 from fusedacl.engine import TrainingConfig, train
 from fusedacl.engine.runtime import processes
-from fusedacl.engine.training.trainer import Trainer
+from fusedacl.engine.training.builder import build_run
 from rank_pool import Ranks
 from tiny_runs import records
 from training_cases import linear_is_torchs, refused, stopped, trained, weights_hash
@@ -24,6 +24,8 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
         **tiny_options,
         "learning_rate": 1e-3, "dropout": 0.0, "num_train_epochs": 2,
         "per_device_train_batch_size": 8, "aux_weight": 0.3, "contrastive_reduction": "sum",
+        # No angle is near it, so that rounding decides nothing.
+        "max_angle": 180,
         "logging_steps": 1, "save_steps": 0, "device": "cpu",
     }  # fmt: skip
 
@@ -123,7 +125,7 @@ def test_what_is_refused_is_refused_on_both(options, two_ranks: Ranks, tmp_path:
 def test_more_processes_than_texts(options, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processes, "world_size", lambda: 65)
     with pytest.raises(ValueError, match="65 processes for 64 training texts: start at most one"):
-        Trainer(TrainingConfig.create(**options))
+        build_run(TrainingConfig.create(**options))
 
 
 def test_deepspeed_in_one_process(options, tmp_path: Path) -> None:

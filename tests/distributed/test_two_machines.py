@@ -109,6 +109,7 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
         **tiny_options,
         "learning_rate": 1e-3, "dropout": 0.0, "max_steps": 4,
         "per_device_train_batch_size": 8, "negatives": "global", "logging_steps": 1,
+        "max_angle": 180,
         "save_steps": 0, "device": "cpu",
     }  # fmt: skip
 
@@ -150,7 +151,12 @@ def test_what_goes_wrong_is_said_in_time(machines: Machines, options: dict[str, 
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0],
         "MASTER_PORT": "29513",
     }  # fmt: skip
-    command = [sys.executable, "-m", "fusedacl.engine", "train", *flags(options)]
+    program = (
+        "import sys; from fusedacl.engine.cli.main import main; "
+        "from fusedacl.engine.runtime import processes; processes.MEETING_SECONDS = 8.0; "
+        "sys.exit(main())"
+    )
+    command = [sys.executable, "-c", program, "train", *flags(options)]
     alone = machines.start(0, command, **environment)
     (words,) = ended([alone])
     assert alone.returncode == 1

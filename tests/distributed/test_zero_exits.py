@@ -25,7 +25,7 @@ from rank_pool import Ranks
         ({"stage": 3, "stage3_param_persistence_threshold": 0}, "two_stage", 2),
     ],
 )
-def test_same_as_the_local_engine(
+def test_same_as_the_local_backend(
     zero_ranks: Ranks, zero: dict[str, Any], strategy: str, together: int
 ) -> None:
     results = zero_ranks.run(compare_exits, zero, strategy, together)

@@ -1,4 +1,4 @@
-"""Masters and moments in host memory: ZeRO 1 to 3 take the steps of the local engine."""
+"""Masters and moments in host memory: ZeRO 1 to 3 take the steps of the local backend."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CASES: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize("case", CASES, ids=named)
-def test_same_steps_as_the_local_engine(
+def test_same_steps_as_the_local_backend(
     zero_ranks: Ranks, stage: int, case: dict[str, Any]
 ) -> None:
     results = zero_ranks.run(compare, stage, case)

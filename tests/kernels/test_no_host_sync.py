@@ -1,23 +1,35 @@
 """No value is read on the host: CUDA's synchronization debug mode, imitated on the CPU.
 
-Every way by which PyTorch hands a tensor's value to Python ends in one of a few operators. They are
-refused here while losses and gradient functions run as they would on a GPU.
+Every way by which PyTorch hands the value of a tensor to Python ends in one of a few operators.
+They are refused here while losses, gradient functions and whole training steps run as they would
+on a GPU.
 """
 
+from __future__ import annotations
+
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from contrastive_cases import DEVICE, Inputs, make_inputs, run
 from fusedacl.benchmarks.measuring.counting import is_host_read
+from fusedacl.engine import TrainingConfig
+from fusedacl.engine.backends import loss_scaling
+from fusedacl.engine.training import transfers
+from fusedacl.engine.training.builder import build_run
+from fusedacl.engine.training.metrics_log import MetricsLog
+from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
 from fusedacl.kernels.contrastive import batch, dispatch
 from fusedacl.kernels.contrastive.tiled import cpu_loop
 from fusedacl.kernels.contrastive.tiled import loss as tiled
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from tqdm import tqdm
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -38,8 +50,8 @@ class Refuse(TorchDispatchMode):
 def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Refuse reads, except those that `compute_classes` makes intentionally on the CPU only.
 
-    It looks for labels out of range where a look costs nothing; `test_classes_are_not_read` shows
-    that it does not look on another device.
+    It checks for labels out of range there, because the check costs nothing;
+    `test_classes_are_not_read` shows that it makes none on another device.
     """
 
     original = batch.compute_classes
@@ -52,8 +64,9 @@ def no_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
     with Refuse(), monkeypatch.context() as patch:
         patch.setattr(batch, "compute_classes", compute_classes)
-        # On the CPU it reads memory without an operator.
-        patch.setattr(Tensor, "tolist", lambda tensor: tensor.flatten()[0].item())
+        # On the CPU these read memory without an operator.
+        for name in ("tolist", "numpy", "cpu"):
+            patch.setattr(Tensor, name, lambda tensor: tensor.flatten()[0].item())
         yield
 
 
@@ -64,6 +77,8 @@ def test_reads_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda: bool(x.any()),
         lambda: float(x[0]),
         lambda: x.tolist(),
+        lambda: x.numpy(),
+        lambda: x.cpu(),
         lambda: x[x > 0],
         lambda: x.masked_fill_(x > 0, 0).index_put_((x > 0,), x),
         lambda: x.nonzero(),
@@ -139,3 +154,80 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch, impl: str, groups: list[int]
             )  # fmt: skip
             angle_degrees(stats)
             combined_squared_norm(stats, used)
+
+
+STEPS: dict[str, dict[str, Any]] = {
+    "ce": {"objective": "ce"},
+    "scl": {"objective": "scl", "max_grad_norm": 0},
+    "acl": {},
+    "acl, triton": {"impl": "triton", "max_steps": 2},
+    "acl, fp16": {"fp16": True},
+    "ce, fp16": {"objective": "ce", "fp16": True},
+    "acl, bf16, micro-batches": {"bf16": True, "gradient_accumulation_steps": 2},
+    "several exits": {"strategy": "joint"},
+    "alternating exits, fp16": {"strategy": "alternating", "fp16": True},
+    "two stages": {"strategy": "two_stage", "max_steps": 2},
+    "two stages from a feature cache": {"strategy": "two_stage", "max_steps": 2, "cache": True},
+    "large batch": {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 4,
+        "contrastive_batch_size": 16,
+        "bf16": True,
+    },
+    "top:1": {"gate_scope": "top:1", "gate_agreement_steps": 2},
+    "head, fp16": {"gate_scope": "head", "gate_agreement_steps": 2, "fp16": True},
+}
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_training_steps(
+    monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, tiny_data: Path, tmp_path: Path, case: str
+) -> None:
+    """Values are read after the steps only, and are then those of a run that reads at once.
+
+    One step in three is logged. Under float16 the first steps overflow and are skipped.
+    """
+    options: dict[str, Any] = {
+        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
+        "max_seq_length": 16, "per_device_train_batch_size": 16, "max_steps": 6,
+        "num_train_epochs": 2, "logging_steps": 3, "impl": "reference", "disable_tqdm": True,
+        "device": "cpu", **STEPS[case],
+    }  # fmt: skip
+    if options.pop("cache", False):
+        options["feature_cache"] = str(tmp_path / "cache")
+    monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**24)
+
+    def steps(
+        name: str, refused: bool
+    ) -> tuple[list[dict[str, Any]], dict[str, Any], list[Tensor]]:
+        directory = tmp_path / name
+        config = TrainingConfig.create(**options, output_dir=str(directory))
+        trainer = Trainer(build_run(config))
+        with MetricsLog(directory, "none") as log, tqdm(disable=True) as bar:
+            taken = trainer.steps(log, bar)
+            for _ in range(trainer.plan.num_steps):
+                # Between stages values are read, and an exit's features may be written.
+                between = trainer.step == trainer.plan.ends[trainer.stage_index]
+                if refused and not between:
+                    with no_reads(monkeypatch):
+                        next(taken)
+                else:
+                    next(taken)
+            if refused and len(trainer.plan.stages) == 1:
+                assert (directory / "metrics.jsonl").read_text() == ""
+            assert next(taken, "done") == "done"
+        trainer.parts.lock.release()
+        lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+        records = [{k: v for k, v in x.items() if k != "samples_per_second"} for x in lines]
+        return records, trainer.history.state_dict(), list(trainer.model.parameters())
+
+    expected = steps("at once", refused=False)
+    monkeypatch.setattr(transfers._Parcel, "has_arrived", lambda parcel: False)
+    found = steps("pending", refused=True)
+    assert found[:2] == expected[:2]
+    assert len(found[0]) >= 2
+    assert all(map(torch.equal, found[2], expected[2]))
+    if options.get("fp16"):
+        # Some steps were skipped, some were not.
+        assert found[0][0]["loss_scale"] < 2.0**24
+        assert not found[0][-1]["skipped"]

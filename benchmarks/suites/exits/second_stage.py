@@ -13,6 +13,7 @@ from tqdm import tqdm
 from ....engine.config.training import TrainingConfig
 from ....engine.objectives.losses import ExitLosses
 from ....engine.runtime.text import text_table
+from ....engine.training.builder import build_run
 from ....engine.training.metrics_log import MetricsLog
 from ....engine.training.storage.checkpoint import save_model
 from ....engine.training.trainer import Trainer
@@ -117,10 +118,9 @@ class SteppedTrainer(Trainer):
     """A trainer that takes one step per call."""
 
     def __init__(self, config: TrainingConfig) -> None:
-        super().__init__(config)
-        self.prepare()
+        super().__init__(build_run(config))
         # No other process uses the directory; the next kind of exit uses the same one again.
-        self.lock.release()
+        self.parts.lock.release()
         self._steps: Iterator[None] | None = None
 
     def one_step(self) -> None:
@@ -131,14 +131,11 @@ class SteppedTrainer(Trainer):
 
     def _all_steps(self) -> Iterator[None]:
         with MetricsLog(self.output_dir, "none") as log, tqdm(disable=True) as bar:
-            for epoch, windows in self._epochs():
-                for window in windows:
-                    self._train_step(epoch, window, log, bar)
-                    yield
+            yield from self.steps(log, bar)
 
     def losses_of(self, indices: np.ndarray) -> ExitLosses:
         """Losses of one batch, with their autograd graph."""
-        (losses,) = self.losses.of(1, 1, [indices])
+        (losses,) = self.losses.of(1, [indices])
         return losses
 
 

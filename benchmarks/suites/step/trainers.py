@@ -25,8 +25,8 @@ from ....engine.config.training import TrainingConfig
 from ....engine.data.batching import collate, epoch_batches
 from ....engine.data.quickstart import LABEL_NAMES, minilm_path, quickstart_splits
 from ....engine.model.saved import load_tokenizer
+from ....engine.training.builder import RunParts, build_run
 from ....engine.training.metrics_log import read_records
-from ....engine.training.trainer import Trainer
 from ..baselines import dense_acl
 from ..exits.second_stage import SteppedTrainer
 from .names import ACL, CE, HUGGING_FACE, TWO_BACKWARD
@@ -135,6 +135,9 @@ class Clock:
         self._last = time.perf_counter()
 
     def tick(self) -> None:
+        # Our steps do not wait for the device.
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - self._last)
         if self._after_step is not None:
             self._after_step(len(self.seconds))
@@ -190,14 +193,13 @@ class Ours:
         clock = Clock(after_step)
         with trainer.profiler:
             for _ in range(num_steps):
-                with trainer.profiler.step():
-                    trainer.one_step()
+                trainer.one_step()
                 clock.tick()
         if trainer.profiler.profile is not None:
             self.shares = trainer.profiler.profile["shares"]
         records = read_records(trainer.output_dir / "metrics.jsonl")
         self.losses = [(record["loss_ce"], record.get("loss_aux")) for record in records]
-        trainer.engine.close()
+        trainer.backend.close()
         return clock.seconds
 
 
@@ -212,7 +214,7 @@ class HuggingFace:
     def turn(
         self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
     ) -> list[float]:
-        trainer = Trainer(self.ours.config(num_steps, **changes))
+        trainer = build_run(self.ours.config(num_steps, **changes))
         options = trainer.config.optimization
         callback = _ClockCallback(after_step)
         made = transformers.Trainer(
@@ -260,7 +262,7 @@ class _ClockCallback(transformers.TrainerCallback):
             self.losses.append(float(logs["loss"]))
 
 
-def _features(trainer: Trainer) -> list[dict[str, Any]]:
+def _features(trainer: RunParts) -> list[dict[str, Any]]:
     """The texts of an epoch, in the order of our batches."""
     split = trainer.train_split
     assert split.labels is not None
@@ -275,10 +277,10 @@ def _features(trainer: Trainer) -> list[dict[str, Any]]:
     return features
 
 
-def _batches(trainer: Trainer, epoch: int) -> list[np.ndarray]:
+def _batches(trainer: RunParts, epoch: int) -> list[np.ndarray]:
     options = trainer.config.optimization
     return epoch_batches(
-        trainer.train_split.lengths, trainer.batch_size, seed=options.seed, epoch=epoch
+        trainer.train_split.lengths, trainer.plan.batch_size, seed=options.seed, epoch=epoch
     )
 
 
@@ -292,7 +294,7 @@ class TwoBackward:
     def turn(
         self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
     ) -> list[float]:
-        trainer = Trainer(self.ours.config(num_steps, **changes))
+        trainer = build_run(self.ours.config(num_steps, **changes))
         options, model = trainer.config.optimization, trainer.model.train()
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(
@@ -305,7 +307,7 @@ class TwoBackward:
         self.losses = []
         clock = Clock(after_step)
         for step in range(num_steps):
-            epoch, index = divmod(step, trainer.steps_per_epoch)
+            epoch, index = divmod(step, trainer.plan.steps_per_epoch)
             if index == 0:
                 batches = _batches(trainer, epoch)
             padding = trainer.tokenizer.pad_token_id

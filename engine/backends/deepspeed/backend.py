@@ -1,4 +1,4 @@
-"""The DeepSpeed engine: several processes, ZeRO 0 to 3, the interface of the local engine."""
+"""The DeepSpeed backend: several processes, ZeRO 0 to 3."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
-from transformers import get_linear_schedule_with_warmup
 
 from ....kernels import gated_combine_, grad_dot_norm
 from ....kernels.gradients.angle import choose, combined_squared_norm
@@ -33,28 +32,27 @@ from ...runtime.profiler_marks import (
     part,
 )
 from ..interface import StepReport
-from ..loss_scaling import DeepSpeedLossScaler
-from ..optimizers import decay_groups, new_optimizer
+from ..loss_scaling import NOT_FINITE, DeepSpeedLossScaler
+from ..optimizers import decay_groups, new_optimizer, new_schedule
 from .gate_scope import SharedScope
 from .gradients import ZeroGradients, check_version
+from .offload import zero_gradients
 from .settings import complete
-from .zero_layout import zero_gradients
 
 MAIN, AUXILIARY = 0, 1
 
 
-class DeepSpeedEngine:
-    """Forward context, two backward passes, one optimizer step, on all processes alike.
+class DeepSpeedBackend:
+    """Forward context, backward passes and one optimizer step, on all processes alike.
 
-    Every process calls the same methods in the same order and with as many micro-batches a step:
-    each of them exchanges gradients. The model's weights are in the precision of the run until
-    `close`, which gives them back whole and in float32.
+    Every process calls the same methods in the same order and with as many micro-batches per step,
+    because each of them exchanges gradients. The model's weights are in the precision of the run
+    until `close`, which gives them back whole and in float32.
 
     Args:
         model, num_steps, device, groups, independent, learning_rate, gate_scope: as for
-            `LocalEngine`.
-        deepspeed_config: the JSON object; see `deepspeed_config.complete`.
-        optimizer: adamw or apex_fused_adam.
+            `LocalBackend`.
+        deepspeed_config: the JSON object; see `settings.complete`.
 
     Raises:
         ValueError: DeepSpeed is missing or another version, or a setting that cannot work.
@@ -67,12 +65,11 @@ class DeepSpeedEngine:
         num_steps: int,
         device: torch.device,
         *,
-        groups: Mapping[str, Sequence[Parameter]] | None = None,
-        independent: bool = False,
-        learning_rate: float | None = None,
-        gate_scope: str = "all",
-        deepspeed_config: Mapping[str, Any] | None = None,
-        optimizer: str = "adamw",
+        deepspeed_config: Mapping[str, Any],
+        groups: Mapping[str, Sequence[Parameter]],
+        independent: bool,
+        learning_rate: float,
+        gate_scope: str,
     ) -> None:
         options = config.optimization
         self.device = device
@@ -95,31 +92,27 @@ class DeepSpeedEngine:
         self.dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
         check_version()
         choose(self.impl, device)
-        if groups is None:
-            groups = {"model": [p for p in model.parameters() if p.requires_grad]}
         self.groups = {name: list(parameters) for name, parameters in groups.items()}
         self.parameters = [p for parameters in self.groups.values() for p in parameters]
         _check_groups(model, self.parameters)
-        peak = options.learning_rate if learning_rate is None else learning_rate
         self.settings = complete(
-            deepspeed_config or {},
+            deepspeed_config,
             config,
             world_size=processes.world_size(),
             num_trained=sum(p.numel() for p in self.parameters),
             clips=not independent,
         )
         self.scaler = DeepSpeedLossScaler(self.dtype == torch.float16, self.settings.loss_scale)
-        # A group of parameters that rests must not have its steps counted with others'.
+        # Groups of the optimizer hold parameters of one gate group only: a gate group that rests
+        # must not have its steps counted with those of the others.
         parts = [
             part
             for group in self.groups.values()
             for part in decay_groups(group, options.weight_decay)
             if part["params"]
         ]
-        base = new_optimizer(optimizer, parts, peak, device)
-        self.scheduler = get_linear_schedule_with_warmup(
-            base, round(options.warmup_ratio * num_steps), num_steps
-        )
+        base = new_optimizer(options.optimizer, parts, learning_rate, device)
+        self.scheduler = new_schedule(base, options, num_steps)
         if config.gated and gate_scope != "all":
             self.scope = SharedScope(cast(MultiExitForSequenceClassification, model), gate_scope)
         # DeepSpeed rounds the weights to half precision, and would make its masters from that.
@@ -129,7 +122,7 @@ class DeepSpeedEngine:
             self._frozen = {
                 id(p): p.detach().cpu().clone() for p in model.parameters() if not p.requires_grad
             }
-        # ZeRO 3 puts another one there, for every model of the process: one that rounds otherwise.
+        # ZeRO 3 replaces it, for every model of the process, by one that rounds differently.
         self._linear = functional.linear
         self.engine = _initialize(model, base, self.scheduler, self.settings.config)
         self.gradients: ZeroGradients = zero_gradients(
@@ -164,18 +157,19 @@ class DeepSpeedEngine:
             self.engine._forward_epilogue()
 
     @part(CE_BACKWARD)
-    def backward(self, losses: ExitLosses, share: float = 1.0) -> None:
+    def backward(self, losses: ExitLosses) -> None:
         """Accumulate the gradients of one micro-batch.
 
-        `share`: its part of the samples of this optimizer step on all processes; the shares of all
-        processes and micro-batches add up to 1.
+        The losses are weighted by the share of their texts among those of the step, of all
+        processes.
         """
         self._in_forward = False
-        factor = share * processes.world_size()  # DeepSpeed takes the mean over the processes
+        # DeepSpeed takes the mean over the processes.
+        factor = float(processes.world_size())
         if self.gradients.wants_scaled_loss:
             factor *= self.scaler.scale
         if self.scope is not None and losses.auxiliary is not None:
-            loss = self._decided(losses, share * processes.world_size())
+            loss = self._decided(losses, processes.world_size())
             self.gradients.accumulate(MAIN, factor * loss, retain_graph=False)
             return
         if not self.gated or losses.auxiliary is None:
@@ -207,13 +201,19 @@ class DeepSpeedEngine:
     def step(self, *, compare: bool = False) -> StepReport:
         """Decide, unscale, clip and update, or skip, alike on every process.
 
-        `compare`: refused when the engine was made, so never asked for.
+        Here the host waits for the device: DeepSpeed's own step reads whether the gradient
+        overflowed, and which parameters a gradient reached must be known to keep the others.
+
+        compare: always False; the constructor refuses the option that asks for it.
+
+        Raises:
+            FloatingPointError: the gradient is NaN or infinite, and no loss scale can mend that.
         """
         assert not compare
         learning_rate = self.scheduler.get_last_lr()[0]
         scale = self.scaler.scale
         gradients = self.gradients
-        # Each process may hold no part of a group: a zero stands for it, so that all have all.
+        # A process may hold no part of a group; a zero in its place gives it all groups.
         stand_ins: list[Tensor | None] = [
             torch.zeros(1, device=gradients.device) for _ in self.groups
         ]
@@ -228,10 +228,7 @@ class DeepSpeedEngine:
             own_stats = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
         stats, reached, finite = self._totals(own_stats)
         if not finite and not self.scaler.enabled:
-            raise FloatingPointError(
-                "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, "
-                "usually helps."
-            )
+            raise FloatingPointError(NOT_FINITE)
         used = torch.zeros(len(self.groups), device=gradients.device)
         if finite:
             with part(GATE if self.gated else OPTIMIZER):
@@ -257,12 +254,15 @@ class DeepSpeedEngine:
             decision = decision_of(self._scope_stats, used, self.max_angle, grad_norm)
             self._scope_stats = None
         self._update(main[: len(gradients.pieces)], reached, finite)
-        return StepReport(float(grad_norm), learning_rate, scale, not finite, decision)
+        return StepReport(grad_norm, learning_rate, scale, not finite, decision)
+
+    def check(self, loss_scale: float, skipped: bool) -> None:
+        """Nothing is left to check: `step` has raised already."""
 
     def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool], bool]:
         """Sums over the processes, which parameters a gradient reached, whether all is finite.
 
-        The host reads all of it at once: every read waits for the device.
+        The host reads all of it at once, because every read waits for the device.
         """
         reached = torch.tensor(self.gradients.reached, dtype=torch.float64, device=self.device)
         own = stats.double().to(self.device)
@@ -285,7 +285,7 @@ class DeepSpeedEngine:
         if self.engine.was_step_applied() != finite:
             raise RuntimeError(
                 f"deepspeed {'skipped a good' if finite else 'took a bad'} step: this version "
-                "decides otherwise than fusedacl expects. Please report it."
+                "decides differently than fusedacl expects. Please report it."
             )
         gradients.restore(kept)
         gradients.reset()
@@ -343,8 +343,8 @@ class DeepSpeedEngine:
     def close(self) -> None:
         """End training and give the model its weights back, whole and in float32. Collective.
 
-        A new engine may then be made for other trained parameters: ones that are frozen under a
-        living engine would go on moving.
+        A new backend may then be made for other trained parameters. Those that are frozen while
+        DeepSpeed still has them would go on moving.
         """
         full = self.full_state_dict()
         self.gradients.release()
@@ -364,26 +364,26 @@ def _initialize(
     scheduler: Any,
     config: dict[str, Any],
 ) -> Any:
-    """`deepspeed.initialize`, without what it would compile on a machine without GPUs."""
+    """`deepspeed.initialize`, kept from compiling an extension on a machine without GPUs."""
     import deepspeed
     import deepspeed.ops
     from deepspeed.accelerator import get_accelerator
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    # DeepSpeed calls torch by names that torch has renamed; nobody here can change that.
+    # DeepSpeed uses names that torch has deprecated; a user of fusedacl can do nothing about it.
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
     if "fp16" in config and not get_accelerator().is_fp16_supported():
         raise ValueError(
             "fp16: DeepSpeed refuses it on this device, which has no such arithmetic. Use bf16 or "
-            "neither, or the local engine, which emulates it."
+            "neither, or run without deepspeed_config, where float16 is emulated."
         )
-    # On a CPU it would compile this for minutes, and only there would it be used.
+    # Used on a CPU only, where compiling it takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    # It wants this of a run without a launcher too. Left there, others take it for a launcher's.
+    # DeepSpeed needs it without a launcher too. Left set, it would be taken for a launcher's.
     has_rank = "LOCAL_RANK" in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
@@ -401,7 +401,7 @@ def _check_groups(model: nn.Module, parameters: Sequence[Parameter]) -> None:
     if not trained or trained != {id(p) for p in parameters} or len(parameters) != len(trained):
         raise ValueError(
             "groups must hold each parameter with requires_grad=True once, and no other: DeepSpeed "
-            f"moves all of them (groups: {len(parameters)}, trained: {len(trained)})."
+            f"updates all of them (groups: {len(parameters)}, trained: {len(trained)})."
         )
 
 
@@ -409,13 +409,13 @@ def _make_plain(model: nn.Module, weights: Mapping[str, Tensor], device: torch.d
     """Replace every parameter of a model by an ordinary one with these values."""
     made: dict[int, Parameter] = {}
     for prefix, module in model.named_modules():
-        # ZeRO 3 puts a dictionary of its own here, and keeps ours.
+        # ZeRO 3 replaces the dictionary of parameters and keeps the original one.
         plain = getattr(module, "_original_parameters", None)
         parameters = {} if plain is None else plain
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) not in made:
                 value = weights[f"{prefix}.{name}" if prefix else name]
-                # A copy: the state dict may be given away, and must not train on.
+                # A copy, because the caller may keep the state dict while the model trains on.
                 made[id(old)] = Parameter(
                     value.to(device, copy=True), requires_grad=old.requires_grad
                 )

@@ -1,8 +1,8 @@
-"""Two gradients under ZeRO: taking, and putting back, the part of a gradient that a rank owns.
+"""Two gradients under ZeRO: taking out, and putting back, the part of a gradient of each rank.
 
-DeepSpeed reduces one gradient a step and keeps the result where only it looks. ACL-Grad needs two:
-DeepSpeed is let to reduce each, and what it left is taken. This is what all stages have in common;
-`zero_stages` knows where each of them keeps it, in the versions of DeepSpeed named here.
+DeepSpeed reduces one gradient per step and keeps the result in private attributes. ACL-Grad needs
+two, so each is reduced by DeepSpeed and then taken out. This is what all ZeRO stages have in
+common; `stages` knows the attributes of each, in the versions of DeepSpeed named here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SUPPORTED = ("0.19.8", "0.20")
 
 
 def check_version() -> None:
-    """Refuse a DeepSpeed whose insides are not known here.
+    """Refuse a version of DeepSpeed whose private attributes are not known here.
 
     Raises:
         ValueError: DeepSpeed is missing, or its version is not in `SUPPORTED`.
@@ -45,7 +45,7 @@ def check_version() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """A part of a parameter's gradient that this rank holds: [start, start + length), flattened."""
+    """The part [start, start + length) of a flattened gradient that this rank holds."""
 
     parameter: Parameter
     start: int
@@ -54,7 +54,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a step is not to change: tensors with their values, masters that AdamW has not met."""
+    """What a step must not change: tensors with their values, masters without AdamW state yet."""
 
     values: list[tuple[Tensor, Tensor]]
     fresh: list[Tensor]
@@ -65,12 +65,12 @@ class ZeroGradients(ABC):
 
     Args:
         engine: of `deepspeed.initialize`; every call to `engine.step()` is an optimizer step.
-        num_kinds: how many gradients there are.
+        num_kinds: number of gradients.
     """
 
-    # Whether every rank holds all of the gradient, so that sums over it are not to be reduced.
+    # Whether every rank holds the whole gradient, so that sums over it need no reduction.
     replicated = False
-    # Whether the loss that `accumulate` takes carries the loss scale already.
+    # Whether the loss passed to `accumulate` must carry the loss scale already.
     wants_scaled_loss = False
 
     def __init__(self, engine: Any, num_kinds: int) -> None:
@@ -78,7 +78,7 @@ class ZeroGradients(ABC):
         self.optimizer = engine.optimizer
         self.num_kinds = num_kinds
         self.trained = [p for p in engine.module.parameters() if p.requires_grad]
-        # Whether a gradient reached a parameter in this step, and the hooks that notice it.
+        # Whether a gradient has reached each parameter in this step, and the hooks that note it.
         self.reached = [False] * len(self.trained)
         self.handles: list[RemovableHandle] = []
         engine.set_gradient_accumulation_boundary(True)
@@ -90,43 +90,43 @@ class ZeroGradients(ABC):
         """Add the gradient of a (micro-)batch's loss."""
 
     def peek(self, loss: Tensor, tensors: Sequence[Tensor]) -> Sequence[Tensor | None]:
-        """This rank's gradients of some tensors alone, nothing accumulated; the graph is kept."""
+        """Gradients of this rank for some tensors; nothing is accumulated and the graph is kept."""
         return scope_gradients(loss, tensors)
 
     @abstractmethod
     def reduced(self, kind: int) -> list[Tensor]:
-        """The mean over the ranks of what was accumulated, one tensor a piece. Collective."""
+        """The accumulated gradient, averaged over the ranks, one tensor per piece. Collective."""
 
     @abstractmethod
     def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
-        """Leave that gradient, one tensor a piece, for `engine.step()`; or what makes it skip."""
+        """Hand `engine.step()` a gradient, one tensor per piece; not finite: make it skip."""
 
     @abstractmethod
     def set_loss_scale(self, scale: float) -> None:
-        """The factor that the gradients carry from now on; `engine.step()` divides it out."""
+        """Set the factor that the gradients will carry, which `engine.step()` divides out."""
 
     @abstractmethod
     def master_of(self, piece: Piece) -> Tensor:
-        """The tensor, one of `masters`, that holds the piece."""
+        """The one of the `masters` that holds the piece."""
 
     @abstractmethod
     def states(self, piece: Piece) -> list[Tensor]:
-        """Master weights and moments of a piece, as views: what a step changes on this rank."""
+        """Master weights and moments of a piece, as views: all that a step changes on this rank."""
 
     @abstractmethod
     def _find_pieces(self) -> list[Piece]: ...
 
     @abstractmethod
     def _take(self) -> list[Tensor]:
-        """The pieces that DeepSpeed has just reduced, which it then forgets."""
+        """Take out the pieces that DeepSpeed has just reduced."""
 
     @abstractmethod
     def reset(self) -> None:
-        """Forget what was accumulated in this step."""
+        """Clear the accumulated gradients."""
 
     @property
     def device(self) -> torch.device:
-        """Where the reduced gradients lie."""
+        """The device of the reduced gradients."""
         return torch.device(self.engine.device)
 
     @property
@@ -140,29 +140,30 @@ class ZeroGradients(ABC):
 
     @abstractmethod
     def publish(self) -> None:
-        """Carry the masters, changed from outside, to the model's weights. Collective."""
+        """Copy the masters to the model's weights. Collective."""
 
     @torch.no_grad()
     def start_from(self, weights: Mapping[int, Tensor]) -> None:
-        """Set the masters to the float32 weights, by `id` of the parameter, that the model had."""
+        """Set the masters to float32 weights, given by the `id` of their parameters."""
         for piece in self.pieces:
             span = slice(piece.start, piece.start + piece.length)
             value = weights[id(piece.parameter)].flatten()[span]
             master = self.states(piece)[0].view(-1)
-            # Less where a parameter ends within its part.
+            # Shorter if the parameter ends within its part.
             master[: value.numel()].copy_(value)
 
     def keep(self, reached: Sequence[bool]) -> Kept:
-        """What `restore` needs so that the next step leaves alone what no gradient reached.
+        """State that `restore` needs to undo the next step for parameters without a gradient.
 
-        AdamW would let it decay and drift: with a gradient of zeros, not without a gradient.
+        Plain AdamW skips parameters without a gradient. Here their gradient is zero, with which
+        they would decay and drift.
         """
         idle = {id(p) for p, seen in zip(self.trained, reached, strict=True) if not seen}
         tensors: list[Tensor] = []
         fresh: list[Tensor] = []
         if not idle:
             return Kept([], [])
-        # A master of several parameters counts its steps once for all of them.
+        # A master that holds several parameters counts its steps once for all of them.
         busy = {id(self.master_of(p)) for p in self.pieces if id(p.parameter) not in idle}
         state = self.base_optimizer.state
         for piece in self.pieces:
@@ -179,26 +180,26 @@ class ZeroGradients(ABC):
         return Kept([(tensor, tensor.clone()) for tensor in tensors], fresh)
 
     def restore(self, kept: Kept) -> None:
-        """Undo what the step did to what `keep` was told of."""
+        """Undo the step for what was kept."""
         for tensor, value in kept.values:
             tensor.copy_(value)
         for master in kept.fresh:
-            # Nothing is there where the step was skipped.
+            # A skipped step leaves no state.
             for value in self.base_optimizer.state.get(master, {}).values():
                 value.zero_()
 
     def begin_forward(self) -> None:  # noqa: B027 (stage 3 alone has something to do)
-        """Before the first call of the model for a (micro-)batch."""
+        """Prepare for the first call of the model on a (micro-)batch."""
 
     def release(self) -> None:
-        """Let go of the parameters."""
+        """Remove the hooks from the parameters."""
         for handle in self.handles:
             handle.remove()
 
     def full_state_dict(self, frozen: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """The model's weights, whole, in float32, on the CPU of every rank. Collective.
 
-        frozen: float32 values, by `id`, of parameters that the model holds rounded only.
+        frozen: float32 values, by `id`, of parameters that the model holds only rounded.
         """
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -229,5 +230,5 @@ class ZeroGradients(ABC):
         return self.base_optimizer.state_dict()
 
     def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """The counterpart of `optimizer_state`."""
+        """Restore `optimizer_state`."""
         self.base_optimizer.load_state_dict(state)

@@ -1,41 +1,43 @@
 """Optimizer offload: masters, moments and reduced gradients in host memory, under ZeRO 1 to 3.
 
-DeepSpeed then leaves what it reduced beside the masters, in their `.grad`, and forgets it only when
-the next gradient comes. Norms and overflow it notes while it copies: what is put back needs both.
+DeepSpeed then keeps a reduced gradient in the `.grad` of the masters until the next one comes. It
+notes norms and overflow while it copies to the host, so both must be set when gradients are put
+back. Also chooses the class for a stage.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .gradients import ZeroGradients
-from .stages import Stage1, Stage2, Stage3
+from .gradients import ZeroGradients, check_version
+from .stages import Stage0, Stage1, Stage2, Stage3
 
 
 class _OnHost(ZeroGradients):
-    """`.grad` of the masters, where a piece lies at the place that it has in its master."""
+    """Gradients in the `.grad` of the masters, at the offsets of the pieces in their masters."""
 
     @property
     def device(self) -> torch.device:
         return torch.device("cpu")
 
     def _spans(self) -> list[Tensor]:
-        """Where the pieces of a gradient lie, as views."""
+        """Views of the pieces of a gradient."""
         spans = []
         for piece in self.pieces:
             master = self.master_of(piece)
             gradient = master.grad
-            assert gradient is not None, "DeepSpeed makes it once, for the whole run"
+            assert gradient is not None, "DeepSpeed makes it once for the whole run"
             weights = self.states(piece)[0]
             offset = weights.storage_offset() - master.storage_offset()
             spans.append(gradient.view(-1)[offset : offset + weights.numel()])
         return spans
 
     def _forget(self) -> None:
-        """A parameter that a loss does not reach would keep what lies there from before."""
+        """Clear the gradients, since a parameter that a loss does not reach would keep its last."""
         for master in self.masters():
             assert master.grad is not None
             master.grad.zero_()
@@ -57,7 +59,7 @@ class _OnHost(ZeroGradients):
 class _FlatOnHost(_OnHost):
     def _begin(self) -> None:
         self._forget()
-        # As if it were the first backward pass of a step: what came before has been taken.
+        # Makes this the first backward pass of a step: earlier gradients have been taken out.
         self.optimizer.micro_step_id = -1
         self.optimizer.norm_for_param_grads = {}
 
@@ -95,5 +97,23 @@ class OffloadedStage3(_OnHost, Stage3):
 
     def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
         super().put(gradients, finite)
-        # The overflow check reads this buffer, not what was just put.
+        # The overflow check reads this buffer, not the gradients that were just put.
         self.optimizer.grad_partitions_flat_buffer.fill_(0.0 if finite else torch.inf)
+
+
+_STAGES: Mapping[int, type[ZeroGradients]] = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
+_OFFLOADED: Mapping[int, type[ZeroGradients]] = {
+    1: OffloadedStage1,
+    2: OffloadedStage2,
+    3: OffloadedStage3,
+}
+
+
+def zero_gradients(engine: Any, num_kinds: int, *, offloads: bool) -> ZeroGradients:
+    """Access to the gradients of a DeepSpeed engine, by its ZeRO stage.
+
+    offloads: whether its optimizer lies in host memory.
+    """
+    check_version()
+    stages = _OFFLOADED if offloads else _STAGES
+    return stages[int(engine.zero_optimization_stage())](engine, num_kinds)

@@ -1,8 +1,8 @@
 """DeepSpeed's JSON configuration: read, completed from the options, and checked against them.
 
-What an option of `fusedacl train` says and the JSON says too must agree; "auto", or leaving it out,
-takes the option's value. What DeepSpeed would ignore or what would break the two gradients of
-ACL-Grad is refused.
+A value in the JSON must agree with the option of `fusedacl train` for the same thing; "auto", or no
+entry, takes the option's value. Keys that DeepSpeed would ignore, or that would break the two
+gradients of ACL-Grad, are refused.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ _ZERO = (
 )  # fmt: skip
 _OFFLOAD = ("device", "pin_memory", "fast_init", "buffer_count", "ratio")
 _NOT_OFFLOADED = {
-    "offload_param": "the models this is for fit into a GPU; offload_optimizer saves far more.",
+    "offload_param": "encoders fit into a GPU; offload_optimizer saves far more.",
     "cpu_offload": 'write "offload_optimizer": {"device": "cpu"}.',
-    "cpu_offload_params": "the models this is for fit into a GPU.",
-    "cpu_offload_use_pin_memory": "pin_memory of offload_optimizer says it.",
+    "cpu_offload_params": "encoders fit into a GPU.",
+    "cpu_offload_use_pin_memory": "set pin_memory of offload_optimizer.",
 }
 
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """config: what `deepspeed.initialize` takes; loss_scale: what fusedacl does itself."""
+    """config: for `deepspeed.initialize`; loss_scale: for fusedacl, which scales itself."""
 
     config: dict[str, Any]
     loss_scale: LossScaleOptions
@@ -77,7 +77,7 @@ class DeepSpeedSettings:
 
 
 def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
-    """The JSON object in a file, or in the one of that name that comes with the package.
+    """The JSON object in a file, or in the preset of that name that comes with the package.
 
     Raises:
         ValueError: there is no such file, it is not JSON, or a key is in it twice.
@@ -119,10 +119,10 @@ def complete(
     """The settings of a run of that many processes.
 
     Args:
-        given: the user's JSON object; empty: everything from the options, ZeRO 2, or none for one
-            process.
-        num_trained: elements of the trained parameters, for sizes of buffers.
-        clips: whether DeepSpeed clips to max_grad_norm; else fusedacl clips, group by group.
+        given: the user's JSON object. If it is empty, all comes from the options, with ZeRO 2 for
+            several processes.
+        num_trained: number of trained weights, for the sizes of buffers.
+        clips: whether DeepSpeed clips to max_grad_norm; otherwise fusedacl clips each group.
 
     Raises:
         ValueError: an unknown key, one that contradicts an option, or one that cannot work.
@@ -145,15 +145,15 @@ def complete(
         ("gradient_clipping", options.max_grad_norm, "max_grad_norm"),
     ):
         made[key] = _agreed(given, key, value, option)
-    # Left out it would mean 1.0.
+    # DeepSpeed's default is 1.0.
     made["gradient_clipping"] = float(options.max_grad_norm if clips else 0.0)
     loss_scale = _precision(given, config, made)
-    # Alone, a process has nobody to share with: ZeRO would only copy.
+    # With one process there is nothing to partition: ZeRO would only copy.
     default = DEFAULT_STAGE if world_size > 1 else 0
     made["zero_optimization"] = _zero(given.get("zero_optimization", {}), num_trained, default)
     if "offload_optimizer" in made["zero_optimization"]:
         _check_offload(made["zero_optimization"], config)
-        # DeepSpeed's own AdamW for the host wants a compiler; PyTorch's fused one is as good.
+        # DeepSpeed's own AdamW for the host needs a compiler; PyTorch's fused one does not.
         made["zero_force_ds_cpu_optimizer"] = False
     _check_optimizer(given, config)
     _check_data_types(given)
@@ -205,7 +205,7 @@ def _precision(
         if name in given:
             _agreed({"enabled": False, **block}, "enabled", on, f"the option {name}", f"{name}.")
     if config.optimization.fp16:
-        # fusedacl scales the losses and decides what is skipped: one rule for every stage.
+        # fusedacl scales the losses and decides which steps to skip, alike for every stage.
         made["fp16"] = {"enabled": True, "loss_scale": 1.0}
     if config.optimization.bf16:
         made["bf16"] = {"enabled": True}
@@ -234,7 +234,7 @@ def _zero(given: Any, num_trained: int, default_stage: int) -> dict[str, Any]:
     stage = made.setdefault("stage", default_stage)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"deepspeed_config: zero_optimization.stage={stage!r} must be 0 to 3.")
-    # DeepSpeed's default, 500 million elements, is larger than the models this is for.
+    # DeepSpeed's default of 500 million elements is larger than encoders are.
     made.setdefault("reduce_bucket_size", max(1, min(num_trained, LARGEST_BUCKET)))
     offload = _block(given, "offload_optimizer", _OFFLOAD)
     if offload.get("device", "none") != "none":

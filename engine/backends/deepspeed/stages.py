@@ -1,12 +1,12 @@
-"""Where each ZeRO stage of DeepSpeed leaves a reduced gradient, and how two are got from it.
+"""Access to the reduced gradients of each ZeRO stage of DeepSpeed. They lie in:
 
     0     `p.grad`, whole on every rank
     1, 2  `optimizer.averaged_gradients[i]`, the rank's part of parameter group i, with padding
-    3     `optimizer.averaged_gradients[i]`, one part a parameter, views of one flat buffer
+    3     `optimizer.averaged_gradients[i]`, one part per parameter, views of one flat buffer
 
-Stages 0 and 1 accumulate both sums locally and reduce them once a step; stages 2 and 3, which
-never hold a whole gradient, reduce at every backward pass. Everything here that is not DeepSpeed's
-public interface was read in the versions that `zero_gradients.SUPPORTED` names.
+Stages 0 and 1 accumulate both gradients locally and reduce them once per step; stages 2 and 3,
+which never hold a whole gradient, reduce in every backward pass. The private attributes used here
+are those of the versions in `gradients.SUPPORTED`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .gradients import Piece, ZeroGradients
 
 
 class _LocalSums(ZeroGradients):
-    """Stages 0 and 1: whole gradients, summed on each rank and reduced once a step."""
+    """Stages 0 and 1: whole gradients, summed on each rank and reduced once per step."""
 
     wants_scaled_loss = True
 
@@ -43,11 +43,11 @@ class _LocalSums(ZeroGradients):
                 continue
             self.reached[index] = True
             held = sums[index]
-            # Not in place: autograd may hand the same tensor to several parameters.
+            # Not in place: autograd may return the same tensor for several parameters.
             sums[index] = gradient if held is None else held.float() + gradient
 
     def _place(self, kind: int) -> None:
-        """Move a sum to `p.grad`, where DeepSpeed reduces it; zeros where there is none."""
+        """Move a sum to `p.grad`, which DeepSpeed reduces; zeros if there is none."""
         for parameter, total in zip(self.trained, self.sums[kind], strict=True):
             parameter.grad = (
                 torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
@@ -65,7 +65,7 @@ class Stage0(_LocalSums):
 
     def reduced(self, kind: int) -> list[Tensor]:
         self._place(kind)
-        # Alone there is no mean to take, only a bucket to fill and to empty.
+        # A single process has nothing to average.
         if torch.distributed.get_world_size() > 1:
             self.engine.allreduce_gradients()
         return self._take()
@@ -83,13 +83,13 @@ class Stage0(_LocalSums):
             parameter.grad = gradient if finite else torch.full_like(gradient, torch.inf)
 
     def set_loss_scale(self, scale: float) -> None:
-        # DeepSpeed up to 0.19 never scales the loss here but divides by this value in its step.
+        # Without ZeRO, DeepSpeed 0.19 does not scale the loss but divides by this in its step.
         if hasattr(self.optimizer, "loss_scale_config"):
             self.optimizer.loss_scale_config.cur_scale = scale
 
     def start_from(self, weights: Mapping[int, Tensor]) -> None:
         super().start_from(weights)
-        # DeepSpeed's wrapper took a step with zero gradients to make the moments.
+        # To make the moments, DeepSpeed's wrapper took a step with gradients of zero.
         self.base_optimizer.state.clear()
 
     def _whole(self, parameter: Parameter) -> Tensor:
@@ -97,7 +97,7 @@ class Stage0(_LocalSums):
         return pairs.get(id(parameter), parameter).detach().to("cpu", torch.float32, copy=True)
 
     def _pairs(self) -> list[tuple[Parameter, Tensor]]:
-        """Parameters and their float32 masters: themselves in float32."""
+        """Parameters with their float32 masters; in a float32 run a parameter is its own master."""
         if not hasattr(self.optimizer, "fp32_groups"):
             return [(p, p) for p in self.trained]
         return [
@@ -126,13 +126,13 @@ class Stage0(_LocalSums):
 
 
 class _Partitioned(ZeroGradients):
-    """What stages 1 to 3 share: the wrapped optimizer scales the loss and knows its scale."""
+    """Stages 1 to 3: the wrapped optimizer scales the loss and knows the scale."""
 
     def set_loss_scale(self, scale: float) -> None:
         self.optimizer.override_loss_scale(scale)
 
     def _backward(self, loss: Tensor, retain_graph: bool) -> None:
-        # `engine.forward`, which the trainer goes around, would have registered this.
+        # `engine.forward`, which is not used here, would have done this.
         self.optimizer.clear_backward_seen_flag()
         self.engine._backward_prologue()
         self.engine.backward(loss, retain_graph=retain_graph, scale_wrt_gas=False)
@@ -140,7 +140,7 @@ class _Partitioned(ZeroGradients):
 
 
 class _FlatGroups(_Partitioned):
-    """The layout of stages 1 and 2: a flat partition for each group of the optimizer."""
+    """The layout of stages 1 and 2: a flat partition for each parameter group of the optimizer."""
 
     def _find_pieces(self) -> list[Piece]:
         optimizer, pieces = self.optimizer, []
@@ -166,7 +166,7 @@ class _FlatGroups(_Partitioned):
                 for tensor in optimizer.averaged_gradients[group]
                 if not getattr(tensor, "_zero_padding", False)
             ]
-            # What lies beyond the parameters is padding too.
+            # Tensors beyond the parameters are padding too.
             taken += [tensor.reshape(-1) for tensor in held[: len(parameters)]]
             optimizer.averaged_gradients[group] = None
             optimizer.all_grad_tensors[group] = None
@@ -197,7 +197,7 @@ class _FlatGroups(_Partitioned):
         master = self.master_of(piece)
         span = slice(offset, offset + piece.length)
         views = [t.view(-1)[span] for t in (master.data, *_moments(self.base_optimizer, master))]
-        # The step ends by gathering these from all ranks.
+        # The weights are gathered from all ranks at the end of the step.
         return [*views, piece.parameter.data]
 
     def publish(self) -> None:
@@ -205,7 +205,7 @@ class _FlatGroups(_Partitioned):
 
 
 class Stage1(_FlatGroups, _LocalSums):
-    """Whole local sums, reduced once, of which each rank keeps its part."""
+    """Whole local sums, reduced once; each rank keeps its part."""
 
     def reduced(self, kind: int) -> list[Tensor]:
         self.optimizer.clear_backward_seen_flag()
@@ -215,7 +215,7 @@ class Stage1(_FlatGroups, _LocalSums):
 
 
 class _EveryBackward(_Partitioned):
-    """Stages 2 and 3: each backward pass is reduced at once, and the parts are summed."""
+    """Stages 2 and 3: every backward pass is reduced, and the parts are summed."""
 
     def reset(self) -> None:
         self.sums: list[list[Tensor] | None] = [None] * self.num_kinds
@@ -246,11 +246,11 @@ class _EveryBackward(_Partitioned):
 
 
 class Stage2(_EveryBackward, _FlatGroups):
-    """Like stage 1, but no rank ever holds a whole gradient."""
+    """The layout of stage 1, but no rank ever holds a whole gradient."""
 
 
 class Stage3(_EveryBackward):
-    """Weights in parts too: modules gather theirs for each pass and release them after it."""
+    """Weights in parts too: modules gather theirs before each pass and release them after it."""
 
     def _find_pieces(self) -> list[Piece]:
         pieces = []
@@ -273,7 +273,7 @@ class Stage3(_EveryBackward):
         return found
 
     def _backward(self, loss: Tensor, retain_graph: bool) -> None:
-        # A parameter that the loss does not reach would keep what lies here from before.
+        # A parameter that the loss does not reach would keep its previous gradient.
         self.optimizer.grad_partitions_flat_buffer.zero_()
         super()._backward(loss, retain_graph)
 
@@ -290,7 +290,7 @@ class Stage3(_EveryBackward):
         given = iter(gradients)
         for number, group in enumerate(self.optimizer.fp16_groups):
             self.optimizer.averaged_gradients[number] = [next(given) for _ in group]
-        # The overflow check reads this buffer, not what was just put.
+        # The overflow check reads this buffer, not the gradients that were just put.
         self.optimizer.grad_partitions_flat_buffer.fill_(0.0 if finite else torch.inf)
 
     def begin_forward(self) -> None:
@@ -335,7 +335,7 @@ class Stage3(_EveryBackward):
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
     def optimizer_state(self) -> dict[str, Any]:
-        # Between steps its groups are empty.
+        # DeepSpeed empties the parameter groups between steps.
         self.optimizer._set_fp32_optimizer_param_groups()
         try:
             return self.base_optimizer.state_dict()
@@ -358,7 +358,7 @@ def _moments(optimizer: torch.optim.Optimizer, master: Tensor) -> Iterable[Tenso
 
 
 def _backward_counts(module: Module) -> list[tuple[Module, int | None, int | None]]:
-    """How often each module is still to gather and release its weights in a backward pass."""
+    """The number of times each module will gather and release its weights in backward passes."""
     return [
         (
             child,
@@ -370,7 +370,7 @@ def _backward_counts(module: Module) -> list[tuple[Module, int | None, int | Non
 
 
 def _restore_backward_counts(counts: list[tuple[Module, int | None, int | None]]) -> None:
-    """Let a second pass through the same graph gather the weights as the first one did."""
+    """Let a second pass through the same graph gather the weights again."""
     for child, gathers, releases in counts:
         if gathers is not None:
             child.__dict__["applied_pre_backward_ref_cnt"] = gathers

@@ -11,15 +11,17 @@ from ...runtime.files import write_whole
 from ...runtime.text import markdown_table
 from .search import AREA_WORDS
 
-# Markers around the section, which `fusedacl exits` replaces as a whole.
+# `fusedacl exits` replaces everything between these two lines.
 _EARLY_EXIT = ("<!-- fusedacl: early exit -->", "<!-- fusedacl: end of early exit -->")
 
 
 def write_early_exit(path: Path, study: Mapping[str, Any], policy: str) -> None:
-    """Write the findings on a stored policy into the card of its model.
+    """Write the section on the stored policy into a model card, in place of an earlier one.
 
-    An earlier section is replaced; a missing card is created. `study`: the results of
-    `study_exits`; `policy`: the name of the stored policy in them.
+    Args:
+        path: of the card; a model without one gets a card with this section alone.
+        study: as `study_exits` returns it.
+        policy: name, in the study, of the policy that is stored with the model.
     """
     start, end = _EARLY_EXIT
     section = "\n".join([start, *_early_exit_lines(study, policy), end])

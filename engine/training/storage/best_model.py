@@ -1,4 +1,4 @@
-"""The best checkpoint of a run: by which score, and which one it is so far."""
+"""The choice of the best checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from ...runtime.text import did_you_mean
 
 
 class BestModel:
-    """The step with the best score among those that are evaluated and saved; the first of equals.
+    """Keeps the step with the best score among those evaluated and saved; the first of equals.
 
     Args:
-        options: load_best_model_at_end is on.
-        metrics: names that evaluations report beside `loss`.
-        layers: of the exits whose scores count, by their mean.
+        options: with load_best_model_at_end.
+        metrics: names of the metrics that evaluations report besides `loss`.
+        layers: layers of the exits whose mean score counts.
 
     Raises:
-        ValueError: metric_for_best_model is none of them.
+        ValueError: metric_for_best_model is not among the metrics.
     """
 
     def __init__(self, options: RunOptions, metrics: Sequence[str], layers: Sequence[int]) -> None:
-        # transformers has both spellings.
+        # transformers accepts both spellings.
         self.metric = (options.metric_for_best_model or "loss").removeprefix("eval_")
         known = [*metrics, "loss"]
         if self.metric not in known:
@@ -38,7 +38,7 @@ class BestModel:
         self.value: float | None = None
 
     def consider(self, step: int, by_layer: Mapping[int, Mapping[str, float]]) -> None:
-        """Take the step for the best if its scores (layer -> metrics) beat all before."""
+        """Keep the step if its scores (layer -> metrics) are better than all before."""
         value = sum(by_layer[layer][self.metric] for layer in self.layers) / len(self.layers)
         if not math.isfinite(value):
             return
@@ -46,27 +46,25 @@ class BestModel:
             self.step, self.value = step, value
 
     def result(self) -> dict[str, Any]:
-        """For results.json."""
+        """The entry for results.json."""
         return {"step": self.step, "metric": self.metric, "value": self.value}
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.result(), "greater": self.greater}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Go on from `state_dict`; None, or another order's: nothing is known of earlier steps."""
+        """Restore `state_dict`; None, or one of another metric or order, is ignored."""
         order = (self.metric, self.greater)
         if state is not None and (state["metric"], state["greater"]) == order:
             self.step, self.value = state["step"], state["value"]
 
 
 def scored_layers(exit_layers: Sequence[int], trained: Sequence[int]) -> list[int]:
-    """Layers whose scores choose the best model: the last exit's, where it is trained.
-
-    In the second stage of two_stage it rests, and all the exits that are trained count.
+    """Layers whose scores choose the best model: that of the last exit if it is trained, else all.
 
     Args:
-        exit_layers: layer of each exit.
-        trained: positions, in it, of the exits that the last stage trains.
+        exit_layers: the layer of each exit.
+        trained: positions in `exit_layers` of the exits that the last stage trains.
     """
     last = len(exit_layers) - 1
     positions = [last] if last in trained else trained

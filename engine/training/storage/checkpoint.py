@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config.fields import build, flatten
 from ...config.training import TrainingConfig
 from ...runtime import collectives, processes
-from ...runtime.files import flush, read_file
+from ...runtime.files import flush, read_file, write_json
 from ...runtime.manifest import (
     CHECKPOINT_PREFIX,
     checkpoint_directories,
@@ -30,17 +30,17 @@ CONFIG_FILE = "config.yaml"
 STATE_FILE = "training_state.pt"
 PARTIAL = ".partial"
 _REPLACED = ".replaced"
-# Of checkpoints that are later than the one from which the run was resumed.
+# Suffix of checkpoints later than the one from which the run was resumed.
 _ASIDE = ".superseded"
 
 logger = logging.getLogger("fusedacl")
 
 
 def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill `directory` by `write(temporary directory)`; it then exists whole, or not at all.
+    """Fill `directory` by `write(temporary directory)`, so that it exists complete or not at all.
 
     Raises:
-        OSError: the disk is full or not writable; what was there before is intact.
+        OSError: the disk is full or not writable; earlier contents are intact.
     """
     partial = _partial(directory)
     try:
@@ -65,7 +65,7 @@ def _begin(partial: Path) -> None:
 
 
 def _publish(partial: Path, directory: Path) -> None:
-    """Give a directory its name, in place of what has it."""
+    """Give a directory its final name, replacing an earlier one of that name."""
     flush(partial)
     replaced = directory.with_name(directory.name + _REPLACED)
     if directory.exists():
@@ -78,11 +78,11 @@ def _publish(partial: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _told(directory: Path) -> Iterator[None]:
-    """What a full disk means for the run, in words."""
+    """Explain a full disk: which checkpoints there are, and how to continue."""
     try:
         yield
     except Exception as error:
-        # safetensors reports a full disk by an exception of its own.
+        # safetensors has its own exception for a full disk.
         if not isinstance(error, OSError) and "No space left" not in str(error):
             raise
         kept = ", ".join(path.name for path in checkpoints(directory.parent))
@@ -104,9 +104,34 @@ def save_model(
     tokenizer: PreTrainedTokenizerBase,
     weights: dict[str, Tensor] | None = None,
 ) -> None:
-    """config.json, model.safetensors and the tokenizer's files; `weights`: in place of its own."""
+    """Write config.json, model.safetensors and the tokenizer; weights: replace the model's."""
     model.save_pretrained(directory, state_dict=weights)
     tokenizer.save_pretrained(directory)
+
+
+def save_final(
+    output_dir: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    card: str,
+    results: dict[str, Any],
+) -> None:
+    """Save the final model and its card, then results.json, at the top of the output directory.
+
+    Raises:
+        OSError: see `write_atomically`.
+    """
+    directory = output_dir / "model"
+
+    def write(partial: Path) -> None:
+        save_model(partial, model, tokenizer)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+
+    write_atomically(directory, write)
+    for file in directory.iterdir():
+        file.replace(output_dir / file.name)
+    directory.rmdir()
+    write_json(output_dir / "results.json", results)
 
 
 def save_checkpoint(
@@ -119,10 +144,13 @@ def save_checkpoint(
     keep: int | None,
     best: int | None = None,
 ) -> Path:
-    """Write `checkpoint-<step>` with the model and each process's `state`; forget older ones.
+    """Write `checkpoint-<step>` and delete older ones. Every process of the run calls this.
 
-    `weights`: the model's, whole. `keep`: checkpoints that stay, the newest and that of the step
-    `best`, which always does; None: all. Every process of the run calls this.
+    Args:
+        weights: all weights of the model.
+        state: of this process.
+        keep: number of checkpoints to keep, the newest ones and always that of the step `best`;
+            None: all.
 
     Raises:
         OSError: see `write_atomically`.
@@ -140,7 +168,7 @@ def save_checkpoint(
         with _told(directory):
             if rank == 0:
                 save_model(partial, model, tokenizer, weights)
-            # By a file of ours: given a path, torch reports a full disk as an internal error.
+            # An open file, because for a path torch reports a full disk as an internal error.
             with (partial / state_file(rank)).open("wb") as file:
                 torch.save(state, file)
             own = {state_file(rank)}
@@ -171,7 +199,7 @@ def save_checkpoint(
 
 
 def _forget(output_dir: Path, step: int, keep: int, best: int | None) -> None:
-    """Delete the checkpoints before `step` that are too many, and those that were set aside."""
+    """Delete the surplus of checkpoints before `step`, and those that were set aside."""
     older = [path for path in checkpoints(output_dir) if step_of(path) < step]
     spared = [path for path in older if step_of(path) == best]
     others = [path for path in older if step_of(path) != best]
@@ -181,7 +209,7 @@ def _forget(output_dir: Path, step: int, keep: int, best: int | None) -> None:
         path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*{_ASIDE}") if step_of(path) <= step
     ]
     for path in (*too_many, *aside):
-        # By this name a kill in the middle leaves nothing that looks like a checkpoint.
+        # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint.
         partial = output_dir / f"{CHECKPOINT_PREFIX}{step_of(path)}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
         path.replace(partial)
@@ -189,7 +217,7 @@ def _forget(output_dir: Path, step: int, keep: int, best: int | None) -> None:
 
 
 def state_file(rank: int) -> str:
-    """The name of the file with a process's state."""
+    """The name of the file with the state of a process."""
     return STATE_FILE if rank == 0 else f"training_state-process{rank}.pt"
 
 
@@ -198,7 +226,7 @@ def _is_state(file: Path) -> bool:
 
 
 def checkpoint_of(output_dir: Path, step: int) -> Path:
-    """Where the checkpoint of an optimizer step is, if it was saved."""
+    """The path of the checkpoint of an optimizer step."""
     return output_dir / f"{CHECKPOINT_PREFIX}{step}"
 
 
@@ -212,11 +240,11 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def find_checkpoint(output_dir: Path, name: str) -> Path:
     """The checkpoint that `resume_from_checkpoint` names: 'latest', a name in the run, or a path.
 
-    Every byte of it is checked. 'latest' is the newest that is as it was saved; newer ones that are
-    not are named in the log.
+    Every byte of it is checked. 'latest' is the newest that is intact; newer ones that are damaged
+    are named in the log.
 
     Raises:
-        ValueError: there is none, or the one that is named is not as it was saved.
+        ValueError: there is none, or the named one is damaged.
     """
     found = checkpoint_directories(output_dir)
     if name == "latest":
@@ -245,15 +273,15 @@ def _complete(output_dir: Path) -> str:
 
 
 def tidy(output_dir: Path) -> None:
-    """Delete what a killed run left half-written, or half-deleted, among its checkpoints."""
+    """Delete checkpoints that a killed run left half-written or half-deleted."""
     for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL}"):
         shutil.rmtree(path)
 
 
 def set_aside(output_dir: Path, step: int) -> None:
-    """Rename what was saved after `step`, from where the run goes on: it will be saved again.
+    """Rename the checkpoints after `step`, at which the run resumes and from where it saves anew.
 
-    Left in place they would be the newest, and metrics.jsonl would not lead to them.
+    Left in place they would be the newest ones, and would not match metrics.jsonl.
     """
     for path in reversed(checkpoint_directories(output_dir)):
         if step_of(path) > step:
@@ -264,10 +292,10 @@ def set_aside(output_dir: Path, step: int) -> None:
 
 
 def load_state(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """A process's training state in a checkpoint; tensors and plain values only, never code.
+    """The training state of a process in a checkpoint: tensors and plain values, never code.
 
     Raises:
-        ValueError: the file is damaged, or a run of another number of processes wrote it.
+        ValueError: the file is damaged, or a run with another number of processes wrote it.
     """
     state = _load(checkpoint / STATE_FILE)
     before = state.get("world_size", 1)
@@ -288,10 +316,10 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
-    """Refuse to resume with options other than the run's.
+    """Refuse to resume with other options than the run had, except those of the section `run`.
 
     Raises:
-        ValueError: naming the options that differ. Those of the section `run` may.
+        ValueError: naming the options that differ.
     """
     changed = changed_options(output_dir, config)
     if changed:
@@ -303,7 +331,7 @@ def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
 
 
 def check_own(checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig) -> None:
-    """Refuse a checkpoint that another run saved, and that was put among this one's.
+    """Refuse a checkpoint that was saved by another run.
 
     Raises:
         ValueError: naming the options that differ.
@@ -319,9 +347,9 @@ def check_own(checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig
 def changed_options(
     output_dir: Path, config: TrainingConfig, free: Collection[str] = ()
 ) -> list[str]:
-    """How a run's options differ from `config`: "name: this then, that now", one each.
+    """Differences between the options of a run and `config`, each as "name: this then, that now".
 
-    Those of the section `run` and those named in `free` may differ.
+    Options of the section `run` and those named in `free` are ignored.
     """
     saved = build(TrainingConfig, read_file(output_dir / CONFIG_FILE)).resolved()
     return _differences(lasting_options(saved), lasting_options(config), free)
@@ -338,6 +366,6 @@ def _differences(
 
 
 def lasting_options(config: TrainingConfig) -> dict[str, Any]:
-    """The options that make a run what it is: all but those of the section `run`."""
+    """The options that must not change on resuming: all except those of the section `run`."""
     resolved = config.resolved()
     return {name: v for name, v in flatten(resolved).items() if name not in vars(resolved.run)}

@@ -1,4 +1,4 @@
-"""The directory of a run: refused where it holds something else, emptied where that is asked."""
+"""The output directory of a run: checks of its contents, and emptying it if that was asked."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from .checkpoint import CONFIG_FILE, PARTIAL
 
 
 def check_output_dir(config: TrainingConfig) -> Path:
-    """The run's directory, looked at and not touched.
+    """The path of the output directory, which is checked but not changed.
 
     Raises:
-        ValueError: it holds something and neither resuming nor overwriting was asked for, or it is
-            to be overwritten and does not look like a run's.
+        ValueError: it is not empty and neither resuming nor overwriting was asked for, or it is to
+            be overwritten and does not hold a run.
     """
     assert config.run.output_dir is not None  # `TrainingConfig.resolved` has refused None
     path = Path(config.run.output_dir)
@@ -36,7 +36,7 @@ def check_output_dir(config: TrainingConfig) -> Path:
 
 
 def _contents(path: Path) -> list[Path]:
-    """What a directory holds, beside what a run killed at its very beginning leaves."""
+    """Entries of a directory, except the files that a run leaves if killed at its start."""
     if not path.exists():
         return []
     ours = (LOCK_FILE, CONFIG_FILE + PARTIAL)
@@ -44,10 +44,10 @@ def _contents(path: Path) -> list[Path]:
 
 
 def make_output_dir(config: TrainingConfig) -> Path:
-    """The run's directory, checked, emptied where that was asked for, and there."""
+    """Create the output directory, or check it and empty it if that was asked for."""
     path = check_output_dir(config)
     if config.run.overwrite_output_dir:
-        # The file by which it is known as a run's goes last: killed here, it can be overwritten.
+        # The file that identifies a run goes last: if killed here, the rest can be overwritten.
         for child in sorted(_contents(path), key=lambda child: child.name == CONFIG_FILE):
             if child.is_dir() and not child.is_symlink():
                 shutil.rmtree(child)

@@ -8,15 +8,15 @@ from typing import Any
 
 import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
-from fusedacl.engine.backends.deepspeed.backend import DeepSpeedEngine
-from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.backends.deepspeed.backend import DeepSpeedBackend
+from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.objectives.large_batches import Chunk, cached_losses
 from fusedacl.engine.objectives.losses import exit_losses
 from fusedacl.engine.runtime import processes
 from fusedacl.engine.training.stages import Stage, plan_stages, prepare, stage_outputs, stage_states
 from torch import Tensor
 from transformers import BertConfig
-from zero_cases import CPU, LABELS, batch, options
+from zero_cases import CPU, LABELS, batch, options, settings_of
 
 NUM_STEPS = 4
 
@@ -76,7 +76,7 @@ def train(
                     losses = exit_losses(
                         config.objective, chunk.output, weights, chunk.labels, chunk.teacher
                     )
-                engine.backward(losses, share)
+                engine.backward(losses.times(share, share))
                 continue
 
             for losses in cached_losses(
@@ -95,7 +95,7 @@ def train(
 
 
 def compare_exits(rank: int, zero: dict[str, Any], strategy: str, together: int) -> dict[str, Any]:
-    """Relative error of the update, decisions and angles, beside the local engine's."""
+    """Relative error of the update, decisions and angles, beside the local backend's."""
     world = processes.world_size()
     case = {"accumulation": 2, "max_angle": 90.0, "clip": 1.0}
     changes = {"strategy": strategy, "impl": "reference"}
@@ -111,18 +111,17 @@ def compare_exits(rank: int, zero: dict[str, Any], strategy: str, together: int)
 
     oracle, model = new_model(), new_model()
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
-    shared = {"independent": not stage.trains_backbone}
-    local = LocalEngine(oracle, config, NUM_STEPS, CPU, groups=prepare(oracle, stage), **shared)
+
+    def settings(of: MultiExitForSequenceClassification) -> dict[str, Any]:
+        groups, independent = prepare(of, stage), not stage.trains_backbone
+        return settings_of(of, config, groups=groups, independent=independent)
+
+    local = LocalBackend(oracle, config, NUM_STEPS, CPU, **settings(oracle))
     everything = [numbers for r in range(world) for numbers in of_rank(r)]
     wanted = train(oracle, local, config, stage, everything, share)
-    engine = DeepSpeedEngine(
-        model,
-        config,
-        NUM_STEPS,
-        CPU,
-        groups=prepare(model, stage),
-        deepspeed_config={"zero_optimization": zero},
-        **shared,
+    given = {"zero_optimization": zero}
+    engine = DeepSpeedBackend(
+        model, config, NUM_STEPS, CPU, deepspeed_config=given, **settings(model)
     )
     found = train(model, engine, config, stage, of_rank(rank), share)
     saved = engine.full_state_dict()

@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 # First: it tells deepspeed to compute on the CPU.
-from zero_cases import CPU, LABELS, NUM_STEPS, batch, options
+from zero_cases import CPU, LABELS, NUM_STEPS, batch, options, settings_of
 
 # isort: split
 import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification, TrainingConfig
-from fusedacl.engine.backends.deepspeed.backend import DeepSpeedEngine
-from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.backends.deepspeed.backend import DeepSpeedBackend
+from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.objectives.losses import ExitLosses, exit_losses
 from fusedacl.engine.runtime import processes
 from torch import Tensor
@@ -65,25 +65,25 @@ def losses_of(
 
 def sharded(
     model: MultiExitForSequenceClassification, stage: int, config: TrainingConfig
-) -> DeepSpeedEngine:
+) -> DeepSpeedBackend:
     given: dict[str, Any] = {"zero_optimization": {"stage": stage}}
     if config.optimization.fp16:
         given["fp16"] = {"enabled": True, "initial_scale_power": 12}
-    scope = config.objective.gate_scope
-    return DeepSpeedEngine(model, config, NUM_STEPS, CPU, gate_scope=scope, deepspeed_config=given)
+    shared = settings_of(model, config)
+    return DeepSpeedBackend(model, config, NUM_STEPS, CPU, deepspeed_config=given, **shared)
 
 
 def compare_scope(
     rank: int, stage: int, scope: str, max_angle: float, dtype: str, exit_head: str
 ) -> dict[str, Any]:
-    """Relative error of the update, decisions and angles, beside the local engine's in float32."""
+    """Relative error of the update, decisions and angles, beside the local backend's in float32."""
     world = processes.world_size()
     case = {"accumulation": 1, "max_angle": max_angle, "clip": 0.5}
     changes: dict[str, Any] = {"gate_scope": scope, "impl": "reference"}
     oracle, model = new_model(exit_head), new_model(exit_head)
     first = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = options(case, **changes)
-    local = LocalEngine(oracle, config, NUM_STEPS, CPU, gate_scope=scope)
+    local = LocalBackend(oracle, config, NUM_STEPS, CPU, **settings_of(oracle, config))
     wanted = []
     for step in range(NUM_STEPS):
         local.backward(losses_of(oracle, local, config, [batch(step, r) for r in range(world)]))
@@ -93,7 +93,8 @@ def compare_scope(
     engine = sharded(model, stage, options(case, **changes, fp16=dtype == "fp16"))
     found = []
     for step in range(NUM_STEPS):
-        engine.backward(losses_of(model, engine, config, [batch(step, rank)]), 1 / world)
+        losses = losses_of(model, engine, config, [batch(step, rank)])
+        engine.backward(losses.times(1 / world, 1 / world))
         found.append(engine.step())
     engine.close()
     final, expected = dict(model.named_parameters()), dict(oracle.named_parameters())
@@ -107,7 +108,7 @@ def compare_scope(
         "error": float(error / moved),
         "kept": [(f.decision.kept.tolist(), w.decision.kept.tolist()) for f, w in both],
         "angles": [(f.decision.angle.item(), w.decision.angle.item()) for f, w in both],
-        "norms": [(f.grad_norm, w.grad_norm) for f, w in both],
+        "norms": [(float(f.grad_norm), float(w.grad_norm)) for f, w in both],
         "skipped": [f.skipped for f, _ in both],
     }
 
@@ -122,7 +123,7 @@ def overflow_scope(rank: int, stage: int) -> dict[str, Any]:
     for step, factor in enumerate((1e9 if rank == 1 else 1.0, 1.0, 1.0)):
         losses = losses_of(model, engine, config, [batch(step + 1, rank)])
         assert losses.auxiliary is not None
-        engine.backward(ExitLosses(losses.main, losses.auxiliary * factor), 0.5)
+        engine.backward(losses.times(0.5, 0.5 * factor))
         report = engine.step()
         after = engine.full_state_dict()
         made["skipped"].append(report.skipped)

@@ -1,4 +1,4 @@
-"""What the ranks of the ZeRO tests do: a tiny BERT under the DeepSpeed and the local engine."""
+"""What the ranks of the ZeRO tests do: a tiny BERT under the DeepSpeed and the local backend."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import torch
 from deepspeed.accelerator import get_accelerator
 from fusedacl.engine import TrainingConfig
-from fusedacl.engine.backends.deepspeed.backend import DeepSpeedEngine
-from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.backends.deepspeed.backend import DeepSpeedBackend
+from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.objectives.losses import ExitLosses
 from fusedacl.engine.runtime import processes
 from fusedacl.kernels import acl_loss, supcon_loss
@@ -94,15 +94,27 @@ def options(case: dict[str, Any], **changes: Any) -> TrainingConfig:
     return TrainingConfig.create(**values | changes).resolved()
 
 
-def groups_of(net: Net, case: dict[str, Any]) -> dict[str, list[nn.Parameter]] | None:
+def settings_of(model: nn.Module, config: TrainingConfig, **changes: Any) -> dict[str, Any]:
+    """What both backends are given: all that is trained in one group, unless changed."""
+    return {
+        "groups": {"model": [p for p in model.parameters() if p.requires_grad]},
+        "independent": False,
+        "learning_rate": config.optimization.learning_rate,
+        "gate_scope": config.objective.gate_scope,
+        **changes,
+    }
+
+
+def settings_of_case(net: Net, config: TrainingConfig, case: dict[str, Any]) -> dict[str, Any]:
     if not case.get("groups"):
-        return None
+        return settings_of(net, config)
     body = {id(p) for p in net.bert.parameters()}
     trained = [p for p in net.parameters() if p.requires_grad]
-    return {
+    groups = {
         "body": [p for p in trained if id(p) in body],
         "heads": [p for p in trained if id(p) not in body],
     }
+    return settings_of(net, config, groups=groups, independent=case.get("independent", False))
 
 
 def run(
@@ -119,42 +131,30 @@ def run(
         for number in mine:
             with engine.forward_context():
                 losses = net.losses(*batch(step, number), case.get("label_rows", False))
-            engine.backward(losses, 1 / total)
+            engine.backward(losses.times(1 / total, 1 / total))
         reports.append(engine.step())
     return reports
 
 
-def sharded(net: Net, stage: int, case: dict[str, Any]) -> DeepSpeedEngine:
+def sharded(net: Net, stage: int, case: dict[str, Any]) -> DeepSpeedBackend:
     """The DeepSpeed engine of a case."""
     given: dict[str, Any] = {"zero_optimization": {"stage": stage, **case.get("zero", {})}}
     if case["dtype"] == "fp16":
         given["fp16"] = {"enabled": True, "initial_scale_power": 12, **case.get("fp16", {})}
     precision = {} if case["dtype"] == "fp32" else {case["dtype"]: True}
-    return DeepSpeedEngine(
-        net,
-        options(case, **precision),
-        NUM_STEPS,
-        CPU,
-        groups=groups_of(net, case),
-        independent=case.get("independent", False),
-        deepspeed_config=given,
-    )
+    config = options(case, **precision)
+    shared = settings_of_case(net, config, case)
+    return DeepSpeedBackend(net, config, NUM_STEPS, CPU, deepspeed_config=given, **shared)
 
 
 def compare(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
-    """One run of the DeepSpeed engine beside the local engine's on all ranks' batches, float32."""
+    """One run of the DeepSpeed engine beside the local backend's on all ranks' batches, float32."""
     world = processes.world_size()
     total = world * case["accumulation"]
     first = {name: p.detach().clone() for name, p in Net().named_parameters()}
     oracle = Net()
-    local = LocalEngine(
-        oracle,
-        options(case),
-        NUM_STEPS,
-        CPU,
-        groups=groups_of(oracle, case),
-        independent=case.get("independent", False),
-    )
+    config = options(case)
+    local = LocalBackend(oracle, config, NUM_STEPS, CPU, **settings_of_case(oracle, config, case))
     wanted = run(oracle, local, case, list(range(total)), total)
 
     net = Net()
@@ -165,6 +165,7 @@ def compare(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
     final, expected = dict(net.named_parameters()), dict(oracle.named_parameters())
     error = {n: (final[n].detach() - expected[n].detach()).double().norm() for n in first}
     size = {n: (expected[n].detach() - first[n]).double().norm() for n in first}
+    reports = list(zip(found, wanted, strict=True))
     made: dict[str, Any] = {
         "case": case,
         "error": float(torch.stack(list(error.values())).norm())
@@ -174,13 +175,13 @@ def compare(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
             for n in first
             if n.startswith("unused") or "position" in n or "key.bias" in n
         ),
-        "norms": [(f.grad_norm, w.grad_norm) for f, w in zip(found, wanted, strict=True)],
-        "rates": [(f.learning_rate, w.learning_rate) for f, w in zip(found, wanted, strict=True)],
+        "norms": [(float(f.grad_norm), float(w.grad_norm)) for f, w in reports],
+        "rates": [(f.learning_rate, w.learning_rate) for f, w in reports],
         "skipped": [f.skipped for f in found],
         "dtype": str(final["classifier.weight"].dtype),
     }
     if found[0].decision is not None:
-        both = [(f.decision, w.decision) for f, w in zip(found, wanted, strict=True)]
+        both = [(f.decision, w.decision) for f, w in reports]
         made["kept"] = [(f.kept.tolist(), w.kept.tolist()) for f, w in both]
         made["angles"] = [(f.angle.tolist(), w.angle.tolist()) for f, w in both]
         made["active"] = [(f.active.tolist(), w.active.tolist()) for f, w in both]
@@ -239,7 +240,8 @@ def overflow(
             losses = net.losses(*batch(step, rank), False)
         # The scale is too big on one rank only, for one of the losses only.
         losses = ExitLosses(losses.main, losses.auxiliary * (4.0 if rank == 1 else 1.0))
-        engine.backward(losses, 1 / processes.world_size())
+        share = 1 / processes.world_size()
+        engine.backward(losses.times(share, share))
         report = engine.step()
         after = engine.full_state_dict()
         moved = max(float((after[n] - before[n]).abs().max()) for n in after)
@@ -255,7 +257,7 @@ def not_a_number(rank: int, stage: int) -> str:
     engine = sharded(net, stage, {"dtype": "fp32", "accumulation": 1})
     losses = net.losses(*batch(0, rank), False)
     scaled = losses.main * (torch.nan if rank == 1 else 1.0)
-    engine.backward(ExitLosses(scaled, losses.auxiliary), 0.5)
+    engine.backward(ExitLosses(scaled, losses.auxiliary).times(0.5, 0.5))
     try:
         engine.step()
     except FloatingPointError as error:

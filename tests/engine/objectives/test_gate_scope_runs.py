@@ -9,9 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusedacl.engine import TrainingConfig
-from fusedacl.engine.backends.loss_scaling import LossScaler
-from fusedacl.engine.training.trainer import Trainer
+from fusedacl.engine.backends import loss_scaling
 from tiny_runs import records, run, weights
 
 
@@ -99,12 +97,7 @@ def test_resumes_bitwise(options: dict[str, Any], scope: str, tmp_path: Path) ->
 def test_fp16_skips_what_overflows(
     options: dict[str, Any], scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = LossScaler.__init__
-
-    def too_large(self: LossScaler, enabled: bool, **rest: Any) -> None:
-        made(self, enabled, initial_scale=2.0**24, **rest)
-
-    monkeypatch.setattr(LossScaler, "__init__", too_large)
+    monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**24)
     results = run(options, gate_scope=scope, fp16=True, gate_agreement_steps=1)
     rows = records(options["output_dir"], "train")
     assert rows[0]["skipped"] and rows[0]["grad_norm"] is None
@@ -125,7 +118,6 @@ def test_the_second_stage_is_exact(options: dict[str, Any]) -> None:
 
 
 def test_more_layers_than_there_are(options: dict[str, Any]) -> None:
-    trainer = Trainer(TrainingConfig.create(**options, gate_scope="top:3"))
     with pytest.raises(ValueError, match="the encoder has 2 layers. Use top:2 at most, or all"):
-        trainer.prepare()
+        run(options, gate_scope="top:3")
     assert not Path(options["output_dir"]).exists()

@@ -6,7 +6,12 @@ import pytest
 import torch
 from fusedacl.engine.config.sections import ObjectiveOptions
 from fusedacl.engine.model.multi_exit import MultiExitOutput
-from fusedacl.engine.objectives.losses import ExitLosses, check_finite, exit_losses
+from fusedacl.engine.objectives.losses import (
+    ExitLosses,
+    check_finite,
+    count_not_finite,
+    exit_losses,
+)
 from fusedacl.kernels import acl_loss, supcon_loss
 from torch.nn import functional
 
@@ -57,8 +62,9 @@ def test_weighted_sum() -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_non_finite_representations_are_named_with_the_step(batch, value: float) -> None:
     output, _, _ = batch
-    check_finite(output, step=3)
+    check_finite(count_not_finite(output).tolist(), 7, step=3)
     output.exit_embeddings[1, 4, 2] = value
     output.exit_embeddings[1, 6, 0] = value
-    with pytest.raises(FloatingPointError, match="Step 12: the representations of 2 of 7 samples"):
-        check_finite(output, step=12)
+    message = "Step 12: the representations of 2 of 7 samples at exit 2 of 2"
+    with pytest.raises(FloatingPointError, match=message):
+        check_finite(count_not_finite(output).tolist(), 7, step=12)

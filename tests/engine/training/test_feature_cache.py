@@ -21,13 +21,15 @@ from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.model.saved import load_tokenizer
 from fusedacl.engine.runtime.lock import DirectoryLock
 from fusedacl.engine.training import feature_cache
+from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.feature_cache import (
     META_FILE,
     STATES_FILE,
     FeatureCache,
     check_directory,
 )
-from tiny_runs import run, weights
+from fusedacl.engine.training.trainer import Trainer
+from tiny_runs import run
 
 TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
 
@@ -221,13 +223,29 @@ def test_what_a_killed_run_left_takes_no_room(
 def test_second_stage_with_and_without(
     tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The exit's weights agree to half precision, and the backbone ran once over the texts."""
+    """Gradients agree to half precision from equal weights; a whole run reads the cache only."""
     options: dict[str, Any] = {
         **tiny_options, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
         "strategy": "two_stage", "dropout": 0.0, "num_train_epochs": 1, "stage2_epochs": 3,
         "save_steps": 0, "eval_steps": 1000,
     }  # fmt: skip
-    run(options, output_dir=str(tmp_path / "without"))
+    cache = {"feature_cache": str(tmp_path / "cache")}
+    found = []
+    for name, changes in (("without", {}), ("with", cache)):
+        config = TrainingConfig.create(**options, **changes, output_dir=str(tmp_path / name))
+        trainer = Trainer(build_run(config))
+        trainer._start_stage(1)
+        (losses,) = trainer.losses.of(1, [np.arange(16)])
+        trainer.backend.backward(losses)
+        gate = trainer.backend.gate
+        gradients = [[p.grad for p in trainer.backend.parameters], gate._auxiliary]
+        found.append([torch.cat([g.flatten() for g in grads]) for grads in gradients])
+        trainer.parts.lock.release()
+    for ours, theirs in zip(*found, strict=True):
+        # States of 11 bits, whose errors a gradient adds up.
+        assert (ours - theirs).abs().max() < 0.01 * theirs.abs().max()
+        assert not torch.equal(ours, theirs)
+
     calls = []
     states = FeatureCache.batch
     monkeypatch.setattr(
@@ -235,15 +253,10 @@ def test_second_stage_with_and_without(
         "batch",
         lambda self, *arguments: calls.append(1) or states(self, *arguments),
     )
-    cache = str(tmp_path / "cache")
-    run(options, output_dir=str(tmp_path / "with"), feature_cache=cache)
+    # The first stage has changed the backbone.
+    run(options, output_dir=str(tmp_path / "run"), feature_cache=str(tmp_path / "trained"))
     assert len(calls) == 12
-    one, other = (weights(tmp_path / name) for name in ("without", "with"))
-    for name, value in one.items():
-        # The gradient of this bias is zero: AdamW makes steps of its rounding.
-        if name != "exits.0.key_value.bias":
-            torch.testing.assert_close(other[name], value, rtol=0.05, atol=2e-3)
     with pytest.raises(ValueError, match="feature_cache=.* belongs to the second stage"):
         TrainingConfig.create(
-            **{**options, "strategy": "joint", "stage2_epochs": None, "feature_cache": cache}
-        ).resolved()  # fmt: skip
+            **{**options, "strategy": "joint", "stage2_epochs": None}, **cache, output_dir="x"
+        ).resolved()

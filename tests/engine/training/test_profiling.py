@@ -13,7 +13,7 @@ import pytest
 import safetensors.torch
 import torch
 from fusedacl.engine import GradientGate, TrainingConfig, train
-from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.runtime import profiler_marks
 from fusedacl.engine.runtime.profiler_marks import part
 from fusedacl.engine.training.profiling import Interval, Timeline, summarize, table
@@ -226,15 +226,15 @@ def test_training_is_the_same_with_and_without(
 def test_a_run_that_ends_early_leaves_no_marks_and_no_profile(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step, steps = LocalEngine.step, []
+    step, steps = LocalBackend.step, []
 
-    def fails(engine: LocalEngine, **settings: Any) -> Any:
-        steps.append(engine)
+    def fails(backend: LocalBackend, **settings: Any) -> Any:
+        steps.append(backend)
         if len(steps) == 5:
             raise FloatingPointError("no more")
-        return step(engine, **settings)
+        return step(backend, **settings)
 
-    monkeypatch.setattr(LocalEngine, "step", fails)
+    monkeypatch.setattr(LocalBackend, "step", fails)
     with pytest.raises(FloatingPointError):
         run(options, profile=3)
     assert not (Path(options["output_dir"]) / "profile.json").exists()

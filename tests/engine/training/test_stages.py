@@ -16,7 +16,7 @@ from fusedacl.engine import (
     TrainingConfig,
     evaluate,
 )
-from fusedacl.engine.backends.local import LocalEngine
+from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.config.fields import build
 from fusedacl.engine.config.sections import ObjectiveOptions
 from fusedacl.engine.model.multi_exit import MultiExitOutput, parse_layers
@@ -25,7 +25,14 @@ from fusedacl.engine.objectives.losses import ExitLosses, Teacher, distillation,
 from fusedacl.engine.runtime.files import read_file
 from fusedacl.engine.runtime.signals import Interrupted
 from fusedacl.engine.training.feature_cache import META_FILE
-from fusedacl.engine.training.stages import Stage, plan_stages, prepare, stage_losses, stage_states
+from fusedacl.engine.training.stages import (
+    Stage,
+    plan_stages,
+    plan_steps,
+    prepare,
+    stage_losses,
+    stage_states,
+)
 from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import acl_cl_loss, acl_loss
 from tiny_runs import records, run, weights
@@ -55,8 +62,10 @@ def test_stages_of_each_strategy() -> None:
     assert (first.exits, first.num_epochs, first.learning_rate) == ((2,), 4, 0.01)
     assert (second.exits, second.num_epochs, second.learning_rate) == ((0, 1), 2, 0.5)
     assert second.has_teacher and not second.trains_backbone
-    done = plan_stages(config_of(strategy="two_stage"), num_exits=3, has_stage1=True)
-    assert [stage.exits for stage in done] == [(0, 1)]
+    config = config_of(strategy="two_stage", stage1_model="done", max_steps=7)
+    done = plan_steps(config, num_exits=3, num_texts=64)
+    assert [stage.exits for stage in done.stages] == [(0, 1)]
+    assert done.ends == [7]
 
 
 @pytest.fixture
@@ -96,13 +105,14 @@ def losses_of(
 def train_stage(
     model: MultiExitForSequenceClassification, stage: Stage, config: TrainingConfig
 ) -> None:
-    engine = LocalEngine(
-        model, config, 4, CPU, groups=prepare(model, stage), independent=not stage.trains_backbone
-    )
+    backend = LocalBackend(
+        model, config, 4, CPU, groups=prepare(model, stage), independent=not stage.trains_backbone,
+        learning_rate=stage.learning_rate, gate_scope="all",
+    )  # fmt: skip
     for batch, labels in batches():
         _, losses = losses_of(model, stage, config, batch, labels)
-        engine.backward(losses, share=1.0)
-        engine.step()
+        backend.backward(losses)
+        backend.step()
 
 
 @pytest.mark.parametrize("objective", ["ce", "scl", "acl"])
@@ -126,7 +136,7 @@ def test_exits_together_equal_each_alone(
         strategy="two_stage", objective=objective, aux_weight=0.3, distill_weight=0.4,
         max_grad_norm=0.05,
     )  # fmt: skip
-    stage = plan_stages(config, num_exits=len(exit_layers), has_stage1=True)[0]
+    stage = plan_stages(config, num_exits=len(exit_layers))[1]
     model.double()
     together = copy.deepcopy(model)
     train_stage(together, stage, config)
@@ -152,7 +162,7 @@ def test_frozen_parts_are_in_evaluation_mode_and_build_no_graph(
     model: MultiExitForSequenceClassification,
 ) -> None:
     config = config_of(strategy="two_stage")
-    stage = plan_stages(config, num_exits=4, has_stage1=True)[0]
+    stage = plan_stages(config, num_exits=4)[1]
     groups = prepare(model, stage)
     assert list(groups) == ["exit 1", "exit 2", "exit 3"]
     assert not model.backbone.training and not model.exits[3].training

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from fusedacl.engine.backends.loss_scaling import LossScaler
+from fusedacl.engine.backends import loss_scaling
 from fusedacl.engine.reports.run_figures import draw_angle_histogram
 from fusedacl.engine.runtime.signals import Interrupted
 from fusedacl.engine.training.storage import checkpoint
@@ -188,10 +188,7 @@ def test_a_gradient_that_is_not_finite_names_the_step(options) -> None:
 
 
 def test_overflow_is_logged_as_json_knows_it(options, monkeypatch) -> None:
-    made = LossScaler.__init__
-    monkeypatch.setattr(
-        LossScaler, "__init__", lambda self, enabled: made(self, enabled, initial_scale=2.0**22)
-    )
+    monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**22)
     run(options, fp16=True, objective="acl")
     skipped = [record for record in records(options["output_dir"], "train") if record["skipped"]]
     assert 0 < len(skipped) < 12

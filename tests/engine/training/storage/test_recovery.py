@@ -312,7 +312,8 @@ def test_killed_in_the_middle_of_a_save(options, runs: ForkedRuns, tmp_path: Pat
     """At every point of it, one after the other; with the best model kept."""
     options = {
         **options, "eval_steps": 1, "load_best_model_at_end": True, "save_total_limit": 1,
-        "metric_for_best_model": "accuracy",
+        # The loss falls, so that where greater is better the best model is an early one.
+        "metric_for_best_model": "loss", "greater_is_better": True,
     }  # fmt: skip
     run, undisturbed = Path(options["output_dir"]), tmp_path / "undisturbed"
     for death in DEATHS:
@@ -332,12 +333,12 @@ def test_killed_in_the_middle_of_a_save(options, runs: ForkedRuns, tmp_path: Pat
     chosen = run / f"checkpoint-{best['step']}" / "model.safetensors"
     assert (run / "model.safetensors").read_bytes() == chosen.read_bytes()
     scores = [line for line in records(run) if line["split"] == "validation"]
-    accuracies = {line["step"]: line["metrics"]["accuracy"] for line in scores}
-    assert best["value"] == max(accuracies.values()) == accuracies[best["step"]]
-    assert results(run)["metrics"]["validation"]["2"]["accuracy"] == best["value"]
-    assert f"Scores after step {best['step']}, the best by accuracy" in (
-        run / "README.md"
-    ).read_text(encoding="utf-8")
+    losses = {line["step"]: line["metrics"]["loss"] for line in scores}
+    assert best["value"] == max(losses.values()) == losses[best["step"]]
+    assert results(run)["metrics"]["validation"]["2"]["loss"] == best["value"]
+    assert f"Scores after step {best['step']}, the best by loss" in (run / "README.md").read_text(
+        encoding="utf-8"
+    )
     loaded = MultiExitForSequenceClassification.from_pretrained(run).state_dict()
     for key, value in safetensors.torch.load_file(chosen).items():
         assert torch.equal(loaded[key], value), key
