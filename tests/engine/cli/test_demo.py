@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from fusedacl.engine.cli import demo
 from fusedacl.engine.cli.main import main
-from fusedacl.engine.training import trainer
+from fusedacl.engine.training import builder
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def tiny(tiny_bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(demo, "demo_options", shorter)
     monkeypatch.setattr(demo, "minilm_path", lambda: tiny_bert)
-    monkeypatch.setattr(trainer, "minilm_path", lambda: tiny_bert)
+    monkeypatch.setattr(builder, "minilm_path", lambda: tiny_bert)
 
 
 @pytest.mark.usefixtures("tiny")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from fusedacl.engine.experiments.results import Seeds
-from fusedacl.engine.reports.page.page_style import STYLE
+from fusedacl.engine.reports.page import page
 from fusedacl.engine.reports.sections.score_figures import draw_dots, draw_values, metric_words
 from fusedacl.engine.runtime.plots import COLORS, MARKERS, look
 
@@ -25,7 +25,8 @@ def contrast(first: str, second: str) -> float:
 
 
 def test_contrast_on_the_light_and_the_dark_page() -> None:
-    themes = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in STYLE.split("@media")[:2]]
+    style = Path(page.__file__).with_name("page.css").read_text(encoding="utf-8")
+    themes = [dict(re.findall(r"--(\w+): (#\w{6})", part)) for part in style.split("@media")[:2]]
     assert [set(theme) >= {"page", "card", "ink", "soft", "accent"} for theme in themes] == [
         True,
         True,

@@ -232,7 +232,7 @@ def test_second_stage_with_and_without(
     cache = {"feature_cache": str(tmp_path / "cache")}
     found = []
     for name, changes in (("without", {}), ("with", cache)):
-        config = TrainingConfig.create(**options, **changes, output_dir=str(tmp_path / name))
+        config = TrainingConfig.create(**{**options, **changes, "output_dir": str(tmp_path / name)})
         trainer = Trainer(build_run(config))
         trainer._start_stage(1)
         (losses,) = trainer.losses.of(1, [np.arange(16)])
@@ -258,5 +258,5 @@ def test_second_stage_with_and_without(
     assert len(calls) == 12
     with pytest.raises(ValueError, match="feature_cache=.* belongs to the second stage"):
         TrainingConfig.create(
-            **{**options, "strategy": "joint", "stage2_epochs": None}, **cache, output_dir="x"
+            **{**options, "strategy": "joint", "stage2_epochs": None, **cache}
         ).resolved()
