@@ -98,10 +98,6 @@ def entry_of(module: str, folder: str) -> str | None:
     return inside.split(".")[0] if not folder or inside != module else None
 
 
-UNDER_WAY = pytest.mark.xfail(reason="imports that still run upward, files still too long")
-
-
-@UNDER_WAY
 @pytest.mark.parametrize("folder", FLOORS)
 def test_imports_run_downward(folder: str) -> None:
     layer_of = {name: layer for layer, names in enumerate(FLOORS[folder]) for name in names.split()}
@@ -118,7 +114,6 @@ def test_imports_run_downward(folder: str) -> None:
     assert not upward, f"move what is imported to a lower layer, or pass it in: {upward}"
 
 
-@UNDER_WAY
 def test_no_module_imports_itself_through_others() -> None:
     known = {module: names & imports().keys() for module, names in imports().items()}
     try:
@@ -149,7 +144,6 @@ def test_folders_are_small() -> None:
     assert not too_large, f"make sub-folders (at most {MAX_ENTRIES} entries each): {too_large}"
 
 
-@UNDER_WAY
 def test_files_are_short() -> None:
     too_long = {}
     for path in source_files(".py", ".c"):
