@@ -261,12 +261,9 @@ def test_options_in_the_text_exist(page: Path) -> None:
 
 
 # The page's generator gives a run's own figure the folder of the report.
-UNDER_WAY = pytest.mark.xfail(reason="docs/results.md links to reports/minilm_all/exits.png")
-
-
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=UNDER_WAY if page.name == "results.md" else ()) for page in PAGES],
+    PAGES,
     ids=id_of,
 )
 def test_links_resolve(page: Path) -> None:

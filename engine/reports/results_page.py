@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,9 +16,19 @@ REPORTS = "reports"
 # Sections of a sweep's report that the page repeats.
 _SHOWN = ("Layer scores", "Full models", "Ablation", "Values of", "Early exit")
 
+_TERMS = (
+    "- CE: cross-entropy alone. CE+SCL: with the supervised contrastive loss. ACL: with label "
+    "embeddings in the contrastive batch, and with the gate, which drops the contrastive gradient "
+    "in steps in which its angle to the gradient of CE exceeds 90 degrees.",
+    "- JT, ALT, 2ST: several exits trained jointly, alternately, or in two stages (backbone and "
+    "last exit first, then the other exits on the frozen backbone). KD: distilled from the last "
+    "exit. ACL with several exits: ACL-CL, in which each exit is contrasted with the last one.",
+    "- MHA and linear: kinds of exit. Layer: where an exit reads, counted from 1.",
+)
 
-def results_page(reports: Mapping[str, Report]) -> str:
-    """The page, from reports of sweeps: link to a report's folder -> the report.
+
+def results_page(reports: Mapping[str, Report], folder: Path) -> str:
+    """The page in `folder`, from reports of sweeps: link to a report's folder -> the report.
 
     Raises:
         ValueError: there is no report.
@@ -31,6 +42,8 @@ def results_page(reports: Mapping[str, Report]) -> str:
         "are those after the last step, in percent, mean ± standard deviation (n - 1) over the "
         "seeds; a single seed has no deviation. A best mean is bold, and a claim holds, where the "
         "lead exceeds the sum of both deviations.",
+        "",
+        *_TERMS,
     ]
     claims = [
         section
@@ -41,7 +54,7 @@ def results_page(reports: Mapping[str, Report]) -> str:
     if claims:
         parts += ["", "## Claims of the paper"]
         for section in claims:
-            parts += _section(section, "")
+            parts += _section(section, folder)
     for link, report in reports.items():
         exits = "Several exits" if report.max_exits > 1 else "One exit"
         parts += ["", f"## {exits}: {report.facts['Data']}", ""]
@@ -49,18 +62,18 @@ def results_page(reports: Mapping[str, Report]) -> str:
         parts += [f"- Angles seen by the gate and the command of every run: [{link}]({link})"]
         for section in report.sections:
             if section.title.startswith(_SHOWN):
-                parts += ["", f"### {section.title}", *_section(section, link)]
+                parts += ["", f"### {section.title}", *_section(section, folder)]
     return "\n".join(parts) + "\n"
 
 
-def _section(section: Section, link: str) -> list[str]:
-    """Text, tables, figures (in the report's folder) and notes of a section, as Markdown."""
+def _section(section: Section, folder: Path) -> list[str]:
+    """Text, tables, figures and notes of a section, as Markdown of a page in `folder`."""
     lines = ["", section.text] if section.text else []
     for table in section.tables:
         lines += ["", table.caption, "", markdown_table(table.header, table.rows)]
     for figure in section.figures:
-        picture = figure.path.with_suffix(".png").name
-        lines += ["", f"![{section.title}]({link}{picture})"]
+        picture = Path(os.path.relpath(figure.path.with_suffix(".png"), folder)).as_posix()
+        lines += ["", f"![{section.title}]({picture})"]
     return [*lines, "", *(f"- {note}" for note in section.notes)] if section.notes else lines
 
 
@@ -78,7 +91,7 @@ def main() -> None:
         for sweep in sorted(arguments.directory.iterdir())
         if is_sweep(sweep)
     }
-    output.write_text(results_page(reports), encoding="utf-8")
+    output.write_text(results_page(reports, output.parent), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,41 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol
+from typing import IO, Any
 
 from ..runtime.files import write_whole
-
-
-class Log(Protocol):
-    """A destination for the records of a run."""
-
-    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]: ...
-
-    def write(self, record: dict[str, Any]) -> None: ...
-
-
-class NoLog:
-    """The log of a process that is not the first one, which writes for all."""
-
-    def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
-        """Nothing is known here."""
-        return {}
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Write nothing."""
-
-    def __enter__(self) -> NoLog:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        pass
 
 
 class MetricsLog:
     """Appends records to `metrics.jsonl`, one JSON object per line, and to TensorBoard if asked.
 
     Args:
+        output_dir: None, in a process that is not the first one: nothing is written.
         resume_step: records after this step are dropped.
         keep_evaluations: whether the evaluations of the step itself stay. If they came after its
             checkpoint, they may be incomplete.
@@ -49,15 +24,18 @@ class MetricsLog:
 
     def __init__(
         self,
-        output_dir: Path,
+        output_dir: Path | None,
         report_to: str,
         resume_step: int | None = None,
         keep_evaluations: bool = True,
     ) -> None:
+        self._file: IO[str] | None = None
+        self._writer: Any = None
+        if output_dir is None:
+            return
         path = output_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():
             _keep_until(path, resume_step, keep_evaluations)
-        self._writer = None
         if report_to == "tensorboard":
             self._writer = _tensorboard_writer(output_dir, resume_step)
         self._file = path.open("a", encoding="utf-8")
@@ -65,13 +43,15 @@ class MetricsLog:
     def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
         """Split -> layer -> metrics of the evaluations already written for `step`."""
         found: dict[str, dict[int, dict[str, float]]] = {}
-        for record in read_records(Path(self._file.name)):
+        for record in read_records(Path(self._file.name)) if self._file else []:
             if record["step"] == step and "exit" in record:
                 found.setdefault(record["split"], {})[record["exit"]] = record["metrics"]
         return found
 
     def write(self, record: dict[str, Any]) -> None:
         """Write a step or an evaluation; every record has `step` and `split`."""
+        if self._file is None:
+            return
         try:
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
@@ -93,15 +73,10 @@ class MetricsLog:
     def __enter__(self) -> MetricsLog:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+    def __exit__(self, *exception: object) -> None:
+        for opened in (self._file, self._writer):
+            if opened is not None:
+                opened.close()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

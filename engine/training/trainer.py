@@ -25,7 +25,7 @@ from ..runtime.machine import versions
 from ..runtime.signals import Interrupted, SignalsNoted
 from .builder import RunParts, new_backend, open_features
 from .card import model_card
-from .metrics_log import Log, MetricsLog, NoLog
+from .metrics_log import MetricsLog
 from .micro_batches import StepLosses
 from .profiling import StepProfiler, check_steps
 from .records import GateHistory, StepRecords
@@ -159,7 +159,15 @@ class Trainer:
             # None: no bar where the output is not a terminal.
             disable=None if self.parts.shows_progress else True,
         )
-        with self._new_log() as log, self.profiler, self.signals, bar:
+        directory = self.output_dir if processes.rank() == 0 else None
+        with (
+            MetricsLog(
+                directory, options.report_to, self.resume_step, self.resume_evaluated
+            ) as log,
+            self.profiler,
+            self.signals,
+            bar,
+        ):
             # A checkpoint is saved after the evaluation of the same step.
             evaluations = collectives.from_first(lambda: log.evaluations(self.step))
             evaluated = self.step if evaluations else -1
@@ -191,7 +199,7 @@ class Trainer:
             processes.barrier()
         return results
 
-    def steps(self, log: Log, bar: tqdm[Any]) -> Iterator[None]:
+    def steps(self, log: MetricsLog, bar: tqdm[Any]) -> Iterator[None]:
         """Take the optimizer steps that are left, one per iteration."""
 
         def write(record: dict[str, Any]) -> None:
@@ -279,7 +287,7 @@ class Trainer:
             first_split = self.parts.data.evaluation_splits[0]
             self.best.consider(self.step, evaluations[first_split])
 
-    def _take_best(self, step: int, log: Log) -> dict[str, Any]:
+    def _take_best(self, step: int, log: MetricsLog) -> dict[str, Any]:
         """Load the weights of the best checkpoint into the model; returns its evaluations."""
         checkpoint = checkpoint_of(self.output_dir, step)
         trained = collectives.together(lambda: load_trained(str(checkpoint)))
@@ -295,13 +303,7 @@ class Trainer:
             logger.warning("The launcher has ended: saving after this step …")
         return received or 0
 
-    def _new_log(self) -> MetricsLog | NoLog:
-        if processes.rank() > 0:
-            return NoLog()
-        report_to = self.config.run.report_to
-        return MetricsLog(self.output_dir, report_to, self.resume_step, self.resume_evaluated)
-
-    def _evaluate(self, log: Log) -> dict[str, Any]:
+    def _evaluate(self, log: MetricsLog) -> dict[str, Any]:
         """Split -> layer -> metrics, for every evaluation split."""
         self.records.pending.collect(wait=True)
         results = {}

@@ -185,7 +185,7 @@ def test_training_steps(
 ) -> None:
     """Values are read after the steps only, and are then those of a run that reads at once.
 
-    One step in three is logged. Under float16 the first steps overflow and are skipped.
+    One step in three is logged. Under float16 the first steps overflow.
     """
     options: dict[str, Any] = {
         "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
@@ -195,11 +195,9 @@ def test_training_steps(
     }  # fmt: skip
     if options.pop("cache", False):
         options["feature_cache"] = str(tmp_path / "cache")
-    monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**24)
+    monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**19)
 
-    def steps(
-        name: str, refused: bool
-    ) -> tuple[list[dict[str, Any]], dict[str, Any], list[Tensor]]:
+    def steps(name: str, refused: bool) -> tuple[list[Any], Trainer]:
         directory = tmp_path / name
         config = TrainingConfig.create(**options, output_dir=str(directory))
         trainer = Trainer(build_run(config))
@@ -219,15 +217,14 @@ def test_training_steps(
         trainer.parts.lock.release()
         lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
         records = [{k: v for k, v in x.items() if k != "samples_per_second"} for x in lines]
-        return records, trainer.history.state_dict(), list(trainer.model.parameters())
+        return records, trainer
 
-    expected = steps("at once", refused=False)
+    expected, at_once = steps("at once", refused=False)
     monkeypatch.setattr(transfers._Parcel, "has_arrived", lambda parcel: False)
-    found = steps("pending", refused=True)
-    assert found[:2] == expected[:2]
-    assert len(found[0]) >= 2
-    assert all(map(torch.equal, found[2], expected[2]))
+    found, pending = steps("pending", refused=True)
+    assert found == expected != []
+    assert pending.history.state_dict() == at_once.history.state_dict()
+    parameters = zip(pending.model.parameters(), at_once.model.parameters(), strict=True)
+    assert all(torch.equal(ours, theirs) for ours, theirs in parameters)
     if options.get("fp16"):
-        # Some steps were skipped, some were not.
-        assert found[0][0]["loss_scale"] < 2.0**24
-        assert not found[0][-1]["skipped"]
+        assert 0 < pending.backend.optimizer.num_taken < 6, "some steps are skipped"

@@ -68,7 +68,7 @@ def test_a_read_in_the_gate_is_found(
     lines = changed(expected, STEP, directory)
     # It is charged to who called the gate, for it is not the gate's own.
     assert set(lines) == {"host_reads"}
-    assert lines["host_reads"].endswith("LocalEngine.step: _local_scalar_dense 1 -> 2)")
+    assert lines["host_reads"].endswith("LocalBackend.step: _local_scalar_dense 0 -> 1)")
 
 
 def test_a_second_pass_through_the_backbone_is_found(

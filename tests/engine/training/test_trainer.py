@@ -16,6 +16,7 @@ import yaml
 from fusedacl.engine.backends import loss_scaling
 from fusedacl.engine.reports.run_figures import draw_angle_histogram
 from fusedacl.engine.runtime.signals import Interrupted
+from fusedacl.engine.training import transfers
 from fusedacl.engine.training.storage import checkpoint
 from fusedacl.engine.training.trainer import Trainer
 from tiny_runs import records, run, weights
@@ -148,18 +149,61 @@ def test_full_disk_keeps_the_last_checkpoint(options, monkeypatch) -> None:
     assert (Path(options["output_dir"]) / "results.json").exists()
 
 
-def test_nan_stops_the_run_and_names_the_step(options, monkeypatch) -> None:
+@pytest.mark.parametrize("is_late", [False, True], ids=["at once", "late"])
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("weights", "Step 3: the representations of 16 of 16"),
+        ("gradient", "Step 3: The gradient is NaN or infinite"),
+    ],
+)
+def test_nan_stops_the_run_and_names_the_step(
+    options, monkeypatch, where: str, message: str, is_late: bool
+) -> None:
+    """Also if the values come from the device when later steps have been taken."""
     trained = Trainer._train_step
+    last_step = []
 
     def poison(self: Trainer, *arguments: Any) -> None:
-        if self.step == 2:
+        weight = self.model.exits[-1].classifier.weight
+        if self.step == 2 and where == "weights":
             with torch.no_grad():
                 self.model.backbone.embeddings.word_embeddings.weight.fill_(float("nan"))
+        elif self.step == 2:
+            weight.register_hook(lambda gradient: gradient * float("nan"))
+        last_step.append(self.step + 1)
         trained(self, *arguments)
 
     monkeypatch.setattr(Trainer, "_train_step", poison)
-    with pytest.raises(FloatingPointError, match="Step 3: the representations of 16 of 16"):
-        run(options)
+    if is_late:
+        monkeypatch.setattr(transfers._Parcel, "has_arrived", lambda parcel: False)
+    with pytest.raises(FloatingPointError, match=message):
+        run(options, save_steps=6, eval_steps=5)
+    # The evaluation of step 5 waits for the values of all steps before it.
+    assert last_step[-1] == (5 if is_late else 3)
+    left = Path(options["output_dir"])
+    assert [record["step"] for record in records(left)] == [1, 2]
+    assert not records(left, "validation")
+    assert not list(left.glob("checkpoint-*")) and not (left / "model.safetensors").exists()
+
+
+def test_nothing_bad_is_saved_when_values_are_late(options, monkeypatch) -> None:
+    """A checkpoint waits for the values of the steps before it, without an evaluation too."""
+    trained = Trainer._train_step
+
+    def poison(self: Trainer, *arguments: Any) -> None:
+        if self.step == 4:
+            self.model.exits[-1].classifier.weight.register_hook(lambda g: g * float("inf"))
+        trained(self, *arguments)
+
+    monkeypatch.setattr(Trainer, "_train_step", poison)
+    monkeypatch.setattr(transfers._Parcel, "has_arrived", lambda parcel: False)
+    with pytest.raises(FloatingPointError, match="Step 5: The gradient"):
+        run(options, save_steps=2, eval_steps=50)
+    left = Path(options["output_dir"])
+    assert sorted(path.name for path in left.glob("checkpoint-*")) == [
+        "checkpoint-2", "checkpoint-4",
+    ]  # fmt: skip
 
 
 def test_nan_in_an_evaluation_stops_the_run(options, monkeypatch) -> None:
