@@ -200,9 +200,9 @@ def _contrastive_loss(
         raise
     embeddings = tensors["embeddings"]
     teachers = (tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"))
+    teacher, teacher_labels = (None if rows is None else rows.detach() for rows in teachers)
     batch = Batch(
-        embeddings, labels, tensors.get("label_embeddings"),
-        *(None if teacher is None else teacher.detach() for teacher in teachers),
+        embeddings, labels, tensors.get("label_embeddings"), teacher, teacher_labels,
         float(temperature), denominator, reduction, ignore_index,
     )  # fmt: skip
     contrastive_loss = implementation(name)

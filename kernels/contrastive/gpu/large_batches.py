@@ -185,9 +185,9 @@ def fake_forward(
 
 def fake_backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> list[Tensor]:
     leading = loss_gradient.shape[:-1] if shape.reduction == "none" else loss_gradient.shape
-    rows = [(shape.num_samples, shape.sample_dtype)]
+    rows: list[tuple[int, torch.dtype | None]] = [(shape.num_samples, shape.sample_dtype)]
     if shape.trains_labels:
-        rows.append((shape.num_labels, shape.label_dtype))
+        rows.append((shape.num_labels or 0, shape.label_dtype))
     return [saved[0].new_empty(*leading, num, shape.width, dtype=dtype) for num, dtype in rows]
 
 
