@@ -47,7 +47,7 @@ def group_of(num_ranks: int) -> Any:
 
 
 def own_part(inputs: Inputs, labels: Tensor, sizes: Sequence[int], rank: int) -> Inputs:
-    """What one rank passes of the inputs of all, with its labels."""
+    """The part of one rank in the inputs of all, with its labels."""
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     sliced = {
         name: tensor[..., own, :] if "label" not in name else tensor
@@ -296,7 +296,7 @@ class Net(nn.Module):
 def test_data_parallel_training_averages_to_the_one_process_gradient(
     four_ranks: Ranks, reduction: str
 ) -> None:
-    """With PyTorch's own averaging, and batches of unequal sizes."""
+    """PyTorch averages the gradients, and batches have unequal sizes."""
     sizes, options = [4, 1, 6, 2], {"reduction": reduction, "temperature": 0.3}
     features, labels = torch.randn(13, 5).double(), torch.randint(3, (13,))
     net = Net()
@@ -344,7 +344,7 @@ def messages_on_rank(rank: int, impl: str, reduction: str) -> tuple[list[Any], l
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_three_messages_a_loss(four_ranks: Ranks, reduction: str, impl: str) -> None:
-    """Which say no more than they must: 16-bit samples with labels, and a number a row."""
+    """They hold 16-bit samples with labels, and one number per row."""
     renamed = hasattr(distributed, "all_gather_single")
     gather = "all_gather_single" if renamed else "all_gather_into_tensor"
     agree, batch = (gather, 520), (gather, 4 * 8 + 4 * 6 * 2)
@@ -386,7 +386,7 @@ def without_samples_on_rank(rank: int) -> list[Tensor]:
 
 
 def test_no_samples_on_any_rank(four_ranks: Ranks) -> None:
-    """What is left are the label embeddings, the same on every rank."""
+    """Only label embeddings remain, the same on every rank."""
     rows = torch.arange(8.0).view(2, 4).requires_grad_()
     expected = acl_cl_loss(
         torch.empty(0, 4), torch.zeros(0).long(), rows, torch.empty(0, 4), rows + 1
@@ -512,7 +512,7 @@ def test_what_ranks_do_not_share_raises_on_all(four_ranks: Ranks, name: str) -> 
 
 @pytest.mark.parametrize("name", ON_ONE_RANK)
 def test_one_rank_that_refuses_stops_all(four_ranks: Ranks, name: str) -> None:
-    """With its own error there, and on the others with one that names it."""
+    """It raises its own error, and the others raise one that names it."""
     for rank, (text, after) in enumerate(four_ranks.run(mistake_on_rank, name, seconds=30)):
         if rank == 2:
             assert text.startswith(ON_ONE_RANK[name])
