@@ -94,7 +94,7 @@ class ScheduledAdamW:
         groups = decay_groups(parameters, options.weight_decay)
         self.optimizer = new_optimizer(options.optimizer, groups, learning_rate, device)
         self.schedule = new_schedule(self.optimizer, options, num_steps)
-        # As GradScaler asks it: such an optimizer takes the flag `found_inf`, on the device.
+        # GradScaler's test for optimizers that take the flag `found_inf` from the device.
         self._takes_flag = may_skip and hasattr(self.optimizer, "_step_supports_amp_scaling")
         if self._takes_flag:
             factor = self.schedule.lr_lambdas[0]

@@ -104,7 +104,7 @@ def build_run(given: TrainingConfig) -> RunParts:
 
 
 def uses_deepspeed(config: TrainingConfig) -> bool:
-    """Whether DeepSpeed trains: it was asked for, or a launcher has started this process."""
+    """True if DeepSpeed was asked for, or a launcher has started this process."""
     return config.optimization.deepspeed_config is not None or processes.launched() is not None
 
 

@@ -105,7 +105,7 @@ def _terms(config: TrainingConfig) -> str:
 
 
 def _exits(config: TrainingConfig) -> list[str]:
-    """How the exits were made and trained."""
+    """The architecture and the training of the exits."""
     lines = [f"- Exits: {config.model.exit_head} head"]
     if config.optimization.strategy == "single":
         return lines

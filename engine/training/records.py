@@ -220,7 +220,7 @@ def _decision_values(decision: GateDecision | None) -> Record:
 
 
 def _kept(stage: Stage, epoch: int, decision: GateDecision) -> Tensor:
-    """Whether the contrastive term of each exit was kept, [E] or [1] for all of them."""
+    """True for each exit whose contrastive term was kept, [E], or [1] for all exits."""
     if len(decision.kept) == 1:
         return decision.kept
     first, stop = stage.exits.index(stage.exits_in_epoch(epoch)[0]), len(stage.exits)
@@ -228,7 +228,7 @@ def _kept(stage: Stage, epoch: int, decision: GateDecision) -> Tensor:
 
 
 def _agreed(values: Record) -> list[bool | None]:
-    """Whether the exact decision was the same, per group; None without an exact decision."""
+    """True for each group with the same exact decision; None without an exact decision."""
     if "agrees" not in values:
         return [None] * len(values["kept"])
     # In float16 a gradient that this step did not use may be infinite.

@@ -120,7 +120,7 @@ class StepPlan:
         return math.ceil(self.start(index) / self.steps_per_epoch)
 
     def is_due(self, step: int, index: int, every: int | None) -> bool:
-        """Whether an evaluation or a checkpoint follows a step; None: each epoch, 0: never."""
+        """True if an evaluation or a checkpoint follows a step; every None: epoch, 0: never."""
         if every == 0:
             return False
         # The result of a stage is evaluated and saved before the next one begins.

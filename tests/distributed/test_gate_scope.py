@@ -14,7 +14,7 @@ MAX_ANGLE = {
     "mha": {"top:1": 75.0, "top:2": 75.0, "head": 77.0},
     "linear": {"head": 85.0, "top:2": 77.0},
 }
-# As in test_zero_parity: relative error of the weights' change, and of the angle in degrees.
+# Bounds as in test_zero_parity: relative error of the weights' change; error of the angle, degrees.
 BARS = {"fp32": (3e-6, 1e-3), "fp16": (1e-2, 0.3)}
 
 

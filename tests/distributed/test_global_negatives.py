@@ -232,7 +232,7 @@ class Net(nn.Module):
 def test_data_parallel_training_averages_to_the_one_process_gradient(
     four_ranks: Ranks, reduction: str
 ) -> None:
-    """With PyTorch's own averaging, and batches of unequal sizes."""
+    """PyTorch averages the gradients, and batches have unequal sizes."""
     sizes, options = [4, 1, 6, 2], {"reduction": reduction, "temperature": 0.3}
     features, labels = torch.randn(13, 5).double(), torch.randint(3, (13,))
     net = Net()

@@ -27,7 +27,7 @@ from rank_pool import Ranks
 from tiny_runs import records
 from training_cases import trained
 
-# What remains of a run ends within this, on a busy machine too.
+# Time in which the remaining processes of a run end, on a busy machine too.
 SECONDS = 60.0
 HERE = Path(__file__).parent
 
@@ -73,7 +73,7 @@ def running(run: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         try:
-            # Of one that has ended and that nobody has asked about, the command is empty.
+            # The command of a process that has ended, and was not waited for, is empty.
             if entry.name.isdigit() and run in (entry / "cmdline").read_text():
                 found.append(int(entry.name))
         except OSError:
@@ -90,7 +90,7 @@ def wait_for(file: Path, process: subprocess.Popen[str]) -> None:
 
 
 def ended(process: subprocess.Popen[str], run: str) -> str:
-    """What it and those it started printed; all of them must end in time."""
+    """The output of the launcher and its processes, all of which must end in time."""
     try:
         # The output ends when the last of them has.
         words, _ = process.communicate(timeout=SECONDS)

@@ -91,7 +91,7 @@ def deepspeed(node: int, hostfile: Path, *arguments: str, port: int = 29512) -> 
 
 
 def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[str]:
-    """What they printed; they must end in that time."""
+    """The output of the processes, which must end in time."""
     outputs = []
     try:
         outputs = [process.communicate(timeout=seconds)[0] for process in processes]

@@ -1,7 +1,7 @@
-"""What the stock engine does wrong with two backward passes, which is why fusedacl goes around it.
+"""Defects of plain DeepSpeed with two backward passes, which fusedacl works around.
 
-A failure here means that a version of DeepSpeed behaves otherwise: look at what `stages` and
-`backend` of fusedacl do about it before the versions in `gradients.SUPPORTED` are changed.
+A failure here means that a version of DeepSpeed behaves differently: see what `stages` and
+`backend` do about it before the versions in `gradients.SUPPORTED` are changed.
 """
 
 from __future__ import annotations

@@ -195,7 +195,7 @@ def test_training_steps(
     }  # fmt: skip
     if options.pop("cache", False):
         options["feature_cache"] = str(tmp_path / "cache")
-    monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**19)
+    monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**21)
 
     def steps(name: str, refused: bool) -> tuple[list[Any], Trainer]:
         directory = tmp_path / name

@@ -142,7 +142,7 @@ class DeepSpeedBackend:
         return self.scaler.scale
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Where the model is called and its weights are read; they are cast already."""
+        """The context in which the model is called and its weights are read."""
         return self._forward() if self.settings.stage == 3 else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -293,7 +293,7 @@ class DeepSpeedBackend:
         gradients.set_loss_scale(self.scaler.scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """What this process needs to continue; each process has its own."""
+        """The state that this process needs to continue; each process has its own."""
         return {
             "masters": [master.detach().clone() for master in self.gradients.masters()],
             "optimizer": self.gradients.optimizer_state(),

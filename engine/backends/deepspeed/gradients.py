@@ -54,7 +54,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Kept:
-    """What a step must not change: tensors with their values, masters without AdamW state yet."""
+    """Values that a step must not change; `fresh` masters have no AdamW state yet."""
 
     values: list[tuple[Tensor, Tensor]]
     fresh: list[Tensor]

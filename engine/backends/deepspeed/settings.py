@@ -72,7 +72,7 @@ class DeepSpeedSettings:
 
     @property
     def offloads(self) -> bool:
-        """Whether the optimizer and its masters lie in host memory."""
+        """True if the optimizer and its masters lie in host memory."""
         return "offload_optimizer" in self.config["zero_optimization"]
 
 

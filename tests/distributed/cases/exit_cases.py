@@ -132,7 +132,7 @@ def compare_exits(rank: int, zero: dict[str, Any], strategy: str, together: int)
     seen = [name for name in first if not name.endswith(("key.bias", "key_value.bias"))]
     error = torch.cat([(final[n] - expected[n]).detach().flatten() for n in seen]).norm()
     moved = torch.cat([(expected[n] - first[n]).detach().flatten() for n in seen]).norm()
-    # What is left is an ordinary model: it computes without the engine, and trains again.
+    # The closed model is an ordinary one: it computes and trains without DeepSpeed.
     ids, labels = batch(0, 0)
     loss = model(input_ids=ids, labels=labels).loss
     loss.backward()

@@ -1,4 +1,4 @@
-"""What the ranks of the scopes' tests do: DeepSpeed beside one process with all ranks' texts."""
+"""Rank functions for gate scopes: DeepSpeed against one process with the texts of all ranks."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def overflow_scope(rank: int, stage: int) -> dict[str, Any]:
 
 
 def refuse_agreement(rank: int) -> str:
-    """What is said to a run that asks for the exact decision too."""
+    """The refusal of a run that asks for the exact decision too."""
     config = options({"accumulation": 1}, gate_scope="head", gate_agreement_steps=3)
     try:
         sharded(new_model("mha"), 1, config)

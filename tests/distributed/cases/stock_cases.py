@@ -1,4 +1,4 @@
-"""What DeepSpeed does with two backward passes when it is left to itself, on the ranks."""
+"""Rank functions that make two backward passes with plain DeepSpeed."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def two_passes(rank: int, stage: int) -> dict[str, float]:
 
 
 def retained_graph(rank: int) -> str:
-    """What a second backward pass through one graph raises under ZeRO 3."""
+    """The error of a second backward pass through one graph under ZeRO 3."""
     net = Net()
     engine = stock(net, 3, zero={"stage3_param_persistence_threshold": 0})
     main, auxiliary = losses(net)

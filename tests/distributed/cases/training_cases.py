@@ -1,4 +1,4 @@
-"""What the ranks of the training tests do: whole runs."""
+"""Rank functions that do whole runs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fusedacl.engine.runtime.signals import Interrupted
 from fusedacl.engine.training.run import train
 from fusedacl.engine.training.trainer import Trainer
 
-# Of torch, about what deepspeed calls.
+# torch warns about functions that deepspeed calls.
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
@@ -28,7 +28,7 @@ def trained(rank: int, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def linear_is_torchs(rank: int) -> bool:
-    """Whether what a run leaves behind in its process computes as before it."""
+    """True if a run has left torch's own linear function in its process."""
     return torch.nn.functional.linear.__module__.startswith("torch")
 
 
@@ -61,5 +61,5 @@ def refused(rank: int, options: dict[str, Any], of_rank_1: dict[str, Any]) -> st
 
 
 def weights_hash(run: Path) -> str:
-    """Of the final model."""
+    """SHA-256 of the final model's file."""
     return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()

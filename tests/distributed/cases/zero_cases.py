@@ -1,4 +1,4 @@
-"""What the ranks of the ZeRO tests do: a tiny BERT under the DeepSpeed and the local backend."""
+"""Rank functions for ZeRO: a tiny BERT under the DeepSpeed and the local backend."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 CPU = torch.device("cpu")
-# Of torch, about what deepspeed calls.
+# torch warns about functions that deepspeed calls.
 warnings.filterwarnings("ignore", category=FutureWarning)
 # DeepSpeed refuses fp16 on a CPU that has to emulate it, which only costs time.
 get_accelerator().is_fp16_supported = lambda: True
@@ -95,7 +95,7 @@ def options(case: dict[str, Any], **changes: Any) -> TrainingConfig:
 
 
 def settings_of(model: nn.Module, config: TrainingConfig, **changes: Any) -> dict[str, Any]:
-    """What both backends are given: all that is trained in one group, unless changed."""
+    """Arguments of both backends: one group of all trained parameters, unless changed."""
     return {
         "groups": {"model": [p for p in model.parameters() if p.requires_grad]},
         "independent": False,
@@ -252,7 +252,7 @@ def overflow(
 
 
 def not_a_number(rank: int, stage: int) -> str:
-    """What a NaN on one rank raises on this one, without float16."""
+    """The error on this rank after a NaN on rank 1, without float16."""
     net = Net()
     engine = sharded(net, stage, {"dtype": "fp32", "accumulation": 1})
     losses = net.losses(*batch(0, rank), False)

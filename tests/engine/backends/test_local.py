@@ -117,7 +117,7 @@ def test_fp16_overflow_skips_the_step_and_recovers(data, gate: str) -> None:
 
 
 def test_fp16_has_the_angles_of_fp32(data) -> None:
-    """From equal weights in each step, so that roundings do not add up over the steps."""
+    """Every step starts from equal weights, so that rounding does not add up over the steps."""
     model, backend = build(objective="acl", max_angle=60)
     half_model, half = build(objective="acl", max_angle=60, fp16=True)
     for _ in range(10):

@@ -64,7 +64,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 
 
 def angle_between(losses: ExitLosses, tensors: Sequence[Tensor]) -> float:
-    """Of both losses' gradients, by whole backward passes."""
+    """The angle in degrees between the gradients of both losses, by whole backward passes."""
     both = [
         torch.autograd.grad(loss, tensors, retain_graph=True, allow_unused=True)
         for loss in sums(losses)

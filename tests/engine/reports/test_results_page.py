@@ -50,4 +50,4 @@ def test_sweeps_on_one_page(
     one_exit = page[page.index("## One exit: mrpc (validation)") :]
     assert "### Full models" in one_exit and "Full models against ACL" in one_exit
     with pytest.raises(ValueError, match="No sweeps"):
-        results_page({})
+        results_page({}, Path())

@@ -122,7 +122,7 @@ def test_early_exit_is_replaced_not_repeated(tmp_path: Path) -> None:
     assert "fusedacl exits --policy entropy" in first and "speed" not in first
     write_early_exit(path, STUDY, "entropy")
     assert path.read_text() == first
-    # What is written below it stays below it, and times come in when they are there.
+    # Text below the section stays, and measured times are added to the section.
     path.write_text(first + "\nMore words.\n", encoding="utf-8")
     timed = copy.deepcopy(STUDY)
     timed["policies"]["entropy"]["measured"] = SPEEDS

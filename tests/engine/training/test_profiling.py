@@ -1,4 +1,4 @@
-"""Where a step's time goes: the parts' shares, and that looking changes nothing."""
+"""Shares of the parts of a step; profiling does not change the training."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_the_parts_of_a_step(
     assert trained_parts(profile) == parts
     assert sum(profile["shares"].values()) == pytest.approx(1)
     assert profile["num_steps"] == changes.get("profile", 2)
-    # What is not marked is Python between the marks.
+    # Unmarked time is that of Python code between the marks.
     assert profile["shares"]["other"] < 0.5
 
 

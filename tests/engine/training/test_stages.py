@@ -305,7 +305,7 @@ def test_second_stage_on_an_existing_model(options, tiny_data: Path, tmp_path: P
 
 
 def test_a_plain_classifier_becomes_a_first_stage(options, tmp_path: Path) -> None:
-    """By the command that the refusal names."""
+    """The command in the refusal makes a first stage of it."""
     classifier, first = str(tmp_path / "classifier"), str(tmp_path / "first")
     encoder = options["model_name_or_path"]
     BertForSequenceClassification.from_pretrained(encoder).save_pretrained(classifier)
@@ -353,7 +353,7 @@ def test_alternating_needs_a_second_epoch(options) -> None:
 
 
 def test_a_written_configuration_can_be_varied(options, tmp_path: Path) -> None:
-    """What was implied is implied anew, not taken from the file."""
+    """The file holds the given options only; implied ones are derived again."""
     run(options, strategy="two_stage", max_steps=1)
     written = read_file(tmp_path / "run" / "config.yaml")
     for changes in ({"objective": "ce"}, {"strategy": "joint"}):

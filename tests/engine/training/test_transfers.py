@@ -22,7 +22,7 @@ def test_values_arrive_in_their_order_and_shape(monkeypatch: pytest.MonkeyPatch)
     )
     changed = torch.tensor(1.0)
     pending.send({"number": changed, "name": "first"}, found.append)
-    # What is sent is what it was then.
+    # The value at the time of sending counts.
     changed += 5
     rows = torch.tensor([[2, 3], [4, 5]])
     pending.send({"rows": rows, "flag": torch.tensor(True), "none": None}, found.append)
@@ -73,7 +73,7 @@ def test_the_host_answers_for_the_mask_alone(is_full: bool) -> None:
     with KnownPadding(mask.shape, is_full):
         assert mask.all() is is_full
         assert torch.all(mask == 1) is is_full
-        # Of another shape, over a dimension, or not a mask: torch answers.
+        # For another shape, one dimension or another dtype torch computes the answer.
         assert not mask[:1].all()
         assert mask.all(dim=1).tolist() == [False, True]
         assert torch.ones(2, 2).all()

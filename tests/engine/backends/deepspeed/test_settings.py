@@ -15,7 +15,7 @@ from fusedacl.engine.backends.deepspeed.settings import (
 )
 from fusedacl.engine.backends.loss_scaling import DeepSpeedLossScaler, LossScaleOptions
 
-# What users of Hugging Face's Trainer have lying about.
+# A configuration for Hugging Face's Trainer.
 HUGGING_FACE = {
     "fp16": {
         "enabled": "auto", "loss_scale": 0, "loss_scale_window": 1000,

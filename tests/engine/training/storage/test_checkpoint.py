@@ -136,7 +136,7 @@ def test_a_checkpoint_is_sealed_and_its_copy_is_not(tmp_path: Path) -> None:
             check_not_sealed(name)
     check_not_sealed(tmp_path / "run")
     check_not_sealed(shutil.copytree(checkpoint, tmp_path / "run" / "served"))
-    # Of another program: no manifest, no run of ours that resumes from it.
+    # Without a manifest it belongs to another program.
     (tmp_path / "checkpoint-7").mkdir()
     check_not_sealed(tmp_path / "checkpoint-7")
 

@@ -78,7 +78,7 @@ def test_what_is_damaged_is_named_and_passed_over(
 ) -> None:
     save(tmp_path, 5, 10)
     newest = tmp_path / "checkpoint-10"
-    # As two processes leave it.
+    # The files of two processes.
     (newest / OTHER_STATE).write_bytes(b"the other's")
     (newest / MANIFEST_FILE).unlink()
     write_manifest(newest, {file.name: sealed(file) for file in newest.iterdir()})
@@ -103,7 +103,7 @@ def test_what_is_damaged_is_named_and_passed_over(
 
 
 def test_the_best_checkpoint_is_never_deleted(tmp_path: Path) -> None:
-    # As transformers has it: the best one counts, but for a limit of one.
+    # As in transformers, the best one counts, except with a limit of one.
     assert save(tmp_path / "1", 1, 2, 3, 4, keep=1, best=2) == [2, 4]
     assert save(tmp_path / "2", 1, 2, 3, 4, keep=2, best=2) == [2, 4]
     assert save(tmp_path / "3", 1, 2, 3, 4, keep=3, best=1) == [1, 3, 4]
