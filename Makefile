@@ -13,7 +13,7 @@ TEST_PROCESSES ?= 2
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo test lint targets counts bench bench-quick bench-gpu docs clean
+.PHONY: demo test lint targets ptx ptx-counts counts bench bench-quick bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
@@ -37,6 +37,16 @@ targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/
 build/triton-%/.installed: $(VENV)/.dev
 	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*
 	touch $@
+
+# Every kernel's tests on the machine for PTX, as a V100, a T4 and an A100 would run them, without
+# and with the errors that their approximate functions may have; `test` runs a small part.
+ptx: $(VENV)/.dev
+	PTX_WHOLE=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) tests/ptx
+
+# What each kernel asks of a multiprocessor's units there.
+ptx-counts: $(VENV)/.dev
+	for capability in 70 75 80; do PYTHONPATH=tests/support TRITON_CACHE_DIR=build/ptx \
+	  $(BIN)/python -m ptx $$capability || exit 1; done
 
 # Operations, bytes, launches and host reads beside those accepted (`test` compares them too).
 counts: $(VENV)/.dev

@@ -1,0 +1,133 @@
+"""Instructions that compute capability 8.0 brought: asynchronous copies and matrix products."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .memory import POISON
+from .number_types import Array
+from .operations import from_bfloat16
+from .program import Instruction, PtxError
+from .warps import WARP
+
+if TYPE_CHECKING:
+    from .machine import Mask, Threads
+
+# Element types of a product, and the k of m16n8k for which there is an instruction here.
+SHAPES = {"tf32": 8, "f16": 16, "bf16": 16}
+
+
+# Asynchronous copies
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy under way: the threads that wait for it, where it goes, and numbers [N, count]."""
+
+    mask: Array
+    to: Array
+    values: Array
+    by: Instruction
+
+
+def copy(
+    threads: Threads, to: Array, source: Array, size: int, num_read: Array, mask: Mask,
+    by: Instruction,
+) -> None:  # fmt: skip
+    """cp.async: poison until the thread has waited, for the data may appear at any time.
+
+    So whoever reads too early finds uninitialised memory.
+    """
+    mask = np.ones(threads.total, bool) if mask is None else mask
+    reads = mask & (num_read == size)
+    if (mask & ~reads & (num_read != 0)).any():
+        raise PtxError(f"a copy of a part: {by}")
+    values = np.zeros((threads.total, size // 4), np.uint32)
+    if reads.any():
+        values[reads] = threads.load("global", source, 4, size // 4, reads, by)
+    poison = np.full_like(values, POISON[4])
+    threads.store("shared", to, poison, mask, by, is_counted=False)
+    for block, groups in enumerate(threads.copies):
+        mine = mask & (threads.block == block)
+        if mine.any():
+            groups[-1].append(Copy(mine, to, values, by))
+
+
+def blocks_of(threads: Threads, mask: Mask, by: Instruction) -> Array:
+    """The blocks of a mask, which must have all of their threads in it."""
+    if mask is None:
+        return range(len(threads.copies))
+    by_block = mask.reshape(len(threads.copies), -1)
+    if (by_block.any(1) != by_block.all(1)).any():
+        raise PtxError(f"threads of a block have diverged: {by}")
+    return np.flatnonzero(by_block.any(1))
+
+
+def commit_copies(threads: Threads, mask: Mask, by: Instruction) -> None:
+    for block in blocks_of(threads, mask, by):
+        threads.copies[block].append([])
+
+
+def wait_for_copies(threads: Threads, num_left: int, mask: Mask, by: Instruction) -> None:
+    """Until at most so many of the last groups are under way."""
+    for block in blocks_of(threads, mask, by):
+        groups = threads.copies[block]
+        while len(groups) - 1 > num_left:
+            for each in groups.pop(0):
+                threads.store("shared", each.to, each.values, each.mask, each.by)
+
+
+# Matrix products
+
+
+def matrix_shape(instruction: Instruction) -> tuple[int, str] | None:
+    """k and element type of an `mma` with float32 sums; None if it is another one."""
+    found = re.fullmatch(
+        r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(\w+)\.\2\.f32", instruction.opcode
+    )
+    if found is None or SHAPES.get(found[2]) != int(found[1]):
+        return None
+    return int(found[1]), found[2]
+
+
+def multiply(a: list[Array], b: list[Array], c: list[Array], k: int, kind: str) -> list[Array]:
+    """a [16, k] b [k, 8] + c [16, 8] of each warp, whose lanes hold parts of the matrices.
+
+    Products and sums are float64's, in order of k, and rounded once; hardware keeps fewer digits.
+    """
+    num_warps = len(a[0]) // WARP
+    group, place = np.arange(WARP) // 4, np.arange(WARP) % 4
+    per_register = 1 if kind == "tf32" else 2
+
+    def numbers(bits: Array) -> Array:
+        """[warps, lanes, numbers in a register]."""
+        if kind == "tf32":
+            # The unit ignores the lower 13 bits.
+            values = (bits & np.uint32(0xFFFFE000)).view(np.float32)
+        else:
+            halves = np.ascontiguousarray(bits).view(np.uint16)
+            values = from_bfloat16(halves) if kind == "bf16" else halves.view(np.float16)
+        return values.astype(np.float64).reshape(num_warps, WARP, per_register)
+
+    left, right = np.zeros((num_warps, 16, k)), np.zeros((num_warps, k, 8))
+    for index, bits in enumerate(a):
+        values = numbers(bits)
+        for part in range(per_register):
+            column = place * per_register + part + 4 * per_register * (index // 2)
+            left[:, group + 8 * (index % 2), column] = values[..., part]
+    for index, bits in enumerate(b):
+        values = numbers(bits)
+        for part in range(per_register):
+            row = place * per_register + part + 4 * per_register * index
+            right[:, row, group] = values[..., part]
+    total = np.zeros((num_warps, 16, 8))
+    places = [(group + 8 * (index // 2), 2 * place + index % 2) for index in range(4)]
+    for (row, column), values in zip(places, c, strict=True):
+        total[:, row, column] = values.reshape(num_warps, WARP)
+    for step in range(k):
+        total += left[:, :, step, None] * right[:, None, step]
+    return [total[:, row, column].astype(np.float32).ravel() for row, column in places]
