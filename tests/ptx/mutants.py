@@ -42,22 +42,21 @@ def mutate(ptx_driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Callable[[Rew
     return lambda rewrite: monkeypatch.setattr(ptx_driver, "rewrite", rewrite)
 
 
-def test_every_barrier_is_needed(mutate: Callable[[Rewrite], None]) -> None:
-    """Those that only Triton's lowering of a reduction adds behind a last read are not."""
-    num_barriers = []
-    mutate(lambda ptx: num_barriers.append(len(re.findall(BARRIER, ptx))) or ptx)
+def test_a_missing_barrier(mutate: Callable[[Rewrite], None]) -> None:
+    """Almost every one is noticed; 2 of 24 are not needed, and put between any two reductions."""
+    count: list[int] = []
+    mutate(lambda ptx: count.append(len(re.findall(BARRIER, ptx))) or ptx)
     check()
-    noticed = []
-    for index in range(0, num_barriers[0], int(os.environ.get("PTX_EVERY", "5"))):
+    tried = range(0, count[0], int(os.environ.get("PTX_EVERY", "5")))
+    unnoticed = []
+    for index in tried:
         mutate(replace(BARRIER, "", index))
         try:
             check()
-        except (Race, Uninitialized, AssertionError):
-            noticed.append(index)
-        else:
-            print(f"nothing is noticed without barrier {index} of {num_barriers[0]}")
-    tried = range(0, num_barriers[0], int(os.environ.get("PTX_EVERY", "5")))
-    assert len(noticed) >= 0.8 * len(tried)
+        except (Race, Uninitialized):
+            continue
+        unnoticed.append(index)
+    assert len(unnoticed) <= 0.15 * len(tried), f"barriers {unnoticed} of {count[0]}"
 
 
 @pytest.mark.parametrize(
@@ -65,10 +64,10 @@ def test_every_barrier_is_needed(mutate: Callable[[Rewrite], None]) -> None:
     [
         (r"fma\.rn\.f32 (\s*%r\d+), (%r\d+), (%r\d+), (%r\d+)", r"fma.rn.f32 \1, \2, \4, \3"),
         (r"(shfl\.sync\.bfly\.b32 \s*%r\d+, %r\d+), 16", r"\1, 8"),
-        (r"setp\.lt\.s32", "setp.le.s32"),
+        (r"@%p\d+ (ld\.global)", r"\1"),
         (r"ex2\.approx\.ftz\.f32 (\s*%r\d+), %r\d+", r"mov.b32 \1, 0f3F800000"),
     ],
-    ids=["operands swapped", "wrong lane", "wrong comparison", "no exponential"],
+    ids=["operands swapped", "wrong lane", "no guard", "no exponential"],
 )
 def test_wrong_instructions(
     mutate: Callable[[Rewrite], None], pattern: str, replacement: str

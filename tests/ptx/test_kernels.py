@@ -20,8 +20,8 @@ pytest.importorskip("triton")
 
 TESTS = Path(__file__).parents[1]
 WHOLE = os.environ.get("PTX_WHOLE") == "1"
-# Tests of what a machine for kernels has no part in: tracing, operators, other processes' memory.
-NO_KERNELS = "not opcheck and not graph_break and not memory_is and not launches and not variants"
+# Tracing has nothing to do with the kernels' code.
+NO_TRACING = "not opcheck and not graph_break"
 
 GRID = "ptx/kernel_grid.py"
 MUTANTS = "ptx/mutants.py"
@@ -34,9 +34,11 @@ GRADIENTS = "kernels/gradients/test_gpu.py"
 # Compute capability, whether approximate functions have errors, files.
 Run = tuple[int, bool, tuple[str, ...]]
 FEW: list[Run] = [
-    (70, False, (GRID, MUTANTS)),
+    (70, False, (GRID, MUTANTS, f"{TILED}::test_label_layouts")),
     (75, False, (GRID,)),
     (80, False, (GRID,)),
+    (70, True, (GRID,)),
+    (80, True, (GRID,)),
 ]
 ALL: list[Run] = [
     (70, False, (MUTANTS,)),
@@ -72,7 +74,7 @@ def test_on_the_machine(run: Run) -> None:
         "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), os.environ.get("PYTHONPATH", "")]),
         "CUDA_VISIBLE_DEVICES": "",
     }
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "ptx.pytest_plugin", "-k", NO_KERNELS]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "ptx.pytest_plugin", "-k", NO_TRACING]
     command += ["-p", "no:cacheprovider", "-p", "no:randomly", *(str(TESTS / f) for f in files)]
     done = subprocess.run(
         command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False

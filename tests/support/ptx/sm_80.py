@@ -11,11 +11,12 @@ import numpy as np
 from .memory import POISON
 from .number_types import Array
 from .operations import from_bfloat16
-from .program import Instruction, PtxError
-from .warps import WARP
+from .program import Instruction, PtxError, elements
+from .warps import WARP, check_whole_warps
 
 if TYPE_CHECKING:
     from .machine import Mask, Threads
+    from .translation import Step, Translator
 
 # Element types of a product, and the k of m16n8k for which there is an instruction here.
 SHAPES = {"tf32": 8, "f16": 16, "bf16": 16}
@@ -34,14 +35,33 @@ class Copy:
     by: Instruction
 
 
-def copy(
+def copy_step(translator: Translator, instruction: Instruction) -> Step | None:
+    """cp.async."""
+    if "commit_group" in instruction.suffixes:
+        return lambda threads, mask: commit(threads, mask, instruction)
+    if "wait_group" in instruction.suffixes:
+        num_left = int(instruction.operands[0])
+        return lambda threads, mask: wait(threads, num_left, mask, instruction)
+    if instruction.suffixes[0] != "async" or instruction.suffixes[-1] != "global":
+        return None
+    to = translator.address(instruction.operands[0], "shared")
+    source = translator.address(instruction.operands[1], "global")
+    size = int(instruction.operands[2], 0)
+    # Bytes that are read; zeros fill the rest.
+    num_read = translator.read((*instruction.operands, str(size))[3], "u32")
+
+    def run(threads: Threads, mask: Mask) -> None:
+        read = threads.full(num_read(threads))
+        start(threads, to(threads), source(threads), size, read, mask, instruction)
+
+    return run
+
+
+def start(
     threads: Threads, to: Array, source: Array, size: int, num_read: Array, mask: Mask,
     by: Instruction,
 ) -> None:  # fmt: skip
-    """cp.async: poison until the thread has waited, for the data may appear at any time.
-
-    So whoever reads too early finds uninitialised memory.
-    """
+    """The target is poison until the thread has waited, for the data may appear at any time."""
     mask = np.ones(threads.total, bool) if mask is None else mask
     reads = mask & (num_read == size)
     if (mask & ~reads & (num_read != 0)).any():
@@ -67,12 +87,12 @@ def blocks_of(threads: Threads, mask: Mask, by: Instruction) -> Array:
     return np.flatnonzero(by_block.any(1))
 
 
-def commit_copies(threads: Threads, mask: Mask, by: Instruction) -> None:
+def commit(threads: Threads, mask: Mask, by: Instruction) -> None:
     for block in blocks_of(threads, mask, by):
         threads.copies[block].append([])
 
 
-def wait_for_copies(threads: Threads, num_left: int, mask: Mask, by: Instruction) -> None:
+def wait(threads: Threads, num_left: int, mask: Mask, by: Instruction) -> None:
     """Until at most so many of the last groups are under way."""
     for block in blocks_of(threads, mask, by):
         groups = threads.copies[block]
@@ -84,14 +104,28 @@ def wait_for_copies(threads: Threads, num_left: int, mask: Mask, by: Instruction
 # Matrix products
 
 
-def matrix_shape(instruction: Instruction) -> tuple[int, str] | None:
-    """k and element type of an `mma` with float32 sums; None if it is another one."""
+def multiply_step(translator: Translator, instruction: Instruction) -> Step | None:
+    """mma.sync of m16n8k8 and m16n8k16 with float32 sums."""
     found = re.fullmatch(
         r"mma\.sync\.aligned\.m16n8k(\d+)\.row\.col\.f32\.(\w+)\.\2\.f32", instruction.opcode
     )
     if found is None or SHAPES.get(found[2]) != int(found[1]):
         return None
-    return int(found[1]), found[2]
+    kind = found[2]
+    target, *operands = (elements(operand) for operand in instruction.operands)
+    puts = [translator.write(name, "f32") for name in target]
+    sources = [
+        [translator.read(name, held) for name in names]
+        for names, held in zip(operands, ("b32", "b32", "f32"), strict=True)
+    ]
+
+    def run(threads: Threads, mask: Mask) -> None:
+        check_whole_warps(mask, instruction)
+        a, b, c = ([threads.full(read(threads)) for read in reads] for reads in sources)
+        for put, value in zip(puts, multiply(a, b, c, SHAPES[kind], kind), strict=True):
+            put(threads, value, mask)
+
+    return run
 
 
 def multiply(a: list[Array], b: list[Array], c: list[Array], k: int, kind: str) -> list[Array]:
@@ -131,3 +165,6 @@ def multiply(a: list[Array], b: list[Array], c: list[Array], k: int, kind: str) 
     for step in range(k):
         total += left[:, :, step, None] * right[:, None, step]
     return [total[:, row, column].astype(np.float32).ravel() for row, column in places]
+
+
+STEPS = {"cp": copy_step, "mma": multiply_step}

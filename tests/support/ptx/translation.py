@@ -16,7 +16,7 @@ from .program import Block, Instruction, Program, PtxError, elements, parse
 if TYPE_CHECKING:
     from .machine import Mask, Threads
 
-# What a thread does, for the threads of a mask.
+# What the threads of a mask do.
 Step = Callable[["Threads", "Mask"], None]
 Read = Callable[["Threads"], Array]
 Write = Callable[["Threads", Array, "Mask"], None]
@@ -148,20 +148,14 @@ class Translator:
         found = operation(instruction)
         if found is not None:
             return self.compute(instruction, found)
-        define = {
-            "mov": self.move,
-            "ld": self.load,
-            "st": self.store,
-            "shfl": self.shuffle,
-            "redux": self.reduce,
-            "bar": self.wait_for_warp,
-            "ldmatrix": self.load_matrices,
-            "cp": self.copy,
-            "mma": self.multiply_matrices,
-        }.get(instruction.name)
-        if define is None:
+        of_threads = {"mov": self.move, "ld": self.load, "st": self.store}
+        if instruction.name in of_threads:
+            return of_threads[instruction.name](instruction)
+        define = (warps.STEPS | sm_80.STEPS).get(instruction.name)
+        step = None if define is None else define(self, instruction)
+        if step is None:
             raise PtxError(f"unknown instruction: {instruction}")
-        return define(instruction)
+        return step
 
     def decision(self, block: Block) -> Read | None:
         last = block.last
@@ -280,94 +274,5 @@ class Translator:
         def run(threads: Threads, mask: Mask) -> None:
             values = np.stack([threads.full(source(threads)) for source in sources], 1)
             threads.store(space, address(threads), values, mask, instruction)
-
-        return run
-
-    # Instructions of a warp
-
-    def shuffle(self, instruction: Instruction) -> Step:
-        sync, mode, kind = instruction.suffixes
-        target, *operands = instruction.operands
-        if sync != "sync" or "|" in target or operands[3] != "-1":
-            raise PtxError(f"unknown instruction: {instruction}")
-        put = self.write(target, kind)
-        sources = [self.read(operand, "b32") for operand in operands[:3]]
-
-        def run(threads: Threads, mask: Mask) -> None:
-            warps.check_whole_warps(mask, instruction)
-            value, lane, clamp = (threads.full(source(threads)) for source in sources)
-            put(threads, warps.shuffle(mode, value, lane, clamp), mask)
-
-        return run
-
-    def reduce(self, instruction: Instruction) -> Step:
-        _, mode, kind = instruction.suffixes
-        put = self.write(instruction.operands[0], kind)
-        source = self.read(instruction.operands[1], kind)
-
-        def run(threads: Threads, mask: Mask) -> None:
-            warps.check_whole_warps(mask, instruction)
-            put(threads, warps.reduce(mode, source(threads)), mask)
-
-        return run
-
-    def wait_for_warp(self, instruction: Instruction) -> Step:
-        return lambda threads, mask: warps.check_whole_warps(mask, instruction)
-
-    def load_matrices(self, instruction: Instruction) -> Step:
-        targets = elements(instruction.operands[0])
-        puts = [self.write(name, "b32") for name in targets]
-        address = self.address(instruction.operands[1], "shared")
-        transposed = "trans" in instruction.suffixes
-
-        def run(threads: Threads, mask: Mask) -> None:
-            warps.check_whole_warps(mask, instruction)
-            matrices = warps.load_matrices(
-                threads, address(threads), len(puts), transposed, mask, instruction
-            )
-            for put, matrix in zip(puts, matrices, strict=True):
-                put(threads, matrix, mask)
-
-        return run
-
-    # Instructions of compute capability 8.0
-
-    def copy(self, instruction: Instruction) -> Step:
-        if "commit_group" in instruction.suffixes:
-            return lambda threads, mask: sm_80.commit_copies(threads, mask, instruction)
-        if "wait_group" in instruction.suffixes:
-            left = int(instruction.operands[0])
-            return lambda threads, mask: sm_80.wait_for_copies(threads, left, mask, instruction)
-        if instruction.suffixes[0] != "async" or instruction.suffixes[-1] != "global":
-            raise PtxError(f"unknown instruction: {instruction}")
-        to = self.address(instruction.operands[0], "shared")
-        source = self.address(instruction.operands[1], "global")
-        size = int(instruction.operands[2], 0)
-        # Bytes that are read; zeros fill the rest.
-        num_read = self.read((*instruction.operands, str(size))[3], "u32")
-
-        def run(threads: Threads, mask: Mask) -> None:
-            read = threads.full(num_read(threads))
-            sm_80.copy(threads, to(threads), source(threads), size, read, mask, instruction)
-
-        return run
-
-    def multiply_matrices(self, instruction: Instruction) -> Step:
-        shape = sm_80.matrix_shape(instruction)
-        if shape is None:
-            raise PtxError(f"unknown instruction: {instruction}")
-        target, *operands = (elements(operand) for operand in instruction.operands)
-        puts = [self.write(name, "f32") for name in target]
-        kinds = ("b32", "b32", "f32")
-        sources = [
-            [self.read(name, kind) for name in names]
-            for names, kind in zip(operands, kinds, strict=True)
-        ]
-
-        def run(threads: Threads, mask: Mask) -> None:
-            warps.check_whole_warps(mask, instruction)
-            a, b, c = ([threads.full(read(threads)) for read in reads] for reads in sources)
-            for put, value in zip(puts, sm_80.multiply(a, b, c, *shape), strict=True):
-                put(threads, value, mask)
 
         return run
