@@ -1,4 +1,4 @@
-"""Prints what each kernel asks of a multiprocessor's units: `python -m ptx`, by `make ptx-counts`.
+"""Prints each kernel's work by unit of a multiprocessor: `python -m ptx`, by `make ptx-counts`.
 
 Counts are no times: they say which unit is the busiest.
 """

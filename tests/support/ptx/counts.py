@@ -1,4 +1,4 @@
-"""What the launches of a kernel ask of the units of a multiprocessor."""
+"""The work of the launches of a kernel, by unit of a multiprocessor."""
 
 from __future__ import annotations
 

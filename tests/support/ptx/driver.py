@@ -46,7 +46,7 @@ def load(ptx: str) -> Code:
 
 
 class Driver:
-    """What Triton asks of a driver, and the counts of the launches so far by kernel.
+    """The functions that Triton calls, and the counts of the launches so far by kernel.
 
     rewrite: changes a kernel's PTX before it runs.
     """

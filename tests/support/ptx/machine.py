@@ -23,7 +23,7 @@ from .sm_80 import Copy
 from .translation import Code
 from .warps import WARP
 
-# Which threads take part; None: all of them.
+# The threads that take part, None for all of them.
 Mask = Array | None
 
 # Threads that run together: enough for NumPy to be busy, and so few that caches hold registers.
@@ -129,7 +129,7 @@ class Threads:
         return place, ready & (self.place == place)
 
     def following(self, place: int, block: Block, mask: Mask) -> Any:
-        """Where the threads go from a basic block: one number, or one for each thread."""
+        """The basic block that comes next: one number, or one for each thread."""
         decide = self.launch.code.decide[place]
         if block.ending == "exit":
             return self.end
@@ -239,7 +239,7 @@ class Threads:
     def accessing(
         self, space: str, address: Array, size: int, mask: Mask, is_counted: bool
     ) -> tuple[Any, Array]:
-        """Which threads access memory, and where."""
+        """The threads of the mask, and their addresses."""
         thread: Any = slice(None)
         if mask is not None:
             thread = np.flatnonzero(mask)

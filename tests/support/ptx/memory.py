@@ -1,4 +1,4 @@
-"""Memory of a launch, and what is wrong with an access to it."""
+"""Memory of a launch, which refuses a wrong access."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Race(PtxError):
 
 
 class History:
-    """Who last wrote and who last read each unit of a region, to find races.
+    """The last writer and the last reader of each unit of a region, to find races.
 
     An access is noted as block << 40 | number of barriers passed << 8 | warp, blocks and warps
     counted from 1. Two accesses are ordered if they are of the same warp, or of the same block with
@@ -176,7 +176,7 @@ class SharedMemory:
         self.region = Region(0, len(data), data, unit)
 
     def offset(self, address: Array, block: Array, size: int, by: Instruction) -> Array:
-        """Of addresses in their blocks' memory."""
+        """Places in `region` of addresses in the blocks' own memory."""
         check_alignment(address, size, by)
         address = address.astype(np.int64)
         if address.max() + size > self.size:

@@ -31,7 +31,7 @@ class Operation:
 
 
 def operation(instruction: Instruction) -> Operation | None:
-    """What an instruction computes, None if it is none of these."""
+    """The operation of an instruction, None if it is not one of this file's."""
     define = DEFINITIONS.get(instruction.name)
     if define is None:
         return None

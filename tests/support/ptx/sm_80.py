@@ -93,7 +93,7 @@ def commit(threads: Threads, mask: Mask, by: Instruction) -> None:
 
 
 def wait(threads: Threads, num_left: int, mask: Mask, by: Instruction) -> None:
-    """Until at most so many of the last groups are under way."""
+    """Wait until at most the last `num_left` groups are under way."""
     for block in blocks_of(threads, mask, by):
         groups = threads.copies[block]
         while len(groups) - 1 > num_left:
