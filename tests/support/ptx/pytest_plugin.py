@@ -18,9 +18,9 @@ CAPABILITY = int(os.environ.get("PTX_CAPABILITY", "70"))
 HAS_ERRORS = os.environ.get("PTX_ERRORS") == "1"
 driver = run_on_machine(CAPABILITY, errors=HAS_ERRORS)
 
-# With errors of square roots and divisions, norms of rows leave these tests' tolerances by up to 2.7
-# times. With both rounded correctly all pass, but for test_temperatures on compute capability 8.0,
-# by 2 %. On a processor whose float32 products differ some may pass, or others fail.
+# With errors of square roots and divisions, the norms of rows leave these tests' tolerances by up
+# to 2.7 times. With both rounded correctly all pass, but for test_temperatures on compute
+# capability 8.0, by 2 %. On a processor with other float32 products some may pass or others fail.
 SENSITIVE_TO_ERRORS = {
     "test_small_batches.py": (
         "test_options[all-mean]", "test_options[all-sum]", "test_options[others-none]",
