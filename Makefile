@@ -16,7 +16,7 @@ IN_PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-r
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo test test-portable lint targets counts bench bench-quick bench-gpu docs clean
+.PHONY: demo test test-portable lint targets ptx ptx-counts counts bench bench-quick bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
@@ -47,6 +47,16 @@ targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/
 build/triton-%/.installed: $(VENV)/.dev
 	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*
 	touch $@
+
+# Every kernel's tests on the machine for PTX, as a V100, a T4 and an A100 would run them, without
+# and with the errors that their approximate functions may have; `test` runs a small part.
+ptx: $(VENV)/.dev
+	PTX_WHOLE=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) tests/ptx
+
+# Use of each execution unit of a multiprocessor by every kernel, counted there.
+ptx-counts: $(VENV)/.dev
+	for capability in 70 75 80; do PYTHONPATH=tests/support TRITON_CACHE_DIR=build/ptx \
+	  $(BIN)/python -m ptx $$capability || exit 1; done
 
 # Operations, bytes, launches and host reads beside the accepted numbers (`test` compares them too).
 counts: $(VENV)/.dev

@@ -5,13 +5,16 @@ from typing import Any
 
 import pytest
 import torch
+from ptx.driver import poison as poison_tensor
 from torch import Tensor
 
 
 def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def allocate_and_fill(*args: Any, **kwargs: Any) -> Tensor:
         tensor = allocate(*args, **kwargs)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor
+        if tensor.is_floating_point():
+            poison_tensor(tensor)
+        return tensor
 
     return allocate_and_fill
 

@@ -28,6 +28,8 @@ def small_chunks(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
     """Entries have several chunks, chunks several blocks; tables of other sizes are deleted."""
     monkeypatch.setattr(chunk_tables, "CHUNK", 256)
     monkeypatch.setattr(gpu, "BLOCK", 64)
+    # An element for each thread: more threads would read elements that others change.
+    monkeypatch.setattr(gpu, "NUM_WARPS", 2)
     monkeypatch.setattr(gpu, "PARTIAL_BLOCK", 8)
     monkeypatch.setattr(gpu, "GROUP_BLOCK", 4)
     chunk_tables.layouts.clear()
