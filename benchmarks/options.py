@@ -113,7 +113,7 @@ class BenchConfig:
 
     @property
     def is_whole(self) -> bool:
-        """Whether everything of the preset is measured, so that its file may be committed."""
+        """Return whether the whole preset is measured, so that its file may be committed."""
         return self.what == What()
 
 

@@ -107,7 +107,7 @@ def test_blocks_have_a_language(page: Path) -> None:
 
 @pytest.fixture(scope="session")
 def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_data: Path) -> Path:
-    """What the examples name: an encoder, and files with texts."""
+    """The encoder and the files with texts that the examples name."""
     directory = tmp_path_factory.mktemp("documents")
     shutil.copytree(tiny_bert, directory / "bert-base-uncased")
     for name, split in (("train", "train"), ("dev", "validation"), ("texts", "validation")):

@@ -116,7 +116,7 @@ def count(
 
 
 def is_host_read(name: str, arguments: Sequence[Any]) -> bool:
-    """Whether the host waits for the result of this operation; `name` without "aten::"."""
+    """Return whether the host waits for the result of this operation; `name` without "aten::"."""
     return name in READS or (
         name in INDEXING
         and any(

@@ -95,7 +95,7 @@ def without_samples_on_rank(rank: int) -> list[Tensor]:
 
 
 def test_no_samples_on_any_rank(four_ranks: Ranks) -> None:
-    """What is left are the label embeddings, the same on every rank."""
+    """Only label embeddings remain, the same on every rank."""
     rows = torch.arange(8.0).view(2, 4).requires_grad_()
     expected = acl_cl_loss(
         torch.empty(0, 4), torch.zeros(0).long(), rows, torch.empty(0, 4), rows + 1

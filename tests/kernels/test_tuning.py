@@ -157,7 +157,7 @@ def test_the_search_walks_to_the_fastest_tile() -> None:
     assert best == BEST
     assert times[best] == 1
     assert times[SHIPPED] == 1 + distance(SHIPPED)
-    # Of the 4 x 4 x 3 x 3 x 5 possible tiles the search tries a few.
+    # The search tries a few of the 4 x 4 x 3 x 3 x 5 possible tiles.
     assert len(times) < 50
 
 

@@ -96,7 +96,7 @@ def real_texts() -> Path | None:
 
 
 def computes_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 products; emulated ones are not timed."""
+    """Return whether the CPU has bfloat16 instructions; emulated products are not timed."""
     capabilities = torch.cpu.get_capabilities()
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 

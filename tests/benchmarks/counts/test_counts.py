@@ -48,7 +48,7 @@ def test_the_file_has_these_cases_and_no_others(expected: dict[str, Any]) -> Non
 
 
 def changed(expected: dict[str, Any], case: Case, directory: Path) -> dict[str, str]:
-    """What has changed in a case -> the line about it."""
+    """Changed count of a case -> the line about it."""
     found, _ = counts.measure(case, directory)
     lines = counts.compare(expected, {case.name: found.record()})
     return {line.removeprefix(f"{case.name}: ").partition(":")[0]: line for line in lines}

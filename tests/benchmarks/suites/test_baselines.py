@@ -1,4 +1,4 @@
-"""What others compute is what it is said to be: against the reference, in blocks, by formula."""
+"""Baselines compute what their names say: held against the reference, in blocks, by formula."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def group_of(num_ranks: int) -> Any:
 
 
 def own_part(inputs: Inputs, labels: Tensor, sizes: Sequence[int], rank: int) -> Inputs:
-    """What one rank passes of the inputs of all, with its labels."""
+    """The part of one rank in the inputs of all, with its labels."""
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
     sliced = {
         name: tensor[..., own, :] if "label" not in name else tensor

@@ -1,4 +1,4 @@
-"""What `gate_scope` says, and the options beside which it says nothing."""
+"""Values of `gate_scope`, and options with which it has no effect."""
 
 from __future__ import annotations
 

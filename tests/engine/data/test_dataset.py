@@ -18,7 +18,7 @@ def load(
 
 
 def write_csv(path: Path, *labels: Any) -> str:
-    """A csv file with one text a label."""
+    """A csv file with one text per label."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"text {row},{label}" for row, label in enumerate(labels)]
     path.write_text("\n".join(["text,label", *lines]), encoding="utf-8")

@@ -21,7 +21,7 @@ def write_task(folder: Path, *names: str, labels: Any = None) -> None:
 
 
 def hub_set(num_rows: int = 4) -> datasets.DatasetDict:
-    """What the hub returns for a pair task with named classes."""
+    """The hub's answer for a pair task with named classes."""
     features = datasets.Features(
         {
             "sentence1": datasets.Value("string"),

@@ -114,7 +114,7 @@ def test_as_many_at_a_time_as_there_are_workers(tmp_path: Path) -> None:
 def test_features_are_written_by_one_run_and_deleted(tmp_path: Path) -> None:
     sweep = StandInSweep({**RECIPE, "seeds": [1], "share_features": True}, tmp_path, workers=4)
     sweep.run()
-    # Of two runs that share features, the second waits until the first has written them.
+    # Two runs share features: the second waits until the first has written them.
     assert sweep.order()[2:] == [
         "start acl/seed-1", "end acl/seed-1", "start kd/seed-1", "end kd/seed-1",
     ]  # fmt: skip

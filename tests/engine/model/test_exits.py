@@ -76,7 +76,7 @@ def test_dropout_zeroes_and_scales(dtype: torch.dtype) -> None:
     assert y.dtype == dtype
     # Rounded to 2^-16, and the scale with it.
     torch.testing.assert_close(y[~zeroed], torch.full_like(y[~zeroed], 2 / 0.7))
-    # Of 100,233 draws the share is within five standard deviations, in each of the four places.
+    # The share among 100,233 draws is within five standard deviations, in each of the four places.
     for part in (zeroed.flatten()[place::4] for place in range(4)):
         share = float(part.double().mean())
         assert abs(share - 0.3) < 5 * (0.3 * 0.7 / part.numel()) ** 0.5

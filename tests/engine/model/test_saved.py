@@ -1,4 +1,4 @@
-"""What a model directory must hold, and how long its texts may be."""
+"""Required files of a model directory, and the length limit of its texts."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_plain_classifier_is_told_what_to_do(
     then = f"then {option} is runs/mine"
     with pytest.raises(ValueError, match=f"^{option}=.*is a bert.*{words} {tmp_path} .*{then}"):
         load_trained(str(tmp_path), option)
-    # Of the hub, which is asked for the configuration only.
+    # A stand-in for the hub, which is asked for the configuration only.
     told = {"model_type": "roberta"}
     monkeypatch.setattr(MultiExitConfig, "get_config_dict", lambda name: (told, {}))
     with pytest.raises(ValueError, match=f"^{option}=.*is a roberta.*{words} some/model .*{then}"):

@@ -1,4 +1,4 @@
-"""What figures share: colours that can be seen on both pages, and parts that a page can find."""
+"""Parts that all figures share: colours visible on both pages, and names that a page can find."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who this process is, and what it says when the others do not come."""
+"""Ranks from the environment of each launcher, and errors when other processes do not come."""
 
 from __future__ import annotations
 
