@@ -64,7 +64,6 @@ class FeatureCache:
         dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ) -> None:
-        self.directory, self.encoded = directory, encoded
         self.first_only = model.config.exit_head == "linear"
         num_texts = len(encoded)
         self.offsets = np.arange(num_texts + 1) if self.first_only else encoded.offsets
@@ -79,35 +78,41 @@ class FeatureCache:
             "shape": list(self.shape),
         }
         with contextlib.ExitStack() as held:
-            if collectives.from_first(lambda: self._is_there_alone(meta, held)):
+            if collectives.from_first(lambda: self._is_there_alone(directory, meta, held)):
                 logger.info("Feature cache: reading %s.", directory)
             else:
-                collectives.from_first(self._make)
+                collectives.from_first(lambda: self._make(directory))
                 # Each process of the run writes a part.
-                settings = (positions, batch_size, pad_token_id, dtype, progress)
-                collectives.together(lambda: self._write(model, *settings))
+                collectives.together(
+                    lambda: self._write(
+                        directory, model, encoded, positions, batch_size, pad_token_id, dtype,
+                        progress,
+                    )
+                )  # fmt: skip
                 collectives.from_first(lambda: write_json(directory / META_FILE, meta))
         self.states = np.memmap(
             directory / STATES_FILE, dtype=np.float16, mode="r", shape=self.shape
         )
 
-    def _is_there_alone(self, meta: dict[str, Any], held: contextlib.ExitStack) -> bool:
+    def _is_there_alone(
+        self, directory: Path, meta: dict[str, Any], held: contextlib.ExitStack
+    ) -> bool:
         """`_is_there`, behind a lock that `held` keeps.
 
         Without it, two runs that both find nothing would overwrite each other's file.
         """
-        self.directory.mkdir(parents=True, exist_ok=True)
-        lock = held.enter_context((self.directory / LOCK_FILE).open("a"))
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = held.enter_context((directory / LOCK_FILE).open("a"))
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            logger.info("Feature cache: waiting for the run that writes %s.", self.directory)
+            logger.info("Feature cache: waiting for the run that writes %s.", directory)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        return self._is_there(meta)
+        return self._is_there(directory, meta)
 
-    def _is_there(self, meta: dict[str, Any]) -> bool:
+    def _is_there(self, directory: Path, meta: dict[str, Any]) -> bool:
         try:
-            found = json.loads((self.directory / META_FILE).read_text(encoding="utf-8"))
+            found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return False
         except (json.JSONDecodeError, UnicodeDecodeError):
@@ -116,15 +121,15 @@ class FeatureCache:
         differing = [name for name in meta if found.get(name) != meta[name]]
         if differing:
             raise ValueError(
-                f"feature_cache={str(self.directory)!r} holds the states of another run: "
+                f"feature_cache={str(directory)!r} holds the states of another run: "
                 f"{', '.join(differing)} differ. Delete it, or name another directory."
             )
-        states = self.directory / STATES_FILE
+        states = directory / STATES_FILE
         size = states.stat().st_size if states.is_file() else 0
         if size != self.num_bytes:
             raise ValueError(
-                f"feature_cache={str(self.directory)!r} is damaged: {STATES_FILE} has {size} bytes "
-                f"and should have {self.num_bytes}. Delete it."
+                f"feature_cache={str(directory)!r} is damaged: {STATES_FILE} has {size} bytes and "
+                f"should have {self.num_bytes}. Delete it."
             )
         return True
 
@@ -132,51 +137,52 @@ class FeatureCache:
     def num_bytes(self) -> int:
         return 2 * int(np.prod(self.shape))
 
-    def _make(self) -> None:
+    def _make(self, directory: Path) -> None:
         """Create the file at its full size, and log that."""
-        file = self.directory / STATES_FILE
+        directory.mkdir(parents=True, exist_ok=True)
+        file = directory / STATES_FILE
         # The file of a killed run takes room that the new one needs.
         file.unlink(missing_ok=True)
-        free = shutil.disk_usage(self.directory).free
+        free = shutil.disk_usage(directory).free
         logger.info(
             "Feature cache: writing %.2f GB (%d tokens, %d layers, width %d, float16) to %s.",
-            self.num_bytes / 1e9, *self.shape, self.directory,
+            self.num_bytes / 1e9, *self.shape, directory,
         )  # fmt: skip
         if self.num_bytes > free:
-            raise self._no_room(f"{free / 1e9:.2f} GB are free")
+            raise self._no_room(directory, f"{free / 1e9:.2f} GB are free")
         try:
             _reserve(file, self.num_bytes)
         except OSError as error:
             file.unlink(missing_ok=True)
             if error.errno not in _NO_ROOM:
                 raise
-            raise self._no_room(f"the disk has no room: {error.strerror}") from None
+            raise self._no_room(directory, f"the disk has no room: {error.strerror}") from None
 
-    def _no_room(self, why: str) -> ValueError:
+    def _no_room(self, directory: Path, why: str) -> ValueError:
         return ValueError(
-            f"feature_cache={str(self.directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and "
-            f"{why}. Name a directory on a larger disk, or leave feature_cache out."
+            f"feature_cache={str(directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and {why}."
+            " Name a directory on a larger disk, or leave feature_cache out."
         )
 
     @torch.inference_mode()
     def _write(
         self,
+        directory: Path,
         model: MultiExitForSequenceClassification,
+        encoded: EncodedSplit,
         positions: list[int],
         batch_size: int,
         pad_token_id: int,
         dtype: torch.dtype,
         progress: bool,
     ) -> None:
-        states = np.memmap(
-            self.directory / STATES_FILE, dtype=np.float16, mode="r+", shape=self.shape
-        )
+        states = np.memmap(directory / STATES_FILE, dtype=np.float16, mode="r+", shape=self.shape)
         batches = epoch_batches(
-            self.encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
+            encoded.lengths, batch_size, seed=0, epoch=0, shuffle=False, group_by_length=True
         )
         own = batches[processes.rank() :: processes.world_size()]
         for indices in tqdm(own, desc="features", leave=False, disable=None if progress else True):
-            batch = collate(self.encoded, indices, pad_token_id)
+            batch = collate(encoded, indices, pad_token_id)
             batch.pop("labels", None)
             batch = {name: value.to(model.device) for name, value in batch.items()}
             with autocast(model.device, dtype):
@@ -184,7 +190,7 @@ class FeatureCache:
             half = torch.stack(layers, dim=2).half()  # [N, T, L, H]
             if not torch.isfinite(half).all():
                 raise ValueError(
-                    f"feature_cache={str(self.directory)!r}: this backbone's states are beyond "
+                    f"feature_cache={str(directory)!r}: this backbone's states are beyond "
                     "float16's 65504, or not finite. Leave feature_cache out."
                 )
             stacked = half.cpu().numpy()
