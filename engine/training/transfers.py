@@ -28,10 +28,11 @@ class _Parcel:
     def open(self) -> None:
         if self.arrival is not None:
             self.arrival.synchronize()
-        sizes = [shape.numel() for shape in self.shapes.values()]
-        parts = self.packed.split(sizes)
-        named = zip(self.shapes.items(), parts, strict=True)
-        values = {name: part.view(shape).tolist() for (name, shape), part in named}
+        numbers = iter(self.packed.tolist())
+        values = {
+            name: next(numbers) if not shape else [next(numbers) for _ in range(shape[0])]
+            for name, shape in self.shapes.items()
+        }
         self.use(values | self.others)
 
 
@@ -49,7 +50,7 @@ class PendingValues:
     def send(self, values: Mapping[str, Any], use: Callable[[dict[str, Any]], None]) -> None:
         """Start the copy of the tensors among the values; `collect` calls `use` with all values.
 
-        Tensors become numbers, or lists of numbers, in float64: a bool becomes 0.0 or 1.0.
+        Tensors [] become numbers, tensors [N] lists of numbers, in float64: True becomes 1.0.
         """
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         others = {name: value for name, value in values.items() if name not in tensors}
