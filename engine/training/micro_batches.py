@@ -158,7 +158,7 @@ class StepLosses:
         labels = batch.pop("labels")
         if self.features is None:
             mask = batch["attention_mask"]
-            with context(), KnownPadding(mask.shape, self._same_length(own)):
+            with context(), KnownPadding(mask, self._same_length(own)):
                 states = stage_states(self.model, self.stage, positions, batch)
         else:
             with part(DATA):

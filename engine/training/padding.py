@@ -10,25 +10,29 @@ from torch.overrides import TorchFunctionMode
 
 
 class KnownPadding(TorchFunctionMode):
-    """Within the block, `mask.all()` of an attention mask is what the host knows already.
+    """Within the block, `mask.all()` of this attention mask is what the host knows already.
 
-    transformers asks it to leave out masks that mask nothing. The device would answer when it has
-    done all that was started before, so that it would then stand idle until the host has gone on.
+    transformers asks it, of the mask as booleans, to leave out masks that mask nothing. The device
+    would answer when it has done all that was started before, and then stand idle until the host
+    has gone on. Any other tensor is asked as usual.
 
     Args:
-        shape: [N, T] of the mask.
+        mask: [N, T], as it is passed to the encoder.
         is_full: whether no text of the batch is padded.
     """
 
-    def __init__(self, shape: torch.Size, is_full: bool) -> None:
+    def __init__(self, mask: Tensor, is_full: bool) -> None:
         super().__init__()
-        self.shape = shape
+        self.masks = [mask]
         self.is_full = is_full
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        asks = func in (Tensor.all, torch.all) and len(args) == 1 and not kwargs
-        if asks and args[0].dtype == torch.bool and args[0].shape == self.shape:
+        is_mask = bool(args) and any(args[0] is mask for mask in self.masks)
+        if is_mask and func in (Tensor.all, torch.all) and len(args) == 1 and not kwargs:
             return self.is_full
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if is_mask and func in (Tensor.to, Tensor.bool) and result.dtype == torch.bool:
+            self.masks.append(result)
+        return result

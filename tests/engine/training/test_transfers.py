@@ -69,12 +69,12 @@ def test_a_tensor_of_the_cpu_stays() -> None:
 
 @pytest.mark.parametrize("is_full", [True, False])
 def test_the_host_answers_for_the_mask_alone(is_full: bool) -> None:
-    mask = torch.tensor([[True, False], [True, True]])
-    with KnownPadding(mask.shape, is_full):
+    mask = torch.tensor([[1, 0], [1, 1]])
+    with KnownPadding(mask, is_full):
         assert mask.all() is is_full
-        assert torch.all(mask == 1) is is_full
-        # For another shape, one dimension or another dtype torch computes the answer.
-        assert not mask[:1].all()
+        assert torch.all(mask.bool()) is mask.to(device=CPU, dtype=torch.bool).all() is is_full
+        # torch answers for other tensors, of the same shape too, and along one dimension.
+        assert not mask.clone().bool().all() and not mask[:1].all()
         assert mask.all(dim=1).tolist() == [False, True]
-        assert torch.ones(2, 2).all()
+        assert torch.ones(2, 2, dtype=torch.bool).all()
     assert not mask.all()
