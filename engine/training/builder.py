@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,12 @@ from ...kernels.contrastive.dispatch import Workload, choose
 from ..backends.interface import Backend
 from ..backends.local import LocalBackend
 from ..config.training import TrainingConfig
-from ..data.batching import EncodedSplit, encode
+from ..data.batching import EncodedSplit, encode, log_truncation
 from ..data.dataset import TextData, load_splits
 from ..data.quickstart import minilm_path
+from ..data.record import DataRecord
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
-from ..model.saved import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
+from ..model.saved import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained, record_of
 from ..runtime import processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.lock import RunLock
@@ -166,10 +167,25 @@ def _new_model(
         exit_attention_heads=options.exit_attention_heads,
     )
     if stage1 is not None and trained is not None:
+        _check_stage1_data(data.record, record_of(trained), stage1)
         take_last_exit(model, trained, stage1)
     check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
     nn.Module.to(model, device)
     return model
+
+
+def _check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None:
+    """Refuse a first stage that has read other columns; log if it has read other texts."""
+    if (
+        None not in (ours.text_columns, trained.text_columns)
+        and ours.text_columns != trained.text_columns
+    ):
+        raise ValueError(
+            f"stage1_model={name!r} was trained on the columns {trained.text_columns}, this run "
+            f"reads {ours.text_columns}: name them with text_column (and text_pair_column)."
+        )
+    for difference in ours.differences(trained):
+        logger.info(f"stage1_model={name!r} was trained on other data: {difference}.")
 
 
 def take_last_exit(
@@ -219,14 +235,9 @@ def _encode(
         for name, split in data.splits.items()
     }
     for name, split in encoded.items():
-        if split.num_truncated:
-            logger.info(
-                "%s: %d of %d texts are longer than max_seq_length=%d and lose their ends.",
-                name,
-                split.num_truncated,
-                len(split),
-                max_length,
-            )
+        log_truncation(name, split)
+    record = replace(data.record, token_types=encoded["train"].token_types is not None)
+    model.config.data_record = record.to_dict()
     return encoded
 
 

@@ -126,8 +126,8 @@ def measure_angles(
     model, tokenizer = trained.model, trained.tokenizer
     stage = choose_stage(given, model, options.exit_layer, run)
     contrasted = contrastive_config(given, stage, options.contrastive)
-    data = load_data(run, given, trained.label_names, vars(config.data), needs_train=True)
-    split = trained.encode(data.splits["train"])
+    data = load_data(run, given, trained.record, vars(config.data), needs_train=True)
+    split = trained.encode(data.splits["train"], "train")
     # The number of samples that are contrasted in a step.
     batch_size = (
         options.per_device_train_batch_size

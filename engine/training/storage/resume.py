@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config.training import TrainingConfig
 from ...model.multi_exit import MultiExitForSequenceClassification
-from ...model.saved import load_trained
+from ...model.saved import load_trained, record_of
 from ...runtime import collectives, processes
 from ...runtime.lock import RunLock
 from ...runtime.manifest import fault
@@ -38,7 +38,8 @@ def load_checkpoint(
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged or of another run, or the best
-            checkpoint so far is lost.
+            checkpoint so far is lost; or the run was started with other texts, labels, classes
+            or columns.
     """
     output_dir = Path(str(config.run.output_dir))
 
@@ -55,8 +56,16 @@ def load_checkpoint(
         check_same_run(output_dir, config)
         state = load_state(checkpoint, processes.rank(), processes.world_size())
         check_own(checkpoint, state, config)
+        trained = load_trained(str(checkpoint))
+        differences = record_of(trained).differences(record_of(model))
+        if differences:
+            raise ValueError(
+                f"{str(checkpoint)!r} was trained on other data: now {'; '.join(differences)}. "
+                "Resume with the data that the run was started with, or start a new run in another "
+                "output_dir."
+            )
         try:
-            model.load_state_dict(load_trained(str(checkpoint)).state_dict())
+            model.load_state_dict(trained.state_dict())
         except RuntimeError as error:
             raise ValueError(f"{str(checkpoint)!r} holds another model: {error}") from None
         return state
