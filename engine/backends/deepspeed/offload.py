@@ -8,7 +8,7 @@ back. Also chooses the class for a stage.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,22 +25,14 @@ class _OnHost(ZeroGradients):
         return torch.device("cpu")
 
     def _spans(self) -> list[Tensor]:
-        """Views of the pieces of a gradient."""
-        spans = []
-        for piece in self.pieces:
-            master = self.master_of(piece)
-            gradient = master.grad
-            assert gradient is not None, "DeepSpeed makes it once for the whole run"
-            weights = self.states(piece)[0]
-            offset = weights.storage_offset() - master.storage_offset()
-            spans.append(gradient.view(-1)[offset : offset + weights.numel()])
-        return spans
+        """Views of the pieces of a gradient; DeepSpeed makes them once for the whole run."""
+        gradients = [cast(Tensor, master.grad).view(-1) for master in self.masters()]
+        return [gradients[p.group][p.offset : p.offset + p.length] for p in self.pieces]
 
     def _forget(self) -> None:
         """Clear the gradients, since a parameter that a loss does not reach would keep its last."""
         for master in self.masters():
-            assert master.grad is not None
-            master.grad.zero_()
+            cast(Tensor, master.grad).zero_()
 
     def _take(self) -> list[Tensor]:
         # The copies to the host may still be under way.
