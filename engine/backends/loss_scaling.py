@@ -123,13 +123,7 @@ class DeepSpeedLossScaler:
             self.patience = options.hysteresis
 
     def state_dict(self) -> dict[str, float]:
-        return {
-            "scale": self.scale,
-            "num_good_steps": self.num_good_steps,
-            "patience": self.patience,
-        }
+        return {name: getattr(self, name) for name in ("scale", "num_good_steps", "patience")}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.scale = state["scale"]
-        self.num_good_steps = int(state["num_good_steps"])
-        self.patience = int(state["patience"])
+        vars(self).update(state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def apex_fused_adam(device: torch.device) -> Any:
     return optimizers.FusedAdam
 
 
-def decay_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Sequence[Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay; biases and norms, which are vectors, do not."""
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]

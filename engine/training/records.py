@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -124,27 +123,28 @@ class StepRecords:
             place: "step", and "gate_epoch", the epoch of the run for `history`.
             not_finite: counts [E] of representations, out of `num_samples`.
         """
+
+        def check(values: Record) -> None:
+            step = place["step"]
+            check_finite(values["not_finite"], num_samples, step)
+            try:
+                backend.check(values["loss_scale"], bool(values["skipped"]))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"Step {step}: {error}") from None
+            if "angle" not in values or values["skipped"]:
+                return
+            columns = (values["active"], values["angle"], values["kept"], _agreed(values))
+            for group, active, angle, kept, agreed in zip(backend.groups, *columns, strict=True):
+                if active:
+                    self.history.add(place["gate_epoch"], group, angle, not kept, agreed)
+
         values = {
             "not_finite": torch.stack(list(not_finite)).sum(0),
             "skipped": report.skipped,
             "loss_scale": report.loss_scale,
             **_decision_values(report.decision),
         }
-        self.pending.send(values, partial(self._check, place, backend, num_samples))
-
-    def _check(self, place: Record, backend: Backend, num_samples: int, values: Record) -> None:
-        step = place["step"]
-        check_finite(values["not_finite"], num_samples, step)
-        try:
-            backend.check(values["loss_scale"], bool(values["skipped"]))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"Step {step}: {error}") from None
-        if "angle" not in values or values["skipped"]:
-            return
-        rows = zip(values["active"], values["angle"], values["kept"], _agreed(values), strict=True)
-        for group, (active, angle, kept, agreed) in zip(backend.groups, rows, strict=True):
-            if active:
-                self.history.add(place["gate_epoch"], group, angle, not kept, agreed)
+        self.pending.send(values, check)
 
     def log(
         self,
@@ -165,18 +165,17 @@ class StepRecords:
             losses: `ExitLosses.values` of the step [3, E], the part of this process in it.
         """
         main, cross_entropy, auxiliary = collectives.total(losses)  # [E] each
-        values: Record = {}
+        shown: Record = {}
         loss = main
         if self.options.objective != "ce":
             weight = torch.full_like(main, self.options.aux_weight)
             if report.decision is not None:
-                values |= _decision_values(report.decision)
                 used = weight * _kept(stage, epoch, report.decision).to(weight)
                 skipped = torch.as_tensor(report.skipped, device=weight.device)
                 weight = torch.where(skipped, weight, used)
             loss = (1 - weight) * main + weight * auxiliary
-            values |= {"loss_aux": auxiliary.sum(), "aux_weight": weight.mean()}
-        values |= {
+            shown = {"loss_aux": auxiliary.sum(), "aux_weight": weight.mean()}
+        shown |= {
             "loss": loss.sum(),
             "loss_ce": cross_entropy.sum(),
             "grad_norm": report.grad_norm,
@@ -185,29 +184,18 @@ class StepRecords:
             "skipped": report.skipped,
         }
         stopwatch.stop()
-        self.pending.send(values, partial(self._log, place, groups, num_texts, stopwatch))
 
-    def _log(
-        self,
-        place: Record,
-        groups: Sequence[str],
-        num_texts: int,
-        stopwatch: Stopwatch,
-        values: Record,
-    ) -> None:
-        record = {**place, **_angles(groups, values)}
-        names = ("loss_aux", "aux_weight", "loss", "loss_ce", "grad_norm", "learning_rate")
-        record |= {name: values[name] for name in names if name in values}
-        record |= {"loss_scale": values["loss_scale"], "skipped": bool(values["skipped"])}
-        speed = {"samples_per_second": round(num_texts / stopwatch.seconds(), 2)}
-        # JSON has no NaN: an overflow leaves no angle and no norm.
-        self.write(
-            {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in record.items()
-            }
-            | speed
-        )
+        def write(values: Record) -> None:
+            record = {**place, **_angles(groups, values), **{name: values[name] for name in shown}}
+            record["skipped"] = bool(values["skipped"])
+            record["samples_per_second"] = round(num_texts / stopwatch.seconds(), 2)
+            # JSON has no NaN: an overflow leaves no angle and no norm.
+            for name, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    record[name] = None
+            self.write(record)
+
+        self.pending.send(shown | _decision_values(report.decision), write)
 
 
 def _decision_values(decision: GateDecision | None) -> Record:

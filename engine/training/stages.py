@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from ..config.training import TrainingConfig
 from ..model.multi_exit import MultiExitForSequenceClassification, MultiExitOutput
-from ..objectives.losses import ExitLosses, Teacher, exit_losses
+from ..objectives.losses import Teacher
 from ..runtime import processes
 
 SHARED = "backbone"
@@ -58,9 +58,9 @@ def plan_stages(config: TrainingConfig, num_exits: int) -> list[Stage]:
         return [Stage("joint", every, epochs, learning_rate)]
     if options.strategy == "alternating":
         return [Stage("alternating", every, epochs, learning_rate, alternates=True)]
-    single = Stage("single", last, epochs, learning_rate)
+    single = [Stage("single", last, epochs, learning_rate)]
     if options.strategy == "single":
-        return [single]
+        return single
     second = Stage(
         "exits",
         every[:-1],
@@ -69,7 +69,7 @@ def plan_stages(config: TrainingConfig, num_exits: int) -> list[Stage]:
         trains_backbone=False,
         has_teacher=True,
     )
-    return [single, second]
+    return [*single, second]
 
 
 def check_exits(strategy: str, exit_layers: Sequence[int], num_layers: int) -> None:
@@ -222,20 +222,3 @@ def stage_outputs(
             )
         states = states[:-1]
     return model.classify(states, attention_mask, positions=positions), teacher
-
-
-def stage_losses(
-    model: MultiExitForSequenceClassification,
-    stage: Stage,
-    positions: Sequence[int],
-    states: Sequence[Tensor],
-    attention_mask: Tensor,
-    config: TrainingConfig,
-    labels: Tensor,
-) -> tuple[MultiExitOutput, ExitLosses]:
-    """`stage_outputs` and the losses of the exits at `positions`."""
-    output, teacher = stage_outputs(model, stage, positions, states, attention_mask)
-    losses = exit_losses(
-        config.objective, output, model.label_embeddings_of(positions), labels, teacher
-    )
-    return output, losses

@@ -103,16 +103,7 @@ class Trainer:
         features = open_features(self.parts, stage)
         num_steps = self.plan.ends[index] - self.plan.start(index)
         self.backend = new_backend(self.parts, stage, groups, num_steps)
-        self.losses = StepLosses(
-            self.model,
-            stage,
-            self.config,
-            self.train_split,
-            self.backend,
-            pad_token_id=self.tokenizer.pad_token_id,
-            device=self.parts.device,
-            features=features,
-        )
+        self.losses = StepLosses(self.parts, stage, self.backend, features)
 
     def _take_output_dir(self) -> Path:
         self.parts.lock.take()
@@ -142,14 +133,9 @@ class Trainer:
         """Train, evaluate and save; see `train`. peers: tell when the launcher has ended."""
         options, data = self.config.run, self.parts.data
         logger.info(
-            "%s: %d training texts, %d classes; %d steps (%d an epoch) on %s in %s.",
-            data.name,
-            len(self.train_split),
-            len(data.label_names),
-            self.plan.num_steps,
-            self.plan.steps_per_epoch,
-            self.parts.device.type,
-            str(self.parts.dtype).removeprefix("torch."),
+            f"{data.name}: {len(self.train_split)} training texts, {len(data.label_names)} "
+            f"classes; {self.plan.num_steps} steps ({self.plan.steps_per_epoch} an epoch) on "
+            f"{self.parts.device.type} in {str(self.parts.dtype).removeprefix('torch.')}."
         )
         self.started = time.monotonic()
         bar = tqdm(
@@ -160,14 +146,8 @@ class Trainer:
             disable=None if self.parts.shows_progress else True,
         )
         directory = self.output_dir if processes.rank() == 0 else None
-        with (
-            MetricsLog(
-                directory, options.report_to, self.resume_step, self.resume_evaluated
-            ) as log,
-            self.profiler,
-            self.signals,
-            bar,
-        ):
+        log = MetricsLog(directory, options.report_to, self.resume_step, self.resume_evaluated)
+        with log, self.profiler, self.signals, bar:
             # A checkpoint is saved after the evaluation of the same step.
             evaluations = collectives.from_first(lambda: log.evaluations(self.step))
             evaluated = self.step if evaluations else -1

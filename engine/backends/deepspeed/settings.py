@@ -128,14 +128,10 @@ def complete(
         ValueError: an unknown key, one that contradicts an option, or one that cannot work.
     """
     options = config.optimization
-    for key in given:
-        if key in _REFUSED:
-            raise ValueError(f"deepspeed_config: {key!r} is not supported: {_REFUSED[key]}")
-        if key not in (*_OURS, *_PASSED_ON):
-            raise ValueError(
-                f"deepspeed_config: unknown or unsupported key {key!r}."
-                f"{did_you_mean(key, [*_OURS, *_PASSED_ON])}"
-            )
+    for key, reason in _REFUSED.items():
+        if key in given:
+            raise ValueError(f"deepspeed_config: {key!r} is not supported: {reason}")
+    _check_keys(given, (*_OURS, *_PASSED_ON))
     micro, steps = options.per_device_train_batch_size, options.gradient_accumulation_steps
     made = {key: given[key] for key in _PASSED_ON if given.get(key, AUTO) != AUTO}
     for key, value, option in (
@@ -150,7 +146,7 @@ def complete(
     loss_scale = _precision(given, config, made)
     # With one process there is nothing to partition: ZeRO would only copy.
     default = DEFAULT_STAGE if world_size > 1 else 0
-    made["zero_optimization"] = _zero(given.get("zero_optimization", {}), num_trained, default)
+    made["zero_optimization"] = _zero(given, num_trained, default)
     if "offload_optimizer" in made["zero_optimization"]:
         _check_offload(made["zero_optimization"], config)
         # DeepSpeed's own AdamW for the host needs a compiler; PyTorch's fused one does not.
@@ -183,13 +179,17 @@ def _block(given: Mapping[str, Any], name: str, known: tuple[str, ...]) -> Mappi
     block = given.get(name, {})
     if not isinstance(block, Mapping):
         raise ValueError(f"deepspeed_config: {name} must be an object, not {block!r}.")
+    _check_keys(block, known, f"{name}.")
+    return block
+
+
+def _check_keys(block: Mapping[str, Any], known: tuple[str, ...], place: str = "") -> None:
     for key in block:
         if key not in known:
             raise ValueError(
-                f"deepspeed_config: unknown or unsupported key {name}.{key}."
+                f"deepspeed_config: unknown or unsupported key '{place}{key}'."
                 f"{did_you_mean(key, known)}"
             )
-    return block
 
 
 def _precision(
@@ -198,17 +198,15 @@ def _precision(
     names = tuple(field.name for field in fields(LossScaleOptions))
     fp16 = _block(given, "fp16", ("enabled", *names))
     bf16 = _block(given, "bf16", ("enabled",))
-    for block, name, on in (
-        (fp16, "fp16", config.optimization.fp16),
-        (bf16, "bf16", config.optimization.bf16),
-    ):
+    options = config.optimization
+    for block, name, on in ((fp16, "fp16", options.fp16), (bf16, "bf16", options.bf16)):
         if name in given:
             _agreed({"enabled": False, **block}, "enabled", on, f"the option {name}", f"{name}.")
-    if config.optimization.fp16:
+        if on:
+            made[name] = {"enabled": True}
+    if options.fp16:
         # fusedacl scales the losses and decides which steps to skip, alike for every stage.
-        made["fp16"] = {"enabled": True, "loss_scale": 1.0}
-    if config.optimization.bf16:
-        made["bf16"] = {"enabled": True}
+        made["fp16"]["loss_scale"] = 1.0
     values = {key: fp16[key] for key in names if fp16.get(key, AUTO) != AUTO}
     for key, value in values.items():
         if isinstance(value, str) or value < 0:
@@ -219,24 +217,21 @@ def _precision(
     return LossScaleOptions(**values)
 
 
-def _zero(given: Any, num_trained: int, default_stage: int) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"deepspeed_config: zero_optimization must be an object, not {given!r}.")
+def _zero(given: Mapping[str, Any], num_trained: int, default_stage: int) -> dict[str, Any]:
+    known = (*_ZERO, "offload_optimizer", *_NOT_OFFLOADED)
+    block = _block(given, "zero_optimization", known)
     for key, reason in _NOT_OFFLOADED.items():
-        if given.get(key) and given[key] != {"device": "none"}:
+        if block.get(key) and block[key] != {"device": "none"}:
             raise ValueError(
                 f"deepspeed_config: zero_optimization.{key} is not supported: {reason}"
             )
-    left_out = ("offload_optimizer", *_NOT_OFFLOADED)
-    rest = {"zero_optimization": {k: v for k, v in given.items() if k not in left_out}}
-    block = _block(rest, "zero_optimization", _ZERO)
-    made = {key: value for key, value in block.items() if value != AUTO}
+    made = {key: block[key] for key in _ZERO if block.get(key, AUTO) != AUTO}
     stage = made.setdefault("stage", default_stage)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise ValueError(f"deepspeed_config: zero_optimization.stage={stage!r} must be 0 to 3.")
     # DeepSpeed's default of 500 million elements is larger than encoders are.
     made.setdefault("reduce_bucket_size", max(1, min(num_trained, LARGEST_BUCKET)))
-    offload = _block(given, "offload_optimizer", _OFFLOAD)
+    offload = _block(block, "offload_optimizer", _OFFLOAD)
     if offload.get("device", "none") != "none":
         made["offload_optimizer"] = {k: v for k, v in offload.items() if v != AUTO}
     return made
@@ -270,13 +265,15 @@ def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:
             )
         known = ("lr", "weight_decay", "betas", "eps", "torch_adam", "adam_w_mode")
         params = _block(block, "params", known)
-        place = "optimizer.params."
         options = config.optimization
-        _agreed(params, "lr", options.learning_rate, "learning_rate", place)
-        _agreed(params, "weight_decay", options.weight_decay, "weight_decay", place)
-        _agreed(params, "betas", [0.9, 0.999], "AdamW of fusedacl", place)
-        _agreed(params, "eps", 1e-8, "AdamW of fusedacl", place)
-        _agreed(params, "adam_w_mode", True, "AdamW of fusedacl", place)
+        for key, value, option in (
+            ("lr", options.learning_rate, "learning_rate"),
+            ("weight_decay", options.weight_decay, "weight_decay"),
+            ("betas", [0.9, 0.999], "AdamW of fusedacl"),
+            ("eps", 1e-8, "AdamW of fusedacl"),
+            ("adam_w_mode", True, "AdamW of fusedacl"),
+        ):
+            _agreed(params, key, value, option, "optimizer.params.")
     if "scheduler" in given:
         block = _block(given, "scheduler", ("type", "params"))
         params = block.get("params", {})

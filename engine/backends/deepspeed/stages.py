@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -99,13 +100,8 @@ class Stage0(_LocalSums):
         """Parameters with their float32 masters; in a float32 run a parameter is its own master."""
         if not hasattr(self.optimizer, "fp32_groups"):
             return [(p, p) for p in self.trained]
-        return [
-            pair
-            for halves, masters in zip(
-                self.optimizer.fp16_groups, self.optimizer.fp32_groups, strict=True
-            )
-            for pair in zip(halves, masters, strict=True)
-        ]
+        halves = chain.from_iterable(self.optimizer.fp16_groups)
+        return list(zip(halves, chain.from_iterable(self.optimizer.fp32_groups), strict=True))
 
     def masters(self) -> list[Tensor]:
         return [master for _, master in self._pairs()]

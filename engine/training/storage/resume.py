@@ -13,10 +13,11 @@ from ...runtime.lock import RunLock
 from ...runtime.manifest import fault
 from .best_model import BestModel
 from .checkpoint import (
-    check_own,
     check_same_run,
     checkpoint_of,
+    differences,
     find_checkpoint,
+    lasting_options,
     load_state,
     tidy,
 )
@@ -54,7 +55,12 @@ def load_checkpoint(
     def load() -> dict[str, Any]:
         check_same_run(output_dir, config)
         state = load_state(checkpoint, processes.rank(), processes.world_size())
-        check_own(checkpoint, state, config)
+        changed = differences(state["options"], lasting_options(config))
+        if changed:
+            raise ValueError(
+                f"{str(checkpoint)!r} was saved by a run with other options ({'; '.join(changed)})."
+                " Take it out of this run's directory; 'latest' then finds this run's own."
+            )
         try:
             model.load_state_dict(load_trained(str(checkpoint)).state_dict())
         except RuntimeError as error:
@@ -64,15 +70,12 @@ def load_checkpoint(
     state = collectives.together(load)
     if best is not None:
         best.load_state_dict(state["best"])
-        collectives.from_first(lambda: _check_best(output_dir, best.step))
+        if best.step is not None:
+            kept = checkpoint_of(output_dir, best.step)
+            problem = collectives.from_first(lambda: fault(kept))
+            if problem is not None:
+                raise ValueError(
+                    f"load_best_model_at_end: the best checkpoint so far is lost ({problem}). "
+                    "Resume without load_best_model_at_end, or from a checkpoint before it."
+                )
     return checkpoint, state
-
-
-def _check_best(output_dir: Path, step: int | None) -> None:
-    """Refuse to continue if the best checkpoint so far, which the end may need, is lost."""
-    problem = None if step is None else fault(checkpoint_of(output_dir, step))
-    if problem is not None:
-        raise ValueError(
-            f"load_best_model_at_end: the best checkpoint so far is lost ({problem}). Resume "
-            "without load_best_model_at_end, or from a checkpoint before it."
-        )

@@ -19,7 +19,6 @@ from fusedacl.engine.training.storage.checkpoint import (
     find_checkpoint,
     load_state,
     save_checkpoint,
-    write_atomically,
 )
 from fusedacl.engine.training.storage.output_dir import make_output_dir
 
@@ -100,16 +99,6 @@ def test_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-5"
     save(tmp_path, 10)
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
-
-
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    write_atomically(target, lambda path: (path / "old").write_text("old") and None)
-    with pytest.raises(KeyError):
-        write_atomically(target, lambda path: {}["no"])
-    assert (target / "old").exists()
-    write_atomically(target, lambda path: (path / "new").write_text("new") and None)
-    assert [path.name for path in target.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
