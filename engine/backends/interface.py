@@ -1,7 +1,5 @@
 """The interface between the trainer and the backend that runs its backward passes and steps."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -96,8 +94,7 @@ class Backend(ABC):
         compare: find the exact decision too, where `gate_scope` is not all.
         """
 
-    @abstractmethod
-    def check(self, loss_scale: float, skipped: bool) -> None:
+    def check(self, loss_scale: float, skipped: bool) -> None:  # noqa: B027 (DeepSpeed's `step` has raised)
         """Refuse a skipped step that a smaller loss scale cannot mend.
 
         Args: the values of the step's report, once they are on the host.

@@ -1,7 +1,5 @@
 """The local backend: one process, one device, plain PyTorch."""
 
-from __future__ import annotations
-
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any

@@ -1,7 +1,5 @@
 """AdamW, PyTorch's or NVIDIA apex's fused one, and its learning-rate schedule."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +11,6 @@ from transformers import get_linear_schedule_with_warmup
 
 from ..config.sections import OptimizationOptions
 
-OPTIMIZERS = ("adamw", "apex_fused_adam")
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
 
 
@@ -22,13 +19,14 @@ def new_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over parameter groups, each with its own weight_decay.
 
+    Args:
+        name: the option `optimizer`.
+
     Raises:
-        ValueError: the name is unknown, or apex's FusedAdam cannot run here.
+        ValueError: apex's FusedAdam cannot run here.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=learning_rate, fused=True)
-    if name != "apex_fused_adam":
-        raise ValueError(f"optimizer={name!r} is not one of {', '.join(OPTIMIZERS)}.")
     return apex_fused_adam(device)(parameter_groups, lr=learning_rate, adam_w_mode=True)
 
 

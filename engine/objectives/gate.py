@@ -1,7 +1,5 @@
 """ACL-Grad: drop the auxiliary gradient if it points away from the main one (paper eq. 2, 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 

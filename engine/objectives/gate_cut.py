@@ -5,8 +5,6 @@ for the parameters above the cut and for the leaf. The decision combines them, a
 gradient of the leaf is back-propagated through the part below. Given the decision, this is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
@@ -108,15 +106,18 @@ class Cut:
 
     def remove(self) -> None:
         """Restore the model."""
-        for handle in self._handles:
-            handle.remove()
-        if self._head is not None:
-            self._head.remove()
+        for hook in (*self._handles, *([self._head] if self._head else [])):
+            hook.remove()
 
     def _replace_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        below = hidden_states(module, args, kwargs)
+        below = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(below, Tensor):
+            raise ValueError(
+                f"gate_scope: {type(module).__name__} is not called with hidden states. Use all "
+                "or head."
+            )
         self._pass = None
         if not (torch.is_grad_enabled() and below.requires_grad):
             return None
@@ -306,18 +307,3 @@ def top_parameters(model: MultiExitForSequenceClassification, num_top: int) -> l
     modules = [*top_layers(model, num_top), model.exits[-1]]
     modules += [] if after is None else [after]
     return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-
-def hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a call of a layer.
-
-    Raises:
-        ValueError: they are neither the first argument nor called hidden_states.
-    """
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"gate_scope: {type(module).__name__} is not called with hidden states. Use all or "
-            "head."
-        )
-    return found

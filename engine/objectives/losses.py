@@ -1,7 +1,5 @@
 """The losses of a batch: cross-entropy, distillation, and the contrastive term beside them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +30,7 @@ class ExitLosses:
     auxiliary: Tensor | None
     cross_entropy: Tensor | None = None
 
-    def times(self, main: float, auxiliary: float) -> ExitLosses:
+    def times(self, main: float, auxiliary: float) -> "ExitLosses":
         """Each loss multiplied by its factor."""
         return ExitLosses(
             main * self.main,

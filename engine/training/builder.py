@@ -3,8 +3,6 @@
 Whatever can be refused before the first step is refused here, or by the constructor of `Trainer`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -32,7 +30,7 @@ from ..runtime.lock import RunLock
 from .feature_cache import FeatureCache, check_directory
 from .metrics_log import require_reporting
 from .stages import Stage, StepPlan, check_exits, needed_exits, plan_steps
-from .storage.best_model import BestModel, scored_layers
+from .storage.best_model import BestModel
 from .storage.output_dir import check_output_dir
 
 logger = logging.getLogger("fusedacl")
@@ -103,8 +101,7 @@ def build_run(given: TrainingConfig) -> RunParts:
             raise ValueError(
                 f"load_best_model_at_end: {data.name} has no labelled split to choose by."
             )
-        layers = scored_layers(model.exit_layers, plan.stages[-1].exits)
-        best = BestModel(config.run, data.metrics, layers)
+        best = BestModel(config.run, data.metrics, model.exit_layers, plan.stages[-1].exits)
     if options.feature_cache is not None:
         check_directory(Path(options.feature_cache), encoded["train"])
     return RunParts(
@@ -139,11 +136,9 @@ def _load_data(config: TrainingConfig) -> TextData:
     for note in data.notes:
         logger.info(note)
     if config.without_effect:
+        objective, names = config.objective, ", ".join(config.without_effect)
         logger.info(
-            "no effect with objective=%s, gate=%s: %s.",
-            config.objective.objective,
-            config.objective.gate,
-            ", ".join(config.without_effect),
+            f"no effect with objective={objective.objective}, gate={objective.gate}: {names}."
         )
     return data
 
@@ -222,11 +217,8 @@ def _encode(
     for name, split in encoded.items():
         if split.num_truncated:
             logger.info(
-                "%s: %d of %d texts are longer than max_seq_length=%d and lose their ends.",
-                name,
-                split.num_truncated,
-                len(split),
-                max_length,
+                f"{name}: {split.num_truncated} of {len(split)} texts are longer than "
+                f"max_seq_length={max_length} and lose their ends."
             )
     return encoded
 

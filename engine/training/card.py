@@ -1,7 +1,5 @@
 """The model card (README.md) of a final model, from the configuration and results of its run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

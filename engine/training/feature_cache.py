@@ -4,8 +4,6 @@ They are one float16 array [tokens, layers, H] in a memory-mapped file, so that 
 are one contiguous read. For linear exits only the first token is kept, as they read no other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

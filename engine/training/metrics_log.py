@@ -1,7 +1,5 @@
 """The logs of a run while it trains: metrics.jsonl and TensorBoard."""
 
-from __future__ import annotations
-
 import json
 from contextlib import AbstractContextManager
 from importlib.util import find_spec

@@ -4,11 +4,10 @@ A micro-batch has `per_device_train_batch_size` texts per process. W processes s
 one process would see with W times that size, so they train alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,36 +16,14 @@ from torch import Tensor
 from ..backends.interface import Backend
 from ..data.batching import collate
 from ..objectives.large_batches import Chunk, cached_losses
-from ..objectives.losses import IGNORED, ExitLosses, count_not_finite, exit_losses
+from ..objectives.losses import IGNORED, ExitLosses, count_not_finite
 from ..runtime import collectives, processes
 from ..runtime.profiler_marks import DATA, FORWARD, part
 from .builder import RunParts
 from .feature_cache import FeatureCache
 from .padding import KnownPadding
-from .stages import Stage, stage_outputs, stage_states
+from .stages import Stage, stage_outputs
 from .transfers import to_device
-
-
-class Part(NamedTuple):
-    """Rows of the training split that are the part of this process in a micro-batch.
-
-    If a micro-batch has fewer texts than there are processes, some have none. They take part with
-    a stand-in text whose label is `IGNORED`, because every process must exchange gradients as
-    often as the others.
-    """
-
-    rows: np.ndarray
-    is_stand_in: bool
-
-    @property
-    def num_texts(self) -> int:
-        return 0 if self.is_stand_in else len(self.rows)
-
-
-def own_part(rows: np.ndarray) -> Part:
-    """Every W-th text, so that all parts of texts sorted by length take equally long."""
-    own = rows[processes.rank() :: processes.world_size()]
-    return Part(own, False) if len(own) else Part(rows[:1], True)
 
 
 class StepLosses:
@@ -83,74 +60,62 @@ class StepLosses:
         """
         self.num_not_finite, self.num_samples = [], 0
         positions = self.stage.exits_in_epoch(epoch)
-        label_embeddings = partial(self.model.label_embeddings_of, positions)
-        objective, context = self.config.objective, self.backend.forward_context
         is_global = self.config.optimization.negatives == "global"
-        process_group = collectives.group() if is_global else None
         num_texts = sum(map(len, window))
         together = self.config.chunks_together
         for start in range(0, len(window), together):
             chunks = window[start : start + together]
-            parts = [own_part(rows) for rows in chunks]
-            forwards = [partial(self._forward, positions, own) for own in parts]
-            shares = [own.num_texts / num_texts for own in parts]
+            # Every W-th text, so that all parts of texts sorted by length take equally long.
+            parts = [rows[processes.rank() :: processes.world_size()] for rows in chunks]
+            shares = [len(own) / num_texts for own in parts]
+            # If a micro-batch has fewer texts than there are processes, some have none. They take
+            # part with a stand-in text that counts in no loss, because every process must exchange
+            # gradients as often as the others.
+            forwards = [
+                partial(self._forward, positions, own if len(own) else rows[:1], len(own) == 0)
+                for own, rows in zip(parts, chunks, strict=True)
+            ]
             # With global negatives each process has the whole loss of the contrastive batch, else
             # that of its part.
             weight = sum(shares)
             if is_global:
                 weight = sum(map(len, chunks)) / num_texts / processes.world_size()
-            if len(forwards) > 1:
-                yield from cached_losses(
-                    forwards,
-                    label_embeddings,
-                    objective,
-                    shares=shares,
-                    weight=weight,
-                    loss_scale=self.backend.loss_scale,
-                    device=self.device,
-                    context=context,
-                    process_group=process_group,
-                )
-                continue
-            (chunk,) = (forward() for forward in forwards)
-            with context():
-                losses = exit_losses(
-                    objective,
-                    chunk.output,
-                    label_embeddings(),
-                    chunk.labels,
-                    chunk.teacher,
-                    process_group=process_group,
-                )
-            yield losses.times(shares[0], weight)
+            yield from cached_losses(
+                forwards,
+                partial(self.model.label_embeddings_of, positions),
+                self.config.objective,
+                shares=shares,
+                weight=weight,
+                loss_scale=self.backend.loss_scale,
+                device=self.device,
+                context=self.backend.forward_context,
+                process_group=collectives.group() if is_global else None,
+            )
 
     @part(FORWARD)
-    def _forward(self, positions: tuple[int, ...], own: Part) -> Chunk:
+    def _forward(self, positions: tuple[int, ...], rows: np.ndarray, is_stand_in: bool) -> Chunk:
         """Outputs of the trained exits, and of their teacher, for some training texts."""
-        context = self.backend.forward_context
+        states = None
+        known_padding: AbstractContextManager[Any] = nullcontext()
         with part(DATA):
             if self.features is None:
-                batch = collate(self.encoded, own.rows, self.pad_token_id)
+                batch = collate(self.encoded, rows, self.pad_token_id)
+                batch = {name: to_device(value, self.device) for name, value in batch.items()}
+                labels = batch.pop("labels")
+                offsets = self.encoded.offsets
+                is_full = len(set(offsets[rows + 1] - offsets[rows])) == 1
+                known_padding = KnownPadding(batch["attention_mask"], is_full)
             else:
                 assert self.encoded.labels is not None
-                batch = {"labels": self.encoded.labels[own.rows]}
-            batch = {name: to_device(value, self.device) for name, value in batch.items()}
-            labels = batch.pop("labels")
-        if self.features is None:
-            mask = batch["attention_mask"]
-            offsets = self.encoded.offsets
-            lengths = offsets[own.rows + 1] - offsets[own.rows]
-            with context(), KnownPadding(mask, bool(np.ptp(lengths) == 0)):
-                states = stage_states(self.model, self.stage, positions, batch)
-        else:
-            with part(DATA):
-                states, mask = self.features.batch(own.rows, self.device)
-        with context():
-            output, teacher = stage_outputs(self.model, self.stage, positions, states, mask)
+                labels = to_device(self.encoded.labels[rows], self.device)
+                states, mask = self.features.batch(rows, self.device)
+                batch = {"attention_mask": mask}
+        with self.backend.forward_context(), known_padding:
+            output, teacher = stage_outputs(self.model, self.stage, positions, batch, states)
         # A large batch runs the model twice on each chunk, the first time without a graph.
         if torch.is_grad_enabled():
             self.num_not_finite.append(count_not_finite(output))
-            self.num_samples += len(own.rows)
-        if own.is_stand_in:
+            self.num_samples += len(rows)
+        if is_stand_in:
             labels = torch.full_like(labels, IGNORED)
         return Chunk(output, labels, teacher)

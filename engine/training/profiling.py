@@ -5,8 +5,6 @@ run. Parts may be nested: an instant belongs to the part that began last, so tha
 twice and the shares add up to 1.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
@@ -51,8 +49,7 @@ class Timeline:
     def __init__(self, intervals: Iterable[Interval]) -> None:
         # If several begin together, the shorter ones are nested in the longer ones.
         ordered = sorted(intervals, key=lambda interval: (interval.start, -interval.end))
-        changes = [(interval.start, index) for index, interval in enumerate(ordered)]
-        changes += [(interval.end, index) for index, interval in enumerate(ordered)]
+        changes = [(time, i) for i, (_, *ends) in enumerate(ordered) for time in ends]
         open_ones: set[int] = set()
         self._starts: list[float] = []
         self._parts: list[str | None] = []

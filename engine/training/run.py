@@ -1,7 +1,5 @@
 """A training run from its configuration to its results."""
 
-from __future__ import annotations
-
 import logging
 from typing import Any
 
@@ -30,7 +28,9 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     config.resolved()
     if uses_deepspeed(config):
         processes.join(config.run.device, config.run.ddp_timeout)
-        check_alike(config)
+        alike = flatten(config) | {f"version of {name}": v for name, v in versions().items()}
+        for name, value in alike.items():
+            collectives.check_alike(name, value)
     if processes.rank() > 0:
         logger.setLevel(logging.WARNING)
     peers = Peers()
@@ -48,15 +48,3 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     finally:
         if parts is not None:
             parts.lock.release()
-
-
-def check_alike(config: TrainingConfig) -> None:
-    """Refuse processes that differ in their options or in versions of packages. Collective.
-
-    Raises:
-        ValueError: naming the process and what differs.
-    """
-    for name, value in flatten(config).items():
-        collectives.check_alike(name, value)
-    for name, number in versions().items():
-        collectives.check_alike(f"version of {name}", number)

@@ -6,8 +6,6 @@ two_stage    single, then the other exits on the frozen backbone, the last exit 
 alternating  joint, but the last exit alone in odd epochs (eq. 7, 8)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -194,31 +192,26 @@ def needed_exits(
     return [*positions, len(model.exits) - 1] if stage.has_teacher else list(positions)
 
 
-def stage_states(
-    model: MultiExitForSequenceClassification,
-    stage: Stage,
-    positions: Sequence[int],
-    batch: dict[str, Tensor],
-) -> list[Tensor]:
-    """Hidden states [N, T, H] of `needed_exits`, from one pass through the backbone."""
-    with torch.set_grad_enabled(stage.trains_backbone):
-        return model.exit_states(**batch, positions=needed_exits(model, stage, positions))
-
-
 def stage_outputs(
     model: MultiExitForSequenceClassification,
     stage: Stage,
     positions: Sequence[int],
-    states: Sequence[Tensor],
-    attention_mask: Tensor,
+    batch: dict[str, Tensor],
+    states: Sequence[Tensor] | None = None,
 ) -> tuple[MultiExitOutput, Teacher | None]:
-    """Outputs of the exits at `positions`, and of their teacher, from their `stage_states`."""
-    teacher = None
+    """Outputs of the exits at `positions`, and of their teacher.
+
+    states: hidden states [N, T, H] of `needed_exits`; None: the backbone computes them.
+    """
+    if states is None:
+        with torch.set_grad_enabled(stage.trains_backbone):
+            states = model.exit_states(**batch, positions=needed_exits(model, stage, positions))
+    mask, teacher = batch["attention_mask"], None
     if stage.has_teacher:
         with torch.no_grad():
-            frozen = model.classify(states[-1:], attention_mask, positions=[-1])
+            frozen = model.classify(states[-1:], mask, positions=[-1])
             teacher = Teacher(
                 frozen.exit_embeddings[0], model.label_embeddings_of([-1])[0], frozen.logits
             )
         states = states[:-1]
-    return model.classify(states, attention_mask, positions=positions), teacher
+    return model.classify(states, mask, positions=positions), teacher

@@ -1,7 +1,5 @@
 """The loop of a training run, and what the run leaves on the disk."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import time
@@ -72,7 +70,7 @@ class Trainer:
         if self.config.run.resume_from_checkpoint is None:
             self._start_stage(0)
         else:
-            self._resume(self.config.run.resume_from_checkpoint)
+            self._resume()
         num_profiled = self.config.run.profile
         left = self.plan.ends[self.stage_index] - self.step
         check_steps(num_profiled, left, "stage" if len(self.plan.stages) > 1 else "run")
@@ -113,10 +111,8 @@ class Trainer:
             set_aside(directory, self.resume_step)
         return directory
 
-    def _resume(self, name: str) -> None:
-        checkpoint, state = load_checkpoint(
-            name, self.config, self.model, self.best, self.parts.lock
-        )
+    def _resume(self) -> None:
+        checkpoint, state = load_checkpoint(self.parts)
         self._start_stage(state["stage_index"])
         self.backend.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
@@ -126,8 +122,7 @@ class Trainer:
         self.step = self.resume_step = state["step"]
         self.seconds = state["seconds"]
         self.resume_evaluated = state["evaluated"]
-        num_steps = self.plan.num_steps
-        logger.info("Resuming from %s at step %d of %d.", checkpoint, self.step, num_steps)
+        logger.info(f"Resuming from {checkpoint} at step {self.step} of {self.plan.num_steps}.")
 
     def run(self, peers: Peers | None = None) -> dict[str, Any]:
         """Train, evaluate and save; see `train`. peers: tell when the launcher has ended."""
@@ -179,7 +174,7 @@ class Trainer:
             processes.barrier()
         return results
 
-    def steps(self, log: MetricsLog, bar: tqdm[Any]) -> Iterator[None]:
+    def steps(self, log: MetricsLog, bar: "tqdm[Any]") -> Iterator[None]:
         """Take the optimizer steps that are left, one per iteration."""
 
         def write(record: dict[str, Any]) -> None:

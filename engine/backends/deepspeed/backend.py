@@ -1,7 +1,5 @@
 """The DeepSpeed backend: several processes, ZeRO 0 to 3."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -104,16 +102,16 @@ class DeepSpeedBackend(Backend):
             self._frozen = {id(p): p.detach().cpu().clone() for p in frozen}
         # ZeRO 3 replaces it, for every model of the process, by one that rounds differently.
         self._linear = functional.linear
-        self.engine = _initialize(self.model, base, self.scheduler, self.settings.config)
+        self.engine = _initialize(
+            self.settings.config, model=self.model, optimizer=base, lr_scheduler=self.scheduler
+        )
         self.gradients: ZeroGradients = zero_gradients(
             self.engine, 2 if self.gated else 1, offloads=self.settings.offloads
         )
         self.gradients.start_from(before)
         self.gradients.set_loss_scale(self.scaler.scale)
-        positions = {
-            id(p): index for index, group in enumerate(self.groups.values()) for p in group
-        }
-        self._piece_groups = [positions[id(piece.parameter)] for piece in self.gradients.pieces]
+        group_of = {id(p): i for i, group in enumerate(self.groups.values()) for p in group}
+        self._piece_groups = [group_of[id(piece.parameter)] for piece in self.gradients.pieces]
         self._in_forward = False
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -193,7 +191,7 @@ class DeepSpeedBackend(Backend):
         stats, reached, finite = self._totals(own_stats)
         if not finite and not self.scaler.enabled:
             raise FloatingPointError(NOT_FINITE)
-        used = torch.zeros(len(self.groups), device=gradients.device)
+        used = torch.full((len(self.groups),), torch.nan, device=gradients.device)
         if finite:
             with part(GATE if self.gated else OPTIMIZER):
                 used = gated_combine_(
@@ -207,8 +205,6 @@ class DeepSpeedBackend(Backend):
                     groups=groups,
                     impl=self.impl,
                 )
-        else:
-            used.fill_(torch.nan)
         grad_norm = combined_squared_norm(stats, used).sum().sqrt() / scale
         decision = None
         if self.gated:
@@ -219,9 +215,6 @@ class DeepSpeedBackend(Backend):
             self._scope_stats = None
         self._update(main[: len(gradients.pieces)], reached, finite)
         return StepReport(grad_norm, learning_rate, scale, not finite, decision)
-
-    def check(self, loss_scale: float, skipped: bool) -> None:
-        """Nothing is left to check: `step` has raised already."""
 
     def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool], bool]:
         """Sums over the processes, which parameters a gradient reached, whether all is finite.
@@ -274,7 +267,8 @@ class DeepSpeedBackend(Backend):
         """
         layout = self._layout()
         if state["layout"] != layout:
-            was, now = (_words(which) for which in (state["layout"], layout))
+            words = "process {rank} of {world_size} under ZeRO {stage} in {dtype}"
+            was, now = (words.format(**which) for which in (state["layout"], layout))
             raise ValueError(
                 f"The checkpoint's optimizer belongs to {was}; this is {now}. Resume with as many "
                 "processes and the same ZeRO stage."
@@ -320,12 +314,7 @@ class DeepSpeedBackend(Backend):
         _make_plain(self.model, full, self.device)
 
 
-def _initialize(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    config: dict[str, Any],
-) -> Any:
+def _initialize(config: dict[str, Any], **arguments: Any) -> Any:
     """`deepspeed.initialize`, kept from compiling an extension on a machine without GPUs."""
     import deepspeed
     import deepspeed.ops
@@ -349,9 +338,7 @@ def _initialize(
     has_rank = "LOCAL_RANK" in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
-        )
+        engine, *_ = deepspeed.initialize(config=config, **arguments)
     finally:
         if not has_rank:
             del os.environ["LOCAL_RANK"]
@@ -370,13 +357,14 @@ def _check_groups(model: nn.Module, parameters: Sequence[Parameter]) -> None:
 def _make_plain(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
     """Replace every parameter of a model by an ordinary one with these values."""
     made: dict[int, Parameter] = {}
-    for prefix, module in model.named_modules():
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
         # ZeRO 3 replaces the dictionary of parameters and keeps the original one.
         plain = getattr(module, "_original_parameters", None)
         parameters = {} if plain is None else plain
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) not in made:
-                value = weights[f"{prefix}.{name}" if prefix else name]
+                value = weights[prefix + name]
                 # A copy, because the caller may keep the state dict while the model trains on.
                 made[id(old)] = Parameter(
                     value.to(device, copy=True), requires_grad=old.requires_grad
@@ -388,15 +376,6 @@ def _make_plain(model: nn.Module, weights: Mapping[str, Tensor], device: torch.d
             module._parameters = parameters
             del module._original_parameters
         for name, buffer in module._buffers.items():
-            full = f"{prefix}.{name}" if prefix else name
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = (
-                    weights[full].to(device) if full in weights else buffer.float()
-                )
-
-
-def _words(layout: Mapping[str, Any]) -> str:
-    return (
-        f"process {layout['rank']} of {layout['world_size']} under ZeRO {layout['stage']} in "
-        f"{str(layout['dtype']).removeprefix('torch.')}"
-    )
+                saved = weights.get(prefix + name)
+                module._buffers[name] = buffer.float() if saved is None else saved.to(device)

@@ -5,8 +5,6 @@ two, so each is reduced by DeepSpeed and then taken out. This is what all ZeRO s
 common; `stages` knows the attributes of each, in the versions of DeepSpeed named here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 from abc import ABC, abstractmethod
@@ -77,8 +75,6 @@ class ZeroGradients(ABC):
         self.optimizer = engine.optimizer
         self.num_kinds = num_kinds
         self.trained = [p for p in engine.module.parameters() if p.requires_grad]
-        # Whether a gradient has reached each parameter in this step, and the hooks that note it.
-        self.reached = [False] * len(self.trained)
         self.handles: list[RemovableHandle] = []
         engine.set_gradient_accumulation_boundary(True)
         self.pieces = self._find_pieces()
@@ -126,9 +122,11 @@ class ZeroGradients(ABC):
     def _take(self) -> list[Tensor]:
         """Take out the pieces that DeepSpeed has just reduced."""
 
-    @abstractmethod
     def reset(self) -> None:
         """Clear the accumulated gradients."""
+        self.sums: list[list[Any] | None] = [None] * self.num_kinds
+        # Whether a gradient has reached each parameter in this step.
+        self.reached = [False] * len(self.trained)
 
     @property
     def device(self) -> torch.device:

@@ -5,15 +5,13 @@ notes norms and overflow while it copies to the host, so both must be set when g
 back. Also chooses the class for a stage.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .gradients import ZeroGradients, check_version
+from .gradients import ZeroGradients
 from .stages import Stage0, Stage1, Stage2, Stage3
 
 
@@ -46,6 +44,10 @@ class _OnHost(ZeroGradients):
             span.copy_(gradient.reshape(-1))
             number = optimizer.get_param_id(piece.parameter)
             optimizer.norm_for_param_grads[number] = torch.linalg.vector_norm(span)
+        self._note_overflow(finite)
+
+    def _note_overflow(self, finite: bool) -> None:
+        self.optimizer.local_overflow = not finite
 
 
 class _FlatOnHost(_OnHost):
@@ -54,10 +56,6 @@ class _FlatOnHost(_OnHost):
         # Makes this the first backward pass of a step: earlier gradients have been taken out.
         self.optimizer.micro_step_id = -1
         self.optimizer.norm_for_param_grads = {}
-
-    def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
-        super().put(gradients, finite)
-        self.optimizer.local_overflow = not finite
 
 
 class OffloadedStage1(_FlatOnHost, Stage1):
@@ -83,22 +81,7 @@ class OffloadedStage3(_OnHost, Stage3):
         self._forget()
         super()._backward(loss, retain_graph)
 
-    def _take(self) -> list[Tensor]:
-        self.optimizer.micro_step_id = 0
-        return super()._take()
-
-    def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
-        super().put(gradients, finite)
-        # The overflow check reads this buffer, not the gradients that were just put.
-        self.optimizer.grad_partitions_flat_buffer.fill_(0.0 if finite else torch.inf)
-
-
-_STAGES: Mapping[int, type[ZeroGradients]] = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
-_OFFLOADED: Mapping[int, type[ZeroGradients]] = {
-    1: OffloadedStage1,
-    2: OffloadedStage2,
-    3: OffloadedStage3,
-}
+    _note_overflow = Stage3._note_overflow
 
 
 def zero_gradients(engine: Any, num_kinds: int, *, offloads: bool) -> ZeroGradients:
@@ -106,6 +89,7 @@ def zero_gradients(engine: Any, num_kinds: int, *, offloads: bool) -> ZeroGradie
 
     offloads: whether its optimizer lies in host memory.
     """
-    check_version()
-    stages = _OFFLOADED if offloads else _STAGES
+    stages: Sequence[type[ZeroGradients]] = [Stage0, Stage1, Stage2, Stage3]
+    if offloads:
+        stages = [Stage0, OffloadedStage1, OffloadedStage2, OffloadedStage3]
     return stages[int(engine.zero_optimization_stage())](engine, num_kinds)

@@ -5,8 +5,6 @@ entry, takes the option's value. Keys that DeepSpeed would ignore, or that would
 gradients of ACL-Grad, are refused.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -94,10 +92,8 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
         ) from None
     try:
         value = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed_config={path} is not JSON: {error}.") from None
     except ValueError as error:
-        raise ValueError(f"deepspeed_config={path}: {error}") from None
+        raise ValueError(f"deepspeed_config={path} is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"deepspeed_config={path} holds {type(value).__name__}, not an object.")
     return value
@@ -152,7 +148,12 @@ def complete(
         # DeepSpeed's own AdamW for the host needs a compiler; PyTorch's fused one does not.
         made["zero_force_ds_cpu_optimizer"] = False
     _check_optimizer(given, config)
-    _check_data_types(given)
+    sums = _block(given, "data_types", ("grad_accum_dtype",)).get("grad_accum_dtype")
+    if sums not in (None, AUTO, "fp32"):
+        raise ValueError(
+            f"deepspeed_config: data_types.grad_accum_dtype={sums!r}: fusedacl sums the gradients "
+            "of micro-batches in float32. Leave it out."
+        )
     return DeepSpeedSettings(made, loss_scale)
 
 
@@ -160,7 +161,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"the key {key!r} is there twice.")
+            raise ValueError(f"the key {key!r} is there twice")
     return dict(pairs)
 
 
@@ -282,12 +283,3 @@ def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:
                 "deepspeed_config: the schedule is fusedacl's, linear after warmup_ratio of the "
                 'steps. Leave "scheduler" out (or WarmupDecayLR with every parameter "auto").'
             )
-
-
-def _check_data_types(given: Mapping[str, Any]) -> None:
-    block = _block(given, "data_types", ("grad_accum_dtype",))
-    if block.get("grad_accum_dtype", AUTO) not in (None, AUTO, "fp32"):
-        raise ValueError(
-            f"deepspeed_config: data_types.grad_accum_dtype={block['grad_accum_dtype']!r}: fusedacl"
-            " sums the gradients of micro-batches in float32. Leave it out."
-        )

@@ -9,8 +9,6 @@ which never hold a whole gradient, reduce in every backward pass. The private at
 are those of the versions in `gradients.SUPPORTED`.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -29,32 +27,25 @@ class _LocalSums(ZeroGradients):
 
     wants_scaled_loss = True
 
-    def reset(self) -> None:
-        self.sums: list[list[Tensor | None]] = [
-            [None] * len(self.trained) for _ in range(self.num_kinds)
-        ]
-        self.reached = [False] * len(self.trained)
-
     def accumulate(self, kind: int, loss: Tensor, *, retain_graph: bool) -> None:
         gradients = torch.autograd.grad(
             loss, self.trained, retain_graph=retain_graph, allow_unused=True
         )
-        sums = self.sums[kind]
+        sums = self.sums[kind] or [None] * len(self.trained)
         for index, gradient in enumerate(gradients):
-            if gradient is None:
-                continue
-            self.reached[index] = True
-            held = sums[index]
-            # Not in place: autograd may return the same tensor for several parameters.
-            sums[index] = gradient if held is None else held.float() + gradient
+            if gradient is not None:
+                self.reached[index] = True
+                held = sums[index]
+                # Not in place: autograd may return the same tensor for several parameters.
+                sums[index] = gradient if held is None else held.float() + gradient
+        self.sums[kind] = sums
 
     def _place(self, kind: int) -> None:
         """Move a sum to `p.grad`, which DeepSpeed reduces; zeros if there is none."""
-        for parameter, total in zip(self.trained, self.sums[kind], strict=True):
-            parameter.grad = (
-                torch.zeros_like(parameter) if total is None else total.to(parameter.dtype)
-            )
-        self.sums[kind] = [None] * len(self.trained)
+        sums = self.sums[kind] or [None] * len(self.trained)
+        for p, total in zip(self.trained, sums, strict=True):
+            p.grad = torch.zeros_like(p) if total is None else total.to(p.dtype)
+        self.sums[kind] = None
 
 
 class Stage0(_LocalSums):
@@ -175,14 +166,10 @@ class Stage1(_FlatGroups, _LocalSums):
 class _EveryBackward(ZeroGradients):
     """Stages 2 and 3: every backward pass is reduced, and the parts are summed."""
 
-    def reset(self) -> None:
-        self.sums: list[list[Tensor] | None] = [None] * self.num_kinds
-        self.reached = [False] * len(self.trained)
-        if not self.handles:
-            self.handles = [
-                parameter.register_hook(partial(self._note, index))
-                for index, parameter in enumerate(self.trained)
-            ]
+    def __init__(self, engine: Any, num_kinds: int) -> None:
+        super().__init__(engine, num_kinds)
+        for index, parameter in enumerate(self.trained):
+            self.handles.append(parameter.register_hook(partial(self._note, index)))
 
     def _note(self, index: int, gradient: Tensor) -> None:
         self.reached[index] = True
@@ -241,20 +228,22 @@ class Stage3(_EveryBackward):
         # A parameter that the loss does not reach would keep its previous gradient.
         self.optimizer.grad_partitions_flat_buffer.zero_()
         super()._backward(loss, retain_graph)
+        self.optimizer.micro_step_id = 0
 
     def _take(self) -> list[Tensor]:
-        taken = [
+        return [
             tensor.detach().to(torch.float32, copy=True).reshape(-1)
             for group in range(len(self.optimizer.fp16_groups))
             for tensor in self.optimizer.averaged_gradients[group]
         ]
-        self.optimizer.micro_step_id = 0
-        return taken
 
     def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
         given = iter(gradients)
         for number, group in enumerate(self.optimizer.fp16_groups):
             self.optimizer.averaged_gradients[number] = [next(given) for _ in group]
+        self._note_overflow(finite)
+
+    def _note_overflow(self, finite: bool) -> None:
         # The overflow check reads this buffer, not the gradients that were just put.
         self.optimizer.grad_partitions_flat_buffer.fill_(0.0 if finite else torch.inf)
 

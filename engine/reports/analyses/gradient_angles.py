@@ -29,7 +29,7 @@ from ...experiments.runs import load_data, load_model, method_of, run_config
 from ...model.encoder_layers import layer_modules
 from ...model.multi_exit import MultiExitForSequenceClassification
 from ...objectives.losses import ExitLosses, exit_losses
-from ...training.stages import Stage, plan_stages, prepare, stage_outputs, stage_states
+from ...training.stages import Stage, plan_stages, prepare, stage_outputs
 
 ALL = "all parameters"
 BACKBONE = "backbone"
@@ -285,8 +285,7 @@ def _batch_losses(
     batch: dict[str, Tensor],
 ) -> ExitLosses:
     labels = batch.pop("labels")
-    states = stage_states(model, stage, stage.exits, batch)
-    output, teacher = stage_outputs(model, stage, stage.exits, states, batch["attention_mask"])
+    output, teacher = stage_outputs(model, stage, stage.exits, batch)
     label_embeddings = model.label_embeddings_of(stage.exits)
     return exit_losses(config.objective, output, label_embeddings, labels, teacher)
 

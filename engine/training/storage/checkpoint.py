@@ -1,11 +1,9 @@
 """Checkpoints that are complete or absent, and what a run's directory holds."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,35 +139,34 @@ def save_checkpoint(
     partial = directory.with_name(directory.name + PARTIAL)
     rank = processes.rank()
 
-    def begin() -> None:
-        if rank == 0:
-            with _told(directory):
-                _begin(partial)
-
     def write_own() -> dict[str, dict[str, str | int]]:
-        with _told(directory):
-            if rank == 0:
-                save_model(partial, model, tokenizer, weights)
-            # An open file, because for a path torch reports a full disk as an internal error.
-            with (partial / state_file(rank)).open("wb") as file:
-                torch.save(state, file)
-            files = [partial / state_file(rank)]
-            if rank == 0:
-                files += [file for file in partial.iterdir() if not file.name.startswith(_STATES)]
-            return {file.name: sealed(file) for file in sorted(files)}
+        if rank == 0:
+            save_model(partial, model, tokenizer, weights)
+        # An open file, because for a path torch reports a full disk as an internal error.
+        with (partial / state_file(rank)).open("wb") as file:
+            torch.save(state, file)
+        files = [partial / state_file(rank)]
+        if rank == 0:
+            files += [file for file in partial.iterdir() if not file.name.startswith(_STATES)]
+        return {file.name: sealed(file) for file in sorted(files)}
 
     def publish() -> None:
-        if rank == 0:
+        write_manifest(partial, {name: seal for part in parts for name, seal in part.items()})
+        _publish(partial, directory)
+
+    def together(action: Callable[[], Any], by_all: bool = False) -> Any:
+        """Each action ends on all processes before the next begins on any."""
+
+        def told() -> Any:
             with _told(directory):
-                seals = {name: seal for part in parts for name, seal in part.items()}
-                write_manifest(partial, seals)
-                _publish(partial, directory)
+                return action() if by_all or rank == 0 else None
+
+        return collectives.together(told)
 
     try:
-        # Each of these ends on all processes before the next begins on any.
-        collectives.together(begin)
-        parts = collectives.gathered(collectives.together(write_own))
-        collectives.together(publish)
+        together(lambda: _begin(partial))
+        parts = collectives.gathered(together(write_own, by_all=True))
+        together(publish)
     except Exception:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -287,21 +284,6 @@ def _load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{str(path)!r} is damaged and cannot be resumed from: {error}") from None
-
-
-def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
-    """Refuse to resume with other options than the run had, except those of the section `run`.
-
-    Raises:
-        ValueError: naming the options that differ.
-    """
-    changed = changed_options(output_dir, config)
-    if changed:
-        raise ValueError(
-            f"resume_from_checkpoint: the options differ from those in "
-            f"{str(output_dir / CONFIG_FILE)!r} ({'; '.join(changed)}). "
-            "Resume with the same options, or start a new run."
-        )
 
 
 def changed_options(

@@ -1,7 +1,5 @@
 """metrics.jsonl across a resume, TensorBoard, and the gate's summary."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

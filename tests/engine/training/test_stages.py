@@ -1,7 +1,5 @@
 """Strategies: what each stage trains, that exits do not disturb each other, and whole runs."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
@@ -31,7 +29,6 @@ from fusedacl.engine.training.stages import (
     plan_steps,
     prepare,
     stage_outputs,
-    stage_states,
 )
 from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import acl_cl_loss, acl_loss
@@ -97,8 +94,7 @@ def losses_of(
     batch: dict[str, Tensor],
     labels: Tensor,
 ) -> tuple[MultiExitOutput, ExitLosses]:
-    states = stage_states(model, stage, stage.exits, batch)
-    output, teacher = stage_outputs(model, stage, stage.exits, states, batch["attention_mask"])
+    output, teacher = stage_outputs(model, stage, stage.exits, batch)
     label_embeddings = model.label_embeddings_of(stage.exits)
     return output, exit_losses(config.objective, output, label_embeddings, labels, teacher)
 

@@ -1,7 +1,5 @@
 """Directories that are whole or absent, and the refusals around output_dir and resuming."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 from pathlib import Path
@@ -14,7 +12,7 @@ from fusedacl.engine.runtime.manifest import check_not_sealed
 from fusedacl.engine.training.storage.checkpoint import (
     CONFIG_FILE,
     STATE_FILE,
-    check_same_run,
+    changed_options,
     checkpoints,
     find_checkpoint,
     load_state,
@@ -51,6 +49,11 @@ def test_saved_state_comes_back(tmp_path: Path) -> None:
     state = load_state(checkpoint)
     assert state["step"] == 5
     assert torch.equal(state["tensor"], torch.arange(3))
+    # One of the same step replaces it whole.
+    (checkpoint / "old").touch()
+    assert save(tmp_path, 5) == checkpoint
+    assert not (checkpoint / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -150,9 +153,9 @@ def test_output_dir_is_a_file(tmp_path: Path) -> None:
         make_output_dir(config_of(tmp_path / "file"))
 
 
-def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
+def test_options_that_differ_are_named(tmp_path: Path) -> None:
     write_yaml(config_of(tmp_path, seed=1), tmp_path / CONFIG_FILE)
     resumed = {"resume_from_checkpoint": "latest", "logging_steps": 3}
-    check_same_run(tmp_path, config_of(tmp_path, seed=1, **resumed))
-    with pytest.raises(ValueError, match="seed: 1 then, 2 now"):
-        check_same_run(tmp_path, config_of(tmp_path, seed=2, **resumed))
+    assert changed_options(tmp_path, config_of(tmp_path, seed=1, **resumed)) == []
+    changed = changed_options(tmp_path, config_of(tmp_path, seed=2, **resumed))
+    assert changed == ["seed: 1 then, 2 now"]
