@@ -37,23 +37,24 @@ def apex_fused_adam(device: torch.device) -> Any:
         ValueError: there is no GPU, apex is missing or built without its kernels, or another
             project of that name is installed.
     """
+    name = "optimizer=apex_fused_adam"
     remedy = "Use optimizer=adamw (fused in PyTorch), or build NVIDIA apex from " + APEX_SOURCE
     if device.type != "cuda":
-        raise ValueError(f"optimizer=apex_fused_adam needs a GPU, not {device.type}. {remedy}.")
+        raise ValueError(f"{name} needs a GPU, not {device.type}. {remedy}.")
     if importlib.util.find_spec("apex") is None:
-        raise ValueError(f"optimizer=apex_fused_adam: apex is not installed. {remedy}.")
+        raise ValueError(f"{name}: apex is not installed. {remedy}.")
     try:
         optimizers = importlib.import_module("apex.optimizers")
     except ImportError:
         raise ValueError(
-            "optimizer=apex_fused_adam: the installed package 'apex' is not NVIDIA's; the one of "
-            f"that name on PyPI is another project. pip uninstall apex. {remedy}."
+            f"{name}: the installed package 'apex' is not NVIDIA's; the one of that name on PyPI "
+            f"is another project. pip uninstall apex. {remedy}."
         ) from None
     # apex imports without its kernels, and fails at the first step.
     if importlib.util.find_spec("amp_C") is None:
         raise ValueError(
-            "optimizer=apex_fused_adam: apex was built without its CUDA extensions (amp_C is "
-            f"missing). {remedy}, with --cpp_ext --cuda_ext."
+            f"{name}: apex was built without its CUDA extensions (amp_C is missing). {remedy}, "
+            "with --cpp_ext --cuda_ext."
         )
     return optimizers.FusedAdam
 

@@ -123,11 +123,9 @@ def _device_and_dtype(config: TrainingConfig) -> tuple[torch.device, torch.dtype
         device = choose_device(config.run.device)
     dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
     objective, num_rows = config.objective, options.per_device_train_batch_size
+    workload = Workload(device, dtype, temperature=objective.temperature, num_rows=num_rows)
     # Refuses an implementation that cannot run here.
-    choose(
-        objective.impl,
-        Workload(device, dtype, temperature=objective.temperature, num_rows=num_rows),
-    )
+    choose(objective.impl, workload)
     return device, dtype
 
 

@@ -95,9 +95,8 @@ class FeatureCache:
         self.states = self._open("r")
 
     def _open(self, mode: Literal["r", "r+"]) -> np.memmap:
-        return np.memmap(
-            self.directory / STATES_FILE, dtype=np.float16, mode=mode, shape=self.shape
-        )
+        file = self.directory / STATES_FILE
+        return np.memmap(file, dtype=np.float16, mode=mode, shape=self.shape)
 
     def _is_there_alone(self, meta: dict[str, Any], held: contextlib.ExitStack) -> bool:
         """Whether the states are on the disk already, behind a lock that `held` keeps.

@@ -35,7 +35,13 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             return
         path = output_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():
-            _keep_until(path, resume_step, keep_evaluations)
+            last_evaluated = resume_step if keep_evaluations else resume_step - 1
+            kept = [
+                json.dumps(record) + "\n"
+                for record in read_records(path)
+                if record["step"] <= (last_evaluated if "exit" in record else resume_step)
+            ]
+            write_whole(path, "".join(kept))
         if report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -66,8 +72,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         if self._writer is None:
             return
         place = record["split"] + (f"/exit{record['exit']}" if "exit" in record else "")
-        numbers = {**record, **record.get("metrics", {})}
-        for name, value in numbers.items():
+        for name, value in (record | record.get("metrics", {})).items():
             if isinstance(value, (int, float)) and name not in ("step", "exit"):
                 self._writer.add_scalar(f"{place}/{name}", value, record["step"])
 
@@ -86,17 +91,6 @@ def read_records(path: Path) -> list[dict[str, Any]]:
         except json.JSONDecodeError:
             continue
     return records
-
-
-def _keep_until(path: Path, step: int, keep_evaluations: bool) -> None:
-    """Drop the records after `step`, which the resumed run writes again."""
-    last_evaluated = step if keep_evaluations else step - 1
-    kept = [
-        record
-        for record in read_records(path)
-        if record["step"] <= (last_evaluated if "exit" in record else step)
-    ]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def require_reporting(report_to: str) -> None:

@@ -1,5 +1,6 @@
 """A training run from its configuration to its results."""
 
+import contextlib
 import logging
 from typing import Any
 
@@ -8,7 +9,7 @@ from ..config.training import TrainingConfig
 from ..runtime import collectives, processes
 from ..runtime.failures import Peers
 from ..runtime.machine import versions
-from .builder import RunParts, build_run, uses_deepspeed
+from .builder import build_run, uses_deepspeed
 from .trainer import Trainer
 
 logger = logging.getLogger("fusedacl")
@@ -34,17 +35,15 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     if processes.rank() > 0:
         logger.setLevel(logging.WARNING)
     peers = Peers()
-    parts: RunParts | None = None
     trainer: Trainer | None = None
-    try:
-        parts = built = collectives.together(lambda: build_run(config))
-        trainer = collectives.together(lambda: Trainer(built))
-        return trainer.run(peers)
-    except RuntimeError as error:
-        explained = peers.explain(error, 0 if trainer is None else trainer.step)
-        if explained is None:
-            raise
-        raise explained from error
-    finally:
-        if parts is not None:
-            parts.lock.release()
+    with contextlib.ExitStack() as held:
+        try:
+            parts = collectives.together(lambda: build_run(config))
+            held.callback(parts.lock.release)
+            trainer = collectives.together(lambda: Trainer(parts))
+            return trainer.run(peers)
+        except RuntimeError as error:
+            explained = peers.explain(error, 0 if trainer is None else trainer.step)
+            if explained is None:
+                raise
+            raise explained from error

@@ -176,15 +176,13 @@ class DeepSpeedBackend(Backend):
         scale = self.scaler.scale
         gradients = self.gradients
         # A process may hold no part of a group; a zero in its place gives it all groups.
-        stand_ins: list[Tensor | None] = [
-            torch.zeros(1, device=gradients.device) for _ in self.groups
-        ]
+        stand_ins = [torch.zeros(1, device=gradients.device) for _ in self.groups]
         groups = [*self._piece_groups, *range(len(self.groups))]
         auxiliary: list[Tensor | None] = [None] * len(groups)
         with part(COMMUNICATION):
             if self.gated:
                 auxiliary = [*gradients.reduced(AUXILIARY), *stand_ins]
-            main = [*gradients.reduced(MAIN), *stand_ins]
+            main: list[Tensor | None] = [*gradients.reduced(MAIN), *stand_ins]
         # Without the gate this is the norm to clip by.
         with part(GATE if self.gated else OPTIMIZER):
             own_stats = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)

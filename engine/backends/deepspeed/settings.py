@@ -219,17 +219,15 @@ def _precision(
 
 
 def _zero(given: Mapping[str, Any], num_trained: int, default_stage: int) -> dict[str, Any]:
-    known = (*_ZERO, "offload_optimizer", *_NOT_OFFLOADED)
-    block = _block(given, "zero_optimization", known)
+    place = "deepspeed_config: zero_optimization"
+    block = _block(given, "zero_optimization", (*_ZERO, "offload_optimizer", *_NOT_OFFLOADED))
     for key, reason in _NOT_OFFLOADED.items():
         if block.get(key) and block[key] != {"device": "none"}:
-            raise ValueError(
-                f"deepspeed_config: zero_optimization.{key} is not supported: {reason}"
-            )
+            raise ValueError(f"{place}.{key} is not supported: {reason}")
     made = {key: block[key] for key in _ZERO if block.get(key, AUTO) != AUTO}
     stage = made.setdefault("stage", default_stage)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ValueError(f"deepspeed_config: zero_optimization.stage={stage!r} must be 0 to 3.")
+        raise ValueError(f"{place}.stage={stage!r} must be 0 to 3.")
     # DeepSpeed's default of 500 million elements is larger than encoders are.
     made.setdefault("reduce_bucket_size", max(1, min(num_trained, LARGEST_BUCKET)))
     offload = _block(block, "offload_optimizer", _OFFLOAD)

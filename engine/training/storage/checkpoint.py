@@ -203,9 +203,8 @@ def checkpoint_of(output_dir: Path, step: int) -> Path:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, by the names and sizes of their files."""
-    return [
-        path for path in checkpoint_directories(output_dir) if fault(path, thorough=False) is None
-    ]
+    found = checkpoint_directories(output_dir)
+    return [path for path in found if fault(path, thorough=False) is None]
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:
@@ -238,9 +237,8 @@ def find_checkpoint(output_dir: Path, name: str) -> Path:
 
 def _complete(output_dir: Path) -> str:
     names = ", ".join(path.name for path in checkpoints(output_dir))
-    if not names:
-        return "There: none; --overwrite_output_dir starts anew."
-    return f"There: {names}; 'latest' takes the newest that is whole."
+    none = "There: none; --overwrite_output_dir starts anew."
+    return f"There: {names}; 'latest' takes the newest that is whole." if names else none
 
 
 def tidy(output_dir: Path) -> None:
