@@ -1,7 +1,5 @@
 """The second stage from states on disk: the same training, and caches that do not belong."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
