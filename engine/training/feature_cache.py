@@ -175,8 +175,13 @@ class FeatureCache:
                 states[start:stop] = stacked[row, : stop - start]
         states.flush()
 
-    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """States [N, T, H] float32 of each layer, zero where padded, and the mask [N, T]."""
+    def batch(
+        self, indices: np.ndarray, device: torch.device, dtype: torch.dtype
+    ) -> tuple[list[Tensor], Tensor]:
+        """States [N, T, H] of each layer, zero where padded, and the mask [N, T].
+
+        dtype: of the exits' weights, which DeepSpeed keeps in half precision.
+        """
         starts, stops = self.offsets[indices], self.offsets[indices + 1]
         lengths = stops - starts
         _, num_layers, width = self.shape
@@ -184,7 +189,7 @@ class FeatureCache:
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             padded[row, : stop - start] = self.states[start:stop]
         mask = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
-        layers = to_device(torch.from_numpy(padded), device).float().unbind(dim=2)
+        layers = to_device(torch.from_numpy(padded), device).to(dtype).unbind(dim=2)
         return list(layers), to_device(mask, device)
 
 

@@ -108,7 +108,8 @@ class StepLosses:
             else:
                 assert self.encoded.labels is not None
                 labels = to_device(self.encoded.labels[rows], self.device)
-                states, mask = self.features.batch(rows, self.device)
+                dtype = next(self.model.exits.parameters()).dtype
+                states, mask = self.features.batch(rows, self.device, dtype)
                 batch = {"attention_mask": mask}
         with self.backend.forward_context(), known_padding:
             output, teacher = stage_outputs(self.model, self.stage, positions, batch, states)

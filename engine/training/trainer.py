@@ -256,8 +256,13 @@ class Trainer:
         return self.plan.is_due(self.step, self.stage_index, every)
 
     def _consider(self, evaluations: dict[str, Any]) -> None:
-        """Compare an evaluation of the last stage with the best one so far."""
-        if self.best is not None and self.stage is self.plan.stages[-1]:
+        """Compare an evaluation of the last stage with the best one so far.
+
+        In the first epoch of an alternating stage, the exits that rest still have random weights.
+        """
+        stage_step = self.step - self.plan.start(self.stage_index)
+        is_trained = not self.stage.alternates or stage_step > self.plan.steps_per_epoch
+        if self.best is not None and self.stage is self.plan.stages[-1] and is_trained:
             first_split = self.parts.data.evaluation_splits[0]
             self.best.consider(self.step, evaluations[first_split])
 

@@ -109,11 +109,7 @@ class ZeroGradients(ABC):
             if torch.is_tensor(value) and value.shape == master.shape
         ]
         span = slice(piece.offset, piece.offset + piece.length)
-        return [*(x.view(-1)[span] for x in (master.data, *moments)), *self._copies(piece)]
-
-    def _copies(self, piece: Piece) -> list[Tensor]:
-        """What holds the updated weights beside the masters."""
-        return [piece.parameter.data]
+        return [tensor.view(-1)[span] for tensor in (master.data, *moments)]
 
     @abstractmethod
     def _find_pieces(self) -> list[Piece]: ...
@@ -184,6 +180,10 @@ class ZeroGradients(ABC):
             # A skipped step leaves no state.
             for value in state.get(master, {}).values():
                 value.zero_()
+        if idle:
+            # The step has spread the weights that were just put back; a rank without their part
+            # would keep them.
+            self.publish()
 
     def begin_forward(self) -> None:  # noqa: B027 (stage 3 alone has something to do)
         """Prepare for the first call of the model on a (micro-)batch."""

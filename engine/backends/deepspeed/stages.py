@@ -43,8 +43,14 @@ class _LocalSums(ZeroGradients):
     def _place(self, kind: int) -> None:
         """Move a sum to `p.grad`, which DeepSpeed reduces; zeros if there is none."""
         sums = self.sums[kind] or [None] * len(self.trained)
+        placed: set[int] = set()
         for p, total in zip(self.trained, sums, strict=True):
-            p.grad = torch.zeros_like(p) if total is None else total.to(p.dtype)
+            gradient = torch.zeros_like(p) if total is None else total.to(p.dtype).contiguous()
+            # The parameters of a sum get one tensor from autograd; they are averaged in place.
+            if gradient.data_ptr() in placed:
+                gradient = gradient.clone()
+            placed.add(gradient.data_ptr())
+            p.grad = gradient
         self.sums[kind] = None
 
 
@@ -258,10 +264,6 @@ class Stage3(_EveryBackward):
 
     def masters(self) -> list[Tensor]:
         return list(self.optimizer.fp32_partitioned_groups_flat)
-
-    def _copies(self, piece: Piece) -> list[Tensor]:
-        parameter: Any = piece.parameter
-        return [parameter.ds_tensor.data, parameter.data]
 
     def publish(self) -> None:
         optimizer = self.optimizer
