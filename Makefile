@@ -16,7 +16,7 @@ IN_PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-r
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo test test-portable lint targets ptx ptx-counts counts bench bench-quick bench-gpu docs clean
+.PHONY: demo test test-portable combinations lint targets ptx ptx-counts counts bench bench-quick bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
@@ -28,6 +28,13 @@ test: $(VENV)/.dev
 test-portable: $(VENV)/.dev
 	ATEN_CPU_CAPABILITY=default $(PYTEST) $(IN_PARALLEL) tests/kernels tests/engine \
 	  --ignore tests/kernels/targets -m 'not real_data'
+
+# Training runs with combinations of options drawn at random: `make combinations SEED=3 NUMBER=50`.
+SEED ?= 1
+NUMBER ?= 50
+combinations: $(VENV)/.dev
+	COMBINATIONS_SEED=$(SEED) COMBINATIONS_NUMBER=$(NUMBER) $(PYTEST) \
+	  tests/distributed/test_option_combinations.py
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,0 +1,138 @@
+"""Combinations of training options, drawn so that every pair of values occurs in one."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import random
+from pathlib import Path
+from typing import Any
+
+from fusedacl.engine import TrainingConfig
+
+Combination = dict[str, Any]
+
+STEP_TEXTS = 8
+# The end of an odd epoch, and the middle of an even one; epochs have two steps.
+RESUME_STEPS = {"epoch end": 2, "epoch middle": 3}
+VALUES: dict[str, tuple[Any, ...]] = {
+    "engine": ("local", "zero0", "zero1", "zero2", "zero3"),
+    "strategy": ("single", "joint", "two_stage", "alternating"),
+    "objective": ("ce", "scl", "acl"),
+    # Bounds that no angle comes near, so that rounding decides nothing.
+    "max_angle": (180, 0),
+    "gate_scope": ("all", "head", "top:1"),
+    "precision": ("fp32", "bf16", "fp16"),
+    "gradient_accumulation_steps": (1, 2),
+    "large_batch": (False, True),
+    "feature_cache": (False, True),
+    "exit_head": ("mha", "linear"),
+    "exit_layers": (None, "1,4"),
+    "load_best_model_at_end": (False, True),
+    "resume": (None, *RESUME_STEPS),
+}
+
+
+DEFAULTS: Combination = {name: values[0] for name, values in VALUES.items()}
+# Pairs that are refused whatever the other options are.
+REFUSED: list[Combination] = [
+    *(
+        {"strategy": strategy, "gate_scope": scope}
+        for strategy in ("joint", "alternating")
+        for scope in ("head", "top:1")
+    ),
+    *({"strategy": name, "feature_cache": True} for name in ("single", "joint", "alternating")),
+    {"strategy": "single", "exit_layers": "1,4"},
+    *({"objective": "ce", "gate_scope": scope} for scope in ("head", "top:1")),
+    {"objective": "ce", "large_batch": True},
+    *({"gate_scope": scope, "gradient_accumulation_steps": 2} for scope in ("head", "top:1")),
+]
+
+
+def options_of(combination: Combination, output_dir: Path, **common: Any) -> dict[str, Any]:
+    """Training options; an optimizer step has 8 texts and one contrastive batch per forward pass,
+    or one of all 8 with `large_batch`."""
+    accumulation = combination["gradient_accumulation_steps"]
+    processes = 1 if combination["engine"] == "local" else 2
+    options = {
+        name: combination[name]
+        for name in (
+            "strategy", "objective", "gate_scope", "gradient_accumulation_steps", "exit_head",
+            "exit_layers", "load_best_model_at_end",
+        )
+    }  # fmt: skip
+    options |= {
+        "max_angle": combination["max_angle"],
+        "gate": None if combination["objective"] == "ce" else "angle",
+        "per_device_train_batch_size": STEP_TEXTS // processes // accumulation,
+        "negatives": "local" if processes == 1 else "global",
+        "num_train_epochs": 3,
+        "output_dir": str(output_dir),
+        **common,
+    }
+    if combination["large_batch"]:
+        options["contrastive_batch_size"] = STEP_TEXTS // processes
+    if combination["feature_cache"]:
+        options["feature_cache"] = str(output_dir) + "-features"
+    if combination["precision"] != "fp32":
+        options[combination["precision"]] = True
+    return options
+
+
+def plain(combination: Combination) -> Combination:
+    """The combination that must train alike in the simplest way."""
+    simplest = {
+        "engine": "local", "precision": "fp32", "feature_cache": False,
+        "load_best_model_at_end": False, "resume": None,
+    }  # fmt: skip
+    if combination["large_batch"]:
+        simplest |= {"large_batch": False, "gradient_accumulation_steps": 1}
+    return {**combination, **simplest}
+
+
+def pairs() -> list[Combination]:
+    """Every pair of values of two options."""
+    return [
+        {first: one, second: two}
+        for first, second in itertools.combinations(VALUES, 2)
+        for one, two in itertools.product(VALUES[first], VALUES[second])
+    ]
+
+
+def draw(seed: int, number: int | None = None) -> list[Combination]:
+    """Combinations that the configuration allows: `number` of them, or enough for every pair of
+    values but those of `REFUSED`."""
+    generator = random.Random(seed)
+    if number is not None:
+        return [_completed({}, generator) for _ in range(number)]
+    drawn: list[Combination] = []
+    for pair in pairs():
+        if pair not in REFUSED and not any(pair.items() <= found.items() for found in drawn):
+            drawn.append(_completed(pair, generator))
+    return drawn
+
+
+def check(combination: Combination) -> None:
+    """Refuse a combination as `fusedacl train` does.
+
+    Raises:
+        ValueError: options contradict each other.
+    """
+    options = options_of(combination, Path("run"), model_name_or_path="encoder")
+    TrainingConfig.create(**options).resolved()
+
+
+def _completed(pair: Combination, generator: random.Random) -> Combination:
+    """A combination with these values that the configuration allows."""
+    for _ in range(2000):
+        found = {name: generator.choice(values) for name, values in VALUES.items()} | pair
+        with contextlib.suppress(ValueError):
+            check(found)
+            return found
+    raise AssertionError(f"no combination with {pair} is allowed: is it one of REFUSED?")
+
+
+def name_of(combination: Combination) -> str:
+    """The values that differ from the first of their option."""
+    changed = [f"{n}={value}" for n, value in combination.items() if value != DEFAULTS[n]]
+    return " ".join(changed) or "defaults"
