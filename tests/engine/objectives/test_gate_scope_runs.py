@@ -1,7 +1,5 @@
 """Whole runs with `gate_scope`: what they log and leave, how they stop, go on and overflow."""
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,22 +71,6 @@ def test_top_of_all_layers_sees_nearly_the_exact_angle(
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
         assert here["angle_degrees"] == pytest.approx(there["angle_degrees"], abs=15)
         assert here["angle_degrees"] != there["angle_degrees"]
-
-
-@pytest.mark.parametrize("scope", ["top:1", "head"])
-def test_resumes_bitwise(options: dict[str, Any], scope: str, tmp_path: Path) -> None:
-    changes = {"gate_scope": scope, "gate_agreement_steps": 2, "save_steps": 5, "eval_steps": 50}
-    run(options, **changes, save_total_limit=None)
-    whole, partly = Path(options["output_dir"]), tmp_path / "partly"
-    shutil.copytree(whole, partly)
-    shutil.rmtree(partly / "checkpoint-10")
-    (partly / "model.safetensors").unlink()
-    changes |= {"output_dir": str(partly), "resume_from_checkpoint": "checkpoint-5"}
-    results = run(options, **changes, save_total_limit=None)
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(partly)[name], value), name
-    assert records(partly) == records(whole)
-    assert results["gate"] == json.loads((whole / "results.json").read_text())["gate"]
 
 
 @pytest.mark.parametrize("scope", ["top:1", "head"])

@@ -30,9 +30,8 @@ from fusedacl.engine.training.stages import (
     prepare,
     stage_outputs,
 )
-from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import acl_cl_loss, acl_loss
-from tiny_runs import records, run, weights
+from tiny_runs import at_step, records, run, weights
 from torch import Tensor
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
@@ -364,15 +363,8 @@ def test_resuming_in_either_stage_gives_the_same_bits(
     options = {**options, "strategy": "two_stage", "stage2_epochs": 2}
     run(options)
     again = {**options, "output_dir": str(tmp_path / "again")}
-    original = Trainer._train_step
-
-    def interrupted(self: Trainer, *arguments: Any) -> None:
-        original(self, *arguments)
-        if self.step == stop:
-            self.signals.received = 15
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted)
+        at_step(patch, stop, lambda trainer: setattr(trainer.signals, "received", 15))
         with pytest.raises(Interrupted):
             run(again)
     run(again, resume_from_checkpoint="latest")
