@@ -80,14 +80,30 @@ def angle_between(losses: ExitLosses, tensors: Sequence[Tensor]) -> float:
     return angle_degrees(grad_dot_norm(*both, impl="reference")).item()
 
 
-@pytest.mark.parametrize("exit_head", ["mha", "linear"])
+ENCODERS: dict[str, tuple[str, Any]] = {
+    "mha": ("mha", None),
+    "linear": ("linear", None),
+    # Its last layer is followed by a norm.
+    "modernbert": (
+        "mha",
+        ModernBertConfig(
+            **SIZES, pad_token_id=0, embedding_dropout=0.0, global_attn_every_n_layers=2
+        ),
+    ),
+    # Its layers share a bias that is learned.
+    "mpnet": ("mha", MPNetConfig(**SIZES, **QUIET)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("kept", [True, False])
 def test_given_the_decision_the_gradient_is_the_exact_gates(
-    batch: Batch, exit_head: str, scope: str, kept: bool
+    batch: Batch, name: str, scope: str, kept: bool
 ) -> None:
+    """What lies beside the layers counts once."""
     settings = {"weight": 0.3, "max_angle": 180.0 if kept else 0.0}
-    exact, scoped = new_model(exit_head), new_model(exit_head)
+    exact, scoped = new_model(*ENCODERS[name]), new_model(*ENCODERS[name])
     wanted = GradientGate(exact.parameters(), **settings)
     wanted.accumulate(*sums(losses_of(exact, batch)))
     expected = wanted.combine(loss_scale=4.0, max_norm=0.05)
@@ -187,27 +203,6 @@ def test_comparing_finds_the_exact_angle_and_changes_nothing(batch: Batch, scope
         gate = scoped_gate(new_model(), batch, scope, max_angle=max_angle)
         found = gate.combine(compare=True).agrees
         assert found is not None and found.tolist() == [agrees]
-
-
-@pytest.mark.parametrize(
-    "encoder",
-    [
-        # Its last layer is followed by a norm.
-        ModernBertConfig(
-            **SIZES, pad_token_id=0, embedding_dropout=0.0, global_attn_every_n_layers=2
-        ),
-        # Its layers share a bias that is learned.
-        MPNetConfig(**SIZES, **QUIET),
-    ],
-    ids=["modernbert", "mpnet"],
-)
-@pytest.mark.parametrize("scope", ["top:1", "head"])
-def test_what_lies_beside_the_layers_counts_once(batch: Batch, encoder: Any, scope: str) -> None:
-    settings = {"weight": 0.3, "max_angle": 180.0}
-    exact, scoped = new_model(encoder=encoder), new_model(encoder=encoder)
-    GradientGate(exact.parameters(), **settings).backward(*sums(losses_of(exact, batch)))
-    scoped_gate(scoped, batch, scope, **settings).combine()
-    torch.testing.assert_close(gradients_of(scoped), gradients_of(exact), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("which", [0, 1])

@@ -80,9 +80,7 @@ def test_written_once_and_announced(parts: Parts, tmp_path: Path, caplog, monkey
     assert caplog.text.count("Feature cache: reading") == 1
 
 
-def test_one_run_writes_while_others_wait(
-    parts: Parts, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_run_writes_while_others_wait(parts: Parts, tmp_path: Path, caplog) -> None:
     opened: list[FeatureCache] = []
     second = threading.Thread(target=lambda: opened.append(open_cache(tmp_path, parts)))
     with caplog.at_level(logging.INFO, logger="fusedacl"):
@@ -97,11 +95,18 @@ def test_one_run_writes_while_others_wait(
 
 
 def test_a_cache_of_other_content_is_refused(parts: Parts, tmp_path: Path) -> None:
-    model, _, tokenizer = parts
+    """Other texts before any training."""
+    model, encoded, tokenizer = parts
     open_cache(tmp_path, parts)
+    check_directory(tmp_path, encoded)
+    check_directory(tmp_path / "absent", encoded)
     other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
     with pytest.raises(ValueError, match="holds the states of another run: texts differ"):
         open_cache(tmp_path, (model, other, tokenizer))
+    with pytest.raises(ValueError, match="holds the states of other texts"):
+        check_directory(tmp_path, other)
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        check_directory(tmp_path / META_FILE, encoded)
     with torch.no_grad():
         next(model.backbone.parameters())[0, 0] += 1
     with pytest.raises(ValueError, match="weights differ. Delete it, or name another"):
@@ -124,18 +129,6 @@ def test_damaged_or_unfinished_caches(parts: Parts, tmp_path: Path) -> None:
     assert json.loads((tmp_path / META_FILE).read_text())["layers"] == [1, 2]
 
 
-def test_other_texts_are_refused_before_any_training(parts: Parts, tmp_path: Path) -> None:
-    _, encoded, tokenizer = parts
-    open_cache(tmp_path, parts)
-    check_directory(tmp_path, encoded)
-    check_directory(tmp_path / "absent", encoded)
-    other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
-    with pytest.raises(ValueError, match="holds the states of other texts"):
-        check_directory(tmp_path, other)
-    with pytest.raises(ValueError, match="is a file; name a directory"):
-        check_directory(tmp_path / META_FILE, encoded)
-
-
 def test_states_beyond_half_precision_are_refused(parts: Parts, tmp_path: Path) -> None:
     with torch.no_grad():
         parts[0].backbone.encoder.layer[-1].output.LayerNorm.weight *= 1e6
@@ -144,45 +137,32 @@ def test_states_beyond_half_precision_are_refused(parts: Parts, tmp_path: Path) 
     assert not (tmp_path / META_FILE).exists()
 
 
-def test_a_disk_that_fills_up_meanwhile(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The room is reserved: what is missing of it is no signal that ends the process later."""
-    asked = []
+def test_where_no_room_can_be_reserved(parts: Parts, tmp_path: Path, monkeypatch) -> None:
+    """A disk that fills up is noticed before writing: later, a signal would end the process.
 
-    def full(descriptor: int, start: int, length: int) -> None:
-        asked.append((start, length))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(ValueError, match=r"^feature_cache=.* No space left.*larger disk, or"):
-            open_cache(tmp_path, parts)
-    assert not (tmp_path / STATES_FILE).exists() and not (tmp_path / META_FILE).exists()
-    cache = open_cache(tmp_path, parts)
-    assert asked == [(0, cache.num_bytes)]
-
-
-def test_where_no_room_can_be_reserved(
-    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some network file systems, and macOS, which has no such call: the cache is made all the same.
-
+    Some network file systems, and macOS, have no such call: the cache is made all the same.
     Another error is not taken for that.
     """
+    asked = []
 
-    def answers(number: int) -> Any:
-        def refuse(*arguments: int) -> None:
+    def answer(number: int) -> None:
+        def refuse(descriptor: int, *span: int) -> None:
+            asked.append(span)
             raise OSError(number, os.strerror(number))
 
-        return refuse
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
 
-    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"):
-        open_cache(tmp_path / "broken", parts)
-    assert not (tmp_path / "broken" / STATES_FILE).exists()
-    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EOPNOTSUPP))
+    for number, kind, message in (
+        (errno.ENOSPC, ValueError, r"^feature_cache=.* No space left.*larger disk, or"),
+        (errno.EIO, OSError, "Input/output error"),
+    ):
+        answer(number)
+        with pytest.raises(kind, match=message):
+            open_cache(tmp_path / "broken", parts)
+        assert not any((tmp_path / "broken" / name).exists() for name in (STATES_FILE, META_FILE))
+    answer(errno.EOPNOTSUPP)
     network = open_cache(tmp_path / "network", parts)
+    assert asked == [(0, network.num_bytes)] * 3
     monkeypatch.delattr(os, "posix_fallocate")
     elsewhere = open_cache(tmp_path / "macos", parts)
     assert np.array_equal(network.states, elsewhere.states)
@@ -207,9 +187,7 @@ def test_a_disk_without_room_is_noticed_before_writing(
     open_cache(tmp_path, parts)
 
 
-def test_second_stage_with_and_without(
-    tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_stage_with_and_without(tiny_options, tmp_path: Path, monkeypatch) -> None:
     """Gradients agree to half precision from equal weights; a whole run reads the cache only."""
     options: dict[str, Any] = {
         **tiny_options, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
@@ -241,7 +219,3 @@ def test_second_stage_with_and_without(
     # The first stage has changed the backbone.
     run(options, output_dir=str(tmp_path / "run"), feature_cache=str(tmp_path / "trained"))
     assert len(calls) == 12
-    with pytest.raises(ValueError, match="feature_cache=.* belongs to the second stage"):
-        TrainingConfig.create(
-            **{**options, "strategy": "joint", "stage2_epochs": None, **cache}
-        ).resolved()

@@ -167,12 +167,9 @@ def test_output_dir_is_protected(tmp_path: Path) -> None:
     (output_dir / CONFIG_FILE).write_text("")
     make_output_dir(config_of(output_dir, overwrite_output_dir=True))
     assert not any(output_dir.iterdir())
-
-
-def test_output_dir_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
+    (output_dir / "file").touch()
     with pytest.raises(ValueError, match="is a file; name a directory"):
-        make_output_dir(config_of(tmp_path / "file"))
+        make_output_dir(config_of(output_dir / "file"))
 
 
 def test_options_that_differ_are_named(tmp_path: Path) -> None:
@@ -198,10 +195,6 @@ def empty(file: Path) -> None:
         other.unlink()
 
 
-def garble(file: Path) -> None:
-    file.write_text("[]")
-
-
 OTHER_STATE = state_file(1)
 DAMAGES: list[tuple[Callable[[Path], object], str, str]] = [
     (cut, "model.safetensors", "is damaged: model.safetensors has 6 bytes, 7 were saved"),
@@ -209,7 +202,7 @@ DAMAGES: list[tuple[Callable[[Path], object], str, str]] = [
     (flip, STATE_FILE, "is damaged: training_state.pt is not what was saved"),
     (Path.unlink, OTHER_STATE, "is damaged: training_state-process1.pt is missing"),
     (cut, MANIFEST_FILE, "is damaged: manifest.json cannot be read"),
-    (garble, MANIFEST_FILE, "is damaged: manifest.json cannot be read"),
+    (lambda file: file.write_text("[]"), MANIFEST_FILE, "is damaged: manifest.json cannot be read"),
     (Path.unlink, MANIFEST_FILE, "is incomplete: it has no manifest.json"),
     (empty, MANIFEST_FILE, "is incomplete: it has no manifest.json"),
 ]
@@ -308,6 +301,8 @@ def test_best(options: dict[str, Any], values: list[float], best: int | None) ->
 
 
 def test_which_exits_choose_the_best() -> None:
+    with pytest.raises(ValueError, match="'acuracy' is not reported.*Did you mean 'accuracy'"):
+        BestModel(RunOptions(metric_for_best_model="acuracy"), ["accuracy"], [2], [0])
     assert BestModel(RunOptions(), [], [2, 4, 6], [2]).layers == [6]
     assert BestModel(RunOptions(), [], [2, 4, 6], [0, 1, 2]).layers == [6]
     # The second stage of two_stage leaves the last exit as it is.
