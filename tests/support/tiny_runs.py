@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import safetensors.torch
 from fusedacl.engine import TrainingConfig, train
+from fusedacl.engine.training.trainer import Trainer
 from torch import Tensor
 
 
@@ -39,6 +42,26 @@ def records(
         for line in chosen:
             line.pop("samples_per_second", None)
     return chosen
+
+
+def at_step(
+    monkeypatch: pytest.MonkeyPatch,
+    step: int,
+    action: Callable[[Trainer], Any],
+    *,
+    before: bool = False,
+) -> None:
+    """Make a run call `action` with its trainer, before or after it takes a step."""
+    trained = Trainer._train_step
+
+    def step_and_act(trainer: Trainer, *arguments: Any) -> None:
+        if before and trainer.step == step - 1:
+            action(trainer)
+        trained(trainer, *arguments)
+        if not before and trainer.step == step:
+            action(trainer)
+
+    monkeypatch.setattr(Trainer, "_train_step", step_and_act)
 
 
 def weights(directory: str | Path) -> dict[str, Tensor]:

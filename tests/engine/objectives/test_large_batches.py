@@ -1,5 +1,7 @@
 """Large contrastive batches: the gradients of one batch, from chunks, with the same dropout."""
 
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,15 +40,25 @@ class Toy(nn.Module):
         return MultiExitOutput(logits=logits[-1], exit_logits=logits, exit_embeddings=rows)
 
 
+def chunk_losses(
+    model: Toy,
+    forwards: Sequence[Callable[[], Chunk]],
+    options: ObjectiveOptions,
+    shares: list[float],
+    weight: float,
+    loss_scale: float,
+) -> Iterator[ExitLosses]:
+    settings: dict[str, Any] = {"weight": weight, "loss_scale": loss_scale, "device": CPU}
+    return cached_losses(forwards, lambda: model.classifiers, options, shares=shares, **settings)
+
+
 def gradients(model: Toy, losses: list[ExitLosses], which: str) -> list[Tensor]:
     model.zero_grad()
     for of_chunk in losses:
         value = of_chunk.main if which == "main" else of_chunk.auxiliary
         assert value is not None
         value.sum().backward(retain_graph=True)
-    return [
-        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
-    ]
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
@@ -55,19 +67,14 @@ def gradients(model: Toy, losses: list[ExitLosses], which: str) -> list[Tensor]:
 def test_gradients_are_those_of_one_batch(
     objective: str, reduction: str, loss_scale: float
 ) -> None:
-    model = Toy(torch.float64)
+    model, number = Toy(torch.float64), sum(SIZES)
     options = ObjectiveOptions(
         objective=objective[:3], contrastive_reduction=reduction,
         cross_layer=objective == "acl_cl", distill_weight=0.25,
     )  # fmt: skip
-    samples = torch.randn(sum(SIZES), 6, dtype=torch.float64)
-    labels = torch.randint(0, 3, (sum(SIZES),))
-    constants = Teacher(
-        torch.randn(sum(SIZES), 5, dtype=torch.float64),
-        torch.randn(3, 5, dtype=torch.float64),
-        torch.randn(sum(SIZES), 3, dtype=torch.float64),
-    )
-    places = list(torch.arange(sum(SIZES)).split(SIZES))
+    samples, labels = torch.randn(number, 6, dtype=torch.float64), torch.randint(0, 3, (number,))
+    shapes = ((number, 5), (3, 5), (number, 3))
+    constants = Teacher(*(torch.randn(*shape, dtype=torch.float64) for shape in shapes))
 
     def chunk(place: Tensor) -> Chunk:
         teacher = Teacher(
@@ -75,40 +82,27 @@ def test_gradients_are_those_of_one_batch(
         )
         return Chunk(model(samples[place]), labels[place], teacher)
 
+    forwards = [partial(chunk, place) for place in torch.arange(number).split(SIZES)]
     torch.manual_seed(5)
-    parts = [chunk(place) for place in places]
+    outputs = [forward().output for forward in forwards]
     drawn = torch.get_rng_state()
     whole = MultiExitOutput(
-        exit_logits=torch.cat([part.output.exit_logits for part in parts], dim=1),
-        exit_embeddings=torch.cat([part.output.exit_embeddings for part in parts], dim=1),
+        exit_logits=torch.cat([output.exit_logits for output in outputs], dim=1),
+        exit_embeddings=torch.cat([output.exit_embeddings for output in outputs], dim=1),
     )
-    expected = exit_losses(options, whole, model.classifiers, labels, constants)
     # These samples are 60 % of an optimizer step's.
-    shares = [0.6 * size / sum(SIZES) for size in SIZES]
-
-    model.rows_with_graph = 0
-    found: dict[str, list[Tensor]] = {}
+    expected = exit_losses(options, whole, model.classifiers, labels, constants).times(0.6, 0.6)
+    shares = [0.6 * size / number for size in SIZES]
     for which in ("main", "auxiliary"):
+        model.rows_with_graph = 0
         torch.manual_seed(5)
-        losses = cached_losses(
-            [lambda place=place: chunk(place) for place in places],
-            lambda: model.classifiers,
-            options,
-            shares=shares,
-            weight=0.6,
-            loss_scale=loss_scale,
-            device=CPU,
-        )
-        of_chunks = list(losses)
+        of_chunks = list(chunk_losses(model, forwards, options, shares, 0.6, loss_scale))
+        assert model.rows_with_graph == max(SIZES)
         assert torch.equal(torch.get_rng_state(), drawn)
         values = torch.stack([of_chunk.values() for of_chunk in of_chunks]).sum(0)
-        assert torch.allclose(values, 0.6 * expected.values(), rtol=1e-6)
-        found[which] = gradients(model, of_chunks, which)
-    assert model.rows_with_graph == max(SIZES)
-    for which in ("main", "auxiliary"):
-        for ours, theirs in zip(
-            found[which], gradients(model, [expected.times(0.6, 0.6)], which), strict=True
-        ):
+        assert torch.allclose(values, expected.values(), rtol=1e-6)
+        found = gradients(model, of_chunks, which)
+        for ours, theirs in zip(found, gradients(model, [expected], which), strict=True):
             # Cross-entropy is computed in float32.
             tolerance = 1e-6 if which == "main" else 1e-11
             assert torch.allclose(ours, theirs, rtol=tolerance, atol=tolerance)
@@ -131,15 +125,8 @@ def test_float16_keeps_small_gradients() -> None:
             return Chunk(output, labels[4 * half : 4 * half + 4], None)
 
         torch.manual_seed(5)
-        losses = cached_losses(
-            [lambda: chunk(0), lambda: chunk(1)],
-            lambda: model.classifiers,
-            options,
-            shares=[0.5, 0.5],
-            weight=1.0,
-            loss_scale=loss_scale,
-            device=CPU,
-        )
+        forwards = [partial(chunk, 0), partial(chunk, 1)]
+        losses = chunk_losses(model, forwards, options, [0.5, 0.5], 1.0, loss_scale)
         for of_chunk in losses:
             assert of_chunk.auxiliary is not None
             (2.0**10 * of_chunk.auxiliary.sum()).backward()
@@ -152,30 +139,24 @@ def test_float16_keeps_small_gradients() -> None:
 
 
 @pytest.fixture
-def options(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> dict[str, Any]:
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
+    del tiny_options["output_dir"]
     return {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "learning_rate": 1e-3, "dropout": 0.0, "save_steps": 0,
+        **tiny_options, "learning_rate": 1e-3, "dropout": 0.0, "save_steps": 0,
         "contrastive_reduction": "sum", "aux_weight": 0.3, "num_train_epochs": 2,
-        "logging_steps": 1, "disable_tqdm": True,
+        "logging_steps": 1,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("strategy", ["single", "two_stage"])
 def test_steps_equal_those_with_large_batches(options, strategy: str, tmp_path: Path) -> None:
     """In float64, 8 chunks of 4 and, in a last and smaller batch, 20 of 52 texts; gate and all."""
-    sizes: dict[str, dict[str, Any]] = {
-        "large": {"per_device_train_batch_size": 32},
-        "chunked": {
-            "per_device_train_batch_size": 4,
-            "gradient_accumulation_steps": 8,
-            "contrastive_batch_size": 32,
-        },
-    }
+    chunks = {"gradient_accumulation_steps": 8, "contrastive_batch_size": 32}
     trainers = []
-    for name, changes in sizes.items():
-        settings = {**options, **changes, "strategy": strategy, "max_train_samples": 52}
-        config = TrainingConfig.create(**settings, max_angle=180, output_dir=str(tmp_path / name))
+    for size, changes in ((32, {}), (4, chunks)):
+        settings = {**options, **changes, "per_device_train_batch_size": size, "max_angle": 180}
+        settings |= {"strategy": strategy, "max_train_samples": 52}
+        config = TrainingConfig.create(**settings, output_dir=str(tmp_path / str(size)))
         trainer = Trainer(build_run(config))
         trainer.model.double()
         trainers.append(trainer)

@@ -29,26 +29,22 @@ def batch() -> tuple[MultiExitOutput, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("objective", ["ce", "scl", "acl"])
 def test_each_exit_has_its_own_losses(batch, objective: str) -> None:
     output, label_embeddings, labels = batch
-    options = ObjectiveOptions(
-        objective=objective,
-        temperature=0.3,
-        contrastive_reduction="sum",
-        denominator="others",
-    )
+    common = {"temperature": 0.3, "denominator": "others"}
+    options = ObjectiveOptions(objective=objective, contrastive_reduction="sum", **common)
     losses = exit_losses(options, output, label_embeddings, labels)
-    settings = {"temperature": 0.3, "reduction": "sum", "denominator": "others"}
+    settings = {**common, "reduction": "sum"}
     for index in range(NUM_EXITS):
         expected = functional.cross_entropy(output.exit_logits[index], labels)
         torch.testing.assert_close(losses.main[index], expected)
-        embeddings = output.exit_embeddings[index]
         if objective == "ce":
             assert losses.auxiliary is None
-        elif objective == "scl":
-            expected = supcon_loss(embeddings, labels, **settings)
-            torch.testing.assert_close(losses.auxiliary[index], expected)
+            continue
+        contrasted = (output.exit_embeddings[index], labels)
+        if objective == "scl":
+            expected = supcon_loss(*contrasted, **settings)
         else:
-            expected = acl_loss(embeddings, labels, label_embeddings[index], **settings)
-            torch.testing.assert_close(losses.auxiliary[index], expected)
+            expected = acl_loss(*contrasted, label_embeddings[index], **settings)
+        torch.testing.assert_close(losses.auxiliary[index], expected)
 
 
 def test_weighted_sum() -> None:

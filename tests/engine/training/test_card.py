@@ -106,6 +106,13 @@ def test_the_hub_reads_the_metadata(tmp_path: Path, base: str) -> None:
         write_early_exit(path, STUDY, "entropy")
 
 
+def test_the_hub_knows_no_local_directory(tmp_path: Path) -> None:
+    card = model_card(config_of(), str(tmp_path), RESULTS)
+    assert ModelCard(card).data.base_model is None
+    assert f"# {tmp_path.name} fine-tuned on opinions" in card
+    assert "lambda 0.02, tau 0.5, mean over anchors" in card
+
+
 def test_early_exit_is_replaced_not_repeated(tmp_path: Path) -> None:
     path = tmp_path / "README.md"
     before = model_card(config_of(), "some/encoder", RESULTS)

@@ -18,7 +18,6 @@ from fusedacl.engine.data.batching import collate, encode
 from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.model.saved import load_tokenizer
 from fusedacl.engine.runtime.lock import DirectoryLock
-from fusedacl.engine.training import feature_cache
 from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.feature_cache import (
     META_FILE,
@@ -29,11 +28,13 @@ from fusedacl.engine.training.feature_cache import (
 from fusedacl.engine.training.trainer import Trainer
 from tiny_runs import run
 
+# A model, its encoded texts and the tokenizer.
+Parts = tuple[Any, Any, Any]
 TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
 
 
 @pytest.fixture(params=["mha", "linear"])
-def parts(request: pytest.FixtureRequest, tiny_bert: Path) -> tuple[Any, Any, Any]:
+def parts(request: pytest.FixtureRequest, tiny_bert: Path) -> Parts:
     tokenizer = load_tokenizer(str(tiny_bert))
     model = MultiExitForSequenceClassification.from_encoder(
         str(tiny_bert), label_names=["no", "yes"], exit_layers=[1, 2], exit_head=request.param
@@ -41,13 +42,13 @@ def parts(request: pytest.FixtureRequest, tiny_bert: Path) -> tuple[Any, Any, An
     return model, encode(TextSplit(TEXTS, None, [0, 1, 0, 1]), tokenizer, 16), tokenizer
 
 
-def open_cache(directory: Path, parts: tuple[Any, Any, Any], **changes: Any) -> FeatureCache:
+def open_cache(directory: Path, parts: Parts, **changes: Any) -> FeatureCache:
     model, encoded, tokenizer = parts
     options = {"batch_size": 3, "pad_token_id": tokenizer.pad_token_id, **changes}
     return FeatureCache(directory, model, encoded, [0, 1], **options)
 
 
-def test_holds_what_the_backbone_computes(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+def test_holds_what_the_backbone_computes(parts: Parts, tmp_path: Path) -> None:
     model, encoded, tokenizer = parts
     cache = open_cache(tmp_path / "cache", parts)
     indices = np.array([2, 0])
@@ -69,12 +70,7 @@ def test_holds_what_the_backbone_computes(parts: tuple[Any, Any, Any], tmp_path:
     assert (tmp_path / "cache" / STATES_FILE).stat().st_size == cache.num_bytes
 
 
-def test_written_once_and_announced(
-    parts: tuple[Any, Any, Any],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_written_once_and_announced(parts: Parts, tmp_path: Path, caplog, monkeypatch) -> None:
     with caplog.at_level(logging.INFO, logger="fusedacl"):
         open_cache(tmp_path, parts)
         assert "Feature cache: writing 0.00 GB" in caplog.text
@@ -84,9 +80,7 @@ def test_written_once_and_announced(
     assert caplog.text.count("Feature cache: reading") == 1
 
 
-def test_one_run_writes_while_others_wait(
-    parts: tuple[Any, Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_run_writes_while_others_wait(parts: Parts, tmp_path: Path, caplog) -> None:
     opened: list[FeatureCache] = []
     second = threading.Thread(target=lambda: opened.append(open_cache(tmp_path, parts)))
     with caplog.at_level(logging.INFO, logger="fusedacl"):
@@ -100,19 +94,26 @@ def test_one_run_writes_while_others_wait(
     assert len(opened) == 1 and (tmp_path / META_FILE).is_file()
 
 
-def test_a_cache_of_other_content_is_refused(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
-    model, _, tokenizer = parts
+def test_a_cache_of_other_content_is_refused(parts: Parts, tmp_path: Path) -> None:
+    """Other texts before any training."""
+    model, encoded, tokenizer = parts
     open_cache(tmp_path, parts)
+    check_directory(tmp_path, encoded)
+    check_directory(tmp_path / "absent", encoded)
     other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
     with pytest.raises(ValueError, match="holds the states of another run: texts differ"):
         open_cache(tmp_path, (model, other, tokenizer))
+    with pytest.raises(ValueError, match="holds the states of other texts"):
+        check_directory(tmp_path, other)
+    with pytest.raises(ValueError, match="is a file; name a directory"):
+        check_directory(tmp_path / META_FILE, encoded)
     with torch.no_grad():
         next(model.backbone.parameters())[0, 0] += 1
     with pytest.raises(ValueError, match="weights differ. Delete it, or name another"):
         open_cache(tmp_path, parts)
 
 
-def test_damaged_or_unfinished_caches(parts: tuple[Any, Any, Any], tmp_path: Path) -> None:
+def test_damaged_or_unfinished_caches(parts: Parts, tmp_path: Path) -> None:
     open_cache(tmp_path, parts)
     whole = (tmp_path / STATES_FILE).read_bytes()
     (tmp_path / STATES_FILE).write_bytes(whole[:-2])
@@ -128,99 +129,65 @@ def test_damaged_or_unfinished_caches(parts: tuple[Any, Any, Any], tmp_path: Pat
     assert json.loads((tmp_path / META_FILE).read_text())["layers"] == [1, 2]
 
 
-def test_other_texts_are_refused_before_any_training(
-    parts: tuple[Any, Any, Any], tmp_path: Path
-) -> None:
-    _, encoded, tokenizer = parts
-    open_cache(tmp_path, parts)
-    check_directory(tmp_path, encoded)
-    check_directory(tmp_path / "absent", encoded)
-    other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
-    with pytest.raises(ValueError, match="holds the states of other texts"):
-        check_directory(tmp_path, other)
-    with pytest.raises(ValueError, match="is a file; name a directory"):
-        check_directory(tmp_path / META_FILE, encoded)
-
-
-def test_states_beyond_half_precision_are_refused(
-    parts: tuple[Any, Any, Any], tmp_path: Path
-) -> None:
-    model = parts[0]
+def test_states_beyond_half_precision_are_refused(parts: Parts, tmp_path: Path) -> None:
     with torch.no_grad():
-        model.backbone.encoder.layer[-1].output.LayerNorm.weight *= 1e6
+        parts[0].backbone.encoder.layer[-1].output.LayerNorm.weight *= 1e6
     with pytest.raises(ValueError, match="beyond float16's 65504"):
         open_cache(tmp_path, parts)
     assert not (tmp_path / META_FILE).exists()
 
 
-def test_a_disk_without_room_is_noticed_before_writing(
-    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
-    with pytest.raises(ValueError, match="GB are needed and 0.00 GB are free"):
-        open_cache(tmp_path, parts)
-    assert not (tmp_path / STATES_FILE).exists()
+def test_where_no_room_can_be_reserved(parts: Parts, tmp_path: Path, monkeypatch) -> None:
+    """A disk that fills up is noticed before writing: later, a signal would end the process.
 
-
-def test_a_disk_that_fills_up_meanwhile(
-    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The room is reserved: what is missing of it is no signal that ends the process later."""
-    asked = []
-
-    def full(descriptor: int, start: int, length: int) -> None:
-        asked.append((start, length))
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
-        with pytest.raises(ValueError, match=r"^feature_cache=.* No space left.*larger disk, or"):
-            open_cache(tmp_path, parts)
-    assert not (tmp_path / STATES_FILE).exists() and not (tmp_path / META_FILE).exists()
-    cache = open_cache(tmp_path, parts)
-    assert asked == [(0, cache.num_bytes)]
-
-
-def test_where_no_room_can_be_reserved(
-    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Some network file systems, and macOS, which has no such call: the cache is made all the same.
-
+    Some network file systems, and macOS, have no such call: the cache is made all the same.
     Another error is not taken for that.
     """
+    asked = []
 
-    def answers(number: int) -> Any:
-        def refuse(*arguments: int) -> None:
+    def answer(number: int) -> None:
+        def refuse(descriptor: int, *span: int) -> None:
+            asked.append(span)
             raise OSError(number, os.strerror(number))
 
-        return refuse
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
 
-    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"):
-        open_cache(tmp_path / "broken", parts)
-    assert not (tmp_path / "broken" / STATES_FILE).exists()
-    monkeypatch.setattr(os, "posix_fallocate", answers(errno.EOPNOTSUPP))
+    for number, kind, message in (
+        (errno.ENOSPC, ValueError, r"^feature_cache=.* No space left.*larger disk, or"),
+        (errno.EIO, OSError, "Input/output error"),
+    ):
+        answer(number)
+        with pytest.raises(kind, match=message):
+            open_cache(tmp_path / "broken", parts)
+        assert not any((tmp_path / "broken" / name).exists() for name in (STATES_FILE, META_FILE))
+    answer(errno.EOPNOTSUPP)
     network = open_cache(tmp_path / "network", parts)
+    assert asked == [(0, network.num_bytes)] * 3
     monkeypatch.delattr(os, "posix_fallocate")
     elsewhere = open_cache(tmp_path / "macos", parts)
     assert np.array_equal(network.states, elsewhere.states)
     assert (tmp_path / "macos" / STATES_FILE).stat().st_size == elsewhere.num_bytes
 
 
-def test_what_a_killed_run_left_takes_no_room(
-    parts: tuple[Any, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_disk_without_room_is_noticed_before_writing(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """What a killed run left takes no room: it is deleted first."""
     left = tmp_path / STATES_FILE
     left.write_bytes(b"0" * 10_000)
+    free = {True: 0, False: 10}
     monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: SimpleNamespace(free=0 if left.exists() else 10**9)
+        shutil, "disk_usage", lambda path: SimpleNamespace(free=free[left.exists()])
     )
+    with pytest.raises(ValueError, match="GB are needed and 0.00 GB are free"):
+        open_cache(tmp_path, parts)
+    assert not left.exists()
+    left.write_bytes(b"0" * 10_000)
+    free[False] = 10**9
     open_cache(tmp_path, parts)
 
 
-def test_second_stage_with_and_without(
-    tiny_options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_second_stage_with_and_without(tiny_options, tmp_path: Path, monkeypatch) -> None:
     """Gradients agree to half precision from equal weights; a whole run reads the cache only."""
     options: dict[str, Any] = {
         **tiny_options, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
@@ -247,14 +214,8 @@ def test_second_stage_with_and_without(
     calls = []
     states = FeatureCache.batch
     monkeypatch.setattr(
-        feature_cache.FeatureCache,
-        "batch",
-        lambda self, *arguments: calls.append(1) or states(self, *arguments),
+        FeatureCache, "batch", lambda *arguments: calls.append(1) or states(*arguments)
     )
     # The first stage has changed the backbone.
     run(options, output_dir=str(tmp_path / "run"), feature_cache=str(tmp_path / "trained"))
     assert len(calls) == 12
-    with pytest.raises(ValueError, match="feature_cache=.* belongs to the second stage"):
-        TrainingConfig.create(
-            **{**options, "strategy": "joint", "stage2_epochs": None, **cache}
-        ).resolved()

@@ -3,21 +3,22 @@
 import gzip
 import json
 import logging
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
-from fusedacl.engine import GradientGate, TrainingConfig, train
+from fusedacl.engine import GradientGate
 from fusedacl.engine.backends.local import LocalBackend
+from fusedacl.engine.objectives import gate
 from fusedacl.engine.runtime import profiler_marks
 from fusedacl.engine.runtime.profiler_marks import part
+from fusedacl.engine.training import micro_batches
 from fusedacl.engine.training.profiling import Interval, Timeline, summarize, table
+from tiny_runs import records, run, weights
 from torch.autograd import DeviceType
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -32,18 +33,9 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def run(options: dict[str, Any], **changes: Any) -> Path:
-    config = TrainingConfig.create(**{**options, **changes})
-    train(config)
-    return Path(str(config.run.output_dir))
-
-
-def profile_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "profile.json").read_text())
-
-
-def trained_parts(profile: dict[str, Any]) -> set[str]:
-    return {name for name, share in profile["shares"].items() if share > 0}
+def profile_of(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    run(options, **changes)
+    return json.loads((Path(options["output_dir"]) / "profile.json").read_text())
 
 
 def test_an_instant_belongs_to_the_part_begun_last() -> None:
@@ -105,11 +97,8 @@ def test_on_a_device_kernels_count_for_the_part_that_launched_them() -> None:
     # A profiler that may not look at the device says what the host did.
     blind = [event(e.name, e.time_range.start, e.time_range.end) for e in events]
     assert summarize(blind, torch.device("cuda"))["time_of"] == "host"
-
-
-def test_a_profile_without_steps_is_refused() -> None:
     with pytest.raises(ValueError, match="no step"):
-        summarize([event("fusedacl.forward", 0, 1)], CPU)
+        summarize([event("fusedacl.forward", 0, 1)], torch.device("cpu"))
 
 
 def test_marks_are_left_only_while_they_are_on() -> None:
@@ -131,49 +120,31 @@ def test_marks_are_left_only_while_they_are_on() -> None:
 
 
 CE_PARTS = {"data", "forward", "ce_backward", "optimizer", "other"}
+ACL_PARTS = {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"}
+CHUNKED = {"gradient_accumulation_steps": 2, "contrastive_batch_size": 16, "max_steps": 4}
 
 
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
         ({"objective": "ce"}, CE_PARTS),
-        (
-            {"objective": "acl", "gate_scope": "head"},
-            {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"},
-        ),
+        ({"objective": "acl", "gate_scope": "head"}, ACL_PARTS),
         ({"objective": "acl", "gate": "none"}, {*CE_PARTS, "contrastive_loss"}),
-        (
-            {"objective": "acl"},
-            {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"},
-        ),
-        (
-            {
-                "objective": "acl",
-                "gradient_accumulation_steps": 2,
-                "contrastive_batch_size": 16,
-                "max_steps": 4,
-                "profile": 1,
-            },
-            {*CE_PARTS, "contrastive_loss", "contrastive_backward", "gate"},
-        ),
+        ({"objective": "acl"}, ACL_PARTS),
+        ({"objective": "acl", **CHUNKED, "profile": 1}, ACL_PARTS),
     ],
 )
-def test_the_parts_of_a_step(
-    options: dict[str, Any], changes: dict[str, Any], parts: set[str]
-) -> None:
-    profile = profile_of(run(options, **{"profile": 2, **changes}))
-    assert trained_parts(profile) == parts
+def test_the_parts_of_a_step(options, changes: dict[str, Any], parts: set[str]) -> None:
+    profile = profile_of(options, **{"profile": 2, **changes})
+    assert {name for name, share in profile["shares"].items() if share > 0} == parts
     assert sum(profile["shares"].values()) == pytest.approx(1)
     assert profile["num_steps"] == changes.get("profile", 2)
     # Unmarked time is that of Python code between the marks.
     assert profile["shares"]["other"] < 0.5
 
 
-def test_parts_take_the_time_that_is_spent_in_them(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_take_the_time_that_is_spent_in_them(options, monkeypatch) -> None:
     """Sleeps of a known length, in steps of some milliseconds."""
-    import time
 
     def slower(owner: Any, name: str, seconds: float) -> None:
         original = getattr(owner, name)
@@ -184,46 +155,31 @@ def test_parts_take_the_time_that_is_spent_in_them(
 
         monkeypatch.setattr(owner, name, slow)
 
-    from fusedacl.engine.objectives import gate
-    from fusedacl.engine.training import micro_batches
-
     slower(gate, "grad_dot_norm", 0.5)
     slower(micro_batches, "collate", 0.2)
-    profile = profile_of(run(options, objective="acl", max_steps=4, profile=1))
+    profile = profile_of(options, objective="acl", max_steps=4, profile=1)
     ms = {name: share * profile["step_ms"] for name, share in profile["shares"].items()}
     assert ms["gate"] >= 500 and ms["data"] >= 200
     assert profile["step_ms"] >= 700
 
 
-def test_training_is_the_same_with_and_without(
-    options: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_is_the_same_with_and_without(options, tmp_path: Path, caplog) -> None:
+    profiled, plain = Path(options["output_dir"]), tmp_path / "plain"
     with caplog.at_level(logging.INFO, "fusedacl"):
-        profiled = run(options, profile=2, profile_trace=True)
+        run(options, profile=2, profile_trace=True)
     assert "angle check and combination" in caplog.text
-    plain = run(options, output_dir=str(tmp_path / "plain"))
+    run(options, output_dir=str(plain))
     assert not (plain / "profile.json").exists() and not (plain / "trace.json.gz").exists()
-    ours, theirs = (safetensors.torch.load_file(d / "model.safetensors") for d in (profiled, plain))
-    for name, value in ours.items():
-        assert torch.equal(value, theirs[name]), name
-
-    def losses(directory: Path) -> list[Any]:
-        lines = (directory / "metrics.jsonl").read_text().splitlines()
-        return [
-            {k: v for k, v in record.items() if k != "samples_per_second"}
-            for record in map(json.loads, lines)
-        ]
-
-    assert losses(profiled) == losses(plain)
+    for name, value in weights(profiled).items():
+        assert torch.equal(value, weights(plain)[name]), name
+    assert records(profiled) == records(plain)
     with gzip.open(profiled / "trace.json.gz", "rt") as file:
         names = [event.get("name") for event in json.load(file)["traceEvents"]]
     # A mark on the host; some versions repeat it.
     assert "fusedacl.step" in names and "fusedacl.gate" in names
 
 
-def test_a_run_that_ends_early_leaves_no_marks_and_no_profile(
-    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_ends_early_leaves_no_marks_and_no_profile(options, monkeypatch) -> None:
     step, steps = LocalBackend.step, []
 
     def fails(backend: LocalBackend, **settings: Any) -> Any:
@@ -251,15 +207,10 @@ def test_a_run_that_ends_early_leaves_no_marks_and_no_profile(
         ({"profile": 4}, "this run has 6 steps to do, the first 3 .* at most 3"),
         ({"profile": 1, "max_steps": 3}, "has 3 steps to do.* a longer one"),
         ({"profile_trace": True}, "profile_trace needs steps"),
-        (
-            {"profile": 4, "strategy": "two_stage"},
-            "this stage has 6 steps to do",
-        ),
+        ({"profile": 4, "strategy": "two_stage"}, "this stage has 6 steps to do"),
     ],
 )
-def test_nonsense_is_refused_before_work(
-    options: dict[str, Any], changes: dict[str, Any], words: str
-) -> None:
+def test_nonsense_is_refused_before_work(options, changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         run(options, **changes)
     assert not (Path(options["output_dir"]) / "metrics.jsonl").exists()

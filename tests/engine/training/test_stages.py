@@ -30,9 +30,8 @@ from fusedacl.engine.training.stages import (
     prepare,
     stage_outputs,
 )
-from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import acl_cl_loss, acl_loss
-from tiny_runs import records, run, weights
+from tiny_runs import at_step, records, run, weights
 from torch import Tensor
 from torch.nn import functional
 from transformers import BertConfig, BertForSequenceClassification
@@ -172,15 +171,6 @@ def test_frozen_parts_are_in_evaluation_mode_and_build_no_graph(
     assert all(p.grad is not None for p in model.exits[:3].parameters())
 
 
-def test_joint_decides_for_each_exit_and_for_what_they_share(
-    model: MultiExitForSequenceClassification,
-) -> None:
-    stage = plan_stages(config_of(strategy="joint"), num_exits=4)[0]
-    groups = prepare(model, stage)
-    assert list(groups) == ["exit 1", "exit 2", "exit 3", "exit 4", "backbone"]
-    assert sum(map(len, groups.values())) == len(list(model.parameters()))
-
-
 def test_losses_with_a_teacher() -> None:
     output = MultiExitOutput(exit_logits=torch.randn(2, 7, 3), exit_embeddings=torch.randn(2, 7, 5))
     labels, label_embeddings = torch.randint(3, (7,)), torch.randn(2, 3, 5)
@@ -262,12 +252,14 @@ def test_every_strategy_learns(
 
 
 def test_second_stage_leaves_the_first_ones_model(options, tmp_path: Path) -> None:
-    run(options, strategy="two_stage", stage2_epochs=1)
+    """Between the stages the run is evaluated and saved."""
+    run(options, strategy="two_stage", max_steps=3)
     directory = tmp_path / "run"
-    assert [path.name for path in sorted(directory.glob("checkpoint-*"))] == [
-        "checkpoint-12", "checkpoint-16", "checkpoint-4", "checkpoint-8",
-    ]  # fmt: skip
-    before, after = weights(directory / "checkpoint-12"), weights(directory)
+    names = {path.name for path in directory.glob("checkpoint-*")}
+    assert "checkpoint-3" in names
+    evaluated = {(r["step"], r["exit"]) for r in records(directory) if "exit" in r}
+    assert {(3, 2), (6, 1), (6, 2)} <= evaluated
+    before, after = weights(directory / "checkpoint-3"), weights(directory)
     changed = {name for name in after if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("exits.0.") for name in changed)
 
@@ -329,18 +321,9 @@ def test_alternating_rests_the_other_exits_in_odd_epochs(options, tmp_path: Path
         assert moved(first, second, prefix) and moved(second, third, prefix)
 
 
-def test_between_the_stages_the_run_is_evaluated_and_saved(options, tmp_path: Path) -> None:
-    run(options, strategy="two_stage", max_steps=3)
-    names = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
-    assert "checkpoint-3" in names
-    evaluated = {(r["step"], r["exit"]) for r in records(tmp_path / "run") if "exit" in r}
-    assert {(3, 2), (6, 1), (6, 2)} <= evaluated
-
-
 def test_the_log_has_cross_entropy_beside_distillation(options, tmp_path: Path) -> None:
     run(options, strategy="two_stage", max_steps=2, distill_weight=1.0, objective="ce")
-    lines = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
-    second = [record for record in lines if record.get("stage") == "exits"]
+    second = [r for r in records(tmp_path / "run") if r.get("stage") == "exits"]
     assert second and all(record["loss"] != record["loss_ce"] for record in second)
 
 
@@ -364,15 +347,8 @@ def test_resuming_in_either_stage_gives_the_same_bits(
     options = {**options, "strategy": "two_stage", "stage2_epochs": 2}
     run(options)
     again = {**options, "output_dir": str(tmp_path / "again")}
-    original = Trainer._train_step
-
-    def interrupted(self: Trainer, *arguments: Any) -> None:
-        original(self, *arguments)
-        if self.step == stop:
-            self.signals.received = 15
-
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_train_step", interrupted)
+        at_step(patch, stop, lambda trainer: setattr(trainer.signals, "received", 15))
         with pytest.raises(Interrupted):
             run(again)
     run(again, resume_from_checkpoint="latest")
@@ -406,6 +382,10 @@ def test_layers_as_users_write_them() -> None:
         ({"strategy": "two_stage", "exit_layers": "1"}, "exit on the last layer"),
         ({"strategy": "two_stage", "exit_layers": "2"}, "at least one exit before the last"),
         ({"strategy": "jiont"}, "Did you mean 'joint'"),
+        (
+            {"strategy": "joint", "feature_cache": "x"},
+            "feature_cache=.* belongs to the second stag",
+        ),
     ],
 )
 def test_bad_options_stop_the_run_before_it_starts(options, changes, message: str) -> None:

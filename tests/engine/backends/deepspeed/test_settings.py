@@ -1,6 +1,7 @@
 """DeepSpeed's JSON file: what is filled in, and what is refused, before DeepSpeed is loaded."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,8 @@ def test_the_options_fill_in_what_is_left_out_or_auto() -> None:
         assert made.config["zero_optimization"]["reduce_bucket_size"] == 3000
     assert settings({}).stage == 2
     assert made.stage == 3
-    assert made.loss_scale == LossScaleOptions(
-        loss_scale_window=1000, hysteresis=2, min_loss_scale=1
-    )
+    wanted = LossScaleOptions(loss_scale_window=1000, hysteresis=2, min_loss_scale=1)
+    assert made.loss_scale == wanted
     assert made.config["steps_per_print"] == 2000
     json.dumps(made.config)
 
@@ -79,10 +79,8 @@ def offloading(stage: int = 2, **block: Any) -> dict[str, Any]:
 def test_optimizer_offload() -> None:
     made = settings(offloading(pin_memory=False))
     assert made.offloads
-    assert made.config["zero_optimization"]["offload_optimizer"] == {
-        "device": "cpu",
-        "pin_memory": False,
-    }
+    offload = {"device": "cpu", "pin_memory": False}
+    assert made.config["zero_optimization"]["offload_optimizer"] == offload
     # Else DeepSpeed demands an optimizer of its own, which wants a compiler.
     assert made.config["zero_force_ds_cpu_optimizer"] is False
     assert not settings(offloading(device="none")).offloads
@@ -112,10 +110,7 @@ def test_optimizer_offload() -> None:
         (offloading(ratio=0.5), "ratio=0.5 is not supported"),
         (offloading(pin_memry=True), "pin_memry.*Did you mean 'pin_memory'"),
         ({"zero_optimization": {"cpu_offload": True}}, "cpu_offload is not supported: write"),
-        (
-            {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}},
-            "offload_param is not supported",
-        ),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param is not supp"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb': fusedacl trains with AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "lr=1.0, but learning_rate"),
         ({"scheduler": {"type": "WarmupLR"}}, "the schedule is fusedacl's"),
@@ -157,9 +152,7 @@ def test_loss_scale() -> None:
     assert scales(dynamic, "x..x") == [8, 8, 16, 8]
     patient = LossScaleOptions(initial_scale_power=4, loss_scale_window=9, hysteresis=2)
     assert scales(patient, "x.xx") == [16, 16, 8, 4]
-    forgiving = LossScaleOptions(
-        initial_scale_power=4, loss_scale_window=9, hysteresis=2, consecutive_hysteresis=True
-    )
+    forgiving = replace(patient, consecutive_hysteresis=True)
     assert scales(forgiving, "x.x.xx") == [16, 16, 16, 16, 16, 8]
     assert scales(LossScaleOptions(loss_scale=32.0), "x.x") == [32, 32, 32]
     least = LossScaleOptions(initial_scale_power=1, min_loss_scale=1.0)
@@ -170,11 +163,10 @@ def test_loss_scale() -> None:
 
 def test_loss_scale_continues() -> None:
     options = LossScaleOptions(initial_scale_power=4, loss_scale_window=3, hysteresis=2)
-    whole, first = DeepSpeedLossScaler(True, options), DeepSpeedLossScaler(True, options)
+    whole, first, second = (DeepSpeedLossScaler(True, options) for _ in range(3))
     for step in "x..":
         whole.update(step == "x")
         first.update(step == "x")
-    second = DeepSpeedLossScaler(True, options)
     second.load_state_dict(first.state_dict())
     for step in ".xx":
         whole.update(step == "x")
