@@ -27,6 +27,7 @@ from ..config.training import TrainingConfig
 from ..runtime.files import write_json, write_whole
 from ..runtime.lock import SweepLock
 from ..runtime.machine import cpu_model
+from ..runtime.signals import stopping_signals
 from ..runtime.text import text_table
 from ..training.storage.checkpoint import CONFIG_FILE, changed_options, checkpoints
 from .recipe import Cell, plan_cells
@@ -130,7 +131,7 @@ class Sweep:
         """Run the unfinished cells; returns the directories of all finished runs.
 
         Raises:
-            SweepStopped: SIGINT or SIGTERM was received; active runs saved checkpoints.
+            SweepStopped: SIGINT, SIGTERM or SIGHUP was received; active runs saved checkpoints.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.lock.held(), self._signals_noted():
@@ -347,9 +348,7 @@ class Sweep:
                     "%s: the runs save checkpoints and stop …", signal.Signals(number).name
                 )
 
-        previous = {
-            number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)
-        }
+        previous = {number: signal.signal(number, note) for number in stopping_signals()}
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from ..data.batching import EncodedSplit, encode, log_truncation
 from ..data.columns import TextSplit
 from ..data.record import DataRecord
 from ..runtime.device import choose_device, choose_dtype
+from ..runtime.manifest import MANIFEST_FILE, model_fault
 from ..runtime.text import nearest_directory
 from .multi_exit import MultiExitConfig, MultiExitForSequenceClassification, label_names
 
@@ -131,6 +132,12 @@ def load_trained(
             "Fine-tune it first, with an exit in place of its classifier (if it has one): "
             f"`fusedacl train --model_name_or_path {path} --task_name … --output_dir runs/mine`; "
             f"then {option} is runs/mine."
+        )
+    problem = model_fault(Path(path))
+    if problem is not None:
+        raise ValueError(
+            f"{where}: {problem}. Copy the directory again, or train again; if the file was "
+            f"changed on purpose, delete {MANIFEST_FILE}."
         )
     try:
         # Any, because with output_loading_info transformers returns a pair.

@@ -1,10 +1,10 @@
-"""The manifest of a checkpoint: sizes and checksums of its files, written last."""
+"""The manifest of a checkpoint or a model: sizes and checksums of its files, written last."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from .files import flush, write_whole
@@ -25,16 +25,40 @@ def write_manifest(directory: Path, files: Mapping[str, Mapping[str, str | int]]
     flush(directory / MANIFEST_FILE)
 
 
-def fault(directory: Path, *, thorough: bool = True) -> str | None:
+def is_model_file(name: str) -> bool:
+    """True for weights and vocabulary; config.json and the model card may be changed later."""
+    return name.endswith(".safetensors") or name in ("tokenizer.json", "vocab.txt")
+
+
+def seal_model(directory: Path) -> None:
+    """Write the manifest of a final model, which `model_fault` compares."""
+    files = sorted(file for file in directory.iterdir() if is_model_file(file.name))
+    write_manifest(directory, {file.name: sealed(file) for file in files})
+
+
+def model_fault(directory: Path) -> str | None:
+    """Return a sentence on how weights or vocabulary differ from the manifest.
+
+    None if they do not, or if there is no manifest, as in a model of an earlier version.
+    """
+    if not (directory / MANIFEST_FILE).is_file():
+        return None
+    return fault(directory, compared=is_model_file)
+
+
+def fault(
+    directory: Path, *, thorough: bool = True, compared: Callable[[str], bool] = lambda name: True
+) -> str | None:
     """Return a sentence on how a checkpoint differs from its manifest, None if it does not.
 
-    thorough: compare checksums too, not only sizes.
+    thorough: compare checksums too, not only sizes. compared: chooses files by their names.
     """
     try:
         text = (directory / MANIFEST_FILE).read_text(encoding="utf-8")
         noted = {
             str(name): (int(seal["bytes"]), str(seal["sha256"]))
             for name, seal in json.loads(text)["files"].items()
+            if compared(name)
         }
     except FileNotFoundError:
         return f"{directory.name} is incomplete: it has no {MANIFEST_FILE}, which is written last"

@@ -22,8 +22,17 @@ class Interrupted(Exception):
         self.exit_code = 128 + number
 
 
+def stopping_signals() -> list[int]:
+    """SIGINT, SIGTERM, and SIGHUP (a terminal that closes) unless it is ignored, as under nohup."""
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    hangup = getattr(signal, "SIGHUP", None)  # unknown on Windows
+    if hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN:
+        numbers.append(hangup)
+    return [int(number) for number in numbers]
+
+
 class SignalsNoted:
-    """Note SIGINT and SIGTERM within a `with` block; a second one raises KeyboardInterrupt.
+    """Note the stopping signals within a `with` block; a second one raises KeyboardInterrupt.
 
     received: number of the first signal, None until one came.
     """
@@ -33,7 +42,7 @@ class SignalsNoted:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalsNoted:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stopping_signals():
             try:
                 self._previous[number] = signal.signal(number, self._note)
             except ValueError:  # only the main thread may set handlers

@@ -83,13 +83,26 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, without a line that a killed run left unfinished."""
+    """The records of a metrics.jsonl, without a last line that a killed run left unfinished.
+
+    Raises:
+        ValueError: another line is not a record.
+    """
+    lines = path.read_bytes().splitlines()
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for number, line in enumerate(lines, start=1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
+            record = json.loads(line)
+            is_record = isinstance(record["step"], int) and isinstance(record["split"], str)
+        except (KeyError, TypeError, ValueError):
+            is_record = False
+        if is_record:
+            records.append(record)
+        elif number < len(lines):
+            raise ValueError(
+                f"{str(path)!r}, line {number}, is not a record of a run: the file is damaged. "
+                "Take the line out, or move the file away."
+            )
     return records
 
 

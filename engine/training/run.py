@@ -24,7 +24,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         ValueError: a mistake in the configuration or the data, before any training.
         FloatingPointError: NaN or infinite representations, gradients or evaluated logits.
         OSError: the disk is full (earlier checkpoints are intact), or another process has ended.
-        Interrupted: SIGINT or SIGTERM came; a checkpoint was saved.
+        Interrupted: SIGINT, SIGTERM or SIGHUP came; a checkpoint was saved.
     """
     config.resolved()
     if uses_deepspeed(config):

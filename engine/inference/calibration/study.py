@@ -15,7 +15,7 @@ from ...model.multi_exit import MultiExitConfig
 from ...runtime.device import dtype_name
 from ...runtime.files import write_json
 from ...runtime.machine import machine_name, versions
-from ...runtime.manifest import check_not_sealed
+from ...runtime.manifest import check_not_sealed, seal_model
 from ...runtime.plots import require_matplotlib
 from ...runtime.text import did_you_mean, text_table
 from ..evaluation import load_labelled
@@ -205,6 +205,7 @@ class ExitStudy:
         store_policy(self.trained.model, kept)
         if self.options.policy == Learned.name:
             self.trained.model.save_pretrained(self.model_dir)
+            seal_model(self.model_dir)
         else:
             # Only the configuration changes: a learned exit that was fitted for the study is not
             # stored.

@@ -17,8 +17,10 @@ from ...runtime import collectives, processes
 from ...runtime.files import flush, read_file, write_json
 from ...runtime.manifest import (
     CHECKPOINT_PREFIX,
+    MANIFEST_FILE,
     checkpoint_directories,
     fault,
+    seal_model,
     sealed,
     step_of,
     write_manifest,
@@ -58,8 +60,8 @@ def _told(directory: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        # safetensors has its own exception for a full disk.
-        if not isinstance(error, OSError) and "No space left" not in str(error):
+        reason = _disk_error(error)
+        if reason is None:
             raise
         kept = ", ".join(path.name for path in checkpoints(directory.parent))
         remedy = (
@@ -69,9 +71,23 @@ def _told(directory: Path) -> Iterator[None]:
             else "there is no checkpoint to resume from. Free some space and run again."
         )
         raise OSError(
-            f"{directory.name} could not be saved in {str(directory.parent)!r}: {error}. "
+            f"{directory.name} could not be saved in {str(directory.parent)!r}: {reason}. "
             f"Nothing saved earlier was touched; {remedy}"
         ) from error
+
+
+def _disk_error(error: BaseException) -> BaseException | None:
+    """The error of the disk behind an exception, None if there is none.
+
+    safetensors has its own exception for a full disk, and torch's writer ends with an internal
+    error on top of the first.
+    """
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) or "No space left" in str(found):
+            return found
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def save_model(
@@ -103,12 +119,13 @@ def save_final(
             _begin(directory)
             save_model(directory, model, tokenizer)
             (directory / "README.md").write_text(card, encoding="utf-8")
+            seal_model(directory)
             for file in directory.iterdir():
                 flush(file)
     except Exception:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    for file in directory.iterdir():
+    for file in sorted(directory.iterdir(), key=lambda file: file.name == MANIFEST_FILE):
         file.replace(output_dir / file.name)
     directory.rmdir()
     write_json(output_dir / "results.json", results)
@@ -236,9 +253,12 @@ def find_checkpoint(output_dir: Path, name: str) -> Path:
 
 
 def _complete(output_dir: Path) -> str:
-    names = ", ".join(path.name for path in checkpoints(output_dir))
-    none = "There: none; --overwrite_output_dir starts anew."
-    return f"There: {names}; 'latest' takes the newest that is whole." if names else none
+    found = checkpoint_directories(output_dir)
+    names = ", ".join(path.name for path in found if fault(path) is None)
+    if names:
+        return f"There: {names}; 'latest' takes the newest that is whole."
+    damaged = f"all {len(found)} are damaged or incomplete" if found else "none"
+    return f"There: {damaged}; --overwrite_output_dir starts anew."
 
 
 def tidy(output_dir: Path) -> None:

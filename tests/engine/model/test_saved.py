@@ -10,6 +10,7 @@ import torch
 from fusedacl.engine.config.commands import InferenceOptions
 from fusedacl.engine.model.multi_exit import MultiExitConfig, MultiExitForSequenceClassification
 from fusedacl.engine.model.saved import TrainedModel, length_limit, load_tokenizer, load_trained
+from fusedacl.engine.runtime.manifest import seal_model
 from transformers import MPNetConfig
 
 
@@ -83,6 +84,23 @@ def test_truncated_weights(tiny_bert: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match="model_name_or_path=.* cannot be loaded"):
         TrainedModel(InferenceOptions(model_name_or_path=str(tmp_path)), None)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
+def test_a_changed_file_of_a_final_model_is_refused(
+    name: str, tiny_bert: Path, tmp_path: Path
+) -> None:
+    model = MultiExitForSequenceClassification.from_encoder(str(tiny_bert), label_names=["a", "b"])
+    model.save_pretrained(tmp_path)
+    load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path)
+    seal_model(tmp_path)
+    # Options and the card may change, as when a policy is stored.
+    (tmp_path / "config.json").write_text((tmp_path / "config.json").read_text() + "\n")
+    load_trained(str(tmp_path))
+    content = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=f"{name} is not what was saved.*delete manifest.json"):
+        load_trained(str(tmp_path))
 
 
 def test_model_is_missing() -> None:

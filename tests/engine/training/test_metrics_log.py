@@ -36,6 +36,19 @@ def test_a_line_cut_inside_an_object_is_left_out(tmp_path: Path) -> None:
         assert log.evaluations(2) == {}
 
 
+@pytest.mark.parametrize(
+    "garbage", [b"\x00\x80", b"[]", b'{"step": 1}', b'{"split": "train"}', b"1"]
+)
+def test_a_line_that_is_no_record_is_named(garbage: bytes, tmp_path: Path) -> None:
+    write_steps(tmp_path, range(1, 3))
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(garbage + b"\n" + file.read_bytes())
+    with pytest.raises(
+        ValueError, match=r"metrics.jsonl', line 1, is not a record .*Take the line"
+    ):
+        MetricsLog(tmp_path, "none", resume_step=1)
+
+
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
     class Full(io.StringIO):
         name = "metrics.jsonl"

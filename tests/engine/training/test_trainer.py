@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fusedacl.engine.runtime.signals import Interrupted
+from fusedacl.engine.runtime.signals import Interrupted, stopping_signals
 from fusedacl.engine.training import transfers
 from fusedacl.engine.training.trainer import Trainer
 from tiny_runs import at_step, records, run, weights
@@ -107,7 +107,16 @@ def test_the_seed_decides_everything(options, tmp_path: Path) -> None:
     assert first != other
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+    assert signal.SIGHUP in stopping_signals()
+    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stopping_signals() == [signal.SIGINT, signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGHUP, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_saves_and_stops(options, number: signal.Signals, monkeypatch) -> None:
     at_step(monkeypatch, 3, lambda trainer: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
