@@ -1,6 +1,6 @@
 """ACL-Grad: drop the auxiliary gradient if it points away from the main one (paper eq. 2, 4)."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,9 @@ from torch.nn import Parameter
 from ...kernels import gated_combine_, grad_dot_norm
 from ...kernels.gradients.angle import angle_degrees, choose, combined_squared_norm, within_angle
 from ..runtime.profiler_marks import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, part
+
+# The walk over a loss's graph takes about a microsecond per node, too much for every step.
+_CALLS_PER_CHECK = 100
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,21 @@ def scope_gradients(loss: Tensor, scope: Sequence[Tensor]) -> Sequence[Tensor | 
     return torch.autograd.grad(loss, list(scope), retain_graph=True, allow_unused=True)
 
 
+def leaves(losses: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The leaf tensors that get a gradient from these losses, without a backward pass."""
+    waiting = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        leaf = getattr(node, "variable", None)  # of AccumulateGrad nodes
+        if leaf is not None:
+            yield leaf
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
+
+
 def main_gradients(
     tensors: Sequence[Tensor], auxiliary: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
@@ -127,6 +145,7 @@ class GradientGate:
             raise ValueError(
                 f"groups has {len(self.groups)} entries for {len(self.parameters)} parameters."
             )
+        self._count_once()
         if not self.parameters or not all(p.requires_grad for p in self.parameters):
             raise ValueError(
                 "parameters must be trained parameters: pass those with requires_grad=True, at "
@@ -143,9 +162,50 @@ class GradientGate:
         self.independent = independent
         self.impl = impl
         self._auxiliary: list[Tensor | None] = [None] * len(self.parameters)
+        self._num_calls = 0
+
+    def _count_once(self) -> None:
+        """Drop repeated parameters, such as tied weights that were listed by both modules."""
+        group_of: dict[Parameter, int] = {}
+        for index, parameter in enumerate(self.parameters):
+            group = 0 if self.groups is None else self.groups[index]
+            if group_of.setdefault(parameter, group) != group:
+                raise ValueError(
+                    f"parameters: entry {index} of shape {tuple(parameter.shape)} is in the groups "
+                    f"{group_of[parameter]} and {group}: list it once."
+                )
+        self.parameters = list(group_of)
+        self.groups = None if self.groups is None else list(group_of.values())
+
+    def _check_reached(self, *losses: Tensor) -> None:
+        """Refuse losses with a gradient for a parameter that the gate does not have.
+
+        It would be trained with the main gradient alone, at full weight.
+        """
+        known = set(self.parameters)
+        for leaf in leaves(losses):
+            if leaf not in known and isinstance(leaf, Parameter):
+                raise ValueError(
+                    f"A loss trains a parameter of shape {tuple(leaf.shape)} that the gate does "
+                    "not have (was it unfrozen later?): make a new GradientGate with all trained "
+                    "parameters."
+                )
 
     def accumulate(self, main_loss: Tensor, auxiliary_loss: Tensor) -> None:
-        """Add the gradients of both losses of one (micro-)batch; they may share their graph."""
+        """Add the gradients of both losses of one (micro-)batch; they may share their graph.
+
+        Raises:
+            ValueError: a parameter was frozen, or one that the gate does not have was unfrozen.
+        """
+        if self._num_calls % _CALLS_PER_CHECK == 0:
+            self._check_reached(main_loss, auxiliary_loss)
+        self._num_calls += 1
+        frozen = next((p for p in self.parameters if not p.requires_grad), None)
+        if frozen is not None:
+            raise ValueError(
+                f"A parameter of shape {tuple(frozen.shape)} was frozen later: make a new "
+                "GradientGate with the parameters that are trained now."
+            )
         if auxiliary_loss.requires_grad:
             # While the auxiliary sum lies in `.grad`, autograd adds to it without a copy.
             self._exchange()

@@ -237,3 +237,58 @@ def test_a_scope_beside_groups_is_refused(model: TwoHeads, inputs: Tensor) -> No
     gate = GradientGate(model.body.parameters(), groups=[0, 1])
     with pytest.raises(ValueError, match="scope: the gate has groups"):
         gate.backward(*model.losses(inputs), scope=list(model.body.parameters()))
+
+
+def tied_losses(model: nn.ModuleDict, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    hidden = model["encoder"](model["words"].weight[:6] * inputs)
+    guesses = model["guess"](hidden)
+    return guesses.square().mean(), hidden.sin().mean()
+
+
+@pytest.mark.parametrize("groups", [None, [0, 1, 1, 0]])
+def test_a_tied_weight_that_is_listed_twice_counts_once(groups: list[int] | None) -> None:
+    made = []
+    inputs = torch.randn(6, 8)
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = nn.ModuleDict(
+            {"words": nn.Embedding(12, 8), "encoder": nn.Linear(8, 8), "guess": nn.Linear(8, 12)}
+        )
+        model["guess"].weight, model["guess"].bias = model["words"].weight, None
+        made.append(model)
+    once, twice = made
+    listed = [p for name in ("words", "encoder", "guess") for p in twice[name].parameters()]
+    assert len(listed) == len(list(once.parameters())) + 1
+    short = None if groups is None else groups[:3]
+    one = GradientGate(once.parameters(), weight=0.3, groups=short)
+    two = GradientGate(listed, weight=0.3, groups=groups)
+    first = one.backward(*tied_losses(once, inputs))
+    assert torch.equal(first.angle, two.backward(*tied_losses(twice, inputs)).angle)
+    for left, right in zip(once.parameters(), twice.parameters(), strict=True):
+        assert torch.equal(left.grad, right.grad)
+    with pytest.raises(ValueError, match="parameters: entry 1 .* is in the groups 0 and 1"):
+        GradientGate([listed[0], listed[0]], groups=[0, 1])
+
+
+def test_parameters_that_are_frozen_or_unfrozen_later_are_refused() -> None:
+    encoder, head = nn.Linear(4, 4), nn.Linear(4, 2)
+    encoder.bias.requires_grad_(False)
+
+    def losses() -> tuple[Tensor, Tensor]:
+        hidden = encoder(torch.ones(3, 4))
+        return head(hidden).square().mean(), hidden.sin().mean()
+
+    trained = [p for p in (*encoder.parameters(), *head.parameters()) if p.requires_grad]
+    GradientGate(trained).backward(*losses())
+    encoder.bias.requires_grad_(True)
+    with pytest.raises(
+        ValueError, match=r"trains a parameter of shape \(4,\) that the gate does not"
+    ):
+        GradientGate(trained).backward(*losses())
+    encoder.bias.requires_grad_(False)
+    gate = GradientGate(trained)
+    head.weight.requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=r"parameter of shape \(2, 4\) was frozen later: make a new"
+    ):
+        gate.backward(*losses())
