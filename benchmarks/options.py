@@ -1,13 +1,14 @@
 """The options of every suite, and the sizes of the presets."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..engine.config.fields import option
+from ..engine.runtime.text import did_you_mean
 from ..kernels.contrastive.tiled.loss import GPU_TILE
 from .measuring.environment import machine_name
 from .measuring.memory import Child
@@ -19,7 +20,6 @@ from .suites.runner import Settings
 from .suites.scaling.cost_model import Link, Machine, Problem
 from .suites.scaling.suite import RankOptions
 from .suites.step.names import CASES, WORDS
-from .suites.suite import check_names
 
 PRESETS = ("quick", "full")
 DEVICES = ("cpu", "cuda")
@@ -136,15 +136,9 @@ class StepConfig:
         return self.what.providers is None
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Providers and cases, empty for all.
-
-        Raises:
-            ValueError: an unknown name.
-        """
-        return (
-            names_of("providers", self.what.providers, WORDS),
-            names_of("cases", self.what.cases, CASES),
-        )
+        """Providers and cases, empty for all; ValueError for an unknown name."""
+        providers = names_of("providers", self.what.providers, WORDS)
+        return providers, names_of("cases", self.what.cases, CASES)
 
 
 @dataclass(frozen=True)
@@ -221,11 +215,11 @@ class ScalingConfig:
                 f"world_sizes={chosen['world_sizes']!r}: write ascending numbers, and one above 1 "
                 "at least, for the model needs the link between ranks: 1,2."
             )
-        shape = (chosen["num_samples"], chosen["num_labels"], chosen["width"])
-        ranks = RankOptions(
-            tuple(world_sizes), chosen["rounds"], self.how.threads, self.what.timeout
+        problem = Problem(
+            1, chosen["num_samples"], chosen["num_labels"], chosen["width"], element_bytes=4
         )
-        return Problem(1, *shape, element_bytes=4), ranks
+        rounds, threads = chosen["rounds"], self.how.threads
+        return problem, RankOptions(tuple(world_sizes), rounds, threads, self.what.timeout)
 
     def described_machine(self, problem: Problem) -> tuple[Machine, Problem] | None:
         """The machine that the options describe with the problem in its data type, or None.
@@ -235,15 +229,14 @@ class ScalingConfig:
         """
         given = self.model
         needed = ("matrix_tflops", "giga_exponentials", "memory_gb", "message_us", "link_gb_s")
+        tflops, exponentials, memory, message, link = (getattr(given, name) for name in needed)
         missing = [name for name in needed if getattr(given, name) is None]
-        defaults = ModelledMachine(memory_budget_gb=given.memory_budget_gb)
-        if missing and given == defaults:
+        if given == ModelledMachine(memory_budget_gb=given.memory_budget_gb):
             return None
         if missing:
             raise ValueError(
                 f"Modelling another machine also needs --{missing[0]}: all of {', '.join(needed)}."
             )
-        tflops, exponentials, memory, message, link = (getattr(given, name) for name in needed)
         size = 2 if given.dtype == "float16" else 4
         machine = Machine(
             name="the machine of the options",
@@ -260,8 +253,7 @@ class ScalingConfig:
             source="numbers given as options, not measured",
         )
         # GPU kernels work in one tile, in place.
-        shape = (problem.num_samples, problem.num_labels, problem.width)
-        return machine, Problem(1, *shape, size, tile=GPU_TILE, tile_bytes=size)
+        return machine, replace(problem, element_bytes=size, tile=GPU_TILE, tile_bytes=size)
 
 
 def sizes(config: BenchConfig) -> dict[str, Any]:
@@ -271,24 +263,18 @@ def sizes(config: BenchConfig) -> dict[str, Any]:
         ValueError: a size that is not a whole number above 0, or an unknown dtype, loss or task.
     """
     chosen = dict(SIZES[config.how.device, config.how.preset])
-    for section in (config.what, config.how):
-        chosen |= {
-            name: getattr(section, name)
-            for name in chosen
-            if getattr(section, name, None) is not None
-        }
+    given = vars(config.what) | vars(config.how)
+    chosen |= {name: given[name] for name in chosen if given[name] is not None}
     for name in ("rows", "widths", "classes", "exits", "parameters"):
         chosen[name] = whole_numbers(name, chosen[name])
     chosen["dtypes"] = names_of("dtypes", chosen["dtypes"], DTYPES)
-    if config.what.dtypes is None and config.how.device == "cuda" and not _has_bfloat16():
-        chosen["dtypes"] = tuple(name for name in chosen["dtypes"] if name != "bfloat16")
+    if config.what.dtypes is None and config.how.device == "cuda":
+        has_bfloat16 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+        if not has_bfloat16:
+            chosen["dtypes"] = tuple(name for name in chosen["dtypes"] if name != "bfloat16")
     chosen["losses"] = names_of("losses", config.what.losses, LOSSES)
     chosen["tasks"] = names_of("tasks", config.what.tasks, TASKS)
     return chosen
-
-
-def _has_bfloat16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
@@ -297,14 +283,13 @@ def whole_numbers(name: str, text: str) -> list[int]:
     Raises:
         ValueError: a part is not a whole number above 0.
     """
-    found = []
-    for part in text.split(","):
-        if not part.strip().isdigit() or int(part) < 1:
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.isdigit() or int(part) < 1:
             raise ValueError(
-                f"{name}={text!r}: {part.strip()!r} is not a whole number above 0. Write 1024,4096."
+                f"{name}={text!r}: {part!r} is not a whole number above 0. Write 1024,4096."
             )
-        found.append(int(part))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, ...]:
@@ -314,7 +299,10 @@ def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, 
         ValueError: an unknown name; the nearest is offered.
     """
     names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
-    check_names(names, known, option)
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option}: there is none named {name!r}.{did_you_mean(name, known)}")
     return names
 
 

@@ -23,7 +23,7 @@ from .step import step_section
 from .summary import introduction
 
 SUITES = ("loss", "angle", "growth", "step", "exits", "scaling")
-ROOFLINE = "roofline.png"
+ROOFLINE = "roofline"
 
 
 def main() -> int:
@@ -76,17 +76,18 @@ def read_directories(directories: Sequence[Path]) -> dict[Path, dict[str, Result
 
 def draw(results: dict[Path, dict[str, Result]]) -> None:
     """Draw every figure of the machines' results into their directories."""
+    figures = {
+        "growth": growth_figure.draw, "scaling": scaling_figure.draw, "step": step_figure.draw
+    }  # fmt: skip
     for directory, found in results.items():
+        directory.mkdir(parents=True, exist_ok=True)
         cases = _results_with_points(found)
         if cases:
             roofline.draw(cases, directory / ROOFLINE)
-        if "growth" in found:
-            growth_figure.draw(found["growth"], directory / "growth.png")
-        if "scaling" in found:
-            scaling_figure.draw(found["scaling"], directory / "scaling.png")
         for name, result in found.items():
-            if name.startswith("step"):
-                step_figure.draw(result, directory / f"{name}.png")
+            suite = name.partition("_")[0]
+            if suite in figures:
+                figures[suite](result, directory / name)
 
 
 def _results_with_points(found: dict[str, Result]) -> list[Result]:
@@ -116,7 +117,7 @@ def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
                 section = cases_section(result)
             parts += ["", *section, "", _provenance(result["environment"])]
         if _results_with_points(found):
-            file = _link(directory / ROOFLINE, beside)
+            file = _link(directory / f"{ROOFLINE}.png", beside)
             parts += ["", f"![Roofline of {directory.name}]({file})"]
     return "\n".join(parts) + "\n"
 

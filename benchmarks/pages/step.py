@@ -23,9 +23,8 @@ def step_section(result: Result, figure: str | None = None, explain: bool = True
             f"{EXPLAINED}",
         ]
     for case in result["cases"]:
-        names = WORDS | CACHED_WORDS
-        named = {names[name]: row for name, row in case["providers"].items()}
-        lines += ["", f"{case['words']}:", "", times_table(named)]
+        table = times_table(case["providers"], names=WORDS | CACHED_WORDS)
+        lines += ["", f"{case['words']}:", "", table]
         rows = [
             [
                 found["what"],

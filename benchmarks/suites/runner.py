@@ -180,22 +180,17 @@ def run_case(
     floor = None if rates is None else suite.floor(rates, case)
     if floor is not None:
         found |= {"floor_ms": floor.seconds * 1e3, "bound_by": floor.bound_by}
-    for provider in fitting:
-        name = provider.name
-        if name not in calls:
-            continue
-        entry = times[name] | {"error": errors[name], "formula": provider.formula}
-        entry["ours"] = provider.is_ours
-        peak = peaks[name]
-        entry["peak_bytes"] = peak if isinstance(peak, int) else None
+    for provider in (each for each in fitting if each.name in calls):
+        name, peak, kernels = provider.name, peaks[provider.name], launched[provider.name]
+        entry = times[name] | {
+            "error": errors[name], "formula": provider.formula, "ours": provider.is_ours,
+            "peak_bytes": peak if isinstance(peak, int) else None,
+            "over_floor": None if floor is None else times[name]["p50_ms"] / found["floor_ms"],
+        }  # fmt: skip
         if isinstance(peak, str):
             entry["peak_unknown"] = peak
-        entry["over_floor"] = entry["p50_ms"] / found["floor_ms"] if floor is not None else None
-        names_launched = launched[name]
-        if names_launched is not None:
-            entry["launches"] = len(names_launched)
-            if provider.is_ours:
-                entry["launched"] = names_launched
+        if kernels is not None:
+            entry |= {"launches": len(kernels)} | ({"launched": kernels} if entry["ours"] else {})
         found["providers"][name] = entry
     return found, failures
 

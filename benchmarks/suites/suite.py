@@ -1,13 +1,14 @@
 """The protocol of a suite and of its providers, and the peak memory of one provider."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from ...engine.runtime.text import did_you_mean
 from ..floors.rates import Floor, Rates
 from ..measuring.environment import CPU
 from ..measuring.memory import HighWaterMark
@@ -18,10 +19,6 @@ Call = Callable[[Any], Any]
 
 class WrongResult(Exception):
     """Something of ours computes a wrong result, so that nothing is timed."""
-
-
-def _runs_anywhere(case: Any, device: torch.device) -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -38,7 +35,7 @@ class Provider:
     make: Callable[[Any, torch.device], Call]
     formula: str
     extra_bytes: Callable[[Any], int]
-    obstacle: Callable[[Any, torch.device], str | None] = _runs_anywhere
+    obstacle: Callable[[Any, torch.device], str | None] = lambda case, device: None
     is_ours: bool = False
 
 
@@ -101,6 +98,12 @@ def peak_bytes(suite: Suite, name: str, case: Any) -> int:
     return mark.raised_by(lambda: call(inputs))
 
 
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest error relative to the largest exact value; infinite for NaN."""
+    error = float(((found.to(exact.dtype) - exact).abs().max() / exact.abs().max()).detach())
+    return math.inf if math.isnan(error) else error
+
+
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -110,15 +113,3 @@ def missing(module: str, distribution: str) -> str | None:
     if installed(module):
         return None
     return f"{distribution} is not installed. Run: pip install {distribution}"
-
-
-def check_names(names: Sequence[str], known: Iterable[str], option: str) -> None:
-    """Check names that a user gave for an option.
-
-    Raises:
-        ValueError: an unknown name; the nearest known one is offered.
-    """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option}: there is none named {name!r}.{did_you_mean(name, known)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,16 @@ from fusedacl.engine.config.fields import build
 
 TINY = ["--rows", "24", "--widths", "8", "--samples", "6", "--classes", "2", "--exits", "1,2"]
 TINY += ["--parameters", "2000", "--rounds", "1", "--peaks", "false", "--threads", "1"]
-# The suites that `bench all` runs for real here.
+# The suites that `bench all` runs for real here, and those that it does not.
 OWN = ("loss", "angle", "growth")
+CPU_SUITES = ("step", "exits", "scaling")
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invented rates and few input sets: these tests do not measure anything."""
     rates = Rates("here", {torch.float32: 1e9}, 1e9, 1e9, overlaps_units=False)
-    monkeypatch.setattr("fusedacl.benchmarks.cli.measured", lambda device: rates)
+    monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.measured", lambda: rates)
     monkeypatch.setattr(memory, "cache_bytes", lambda device=None: 4096)
     monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.BLOCK", 8)
     monkeypatch.setattr(clock, "MAX_REPEATS", 1)
@@ -159,8 +161,8 @@ def test_all_runs_every_suite(
         heard.append((type(config), config.how.preset, config.how.output_dir))
         return int(isinstance(config, StepConfig))
 
-    for suite, (cls, _) in cli.CPU_SUITES.items():
-        monkeypatch.setitem(cli.CPU_SUITES, suite, (cls, stand_in))
+    for suite in CPU_SUITES:
+        monkeypatch.setitem(cli.RUNS, suite, (cli.RUNS[suite][0], stand_in))
     monkeypatch.setitem(growth.SIZES["cpu", "quick"], "E", (1, 2, 3))
     series = growth.all_series
     monkeypatch.setattr(growth, "all_series", lambda *arguments: series(*arguments, axes=("E",)))
@@ -179,7 +181,7 @@ def test_all_runs_every_suite(
     assert "exponent of time" in printed and "BENCH SCALING" in printed
 
 
-@pytest.mark.parametrize("suite", ["step", "exits", "scaling"])
+@pytest.mark.parametrize("suite", CPU_SUITES)
 def test_a_wrong_result_is_status_1(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,16 +197,17 @@ def test_a_wrong_result_is_status_1(
 def test_a_gpu_run_of_all_leaves_out_what_measures_the_cpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_run_cases", lambda suite, config, known: 0)
-    monkeypatch.setattr(cli, "_run_growth", lambda config, known: 0)
+    run: list[str] = []
 
-    def never(config: Any) -> int:
-        raise AssertionError("a suite that measures the CPU was run")
+    def stand_in(suite: str, *_: Any) -> int:
+        run.append(suite)
+        return 0
 
-    for suite, (cls, _) in cli.CPU_SUITES.items():
-        monkeypatch.setitem(cli.CPU_SUITES, suite, (cls, never))
+    for suite, (cls, _) in cli.RUNS.items():
+        monkeypatch.setitem(cli.RUNS, suite, (cls, partial(stand_in, suite)))
     assert cli.main(["all", "--device", "cuda", "--providers", "inf-cl"]) == 0
     printed = capsys.readouterr().out
+    assert run == ["loss", "growth"]
     assert "bench angle: none of the named providers takes part" in printed
     assert "bench scaling measures the CPU: left out with --device cuda" in printed
 

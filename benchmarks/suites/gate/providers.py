@@ -10,7 +10,7 @@ from torch import Tensor
 from ....kernels import gated_combine_, grad_dot_norm
 from ....kernels.gradients.angle import choose
 from .. import baselines
-from ..suite import Provider, installed, missing
+from ..suite import Call, Provider, installed, missing
 
 if TYPE_CHECKING:
     from .case import AngleCase, AngleInputs
@@ -25,71 +25,51 @@ SUMS, COMBINED, CLIPPED, PCGRAD = (
     "a, unscaled and clipped",
     "PCGrad's sum",
 )
-DotNorm = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def providers(case: "AngleCase", device: torch.device) -> list[Provider]:
     """Providers of the case's task."""
-    return {"dot_norm": _of_sums, "combine": _of_combination, "gate": _of_gate}[case.task](device)
+    return {"dot_norm": _of_sums, "combine": _of_combination, "gate": _of_gate}[case.task]()
 
 
-def _of_sums(device: torch.device) -> list[Provider]:
-    def make(function: DotNorm) -> Callable[["AngleCase", torch.device], Any]:
+def _of_sums() -> list[Provider]:
+    def make(function: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Any:
         return lambda case, device: lambda inputs: function(inputs.a, inputs.b)
 
-    ours = [
-        Provider(
-            _our_name(impl), make(partial(grad_dot_norm, impl=impl)), SUMS, _little,
-            partial(_our_obstacle, impl), is_ours=True,
-        )
-        for impl in ("auto", "triton", "tiled", "reference")
-    ]  # fmt: skip
-    others: list[tuple[str, DotNorm, Callable[[AngleCase], int]]] = [
+    others = (
         ("concatenate + dot + norms", baselines.concatenated_dot_norm, _flat_copies),
         ("loop over parameters", baselines.looped_dot_norm, _widened_copy),
         ("torch._foreach norms + dots", baselines.foreach_dot_norm, _widened_copy),
-    ]
+    )
+    apex = make(baselines.apex_dot_norm)
     return [
-        *ours,
+        *_ours(SUMS, lambda impl: make(partial(grad_dot_norm, impl=impl))),
         *(Provider(name, make(function), SUMS, size) for name, function, size in others),
-        Provider(
-            "apex l2norm + dots", make(baselines.apex_dot_norm), SUMS,
-            _widened_copy, _apex_obstacle,
-        ),
-    ]  # fmt: skip
+        Provider("apex l2norm + dots", apex, SUMS, _widened_copy, _apex_obstacle),
+    ]
 
 
-def _of_combination(device: torch.device) -> list[Provider]:
-    def ours(impl: str, case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-        one = torch.ones((), device=device)
-        return lambda inputs: _combine(inputs, inputs.stats, one, impl)
+def _of_combination() -> list[Provider]:
+    def foreach(inputs: "AngleInputs", one: Tensor) -> None:
+        baselines.foreach_gate_(inputs.a, inputs.b, WEIGHT, one, inputs.max_norm)
 
     return [
-        *(
-            Provider(
-                _our_name(impl), partial(ours, impl), COMBINED, _little,
-                partial(_our_obstacle, impl), is_ours=True,
-            )
-            for impl in ("auto", "triton", "tiled", "reference")
-        ),
-        Provider("torch._foreach combine + clip", _foreach_gate, COMBINED, _little),
+        *_ours(COMBINED, lambda impl: _scaled(partial(_combine, impl=impl))),
+        Provider("torch._foreach combine + clip", _scaled(foreach), COMBINED, _little),
         Provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
-    ]  # fmt: skip
+    ]
 
 
-def _of_gate(device: torch.device) -> list[Provider]:
-    def ours(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-        one = torch.ones((), device=device)
-        return lambda inputs: _combine(inputs, grad_dot_norm(inputs.a, inputs.b), one, "auto")
+def _of_gate() -> list[Provider]:
+    def ours(inputs: "AngleInputs", one: Tensor) -> Tensor:
+        return _combine(inputs, one, grad_dot_norm(inputs.a, inputs.b))
 
-    def concatenated(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-        return lambda inputs: baselines.concatenated_gate_(
-            inputs.a, inputs.b, WEIGHT, MAX_ANGLE, inputs.max_norm
-        )
+    def concatenated(inputs: "AngleInputs", one: Tensor) -> None:
+        baselines.concatenated_gate_(inputs.a, inputs.b, WEIGHT, MAX_ANGLE, inputs.max_norm)
 
     return [
-        Provider(OURS, ours, COMBINED, _little, is_ours=True),
-        Provider("concatenate + cosine + loop", concatenated, COMBINED, _flat_copies),
+        Provider(OURS, _scaled(ours), COMBINED, _little, is_ours=True),
+        Provider("concatenate + cosine + loop", _scaled(concatenated), COMBINED, _flat_copies),
         Provider(
             "TorchJD PCGrad",
             lambda case, device: lambda inputs: baselines.stacked_pcgrad(inputs.a, inputs.b),
@@ -102,25 +82,39 @@ def _of_gate(device: torch.device) -> list[Provider]:
     ]
 
 
-def _combine(inputs: "AngleInputs", stats: Tensor, one: Tensor, impl: str) -> Tensor:
-    return gated_combine_(
-        inputs.a, inputs.b, stats, weight=WEIGHT, max_angle=MAX_ANGLE, scale=one,
-        max_norm=inputs.max_norm, impl=impl,
-    )  # fmt: skip
+def _ours(formula: str, make: Callable[[str], Any]) -> list[Provider]:
+    """Each implementation of ours; `make` takes its name."""
+    return [
+        Provider(
+            OURS if impl == "auto" else f"{OURS} {impl}", make(impl), formula, _little,
+            partial(_our_obstacle, impl), is_ours=True,
+        )
+        for impl in ("auto", "triton", "tiled", "reference")
+    ]  # fmt: skip
 
 
-def _foreach_gate(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-    one = torch.ones(1, device=device)
-    return lambda inputs: baselines.foreach_gate_(inputs.a, inputs.b, WEIGHT, one, inputs.max_norm)
+def _scaled(function: Callable[["AngleInputs", Tensor], Any]) -> Any:
+    """Maker of a call of `function(inputs, one)`; one: a loss scale of 1 on the device."""
+
+    def make(case: "AngleCase", device: torch.device) -> Call:
+        one = torch.ones((), device=device)
+        return lambda inputs: function(inputs, one)
+
+    return make
 
 
-def _unscale_and_clip(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
+def _unscale_and_clip(case: "AngleCase", device: torch.device) -> Call:
     one, found_inf = torch.ones(1, device=device), torch.zeros(1, device=device)
     return lambda inputs: baselines.unscale_and_clip_(inputs.a, one, found_inf, inputs.max_norm)
 
 
-def _our_name(impl: str) -> str:
-    return OURS if impl == "auto" else f"{OURS} {impl}"
+def _combine(
+    inputs: "AngleInputs", one: Tensor, stats: Tensor | None = None, impl: str = "auto"
+) -> Tensor:
+    return gated_combine_(
+        inputs.a, inputs.b, inputs.stats if stats is None else stats, weight=WEIGHT,
+        max_angle=MAX_ANGLE, scale=one, max_norm=inputs.max_norm, impl=impl,
+    )  # fmt: skip
 
 
 def _our_obstacle(impl: str, case: "AngleCase", device: torch.device) -> str | None:

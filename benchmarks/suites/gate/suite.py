@@ -8,6 +8,7 @@ step does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,14 +18,15 @@ from torch import Tensor
 
 from ....kernels import grad_dot_norm
 from ...floors import cpu as cpu_rates
-from ...floors.loss_and_gate import combine_floor, dot_norm_floor
 from ...floors.rates import Floor, Rates
-from ..suite import Call, Provider
+from ..suite import Call, Provider, relative_error
 from . import providers as angle_providers
 from .case import AngleCase, AngleInputs, num_elements
 from .providers import COMBINED, PCGRAD, SUMS, WEIGHT
 
-TASKS = ("dot_norm", "combine", "gate")
+# Task -> lists that move at least: the sums read both, the combination also writes one.
+LISTS_MOVED = {"dot_norm": 2, "combine": 3, "gate": 5}
+TASKS = tuple(LISTS_MOVED)
 # max_norm of the check, so low that clipping takes effect.
 CHECKED_NORM = 1.0
 OUR_MAX_ERROR = 1e-5
@@ -79,19 +81,13 @@ class AngleSuite:
 
     def error(self, call: Call, case: AngleCase, inputs: AngleInputs, exact: list[Tensor]) -> float:
         if len(exact) == 1 and exact[0].shape == (3,):
-            found = [call(inputs).reshape(3).double()]
             # Relative to each sum: the dot product is much smaller than the norms.
-            errors = [float(((found[0] - exact[0]) / exact[0]).abs().max())]
+            found, exact = list(call(inputs).reshape(3)), list(exact[0])
         else:
             few = _few(inputs)
             returned = call(few)
             found = few.a if len(exact) > 1 else [returned]
-            errors = [
-                float((x.double() - wanted).abs().max() / wanted.abs().max())
-                for x, wanted in zip(found, exact, strict=True)
-            ]
-        worst = max(errors)
-        return worst if all(error == error for error in errors) else float("inf")
+        return max(map(relative_error, found, exact))
 
     def max_error(self, provider: Provider, case: AngleCase) -> float:
         if not provider.is_ours:
@@ -108,13 +104,8 @@ class AngleSuite:
         return cpu_rates.rates_from(times, width=0)
 
     def floor(self, rates: Rates, case: AngleCase) -> Floor:
-        size = case.torch_dtype.itemsize
-        seconds = {
-            "dot_norm": dot_norm_floor(rates, case.elements, size),
-            "combine": combine_floor(rates, case.elements, size),
-        }
-        seconds["gate"] = sum(seconds.values())
-        return Floor(seconds[case.task], "memory")
+        moved = LISTS_MOVED[case.task] * case.elements * case.torch_dtype.itemsize
+        return Floor(moved / rates.bytes, "memory")
 
     def shrunk(self, case: AngleCase) -> AngleCase | None:
         if case.parameters < 2000:
@@ -152,10 +143,10 @@ def _pcgrad(a: Tensor, b: Tensor) -> Tensor:
 def cases(
     *, tasks: Sequence[str], parameters: Sequence[int], dtypes: Sequence[str]
 ) -> list[AngleCase]:
-    values: list[tuple[str, int, str]] = [
-        (task, number, dtype) for number in parameters for dtype in dtypes for task in tasks
+    return [
+        AngleCase(task, number, dtype)
+        for number, dtype, task in itertools.product(parameters, dtypes, tasks)
     ]
-    return [AngleCase(*value) for value in values]
 
 
 SUITE = AngleSuite()

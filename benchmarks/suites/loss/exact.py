@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..suite import relative_error
+
 # Number of rows whose gradient is checked.
 NUM_CHECKED = 256
 # Pairs per float64 block: 256 MiB.
@@ -84,12 +86,7 @@ def exponentials(z: Tensor, rows: Tensor, temperature: float, without_itself: bo
 
 def error_of(loss: Tensor, gradient: Tensor, upstream: float, exact: Exact) -> dict[str, float]:
     """Largest errors relative to the largest exact values; a NaN counts as infinite."""
-    pairs = {
-        "loss": (loss, exact.loss),
-        "gradient": (gradient[exact.rows], exact.gradient * upstream),
+    return {
+        "loss": relative_error(loss, exact.loss),
+        "gradient": relative_error(gradient[exact.rows], exact.gradient * upstream),
     }
-    errors = {
-        what: float((found.double() - wanted).abs().max() / wanted.abs().max())
-        for what, (found, wanted) in pairs.items()
-    }
-    return {what: error if error == error else float("inf") for what, error in errors.items()}

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from ....kernels import acl_loss, supcon_loss
 from ....kernels.contrastive.dispatch import Workload, choose, obstacle, triton_file
 from .. import baselines
-from ..suite import Provider, missing
+from ..suite import Call, Provider, missing
 from .exact import ALL, OTHERS, OTHERS_ALL_ROWS
 
 if TYPE_CHECKING:
@@ -32,38 +32,56 @@ BLOCK_ROWS = 1024
 
 # Arguments: rows [M, d], labels [M], number of classes.
 RowLoss = Callable[[Tensor, Tensor, int], Tensor]
-Result = tuple[Tensor, ...]
+Obstacle = Callable[["LossCase", torch.device], str | None]
 
 
 def providers(case: "LossCase", device: torch.device) -> list[Provider]:
     """All providers: ours with impl="auto", each implementation of ours, then the others."""
-    denominators = ALL if case.loss == "acl" else OTHERS
-    ours = [
-        _ours(case, device, denominators, impl) for impl in ("auto", "tiled", "triton", "reference")
-    ]
-    dense = partial(_dense, denominators)
+    formula, denominator = (ALL, "all") if case.loss == "acl" else (OTHERS, "others")
+
+    def dense(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        return baselines.dense_supcon(rows, labels, TEMPERATURE, denominator)
+
+    def autocast(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        with torch.autocast(rows.device.type, dtype=rows.dtype):
+            return dense(rows, labels, num_classes)
+
+    def checkpointed(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        return baselines.checkpointed_supcon(rows, labels, TEMPERATURE, denominator, BLOCK_ROWS)
+
+    def supcontrast(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        z = torch.nn.functional.normalize(rows, dim=1)
+        return baselines.supcontrast(z[:, None], labels, TEMPERATURE)
+
+    def metric_learning() -> RowLoss:
+        loss = baselines.metric_learning_supcon(TEMPERATURE)
+        return lambda rows, labels, num_classes: loss(rows, labels)
+
     return [
-        *ours,
-        _by_rows("dense", dense, denominators, _pairs_of("dense")),
+        *(_ours(case, device, formula, impl) for impl in ("auto", "tiled", "triton", "reference")),
+        _by_rows("dense", lambda: dense, formula, _pairs_of("dense")),
         _by_rows(
-            "dense torch.compile", dense, denominators, _pairs_of("compiled"), _compiler_obstacle,
-            compiled=True,
+            "dense torch.compile", lambda: dense, formula, _pairs_of("compiled"),
+            _compiler_obstacle, compiled=True,
         ),
         _by_rows(
-            "dense autocast", partial(_autocast, denominators), denominators, _pairs_of("dense"),
-            _autocast_obstacle,
+            "dense autocast", lambda: autocast, formula, _pairs_of("dense"), _autocast_obstacle
         ),
+        _by_rows("checkpointed row blocks", lambda: checkpointed, formula, _blocks),
+        _by_rows("SupContrast", lambda: supcontrast, OTHERS_ALL_ROWS, _pairs_of("supcontrast")),
         _by_rows(
-            "checkpointed row blocks", partial(_checkpointed, denominators), denominators,
-            _blocks,
-        ),
-        _by_rows("SupContrast", _supcontrast, OTHERS_ALL_ROWS, _pairs_of("supcontrast")),
-        Provider(
-            "pytorch-metric-learning", _metric_learning, OTHERS, _pairs_of("metric"),
+            "pytorch-metric-learning", metric_learning, OTHERS, _pairs_of("metric"),
             lambda case, device: missing("pytorch_metric_learning", "pytorch-metric-learning"),
         ),
-        Provider("inf-cl", _inf_cl, OTHERS, _linear, _inf_cl_obstacle),
-        Provider("cut-cross-entropy", _cut, OTHERS, _linear, _cut_obstacle),
+        _by_rows(
+            "inf-cl", lambda: _by_log_sum_exp(baselines.flash_log_sum_exp()), OTHERS, _linear,
+            _inf_cl_obstacle,
+        ),
+        _by_rows(
+            "cut-cross-entropy",
+            lambda: _by_log_sum_exp(baselines.cut_log_sum_exp(accumulate_float32=True)),
+            OTHERS, _linear, _cut_obstacle,
+        ),
     ]  # fmt: skip
 
 
@@ -88,7 +106,12 @@ def _blocks(case: "LossCase") -> int:
 
 def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Provider:
     workload = Workload(device, case.torch_dtype, TEMPERATURE, case.num_rows, case.width)
-    name = OURS if impl == "auto" else f"{OURS} {impl}"
+
+    def make(case: "LossCase", device: torch.device) -> Call:
+        if case.loss == "acl":
+            return partial(forward_backward, partial(acl_loss, temperature=TEMPERATURE, impl=impl))
+        loss = partial(supcon_loss, temperature=TEMPERATURE, denominator="others", impl=impl)
+        return partial(forward_backward, loss)
 
     def why_not(case: "LossCase", device: torch.device) -> str | None:
         file = triton_file(workload) if impl == "triton" else impl
@@ -96,19 +119,12 @@ def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Pr
             return f"same as {OURS}, which chooses it here"
         return None if impl == "auto" else obstacle(file, workload)
 
-    make = partial(_make_ours, impl)
+    name = OURS if impl == "auto" else f"{OURS} {impl}"
     extra_bytes = _pairs_of("reference") if impl == "reference" else _linear
     return Provider(name, make, formula, extra_bytes, why_not, is_ours=True)
 
 
-def _make_ours(impl: str, case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    if case.loss == "acl":
-        return partial(forward_backward, partial(acl_loss, temperature=TEMPERATURE, impl=impl))
-    loss = partial(supcon_loss, temperature=TEMPERATURE, denominator="others", impl=impl)
-    return partial(forward_backward, loss)
-
-
-def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> Result:
+def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> tuple[Tensor, ...]:
     """The losses, and the gradients of samples and label embeddings."""
     wanted = inputs.leaves
     value = loss(inputs.embeddings, inputs.labels, *wanted[1:])
@@ -139,14 +155,16 @@ def over_exits(loss: RowLoss, *arguments: Tensor) -> Tensor:
 
 def _by_rows(
     name: str,
-    loss: RowLoss,
+    make_loss: Callable[[], RowLoss],
     formula: str,
     extra_bytes: Callable[["LossCase"], int],
-    why_not: Callable[["LossCase", torch.device], str | None] = lambda case, device: None,
+    why_not: Obstacle = lambda case, device: None,
     compiled: bool = False,
 ) -> Provider:
-    def make(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-        whole: Callable[..., Tensor] = partial(over_exits, loss)
+    """A provider whose loss of rows is made only if it runs, because that imports its package."""
+
+    def make(case: "LossCase", device: torch.device) -> Call:
+        whole: Callable[..., Tensor] = partial(over_exits, make_loss())
         if compiled:
             # Dynamo limits how often one function is compiled again for other shapes.
             torch._dynamo.reset()
@@ -156,45 +174,11 @@ def _by_rows(
     return Provider(name, make, formula, extra_bytes, why_not)
 
 
-def _dense(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return baselines.dense_supcon(rows, labels, TEMPERATURE, "all" if formula == ALL else "others")
-
-
-def _autocast(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    with torch.autocast(rows.device.type, dtype=rows.dtype):
-        return _dense(formula, rows, labels, num_classes)
-
-
-def _checkpointed(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return baselines.checkpointed_supcon(
-        rows, labels, TEMPERATURE, "all" if formula == ALL else "others", BLOCK_ROWS
-    )
-
-
-def _supcontrast(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    z = torch.nn.functional.normalize(rows, dim=1)
-    return baselines.supcontrast(z[:, None], labels, TEMPERATURE)
-
-
-def _metric_learning(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    loss = baselines.metric_learning_supcon(TEMPERATURE)
-    whole = partial(over_exits, lambda rows, labels, num_classes: loss(rows, labels))
-    return partial(forward_backward, whole)
-
-
-def _by_log_sum_exp(log_sum_exp: Callable[[Tensor], Tensor]) -> Callable[["LossInputs"], Any]:
+def _by_log_sum_exp(log_sum_exp: Callable[[Tensor], Tensor]) -> RowLoss:
     def loss(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         return baselines.supcon_by_log_sum_exp(log_sum_exp, rows, labels, num_classes, TEMPERATURE)
 
-    return partial(forward_backward, partial(over_exits, loss))
-
-
-def _inf_cl(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    return _by_log_sum_exp(baselines.flash_log_sum_exp())
-
-
-def _cut(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    return _by_log_sum_exp(baselines.cut_log_sum_exp(accumulate_float32=True))
+    return loss
 
 
 def _inf_cl_obstacle(case: "LossCase", device: torch.device) -> str | None:

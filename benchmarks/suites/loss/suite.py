@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...floors import cpu as cpu_rates
-from ...floors.loss_and_gate import loss_floor
+from ...floors.loss import loss_floor
 from ...floors.rates import Floor, Rates
 from ..suite import Call, Provider
 from . import providers as loss_providers

@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -45,6 +47,8 @@ from .names import (
 )
 from .trainers import OURS, Case, Files, Ours, StepTrainer, make_trainer, obstacle
 
+# Cross-entropy and auxiliary loss of each step.
+Losses = list[tuple[float, float | None]]
 # Largest relative difference of losses; Adam amplifies rounding errors from step to step.
 MAX_ERROR = 1e-4
 # The Hugging Face Trainer logs four decimals.
@@ -191,30 +195,23 @@ def quiet() -> Iterator[None]:
 def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, threads: int) -> Result:
     """Measure one case: compare losses, time in turns, profile, measure peak memory."""
     left_out = {name: why for name in names if (why := obstacle(name)) is not None}
-    running = {
-        name: make_trainer(name, case, files)
+    makers = {
+        name: partial(make_trainer, name, case, files)
         for name in WORDS
         if name in names and name not in left_out
     }
+    running = {name: make() for name, make in makers.items()}
     losses, flops, wrong = check(case, running, files)
-    for name, why in wrong.items():
-        left_out[name] = why
+    for name in wrong:
         del running[name]
-    times, rate = timed(running, flops, case.width, turns, skip=WARM_UP_STEPS)
-    for name, one in tqdm(running.items(), desc="profile", leave=False):
-        if isinstance(one, Ours) and turns.profiled:
-            one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
-            times[name]["shares"] = one.shares
-    if turns.memory:
-        makers = {name: partial(make_trainer, name, case, files) for name in running}
-        add_peaks(times, makers, threads)
+    found = timed(running, makers, flops, case.width, turns, threads, skip=WARM_UP_STEPS)
+    times = found["providers"]
     return {
         "case": asdict(case),
         "words": case.words,
         "losses": losses,
-        **rate,
-        "providers": times,
-        "left_out": left_out,
+        **found,
+        "left_out": left_out | wrong,
         "bars": [
             bar(what, ratio(times, slower, faster), most)
             for what, slower, faster, most in BARS
@@ -225,12 +222,17 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
 
 def timed(
     running: Mapping[str, StepTrainer],
+    makers: Mapping[str, Callable[[], StepTrainer]],
     flops: Mapping[str, int],
     width: int,
     turns: Turns,
+    threads: int,
     skip: int,
-) -> tuple[dict[str, Result], Result]:
-    """Times of the trainers with the floors of their matrix products, and the products' rate."""
+) -> Result:
+    """Times of the running trainers with floors, parts and peak memory, and the products' rate.
+
+    Peaks are measured in a child process: "peak_bytes", or "peak_error" with a message.
+    """
     num_steps = turns.steps + skip
     product = product_turn(width)
     times = interleave_samples(
@@ -242,12 +244,20 @@ def timed(
         skip=skip,
     )
     rate = add_floors(times, {name: flops[name] for name in running}, width)
-    return times, rate
+    for name, one in tqdm(running.items(), desc="profile", leave=False):
+        if isinstance(one, Ours) and turns.profiled:
+            one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
+            times[name]["shares"] = one.shares
+    with Child(threads, CHILD_SECONDS) as child:
+        for name in running if turns.memory else ():
+            peak = child.measure(peak_of_step, makers[name])
+            times[name]["peak_error" if isinstance(peak, str) else "peak_bytes"] = peak
+    return {**rate, "providers": times}
 
 
 def check(
     case: Case, trainers: Mapping[str, StepTrainer], files: Files
-) -> tuple[dict[str, list[tuple[float, float | None]]], dict[str, int], dict[str, str]]:
+) -> tuple[dict[str, Losses], dict[str, int], dict[str, str]]:
     """Losses of some steps, FLOP per step, and reasons not to time somebody else's trainer.
 
     Raises:
@@ -257,23 +267,17 @@ def check(
     needed = dict.fromkeys([*trainers, CE, *(ALIKE[n] for n in trainers if n in ALIKE)])
     if any(name not in (CE, HUGGING_FACE) for name in trainers):
         needed[ACL] = None
-    losses, flops = {}, {}
+    losses, flops, wrong = {}, {}, {}
     for name in tqdm(needed, desc="check", leave=False):
         one = trainers.get(name) or make_trainer(name, case, files)
-        flops[name] = flops_of(
-            partial(one.turn, CHECK_STEPS, dropout=0.0, logging_steps=1), CHECK_STEPS
-        )
+        flops[name] = _flops(one, CHECK_STEPS)
         losses[name] = one.losses
-    wrong = {}
     for name in trainers:
-        alike = name in ALIKE
-        pairs = list(zip(losses[name], losses[ALIKE.get(name, CE)], strict=True))
-        error = max(_relative(found[0], exact[0]) for found, exact in pairs[: None if alike else 1])
-        limit = MAX_LOGGED_ERROR if name == HUGGING_FACE else MAX_ERROR
+        steps = CHECK_STEPS if name in ALIKE else 1
+        error = _error(losses[name], losses[ALIKE.get(name, CE)], steps, part=0)
         if losses[name][0][1] is not None and name != "fusedacl_scl":
-            pairs = list(zip(losses[name], losses[ACL], strict=True))[: None if alike else 1]
-            error = max(error, *(_relative(found[1], exact[1]) for found, exact in pairs))
-        if not error <= limit:
+            error = max(error, _error(losses[name], losses[ACL], steps, part=1))
+        if not error <= (MAX_LOGGED_ERROR if name == HUGGING_FACE else MAX_ERROR):
             why = f"its losses differ by {error:.1e} (relative): not timed"
             if name in OURS:
                 raise WrongResult(f"{case.words}, {name}: {why}")
@@ -281,9 +285,15 @@ def check(
     return losses, flops, wrong
 
 
-def _relative(found: float | None, exact: float | None) -> float:
-    assert found is not None and exact is not None
-    return abs(found - exact) / abs(exact)
+def _flops(trainer: StepTrainer, num_steps: int) -> int:
+    """FLOP per step of a turn without dropout, which records the losses."""
+    return flops_of(partial(trainer.turn, num_steps, dropout=0.0, logging_steps=1), num_steps)
+
+
+def _error(found: Losses, exact: Losses, steps: int, part: int) -> float:
+    """Largest relative difference of the cross-entropies (part 0) or the auxiliary losses (1)."""
+    pairs = list(zip(np.array(found)[:, part], np.array(exact)[:, part], strict=True))
+    return float(max(abs(a - b) / abs(b) for a, b in pairs[:steps]))
 
 
 def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
@@ -294,61 +304,34 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
     """
     case, number, turns = chunks.case, chunks.number, chunks.turns
     whole = case.batch * number
+    options: dict[str, dict[str, Any]] = {
+        ONE_CHUNK: {},
+        CACHED: {"gradient_accumulation_steps": number, "contrastive_batch_size": whole},
+        ONE_SHOT: {"per_device_train_batch_size": whole},
+    }
     makers = {
-        ONE_CHUNK: partial(make_trainer, ACL, case, files),
-        CACHED: partial(
-            make_trainer,
-            ACL,
-            case,
-            files,
-            gradient_accumulation_steps=number,
-            contrastive_batch_size=whole,
-        ),
-        ONE_SHOT: partial(make_trainer, ACL, case, files, per_device_train_batch_size=whole),
+        name: partial(make_trainer, ACL, case, files, **more) for name, more in options.items()
     }
     running = {name: make() for name, make in makers.items()}
-    flops = {
-        name: flops_of(
-            partial(one.turn, CACHED_CHECK_STEPS, dropout=0.0, logging_steps=1), CACHED_CHECK_STEPS
-        )
-        for name, one in running.items()
-    }
-    pairs = zip(running[CACHED].losses, running[ONE_SHOT].losses, strict=True)
-    error = max(
-        _relative(a, b) for found, exact in pairs for a, b in zip(found, exact, strict=True)
-    )
+    flops = {name: _flops(one, CACHED_CHECK_STEPS) for name, one in running.items()}
+    cached, exact = running[CACHED].losses, running[ONE_SHOT].losses
+    error = max(_error(cached, exact, CACHED_CHECK_STEPS, part) for part in (0, 1))
     if not error <= MAX_ERROR:
         raise WrongResult(f"{chunks.words}: the losses differ by {error:.1e} (relative): not timed")
-    times, rate = timed(running, flops, case.width, turns, skip=1)
-    result: Result = {
+    found = timed(running, makers, flops, case.width, turns, threads, skip=1)
+    times = found["providers"]
+    bars = [bar("cached over one shot, time", ratio(times, CACHED, ONE_SHOT), MAX_CACHED_TIME)]
+    cached_peak, chunk_peak = (times[name].get("peak_bytes") for name in (CACHED, ONE_CHUNK))
+    if cached_peak is not None and chunk_peak is not None:
+        what = "cached over one chunk, peak memory"
+        bars.append(bar(what, cached_peak / chunk_peak, MAX_CACHED_MEMORY))
+    return {
         "case": {**asdict(case), "chunks": number},
         "words": chunks.words,
-        **rate,
-        "providers": times,
+        **found,
         "left_out": {},
-        "bars": [
-            bar("cached over one shot, time", ratio(times, CACHED, ONE_SHOT), MAX_CACHED_TIME)
-        ],
+        "bars": bars if turns.has_bars else [],
     }
-    if turns.memory:
-        add_peaks(times, makers, threads)
-        cached, one_chunk = (times[name].get("peak_bytes") for name in (CACHED, ONE_CHUNK))
-        if cached is not None and one_chunk is not None:
-            what = "cached over one chunk, peak memory"
-            result["bars"].append(bar(what, cached / one_chunk, MAX_CACHED_MEMORY))
-    if not turns.has_bars:
-        result["bars"] = []
-    return result
-
-
-def add_peaks(
-    times: dict[str, Result], makers: Mapping[str, Callable[[], StepTrainer]], threads: int
-) -> None:
-    """Measure in a child process; add "peak_bytes" to the times, or "peak_error" with a message."""
-    with Child(threads, CHILD_SECONDS) as child:
-        for name, make in makers.items():
-            peak = child.measure(peak_of_step, make)
-            times[name]["peak_error" if isinstance(peak, str) else "peak_bytes"] = peak
 
 
 def peak_of_step(make: Callable[[], StepTrainer]) -> int:
@@ -377,8 +360,8 @@ def bar(what: str, value: float, most: float) -> Result:
 
 def text(case: Result) -> str:
     """A case as a table with its targets and the providers that were left out."""
-    named = {(WORDS | CACHED_WORDS)[name]: row for name, row in case["providers"].items()}
-    lines = [f"\n{case['words']}", times_table(named, text_table)]
+    table = times_table(case["providers"], text_table, WORDS | CACHED_WORDS)
+    lines = [f"\n{case['words']}", table]
     lines += [
         f"{b['what']}: {b['value']:.2f} (at most {b['at_most']}: {'yes' if b['met'] else 'no'})"
         for b in case["bars"]

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +36,8 @@ NUM_TEXTS = 512
 LEARNING_RATE = 1e-4
 AUXILIARY_WEIGHT = 0.02
 
-OURS: dict[str, dict[str, Any]] = {
+# Options of our trainer, and of the runs that the others take over.
+OPTIONS: dict[str, dict[str, Any]] = {
     CE: {"objective": "ce"},
     "fusedacl_scl": {"objective": "scl"},
     "fusedacl_acl_ungated": {"objective": "acl", "gate": "none"},
@@ -45,7 +46,10 @@ OURS: dict[str, dict[str, Any]] = {
     "fusedacl_acl_head": {"objective": "acl", "gate_scope": "head"},
     "deepspeed_ce": {"objective": "ce", "deepspeed_config": "deepspeed.json"},
     "deepspeed_acl": {"objective": "acl", "deepspeed_config": "deepspeed.json"},
+    HUGGING_FACE: {"objective": "ce"},
+    TWO_BACKWARD: {"objective": "acl"},
 }
+OURS = OPTIONS.keys() - {HUGGING_FACE, TWO_BACKWARD}
 MODELS = ("minilm", "bert-base")
 
 
@@ -132,6 +136,9 @@ class Clock:
     def __init__(self, after_step: AfterStep | None = None) -> None:
         self.seconds: list[float] = []
         self._after_step = after_step
+        self.restart()
+
+    def restart(self) -> None:
         self._last = time.perf_counter()
 
     def tick(self) -> None:
@@ -144,21 +151,12 @@ class Clock:
         self._last = time.perf_counter()
 
 
-class StepTrainer(Protocol):
-    # Cross-entropy and auxiliary loss of each step of the last turn that recorded them.
-    losses: list[tuple[float, float | None]]
+class StepTrainer:
+    """A way of training: ours with given options, or another one with the same settings.
 
-    def turn(
-        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
-    ) -> list[float]:
-        """Seconds of each step of a new run; `changes` are options of our trainer.
-
-        With `logging_steps=1` the losses are recorded.
-        """
-
-
-class Ours:
-    """Our trainer with given options."""
+    losses: cross-entropy and auxiliary loss of each step of the last turn that recorded them.
+    shares: parts of the steps of the last turn that was profiled.
+    """
 
     def __init__(self, case: Case, files: Files, name: str, **options: Any) -> None:
         if "deepspeed_config" in options:
@@ -189,8 +187,23 @@ class Ours:
     def turn(
         self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
     ) -> list[float]:
-        trainer = SteppedTrainer(self.config(num_steps, **changes))
+        """Seconds of each step of a new run; `changes` are options of our trainer.
+
+        With `logging_steps=1` the losses are recorded.
+        """
         clock = Clock(after_step)
+        self.train(num_steps, clock, **changes)
+        return clock.seconds
+
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        """Make a new run; restart the clock before its first step, and let it tick after each."""
+        raise NotImplementedError
+
+
+class Ours(StepTrainer):
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        trainer = SteppedTrainer(self.config(num_steps, **changes))
+        clock.restart()
         with trainer.profiler:
             for _ in range(num_steps):
                 trainer.one_step()
@@ -200,27 +213,19 @@ class Ours:
         records = read_records(trainer.output_dir / "metrics.jsonl")
         self.losses = [(record["loss_ce"], record.get("loss_aux")) for record in records]
         trainer.backend.close()
-        return clock.seconds
 
 
-class HuggingFace:
+class HuggingFace(StepTrainer):
     """The Hugging Face Trainer with the same model and the loss that the model returns."""
 
-    def __init__(self, case: Case, files: Files) -> None:
-        self.files = files
-        self.ours = Ours(case, files, HUGGING_FACE, objective="ce")
-        self.losses: list[tuple[float, float | None]] = []
-
-    def turn(
-        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
-    ) -> list[float]:
-        trainer = build_run(self.ours.config(num_steps, **changes))
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        trainer = build_run(self.config(num_steps, **changes))
         options = trainer.config.optimization
-        callback = _ClockCallback(after_step)
+        callback = _ClockCallback(clock)
         made = transformers.Trainer(
             model=trainer.model,
             args=transformers.TrainingArguments(
-                output_dir=str(self.files.directory / HUGGING_FACE),
+                output_dir=str(self._files.directory / HUGGING_FACE),
                 max_steps=num_steps,
                 per_device_train_batch_size=options.per_device_train_batch_size,
                 learning_rate=options.learning_rate,
@@ -243,16 +248,15 @@ class HuggingFace:
         made.remove_callback(transformers.PrinterCallback)
         made.train()
         self.losses = [(loss, None) for loss in callback.losses]
-        return callback.clock.seconds
 
 
 class _ClockCallback(transformers.TrainerCallback):
-    def __init__(self, after_step: AfterStep | None) -> None:
-        self.after_step = after_step
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.losses: list[float] = []
 
     def on_train_begin(self, *arguments: Any, **options: Any) -> None:
-        self.clock = Clock(self.after_step)
+        self.clock.restart()
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
         self.clock.tick()
@@ -284,17 +288,11 @@ def _batches(trainer: RunParts, epoch: int) -> list[np.ndarray]:
     )
 
 
-class TwoBackward:
+class TwoBackward(StepTrainer):
     """ACL-Grad in plain PyTorch, with a dense contrastive loss."""
 
-    def __init__(self, case: Case, files: Files) -> None:
-        self.ours = Ours(case, files, TWO_BACKWARD, objective="acl")
-        self.losses: list[tuple[float, float | None]] = []
-
-    def turn(
-        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
-    ) -> list[float]:
-        trainer = build_run(self.ours.config(num_steps, **changes))
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        trainer = build_run(self.config(num_steps, **changes))
         options, model = trainer.config.optimization, trainer.model.train()
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(
@@ -305,7 +303,7 @@ class TwoBackward:
         )
         is_recorded = trainer.config.run.logging_steps == 1
         self.losses = []
-        clock = Clock(after_step)
+        clock.restart()
         for step in range(num_steps):
             epoch, index = divmod(step, trainer.plan.steps_per_epoch)
             if index == 0:
@@ -338,7 +336,6 @@ class TwoBackward:
             # Free the step's tensors before the next step, as a function of its own would.
             del output, main, auxiliary, main_gradient, auxiliary_gradient, parts, part
             clock.tick()
-        return clock.seconds
 
 
 def _flat(gradients: tuple[Tensor | None, ...], parameters: list[torch.nn.Parameter]) -> Tensor:
@@ -352,16 +349,13 @@ def _flat(gradients: tuple[Tensor | None, ...], parameters: list[torch.nn.Parame
 
 def make_trainer(name: str, case: Case, files: Files, **more: Any) -> StepTrainer:
     """Make the trainer of that name; `more` are further options of ours."""
-    if name == HUGGING_FACE:
-        return HuggingFace(case, files)
-    if name == TWO_BACKWARD:
-        return TwoBackward(case, files)
-    return Ours(case, files, name, **{**OURS[name], **more})
+    cls = {HUGGING_FACE: HuggingFace, TWO_BACKWARD: TwoBackward}.get(name, Ours)
+    return cls(case, files, name, **{**OPTIONS[name], **more})
 
 
 def obstacle(name: str) -> str | None:
     """A message if a trainer cannot run here, else None."""
-    options = OURS.get(name, {})
+    options = OPTIONS[name]
     try:
         if "deepspeed_config" in options:
             check_version()

@@ -102,7 +102,7 @@ def test_a_whole_run_leaves_a_file_and_a_figure(
     assert first["providers"][CE]["shares"]["contrastive_backward"] == 0
     assert [found["what"] for found in cached["bars"]] == ["cached over one shot, time"]
     assert set(cached["providers"]) == {"one_chunk", "cached_batch", "one_shot"}
-    step_figure.draw(result, tmp_path / "out" / "step.png")
+    step_figure.draw(result, tmp_path / "out" / "step")
     assert (tmp_path / "out" / "step.png").stat().st_size > 1000
     page = "\n".join(step_section(result, "step.png"))
     assert f"| {WORDS[CE]} |" in page and "](step.png)" in page
@@ -126,7 +126,7 @@ def test_one_of_ours_that_is_wrong_ends_it(
     case: Case, files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(
-        trainers.OURS, "fusedacl_acl_ungated", {"objective": "acl", "temperature": 0.4}
+        trainers.OPTIONS, "fusedacl_acl_ungated", {"objective": "acl", "temperature": 0.4}
     )
     made = {name: make_trainer(name, case, files) for name in ("fusedacl_acl_ungated", CE)}
     with pytest.raises(WrongResult, match="fusedacl_acl_ungated: its losses differ"):
@@ -155,7 +155,7 @@ def test_who_cannot_run_is_left_out_with_the_reason(
         raise ValueError("deepspeed is not installed: pip install deepspeed")
 
     monkeypatch.setattr(trainers, "check_version", missing)
-    monkeypatch.setitem(trainers.OURS, "fusedacl_acl_head", {"gate_scop": "head"})
+    monkeypatch.setitem(trainers.OPTIONS, "fusedacl_acl_head", {"gate_scop": "head"})
     assert obstacle(CE) is None
     names = (CE, "deepspeed_ce", "fusedacl_acl_head")
     result = measure(case, TURNS, names, files, threads=1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from fusedacl.benchmarks.floors.loss_and_gate import combine_floor, dot_norm_floor, loss_floor
+from fusedacl.benchmarks.floors.loss import loss_floor
 from fusedacl.benchmarks.floors.rates import Rates
+from fusedacl.benchmarks.suites.gate.case import BERT_BASE, AngleCase
+from fusedacl.benchmarks.suites.gate.suite import SUITE
 
-BERT_BASE = 109_482_240
 # NVIDIA's figures; exponentials: 16 per clock and multiprocessor.
 V100 = Rates("V100", {torch.float16: 125e12, torch.float32: 15.7e12}, 80 * 16 * 1.53e9, 900e9)
 H200 = Rates(
@@ -20,12 +23,16 @@ H200 = Rates(
 
 def test_the_angle_check_reads_both_lists_once() -> None:
     """BERT-base in float32: 0.97 ms on a V100, 0.2 ms on an H200."""
-    assert dot_norm_floor(V100, BERT_BASE, 4) == pytest.approx(0.97e-3, rel=0.05)
-    assert round(dot_norm_floor(H200, BERT_BASE, 4) * 1e3, 1) == 0.2
-    assert dot_norm_floor(V100, BERT_BASE, 2) == pytest.approx(0.97e-3 / 2, rel=0.05)
-    assert combine_floor(V100, BERT_BASE, 4) == pytest.approx(
-        1.5 * dot_norm_floor(V100, BERT_BASE, 4)
+    case = AngleCase("dot_norm", BERT_BASE)
+    on_v100 = SUITE.floor(V100, case).seconds
+    assert on_v100 == pytest.approx(0.97e-3, rel=0.05)
+    assert round(SUITE.floor(H200, case).seconds * 1e3, 1) == 0.2
+    assert SUITE.floor(V100, replace(case, dtype="float16")).seconds == on_v100 / 2
+    combined, both = (
+        SUITE.floor(V100, replace(case, task=task)).seconds for task in ("combine", "gate")
     )
+    assert combined == pytest.approx(1.5 * on_v100)
+    assert both == pytest.approx(on_v100 + combined)
 
 
 def test_exp_binds_narrow_rows_on_a_fast_matrix_unit() -> None:

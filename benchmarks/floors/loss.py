@@ -1,4 +1,4 @@
-"""Lower bounds of the time of the contrastive loss and of the gate, from a machine's rates.
+"""Lower bound of the time of the contrastive loss, from a machine's rates.
 
 A pass over the M^2 pairs of the contrastive loss takes at least
 
@@ -10,12 +10,11 @@ the pairs are enough forward: M^2 d FLOP and M^2 / 2 exponentials. Backward, the
 rows take 2 M^2 d FLOP and the recomputed pairs M^2 d FLOP and M^2 / 2 exponentials on a CPU; GPU
 kernels compute all pairs again, which takes 4 M^2 d FLOP and M^2 exponentials together. Forward and
 backward together take at least the time of moving 3 M d elements and 4 M d bytes (docs/kernels.md).
-The angle check reads two lists of gradients; the combination also writes one.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,11 +23,18 @@ from .rates import Rates
 
 @dataclass(frozen=True)
 class PassFloor:
-    """Seconds of matrix products and of exponentials in one pass over the pairs."""
+    """Seconds of matrix products and of exponentials in one pass over the pairs, or in several."""
 
     matrix: float
     exponential: float
     overlaps: bool = True
+
+    def __add__(self, other: PassFloor) -> PassFloor:
+        return replace(
+            self,
+            matrix=self.matrix + other.matrix,
+            exponential=self.exponential + other.exponential,
+        )
 
     @property
     def seconds(self) -> float:
@@ -56,13 +62,9 @@ class LossFloor:
     @property
     def bound_by(self) -> str:
         """The unit that sets `seconds`: "memory", "matrix unit" or "exp"."""
-        passes = (self.forward, self.backward)
-        if self.memory > sum(each.seconds for each in passes):
+        if self.memory > self.forward.seconds + self.backward.seconds:
             return "memory"
-        matrix, exponential = (
-            sum(getattr(each, unit) for each in passes) for unit in ("matrix", "exponential")
-        )
-        return "matrix unit" if matrix >= exponential else "exp"
+        return (self.forward + self.backward).bound_by
 
 
 def loss_floor(rates: Rates, num_rows: int, width: int, dtype: torch.dtype) -> LossFloor | None:
@@ -81,13 +83,3 @@ def loss_floor(rates: Rates, num_rows: int, width: int, dtype: torch.dtype) -> L
         ),
         memory=moved / rates.bytes,
     )
-
-
-def dot_norm_floor(rates: Rates, num_elements: int, itemsize: int) -> float:
-    """Seconds in which both lists are read."""
-    return 2 * num_elements * itemsize / rates.bytes
-
-
-def combine_floor(rates: Rates, num_elements: int, itemsize: int) -> float:
-    """Seconds in which both lists are read and one is written."""
-    return 3 * num_elements * itemsize / rates.bytes
