@@ -201,11 +201,7 @@ class ScalingConfig:
         return self.what == Ranks()
 
     def problem_and_ranks(self) -> tuple[Problem, RankOptions]:
-        """The loss to measure, and how.
-
-        Raises:
-            ValueError: numbers of ranks out of order, or only one rank.
-        """
+        """The loss to measure, and how; ValueError for unordered numbers of ranks or one rank."""
         chosen = RANK_SIZES[self.how.preset] | {
             name: value for name, value in vars(self.what).items() if value is not None
         }
@@ -222,11 +218,7 @@ class ScalingConfig:
         return problem, RankOptions(tuple(world_sizes), rounds, threads, self.what.timeout)
 
     def described_machine(self, problem: Problem) -> tuple[Machine, Problem] | None:
-        """The machine that the options describe with the problem in its data type, or None.
-
-        Raises:
-            ValueError: the options describe a part of a machine.
-        """
+        """The machine of the options with the problem in its data type, None without options."""
         given = self.model
         needed = ("matrix_tflops", "giga_exponentials", "memory_gb", "message_us", "link_gb_s")
         tflops, exponentials, memory, message, link = (getattr(given, name) for name in needed)
@@ -257,11 +249,7 @@ class ScalingConfig:
 
 
 def sizes(config: BenchConfig) -> dict[str, Any]:
-    """Sizes, rounds and seconds of the preset, with those that were given in their place.
-
-    Raises:
-        ValueError: a size that is not a whole number above 0, or an unknown dtype, loss or task.
-    """
+    """Sizes, rounds and seconds as given, else of the preset; ValueError for unknown names."""
     chosen = dict(SIZES[config.how.device, config.how.preset])
     given = vars(config.what) | vars(config.how)
     chosen |= {name: given[name] for name in chosen if given[name] is not None}
@@ -278,11 +266,7 @@ def sizes(config: BenchConfig) -> dict[str, Any]:
 
 
 def whole_numbers(name: str, text: str) -> list[int]:
-    """Numbers of a comma-separated list, without repetitions.
-
-    Raises:
-        ValueError: a part is not a whole number above 0.
-    """
+    """Different numbers above 0 from a comma-separated list; ValueError for anything else."""
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         if not part.isdigit() or int(part) < 1:
@@ -293,11 +277,7 @@ def whole_numbers(name: str, text: str) -> list[int]:
 
 
 def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, ...]:
-    """Names of a comma-separated list without repetitions, empty if nothing is given.
-
-    Raises:
-        ValueError: an unknown name; the nearest is offered.
-    """
+    """Different names of a comma-separated list; ValueError for one that is not known."""
     names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
     known = list(known)
     for name in names:
@@ -309,11 +289,7 @@ def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, 
 def settings_of(
     config: BenchConfig, chosen: dict[str, Any], names: tuple[str, ...], child: Child
 ) -> Settings:
-    """Settings of the runner.
-
-    Raises:
-        ValueError: the device is missing.
-    """
+    """Settings of the runner; ValueError if the device is missing."""
     device = torch.device(config.how.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(

@@ -105,11 +105,9 @@ def launches(function: Callable[[], object], device: torch.device) -> list[str] 
         with torch.profiler.profile(activities=activities) as profiler:
             function()
             torch.cuda.synchronize(device)
-    on_device = [
-        event
-        for event in profiler.events()
+    return [
+        event.name
+        for event in sorted(profiler.events(), key=lambda event: event.time_range.start)
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
-    ]
-    on_device.sort(key=lambda event: event.time_range.start)
-    return [event.name for event in on_device] or None
+    ] or None

@@ -98,7 +98,10 @@ def count(
         for read in SILENT_READS:
             stack.enter_context(mock.patch.object(Tensor, read, mode.noted(read)))
         launches = stack.enter_context(_launches())
-        stack.enter_context(_no_garbage())
+        if gc.isenabled():
+            # Storages are freed only when their last reference goes.
+            gc.disable()
+            stack.callback(gc.enable)
         with mode:
             call()
     found = Counts(
@@ -108,8 +111,8 @@ def count(
         peak_bytes=mode.peak_bytes,
         host_reads=dict(mode.host_reads),
         passes=dict(passes),
-        launches=dict(Counter(launch.text for launch in launches)),
-        binaries=len({launch.binary for launch in launches}),
+        launches=dict(Counter(text for text, _ in launches)),
+        binaries=len({binary for _, binary in launches}),
         collectives=dict(mode.collectives),
     )
     return found, mode.places
@@ -180,14 +183,12 @@ class _Counting(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             address, size = storage._cdata, storage.nbytes()
-            known = self._live.get(address)
-            if known is None and address in before:
+            if address not in self._live and address in before:
                 continue
-            if known is None:
-                reference = weakref.ref(storage, partial(self._forget, address))
-            else:
-                reference = known[0]
-            grown = size - (0 if known is None else known[1])
+            if address not in self._live:
+                self._live[address] = weakref.ref(storage, partial(self._forget, address)), 0
+            reference, known = self._live[address]
+            grown = size - known
             self._live[address] = reference, size
             self._live_bytes += grown
             self.allocated_bytes += max(0, grown)
@@ -231,29 +232,12 @@ def _place() -> str:
 
 
 @contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Disable garbage collection: storages are freed only when their last reference goes."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _launches() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """Record the launches inside the block instead of running them.
 
-
-@dataclass(frozen=True)
-class _Launch:
-    """A kernel with its grid, and the key under which Triton would cache its binary."""
-
-    text: str
-    binary: tuple[Any, ...]
-
-
-@contextlib.contextmanager
-def _launches() -> Iterator[list[_Launch]]:
-    """Record the launches inside the block instead of running them."""
-    found: list[_Launch] = []
+    A launch is a kernel with its grid, and the key under which Triton would cache its binary.
+    """
+    found: list[tuple[str, tuple[Any, ...]]] = []
     try:
         from triton.runtime.interpreter import InterpretedFunction
     except ImportError:
@@ -264,7 +248,7 @@ def _launches() -> Iterator[list[_Launch]]:
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         size = grid(named) if callable(grid) else grid
         programs = "x".join(str(int(number)) for number in size)
-        found.append(_Launch(f"{kernel.fn.__name__} [{programs}]", _binary(kernel, named)))
+        found.append((f"{kernel.fn.__name__} [{programs}]", _binary(kernel, named)))
 
     with mock.patch.object(InterpretedFunction, "run", run):
         yield found

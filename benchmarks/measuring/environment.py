@@ -80,9 +80,9 @@ def _commit() -> str:
     git = ["git", "-C", str(Path(__file__).parent)]
     code = ["--", ":/", ":!results"]
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", *code], capture_output=True, text=True
+        head, status = (
+            subprocess.run([*git, *words], capture_output=True, text=True)
+            for words in (["rev-parse", "HEAD"], ["status", "--porcelain", *code])
         )
     except FileNotFoundError:
         return "unknown: git is not installed"

@@ -121,11 +121,7 @@ _SILENT = {"cases", "providers", "times", "points"}
 
 
 def read_result(path: Path) -> Result:
-    """Read a result file.
-
-    Raises:
-        ValueError: no such file, not JSON, not a result, or a result of another schema.
-    """
+    """Read a result file; ValueError for other files and other schemas."""
     if not path.is_file():
         raise ValueError(
             f"{str(path)!r} does not exist: name a JSON file that fusedacl bench wrote."

@@ -97,11 +97,7 @@ def headline(results: Mapping[str, Mapping[str, Result]]) -> str:
 
 
 def write_headline(readme: Path, table: str) -> None:
-    """Replace the text between the two markers by the table.
-
-    Raises:
-        ValueError: a marker is missing or repeated, or they are in the wrong order.
-    """
+    """Replace the text between the two markers; ValueError unless each is there once."""
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -75,13 +75,11 @@ def checkpointed_supcon(
         is_anchor = num_positives > 0
         return ((kept.logsumexp(1) - positive_mean) * is_anchor).sum(), is_anchor.sum()
 
-    losses, counts = zip(
-        *(
-            checkpoint(block_loss, z, rows, use_reentrant=False)
-            for rows in everything.split(block_rows)
-        ),
-        strict=True,
-    )
+    blocks = [
+        checkpoint(block_loss, z, rows, use_reentrant=False)
+        for rows in everything.split(block_rows)
+    ]
+    losses, counts = zip(*blocks, strict=True)
     return torch.stack(losses).sum() / torch.stack(counts).sum()
 
 
@@ -183,15 +181,17 @@ def concatenated_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def foreach_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """(a . b, |a|^2, |b|^2) with PyTorch's multi-tensor norms and a loop of dot products."""
-    dot = sum(
-        torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1)))
-        for x, y in zip(a, b, strict=True)
-    )
     norms = [
         torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32)).square().sum()
         for tensors in (a, b)
     ]
-    return torch.stack([torch.as_tensor(dot), *norms])
+    return torch.stack([_sum_of_dots(a, b), *norms])
+
+
+def _sum_of_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    pairs = zip(a, b, strict=True)
+    dots = (torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1))) for x, y in pairs)
+    return torch.as_tensor(sum(dots))
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -205,10 +205,13 @@ def unscale_and_clip_(
     """GradScaler's unscale_ and clip_grad_norm_ (foreach), which every float16 step needs."""
     # GradScaler calls this once for each dtype; here all gradients have the same one.
     torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), found_inf, inverse_scale)
+    torch._foreach_mul_(list(gradients), _clip_factor(gradients, max_norm))
+
+
+def _clip_factor(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
     norms = torch._foreach_norm(list(gradients), 2)
     total = torch.linalg.vector_norm(torch.stack(norms), 2)
-    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    torch._foreach_mul_(list(gradients), factor)
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
 
 def foreach_gate_(
@@ -228,8 +231,7 @@ def concatenated_gate_(
     if cosine >= math.cos(math.radians(max_angle)):
         for x, y in zip(a, b, strict=True):
             x.mul_(1 - weight).add_(y, alpha=weight)
-    norms = torch._foreach_norm(list(a), 2)
-    factor = torch.clamp(max_norm / (torch.linalg.vector_norm(torch.stack(norms), 2) + 1e-6), max=1)
+    factor = _clip_factor(a, max_norm)
     for x in a:
         x.mul_(factor)
 
@@ -252,8 +254,4 @@ def apex_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         multi_tensor_applier(amp_C.multi_tensor_l2norm, overflow, [list(tensors)], False)[0]
         for tensors in (a, b)
     ]
-    dot = sum(
-        torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1)))
-        for x, y in zip(a, b, strict=True)
-    )
-    return torch.stack([torch.as_tensor(dot), *(norm.square().reshape(()) for norm in norms)])
+    return torch.stack([_sum_of_dots(a, b), *(norm.square().reshape(()) for norm in norms)])

@@ -94,18 +94,13 @@ def plan(
 
 
 def refuse_what_cannot_fit(suite: Suite, cases: Iterable[Any], settings: Settings) -> None:
-    """Check that something of a run fits into memory, before it begins.
-
-    Raises:
-        ValueError: nothing fits; the message has the numbers and a size that fits.
-    """
+    """ValueError if nothing of a run fits into memory, with the numbers and a size that fits."""
     cases = list(cases)
     plans = [plan(suite, case, settings) for case in cases]
     if not cases or not all(out_of_memory for _, _, out_of_memory in plans):
         return
-    name, reason = next(
-        (name, reason) for name, reason in plans[0][1].items() if reason.startswith("does not fit")
-    )
+    left_out = plans[0][1].items()
+    name, reason = next(each for each in left_out if each[1].startswith("does not fit"))
     smaller = suite.shrunk(cases[0])
     while smaller is not None and plan(suite, smaller, settings)[2]:
         smaller = suite.shrunk(smaller)
@@ -208,10 +203,11 @@ def _checked(
     Every other provider is added to `left_out` with the reason.
     """
     calls, errors, failures = {}, {}, []
-    exact: dict[str, Any] = {}
+    exact = {
+        formula: suite.exact(formula, case, inputs[0])
+        for formula in {provider.formula for provider in fitting}
+    }
     for provider in fitting:
-        if provider.formula not in exact:
-            exact[provider.formula] = suite.exact(provider.formula, case, inputs[0])
         reason = None
         try:
             call = provider.make(case, device)
@@ -237,11 +233,7 @@ def _checked(
 
 
 def refuse_lost(device: torch.device, error: Exception) -> None:
-    """Check after a failed call whether the device still answers.
-
-    Raises:
-        DeviceLost: it does not.
-    """
+    """DeviceLost if the device no longer answers after a failed call."""
     try:
         synchronize(device)
     except RuntimeError:
@@ -276,8 +268,7 @@ def print_case(found: Result, said: set[tuple[str, str]]) -> None:
     print("" if floor is None else f"   floor {floor:.3g} ms ({found['bound_by']})")
     if found["providers"]:
         print(times_table(found["providers"], text_table))
-    for name, reason in found["left_out"].items():
-        if (name, reason) not in said:
-            print(f"  {name}: {reason}")
+    for name, reason in (each for each in found["left_out"].items() if each not in said):
+        print(f"  {name}: {reason}")
     said.update(found["left_out"].items())
     sys.stdout.flush()

@@ -82,11 +82,7 @@ class Suite(Protocol):
 
 
 def peak_bytes(suite: Suite, name: str, case: Any) -> int:
-    """Bytes by which one call of a provider raises this process's memory, on the CPU.
-
-    Raises:
-        ValueError: the suite has no provider of that name.
-    """
+    """Bytes by which one call of the provider `name` raises this process's memory, on the CPU."""
     mark = HighWaterMark()
     provider = next((each for each in suite.providers(case, CPU) if each.name == name), None)
     if provider is None:

@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
@@ -49,25 +48,20 @@ Loss = Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
 
 
 def run(file: ResultFile, *, quick: bool, data_dir: Path | None, threads: int = 2) -> None:
-    """Measure everything into `file`.
+    """Measure everything into `file`; WrongResult if two ways of training or answering differ.
 
     data_dir: the directory with mrpc/; None uses embedded texts.
-
-    Raises:
-        WrongResult: two ways of training or answering differ.
     """
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     result = file.result
     with tempfile.TemporaryDirectory() as directory:
-        options: dict[str, Any] = {"task_name": "quickstart"}
+        data = {"task_name": "quickstart"}
         if data_dir is not None:
-            options = {"task_name": "mrpc", "data_dir": str(data_dir)}
-        runs = Runs(
-            Path(directory), str(minilm_path()), 2 if quick else 10,
-            num_layers=QUICK_LAYERS if quick else None, **options,
-        )  # fmt: skip
+            data = {"task_name": "mrpc", "data_dir": str(data_dir)}
+        num_batches, num_layers = (2, QUICK_LAYERS) if quick else (10, None)
+        runs = Runs(Path(directory), str(minilm_path()), num_batches, data, num_layers)
         result["shape"] = {
             "model": f"MiniLM, {QUICK_LAYERS if quick else 6} x {WIDTH}",
             "texts": "embedded" if data_dir is None else "MRPC",
@@ -102,22 +96,15 @@ def computes_bfloat16() -> bool:
 
 
 def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
-    """Time early exit that no text leaves early, and the full model, over the same batches.
-
-    Raises:
-        WrongResult: their answers differ.
-    """
+    """Time early exit that no text leaves, and the full model; WrongResult if they differ."""
     trainer = runs.first_stage(head)
     model = trainer.model.eval()
     last = model.exit_layers[-1]
     # No entropy is below 0.
     engine = EarlyExit(model, "entropy", threshold=0.0)
-    batches = text_batches(
-        trainer.train_split,
-        NUM_SINGLE if batch_size == 1 else batch_size,
-        batch_size,
-        trainer.tokenizer.pad_token_id,
-    )
+    num_texts = NUM_SINGLE if batch_size == 1 else batch_size
+    padding = trainer.tokenizer.pad_token_id
+    batches = text_batches(trainer.train_split, num_texts, batch_size, padding)
     for batch in batches:
         ours, plain = engine(**batch), full_model(model, batch)
         if not torch.equal(ours.predictions, plain.argmax(dim=-1)) or ours.mean_layer != last:
@@ -133,16 +120,11 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
     }
     times = interleave_passes(calls, batches, {PRODUCTS: product_turn(WIDTH)}, rounds)
     rate = add_floors(times, flops, WIDTH)
-    result = {
-        "exit_head": head,
-        "batch": batch_size,
-        "batches": len(batches),
-        **rate,
-        "times": times,
-        "over_full": ratio(times, "early_exit", "full"),
-    }
     print(f"\n{head} exits, batch {batch_size}", times_table(times, text_table), sep="\n")
-    return result
+    return {
+        "exit_head": head, "batch": batch_size, "batches": len(batches), **rate, "times": times,
+        "over_full": ratio(times, "early_exit", "full"),
+    }  # fmt: skip
 
 
 def interleave_passes(
@@ -163,10 +145,9 @@ def interleave_passes(
         for batch in batches:
             for name in order.sample(list(calls), len(calls)):
                 spent[name] += seconds(partial(calls[name], batch))
+        spent |= {name: seconds(call) for name, call in beside.items()}
         for name, value in spent.items():
             samples[name].append(value)
-        for name, call in beside.items():
-            samples[name].append(seconds(call))
     return {name: quantiles(values) for name, values in samples.items()}
 
 
@@ -174,12 +155,11 @@ def text_batches(
     encoded: EncodedSplit, num_texts: int, batch_size: int, pad_token_id: int
 ) -> list[dict[str, Tensor]]:
     """The first texts as padded batches without labels."""
-    batches = []
-    for rows in torch.arange(num_texts).split(batch_size):
-        batch = collate(encoded, rows.numpy(), pad_token_id)
-        batch.pop("labels")
-        batches.append(batch)
-    return batches
+    batches = [
+        collate(encoded, rows.numpy(), pad_token_id)
+        for rows in torch.arange(num_texts).split(batch_size)
+    ]
+    return [{name: batch[name] for name in batch if name != "labels"} for batch in batches]
 
 
 @torch.inference_mode()
@@ -192,11 +172,7 @@ def full_model(
 
 
 def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
-    """Time ACL-CL of E exits, forward + backward.
-
-    Raises:
-        WrongResult: a loss or gradient differs from the float64 reference.
-    """
+    """Time ACL-CL of E exits, forward + backward; WrongResult if it differs from float64."""
     torch.manual_seed(0)
     students = [
         torch.randn(num_exits, rows, EXIT_WIDTH, requires_grad=True)
@@ -204,24 +180,25 @@ def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
     ]
     teachers = [torch.randn(rows, EXIT_WIDTH) for rows in (BATCH_SIZE, num_labels)]
     labels = torch.randint(num_labels, (BATCH_SIZE,))
-    losses: dict[str, Loss] = {"fusedacl": batched, "dense": dense_loop}
     exact = [tensor.detach().double().requires_grad_() for tensor in students]
     constants = [tensor.double() for tensor in teachers]
-    wanted = values(batched(exact, constants, labels, impl="reference"), exact)
-    for name, loss in losses.items():
-        found = values(loss(students, teachers, labels), students)
-        for what, value, reference in zip(("loss", "gradient"), found, wanted, strict=True):
-            compare(f"ACL-CL, {name}: {what}", value, reference, MAX_LOSS_ERROR)
-    calls: dict[str, Callable[[], object]] = {
+    reference = partial(batched, impl="reference")
+    wanted = forward_backward(reference, exact, constants, labels)
+    calls = {
         name: partial(forward_backward, loss, students, teachers, labels)
-        for name, loss in losses.items()
+        for name, loss in (("fusedacl", batched), ("dense", dense_loop))
     }
+    for name, call in calls.items():
+        for what, found, value in zip(
+            ("loss", "gradient", "label embeddings' gradient"), call(), wanted, strict=True
+        ):
+            compare(f"ACL-CL, {name}: {what}", found, value, MAX_LOSS_ERROR)
     # One product for the pairs of all rows, one for the gradient of the trained half. This is a
     # formula because PyTorch does not see the products of the C loop.
-    num_trained = BATCH_SIZE + num_labels
-    num_flops = num_exits * 2 * (2 * num_trained) * (2 * num_trained + num_trained) * EXIT_WIDTH
+    num_flops = num_exits * 12 * (BATCH_SIZE + num_labels) ** 2 * EXIT_WIDTH
     flops = dict.fromkeys(calls, num_flops)
-    times = interleave_on(CPU, calls | {PRODUCTS: product_turn(EXIT_WIDTH)}, rounds=rounds)
+    beside: dict[str, Callable[[], object]] = {PRODUCTS: product_turn(EXIT_WIDTH)}
+    times = interleave_on(CPU, calls | beside, rounds=rounds)
     rate = add_floors(times, flops, EXIT_WIDTH)
     shape = {"exits": num_exits, "samples": BATCH_SIZE, "labels": num_labels, "width": EXIT_WIDTH}
     print(f"\nACL-CL, {shape}", times_table(times, text_table), sep="\n")
@@ -251,14 +228,9 @@ def dense_loop(students: list[Tensor], teachers: list[Tensor], labels: Tensor) -
     return total
 
 
-def values(loss: Tensor, students: list[Tensor]) -> tuple[Tensor, Tensor]:
-    gradients = torch.autograd.grad(loss, students)
-    return loss.detach(), torch.cat([gradient.reshape(-1) for gradient in gradients])
-
-
 def forward_backward(
     loss: Loss, students: list[Tensor], teachers: list[Tensor], labels: Tensor
-) -> None:
-    for tensor in students:
-        tensor.grad = None
-    loss(students, teachers, labels).backward()
+) -> tuple[Tensor, ...]:
+    """The loss, and its gradients by the students' rows."""
+    value = loss(students, teachers, labels)
+    return value.detach(), *torch.autograd.grad(value, students)

@@ -23,17 +23,6 @@ def bert_shapes(num_layers: int, hidden: int = 768, vocabulary: int = 30522) -> 
     return embeddings + layer * num_layers + [[hidden, hidden], [hidden]]
 
 
-def shapes_of(parameters: int) -> list[list[int]]:
-    """Shapes of a 12-layer BERT with about so many parameters; BERT-base for its exact number.
-
-    The vocabulary is 40 times the width, as in BERT-base.
-    """
-    if parameters == BERT_BASE:
-        return bert_shapes(num_layers=12)
-    hidden = max(1, round(math.sqrt(parameters / (12 * 12 + 40))))
-    return bert_shapes(num_layers=12, hidden=hidden, vocabulary=40 * hidden)
-
-
 def num_elements(shapes: Sequence[Sequence[int]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
@@ -52,7 +41,11 @@ class AngleCase:
 
     @property
     def shapes(self) -> list[list[int]]:
-        return shapes_of(self.parameters)
+        """Those of a 12-layer BERT whose vocabulary is 40 times its width, as in BERT-base."""
+        if self.parameters == BERT_BASE:
+            return bert_shapes(num_layers=12)
+        hidden = max(1, round(math.sqrt(self.parameters / (12 * 12 + 40))))
+        return bert_shapes(num_layers=12, hidden=hidden, vocabulary=40 * hidden)
 
     @property
     def elements(self) -> int:

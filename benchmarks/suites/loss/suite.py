@@ -47,25 +47,18 @@ class LossSuite:
     def inputs(self, case: LossCase, device: torch.device, number: int) -> Sequence[LossInputs]:
         generator = torch.Generator().manual_seed(0)
         leading = (case.exits,) if case.exits > 1 else ()
-        # All sets share one block of memory.
-        samples = torch.randn(
-            number, *leading, case.samples, case.width, generator=generator
-        ).to(device, case.torch_dtype)  # fmt: skip
+
+        def rows(num_rows: int) -> Sequence[Tensor]:
+            # All sets share one block of memory.
+            shape = (number, *leading, num_rows, case.width)
+            block = torch.randn(shape, generator=generator).to(device, case.torch_dtype)
+            return [each.requires_grad_() for each in block]
+
+        samples = rows(case.samples)
         labels = torch.randint(case.classes, (number, case.samples), generator=generator).to(device)
-        label_rows = None
-        if case.loss == "acl":
-            label_rows = torch.randn(
-                number, *leading, case.classes, case.width, generator=generator
-            ).to(device, case.torch_dtype)  # fmt: skip
-        return [
-            LossInputs(
-                samples[index].requires_grad_(),
-                labels[index],
-                None if label_rows is None else label_rows[index].requires_grad_(),
-                float(case.num_rows),
-            )
-            for index in range(number)
-        ]
+        label_rows = rows(case.classes) if case.loss == "acl" else [None] * number
+        upstream = [float(case.num_rows)] * number
+        return list(map(LossInputs, samples, labels, label_rows, upstream))
 
     def exact(self, formula: str, case: LossCase, inputs: LossInputs) -> list[Exact]:
         """Loss and gradient of each exit."""
@@ -76,13 +69,11 @@ class LossSuite:
 
     def error(self, call: Call, case: LossCase, inputs: LossInputs, exact: list[Exact]) -> float:
         losses, *gradients = call(inputs)
-        errors = [
+        by_exit = zip(losses.reshape(-1), _rows(gradients), exact, strict=True)
+        return max(
             max(error_of(loss, gradient, inputs.upstream, wanted).values())
-            for loss, gradient, wanted in zip(
-                losses.reshape(-1), _rows(gradients), exact, strict=True
-            )
-        ]
-        return max(errors)
+            for loss, gradient, wanted in by_exit
+        )
 
     def max_error(self, provider: Provider, case: LossCase) -> float:
         if not provider.is_ours:
@@ -117,13 +108,8 @@ class LossSuite:
 
 def _rows(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Rows [M, d] of each exit: samples, then label embeddings."""
-    return [
-        torch.cat(of_exit)
-        for of_exit in zip(
-            *(leaf.detach()[None] if leaf.dim() == 2 else leaf.detach() for leaf in leaves),
-            strict=True,
-        )
-    ]
+    by_exit = [leaf.detach().reshape(-1, *leaf.shape[-2:]) for leaf in leaves]
+    return [torch.cat(of_exit) for of_exit in zip(*by_exit, strict=True)]
 
 
 def _row_labels(inputs: LossInputs, case: LossCase) -> Tensor:
@@ -144,21 +130,16 @@ def cases(
     dtypes: Sequence[str],
 ) -> list[LossCase]:
     """All combinations; `rows` belong to supcon, `samples`, `classes` and `exits` to acl."""
-    found: list[dict[str, Any]] = []
+    found: list[LossCase] = []
     if "supcon" in losses:
-        found += [
-            {"loss": "supcon", "samples": num, "width": width, "classes": 16}
-            for num in rows
-            for width in widths
-        ]
+        found += [LossCase("supcon", num, width, 16) for num in rows for width in widths]
     if "acl" in losses:
         found += [
-            {"loss": "acl", "samples": samples, "width": width, "classes": num, "exits": num_exits}
+            LossCase("acl", samples, widths[0], num, num_exits)
             for num_exits in exits
             for num in classes
-            for width in widths[:1]
         ]
-    return [LossCase(**values, dtype=dtype) for values in found for dtype in dtypes]
+    return [replace(case, dtype=dtype) for case in found for dtype in dtypes]
 
 
 SUITE = LossSuite()

@@ -43,12 +43,9 @@ def run(
     budget_bytes: float,
     described: tuple[Machine, Problem] | None = None,
 ) -> None:
-    """Measure and model everything.
+    """Measure and model everything; WrongResult if counted and modelled bytes differ.
 
     described: another machine that is modelled, and the problem in its data type.
-
-    Raises:
-        WrongResult: counted and modelled bytes differ.
     """
     torch.set_num_threads(options.threads)
     measured = [
@@ -92,7 +89,7 @@ def on_loopback(problem: Problem, options: RankOptions) -> Result:
         rounds = zip(*(found["seconds"] for found in of_ranks), strict=True)
         times = quantiles([max(seconds) for seconds in rounds])
         sent = max(found["sent_bytes"] for found in of_ranks)
-        check_bytes(name, problem.num_ranks, sent, cost.sent_bytes)
+        check_bytes(name, problem.num_ranks, sent, cost.total.sent_bytes)
         model_ms = machine.seconds(cost, problem.num_ranks) * 1e3
         on_wire = of_ranks[0]["loopback_bytes"]
         memory = [found["memory_bytes"] for found in of_ranks]
@@ -103,7 +100,7 @@ def on_loopback(problem: Problem, options: RankOptions) -> Result:
             "messages": max(found["messages"] for found in of_ranks),
             "sent_bytes": sent,
             "received_bytes": max(found["received_bytes"] for found in of_ranks),
-            "model_sent_bytes": cost.sent_bytes,
+            "model_sent_bytes": cost.total.sent_bytes,
             "loopback_bytes": None if on_wire is None else on_wire / problem.num_ranks,
             "memory_bytes": None if None in memory else max(memory),
             "model_memory_bytes": cost.memory_bytes,
@@ -112,11 +109,7 @@ def on_loopback(problem: Problem, options: RankOptions) -> Result:
 
 
 def check_bytes(name: str, num_ranks: int, counted: int, modelled: int) -> None:
-    """Compare the bytes that a rank sent with the model's.
-
-    Raises:
-        WrongResult: they differ by more than MAX_BYTES_ERROR.
-    """
+    """WrongResult if a rank sent other bytes than the model says, beyond MAX_BYTES_ERROR."""
     if abs(counted - modelled) > MAX_BYTES_ERROR * max(counted, modelled):
         raise WrongResult(
             f"{name}, {num_ranks} ranks: {counted} bytes were sent but the model predicts "

@@ -61,12 +61,7 @@ CACHED_CHECK_STEPS = 2
 # Seconds for which the peak memory of one provider is awaited.
 CHILD_SECONDS = 900.0
 # Provider -> the provider that must have the same losses at every step.
-ALIKE = {
-    HUGGING_FACE: CE,
-    "deepspeed_ce": CE,
-    TWO_BACKWARD: ACL,
-    "deepspeed_acl": ACL,
-}
+ALIKE = {HUGGING_FACE: CE, "deepspeed_ce": CE, TWO_BACKWARD: ACL, "deepspeed_acl": ACL}
 MAX_CACHED_MEMORY = 1.3
 MAX_CACHED_TIME = 1.45
 
@@ -106,39 +101,19 @@ class Preset:
 
 
 # Providers on the large model, whose steps take seconds.
-LARGE = (
-    CE,
-    HUGGING_FACE,
-    "fusedacl_acl_ungated",
-    ACL,
-    "fusedacl_acl_top2",
-    "fusedacl_acl_head",
-    TWO_BACKWARD,
-)
+LARGE = tuple(WORDS.keys() - {"fusedacl_scl", "deepspeed_ce", "deepspeed_acl"})
 QUICK = (CE, HUGGING_FACE, ACL, "fusedacl_acl_head")
 PRESETS = {
     "full": Preset(
         (
-            (Case("minilm", 32, 48), Turns(rounds=5, steps=4, profiled=4, memory=True)),
-            (
-                Case("bert-base", 8, 64),
-                Turns(rounds=5, steps=3, profiled=2, memory=True, providers=LARGE),
-            ),
+            (Case("minilm", 32, 48), Turns(5, 4, 4, memory=True)),
+            (Case("bert-base", 8, 64), Turns(5, 3, 2, memory=True, providers=LARGE)),
         ),
-        Chunks(Case("minilm", 32, 64), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
+        Chunks(Case("minilm", 32, 64), 32, Turns(1, 2, 0, memory=True)),
     ),
     "quick": Preset(
-        (
-            (
-                Case("minilm", 8, 24, num_layers=3),
-                Turns(rounds=1, steps=2, profiled=1, memory=False, providers=QUICK, has_bars=False),
-            ),
-        ),
-        Chunks(
-            Case("minilm", 4, 24, num_layers=3),
-            4,
-            Turns(rounds=1, steps=2, profiled=0, memory=False, has_bars=False),
-        ),
+        ((Case("minilm", 8, 24, 3), Turns(1, 2, 1, False, QUICK, has_bars=False)),),
+        Chunks(Case("minilm", 4, 24, 3), 4, Turns(1, 2, 0, False, has_bars=False)),
     ),
 }
 
@@ -154,10 +129,7 @@ def run(
     """Measure the cases of a preset into a file, which is saved after each of them.
 
     providers: names to run, empty for all; without `ACL` among them CACHED_BATCH is left out.
-    cases: names of CASES, empty for all.
-
-    Raises:
-        WrongResult: trainers that should train alike do not.
+    cases: names of CASES, empty for all. WrongResult if ours do not train alike.
     """
     torch.set_num_threads(threads)
     file.result["machine"] = machine_name()
@@ -165,15 +137,15 @@ def run(
     wanted = providers or tuple(WORDS)
     with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
+        runs: list[Callable[[], Result]] = []
         for case, turns in preset.cases:
             names = [name for name in wanted if name in (turns.providers or WORDS)]
-            if not names or case.model not in (cases or [case.model]):
-                continue
-            found.append(measure(case, turns, names, files, threads))
-            print(text(found[-1]))
-            file.save()
-        if ACL in wanted and CACHED_BATCH in (cases or [CACHED_BATCH]):
-            found.append(measure_cached(preset.cached, files, threads))
+            if names and (not cases or case.model in cases):
+                runs.append(partial(measure, case, turns, names, files, threads))
+        if ACL in wanted and (not cases or CACHED_BATCH in cases):
+            runs.append(partial(measure_cached, preset.cached, files, threads))
+        for each in runs:
+            found.append(each())
             print(text(found[-1]))
             file.save()
 
@@ -258,11 +230,7 @@ def timed(
 def check(
     case: Case, trainers: Mapping[str, StepTrainer], files: Files
 ) -> tuple[dict[str, Losses], dict[str, int], dict[str, str]]:
-    """Losses of some steps, FLOP per step, and reasons not to time somebody else's trainer.
-
-    Raises:
-        WrongResult: a trainer of ours has wrong losses.
-    """
+    """Losses of some steps, FLOP per step, and why others are not timed; WrongResult for ours."""
     # Trainers that others are compared with run even if nobody asked for them.
     needed = dict.fromkeys([*trainers, CE, *(ALIKE[n] for n in trainers if n in ALIKE)])
     if any(name not in (CE, HUGGING_FACE) for name in trainers):
@@ -297,11 +265,7 @@ def _error(found: Losses, exact: Losses, steps: int, part: int) -> float:
 
 
 def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
-    """Measure a cached batch beside a step of one chunk and a step of the whole batch.
-
-    Raises:
-        WrongResult: the cached batch and the whole batch have different losses.
-    """
+    """Measure a cached batch beside one chunk and the whole batch; WrongResult if they differ."""
     case, number, turns = chunks.case, chunks.number, chunks.turns
     whole = case.batch * number
     options: dict[str, dict[str, Any]] = {

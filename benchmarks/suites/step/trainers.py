@@ -50,14 +50,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     TWO_BACKWARD: {"objective": "acl"},
 }
 OURS = OPTIONS.keys() - {HUGGING_FACE, TWO_BACKWARD}
-MODELS = ("minilm", "bert-base")
 
 
 @dataclass(frozen=True)
 class Case:
     """A model and the shape of its batches.
 
-    model: one of MODELS, or the directory of an encoder with its tokenizer.
+    model: "minilm", "bert-base" or the directory of an encoder with its tokenizer.
     num_layers: keep only the first layers; None keeps all.
     """
 
@@ -74,8 +73,8 @@ class Case:
     @property
     def words(self) -> str:
         names = {"minilm": "MiniLM (6 x 384)", "bert-base": "BERT-base's shape, random weights"}
-        layers = "" if self.num_layers is None else f", {self.num_layers} layers"
         name = names.get(self.model, Path(self.model).name)
+        layers = "" if self.num_layers is None else f", {self.num_layers} layers"
         return f"{name}{layers}, {self.batch} texts of {self.tokens} tokens"
 
 
@@ -105,19 +104,10 @@ class Files:
             rows = quickstart_splits(num_train=NUM_TEXTS)["train"]
             # A sentence has several words, so this many repetitions are long enough.
             times = case.tokens // 6 + 1
-            path.write_text(
-                "".join(
-                    json.dumps(
-                        {
-                            "sentence1": f"{row['sentence1']} " * times,
-                            "sentence2": f"{row['sentence2']} " * times,
-                            "label": LABEL_NAMES[int(row["label"])],
-                        }
-                    )
-                    + "\n"
-                    for row in rows
-                )
-            )
+            with path.open("w") as file:
+                for row in rows:
+                    pair = {key: f"{row[key]} " * times for key in ("sentence1", "sentence2")}
+                    file.write(json.dumps(pair | {"label": LABEL_NAMES[int(row["label"])]}) + "\n")
         return path
 
     def deepspeed(self) -> Path:
@@ -282,10 +272,8 @@ def _features(trainer: RunParts) -> list[dict[str, Any]]:
 
 
 def _batches(trainer: RunParts, epoch: int) -> list[np.ndarray]:
-    options = trainer.config.optimization
-    return epoch_batches(
-        trainer.train_split.lengths, trainer.plan.batch_size, seed=options.seed, epoch=epoch
-    )
+    seed, lengths = trainer.config.optimization.seed, trainer.train_split.lengths
+    return epoch_batches(lengths, trainer.plan.batch_size, seed=seed, epoch=epoch)
 
 
 class TwoBackward(StepTrainer):
@@ -313,15 +301,10 @@ class TwoBackward(StepTrainer):
             labels = batch.pop("labels")
             output = model(**batch)
             main = cross_entropy(output.logits, labels)
-            auxiliary = dense_acl(
-                output.exit_embeddings[-1], labels, model.label_embeddings_of([-1])[0]
-            )
-            main_gradient = _flat(torch.autograd.grad(
-                main, parameters, retain_graph=True, allow_unused=True
-            ), parameters)  # fmt: skip
-            auxiliary_gradient = _flat(
-                torch.autograd.grad(auxiliary, parameters, allow_unused=True), parameters
-            )
+            label_embeddings = model.label_embeddings_of([-1])[0]
+            auxiliary = dense_acl(output.exit_embeddings[-1], labels, label_embeddings)
+            main_gradient = _flat_gradient(main, parameters, retain_graph=True)
+            auxiliary_gradient = _flat_gradient(auxiliary, parameters)
             if cosine_similarity(main_gradient, auxiliary_gradient, dim=0) >= 0:
                 main_gradient = torch.lerp(main_gradient, auxiliary_gradient, AUXILIARY_WEIGHT)
             parts = main_gradient.split([parameter.numel() for parameter in parameters])
@@ -338,13 +321,13 @@ class TwoBackward(StepTrainer):
             clock.tick()
 
 
-def _flat(gradients: tuple[Tensor | None, ...], parameters: list[torch.nn.Parameter]) -> Tensor:
-    return torch.cat(
-        [
-            (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
-            for gradient, parameter in zip(gradients, parameters, strict=True)
-        ]
+def _flat_gradient(
+    loss: Tensor, parameters: list[torch.nn.Parameter], retain_graph: bool = False
+) -> Tensor:
+    gradients = torch.autograd.grad(
+        loss, parameters, retain_graph=retain_graph, materialize_grads=True
     )
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 def make_trainer(name: str, case: Case, files: Files, **more: Any) -> StepTrainer:

@@ -16,9 +16,8 @@ from fusedacl.engine.training.feature_cache import FeatureCache
 
 @pytest.fixture
 def runs(tmp_path: Path, tiny_bert: Path, tiny_data: Path) -> Runs:
-    return Runs(
-        tmp_path, str(tiny_bert), 2, task_name="opinions", data_dir=str(tiny_data)
-    )  # fmt: skip
+    data = {"task_name": "opinions", "data_dir": str(tiny_data)}
+    return Runs(tmp_path, str(tiny_bert), 2, data)
 
 
 @pytest.mark.parametrize("name", STAGES)
