@@ -56,6 +56,7 @@ USAGE = f"""usage: fusedacl bench <suite> [config.yaml] [--option value …]
 fusedacl bench <suite> --help explains each option; --preset quick takes minutes for all."""
 
 SUITES: dict[str, Suite] = {"loss": loss.SUITE, "angle": angle.SUITE}
+CASES: dict[str, Callable[..., list[Any]]] = {"loss": loss.cases, "angle": angle.cases}
 # Limit of `case_seconds` for each point of a series, because there are many points.
 POINT_SECONDS = 4.0
 
@@ -106,14 +107,6 @@ def _known_providers(suite: str, device: torch.device) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _cases(suite: str, config: BenchConfig, chosen: dict[str, Any]) -> list[Any]:
-    if suite == "angle":
-        names: tuple[str, ...] = ("tasks", "parameters", "dtypes")
-        return list(angle.cases(**{name: chosen[name] for name in names}))
-    names = ("losses", "rows", "widths", "classes", "exits", "dtypes")
-    return list(loss.cases(samples=config.what.samples, **{name: chosen[name] for name in names}))
-
-
 def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = None) -> int:
     """bench loss, bench angle and bench growth; known: names of providers that may be given."""
     how = config.how
@@ -123,9 +116,9 @@ def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = No
         names = names_of("providers", config.what.providers, known)
         settings = settings_of(config, chosen, names, child)
         torch.set_num_threads(settings.threads)
-        cases = []
+        cases: list[Any] = []
         if suite in SUITES:
-            cases = _cases(suite, config, chosen)
+            cases = CASES[suite](chosen)
             refuse_what_cannot_fit(SUITES[suite], cases, settings)
         path = output_directory(config) / f"{suite}.json"
         file = ResultFile(path, suite, how.preset, settings.device, cases=[])

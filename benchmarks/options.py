@@ -104,17 +104,24 @@ class What:
     )
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Options of loss, angle, growth and all."""
+class Config:
+    """Options of a suite: `what` to measure and `how`."""
 
-    what: What = field(default_factory=What)
-    how: How = field(default_factory=How)
+    what: Any
+    how: Any
 
     @property
     def is_whole(self) -> bool:
         """Return whether the whole preset is measured, so that its file may be committed."""
-        return self.what == What()
+        return self.what == type(self.what)()
+
+
+@dataclass(frozen=True)
+class BenchConfig(Config):
+    """Options of loss, angle, growth and all."""
+
+    what: What = field(default_factory=What)
+    how: How = field(default_factory=How)
 
 
 @dataclass(frozen=True)
@@ -127,7 +134,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepConfig(Config):
     what: Steps = field(default_factory=Steps)
     how: Run = field(default_factory=Run)
 
@@ -149,7 +156,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class ExitsConfig:
+class ExitsConfig(Config):
     what: Texts = field(default_factory=Texts)
     how: Run = field(default_factory=Run)
     is_whole = True
@@ -191,14 +198,10 @@ class ModelledMachine:
 
 
 @dataclass(frozen=True)
-class ScalingConfig:
+class ScalingConfig(Config):
     what: Ranks = field(default_factory=Ranks)
     model: ModelledMachine = field(default_factory=ModelledMachine)
     how: RankRun = field(default_factory=RankRun)
-
-    @property
-    def is_whole(self) -> bool:
-        return self.what == Ranks()
 
     def problem_and_ranks(self) -> tuple[Problem, RankOptions]:
         """The loss to measure, and how; ValueError for unordered numbers of ranks or one rank."""
@@ -250,7 +253,7 @@ class ScalingConfig:
 
 def sizes(config: BenchConfig) -> dict[str, Any]:
     """Sizes, rounds and seconds as given, else of the preset; ValueError for unknown names."""
-    chosen = dict(SIZES[config.how.device, config.how.preset])
+    chosen = SIZES[config.how.device, config.how.preset] | {"samples": config.what.samples}
     given = vars(config.what) | vars(config.how)
     chosen |= {name: given[name] for name in chosen if given[name] is not None}
     for name in ("rows", "widths", "classes", "exits", "parameters"):
@@ -306,7 +309,7 @@ def settings_of(
     )
 
 
-def output_directory(config: BenchConfig | StepConfig | ExitsConfig | ScalingConfig) -> Path:
+def output_directory(config: Config) -> Path:
     """Directory of the result file; only a whole full preset goes to the committed results."""
     how = config.how
     if how.output_dir is not None:

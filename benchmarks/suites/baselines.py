@@ -115,7 +115,7 @@ def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:
     return log_sum_exp
 
 
-def cut_log_sum_exp(*, accumulate_float32: bool) -> Callable[[Tensor], Tensor]:
+def cut_log_sum_exp() -> Callable[[Tensor], Tensor]:
     """log sum_k exp(y_i . y_k) [M] by cut_cross_entropy (a version with `return_lse`).
 
     The gradient filter is off: a softmax over M rows is small everywhere, so the filter would drop
@@ -123,17 +123,14 @@ def cut_log_sum_exp(*, accumulate_float32: bool) -> Callable[[Tensor], Tensor]:
     """
     from cut_cross_entropy import linear_cross_entropy
 
+    options = {
+        "reduction": "none", "return_lse": True, "filter_eps": None, "accum_e_fp32": True,
+        "accum_c_fp32": True,
+    }  # fmt: skip
+
     def log_sum_exp(y: Tensor) -> Tensor:
-        _, found = linear_cross_entropy(
-            y,
-            y,
-            torch.arange(y.shape[0], device=y.device),
-            reduction="none",
-            return_lse=True,
-            filter_eps=None,
-            accum_e_fp32=accumulate_float32,
-            accum_c_fp32=accumulate_float32,
-        )
+        targets = torch.arange(y.shape[0], device=y.device)
+        _, found = linear_cross_entropy(y, y, targets, **options)
         return found
 
     return log_sum_exp

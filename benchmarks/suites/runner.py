@@ -4,7 +4,6 @@ import math
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -13,13 +12,7 @@ import torch
 from ...engine.runtime.text import text_table
 from ..floors.rates import Rates
 from ..measuring import memory
-from ..measuring.clock import (
-    MAX_REPEATS,
-    interleave_samples,
-    launches,
-    seconds_per_call,
-    synchronize,
-)
+from ..measuring.clock import interleave_on, launches, synchronize
 from ..measuring.environment import Result
 from ..measuring.memory import extra_device_memory
 from ..measuring.result_file import ResultFile
@@ -32,7 +25,6 @@ CACHES = 1.25
 MAX_SETS = 8192
 # Length of a sample; fast calls are repeated to fill it.
 SAMPLE_SECONDS = 0.02
-MIN_ROUNDS = 3
 
 
 class DeviceLost(Exception):
@@ -157,7 +149,10 @@ def run_case(
     of_rates = suite.rate_calls(case) if device.type == "cpu" else {}
     rotations = {name: rotating(call, inputs) for name, call in calls.items()}
     try:
-        times = timed(device, rotations | of_rates, settings)
+        times = interleave_on(
+            device, rotations | of_rates, rounds=settings.rounds, sample_seconds=SAMPLE_SECONDS,
+            all_seconds=settings.case_seconds,
+        )  # fmt: skip
         launched = {name: launches(turn, device) for name, turn in rotations.items()}
         peaks: dict[str, Any] = {
             name: extra_device_memory(turn, device) for name, turn in rotations.items()
@@ -239,26 +234,6 @@ def refuse_lost(device: torch.device, error: Exception) -> None:
     except RuntimeError:
         words = str(error).partition("\n")[0]
         raise DeviceLost(f"the device {device} does not answer any more: {words}") from error
-
-
-def timed(
-    device: torch.device, calls: Mapping[str, Callable[[], object]], settings: Settings
-) -> dict[str, Result]:
-    """Times of calls in turns; a sample of a fast call is the mean of several in a row.
-
-    The number of rounds is limited so that all rounds together take about `case_seconds`.
-    """
-    turns, total = {}, 0.0
-    for name, call in calls.items():
-        (seconds,) = seconds_per_call(call, 1, device)
-        if seconds < SAMPLE_SECONDS:
-            (seconds,) = seconds_per_call(call, 2, device)
-        repeats = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / seconds)))
-        total += seconds * repeats
-        turns[name] = partial(seconds_per_call, call, repeats, device)
-    affordable = int(settings.case_seconds / total) if total > 0 else settings.rounds
-    rounds = max(min(MIN_ROUNDS, settings.rounds), min(settings.rounds, affordable))
-    return interleave_samples(turns, rounds=rounds)
 
 
 def print_case(found: Result, said: set[tuple[str, str]]) -> None:

@@ -20,7 +20,7 @@ from fusedacl.benchmarks.options import (
     output_directory,
     sizes,
 )
-from fusedacl.benchmarks.suites import growth, runner
+from fusedacl.benchmarks.suites import growth
 from fusedacl.benchmarks.suites.suite import WrongResult
 from fusedacl.engine.cli.main import main as fusedacl
 from fusedacl.engine.config.fields import build
@@ -40,7 +40,6 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "cache_bytes", lambda device=None: 4096)
     monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.BLOCK", 8)
     monkeypatch.setattr(clock, "MAX_REPEATS", 1)
-    monkeypatch.setattr(runner, "MAX_REPEATS", 1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FUSEDACL_DATA", raising=False)
 

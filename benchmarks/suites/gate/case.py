@@ -54,9 +54,16 @@ class AngleCase:
 
 @dataclass
 class AngleInputs:
-    """Two lists of gradients at an angle below 90 degrees, and their `grad_dot_norm`."""
+    """Two lists of gradients at an angle below 90 degrees, and their `grad_dot_norm`.
+
+    one: a loss scale on the device. found_inf: where unscaling reports values that are not finite.
+    """
 
     a: list[Tensor]
     b: list[Tensor]
     stats: Tensor
     max_norm: float = MAX_NORM
+
+    def __post_init__(self) -> None:
+        self.one = torch.ones((), device=self.stats.device)
+        self.found_inf = torch.zeros_like(self.one)

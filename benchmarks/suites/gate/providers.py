@@ -1,6 +1,6 @@
 """Providers of the angle check and the gated combination."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -32,88 +32,79 @@ def providers(case: "AngleCase", device: torch.device) -> list[Provider]:
     return {"dot_norm": _of_sums, "combine": _of_combination, "gate": _of_gate}[case.task]()
 
 
-def _of_sums() -> list[Provider]:
-    def make(function: Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]) -> Any:
-        return lambda case, device: lambda inputs: function(inputs.a, inputs.b)
+def _provider(name: str, call: Call, formula: str, *more: Any, **options: Any) -> Provider:
+    return Provider(name, lambda case, device: call, formula, *more, **options)
 
-    others = (
-        ("concatenate + dot + norms", baselines.concatenated_dot_norm, _flat_copies),
-        ("loop over parameters", baselines.looped_dot_norm, _widened_copy),
-        ("torch._foreach norms + dots", baselines.foreach_dot_norm, _widened_copy),
-    )
-    apex = make(baselines.apex_dot_norm)
+
+def _ours(formula: str, call: Callable[..., Any]) -> list[Provider]:
+    """Each implementation of ours: `call(inputs, impl=name)`."""
     return [
-        *_ours(SUMS, lambda impl: make(partial(grad_dot_norm, impl=impl))),
-        *(Provider(name, make(function), SUMS, size) for name, function, size in others),
-        Provider("apex l2norm + dots", apex, SUMS, _widened_copy, _apex_obstacle),
-    ]
-
-
-def _of_combination() -> list[Provider]:
-    def foreach(inputs: "AngleInputs", one: Tensor) -> None:
-        baselines.foreach_gate_(inputs.a, inputs.b, WEIGHT, one, inputs.max_norm)
-
-    return [
-        *_ours(COMBINED, lambda impl: _scaled(partial(_combine, impl=impl))),
-        Provider("torch._foreach combine + clip", _scaled(foreach), COMBINED, _little),
-        Provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
-    ]
-
-
-def _of_gate() -> list[Provider]:
-    def ours(inputs: "AngleInputs", one: Tensor) -> Tensor:
-        return _combine(inputs, one, grad_dot_norm(inputs.a, inputs.b))
-
-    def concatenated(inputs: "AngleInputs", one: Tensor) -> None:
-        baselines.concatenated_gate_(inputs.a, inputs.b, WEIGHT, MAX_ANGLE, inputs.max_norm)
-
-    return [
-        Provider(OURS, _scaled(ours), COMBINED, _little, is_ours=True),
-        Provider("concatenate + cosine + loop", _scaled(concatenated), COMBINED, _flat_copies),
-        Provider(
-            "TorchJD PCGrad",
-            lambda case, device: lambda inputs: baselines.stacked_pcgrad(inputs.a, inputs.b),
-            PCGRAD,
-            # The Jacobian, copies of its rows while it is stacked, the result.
-            lambda case: 5 * case.elements * case.torch_dtype.itemsize,
-            lambda case, device: missing("torchjd", "torchjd"),
-        ),
-        Provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
-    ]
-
-
-def _ours(formula: str, make: Callable[[str], Any]) -> list[Provider]:
-    """Each implementation of ours; `make` takes its name."""
-    return [
-        Provider(
-            OURS if impl == "auto" else f"{OURS} {impl}", make(impl), formula, _little,
-            partial(_our_obstacle, impl), is_ours=True,
+        _provider(
+            OURS if impl == "auto" else f"{OURS} {impl}", partial(call, impl=impl), formula,
+            _little, partial(_our_obstacle, impl), is_ours=True,
         )
         for impl in ("auto", "triton", "tiled", "reference")
     ]  # fmt: skip
 
 
-def _scaled(function: Callable[["AngleInputs", Tensor], Any]) -> Any:
-    """Maker of a call of `function(inputs, one)`; one: a loss scale of 1 on the device."""
-
-    def make(case: "AngleCase", device: torch.device) -> Call:
-        one = torch.ones((), device=device)
-        return lambda inputs: function(inputs, one)
-
-    return make
-
-
-def _unscale_and_clip(case: "AngleCase", device: torch.device) -> Call:
-    one, found_inf = torch.ones(1, device=device), torch.zeros(1, device=device)
-    return lambda inputs: baselines.unscale_and_clip_(inputs.a, one, found_inf, inputs.max_norm)
+def _of_sums() -> list[Provider]:
+    others: tuple[tuple[Any, ...], ...] = (
+        (baselines.concatenated_dot_norm, "concatenate + dot + norms", _flat_copies),
+        (baselines.looped_dot_norm, "loop over parameters", _widened_copy),
+        (baselines.foreach_dot_norm, "torch._foreach norms + dots", _widened_copy),
+        (baselines.apex_dot_norm, "apex l2norm + dots", _widened_copy, _apex_obstacle),
+    )
+    return [
+        *_ours(SUMS, partial(_sums, grad_dot_norm)),
+        *(_provider(name, partial(_sums, sums), SUMS, *more) for sums, name, *more in others),
+    ]
 
 
-def _combine(
-    inputs: "AngleInputs", one: Tensor, stats: Tensor | None = None, impl: str = "auto"
-) -> Tensor:
+def _sums(function: Callable[..., Tensor], inputs: "AngleInputs", **options: str) -> Tensor:
+    return function(inputs.a, inputs.b, **options)
+
+
+def _of_combination() -> list[Provider]:
+    def foreach(inputs: "AngleInputs") -> None:
+        baselines.foreach_gate_(inputs.a, inputs.b, WEIGHT, inputs.one, inputs.max_norm)
+
+    return [
+        *_ours(COMBINED, lambda inputs, impl: _combine(inputs, inputs.stats, impl)),
+        _provider("torch._foreach combine + clip", foreach, COMBINED, _little),
+        _provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
+    ]
+
+
+def _of_gate() -> list[Provider]:
+    def ours(inputs: "AngleInputs") -> Tensor:
+        return _combine(inputs, grad_dot_norm(inputs.a, inputs.b), "auto")
+
+    def concatenated(inputs: "AngleInputs") -> None:
+        baselines.concatenated_gate_(inputs.a, inputs.b, WEIGHT, MAX_ANGLE, inputs.max_norm)
+
+    return [
+        _provider(OURS, ours, COMBINED, _little, is_ours=True),
+        _provider("concatenate + cosine + loop", concatenated, COMBINED, _flat_copies),
+        _provider(
+            "TorchJD PCGrad",
+            lambda inputs: baselines.stacked_pcgrad(inputs.a, inputs.b),
+            PCGRAD,
+            # The Jacobian, copies of its rows while it is stacked, the result.
+            lambda case: 5 * case.elements * case.torch_dtype.itemsize,
+            lambda case, device: missing("torchjd", "torchjd"),
+        ),
+        _provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
+    ]
+
+
+def _unscale_and_clip(inputs: "AngleInputs") -> None:
+    baselines.unscale_and_clip_(inputs.a, inputs.one, inputs.found_inf, inputs.max_norm)
+
+
+def _combine(inputs: "AngleInputs", stats: Tensor, impl: str) -> Tensor:
     return gated_combine_(
-        inputs.a, inputs.b, inputs.stats if stats is None else stats, weight=WEIGHT,
-        max_angle=MAX_ANGLE, scale=one, max_norm=inputs.max_norm, impl=impl,
+        inputs.a, inputs.b, stats, weight=WEIGHT, max_angle=MAX_ANGLE, scale=inputs.one,
+        max_norm=inputs.max_norm, impl=impl,
     )  # fmt: skip
 
 

@@ -20,9 +20,8 @@ from ....kernels import grad_dot_norm
 from ...floors import cpu as cpu_rates
 from ...floors.rates import Floor, Rates
 from ..suite import Call, Provider, relative_error
-from . import providers as angle_providers
 from .case import AngleCase, AngleInputs, num_elements
-from .providers import COMBINED, PCGRAD, SUMS, WEIGHT
+from .providers import COMBINED, PCGRAD, SUMS, WEIGHT, providers
 
 # Task -> lists that move at least: the sums read both, the combination also writes one.
 LISTS_MOVED = {"dot_norm": 2, "combine": 3, "gate": 5}
@@ -41,8 +40,7 @@ BLOCK = 2**24
 class AngleSuite:
     name = "angle"
 
-    def providers(self, case: AngleCase, device: torch.device) -> list[Provider]:
-        return angle_providers.providers(case, device)
+    providers = staticmethod(providers)
 
     def input_bytes(self, case: AngleCase) -> int:
         # While the largest tensor is made, two more of it exist in float32.
@@ -140,13 +138,10 @@ def _pcgrad(a: Tensor, b: Tensor) -> Tensor:
     return a - against / (b @ b) * b + b - against / (a @ a) * a
 
 
-def cases(
-    *, tasks: Sequence[str], parameters: Sequence[int], dtypes: Sequence[str]
-) -> list[AngleCase]:
-    return [
-        AngleCase(task, number, dtype)
-        for number, dtype, task in itertools.product(parameters, dtypes, tasks)
-    ]
+def cases(sizes: Mapping[str, Any]) -> list[AngleCase]:
+    """All combinations of `parameters`, `dtypes` and `tasks`."""
+    combined = itertools.product(sizes["parameters"], sizes["dtypes"], sizes["tasks"])
+    return [AngleCase(task, number, dtype) for number, dtype, task in combined]
 
 
 SUITE = AngleSuite()

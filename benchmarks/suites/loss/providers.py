@@ -78,9 +78,8 @@ def providers(case: "LossCase", device: torch.device) -> list[Provider]:
             _inf_cl_obstacle,
         ),
         _by_rows(
-            "cut-cross-entropy",
-            lambda: _by_log_sum_exp(baselines.cut_log_sum_exp(accumulate_float32=True)),
-            OTHERS, _linear, _cut_obstacle,
+            "cut-cross-entropy", lambda: _by_log_sum_exp(baselines.cut_log_sum_exp()), OTHERS,
+            _linear, _cut_obstacle,
         ),
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ loss and gradient of each are compared with float64 of its own formula.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -18,10 +19,9 @@ from ...floors import cpu as cpu_rates
 from ...floors.loss import loss_floor
 from ...floors.rates import Floor, Rates
 from ..suite import Call, Provider
-from . import providers as loss_providers
 from .case import LossCase, LossInputs
 from .exact import BLOCK_PAIRS, Exact, error_of, exact_in_blocks
-from .providers import TEMPERATURE
+from .providers import TEMPERATURE, providers
 
 # Relative to float64. Ours only rounds its result to the dtype; the others compute in the dtype.
 OUR_MAX_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
@@ -32,8 +32,7 @@ OTHERS_MAX_ERROR = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e
 class LossSuite:
     name = "loss"
 
-    def providers(self, case: LossCase, device: torch.device) -> list[Provider]:
-        return loss_providers.providers(case, device)
+    providers = staticmethod(providers)
 
     def input_bytes(self, case: LossCase) -> int:
         rows = case.exits * case.num_rows * case.width * case.torch_dtype.itemsize
@@ -89,7 +88,7 @@ class LossSuite:
 
     def floor(self, rates: Rates, case: LossCase) -> Floor | None:
         found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype)
-        return None if found is None else Floor(case.exits * found.seconds, found.bound_by)
+        return None if found is None else replace(found, seconds=case.exits * found.seconds)
 
     def shrunk(self, case: LossCase) -> LossCase | None:
         if max(case.samples, case.classes) < 4:
@@ -119,27 +118,20 @@ def _row_labels(inputs: LossInputs, case: LossCase) -> Tensor:
     return torch.cat([inputs.labels, classes])
 
 
-def cases(
-    *,
-    losses: Sequence[str],
-    rows: Sequence[int],
-    samples: int,
-    widths: Sequence[int],
-    classes: Sequence[int],
-    exits: Sequence[int],
-    dtypes: Sequence[str],
-) -> list[LossCase]:
+def cases(sizes: Mapping[str, Any]) -> list[LossCase]:
     """All combinations; `rows` belong to supcon, `samples`, `classes` and `exits` to acl."""
     found: list[LossCase] = []
-    if "supcon" in losses:
-        found += [LossCase("supcon", num, width, 16) for num in rows for width in widths]
-    if "acl" in losses:
+    if "supcon" in sizes["losses"]:
         found += [
-            LossCase("acl", samples, widths[0], num, num_exits)
-            for num_exits in exits
-            for num in classes
+            LossCase("supcon", rows, width, 16)
+            for rows, width in itertools.product(sizes["rows"], sizes["widths"])
         ]
-    return [replace(case, dtype=dtype) for case in found for dtype in dtypes]
+    if "acl" in sizes["losses"]:
+        found += [
+            LossCase("acl", sizes["samples"], sizes["widths"][0], num, num_exits)
+            for num_exits, num in itertools.product(sizes["exits"], sizes["classes"])
+        ]
+    return [replace(case, dtype=dtype) for case in found for dtype in sizes["dtypes"]]
 
 
 SUITE = LossSuite()

@@ -259,17 +259,17 @@ def modelled(machine: Machine, problem: Problem, budget_bytes: float) -> Result:
         }
         for name, num_ranks, cost in costs
     ]
+    crossovers = {
+        key: {name: ranks_beyond(name, problem, limit) for name in METHODS}
+        for key, limit in (
+            ("beyond_budget", budget_bytes), ("beyond_memory", machine.memory_bytes)
+        )
+    }  # fmt: skip
     return {
         "assumptions": asdict(machine),
         "element_bytes": problem.element_bytes,
         "rows": rows,
-        "crossovers": {
-            "budget_bytes": budget_bytes,
-            "beyond_budget": {name: ranks_beyond(name, problem, budget_bytes) for name in METHODS},
-            "beyond_memory": {
-                name: ranks_beyond(name, problem, machine.memory_bytes) for name in METHODS
-            },
-        },
+        "crossovers": {"budget_bytes": budget_bytes, **crossovers},
     }
 
 

@@ -84,25 +84,24 @@ def on_loopback(problem: Problem, options: RankOptions) -> Result:
     methods = {}
     for name, method in METHODS.items():
         of_ranks = [rank["methods"][name] for rank in ranks]
-        cost = method(problem)
+        cost, on_wire = method(problem), of_ranks[0]["loopback_bytes"]
         # All ranks wait for the slowest one.
         rounds = zip(*(found["seconds"] for found in of_ranks), strict=True)
         times = quantiles([max(seconds) for seconds in rounds])
-        sent = max(found["sent_bytes"] for found in of_ranks)
-        check_bytes(name, problem.num_ranks, sent, cost.total.sent_bytes)
+        largest: Result = {
+            key: None if of_ranks[0][key] is None else max(found[key] for found in of_ranks)
+            for key in ("messages", "sent_bytes", "received_bytes", "memory_bytes")
+        }
+        predicted = cost.total.sent_bytes
+        check_bytes(name, problem.num_ranks, largest["sent_bytes"], predicted)
         model_ms = machine.seconds(cost, problem.num_ranks) * 1e3
-        on_wire = of_ranks[0]["loopback_bytes"]
-        memory = [found["memory_bytes"] for found in of_ranks]
         methods[name] = {
             "times": times,
             "model_ms": model_ms,
             "model_over_measured": model_ms / times["p50_ms"],
-            "messages": max(found["messages"] for found in of_ranks),
-            "sent_bytes": sent,
-            "received_bytes": max(found["received_bytes"] for found in of_ranks),
-            "model_sent_bytes": cost.total.sent_bytes,
+            **largest,
+            "model_sent_bytes": predicted,
             "loopback_bytes": None if on_wire is None else on_wire / problem.num_ranks,
-            "memory_bytes": None if None in memory else max(memory),
             "model_memory_bytes": cost.memory_bytes,
         }
     return {"ranks": problem.num_ranks, "rates": rates, "methods": methods}

@@ -202,23 +202,6 @@ def test_a_call_that_failed_on_a_living_device_is_not_a_lost_device(
         runner.refuse_lost(CPU, RuntimeError("x\ny"))
 
 
-def test_slow_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds by what they cost: 20 ms of a fast call, 1 s of the slow one, of 5 s in all."""
-    clock = [0.0]
-    monkeypatch.setattr("fusedacl.benchmarks.measuring.clock.time.perf_counter", lambda: clock[0])
-
-    def call(seconds: float) -> None:
-        clock[0] += seconds
-
-    calls = {"fast": lambda: call(0.001), "slow": lambda: call(1.0)}
-    settings = replace(SETTINGS, rounds=15, case_seconds=5.2)
-    assert runner.timed(CPU, calls, settings)["slow"]["samples"] == 5
-    found = runner.timed(CPU, calls, replace(settings, case_seconds=1.0))
-    assert {times["samples"] for times in found.values()} == {runner.MIN_ROUNDS}
-    assert found["fast"]["p50_ms"] == pytest.approx(1)
-    assert runner.timed(CPU, calls, replace(settings, rounds=1))["slow"]["samples"] == 1
-
-
 def test_peaks_of_a_child_tell_dense_from_ours() -> None:
     """4 bytes per pair of 1500 rows are 9 MB; ours holds rows, not pairs."""
     if not memory.HighWaterMark.is_available():
