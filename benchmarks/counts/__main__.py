@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -119,25 +119,19 @@ def explain(lines: Sequence[str]) -> str:
 
 
 def table(found: Mapping[str, Record]) -> str:
-    header = (
-        *("case", "operations", "MFLOP", "KiB", "peak KiB", "host reads"),
-        *("backbone", "launches", "binaries", "collectives"),
-    )
-    rows = []
-    for name, record in found.items():
-        numbers = (
-            str(_total(record["operations"])),
-            f"{record['flops'] / 1e6:.1f}",
-            f"{record['allocated_bytes'] / 1024:.0f}",
-            f"{record['peak_bytes'] / 1024:.0f}",
-            str(_total(record["host_reads"])),
-            str(record["passes"].get("backbone", 0)),
-            str(_total(record["launches"])),
-            str(record["binaries"]),
-            str(_total(record["collectives"])),
-        )
-        rows.append((name, *numbers))
-    return text_table(header, rows)
+    columns: dict[str, Callable[[Record], str]] = {
+        "operations": lambda record: str(_total(record["operations"])),
+        "MFLOP": lambda record: f"{record['flops'] / 1e6:.1f}",
+        "KiB": lambda record: f"{record['allocated_bytes'] / 1024:.0f}",
+        "peak KiB": lambda record: f"{record['peak_bytes'] / 1024:.0f}",
+        "host reads": lambda record: str(_total(record["host_reads"])),
+        "backbone": lambda record: str(record["passes"].get("backbone", 0)),
+        "launches": lambda record: str(_total(record["launches"])),
+        "binaries": lambda record: str(record["binaries"]),
+        "collectives": lambda record: str(_total(record["collectives"])),
+    }
+    rows = [[name, *(cell(record) for cell in columns.values())] for name, record in found.items()]
+    return text_table(["case", *columns], rows)
 
 
 def write(found: Mapping[str, Record], kept: Sequence[str]) -> None:

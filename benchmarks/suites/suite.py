@@ -100,6 +100,13 @@ def relative_error(found: Tensor, exact: Tensor) -> float:
     return math.inf if math.isnan(error) else error
 
 
+def flat_gradient(loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool = True) -> Tensor:
+    gradients = torch.autograd.grad(
+        loss, parameters, retain_graph=retain_graph, materialize_grads=True
+    )
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
+
+
 def installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 

@@ -59,6 +59,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["loss", "--preset", "quik"], "Did you mean 'quick'?"),
         (["loss", "--rounds", "0"], "rounds=0 is out of range"),
         (["step", "--providers", "fusedacl_c"], "Did you mean 'fusedacl_ce'?"),
+        (["step", "--cases", "minlm"], "cases: there is none named 'minlm'. Did you mean 'minilm'"),
         (["exits", "--data_dirs", "x"], "Did you mean 'data_dir'?"),
         (["scaling", "--link_gb_s", "2"], "also needs --matrix_tflops"),
         (["compare", "one.json"], "two files are compared, 1 given"),

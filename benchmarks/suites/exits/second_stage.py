@@ -22,7 +22,7 @@ from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_tu
 from ...measuring.clock import quantiles, ratio, seconds
 from ...measuring.environment import Result
 from ...measuring.times_table import times_table
-from ..suite import WrongResult, relative_error
+from ..suite import WrongResult, flat_gradient, relative_error
 
 BATCH_SIZE = 32
 # Width of MiniLM, at which the rate of matrix products is measured.
@@ -216,13 +216,9 @@ def exit_values(trainer: SteppedTrainer, indices: np.ndarray) -> list[dict[str, 
         parameters = list(trainer.model.exits[position].parameters())
         values = {}
         for what, loss in (("main", losses.main), ("auxiliary", losses.auxiliary)):
-            if loss is None:
-                continue
-            gradients = torch.autograd.grad(
-                loss[index], parameters, retain_graph=True, materialize_grads=True
-            )
-            values[f"{what} loss"] = loss[index].detach()
-            values[f"{what} gradient"] = torch.cat([g.reshape(-1) for g in gradients])
+            if loss is not None:
+                values[f"{what} loss"] = loss[index].detach()
+                values[f"{what} gradient"] = flat_gradient(loss[index], parameters)
         found.append(values)
     return found
 

@@ -84,9 +84,7 @@ def exponentials(z: Tensor, rows: Tensor, temperature: float, without_itself: bo
     return pairs.scatter_(1, rows[:, None], 0.0) if without_itself else pairs
 
 
-def error_of(loss: Tensor, gradient: Tensor, upstream: float, exact: Exact) -> dict[str, float]:
-    """Largest errors relative to the largest exact values; a NaN counts as infinite."""
-    return {
-        "loss": relative_error(loss, exact.loss),
-        "gradient": relative_error(gradient[exact.rows], exact.gradient * upstream),
-    }
+def error_of(loss: Tensor, gradient: Tensor, upstream: float, exact: Exact) -> float:
+    """Largest `relative_error` of a loss and of its gradient at the rows of `exact`."""
+    of_gradient = relative_error(gradient[exact.rows], exact.gradient * upstream)
+    return max(relative_error(loss, exact.loss), of_gradient)

@@ -70,8 +70,7 @@ class LossSuite:
         losses, *gradients = call(inputs)
         by_exit = zip(losses.reshape(-1), _rows(gradients), exact, strict=True)
         return max(
-            max(error_of(loss, gradient, inputs.upstream, wanted).values())
-            for loss, gradient, wanted in by_exit
+            error_of(loss, gradient, inputs.upstream, wanted) for loss, gradient, wanted in by_exit
         )
 
     def max_error(self, provider: Provider, case: LossCase) -> float:

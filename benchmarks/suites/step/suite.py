@@ -81,45 +81,24 @@ class Turns:
     has_bars: bool = True
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """A cached contrastive batch of `number` chunks of `case.batch` texts."""
-
-    case: Case
-    number: int
-    turns: Turns
-
-    @property
-    def words(self) -> str:
-        return f"contrastive batch of {self.number} chunks: {self.case.words} per chunk"
-
-
-@dataclass(frozen=True)
-class Preset:
-    cases: tuple[tuple[Case, Turns], ...]
-    cached: Chunks
-
-
 # Providers on the large model, whose steps take seconds.
 LARGE = tuple(WORDS.keys() - {"fusedacl_scl", "deepspeed_ce", "deepspeed_acl"})
 QUICK = (CE, HUGGING_FACE, ACL, "fusedacl_acl_head")
-PRESETS = {
-    "full": Preset(
-        (
-            (Case("minilm", 32, 48), Turns(5, 4, 4, memory=True)),
-            (Case("bert-base", 8, 64), Turns(5, 3, 2, memory=True, providers=LARGE)),
-        ),
-        Chunks(Case("minilm", 32, 64), 32, Turns(1, 2, 0, memory=True)),
-    ),
-    "quick": Preset(
-        ((Case("minilm", 8, 24, 3), Turns(1, 2, 1, False, QUICK, has_bars=False)),),
-        Chunks(Case("minilm", 4, 24, 3), 4, Turns(1, 2, 0, False, has_bars=False)),
-    ),
+PRESETS: dict[str, list[tuple[Case, Turns]]] = {
+    "full": [
+        (Case("minilm", 32, 48), Turns(5, 4, 4, memory=True)),
+        (Case("bert-base", 8, 64), Turns(5, 3, 2, memory=True, providers=LARGE)),
+        (Case("minilm", 32, 64, chunks=32), Turns(1, 2, 0, memory=True)),
+    ],
+    "quick": [
+        (Case("minilm", 8, 24, 3), Turns(1, 2, 1, False, QUICK, has_bars=False)),
+        (Case("minilm", 4, 24, 3, chunks=4), Turns(1, 2, 0, False, has_bars=False)),
+    ],
 }
 
 
 def run(
-    preset: Preset,
+    preset: Sequence[tuple[Case, Turns]],
     file: ResultFile,
     *,
     providers: Sequence[str] = (),
@@ -137,15 +116,15 @@ def run(
     wanted = providers or tuple(WORDS)
     with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
-        runs: list[Callable[[], Result]] = []
-        for case, turns in preset.cases:
+        for case, turns in preset:
             names = [name for name in wanted if name in (turns.providers or WORDS)]
-            if names and (not cases or case.model in cases):
-                runs.append(partial(measure, case, turns, names, files, threads))
-        if ACL in wanted and (not cases or CACHED_BATCH in cases):
-            runs.append(partial(measure_cached, preset.cached, files, threads))
-        for each in runs:
-            found.append(each())
+            is_wanted = not cases or (CACHED_BATCH if case.chunks else case.model) in cases
+            if not is_wanted or not names or (case.chunks and ACL not in names):
+                continue
+            if case.chunks:
+                found.append(measure_cached(case, turns, files, threads))
+            else:
+                found.append(measure(case, turns, names, files, threads))
             print(text(found[-1]))
             file.save()
 
@@ -264,13 +243,13 @@ def _error(found: Losses, exact: Losses, steps: int, part: int) -> float:
     return float(max(abs(a - b) / abs(b) for a, b in pairs[:steps]))
 
 
-def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
+def measure_cached(case: Case, turns: Turns, files: Files, threads: int) -> Result:
     """Measure a cached batch beside one chunk and the whole batch; WrongResult if they differ."""
-    case, number, turns = chunks.case, chunks.number, chunks.turns
-    whole = case.batch * number
+    assert case.chunks is not None
+    whole = case.batch * case.chunks
     options: dict[str, dict[str, Any]] = {
         ONE_CHUNK: {},
-        CACHED: {"gradient_accumulation_steps": number, "contrastive_batch_size": whole},
+        CACHED: {"gradient_accumulation_steps": case.chunks, "contrastive_batch_size": whole},
         ONE_SHOT: {"per_device_train_batch_size": whole},
     }
     makers = {
@@ -281,7 +260,7 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
     cached, exact = running[CACHED].losses, running[ONE_SHOT].losses
     error = max(_error(cached, exact, CACHED_CHECK_STEPS, part) for part in (0, 1))
     if not error <= MAX_ERROR:
-        raise WrongResult(f"{chunks.words}: the losses differ by {error:.1e} (relative): not timed")
+        raise WrongResult(f"{case.words}: the losses differ by {error:.1e} (relative): not timed")
     found = timed(running, makers, flops, case.width, turns, threads, skip=1)
     times = found["providers"]
     bars = [bar("cached over one shot, time", ratio(times, CACHED, ONE_SHOT), MAX_CACHED_TIME)]
@@ -290,8 +269,8 @@ def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
         what = "cached over one chunk, peak memory"
         bars.append(bar(what, cached_peak / chunk_peak, MAX_CACHED_MEMORY))
     return {
-        "case": {**asdict(case), "chunks": number},
-        "words": chunks.words,
+        "case": asdict(case),
+        "words": case.words,
         **found,
         "left_out": {},
         "bars": bars if turns.has_bars else [],

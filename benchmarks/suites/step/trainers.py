@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
@@ -29,6 +28,7 @@ from ....engine.training.builder import RunParts, build_run
 from ....engine.training.metrics_log import read_records
 from ..baselines import dense_acl
 from ..exits.second_stage import SteppedTrainer
+from ..suite import flat_gradient
 from .names import ACL, CE, HUGGING_FACE, TWO_BACKWARD
 
 # A multiple of every batch size here, so that all batches are full.
@@ -58,12 +58,14 @@ class Case:
 
     model: "minilm", "bert-base" or the directory of an encoder with its tokenizer.
     num_layers: keep only the first layers; None keeps all.
+    chunks: number of batches in a cached contrastive batch; None for a step of one batch.
     """
 
     model: str
     batch: int
     tokens: int
     num_layers: int | None = None
+    chunks: int | None = None
 
     @property
     def width(self) -> int:
@@ -75,7 +77,10 @@ class Case:
         names = {"minilm": "MiniLM (6 x 384)", "bert-base": "BERT-base's shape, random weights"}
         name = names.get(self.model, Path(self.model).name)
         layers = "" if self.num_layers is None else f", {self.num_layers} layers"
-        return f"{name}{layers}, {self.batch} texts of {self.tokens} tokens"
+        words = f"{name}{layers}, {self.batch} texts of {self.tokens} tokens"
+        if self.chunks is None:
+            return words
+        return f"contrastive batch of {self.chunks} chunks: {words} per chunk"
 
 
 class Files:
@@ -303,8 +308,8 @@ class TwoBackward(StepTrainer):
             main = cross_entropy(output.logits, labels)
             label_embeddings = model.label_embeddings_of([-1])[0]
             auxiliary = dense_acl(output.exit_embeddings[-1], labels, label_embeddings)
-            main_gradient = _flat_gradient(main, parameters, retain_graph=True)
-            auxiliary_gradient = _flat_gradient(auxiliary, parameters)
+            main_gradient = flat_gradient(main, parameters)
+            auxiliary_gradient = flat_gradient(auxiliary, parameters, retain_graph=False)
             if cosine_similarity(main_gradient, auxiliary_gradient, dim=0) >= 0:
                 main_gradient = torch.lerp(main_gradient, auxiliary_gradient, AUXILIARY_WEIGHT)
             parts = main_gradient.split([parameter.numel() for parameter in parameters])
@@ -319,15 +324,6 @@ class TwoBackward(StepTrainer):
             # Free the step's tensors before the next step, as a function of its own would.
             del output, main, auxiliary, main_gradient, auxiliary_gradient, parts, part
             clock.tick()
-
-
-def _flat_gradient(
-    loss: Tensor, parameters: list[torch.nn.Parameter], retain_graph: bool = False
-) -> Tensor:
-    gradients = torch.autograd.grad(
-        loss, parameters, retain_graph=retain_graph, materialize_grads=True
-    )
-    return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 def make_trainer(name: str, case: Case, files: Files, **more: Any) -> StepTrainer:

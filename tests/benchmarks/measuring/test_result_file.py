@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bench_results import case, result, times
 from fusedacl.benchmarks.measuring import result_file as results
 from fusedacl.benchmarks.measuring.result_file import (
     ResultFile,
@@ -17,42 +17,25 @@ from fusedacl.benchmarks.measuring.result_file import (
 )
 
 
-def case(name: str, **milliseconds: tuple[float, float, float]) -> dict[str, Any]:
-    """p20, p50 and p80 of each provider."""
-    return {
-        "case": {}, "words": name, "left_out": {},
-        "providers": {
-            provider: {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": 9}
-            for provider, (p20, p50, p80) in milliseconds.items()
-        },
-    }  # fmt: skip
-
-
-def result(*cases: dict[str, Any], load: float = 0.0) -> dict[str, Any]:
-    return {
-        "schema": 1, "benchmark": "loss", "preset": "full", "cases": list(cases),
-        "environment": {"load_average": [load, 0.0, 0.0], "cores": 2, "commit": "c", "date": "d"},
-    }  # fmt: skip
-
-
 def test_a_quiet_machine_is_not_noisy() -> None:
-    found = noise(result(case("one", a=(98, 100, 102), b=(97, 100, 103)), load=0.9))
+    found = noise(result(case("one", {"a": times(100, 0.04), "b": times(100, 0.06)}), load=0.9))
     assert found["spread"] == pytest.approx(0.05)
     assert not found["noisy"] and found["why"] == []
 
 
 @pytest.mark.parametrize(
-    ("spread", "load", "words"), [(30, 0.0, "times scatter by 60%"), (1, 1.5, "load average 1.5")]
+    ("spread", "load", "words"),
+    [(0.6, 0.0, "times scatter by 60%"), (0.02, 1.5, "load average 1.5")],
 )
 def test_a_busy_machine_is_marked(spread: float, load: float, words: str) -> None:
-    found = noise(result(case("one", a=(100 - spread, 100, 100 + spread)), load=load))
+    found = noise(result(case("one", {"a": times(100, spread)}), load=load))
     assert found["noisy"]
     assert len(found["why"]) == 1 and words in found["why"][0]
 
 
 def test_what_this_program_did_itself_is_no_noise() -> None:
     """A load average from the program's own earlier run, while no other program is busy."""
-    quiet = result(case("one", a=(99, 100, 101)), load=2.0)
+    quiet = result(case("one", {"a": times(100, 0.02)}), load=2.0)
     quiet["environment"]["busy_cores"] = 0.1
     assert not noise(quiet)["noisy"]
     quiet["environment"]["busy_cores"] = 1.0
@@ -77,7 +60,7 @@ def test_busy_cores_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_times_are_named_by_case_and_provider() -> None:
-    found = dict(timings(result(case("one", a=(1, 2, 3)), case("two", a=(1, 4, 5)))))
+    found = dict(timings(result(case("one", {"a": times(2)}), case("two", {"a": times(4)}))))
     assert {path: times["p50_ms"] for path, times in found.items()} == {
         ("one", "a"): 2, ("two", "a"): 4
     }  # fmt: skip
@@ -85,7 +68,7 @@ def test_times_are_named_by_case_and_provider() -> None:
 
 def test_a_file_is_whole_after_every_save(tmp_path: Path) -> None:
     file = ResultFile(tmp_path / "machine" / "loss.json", "loss", "quick", cases=[])
-    file.result["cases"].append(case("one", a=(1, 2, 3)))
+    file.result["cases"].append(case("one", {"a": times(2, 1.0)}))
     file.save()
     found = read_result(file.path)
     assert (found["schema"], found["benchmark"], found["preset"]) == (1, "loss", "quick")
