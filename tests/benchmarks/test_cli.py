@@ -212,20 +212,21 @@ def test_a_gpu_run_of_all_leaves_out_what_measures_the_cpu(
     assert "bench scaling measures the CPU: left out with --device cuda" in printed
 
 
-def test_a_part_of_the_sizes_does_not_replace_the_committed_file() -> None:
-    whole, part = (
-        output_directory(build(BenchConfig, options)) for options in ({}, {"rows": "64"})
-    )
-    assert whole.parts[-3:-1] == ("benchmarks", "results")
-    assert part.parts[:2] == ("runs", "bench")
-    some_cases, some_trainers, other_ranks = (
-        output_directory(build(cls, options)).parts[:2]
-        for cls, options in (
-            (StepConfig, {"cases": "minilm"}),
-            (StepConfig, {"providers": "fusedacl_ce"}),
-            (ScalingConfig, {"world_sizes": "1,2"}),
-        )
-    )
-    # A file of some cases has their names, so it replaces nothing.
-    assert some_cases == whole.parts[:2]
-    assert some_trainers == other_ranks == ("runs", "bench")
+@pytest.mark.parametrize(
+    ("cls", "options", "may_be_committed"),
+    [
+        (BenchConfig, {}, True),
+        (BenchConfig, {"rows": "64"}, False),
+        (BenchConfig, {"preset": "quick"}, False),
+        # A file of some cases has their names, so it replaces nothing.
+        (StepConfig, {"cases": "minilm"}, True),
+        (StepConfig, {"providers": "fusedacl_ce"}, False),
+        (ScalingConfig, {"world_sizes": "1,2"}, False),
+    ],
+)
+def test_a_part_of_the_sizes_does_not_replace_the_committed_file(
+    cls: type, options: dict[str, str], may_be_committed: bool
+) -> None:
+    parts = output_directory(build(cls, options)).parts
+    folder = ("benchmarks", "results") if may_be_committed else ("runs", "bench")
+    assert parts[-3:-1] == folder

@@ -16,13 +16,8 @@ from fusedacl.benchmarks.measuring.memory import extra_device_memory
 CPU = torch.device("cpu")
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (x)")
-
-
 def test_a_gpu_gives_its_results_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (x)")
     assert machine_name(torch.device("cuda")) == "nvidia-h200-x"
     # Results of the CPU keep the CPU's name.
     assert machine_name() == machine_name(CPU) != "nvidia-h200-x"

@@ -8,13 +8,7 @@ from pathlib import Path
 import pytest
 from bench_results import case, result, times
 from fusedacl.benchmarks.measuring import result_file as results
-from fusedacl.benchmarks.measuring.result_file import (
-    ResultFile,
-    default_directory,
-    noise,
-    read_result,
-    timings,
-)
+from fusedacl.benchmarks.measuring.result_file import ResultFile, noise, read_result, timings
 
 
 def test_a_quiet_machine_is_not_noisy() -> None:
@@ -44,19 +38,16 @@ def test_what_this_program_did_itself_is_no_noise() -> None:
 
 def test_busy_cores_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """0.75 s of idle and waiting time in half a second, two cores: half a core is busy."""
-    ticks = iter([0, 75])
-    monkeypatch.setattr(results, "_idle_seconds", lambda counts: next(ticks) / 100)
-    monkeypatch.setattr(results.os, "cpu_count", lambda: 2)
-    clock = iter([0.0, 0.5])
-    monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(results.time, "sleep", lambda seconds: None)
-    if Path("/proc/stat").is_file():
-        assert results.busy_cores() == pytest.approx(0.5)
     counts = tmp_path / "stat"
     counts.write_text("cpu  10 20 30 4000 500 6 7 8 9 10\ncpu0 1 2\n")
-    monkeypatch.undo()
     ticks_a_second = results.os.sysconf("SC_CLK_TCK")
     assert results._idle_seconds(counts) == pytest.approx(4500 / ticks_a_second)
+    idle, clock = iter([0.0, 0.75]), iter([0.0, 0.5])
+    monkeypatch.setattr(results, "_idle_seconds", lambda counts: next(idle))
+    monkeypatch.setattr(results.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
+    if Path("/proc/stat").is_file():
+        assert results.busy_cores() == pytest.approx(0.5)
 
 
 def test_times_are_named_by_case_and_provider() -> None:
@@ -93,8 +84,3 @@ def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> 
         read_result(path)
     with pytest.raises(ValueError, match="does not exist"):
         read_result(tmp_path / "none.json")
-
-
-def test_a_quick_run_does_not_overwrite_committed_results() -> None:
-    assert default_directory("m", "quick") == Path("runs/bench/m")
-    assert default_directory("m", "full").parts[-3:] == ("benchmarks", "results", "m")

@@ -123,17 +123,6 @@ def test_the_committed_pages_and_figures_are_current(tmp_path: Path) -> None:
         assert drawn == {file.name for file in directory.iterdir() if file.suffix != ".json"}
 
 
-def test_a_foreign_schema_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "loss.json").write_text(json.dumps({"schema": 7, "environment": {}}))
-    output = tmp_path / "performance.md"
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--output", str(output)])
-    assert performance.main() == 2
-    assert "has schema 7, this version reads schema 1" in capsys.readouterr().err
-    assert not output.exists()
-
-
 def test_a_point_is_where_its_operations_put_it() -> None:
     """M = 4096, d = 64, float32: 4 M^2 d operations, M d (3 x 4 + 4) bytes."""
     found = bench_case("c", SUPCON, fusedacl=1000.0)

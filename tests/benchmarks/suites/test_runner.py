@@ -19,16 +19,7 @@ from fusedacl.benchmarks.suites.gate import suite as angle
 from fusedacl.benchmarks.suites.loss import case as loss_case
 from fusedacl.benchmarks.suites.loss import providers as loss_providers
 from fusedacl.benchmarks.suites.loss import suite as loss
-from fusedacl.benchmarks.suites.runner import (
-    DeviceLost,
-    Settings,
-    num_input_sets,
-    plan,
-    refuse_what_cannot_fit,
-    rotating,
-    run_case,
-    run_cases,
-)
+from fusedacl.benchmarks.suites.runner import DeviceLost, Settings, plan, run_case
 from fusedacl.benchmarks.suites.suite import Provider, missing, peak_bytes
 
 CPU = torch.device("cpu")
@@ -109,11 +100,11 @@ def test_ours_wrong_or_broken_is_a_failure(function: Any, words: str) -> None:
 
 def test_inputs_take_turns_and_are_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "cache_bytes", lambda device: 1000)
-    number = num_input_sets(sums(), Case(25), CPU)
+    number = runner.num_input_sets(sums(), Case(25), CPU)
     assert 100 * number > 1000
-    assert num_input_sets(sums(), Case(10_000), CPU) == 1
+    assert runner.num_input_sets(sums(), Case(10_000), CPU) == 1
     seen: list[float] = []
-    turn = rotating(lambda x: seen.append(float(x[0])), sums().inputs(Case(2), CPU, 3))
+    turn = runner.rotating(lambda x: seen.append(float(x[0])), sums().inputs(Case(2), CPU, 3))
     for _ in range(4):
         turn()
     assert seen == [1, 2, 3, 1]
@@ -132,9 +123,9 @@ def test_a_size_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1100)
     monkeypatch.setattr(memory, "cache_bytes", lambda device: 1)
     with pytest.raises(ValueError, match=r"sum of 100: ours does not fit: .* fit: sum of 25"):
-        refuse_what_cannot_fit(suite, [Case(100), Case(200)], SETTINGS)
+        runner.refuse_what_cannot_fit(suite, [Case(100), Case(200)], SETTINGS)
     # One that fits is enough for the run to go on.
-    refuse_what_cannot_fit(suite, [Case(100), Case(5)], SETTINGS)
+    runner.refuse_what_cannot_fit(suite, [Case(100), Case(5)], SETTINGS)
     found, failures = run_case(suite, Case(100), SETTINGS, None)
     assert found["providers"] == {} and "ours" in found["left_out"] and failures == []
 
@@ -153,7 +144,7 @@ def test_what_is_finished_is_kept_when_the_device_is_lost(
     monkeypatch.setattr(runner, "refuse_lost", lost)
     file = ResultFile(tmp_path / "sums.json", "sums", "quick", cases=[])
     suite = sums(provider("ours", breaks_later, is_ours=True))
-    (failure,) = run_cases(suite, [Case(8), Case(16), Case(32)], SETTINGS, file, None)
+    (failure,) = runner.run_cases(suite, [Case(8), Case(16), Case(32)], SETTINGS, file, None)
     assert "unspecified launch failure; 1 of 3 cases are kept" in failure
     found = read_result(file.path)
     assert [case["words"] for case in found["cases"]] == ["sum of 8"]

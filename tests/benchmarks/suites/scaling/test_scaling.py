@@ -132,22 +132,24 @@ def test_what_is_not_counted_raises(single_rank: None) -> None:
     assert distributed.all_reduce is original
 
 
-def test_no_rank_is_left() -> None:
-    with pytest.raises(RuntimeError, match="rank 0 of 1: (?s:.*)ranks.py(?s:.*)random_ expects"):
-        # There is no label to draw.
-        loopback.run_ranks(scaling_ranks.own_inputs, 1, 3, -1, 8, seconds=120)
-    assert not multiprocessing.active_children()
-
-
 def end(rank: int) -> None:
     os._exit(3)
 
 
-def test_silent_and_dead_ranks_are_named() -> None:
-    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] gave no answer within 0 seconds"):
-        loopback.run_ranks(end, 2, seconds=0)
-    with pytest.raises(RuntimeError, match="rank 0 of 1: process 0 terminated with exit code 3"):
-        loopback.run_ranks(end, 1, seconds=120)
+@pytest.mark.parametrize(
+    ("function", "arguments", "num_ranks", "seconds", "message"),
+    [
+        (end, (), 2, 0, r"ranks \[0, 1\] gave no answer within 0 seconds"),
+        (end, (), 1, 120, "rank 0 of 1: process 0 terminated with exit code 3"),
+        # There is no label to draw.
+        (scaling_ranks.own_inputs, (3, -1, 8), 1, 120, "rank 0 of 1: (?s:.*)random_ expects"),
+    ],
+)
+def test_silent_and_failed_ranks_are_named_and_none_is_left(
+    function: Any, arguments: Any, num_ranks: int, seconds: float, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        loopback.run_ranks(function, num_ranks, *arguments, seconds=seconds)
     assert not multiprocessing.active_children()
 
 
@@ -158,19 +160,16 @@ OTHER_MACHINE = {
 
 
 def test_the_model_predicts_what_two_ranks_send(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole command, tiny: bytes, the files that it writes, and the pages made from them."""
     options = {
         "world_sizes": 2, "num_samples": 6, "num_labels": 3, "width": 8, "rounds": 1,
         "timeout": 200, "output_dir": tmp_path, **OTHER_MACHINE,
     }  # fmt: skip
-    threads = torch.get_num_threads()
-    try:
-        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        assert cli.main(["scaling", *words]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    assert cli.main(["scaling", *words]) == 0
     result = read_result(tmp_path / "scaling.json")
     (measured,) = result["measured"]
     for name, method in METHODS.items():
