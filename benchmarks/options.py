@@ -1,5 +1,6 @@
 """The options of every suite, and the sizes of the presets."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from ..engine.runtime.text import did_you_mean
 from ..kernels.contrastive.tiled.loss import GPU_TILE
 from .measuring.environment import machine_name
 from .measuring.memory import Child
-from .measuring.result_file import default_directory
 from .suites.gate.case import BERT_BASE
 from .suites.gate.suite import TASKS
 from .suites.loss.case import LOSSES
@@ -87,7 +87,8 @@ class RankRun(Run):
 @dataclass(frozen=True)
 class What:
     losses: str = option(
-        ",".join(LOSSES), "losses to time: supcon (one batch), acl (N samples, K label embeddings)"
+        ",".join(LOSSES),
+        "losses to time: supcon (one batch), acl (N samples, K label embeddings), acl_cl (teacher)",
     )
     tasks: str = option(
         ",".join(TASKS), "gate tasks to time: dot_norm, combine (with clipping), gate (both)"
@@ -314,5 +315,8 @@ def output_directory(config: Config) -> Path:
     how = config.how
     if how.output_dir is not None:
         return Path(how.output_dir)
-    device = torch.device(how.device if isinstance(how, How) else "cpu")
-    return default_directory(machine_name(device), how.preset if config.is_whole else "custom")
+    machine = machine_name(torch.device(how.device if isinstance(how, How) else "cpu"))
+    committed = Path(__file__).parent / "results"
+    if config.is_whole and how.preset == "full" and os.access(committed, os.W_OK):
+        return committed / machine
+    return Path("runs") / "bench" / machine

@@ -19,13 +19,18 @@ import torch
 from .rates import Floor, Rates
 
 
-def loss_floor(rates: Rates, num_rows: int, width: int, dtype: torch.dtype) -> Floor | None:
-    """Floor of one batch [M, d]; None if the machine has no rate for products of that dtype."""
+def loss_floor(
+    rates: Rates, num_rows: int, width: int, dtype: torch.dtype, trained: float = 1.0
+) -> Floor | None:
+    """Floor of one batch [M, d]; None if the machine has no rate for products of that dtype.
+
+    trained: the share of the rows that have a gradient.
+    """
     if dtype not in rates.flops:
         return None
-    passes = pass_seconds(rates, num_rows, width, dtype)
+    passes = pass_seconds(rates, num_rows, width, dtype, trained)
     seconds = sum(max(units) if rates.overlaps_units else sum(units) for units in passes)
-    memory = num_rows * width * (3 * dtype.itemsize + 4) / rates.bytes
+    memory = trained * num_rows * width * (3 * dtype.itemsize + 4) / rates.bytes
     if memory > seconds:
         return Floor(memory, "memory")
     matrix, exponential = (sum(unit) for unit in zip(*passes, strict=True))
@@ -33,12 +38,12 @@ def loss_floor(rates: Rates, num_rows: int, width: int, dtype: torch.dtype) -> F
 
 
 def pass_seconds(
-    rates: Rates, num_rows: int, width: int, dtype: torch.dtype
+    rates: Rates, num_rows: int, width: int, dtype: torch.dtype, trained: float = 1.0
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds of matrix products and of exponentials in the forward and the backward pass."""
     pairs, flops = num_rows**2, rates.flops[dtype]
-    recomputed = pairs if rates.overlaps_units else pairs / 2
+    recomputed = trained * (pairs if rates.overlaps_units else pairs / 2)
     return (
         (pairs * width / flops, pairs / 2 / rates.exponentials),
-        ((2 * pairs + 2 * recomputed) * width / flops, recomputed / rates.exponentials),
+        ((2 * trained * pairs + 2 * recomputed) * width / flops, recomputed / rates.exponentials),
     )

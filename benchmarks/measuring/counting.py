@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 # Operations for which the host waits: they return a value to Python, or the shape of their result
@@ -120,12 +121,9 @@ def count(
 
 def is_host_read(name: str, arguments: Sequence[Any]) -> bool:
     """Return whether the host waits for the result of this operation; `name` without "aten::"."""
-    return name in READS or (
-        name in INDEXING
-        and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
-        )
-    )
+    masks = (torch.bool, torch.uint8)
+    indices = arguments[1] if name in INDEXING else ()
+    return name in READS or any(each is not None and each.dtype in masks for each in indices)
 
 
 class _Counting(TorchDispatchMode):
@@ -198,15 +196,10 @@ class _Counting(TorchDispatchMode):
         self._live_bytes -= self._live.pop(address)[1]
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors in the arguments or results of an operation, which may be nested lists."""
-    if isinstance(values, Tensor):
-        # Sparse tensors have no single storage.
-        if values.layout is torch.strided:
-            yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)
+def _tensors(values: Any) -> list[Tensor]:
+    """Tensors in nested arguments or results; sparse ones have no single storage."""
+    found = (each for each in tree_leaves(values) if isinstance(each, Tensor))
+    return [tensor for tensor in found if tensor.layout is torch.strided]
 
 
 def _flops(

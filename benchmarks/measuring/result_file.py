@@ -139,11 +139,3 @@ def read_result(path: Path) -> Result:
             "again with this version (fusedacl bench), or compare with the version that wrote it."
         )
     return result
-
-
-def default_directory(machine: str, preset: str) -> Path:
-    """benchmarks/results/<machine> for a full run in a checkout, else runs/bench/<machine>."""
-    committed = Path(__file__).parents[1] / "results"
-    if preset == "full" and committed.is_dir() and os.access(committed, os.W_OK):
-        return committed / machine
-    return Path("runs") / "bench" / machine

@@ -28,7 +28,10 @@ def cases_section(result: Result) -> list[str]:
     benchmark = result["benchmark"]
     lines = [f"### {TITLES[benchmark]}", "", EXPLAINED[benchmark]]
     for case in result["cases"]:
-        lines += ["", f"{case['words']}{_floor(case)}:", "", times_table(case["providers"])]
+        floor = ""
+        if case.get("floor_ms") is not None:
+            floor = f" (floor {short(case['floor_ms'])} ms, bound by {case['bound_by']})"
+        lines += ["", f"{case['words']}{floor}:", "", times_table(case["providers"])]
     return [*lines, *left_out_lines(result["cases"]), *_noise(result)]
 
 
@@ -71,12 +74,6 @@ def left_out_lines(cases: Sequence[Result]) -> list[str]:
 
 def noisy_words(why: Iterable[str]) -> str:
     return f"**Noisy**: {'; '.join(why)}."
-
-
-def _floor(case: Result) -> str:
-    if case.get("floor_ms") is None:
-        return ""
-    return f" (floor {short(case['floor_ms'])} ms, bound by {case['bound_by']})"
 
 
 def _noise(result: Result) -> list[str]:

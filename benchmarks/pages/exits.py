@@ -20,10 +20,6 @@ def exits_section(result: Result) -> list[str]:
         "Early exit with a threshold that no text reaches, which is its worst case: all exits are "
         "computed and none is used. The full model is the same backbone with its last exit only.",
         *(line for case in result["early_exit"] for line in _early_exit(case)),
-        "",
-        "ACL-CL, forward + backward, all exits in one call. The floor of both rows is one product "
-        "for all pairs and one for the gradient:",
-        *(line for case in result["losses"] for line in _exit_losses(case)),
     ]
 
 
@@ -51,9 +47,3 @@ def _early_exit(case: Result) -> list[str]:
     names = {"full": "full model", "early_exit": "early exit, no text leaves early"}
     table = times_table(case["times"], names=names)
     return ["", f"{case['exit_head']} exits, {texts}:", "", table]
-
-
-def _exit_losses(case: Result) -> list[str]:
-    words = "E = {exits}, N = {samples}, K = {labels}, d = {width}:".format(**case["shape"])
-    names = {"fusedacl": "fusedacl, one call", "dense": "one dense loss per exit, eager PyTorch"}
-    return ["", words, "", times_table(case["times"], names=names)]

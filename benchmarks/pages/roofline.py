@@ -25,7 +25,7 @@ def point(case: Result) -> tuple[float, float] | None:
     """(operations per byte, operations) of a loss or of the angle's sums; None for other cases."""
     shape = case["case"]
     size = getattr(torch, shape["dtype"]).itemsize
-    if "loss" in shape:
+    if shape.get("loss") in KINDS:
         rows = shape["samples"] + (shape["classes"] if shape["loss"] == "acl" else 0)
         exits, width = shape["exits"], shape["width"]
         # Products forward and backward over half of the pairs, because similarity is symmetric.

@@ -96,13 +96,6 @@ def dense_acl(
     )
 
 
-def metric_learning_supcon(temperature: float = 0.5) -> Callable[[Tensor, Tensor], Tensor]:
-    """SupConLoss of pytorch-metric-learning (denominator "others")."""
-    from pytorch_metric_learning.losses import SupConLoss
-
-    return SupConLoss(temperature=temperature)
-
-
 def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:
     """log sum_k exp(y_i . y_k) [M] by inf_cl's public loss, from which its numerator is removed."""
     from inf_cl import cal_flash_loss

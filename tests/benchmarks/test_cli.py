@@ -126,6 +126,8 @@ def test_loss_leaves_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "supcon_loss M=24 d=8 float32",
         "acl_loss E=1 N=6 K=2 d=8 float32",
         "acl_loss E=2 N=6 K=2 d=8 float32",
+        "acl_cl_loss E=1 N=6 K=2 d=8 float32",
+        "acl_cl_loss E=2 N=6 K=2 d=8 float32",
     ]
     for case in found["cases"]:
         assert list(case["providers"]) == names.split(",")

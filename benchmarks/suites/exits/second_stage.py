@@ -111,12 +111,10 @@ class SteppedTrainer(Trainer):
         super().__init__(build_run(config))
         # No other process uses the directory; the next kind of exit uses the same one again.
         self.parts.lock.release()
-        self._steps: Iterator[None] | None = None
+        self._steps = self._all_steps()
 
     def one_step(self) -> None:
         """Take the next step of the run, as `run` does it."""
-        if self._steps is None:
-            self._steps = self._all_steps()
         next(self._steps)
 
     def _all_steps(self) -> Iterator[None]:

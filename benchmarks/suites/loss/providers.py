@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ....kernels import acl_loss, supcon_loss
+from ....kernels import acl_cl_loss, acl_loss, supcon_loss
 from ....kernels.contrastive.dispatch import Workload, choose, obstacle, triton_file
 from .. import baselines
 from ..suite import Call, Provider, missing
@@ -37,7 +37,7 @@ Obstacle = Callable[["LossCase", torch.device], str | None]
 
 def providers(case: "LossCase", device: torch.device) -> list[Provider]:
     """All providers: ours with impl="auto", each implementation of ours, then the others."""
-    formula, denominator = (ALL, "all") if case.loss == "acl" else (OTHERS, "others")
+    formula, denominator = (OTHERS, "others") if case.loss == "supcon" else (ALL, "all")
 
     def dense(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         return baselines.dense_supcon(rows, labels, TEMPERATURE, denominator)
@@ -54,7 +54,9 @@ def providers(case: "LossCase", device: torch.device) -> list[Provider]:
         return baselines.supcontrast(z[:, None], labels, TEMPERATURE)
 
     def metric_learning() -> RowLoss:
-        loss = baselines.metric_learning_supcon(TEMPERATURE)
+        from pytorch_metric_learning.losses import SupConLoss
+
+        loss = SupConLoss(temperature=TEMPERATURE)
         return lambda rows, labels, num_classes: loss(rows, labels)
 
     return [
@@ -107,9 +109,11 @@ def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Pr
     workload = Workload(device, case.torch_dtype, TEMPERATURE, case.num_rows, case.width)
 
     def make(case: "LossCase", device: torch.device) -> Call:
-        if case.loss == "acl":
-            return partial(forward_backward, partial(acl_loss, temperature=TEMPERATURE, impl=impl))
-        loss = partial(supcon_loss, temperature=TEMPERATURE, denominator="others", impl=impl)
+        losses: dict[str, Callable[..., Tensor]] = {
+            "supcon": partial(supcon_loss, denominator="others"), "acl": acl_loss,
+            "acl_cl": acl_cl_loss,
+        }  # fmt: skip
+        loss = partial(losses[case.loss], temperature=TEMPERATURE, impl=impl)
         return partial(forward_backward, loss)
 
     def why_not(case: "LossCase", device: torch.device) -> str | None:
@@ -126,7 +130,7 @@ def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Pr
 def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> tuple[Tensor, ...]:
     """The losses, and the gradients of samples and label embeddings."""
     wanted = inputs.leaves
-    value = loss(inputs.embeddings, inputs.labels, *wanted[1:])
+    value = loss(inputs.embeddings, inputs.labels, *wanted[1:], *inputs.teachers)
     upstream = torch.full_like(value, inputs.upstream)
     return value.detach(), *torch.autograd.grad(value, wanted, upstream)
 
@@ -134,21 +138,21 @@ def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> tuple
 def over_exits(loss: RowLoss, *arguments: Tensor) -> Tensor:
     """Apply a loss of rows to each exit.
 
-    Arguments: samples [(E,) N, d], labels [N] and, for ACL, label embeddings [(E,) K, d].
+    Arguments: samples [(E,) N, d], labels [N] and, for ACL, label embeddings [(E,) K, d]; for
+    ACL-CL, also the teacher's samples [N, d] and label embeddings [K, d].
     """
     embeddings, labels, *more = arguments
     if not more:
         return loss(embeddings, labels, int(labels.shape[0]))
-    (label_embeddings,) = more
+    label_embeddings, *teachers = more
     num_classes = label_embeddings.shape[-2]
     row_labels = torch.cat([labels, torch.arange(num_classes, device=labels.device)])
+    row_labels = row_labels.repeat(2 if teachers else 1)
     if embeddings.dim() == 2:
-        return loss(torch.cat([embeddings, label_embeddings]), row_labels, num_classes)
+        return loss(torch.cat([embeddings, label_embeddings, *teachers]), row_labels, num_classes)
+    by_exit = zip(embeddings, label_embeddings, strict=True)
     return torch.stack(
-        [
-            loss(torch.cat([samples, rows]), row_labels, num_classes)
-            for samples, rows in zip(embeddings, label_embeddings, strict=True)
-        ]
+        [loss(torch.cat([*rows, *teachers]), row_labels, num_classes) for rows in by_exit]
     )
 
 

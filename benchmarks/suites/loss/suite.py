@@ -1,8 +1,8 @@
 """Suite of the contrastive loss, forward + backward.
 
-A case is either `supcon_loss` of one batch [M, d] or `acl_loss` of N samples and K label embeddings
-for E exits in one call. Providers differ in which rows the denominator and the mean include; the
-loss and gradient of each are compared with float64 of its own formula.
+A case is `supcon_loss` of one batch [M, d], or `acl_loss` or `acl_cl_loss` of N samples and K label
+embeddings for E exits in one call. Providers differ in which rows the denominator and the mean
+include; the loss and gradient of each are compared with float64 of its own formula.
 """
 
 from __future__ import annotations
@@ -47,24 +47,35 @@ class LossSuite:
         generator = torch.Generator().manual_seed(0)
         leading = (case.exits,) if case.exits > 1 else ()
 
-        def rows(num_rows: int) -> Sequence[Tensor]:
+        def rows(num_rows: int, *leading: int) -> list[Tensor]:
             # All sets share one block of memory.
             shape = (number, *leading, num_rows, case.width)
-            block = torch.randn(shape, generator=generator).to(device, case.torch_dtype)
-            return [each.requires_grad_() for each in block]
+            return list(torch.randn(shape, generator=generator).to(device, case.torch_dtype))
 
-        samples = rows(case.samples)
+        samples = rows(case.samples, *leading)
         labels = torch.randint(case.classes, (number, case.samples), generator=generator).to(device)
-        label_rows = rows(case.classes) if case.loss == "acl" else [None] * number
+        label_rows: list[Any] = [None] * number
+        if case.loss != "supcon":
+            label_rows = rows(case.classes, *leading)
+        teachers: list[Any] = [()] * number
+        if case.loss == "acl_cl":
+            teachers = list(zip(rows(case.samples), rows(case.classes), strict=True))
         upstream = [float(case.num_rows)] * number
-        return list(map(LossInputs, samples, labels, label_rows, upstream))
+        found = list(map(LossInputs, samples, labels, label_rows, upstream, teachers))
+        for leaf in (leaf for inputs in found for leaf in inputs.leaves):
+            leaf.requires_grad_()
+        return found
 
     def exact(self, formula: str, case: LossCase, inputs: LossInputs) -> list[Exact]:
         """Loss and gradient of each exit."""
+        labels = _row_labels(inputs, case)
         return [
-            exact_in_blocks(rows, _row_labels(inputs, case), formula, temperature=TEMPERATURE)
+            exact_in_blocks(
+                torch.cat([rows, *inputs.teachers]), labels, formula, temperature=TEMPERATURE,
+                num_trained=case.num_trained,
+            )
             for rows in _rows(inputs.leaves)
-        ]
+        ]  # fmt: skip
 
     def error(self, call: Call, case: LossCase, inputs: LossInputs, exact: list[Exact]) -> float:
         losses, *gradients = call(inputs)
@@ -86,13 +97,14 @@ class LossSuite:
         return cpu_rates.rates_from(times, case.width)
 
     def floor(self, rates: Rates, case: LossCase) -> Floor | None:
-        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype)
+        share = case.num_trained / case.num_rows
+        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype, share)
         return None if found is None else replace(found, seconds=case.exits * found.seconds)
 
     def shrunk(self, case: LossCase) -> LossCase | None:
         if max(case.samples, case.classes) < 4:
             return None
-        if case.loss == "acl" and case.classes > case.samples:
+        if case.loss != "supcon" and case.classes > case.samples:
             return replace(case, classes=case.classes // 2)
         return replace(case, samples=case.samples // 2)
 
@@ -113,23 +125,23 @@ def _rows(leaves: Sequence[Tensor]) -> list[Tensor]:
 def _row_labels(inputs: LossInputs, case: LossCase) -> Tensor:
     if inputs.label_embeddings is None:
         return inputs.labels
-    classes = torch.arange(case.classes, device=inputs.labels.device)
-    return torch.cat([inputs.labels, classes])
+    own = torch.cat([inputs.labels, torch.arange(case.classes, device=inputs.labels.device)])
+    return own.repeat(case.num_rows // case.num_trained)
 
 
 def cases(sizes: Mapping[str, Any]) -> list[LossCase]:
-    """All combinations; `rows` belong to supcon, `samples`, `classes` and `exits` to acl."""
+    """All combinations; `rows` belong to supcon, `samples`, `classes` and `exits` to the others."""
     found: list[LossCase] = []
     if "supcon" in sizes["losses"]:
         found += [
             LossCase("supcon", rows, width, 16)
             for rows, width in itertools.product(sizes["rows"], sizes["widths"])
         ]
-    if "acl" in sizes["losses"]:
-        found += [
-            LossCase("acl", sizes["samples"], sizes["widths"][0], num, num_exits)
-            for num_exits, num in itertools.product(sizes["exits"], sizes["classes"])
-        ]
+    others = [loss for loss in sizes["losses"] if loss != "supcon"]
+    found += [
+        LossCase(loss, sizes["samples"], sizes["widths"][0], num, num_exits)
+        for loss, num_exits, num in itertools.product(others, sizes["exits"], sizes["classes"])
+    ]
     return [replace(case, dtype=dtype) for case in found for dtype in sizes["dtypes"]]
 
 

@@ -83,9 +83,7 @@ def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None
     """
     rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
     num_samples, (num_labels, width) = inputs[0].shape[0], inputs[2].shape
-    shapes: tuple[tuple[int, ...], ...] = (
-        (), (num_ranks * num_samples, width), (num_labels, width)
-    )  # fmt: skip
+    shapes: list[list[int]] = [[], [num_ranks * num_samples, width], [num_labels, width]]
     expected = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     if rank == 0:
         # The dense reference takes much memory, so one rank computes it for all.

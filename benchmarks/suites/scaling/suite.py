@@ -52,7 +52,10 @@ def run(
         on_loopback(replace(problem, num_ranks=num_ranks), options)
         for num_ranks in options.world_sizes
     ]
-    chosen = measurement_for_model(measured)
+    # The model needs a link, and the most ranks that have a core each.
+    several = [found for found in measured if found["ranks"] > 1]
+    fitting = [found for found in several if found["ranks"] <= (os.cpu_count() or 1)]
+    chosen = (fitting or several[:1])[-1]
     machines = {CPU_MODEL: (cpu_machine(chosen["rates"], chosen["ranks"]), problem)}
     if described is not None:
         machines["options"] = described
@@ -114,13 +117,6 @@ def check_bytes(name: str, num_ranks: int, counted: int, modelled: int) -> None:
             f"{name}, {num_ranks} ranks: {counted} bytes were sent but the model predicts "
             f"{modelled}: one of them is wrong, nothing is written"
         )
-
-
-def measurement_for_model(measured: list[Result]) -> Result:
-    """The measurement with the most ranks that have a core each, with two ranks at least."""
-    several = [found for found in measured if found["ranks"] > 1]
-    fitting = [found for found in several if found["ranks"] <= (os.cpu_count() or 1)]
-    return (fitting or several[:1])[-1]
 
 
 def cpu_machine(rates: dict[str, float], num_ranks: int) -> Machine:

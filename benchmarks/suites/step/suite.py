@@ -121,10 +121,8 @@ def run(
             is_wanted = not cases or (CACHED_BATCH if case.chunks else case.model) in cases
             if not is_wanted or not names or (case.chunks and ACL not in names):
                 continue
-            if case.chunks:
-                found.append(measure_cached(case, turns, files, threads))
-            else:
-                found.append(measure(case, turns, names, files, threads))
+            make = measure_cached if case.chunks else partial(measure, names=names)
+            found.append(make(case, turns, files=files, threads=threads))
             print(text(found[-1]))
             file.save()
 
@@ -155,37 +153,31 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
     losses, flops, wrong = check(case, running, files)
     for name in wrong:
         del running[name]
-    found = timed(running, makers, flops, case.width, turns, threads, skip=WARM_UP_STEPS)
+    found = timed(running, makers, flops, case, turns, threads, skip=WARM_UP_STEPS)
     times = found["providers"]
-    return {
-        "case": asdict(case),
-        "words": case.words,
-        "losses": losses,
-        **found,
-        "left_out": left_out | wrong,
-        "bars": [
-            bar(what, ratio(times, slower, faster), most)
-            for what, slower, faster, most in BARS
-            if turns.has_bars and slower in times and faster in times
-        ],
-    }
+    bars = [
+        bar(what, ratio(times, slower, faster), most)
+        for what, slower, faster, most in BARS
+        if turns.has_bars and slower in times and faster in times
+    ]
+    return found | {"losses": losses, "left_out": left_out | wrong, "bars": bars}
 
 
 def timed(
     running: Mapping[str, StepTrainer],
     makers: Mapping[str, Callable[[], StepTrainer]],
     flops: Mapping[str, int],
-    width: int,
+    case: Case,
     turns: Turns,
     threads: int,
     skip: int,
 ) -> Result:
-    """Times of the running trainers with floors, parts and peak memory, and the products' rate.
+    """The case, times of its running trainers with floors, parts and peaks, and the products' rate.
 
     Peaks are measured in a child process: "peak_bytes", or "peak_error" with a message.
     """
     num_steps = turns.steps + skip
-    product = product_turn(width)
+    product = product_turn(case.width)
     times = interleave_samples(
         {
             **{name: partial(one.turn, num_steps) for name, one in running.items()},
@@ -194,7 +186,7 @@ def timed(
         rounds=turns.rounds,
         skip=skip,
     )
-    rate = add_floors(times, {name: flops[name] for name in running}, width)
+    rate = add_floors(times, {name: flops[name] for name in running}, case.width)
     for name, one in tqdm(running.items(), desc="profile", leave=False):
         if isinstance(one, Ours) and turns.profiled:
             one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
@@ -203,7 +195,7 @@ def timed(
         for name in running if turns.memory else ():
             peak = child.measure(peak_of_step, makers[name])
             times[name]["peak_error" if isinstance(peak, str) else "peak_bytes"] = peak
-    return {**rate, "providers": times}
+    return {"case": asdict(case), "words": case.words, **rate, "providers": times}
 
 
 def check(
@@ -239,8 +231,8 @@ def _flops(trainer: StepTrainer, num_steps: int) -> int:
 
 def _error(found: Losses, exact: Losses, steps: int, part: int) -> float:
     """Largest relative difference of the cross-entropies (part 0) or the auxiliary losses (1)."""
-    pairs = list(zip(np.array(found)[:, part], np.array(exact)[:, part], strict=True))
-    return float(max(abs(a - b) / abs(b) for a, b in pairs[:steps]))
+    given, wanted = (np.array(losses)[:steps, part].astype(float) for losses in (found, exact))
+    return float(np.max(np.abs(given - wanted) / np.abs(wanted)))
 
 
 def measure_cached(case: Case, turns: Turns, files: Files, threads: int) -> Result:
@@ -261,20 +253,14 @@ def measure_cached(case: Case, turns: Turns, files: Files, threads: int) -> Resu
     error = max(_error(cached, exact, CACHED_CHECK_STEPS, part) for part in (0, 1))
     if not error <= MAX_ERROR:
         raise WrongResult(f"{case.words}: the losses differ by {error:.1e} (relative): not timed")
-    found = timed(running, makers, flops, case.width, turns, threads, skip=1)
+    found = timed(running, makers, flops, case, turns, threads, skip=1)
     times = found["providers"]
     bars = [bar("cached over one shot, time", ratio(times, CACHED, ONE_SHOT), MAX_CACHED_TIME)]
     cached_peak, chunk_peak = (times[name].get("peak_bytes") for name in (CACHED, ONE_CHUNK))
     if cached_peak is not None and chunk_peak is not None:
         what = "cached over one chunk, peak memory"
         bars.append(bar(what, cached_peak / chunk_peak, MAX_CACHED_MEMORY))
-    return {
-        "case": asdict(case),
-        "words": case.words,
-        **found,
-        "left_out": {},
-        "bars": bars if turns.has_bars else [],
-    }
+    return found | {"left_out": {}, "bars": bars if turns.has_bars else []}
 
 
 def peak_of_step(make: Callable[[], StepTrainer]) -> int:

@@ -186,6 +186,8 @@ LOSS_CASES = [
     loss_case.LossCase("acl", 12, 8, 3, exits=2, dtype="bfloat16"),
     # More label embeddings than samples: some have no positive.
     loss_case.LossCase("acl", 6, 8, 20, exits=2),
+    loss_case.LossCase("acl_cl", 12, 8, 3),
+    loss_case.LossCase("acl_cl", 12, 8, 3, exits=2),
 ]
 ANGLE_CASES = [
     gate_case.AngleCase(task, 3000, dtype)
