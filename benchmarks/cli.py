@@ -19,15 +19,15 @@ from .floors import cpu
 from .floors.rates import DTYPE_NAMES, Rates
 from .measuring.environment import CPU
 from .measuring.memory import Child
-from .measuring.result_file import ResultFile
+from .measuring.result_file import ResultFile, read_result
 from .options import (
+    SKIPPED,
     BenchConfig,
     ExitsConfig,
     ScalingConfig,
     StepConfig,
     names_of,
     output_directory,
-    settings_of,
     sizes,
 )
 from .suites import growth
@@ -114,8 +114,11 @@ def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = No
         chosen = sizes(config)
         known = known or _known_providers(suite, torch.device(how.device))
         names = names_of("providers", config.what.providers, known)
-        settings = settings_of(config, chosen, names, child)
-        torch.set_num_threads(settings.threads)
+        settings = Settings(
+            torch.device(how.device), chosen["rounds"], chosen["case_seconds"], names,
+            SKIPPED[how.preset], child if how.peaks else None,
+        )  # fmt: skip
+        torch.set_num_threads(how.threads)
         cases: list[Any] = []
         if suite in SUITES:
             cases = CASES[suite](chosen)
@@ -268,7 +271,7 @@ def _all(arguments: list[str]) -> int:
 
 def _compare(arguments: list[str]) -> int:
     from .comparing.commits import compare_commits
-    from .comparing.files import compare_files
+    from .comparing.files import compare
 
     parser = argparse.ArgumentParser(
         prog="fusedacl bench compare",
@@ -298,5 +301,6 @@ def _compare(arguments: list[str]) -> int:
         raise ValueError(f"Unknown argument {rest[0]!r}: the options of a suite need --commits.")
     if len(options.files) != 2:
         raise ValueError(f"two files are compared, {len(options.files)} given: OLD NEW.")
-    print(compare_files(*options.files))
+    old, new = options.files
+    print(compare(read_result(old), read_result(new), names=(str(old), str(new))))
     return 0

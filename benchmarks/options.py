@@ -12,11 +12,9 @@ from ..engine.config.fields import option
 from ..engine.runtime.text import did_you_mean
 from ..kernels.contrastive.tiled.loss import GPU_TILE
 from .measuring.environment import machine_name
-from .measuring.memory import Child
 from .suites.gate.case import BERT_BASE
 from .suites.gate.suite import TASKS
 from .suites.loss.case import LOSSES
-from .suites.runner import Settings
 from .suites.scaling.cost_model import Link, Machine, Problem
 from .suites.scaling.suite import RankOptions
 from .suites.step.names import CASES, WORDS
@@ -215,11 +213,10 @@ class ScalingConfig(Config):
                 f"world_sizes={chosen['world_sizes']!r}: write ascending numbers, and one above 1 "
                 "at least, for the model needs the link between ranks: 1,2."
             )
-        problem = Problem(
-            1, chosen["num_samples"], chosen["num_labels"], chosen["width"], element_bytes=4
-        )
+        samples, labels, width = (chosen[name] for name in ("num_samples", "num_labels", "width"))
         rounds, threads = chosen["rounds"], self.how.threads
-        return problem, RankOptions(tuple(world_sizes), rounds, threads, self.what.timeout)
+        ranks = RankOptions(tuple(world_sizes), rounds, threads, self.what.timeout)
+        return Problem(1, samples, labels, width, element_bytes=4), ranks
 
     def described_machine(self, problem: Problem) -> tuple[Machine, Problem] | None:
         """The machine of the options with the problem in its data type, None without options."""
@@ -253,17 +250,23 @@ class ScalingConfig(Config):
 
 
 def sizes(config: BenchConfig) -> dict[str, Any]:
-    """Sizes, rounds and seconds as given, else of the preset; ValueError for unknown names."""
+    """Sizes, rounds and seconds as given, else of the preset.
+
+    ValueError if a name is unknown or the device is missing.
+    """
+    if config.how.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device='cuda': torch {torch.__version__} finds no CUDA device here. Use --device cpu."
+        )
     chosen = SIZES[config.how.device, config.how.preset] | {"samples": config.what.samples}
     given = vars(config.what) | vars(config.how)
     chosen |= {name: given[name] for name in chosen if given[name] is not None}
     for name in ("rows", "widths", "classes", "exits", "parameters"):
         chosen[name] = whole_numbers(name, chosen[name])
     chosen["dtypes"] = names_of("dtypes", chosen["dtypes"], DTYPES)
-    if config.what.dtypes is None and config.how.device == "cuda":
-        has_bfloat16 = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-        if not has_bfloat16:
-            chosen["dtypes"] = tuple(name for name in chosen["dtypes"] if name != "bfloat16")
+    is_default = config.what.dtypes is None and config.how.device == "cuda"
+    if is_default and torch.cuda.get_device_capability() < (8, 0):
+        chosen["dtypes"] = tuple(name for name in chosen["dtypes"] if name != "bfloat16")
     chosen["losses"] = names_of("losses", config.what.losses, LOSSES)
     chosen["tasks"] = names_of("tasks", config.what.tasks, TASKS)
     return chosen
@@ -288,26 +291,6 @@ def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, 
         if name not in known:
             raise ValueError(f"{option}: there is none named {name!r}.{did_you_mean(name, known)}")
     return names
-
-
-def settings_of(
-    config: BenchConfig, chosen: dict[str, Any], names: tuple[str, ...], child: Child
-) -> Settings:
-    """Settings of the runner; ValueError if the device is missing."""
-    device = torch.device(config.how.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device='cuda': torch {torch.__version__} finds no CUDA device here. Use --device cpu."
-        )
-    return Settings(
-        device=device,
-        threads=config.how.threads,
-        rounds=chosen["rounds"],
-        case_seconds=chosen["case_seconds"],
-        providers=names,
-        skipped=SKIPPED[config.how.preset],
-        child=child if config.how.peaks else None,
-    )
 
 
 def output_directory(config: Config) -> Path:

@@ -48,8 +48,7 @@ def compare_commits(
                 found = run_from(sites[index], suite, [*options, "--output_dir", str(output)])
                 found["environment"]["commit"] = hashes[index]
                 runs[index].append(found)
-    old, new = (merged(of_commit) for of_commit in runs)
-    return compare(old, new, names=(commits[0], commits[1]))
+    return compare(merged(runs[0]), merged(runs[1]), names=(commits[0], commits[1]))
 
 
 def commit_hash(name: str) -> str:

@@ -9,12 +9,11 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ...engine.runtime.text import text_table
 from ..measuring.environment import Result
-from ..measuring.result_file import read_result, spread, timings
+from ..measuring.result_file import spread, timings
 
 FASTER, SLOWER, SAME = "faster", "slower", "no change seen"
 NOT_JUDGED = "not judged: noisy"
@@ -26,14 +25,8 @@ RATES = ("giga_exponentials_per_second", "gigabytes_per_second")
 ENVIRONMENT = ("cpu", "gpu", "cores", "threads", "torch", "python", "driver", "cuda", "triton")
 
 
-def compare_files(old: Path, new: Path) -> str:
-    """Table of changes between two files; ValueError if they have no case in common."""
-    results = [read_result(path) for path in (old, new)]
-    return compare(results[0], results[1], names=(str(old), str(new)))
-
-
 def compare(old: Result, new: Result, names: tuple[str, str] = ("old", "new")) -> str:
-    """`compare_files` for results that are already read."""
+    """Table of changes, and differences of machine; ValueError if no case is common."""
     if old["benchmark"] != new["benchmark"]:
         raise ValueError(
             f"{names[0]} is a result of bench {old['benchmark']}, {names[1]} of bench "

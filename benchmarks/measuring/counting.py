@@ -9,7 +9,7 @@ import contextlib
 import gc
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -106,17 +106,15 @@ def count(
         with mode:
             call()
     found = Counts(
-        operations=dict(mode.operations),
+        **{kind: dict(mode.counted[kind]) for kind in ("operations", "host_reads", "collectives")},
         flops=mode.flops,
         allocated_bytes=mode.allocated_bytes,
         peak_bytes=mode.peak_bytes,
-        host_reads=dict(mode.host_reads),
         passes=dict(passes),
         launches=dict(Counter(text for text, _ in launches)),
         binaries=len({binary for _, binary in launches}),
-        collectives=dict(mode.collectives),
     )
-    return found, mode.places
+    return found, mode.counted["places"]
 
 
 def is_host_read(name: str, arguments: Sequence[Any]) -> bool:
@@ -129,10 +127,8 @@ def is_host_read(name: str, arguments: Sequence[Any]) -> bool:
 class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.operations: Counter[str] = Counter()
-        self.places: Counter[str] = Counter()
-        self.host_reads: Counter[str] = Counter()
-        self.collectives: Counter[str] = Counter()
+        # Kind -> counts by name: operations, places, host_reads, collectives.
+        self.counted: dict[str, Counter[str]] = defaultdict(Counter)
         self.flops = self.allocated_bytes = self.peak_bytes = 0
         self._live_bytes = 0
         # Address of a storage -> the storage, and its size when last seen.
@@ -153,14 +149,14 @@ class _Counting(TorchDispatchMode):
         # Profiler ranges compute nothing.
         if name.startswith("profiler::"):
             return result
-        self.places[f"{_place()}: {name}"] += 1
+        self.counted["places"][f"{_place()}: {name}"] += 1
         self.flops += _flops(func, name, args, kwargs, result)
         if name.startswith("c10d::"):
-            self.collectives[name.removeprefix("c10d::")] += 1
+            self.counted["collectives"][name.removeprefix("c10d::")] += 1
         elif is_host_read(name, args):
-            self.host_reads[f"{_place()}: {name}"] += 1
+            self.counted["host_reads"][f"{_place()}: {name}"] += 1
         else:
-            self.operations[name] += 1
+            self.counted["operations"][name] += 1
         # The storage that `torch.tensor` made is new, although it arrives as an input.
         inputs = () if name == "lift_fresh" else (*args, *kwargs.values())
         self._note_storages(result, inputs)
@@ -171,7 +167,7 @@ class _Counting(TorchDispatchMode):
         method = getattr(Tensor, read)
 
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.host_reads[f"{_place()}: {read}"] += 1
+            self.counted["host_reads"][f"{_place()}: {read}"] += 1
             return method(tensor, *args, **kwargs)
 
         return call

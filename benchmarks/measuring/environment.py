@@ -34,8 +34,7 @@ def gpu_name(device: torch.device) -> str:
 
 def environment(device: torch.device = CPU) -> Result:
     """Everything that a reader needs to judge or repeat the numbers."""
-    gpu = _gpu(device) if device.type == "cuda" else {}
-    return gpu | {
+    return (_gpu(device) if device.type == "cuda" else {}) | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": cpu_model(),

@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ class HighWaterMark:
         return raised
 
 
-class Child:
+class Child(AbstractContextManager["Child"]):
     """A process that measures memory peaks, one after another; it starts at the first request."""
 
     def __init__(self, threads: int, seconds: float = CHILD_SECONDS) -> None:
@@ -109,9 +110,6 @@ class Child:
         self.seconds = seconds
         self._process: Any = None
         self._pipe: Any = None
-
-    def __enter__(self) -> Child:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:

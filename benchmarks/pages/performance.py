@@ -102,7 +102,7 @@ def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
             if name == "growth":
                 section = growth_section(result, figure)
             elif name in steps:
-                shown = figure if step_figure.has_parts(result) else None
+                shown = figure if step_figure.with_parts(result) else None
                 section = step_section(result, shown, explain=name == steps[0])
             else:
                 sections = {"exits": exits_section, "scaling": scaling_section}

@@ -13,11 +13,7 @@ MIN_NUMBER = 0.045
 PART_COLORS = dict(zip(PARTS, COLORS, strict=False)) | {OTHER: "#dddddd"}
 
 
-def has_parts(result: Result) -> bool:
-    return bool(_with_parts(result))
-
-
-def _with_parts(result: Result) -> list[tuple[str, dict[str, Result]]]:
+def with_parts(result: Result) -> list[tuple[str, dict[str, Result]]]:
     """Words of each case with profiles, and its trainers that have one."""
     cases = [
         (case["words"], {name: row for name, row in case["providers"].items() if "shares" in row})
@@ -30,7 +26,7 @@ def draw(result: Result, path: Path) -> None:
     """Draw path.png: a bar per profiled trainer, as long as its median step; nothing without."""
     from matplotlib.patches import Patch
 
-    cases = _with_parts(result)
+    cases = with_parts(result)
     if not cases:
         return
     heights = [len(rows) for _, rows in cases]

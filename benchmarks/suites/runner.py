@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from typing import Any
@@ -42,7 +42,6 @@ class Settings:
     """
 
     device: torch.device
-    threads: int
     rounds: int
     case_seconds: float
     providers: tuple[str, ...] = ()
@@ -85,9 +84,8 @@ def plan(
     return fitting, left_out, refused > 0 and not fitting
 
 
-def refuse_what_cannot_fit(suite: Suite, cases: Iterable[Any], settings: Settings) -> None:
+def refuse_what_cannot_fit(suite: Suite, cases: Sequence[Any], settings: Settings) -> None:
     """ValueError if nothing of a run fits into memory, with the numbers and a size that fits."""
-    cases = list(cases)
     plans = [plan(suite, case, settings) for case in cases]
     if not cases or not all(out_of_memory for _, _, out_of_memory in plans):
         return

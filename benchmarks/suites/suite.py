@@ -42,8 +42,6 @@ class Provider:
 class Suite(Protocol):
     """Everything that the runner asks of a suite; its cases are frozen dataclasses."""
 
-    name: str
-
     def providers(self, case: Any, device: torch.device) -> list[Provider]:
         """All providers, ours first, including those that cannot run here."""
 
@@ -84,10 +82,8 @@ class Suite(Protocol):
 def peak_bytes(suite: Suite, name: str, case: Any) -> int:
     """Bytes by which one call of the provider `name` raises this process's memory, on the CPU."""
     mark = HighWaterMark()
-    provider = next((each for each in suite.providers(case, CPU) if each.name == name), None)
-    if provider is None:
-        raise ValueError(f"{suite.words(case)} has no provider {name!r}.")
-    call = provider.make(case, CPU)
+    makers = {provider.name: provider.make for provider in suite.providers(case, CPU)}
+    call = makers[name](case, CPU)
     (inputs,) = suite.inputs(case, CPU, 1)
     # The first call loads libraries, compiles, starts threads and allocates workspaces.
     call(inputs)
@@ -107,12 +103,8 @@ def flat_gradient(loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool
     return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
 def missing(module: str, distribution: str) -> str | None:
     """A message with the command that installs a package, None if it is installed."""
-    if installed(module):
+    if importlib.util.find_spec(module) is not None:
         return None
     return f"{distribution} is not installed. Run: pip install {distribution}"

@@ -12,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ....engine.config.training import TrainingConfig
-from ....engine.objectives.losses import ExitLosses
 from ....engine.runtime.text import text_table
 from ....engine.training.builder import build_run
 from ....engine.training.metrics_log import MetricsLog
@@ -121,11 +120,6 @@ class SteppedTrainer(Trainer):
         with MetricsLog(self.output_dir, "none") as log, tqdm(disable=True) as bar:
             yield from self.steps(log, bar)
 
-    def losses_of(self, indices: np.ndarray) -> ExitLosses:
-        """Losses of one batch, with their autograd graph."""
-        (losses,) = self.losses.of(1, [indices])
-        return losses
-
 
 def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
     """Time the three ways of training in turns, over the batches of one epoch."""
@@ -208,7 +202,7 @@ def check(runs: Runs, name: str, options: dict[str, Any]) -> None:
 
 def exit_values(trainer: SteppedTrainer, indices: np.ndarray) -> list[dict[str, Tensor]]:
     """Losses of a batch and their flat gradients, for each exit."""
-    losses = trainer.losses_of(indices)
+    (losses,) = trainer.losses.of(1, [indices])
     found = []
     for index, position in enumerate(trainer.stage.exits):
         parameters = list(trainer.model.exits[position].parameters())

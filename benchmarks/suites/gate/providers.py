@@ -10,7 +10,7 @@ from torch import Tensor
 from ....kernels import gated_combine_, grad_dot_norm
 from ....kernels.gradients.angle import choose
 from .. import baselines
-from ..suite import Call, Provider, installed, missing
+from ..suite import Call, Provider, missing
 
 if TYPE_CHECKING:
     from .case import AngleCase, AngleInputs
@@ -123,7 +123,7 @@ def _our_obstacle(impl: str, case: "AngleCase", device: torch.device) -> str | N
 def _apex_obstacle(case: "AngleCase", device: torch.device) -> str | None:
     if device.type != "cuda":
         return "apex's kernels run on NVIDIA GPUs only: --device cuda"
-    if installed("amp_C"):
+    if missing("amp_C", "apex") is None:
         return missing("apex", "apex")
     return (
         "apex with its kernels is not installed. Run: pip install --no-build-isolation "

@@ -38,8 +38,6 @@ BLOCK = 2**24
 
 
 class AngleSuite:
-    name = "angle"
-
     providers = staticmethod(providers)
 
     def input_bytes(self, case: AngleCase) -> int:

@@ -51,5 +51,4 @@ class LossInputs:
 
     @property
     def leaves(self) -> list[Tensor]:
-        label_rows = [] if self.label_embeddings is None else [self.label_embeddings]
-        return [self.embeddings, *label_rows]
+        return [rows for rows in (self.embeddings, self.label_embeddings) if rows is not None]

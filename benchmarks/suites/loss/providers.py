@@ -4,7 +4,6 @@ The alternatives compute the loss of rows [M, d] with labels [M]. For `acl_loss`
 and label embeddings concatenated; for several exits they are called in a loop.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -77,7 +76,7 @@ def providers(case: "LossCase", device: torch.device) -> list[Provider]:
         ),
         _by_rows(
             "inf-cl", lambda: _by_log_sum_exp(baselines.flash_log_sum_exp()), OTHERS, _linear,
-            _inf_cl_obstacle,
+            partial(_on_gpu, "inf-cl"),
         ),
         _by_rows(
             "cut-cross-entropy", lambda: _by_log_sum_exp(baselines.cut_log_sum_exp()), OTHERS,
@@ -184,13 +183,14 @@ def _by_log_sum_exp(log_sum_exp: Callable[[Tensor], Tensor]) -> RowLoss:
     return loss
 
 
-def _inf_cl_obstacle(case: "LossCase", device: torch.device) -> str | None:
-    return _needs_gpu("inf-cl", device) or missing("inf_cl", "inf-cl")
+def _on_gpu(name: str, case: "LossCase", device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"{name} runs on NVIDIA GPUs only: --device cuda"
+    return missing(name.replace("-", "_"), name)
 
 
 def _cut_obstacle(case: "LossCase", device: torch.device) -> str | None:
-    reason = _needs_gpu("cut-cross-entropy", device)
-    reason = reason or missing("cut_cross_entropy", "cut-cross-entropy")
+    reason = _on_gpu("cut-cross-entropy", case, device)
     if reason is None:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -202,10 +202,6 @@ def _cut_obstacle(case: "LossCase", device: torch.device) -> str | None:
     return reason
 
 
-def _needs_gpu(name: str, device: torch.device) -> str | None:
-    return None if device.type == "cuda" else f"{name} runs on NVIDIA GPUs only: --device cuda"
-
-
 def _autocast_obstacle(case: "LossCase", device: torch.device) -> str | None:
     if case.torch_dtype == torch.float32:
         return "float32 has nothing to cast: --dtypes float16 or bfloat16"
@@ -215,8 +211,7 @@ def _autocast_obstacle(case: "LossCase", device: torch.device) -> str | None:
 def _compiler_obstacle(case: "LossCase", device: torch.device) -> str | None:
     """A message if torch.compile cannot run: it needs a C++ compiler, or Triton on a GPU."""
     if device.type == "cuda":
-        found = importlib.util.find_spec("triton") is not None
-        return None if found else "torch.compile needs triton. Run: pip install triton"
+        return missing("triton", "triton")
     from torch._inductor import cpp_builder
 
     try:

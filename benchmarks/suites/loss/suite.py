@@ -30,8 +30,6 @@ OTHERS_MAX_ERROR = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e
 
 
 class LossSuite:
-    name = "loss"
-
     providers = staticmethod(providers)
 
     def input_bytes(self, case: LossCase) -> int:

@@ -240,15 +240,7 @@ WORDS = {
 
 
 def modelled(machine: Machine, problem: Problem, budget_bytes: float) -> Result:
-    """Every method at 1, 2, 4, ..., MAX_RANKS ranks, and the ranks at which memory runs out.
-
-    budget_bytes: the part of a rank's memory that the loss may use.
-    """
-    costs = [
-        (name, num_ranks, method(replace(problem, num_ranks=num_ranks)))
-        for num_ranks in (2**power for power in range(MAX_RANKS.bit_length()))
-        for name, method in METHODS.items()
-    ]
+    """Every method at 1, 2, 4, ..., MAX_RANKS ranks, and where the budget or the memory ends."""
     rows = [
         {
             "method": name,
@@ -257,7 +249,9 @@ def modelled(machine: Machine, problem: Problem, budget_bytes: float) -> Result:
             "memory_bytes": cost.memory_bytes,
             "sent_bytes": cost.total.sent_bytes,
         }
-        for name, num_ranks, cost in costs
+        for num_ranks in (2**power for power in range(MAX_RANKS.bit_length()))
+        for name, method in METHODS.items()
+        for cost in [method(replace(problem, num_ranks=num_ranks))]
     ]
     crossovers = {
         key: {name: ranks_beyond(name, problem, limit) for name in METHODS}

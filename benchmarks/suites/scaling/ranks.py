@@ -77,10 +77,7 @@ def forward_backward(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tenso
 
 
 def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Compare loss and averaged gradients of every method with one process that has all samples.
-
-    An AssertionError says which one differs.
-    """
+    """AssertionError if a method's loss or gradients differ from one process with all samples."""
     rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
     num_samples, (num_labels, width) = inputs[0].shape[0], inputs[2].shape
     shapes: list[list[int]] = [[], [num_ranks * num_samples, width], [num_labels, width]]

@@ -59,13 +59,10 @@ def run(
     machines = {CPU_MODEL: (cpu_machine(chosen["rates"], chosen["ranks"]), problem)}
     if described is not None:
         machines["options"] = described
+    shape = {"samples": problem.num_samples, "labels": problem.num_labels, "width": problem.width}
     file.result |= {
         "machine": machine_name(),
-        "problem": {
-            "samples": problem.num_samples,
-            "labels": problem.num_labels,
-            "width": problem.width,
-        },
+        "problem": shape,
         "measured": measured,
         "models": [
             {"preset": name, **modelled(machine, at, budget_bytes)}

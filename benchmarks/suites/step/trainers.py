@@ -115,12 +115,6 @@ class Files:
                     file.write(json.dumps(pair | {"label": LABEL_NAMES[int(row["label"])]}) + "\n")
         return path
 
-    def deepspeed(self) -> Path:
-        """An empty DeepSpeed configuration: one process without ZeRO."""
-        path = self.directory / "deepspeed.json"
-        path.write_text("{}\n")
-        return path
-
 
 AfterStep = Callable[[int], None]
 
@@ -155,7 +149,10 @@ class StepTrainer:
 
     def __init__(self, case: Case, files: Files, name: str, **options: Any) -> None:
         if "deepspeed_config" in options:
-            options["deepspeed_config"] = str(files.deepspeed())
+            # An empty configuration: one process without ZeRO.
+            file = files.directory / options["deepspeed_config"]
+            file.write_text("{}\n")
+            options["deepspeed_config"] = str(file)
         self.options = {
             "train_file": str(files.texts(case)),
             "model_name_or_path": str(files.encoder(case)),
@@ -182,10 +179,7 @@ class StepTrainer:
     def turn(
         self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
     ) -> list[float]:
-        """Seconds of each step of a new run; `changes` are options of our trainer.
-
-        With `logging_steps=1` the losses are recorded.
-        """
+        """Seconds of each step of a new run; the option `logging_steps=1` records the losses."""
         clock = Clock(after_step)
         self.train(num_steps, clock, **changes)
         return clock.seconds
@@ -268,8 +262,8 @@ def _features(trainer: RunParts) -> list[dict[str, Any]]:
     features = []
     for row in np.concatenate(_batches(trainer, epoch=0)):
         span = slice(split.offsets[row], split.offsets[row + 1])
-        feature = {"input_ids": split.tokens[span].tolist(), "labels": int(split.labels[row])}
-        feature["attention_mask"] = [1] * len(feature["input_ids"])
+        tokens, label = split.tokens[span].tolist(), int(split.labels[row])
+        feature = {"input_ids": tokens, "labels": label, "attention_mask": [1] * len(tokens)}
         if split.token_types is not None:
             feature["token_type_ids"] = split.token_types[span].tolist()
         features.append(feature)
