@@ -6,10 +6,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..runtime.text import did_you_mean
 from .runs import RESULTS_FILE, read_results, run_label
@@ -17,6 +17,7 @@ from .runs import RESULTS_FILE, read_results, run_label
 SWEEP_FILE = "sweep.json"
 SCHEMA = 1
 Grid = tuple[tuple[str, Any], ...]
+Value = TypeVar("Value")
 # Options in which seeds of one experiment may differ: a first stage and a cache belong to a seed.
 _SEED_OPTIONS = ("seed", "stage1_model", "feature_cache")
 _KEYS = ("task", "method", "seed", "grid", "directory", "status", "error")
@@ -96,8 +97,8 @@ class SweepRun:
 class Seeds:
     """Scores of a method on a task: seed -> score as a fraction, seed -> reason for none."""
 
-    values: Mapping[int, float]
-    problems: Mapping[int, str]
+    values: Mapping[int, float] = field(default_factory=dict)
+    problems: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -111,13 +112,51 @@ class Seeds:
     @property
     def words(self) -> str:
         """Mean and deviation in percent: "65.0 ± 7.1"; "65.0" for a single seed; else empty."""
-        return mean_and_deviation(list(self.values.values()))
+        percent = [100 * value for value in self.values.values()]
+        if len(percent) > 1:
+            return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
+        return "".join(f"{value:.1f}" for value in percent)
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __bool__(self) -> bool:
-        return bool(self.values)
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference of two means in points; noise: the sum of both standard deviations (n - 1).
+
+    The noise is None if either has a single seed.
+    """
+
+    difference: float
+    noise: float | None
+    num_seeds: tuple[int, int]
+
+    @property
+    def is_clear(self) -> bool:
+        """True if the difference exceeds the sum of the deviations."""
+        return self.noise is not None and abs(self.difference) > self.noise
+
+    @property
+    def words(self) -> str:
+        """ "+1.2 points (3 and 3 seeds; more than the sum of the standard deviations, 0.8)"."""
+        first, second = self.num_seeds
+        seeds = f"{first} and {second} seeds"
+        if self.noise is None:
+            return f"{self.difference:+.1f} points ({seeds}: no claim)"
+        size = "more than" if self.is_clear else "within"
+        return (
+            f"{self.difference:+.1f} points ({seeds}; {size} the sum of the standard deviations, "
+            f"{self.noise:.1f})"
+        )
+
+
+def compare(first: Seeds, second: Seeds) -> Comparison:
+    """The difference of the first to the second, which both have scores."""
+    noise = None
+    if first.deviation is not None and second.deviation is not None:
+        noise = 100 * (first.deviation + second.deviation)
+    return Comparison(100 * (first.mean - second.mean), noise, (len(first), len(second)))
 
 
 @dataclass(frozen=True)
@@ -132,15 +171,15 @@ class SweepResults:
     @cached_property
     def tasks(self) -> list[str]:
         """Tasks with cells, in the order of the recipe."""
-        found = dict.fromkeys(run.task for run in self.runs)
-        named = [task for task in self.recipe.get("tasks", {}) if task in found]
-        return list(dict.fromkeys([*named, *found]))
+        return self._in_order("tasks", [run.task for run in self.runs])
 
     @cached_property
     def methods(self) -> list[str]:
         """Methods with cells, in the order of the recipe."""
-        found = dict.fromkeys(run.method for run in self.runs)
-        named = [method for method in self.recipe.get("methods", {}) if method in found]
+        return self._in_order("methods", [run.method for run in self.runs])
+
+    def _in_order(self, key: str, found: Sequence[str]) -> list[str]:
+        named = [name for name in self.recipe.get(key, {}) if name in found]
         return list(dict.fromkeys([*named, *found]))
 
     @property
@@ -157,16 +196,22 @@ class SweepResults:
         wanted = (task, method, grid)
         return [run for run in self.runs if (run.task, run.method, run.grid) == wanted]
 
-    def seeds(self, task: str, method: str, grid: Grid, read: Callable[[SweepRun], float]) -> Seeds:
-        """The value of `read` for each seed of a method on a task."""
-        values: dict[int, float] = {}
+    def read(
+        self, task: str, method: str, grid: Grid, read: Callable[[SweepRun], Value]
+    ) -> tuple[dict[int, Value], dict[int, str]]:
+        """The value of `read` for each seed of a method on a task, and the reasons for none."""
+        values: dict[int, Value] = {}
         problems: dict[int, str] = {}
         for run in self.of(task, method, grid):
             try:
                 values[run.seed] = read(run)
             except NotThereError as error:
                 problems[run.seed] = str(error)
-        return Seeds(values, problems)
+        return values, problems
+
+    def seeds(self, task: str, method: str, grid: Grid, read: Callable[[SweepRun], float]) -> Seeds:
+        """As `read`, for scores."""
+        return Seeds(*self.read(task, method, grid, read))
 
     def splits(self, task: str) -> list[str]:
         """Evaluation splits of a task, the main one first."""
@@ -196,16 +241,6 @@ class SweepResults:
                 for metrics in run.layers().values():
                     return [name for name in metrics if name != "loss"]
         return []
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """The mean of fractions in percent, with the deviation (n - 1) if there are several."""
-    if not values:
-        return ""
-    percent = [100 * value for value in values]
-    if len(percent) == 1:
-        return f"{percent[0]:.1f}"
-    return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
 
 
 def grid_label(name: str, grid: Grid) -> str:

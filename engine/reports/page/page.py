@@ -81,6 +81,19 @@ def write_section(
     return Section(title, text, shown, [table], notes, files=files)
 
 
+def write_analysis(
+    output_dir: Path, title: str, findings: Sequence[str], section: Section
+) -> list[Path]:
+    """Write index.html with a single section, and a <name>.caption.txt beside each figure.
+
+    Returns the files of the section, and the page.
+    """
+    for figure in section.figures:
+        beside = figure.path.with_name(f"{figure.path.stem}{CAPTION_SUFFIX}")
+        write_whole(beside, figure.caption + "\n")
+    return [*section.files, write_page(output_dir / "index.html", title, findings, [section])]
+
+
 def write_page(
     path: Path,
     title: str,

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...experiments.results import SweepRun
 from ...inference.calibration.search import AREA_WORDS
-from ...runtime.plots import COLORS, MARKERS, legend_below, new_figure, plain, save_figure
+from ...runtime.plots import legend_below, look, new_figure, plain, save_figure
 from ..page.page import Figure, Section, Table, write_section
 from .score_figures import metric_words
 
@@ -130,8 +130,8 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
         axes.plot(
             100 * share,
             100 * difference,
-            color=COLORS[labels.index(label) % len(COLORS)],
-            marker=MARKERS[policies.index(policy) % len(MARKERS)],
+            color=look(labels.index(label))["color"],
+            marker=look(policies.index(policy))["marker"],
             markersize=7,
             alpha=0.8,
             linestyle="",
@@ -139,17 +139,14 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
         )
     axes.axhline(0, color="#000000", linewidth=0.8, linestyle="--")
     axes.axvline(100, color="#000000", linewidth=0.8, linestyle="--")
-    axes.set_xlim(left=0)
-    axes.set_xlabel("operations per text (% of the full model's FLOPs)")
+    axes.set(xlim=(0, None), xlabel="operations per text (% of the full model's FLOPs)")
     axes.set_ylabel(f"{metric}: difference to the full model (points)")
     plain(axes)
     # Methods before policies, so that the numbers of their legend entries are those of the series.
     handles: list[Any] = []
     for index in range(len(labels)):
-        handles += axes.plot([], [], color=COLORS[index % len(COLORS)], linewidth=4)
+        handles += axes.plot([], [], color=look(index)["color"], linewidth=4)
     for index in range(len(policies)):
-        handles += axes.plot(
-            [], [], color="#7d7d7d", marker=MARKERS[index % len(MARKERS)], linestyle=""
-        )
+        handles += axes.plot([], [], **look(index) | {"color": "#7d7d7d"}, linestyle="")
     legend_below(figure, handles, [*labels, *(name.replace("_", " ") for name in policies)])
     return save_figure(figure, path)

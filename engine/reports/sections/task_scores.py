@@ -8,8 +8,15 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from ...experiments.report_plan import Target
-from ...experiments.results import Grid, Seeds, SweepResults, SweepRun, grid_label, missing_notes
-from ...runtime.text import leader
+from ...experiments.results import (
+    Grid,
+    Seeds,
+    SweepResults,
+    SweepRun,
+    compare,
+    grid_label,
+    missing_notes,
+)
 from .score_figures import metric_words
 
 
@@ -59,12 +66,17 @@ class TaskScores:
 
     @cached_property
     def leaders(self) -> set[tuple[str, str]]:
-        """Row and column of the best scores that lead by more than the deviations."""
+        """Row and column of the best scores that lead by more than the deviations.
+
+        Every score of the column needs a deviation.
+        """
         found = set()
         for column in self.columns:
-            there = {row.label: list(self.at(row, column).values.values()) for row in self.rows}
-            best = leader({label: values for label, values in there.items() if values})
-            found |= {(best, column.label)} if best is not None else set()
+            there = {row.label: seeds for row in self.rows if (seeds := self.at(row, column))}
+            best, *others = sorted(there, key=lambda label: -there[label].mean) or [""]
+            several = all(seeds.deviation is not None for seeds in there.values())
+            if others and several and compare(there[best], there[others[0]]).is_clear:
+                found.add((best, column.label))
         return found
 
     def counts(self, row: Row) -> str:
@@ -100,7 +112,7 @@ class TaskScores:
         if len({tuple(seeds.values) for seeds in of_tasks}) > 1:
             return mean, f"{100 * mean:.1f}"
         by_seed = zip(*(seeds.values.values() for seeds in of_tasks), strict=True)
-        return mean, Seeds(dict(enumerate(map(statistics.mean, by_seed))), {}).words
+        return mean, Seeds(dict(enumerate(map(statistics.mean, by_seed)))).words
 
     def notes(self) -> list[str]:
         """Notes on missing scores, and on their effect on the means over tasks."""

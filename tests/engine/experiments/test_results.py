@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from fusedacl.engine.experiments.results import (
     NotThereError,
+    Seeds,
     SweepRun,
-    mean_and_deviation,
     missing_notes,
     read_sweep,
 )
@@ -74,9 +74,7 @@ def test_scores() -> None:
 
 
 def test_words() -> None:
-    assert mean_and_deviation([]) == ""
-    assert mean_and_deviation([0.5]) == "50.0"
-    assert mean_and_deviation([0.6, 0.7]) == "65.0 ± 7.1"
+    assert Seeds({1: 0.6, 2: 0.7}).words == "65.0 ± 7.1"
     problems = {1: "waiting", 2: "failed: x", 3: "waiting"}
     assert missing_notes("ACL", "rte", problems) == [
         "Missing: ACL on rte, seeds 1, 3 (waiting); seed 2 (failed: x)."

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.experiments.report_plan import Target
-from fusedacl.engine.experiments.results import collect_runs, read_sweep
+from fusedacl.engine.experiments.results import Seeds, collect_runs, read_sweep
 from fusedacl.engine.experiments.runs import run_label
 from fusedacl.engine.reports.sections.layer_scores import (
     LayerScores,
@@ -66,8 +66,11 @@ def test_seeds_are_one_curve(tmp_path: Path) -> None:
     found = read_curves(runs)
     acl, ce = found.curves
     assert (found.data, found.metric, found.notes) == ("mrpc, validation", "f1", [])
-    assert acl.scores == {1: [0.6, 0.7], 2: [0.8, 0.9]}
-    assert acl.averages == pytest.approx([0.7, 0.8])
+    assert [list(seeds.values.values()) for seeds in acl.scores.values()] == [
+        [0.6, 0.7],
+        [0.8, 0.9],
+    ]
+    assert list(acl.average().values.values()) == pytest.approx([0.7, 0.8])
     assert (ce.label, ce.num_seeds) == ("2ST-MHA CE", 1)
     files = write_layer_scores(found, tmp_path / "scores", "Scores").files
     assert [file.suffix for file in files] == [".png", ".svg", ".csv", ".md"]
@@ -138,7 +141,7 @@ def test_scores_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> No
     endless = write_run(tmp_path / "endless", {1: float("inf"), 2: 0.5}, objective="ce")
     found = read_curves([good, bad, endless])
     assert [(curve.label, curve.scores) for curve in found.curves] == [
-        ("2ST-MHA ACL-CL", {1: [0.6], 2: [0.8]})
+        ("2ST-MHA ACL-CL", {1: Seeds({0: 0.6}), 2: Seeds({0: 0.8})})
     ]
     assert found.notes == [
         "Missing: 2ST-MHA ACL-CL on mrpc, seed 1 (f1 at layer 2 is nan).",
@@ -159,7 +162,7 @@ def test_curves_of_a_sweep(unfinished_sweep: Path, tmp_path: Path) -> None:
     assert [curve.num_seeds for curve in found.curves] == [2, 1]
     results = json.loads((sweep.of("cola", "ACL")[0].directory / "results.json").read_text())
     scores = results["metrics"]["validation"]
-    assert found.curves[1].scores[3] == [scores["3"]["matthews_correlation"]]
+    assert found.curves[1].scores[3] == Seeds({1: scores["3"]["matthews_correlation"]})
     assert found.notes == [
         "Missing: linear on cola, seeds 1, 2 (waiting).",
         "Missing: ours on cola, seed 2 (failed: exit status 1: no memory).",
