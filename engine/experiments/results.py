@@ -36,9 +36,9 @@ class SweepRun:
     seed: int
     grid: Grid
     directory: Path
-    # Reason for missing results; None if there are results.
+    # Reason for missing results, which are then empty; None if there are results.
     problem: str | None
-    results: dict[str, Any] | None
+    results: Mapping[str, Any]
 
     @property
     def label(self) -> str:
@@ -48,17 +48,17 @@ class SweepRun:
     @property
     def evaluated(self) -> dict[str, Any]:
         """Split -> layer, as text -> metrics; empty if the run is not done."""
-        return {} if self.results is None else self.results["metrics"]
+        return self.results.get("metrics", {})
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of `fusedacl train`; empty if the run is not done."""
-        return {} if self.results is None else self.results["options"]
+        return self.results.get("options", {})
 
     @property
     def gate(self) -> list[dict[str, Any]]:
         """A row per epoch and group of parameters; empty without a gate, or if not done."""
-        return [] if self.results is None else self.results.get("gate") or []
+        return self.results.get("gate") or []
 
     def layers(self, split: str | None = None) -> dict[int, dict[str, Any]]:
         """Layer -> metrics on a split, the first split by default.
@@ -66,7 +66,7 @@ class SweepRun:
         Raises:
             NotThereError: the run is not done, or has no such split.
         """
-        if self.results is None:
+        if self.problem is not None:
             raise NotThereError(self.problem)
         name = next(iter(self.evaluated), None) if split is None else split
         if name not in self.evaluated:
@@ -185,7 +185,7 @@ class SweepResults:
     @property
     def done(self) -> list[SweepRun]:
         """The runs with results."""
-        return [run for run in self.runs if run.results is not None]
+        return [run for run in self.runs if run.problem is None]
 
     def grids(self, method: str) -> list[Grid]:
         """The grid points of a method; a single empty one if it has no grid."""
@@ -215,10 +215,8 @@ class SweepResults:
 
     def splits(self, task: str) -> list[str]:
         """Evaluation splits of a task, the main one first."""
-        for run in self.done:
-            if run.task == task and run.evaluated:
-                return list(run.evaluated)
-        return []
+        evaluated = (run.evaluated for run in self.done if run.task == task and run.evaluated)
+        return list(next(evaluated, ()))
 
     def metric(self, task: str, wanted: str | None = None) -> str | None:
         """The metric of a task: `wanted`, or the first that its runs report; None if none is done.
@@ -309,10 +307,11 @@ def read_sweep(directory: Path) -> SweepResults:
 
 def _run(sweep: Path, cell: Mapping[str, Any]) -> SweepRun:
     directory = sweep / cell["directory"]
-    results, problem = None, str(cell["status"])
+    results: dict[str, Any] = {}
+    problem: str | None = str(cell["status"])
     if problem == "done":
         try:
-            results = read_results(directory)
+            results, problem = read_results(directory), None
         except ValueError:
             is_there = (directory / RESULTS_FILE).is_file()
             problem = f"its {RESULTS_FILE} is {'damaged' if is_there else 'missing'}"
@@ -320,15 +319,9 @@ def _run(sweep: Path, cell: Mapping[str, Any]) -> SweepRun:
         # Absolute paths of the machine that ran the sweep mean nothing to a reader.
         error = str(cell["error"]).replace(f"{sweep.resolve()}/", "").replace(f"{sweep}/", "")
         problem = f"{problem}: {error}"
-    return SweepRun(
-        task=str(cell["task"]),
-        method=str(cell["method"]),
-        seed=int(cell["seed"]),
-        grid=tuple(dict(cell["grid"] or {}).items()),
-        directory=directory,
-        problem=problem if results is None else None,
-        results=results,
-    )
+    task, method, seed = str(cell["task"]), str(cell["method"]), int(cell["seed"])
+    grid = tuple(dict(cell["grid"] or {}).items())
+    return SweepRun(task, method, seed, grid, directory, problem, results)
 
 
 def collect_runs(paths: Sequence[Path]) -> SweepResults:
@@ -343,18 +336,9 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
     runs = []
     for number, path in enumerate(paths):
         results = read_results(path)
-        options = results["options"]
-        runs.append(
-            SweepRun(
-                task=str(results["data"]),
-                method=run_label(options),
-                seed=int(options.get("seed", number)),
-                grid=(),
-                directory=path if path.is_dir() else path.parent,
-                problem=None,
-                results=results,
-            )
-        )
+        method, seed = run_label(results["options"]), int(results["options"].get("seed", number))
+        directory = path if path.is_dir() else path.parent
+        runs.append(SweepRun(str(results["data"]), method, seed, (), directory, None, results))
     data = {f"{run.task}, {', '.join(list(run.evaluated)[:1])}" for run in runs}
     if len(data) > 1:
         raise ValueError(

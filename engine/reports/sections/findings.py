@@ -9,7 +9,7 @@ from ...experiments.results import Seeds, compare
 from .layer_scores import Curve, LayerScores
 
 
-def layer_findings(scores: LayerScores, reference: str) -> str:
+def layer_findings(scores: LayerScores, reference: str | None) -> str:
     """Compare the reference method with the best other one: all exits, lower half, each layer."""
     ours, other = _rivals(scores, reference)
     if ours is None or other is None:
@@ -43,15 +43,13 @@ def layer_findings(scores: LayerScores, reference: str) -> str:
     return " ".join(sentences)
 
 
-def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str) -> str:
+def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str | None) -> str:
     """The tasks on which the reference leads the average over the exits, and the others."""
     ahead, clear, behind = [], [], []
-    label = reference
     for task, scores in of_tasks.items():
         ours, other = _rivals(scores, reference)
         if ours is None or other is None:
             continue
-        label = ours.label
         found = compare(ours.average(), other.average())
         if found.difference > 0:
             ahead.append(task)
@@ -62,7 +60,7 @@ def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str) -> str:
     if not total:
         return ""
     words = (
-        f"{label} has the highest score averaged over the exits on {len(ahead)} of {total} "
+        f"{reference} has the highest score averaged over the exits on {len(ahead)} of {total} "
         f"task{'s' if total > 1 else ''}"
     )
     if ahead:
@@ -105,7 +103,7 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
     )
 
 
-def _rivals(scores: LayerScores, reference: str) -> tuple[Curve | None, Curve | None]:
+def _rivals(scores: LayerScores, reference: str | None) -> tuple[Curve | None, Curve | None]:
     """The curve of the reference, and the best other curve over the same layers."""
     ours = next((curve for curve in scores.curves if curve.label == reference), None)
     if ours is None:

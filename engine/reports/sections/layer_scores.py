@@ -95,7 +95,7 @@ def sweep_curves(
     return LayerScores(f"{task}, {sweep.splits(task)[0]}", found, curves, notes)
 
 
-def write_layer_scores(scores: LayerScores, path: Path, title: str) -> Section:
+def write_layer_scores(scores: LayerScores, path: Path, title: str, text: str = "") -> Section:
     """Write `path`.png, .svg, .csv and .md; returns the section of a page that shows them."""
     curves = scores.curves
     layers = sorted({layer for curve in curves for layer in curve.scores})
@@ -117,8 +117,8 @@ def write_layer_scores(scores: LayerScores, path: Path, title: str) -> Section:
         f"Score of each exit on {scores.data}. Lines: mean over the seeds ({_seed_counts(curves)});"
         " band: from the lowest to the highest seed. Legend: average over the layers."
     )
-    table = Table(header, cells, words)
-    return write_section(path, title, table, draw(scores, path), caption, notes, (header, rows))
+    table, numbers = Table(header, cells, words), (header, rows)
+    return write_section(path, title, table, draw(scores, path), caption, notes, numbers, text)
 
 
 def _different_texts(options: Mapping[str, Mapping[str, Any]]) -> list[str]:

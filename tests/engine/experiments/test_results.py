@@ -16,7 +16,7 @@ from fusedacl.engine.experiments.results import (
 )
 
 
-def a_run(results: dict[str, object] | None, problem: str | None = None) -> SweepRun:
+def a_run(results: dict[str, object], problem: str | None = None) -> SweepRun:
     return SweepRun("mrpc", "ACL", 1, (), Path("."), problem, results)
 
 
@@ -68,7 +68,7 @@ def test_scores() -> None:
         with pytest.raises(NotThereError, match=words):
             run.score(*arguments)
     with pytest.raises(NotThereError, match="running"):
-        a_run(None, "running").average("f1")
+        a_run({}, "running").average("f1")
     with pytest.raises(NotThereError, match="it was not evaluated"):
         a_run({"metrics": {}}).score("f1")
 
