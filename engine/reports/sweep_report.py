@@ -255,7 +255,7 @@ def _facts(sweep: SweepResults) -> dict[str, str]:
         "Training time": f"{duration} in all" if seconds else "",
         "Versions": ", ".join(numbers),
     }
-    facts = {name: words for name, words in facts.items() if words or name == "Data"}
+    facts = {name: words for name, words in facts.items() if words}
     return facts | {name.capitalize(): str(value) for name, value in sweep.environment.items()}
 
 

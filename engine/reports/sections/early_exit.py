@@ -25,25 +25,19 @@ def exits_section(
     Writes `path`.png, .svg, .csv, .md. None if no run holds an exits.json.
     """
     notes: list[str] = []
-    found: list[tuple[str, SweepRun, dict[str, Any]]] = []
-    for label, group in runs.items():
-        for run in group:
-            study = _read(run, label, notes)
-            if study is not None:
-                found.append((label, run, study))
+    found = [
+        (label, run, study)
+        for label, group in runs.items()
+        for run in group
+        if (study := _read(run, label, notes)) is not None
+    ]
     if not found:
         return None
-    sizes = sorted(
-        {
-            speed["batch_size"]
-            for _, _, study in found
-            for policy in study["policies"].values()
-            for speed in policy.get("measured", ())
-        }
-    )
+    policies = [facts for _, _, study in found for facts in study["policies"].values()]
+    timed = {speed["batch_size"] for facts in policies for speed in facts.get("measured", ())}
+    sizes = sorted(timed)
     header = ["method", "seed", "policy", "setting", "score", "cross-fitted", "full model"]
-    header += ["mean layer", "FLOPs", "area"]
-    header += [f"speed-up, batch {size}" for size in sizes]
+    header += ["mean layer", "FLOPs", "area", *(f"speed-up, batch {size}" for size in sizes)]
     rows = []
     points: list[tuple[str, str, float, float]] = []
     for label, run, study in found:
@@ -54,16 +48,17 @@ def exits_section(
                 continue
             chosen = facts["calibration"]
             setting = " ".join(f"{k}={v:.4g}" for k, v in facts["parameters"].items())
-            row = [label, str(run.seed), policy.replace("_", " "), setting]
             # The score on texts that the setting was not chosen on, if there is one.
             unseen = (chosen.get("cross_fitted") or {}).get("score")
-            row += [f"{100 * chosen['score']:.1f}"]
-            row += ["" if unseen is None else f"{100 * unseen:.1f}", f"{100 * full:.1f}"]
-            row += [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}"]
-            area = facts.get("area_under_curve")
-            row.append("" if area is None else f"{100 * area:.1f}")
+            percent = [
+                "" if value is None else f"{100 * value:.1f}"
+                for value in (chosen["score"], unseen, full, facts.get("area_under_curve"))
+            ]
+            costs = [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}", percent.pop()]
             speeds = {speed["batch_size"]: speed["speedup"] for speed in facts.get("measured", ())}
-            rows.append([*row, *(f"{speeds[s]:.2f}x" if s in speeds else "" for s in sizes)])
+            times = [f"{speeds[size]:.2f}x" if size in speeds else "" for size in sizes]
+            row = [label, str(run.seed), policy.replace("_", " "), setting]
+            rows.append([*row, *percent, *costs, *times])
             best = chosen["score"] if unseen is None else unseen
             points.append((label, policy, chosen["flops_share"], best - full))
     metric = metric_words(found[0][2]["metric"])
@@ -85,17 +80,16 @@ def exits_section(
         "and run at the chosen setting; cross-fitted scores where there are any. Up and to the "
         "left is better; the full model is at 100 % and 0."
     )
-    # One per method; those of other seeds lie beside their runs.
-    first = {label: run for label, run, _ in reversed(found)}
     curves = [
         Figure(
             picture,
             f"{label}, seed {run.seed}: the best settings of each policy on {data}, against "
             "operations and, where they were timed, measured speed.",
         )
-        for label, run in reversed(first.items())
+        # One per method; those of other seeds lie beside their runs.
+        for label, run in {label: run for label, run, _ in reversed(found)}.items()
         if (picture := run.directory / "exits" / "exits.svg").is_file()
-    ]
+    ][::-1]
     figures, table = _draw(points, metric, path), Table(header, rows, words)
     section = write_section(path, title, table, figures, caption, notes)
     return dataclasses.replace(section, figures=[*section.figures, *curves])

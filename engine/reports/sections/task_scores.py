@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,9 +82,8 @@ class TaskScores:
 
     def counts(self, row: Row) -> str:
         """The number of seeds in a row: "3" or "2 to 3"."""
-        numbers = {len(self.at(row, column)) for column in self.columns}
-        few, many = min(numbers), max(numbers)
-        return str(many) if few == many else f"{few} to {many}"
+        numbers = sorted({len(self.at(row, column)) for column in self.columns})
+        return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
     def cell(self, row: Row, column: Column) -> str:
         """The score, with its number of seeds if these differ within the row."""
@@ -116,13 +116,11 @@ class TaskScores:
 
     def notes(self) -> list[str]:
         """Notes on missing scores, and on their effect on the means over tasks."""
-        missing = [
-            note
-            for row in self.rows
-            for column in self.columns
-            for note in missing_notes(row.label, column.task, self.at(row, column).problems)
-        ]
-        notes = list(dict.fromkeys(missing))
+        found: dict[str, None] = {}
+        for row, column in itertools.product(self.rows, self.columns):
+            missing = missing_notes(row.label, column.task, self.at(row, column).problems)
+            found |= dict.fromkeys(missing)
+        notes = list(found)
         for row in self.rows if len(self.counted) > 1 else []:
             of_tasks = {column.label: self.at(row, column) for column in self.counted}
             absent = [label for label, seeds in of_tasks.items() if not seeds]
@@ -145,30 +143,21 @@ class TaskScores:
     def metrics(self) -> str:
         """ "F1 on mrpc; accuracy on rte, sst2"."""
         tasks: dict[str, list[str]] = {}
-        for column in filter(lambda column: column.is_main, self.columns):
-            tasks.setdefault(metric_words(column.metric), []).append(column.task)
-        return "; ".join(
-            f"{metric} on {', '.join(dict.fromkeys(names))}" for metric, names in tasks.items()
-        )
+        for column in self.columns:
+            if column.is_main:
+                tasks.setdefault(metric_words(column.metric), []).append(column.task)
+        return "; ".join(f"{metric} on {', '.join(names)}" for metric, names in tasks.items())
 
     def numbers(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a CSV file with a row per score, as a fraction."""
         header = ["method", "task", "split", "metric", "seeds", "mean", "standard_deviation"]
         rows = []
-        for row in self.rows:
-            for column in self.columns:
-                seeds = self.at(row, column)
-                rows.append(
-                    [
-                        row.label,
-                        column.task,
-                        column.split or "",
-                        column.metric,
-                        " ".join(map(str, seeds.values)),
-                        f"{seeds.mean:.6f}" if seeds else "",
-                        "" if seeds.deviation is None else f"{seeds.deviation:.6f}",
-                    ]
-                )
+        for row, column in itertools.product(self.rows, self.columns):
+            seeds = self.at(row, column)
+            names = [row.label, column.task, column.split or "", column.metric]
+            mean = f"{seeds.mean:.6f}" if seeds else ""
+            deviation = "" if seeds.deviation is None else f"{seeds.deviation:.6f}"
+            rows.append([*names, " ".join(map(str, seeds.values)), mean, deviation])
         return header, rows
 
 
@@ -183,8 +172,7 @@ def rows_of(sweep: SweepResults, targets: Mapping[str, Target]) -> list[Row]:
 
 def finished(sweep: SweepResults, task: str, row: Row) -> list[SweepRun]:
     """The runs of a row on a task that were evaluated."""
-    runs = sweep.of(task, row.method, row.grid)
-    return [run for run in runs if run.evaluated]
+    return [run for run in sweep.of(task, row.method, row.grid) if run.evaluated]
 
 
 def planned_tasks(sweep: SweepResults, rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -219,13 +207,10 @@ def collect(
     read: Callable[[SweepRun, Row, Column], float],
 ) -> TaskScores:
     """The value of `read` for each run, by row and column."""
-    scores = {}
-    for row in rows:
-        for column in columns:
-
-            def score(run: SweepRun, row: Row = row, column: Column = column) -> float:
-                return read(run, row, column)
-
-            seeds = sweep.seeds(column.task, row.method, row.grid, score)
-            scores[row.label, column.label] = seeds
+    scores = {
+        (row.label, column.label): sweep.seeds(
+            *(column.task, row.method, row.grid), lambda run, r=row, c=column: read(run, r, c)
+        )
+        for row, column in itertools.product(rows, columns)
+    }
     return TaskScores(rows, columns, scores)
