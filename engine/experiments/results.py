@@ -299,8 +299,8 @@ def read_sweep(directory: Path) -> SweepResults:
     """
     record = read_record(directory)
     if not record["cells"]:
-        file = directory / SWEEP_FILE
-        raise ValueError(f"{str(file)!r} has no cells: there is nothing to report.")
+        where = str(directory / SWEEP_FILE)
+        raise ValueError(f"{where!r} has no cells: there is nothing to report.")
     runs = tuple(_run(directory, cell) for cell in record["cells"])
     return SweepResults(directory, record["recipe"], runs, record["environment"])
 
