@@ -88,9 +88,13 @@ class SweepRun:
             raise NotThereError(f"{metric} at layer {layer} is {value}")
         return float(value)
 
+    def by_layer(self, metric: str) -> dict[int, float]:
+        """Layer -> score of its exit; raises as `score`."""
+        return {layer: self.score(metric, layer) for layer in self.layers()}
+
     def average(self, metric: str) -> float:
         """The mean score over all exits; raises as `score`."""
-        return statistics.mean(self.score(metric, layer) for layer in self.layers())
+        return statistics.mean(self.by_layer(metric).values())
 
 
 @dataclass(frozen=True)

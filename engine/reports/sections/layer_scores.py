@@ -8,11 +8,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...experiments.report_plan import Target
-from ...experiments.results import Seeds, SweepResults, grid_label, missing_notes
+from ...experiments.results import Seeds, SweepResults, SweepRun, grid_label, missing_notes
 from ...runtime.plots import legend_below, new_figure, plain, save_figure
 from ..page.page import Section, Table, write_section
 from .score_figures import draw_line, metric_words
@@ -75,10 +76,8 @@ def sweep_curves(
         for grid in sweep.grids(target.method):
             place += 1
             label = grid_label(name, grid)
-            of_seeds, problems = sweep.read(
-                *(task, target.method, grid),
-                lambda run: {layer: run.score(found, layer) for layer in run.layers()},
-            )
+            read = partial(SweepRun.by_layer, metric=found)
+            of_seeds, problems = sweep.read(task, target.method, grid, read)
             notes += missing_notes(label, task, problems)
             if of_seeds:
                 layers = next(iter(of_seeds.values()))

@@ -52,7 +52,7 @@ def ablation_section(
     planned = planned_tasks(sweep, rows)
     tasks = common_tasks(sweep, rows) or list(planned)
     columns = main_columns(sweep, tasks, metric)
-    scores = collect(sweep, rows, columns, lambda run, _, column: run.average(column.metric))
+    scores = collect(sweep, rows, columns, lambda _, column, run: run.average(column.metric))
     if not scores:
         return None
     header = ["method", "seeds"]
@@ -115,8 +115,10 @@ def full_model_section(
             counts = is_main and main.task in common
             columns.append(Column(main.task, split, name, label, counts, is_main))
     scores = collect(
-        *(sweep, rows, columns),
-        lambda run, row, column: run.score(column.metric, row.layer, column.split),
+        sweep,
+        rows,
+        columns,
+        lambda row, column, run: run.score(column.metric, row.layer, column.split),
     )
     if not scores:
         return None
@@ -157,7 +159,7 @@ def grid_section(
     rows = [row for of_line in points.values() for row in of_line.values()]
     tasks = list(planned_tasks(sweep, rows))
     columns = main_columns(sweep, tasks, metric)
-    scores = collect(sweep, rows, columns, lambda run, _, column: run.average(column.metric))
+    scores = collect(sweep, rows, columns, lambda _, column, run: run.average(column.metric))
     if not scores:
         return None
     header = [plan.option]

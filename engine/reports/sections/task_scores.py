@@ -6,7 +6,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from ...experiments.report_plan import Target
 from ...experiments.results import (
@@ -204,13 +204,11 @@ def collect(
     sweep: SweepResults,
     rows: Sequence[Row],
     columns: Sequence[Column],
-    read: Callable[[SweepRun, Row, Column], float],
+    read: Callable[[Row, Column, SweepRun], float],
 ) -> TaskScores:
     """The value of `read` for each run, by row and column."""
-    scores = {
-        (row.label, column.label): sweep.seeds(
-            *(column.task, row.method, row.grid), lambda run, r=row, c=column: read(run, r, c)
-        )
-        for row, column in itertools.product(rows, columns)
-    }
+    scores = {}
+    for row, column in itertools.product(rows, columns):
+        seeds = sweep.seeds(column.task, row.method, row.grid, partial(read, row, column))
+        scores[row.label, column.label] = seeds
     return TaskScores(rows, columns, scores)
