@@ -219,8 +219,7 @@ class SweepResults:
 
     def splits(self, task: str) -> list[str]:
         """Evaluation splits of a task, the main one first."""
-        evaluated = (run.evaluated for run in self.done if run.task == task and run.evaluated)
-        return list(next(evaluated, ()))
+        return list(self._evaluated(task))
 
     def metric(self, task: str, wanted: str | None = None) -> str | None:
         """The metric of a task: `wanted`, or the first that its runs report; None if none is done.
@@ -238,11 +237,14 @@ class SweepResults:
 
     def metrics(self, task: str) -> list[str]:
         """The metrics that the runs of a task report, the main one first; empty if none is done."""
-        for run in self.done:
-            if run.task == task and run.evaluated:
-                for metrics in run.layers().values():
-                    return [name for name in metrics if name != "loss"]
+        for by_layer in self._evaluated(task).values():
+            for metrics in by_layer.values():
+                return [name for name in metrics if name != "loss"]
         return []
+
+    def _evaluated(self, task: str) -> dict[str, Any]:
+        evaluated = (run.evaluated for run in self.done if run.task == task)
+        return next(filter(None, evaluated), {})
 
 
 def grid_label(name: str, grid: Grid) -> str:

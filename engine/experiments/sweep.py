@@ -179,13 +179,9 @@ class Sweep:
         return (cache / "meta.json").is_file() or all(r.status != "running" for r in sharing)
 
     def _sharing(self, run: _Run) -> list[_Run]:
-        """The other runs that read the same features."""
+        """The runs that read the same features, with this one."""
         features = run.cell.features
-        return [
-            other
-            for other in self.runs
-            if features is not None and other is not run and other.cell.features == features
-        ]
+        return [r for r in self.runs if features is not None and r.cell.features == features]
 
     def command(self, run: _Run) -> list[str]:
         """The command that trains a cell, from the start or from its last checkpoint."""
@@ -256,7 +252,7 @@ class Sweep:
     def _drop_features(self, run: _Run) -> None:
         """Delete the features of a run, which take gigabytes, if no other run will read them."""
         if run.cell.features is not None and all(
-            other.status not in ("waiting", "running") for other in [run, *self._sharing(run)]
+            other.status not in ("waiting", "running") for other in self._sharing(run)
         ):
             shutil.rmtree(self.directory / run.cell.features, ignore_errors=True)
 
@@ -276,20 +272,17 @@ class Sweep:
 
     def _stop_all(self) -> None:
         """Ask the active runs to save checkpoints and exit, and wait for them."""
-        active = self._active()
-        for run in active:
-            assert run.process is not None
+        active = [(run, run.process) for run in self._active() if run.process is not None]
+        for _, process in active:
             with contextlib.suppress(ProcessLookupError):
-                run.process.terminate()
+                process.terminate()
         deadline = time.monotonic() + _STOP_SECONDS
-        for run in active:
-            assert run.process is not None
+        for run, process in active:
             try:
-                run.process.wait(max(0.0, deadline - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                run.process.kill()
-                run.process.wait()
-            run.status = "done" if run.process.returncode == 0 else "interrupted"
+                process.kill()
+            run.status = "done" if process.wait() == 0 else "interrupted"
 
     def _write(self) -> None:
         of_cell = ("task", "method", "seed", "grid", "directory")

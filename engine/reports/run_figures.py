@@ -33,9 +33,9 @@ def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> Path:
         last = max((record["exit"] for record in evaluations), default=None)
         points = [r for r in evaluations if r["exit"] == last]
         if points:
-            losses = [record["metrics"]["loss"] for record in points]
+            values = [record["metrics"]["loss"] for record in points]
             label = f"{name}, {points[0]['split']}"
-            axes.plot([r["epoch"] for r in points], losses, "o--", color=color, label=label)
+            axes.plot([r["epoch"] for r in points], values, "o--", color=color, label=label)
     axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", ylim=(0, None))
     axes.set_title(f"Cross-entropy; thick lines: mean of {_SMOOTHED_STEPS} steps")
     axes.legend(frameon=False)

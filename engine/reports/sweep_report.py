@@ -168,10 +168,10 @@ def _reference(plan: ReportPlan) -> str | None:
 
     It is the first method of the ablation if it has a curve, else the last of the curves.
     """
-    methods = {target.method: name for name, target in reversed(plan.layer_scores.items())}
-    first = next(iter(plan.ablation.values()), None)
-    last = next(reversed(plan.layer_scores), None)
-    return last if first is None else methods.get(first.method, last)
+    names = list(plan.layer_scores)
+    compared = [target.method for target in plan.ablation.values()][:1]
+    same = [name for name in names if plan.layer_scores[name].method in compared]
+    return next(iter(same + names[-1:]), None)
 
 
 def _by_label(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:

@@ -82,8 +82,13 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
     if launch is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return where
-    if backend == "gloo":
-        _check_interface(interface)
+    name, known = os.environ.get(interface), [name for _, name in socket.if_nameindex()]
+    # Gloo only: NCCL's variable may also hold prefixes and lists.
+    if backend == "gloo" and name and name not in known:
+        raise ValueError(
+            f"{interface}={name}: {socket.gethostname()} has no such network interface. It has "
+            f"{', '.join(known)}."
+        )
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     who = f"process {launch.rank} of {launch.world_size} on {socket.gethostname()}"
     meeting = timedelta(seconds=MEETING_SECONDS)
@@ -96,8 +101,9 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
                 "same time."
             )
         # This also makes the connections between the processes.
-        ranks = {"rank": launch.rank, "world_size": launch.world_size}
-        dist.init_process_group(backend, store=store, timeout=meeting, **ranks)
+        dist.init_process_group(
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=meeting
+        )
         barrier()
     # torch raises network errors as RuntimeErrors.
     except (RuntimeError, ValueError) as error:
@@ -159,17 +165,6 @@ def _missing(store: dist.Store, launch: Launch) -> list[int]:
         missing = [rank for rank in missing if not store.check([f"process {rank}"])]
         time.sleep(0.1)
     return missing
-
-
-def _check_interface(variable: str) -> None:
-    """Check an interface for Gloo; NCCL's variable may also hold prefixes and lists."""
-    name = os.environ.get(variable, "")
-    known = [interface for _, interface in socket.if_nameindex()]
-    if name and name not in known:
-        raise ValueError(
-            f"{variable}={name}: {socket.gethostname()} has no such network interface. It has "
-            f"{', '.join(known)}."
-        )
 
 
 def world_size() -> int:

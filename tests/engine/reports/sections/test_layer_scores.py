@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusedacl.engine.cli.main import main
 from fusedacl.engine.experiments.report_plan import Target
 from fusedacl.engine.experiments.results import Seeds, collect_runs, read_sweep
 from fusedacl.engine.experiments.runs import run_label
@@ -81,36 +80,20 @@ def test_seeds_are_one_curve(tmp_path: Path) -> None:
     assert "| 2ST-MHA ACL-CL | 2 | 65.0 ± 7.1 | 85.0 ± 7.1 | 75.0 ± 7.1 |" in files[3].read_text()
 
 
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = str(write_run(tmp_path / "a", {1: 0.6, 2: 0.8}))
-    out = str(tmp_path / "out")
-    assert main(["report", run]) == 2
-    assert "output_dir is missing" in capsys.readouterr().err
-    assert main(["report", run, "--output_dir", out]) == 0
-    assert (tmp_path / "out" / "index.html").is_file()
-    assert "| 2ST-MHA ACL-CL | 1 | 60.0 | 80.0 | 70.0 |" in capsys.readouterr().out
-    assert main(["report", run, str(tmp_path / "absent"), "--output_dir", out]) == 2
-    assert "holds no results.json" in capsys.readouterr().err
-
-
 def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
-    good = write_run(tmp_path / "good", {1: 0.6, 2: 0.8})
-    broken = tmp_path / "broken"
-    broken.mkdir()
+    scores = {1: 0.6, 2: 0.8}
+    good = write_run(tmp_path / "good", scores)
+    broken = write_run(tmp_path / "broken", scores)
     (broken / "results.json").write_text("{}")
-    for name, other, message in (
-        ("data", write_run(tmp_path / "rte", {1: 0.6, 2: 0.8}, data="rte"), "different data"),
-        ("layers", write_run(tmp_path / "layers", {2: 0.8}), "not seeds of one experiment"),
-        (
-            "options",
-            write_run(tmp_path / "options", {1: 0.6, 2: 0.8}, distill_weight=None),
-            "no seed of the same experiment.*distill_weight 0.0 and None",
-        ),
-        ("broken", broken, "is not the results.json of a run"),
+    words = "no seed of the same experiment.*distill_weight 0.0 and None"
+    for other, message in (
+        (write_run(tmp_path / "rte", scores, data="rte"), "different data"),
+        (write_run(tmp_path / "layers", {2: 0.8}), "not seeds of one experiment"),
+        (write_run(tmp_path / "options", scores, distill_weight=None), words),
+        (broken, "is not the results.json of a run"),
     ):
         with pytest.raises(ValueError, match=message):
             read_curves([good, other])
-        assert name
     with pytest.raises(ValueError, match="metric='f2'.*Did you mean 'f1'"):
         report_runs([good], tmp_path / "out", "f2")
     with pytest.raises(ValueError, match="runs is empty"):
