@@ -24,7 +24,6 @@ BACKWARD_SCHEMA = (
     "SymInt ignore_index, ScalarType sample_dtype, ScalarType? label_dtype, bool trains_samples, "
     "bool trains_labels) -> Tensor[]"
 )
-NUM_BATCH_FIELDS = 9
 
 Forward = Callable[..., tuple[Tensor, list[Tensor]]]
 Backward = Callable[[Tensor, list[Tensor], BatchShape], list[Tensor]]
@@ -146,7 +145,7 @@ class Implementation(Passes):
         """Return the loss: a scalar or [E]; for reduction "none" [.., M]."""
         if not torch.compiler.is_compiling():
             return super().loss(batch)
-        return self.operator(*batch.arguments(), *trained_inputs(batch))[0]
+        return self.operator(*batch, *trained_inputs(batch))[0]
 
     def setup_context(
         self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
@@ -167,7 +166,8 @@ class Implementation(Passes):
 
 def batch_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the batch of an operator's arguments, and the arguments after its fields."""
-    return Batch(*arguments[:NUM_BATCH_FIELDS]), *arguments[NUM_BATCH_FIELDS:]
+    num_fields = len(Batch._fields)
+    return Batch(*arguments[:num_fields]), *arguments[num_fields:]
 
 
 def trained_inputs(batch: Batch) -> tuple[bool, bool]:

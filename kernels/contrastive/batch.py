@@ -6,8 +6,7 @@ Teacher rows are constants, so the rows that receive a gradient come first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +15,7 @@ from torch import Tensor
 ZERO_NORM = 1e-12
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Arguments of a contrastive loss, already checked; options as in `losses.supcon_loss`.
 
     embeddings: [N, d], or [E, N, d] for E exits.
@@ -36,14 +34,6 @@ class Batch:
     denominator: str
     reduction: str
     ignore_index: int
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the fields in order, as the custom operators take them."""
-        return (
-            self.embeddings, self.labels, self.label_embeddings, self.teacher_embeddings,
-            self.teacher_label_embeddings, self.temperature, self.denominator, self.reduction,
-            self.ignore_index,
-        )  # fmt: skip
 
     @property
     def parts(self) -> list[Tensor]:
@@ -75,6 +65,11 @@ class Batch:
         return sum(part.shape[-2] for part in self.parts)
 
     @property
+    def num_copies(self) -> int:
+        """2 when teacher rows repeat the student's, else 1."""
+        return 1 if self.teacher_embeddings is None else 2
+
+    @property
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(*(part.dtype for part in self.parts))
 
@@ -86,8 +81,10 @@ class Batch:
 
     def find_classes(self) -> tuple[Tensor, bool]:
         """Return `compute_classes` of this batch's labels."""
-        num_copies = 1 if self.teacher_embeddings is None else 2
-        return compute_classes(self.labels, self.num_labels, self.ignore_index, num_copies)
+        arguments = (self.labels, self.num_labels, self.ignore_index, self.num_copies)
+        if torch.compiler.is_compiling():
+            return row_classes(*arguments), True
+        return compute_classes(*arguments)
 
     def shape(self, trains_samples: bool, trains_labels: bool) -> BatchShape:
         label_embeddings = self.label_embeddings

@@ -2,12 +2,16 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..support.machine import capability, triton_obstacle
-from .batch import accumulate_dtype
+from . import reference
+from .batch import Batch, accumulate_dtype
 from .tiled import loss as tiled
 
 logger = logging.getLogger(__name__)
@@ -100,14 +104,28 @@ def obstacle(name: str, workload: Workload) -> str | None:
         return reason
     found = capability(workload.device)
     assert found is not None, "triton_obstacle has checked"
-    arguments = (workload.num_rows, workload.width, dtype, temperature, found)
+    return triton_module(name).obstacle(
+        workload.num_rows, workload.width, dtype, temperature, found
+    )
+
+
+def triton_module(name: str) -> ModuleType:
+    """Import a Triton implementation when it is needed: Triton may be absent."""
     if name == "supcon_small":
         from .gpu import small_batches
 
-        return small_batches.obstacle(*arguments)
+        return small_batches
     from .gpu import large_batches
 
-    return large_batches.obstacle(*arguments)
+    return large_batches
+
+
+def loss_function(name: str) -> Callable[[Batch], Tensor]:
+    """Return the function of the implementation that was chosen."""
+    if name == "reference":
+        return reference.contrastive_loss
+    module = tiled if name == "tiled" else triton_module(name)
+    return module.implementation.loss
 
 
 @functools.cache

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch
 from .autograd import without_autocast
 from .batch import Batch
 from .checks import check_options, check_shapes, check_tensors
@@ -21,7 +18,6 @@ from .sharded.agreement import (
     check_process_group,
 )
 from .sharded.batch import Spread
-from .tiled import loss as tiled
 
 
 def supcon_loss(
@@ -85,10 +81,10 @@ def supcon_loss(
         backward makes the others wait until the group's timeout. For "mean" and "sum" the backward
         pass has no communication.
     """
+    tensors = {"embeddings": embeddings}
     return _contrastive_loss(
-        labels, {"embeddings": embeddings},
-        temperature, denominator, reduction, ignore_index, process_group, impl,
-    )  # fmt: skip
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
+    )
 
 
 def acl_loss(
@@ -121,9 +117,8 @@ def acl_loss(
     """
     tensors = {"embeddings": embeddings, "label_embeddings": label_embeddings}
     return _contrastive_loss(
-        labels, tensors,
-        temperature, denominator, reduction, ignore_index, process_group, impl,
-    )  # fmt: skip
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
+    )
 
 
 def acl_cl_loss(
@@ -165,9 +160,8 @@ def acl_cl_loss(
         "teacher_label_embeddings": teacher_label_embeddings,
     }
     return _contrastive_loss(
-        labels, tensors,
-        temperature, denominator, reduction, ignore_index, process_group, impl,
-    )  # fmt: skip
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
+    )
 
 
 def _contrastive_loss(
@@ -200,19 +194,18 @@ def _contrastive_loss(
         raise
     embeddings = tensors["embeddings"]
     teachers = (tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"))
-    teacher, teacher_labels = (None if rows is None else rows.detach() for rows in teachers)
     batch = Batch(
-        embeddings, labels, tensors.get("label_embeddings"), teacher, teacher_labels,
+        embeddings, labels, tensors.get("label_embeddings"),
+        *(None if rows is None else rows.detach() for rows in teachers),
         float(temperature), denominator, reduction, ignore_index,
     )  # fmt: skip
-    contrastive_loss = implementation(name)
-    if num_ranks > 1:
-        spread = _agree(process_group, batch, name)
-        # Without any sample the rows are the same on every rank, and each computes the loss.
-        if any(spread.num_samples):
-            contrastive_loss = functools.partial(sharded.contrastive_loss, name, spread)
     with without_autocast(embeddings.device.type):
-        return contrastive_loss(batch)
+        if num_ranks > 1:
+            spread = _agree(process_group, batch, name)
+            # Without any sample the rows are the same on every rank, and each computes the loss.
+            if any(spread.num_samples):
+                return sharded.contrastive_loss(name, spread, batch)
+        return dispatch.loss_function(name)(batch)
 
 
 def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) -> dispatch.Workload:
@@ -231,10 +224,11 @@ def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) ->
 
 def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:
     """Return every rank's number of samples once all ranks have agreed on the same loss."""
+    num_labels = batch.num_labels or 0
     call = {
         "the number of exits E": batch.leading[0] if batch.leading else None,
         "the width d": batch.embeddings.shape[-1],
-        "the number of label embeddings K": batch.num_labels or 0,
+        "the number of label embeddings K": num_labels,
         "the dtypes": [str(part.dtype).removeprefix("torch.") for part in batch.parts],
         "the device": batch.embeddings.device.type,
         "temperature": batch.temperature,
@@ -244,25 +238,5 @@ def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:
         "the implementation chosen": name,
     }
     num_samples = agree(process_group, batch.embeddings.shape[-2], call)
-    return Spread(
-        process_group,
-        torch.distributed.get_rank(process_group),
-        num_samples,
-        batch.num_labels or 0,
-        num_copies=1 if batch.teacher_embeddings is None else 2,
-    )
-
-
-def implementation(name: str) -> Callable[[Batch], Tensor]:
-    """Return the loss function; those of Triton are imported when chosen: Triton may be absent."""
-    if name == "reference":
-        return reference.contrastive_loss
-    if name == "tiled":
-        return tiled.contrastive_loss
-    if name == "supcon_small":
-        from .gpu import small_batches
-
-        return small_batches.contrastive_loss
-    from .gpu import large_batches
-
-    return large_batches.contrastive_loss
+    rank = torch.distributed.get_rank(process_group)
+    return Spread(process_group, rank, num_samples, num_labels, batch.num_copies)

@@ -36,16 +36,9 @@ from .row_steps import (
     row_variants,
     unit_dtype,
 )  # fmt: skip
-from .tiles import Blocks, shipped, tuned
+from .tiles import Blocks, float32_obstacle, shipped, tuned
 
 MAX_WIDTH = 1024
-# The smallest exponential, exp(-2 / temperature), stays a normal float32 down to here.
-MIN_TEMPERATURE = 0.023
-
-
-def contrastive_loss(batch: Batch) -> Tensor:
-    """Return the loss of `reference.contrastive_loss`."""
-    return implementation.loss(batch)
 
 
 def obstacle(
@@ -57,16 +50,9 @@ def obstacle(
             f"compute capability {capability / 10} has no matrix unit that Triton reaches: 8.0 or "
             "newer is needed for a large batch (impl='tiled' uses cuBLAS there)"
         )
-    if dtype == torch.float64:
-        return "float64 embeddings need impl='tiled' or 'reference': these kernels have none"
     if width > MAX_WIDTH:
         return f"width {width} is above {MAX_WIDTH} (impl='tiled' takes any width)"
-    if temperature < MIN_TEMPERATURE:
-        return (
-            f"temperature {temperature} is below {MIN_TEMPERATURE}, where exponentials leave "
-            "float32's range (impl='tiled' computes in float64 there)"
-        )
-    return None
+    return float32_obstacle(dtype, temperature)
 
 
 def prepare(batch: Batch) -> Rows:

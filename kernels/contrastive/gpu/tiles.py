@@ -17,6 +17,23 @@ import torch
 PADDED_ROWS = 128
 # Up to this width a program holds the gradient of its rows in registers.
 ONE_CHUNK = 256
+# The smallest exponential, exp(-2 / temperature), stays a normal float32 down to here.
+MIN_TEMPERATURE = 0.023
+
+
+def float32_obstacle(dtype: torch.dtype, temperature: float) -> str | None:
+    """Return why a loss cannot be computed in float32, or None."""
+    if dtype == torch.float64:
+        return (
+            "it computes in float32 and the embeddings are float64 (impl='tiled' or "
+            "impl='reference' computes in float64)"
+        )
+    if temperature < MIN_TEMPERATURE:
+        return (
+            f"temperature {temperature} is below {MIN_TEMPERATURE}, where float32 exponentials "
+            "leave their range (impl='tiled' goes down to 1 / 690, impl='reference' takes any)"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,11 @@ WORTH_THREADS = 4_000_000
 # In the order of the enums of cpu_loop.c.
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum")
+# Fields of `struct problem`.
+INTEGERS = (
+    "num_exits", "num_samples", "num_labels", "num_copies", "width", "ignore_index", "denominator",
+    "reduction",
+)  # fmt: skip
 
 
 class Problem(ctypes.Structure):
@@ -34,14 +39,7 @@ class Problem(ctypes.Structure):
         ("labels", ctypes.c_void_p),
         ("losses", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
-        ("num_exits", ctypes.c_int64),
-        ("num_samples", ctypes.c_int64),
-        ("num_labels", ctypes.c_int64),
-        ("num_copies", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("ignore_index", ctypes.c_int64),
-        ("denominator", ctypes.c_int64),
-        ("reduction", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in INTEGERS),
         ("temperature", ctypes.c_double),
     )
 
@@ -68,20 +66,19 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
     labels = batch.labels.long().contiguous()
     *exits, num_samples, width = samples.shape
     num_labels = batch.num_labels or 0
-    num_trained, num_copies = num_samples + num_labels, 1 if len(others) < 2 else 2
+    num_trained = num_samples + num_labels
     losses = samples.new_empty(exits)
     gradient = samples.new_empty(*exits, num_trained, width) if with_gradient else None
     problem = Problem(
         tuple(part.data_ptr() for part in (samples, *others)),
         labels.data_ptr(), losses.data_ptr(), None if gradient is None else gradient.data_ptr(),
-        losses.numel(), num_samples, num_labels, num_copies, width, batch.ignore_index,
+        losses.numel(), num_samples, num_labels, batch.num_copies, width, batch.ignore_index,
         DENOMINATORS.index(batch.denominator), REDUCTIONS.index(batch.reduction),
         batch.temperature,
     )  # fmt: skip
     loop = compiled_loop()
     assert loop is not None, "takes() has checked"
-    num_rows = num_copies * num_trained
-    work = losses.numel() * num_rows * (num_rows + num_trained) * width
+    work = losses.numel() * batch.num_rows * (batch.num_rows + num_trained) * width
     num_threads = torch.get_num_threads() if work >= WORTH_THREADS else 1
     scratch = samples.new_empty(min(num_threads, losses.numel()) * loop.supcon_scratch(problem))
     if loop.supcon_loss(problem, scratch.data_ptr(), num_threads) >= 0:

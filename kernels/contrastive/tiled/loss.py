@@ -54,11 +54,6 @@ FEW_ROWS = 128
 MAX_EXPONENT = {torch.float32: 70.0, torch.float64: 690.0}
 
 
-def contrastive_loss(batch: Batch) -> Tensor:
-    """Return the loss of `reference.contrastive_loss`."""
-    return implementation.loss(batch)
-
-
 def compute_dtype(temperature: float, *dtypes: torch.dtype) -> torch.dtype | None:
     """Return the dtype in which no sum of exp(1 / temperature) overflows; None if none exists."""
     for dtype in (accumulate_dtype(*dtypes), torch.float64):
