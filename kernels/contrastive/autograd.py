@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,31 +30,25 @@ Forward = Callable[..., tuple[Tensor, list[Tensor]]]
 Backward = Callable[[Tensor, list[Tensor], BatchShape], list[Tensor]]
 
 
+@dataclass(eq=False)
 class Passes:
     """Both passes of one implementation as a differentiable function of a batch.
 
-    Args:
-        refusal: why a second derivative is refused, and what to use instead.
-        forward: (batch, trains_samples, trains_labels) -> the loss, and tensors to save.
-        backward: (gradient of the loss, saved tensors, shape) -> gradients of the samples and, if
-            they are trained, of the label embeddings.
-        joint: whether `backward` returns one tensor [.., n, d] for both instead, which begins with
-            the rows of the samples and ends with those of the label embeddings; rows that are not
-            trained may be missing.
-        inputs_to_save: returns the tensors of the batch that `backward` needs as well.
+    refusal: why a second derivative is refused, and what to use instead.
+    forward: (batch, trains_samples, trains_labels) -> the loss, and tensors to save.
+    backward: (gradient of the loss, saved tensors, shape) -> gradients of the samples and, if they
+        are trained, of the label embeddings.
+    joint: whether `backward` returns one tensor [.., n, d] for both instead, which begins with the
+        rows of the samples and ends with those of the label embeddings; rows that are not trained
+        may be missing.
+    inputs_to_save: returns the tensors of the batch that `backward` needs as well.
     """
 
-    def __init__(
-        self,
-        refusal: str,
-        forward: Forward,
-        backward: Backward,
-        *,
-        joint: bool = False,
-        inputs_to_save: Callable[[Batch], list[Tensor]] = lambda batch: [],
-    ) -> None:
-        self.refusal, self.forward, self.backward = refusal, forward, backward
-        self.joint, self.inputs_to_save = joint, inputs_to_save
+    refusal: str
+    forward: Forward
+    backward: Backward
+    joint: bool = False
+    inputs_to_save: Callable[[Batch], list[Tensor]] = lambda batch: []
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss: a scalar or [E]; for reduction "none" [.., M]."""

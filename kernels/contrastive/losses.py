@@ -193,10 +193,10 @@ def _contrastive_loss(
             announce_refusal(process_group, error)
         raise
     embeddings = tensors["embeddings"]
-    teachers = (tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"))
+    constants = {name: rows.detach() for name, rows in tensors.items() if "teacher" in name}
     batch = Batch(
         embeddings, labels, tensors.get("label_embeddings"),
-        *(None if rows is None else rows.detach() for rows in teachers),
+        constants.get("teacher_embeddings"), constants.get("teacher_label_embeddings"),
         float(temperature), denominator, reduction, ignore_index,
     )  # fmt: skip
     with without_autocast(embeddings.device.type):

@@ -248,7 +248,7 @@ def _check_lists(
         )
     if len(a) == 0:
         raise ValueError("a and b are empty: pass the gradients of at least one parameter")
-    device = next((t.device for t in (*a, *b) if isinstance(t, Tensor)), torch.device("cpu"))
+    device = reference.device_of(a, b)
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         # There are hundreds of entries per step: one quick check each, the message only on failure.
         for side, tensor in (("a", left), ("b", right)):

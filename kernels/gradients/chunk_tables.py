@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -48,25 +47,19 @@ def read_lists(a: Gradients, b: Gradients) -> Lists:
     sizes, codes = [], []
     addresses: list[int] = []
     stand_ins = []
-    for index, (left, right) in enumerate(zip(a, b, strict=True)):
+    for index, (x, y) in enumerate(zip(a, b, strict=True)):
         # There are hundreds of entries per step, so the usual case comes first and is short.
-        if (
-            left is not None
-            and right is not None
-            and left.is_contiguous()
-            and right.is_contiguous()
-        ):
-            sizes.append(left.numel())
-            codes.append(CODES[left.dtype, right.dtype])
-            addresses += left.data_ptr(), right.data_ptr()
+        if x is not None and y is not None and x.is_contiguous() and y.is_contiguous():
+            sizes.append(x.numel())
+            codes.append(CODES[x.dtype, y.dtype])
+            addresses += x.data_ptr(), y.data_ptr()
             continue
-        left, right = in_one_order(left, right)
-        stand_ins.append((index, left, right))
-        some = left if left is not None else right
-        sizes.append(0 if some is None else some.numel())
-        dtypes = [None if t is None else t.dtype for t in (left, right)]
-        codes.append(CODES[dtypes[0], dtypes[1]])
-        addresses += (0 if t is None else t.data_ptr() for t in (left, right))
+        pair = in_one_order(x, y)
+        stand_ins.append((index, *pair))
+        sizes.append(next((t.numel() for t in pair if t is not None), 0))
+        left_dtype, right_dtype = (None if t is None else t.dtype for t in pair)
+        codes.append(CODES[left_dtype, right_dtype])
+        addresses += (0 if t is None else t.data_ptr() for t in pair)
     return Lists(tuple(sizes), tuple(codes), tuple(addresses), stand_ins)
 
 
@@ -180,9 +173,8 @@ def find_tables(
     if device.type == "cuda":
         capturing = torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device).cuda_stream
-    lists_key = (
-        lists.sizes, lists.codes, None if groups is None else tuple(groups), num_groups, device,
-    )  # fmt: skip
+    of_entries = None if groups is None else tuple(groups)
+    lists_key = (lists.sizes, lists.codes, of_entries, num_groups, device)
     key = (stream, lists_key)
     with lock:
         if capturing:
@@ -201,11 +193,3 @@ def find_tables(
         if capturing:
             for_graphs.append((layout, table))
     return layout, table
-
-
-def device_of(a: Gradients, b: Gradients) -> torch.device:
-    return next((t.device for t in (*a, *b) if t is not None), torch.device("cpu"))
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -35,10 +35,7 @@ def grad_dot_norm(
     totals = [[0.0] * 3 for _ in range(num_groups)]
     # Pieces by dtype, because a call of the compiled loop takes one dtype, and their totals.
     pieces: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
-    owners: dict[torch.dtype, list[tuple[list[float], Sides]]] = {
-        torch.float32: [],
-        torch.float64: [],
-    }
+    owners: dict[torch.dtype, list[tuple[list[float], Sides]]] = {dtype: [] for dtype in pieces}
     # Copies of gradients that are not contiguous must live until the loop has run.
     alive: list[Tensor] = []
     for index, (left, right) in enumerate(zip(a, b, strict=True)):

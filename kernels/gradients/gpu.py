@@ -32,18 +32,8 @@ from torch import Tensor
 
 from ..support.variant import Variant, make_variant
 from . import chunk_tables
-from .chunk_tables import (
-    ABSENT,
-    BFLOAT16,
-    DTYPES,
-    FLOAT32,
-    NUM_CODES,
-    device_of,
-    find_tables,
-    on_device,
-    read_lists,
-)
-from .reference import Gradients
+from .chunk_tables import ABSENT, BFLOAT16, DTYPES, FLOAT32, NUM_CODES, find_tables, read_lists
+from .reference import Gradients, device_of
 
 # Elements that a program loads at a time: 8 per thread are one 128-bit load of float16, or two of
 # float32.
@@ -317,13 +307,13 @@ def grad_dot_norm(
     a: Gradients, b: Gradients, groups: Sequence[int] | None, num_groups: int
 ) -> Tensor:
     """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
-    device = device_of(a, b)
     lists = read_lists(a, b)
-    with on_device(device):
-        layout, addresses = find_tables(lists, groups, num_groups, device)
+    stats = torch.empty(num_groups, 3, dtype=torch.float32, device=device_of(a, b))
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device_of(stats):
+        layout, addresses = find_tables(lists, groups, num_groups, stats.device)
         num_chunks = layout.num_chunks
-        partials = torch.empty(3, num_chunks, dtype=torch.float32, device=device)
-        stats = torch.empty(num_groups, 3, dtype=torch.float32, device=device)
+        partials = torch.empty(3, num_chunks, dtype=torch.float32, device=stats.device)
         if num_chunks > 0:
             chunk_sums_kernel[(num_chunks,)](
                 layout.chunks, layout.entries, addresses, partials, num_chunks, layout.num_entries,
@@ -355,14 +345,13 @@ def gated_combine_(
     norm to clip: no gradient is written, and l' is NaN only in those groups. Otherwise only those
     groups keep their gradients. With a scale of NaN all groups keep them.
     """
-    device = device_of(a, b)
     lists = read_lists(a, b)
-    if isinstance(scale, Tensor) and scale.device.type == "cpu" and device.type != "cpu":
+    if isinstance(scale, Tensor) and scale.device.type == "cpu" and stats.device.type != "cpu":
         scale = scale.item()
     clip = "none" if max_norm is None else "each" if clip_groups else "all"
-    with on_device(device):
-        layout, addresses = find_tables(lists, groups, num_groups, device)
-        used = torch.empty(num_groups, dtype=torch.float32, device=device)
+    used = torch.empty(num_groups, dtype=torch.float32, device=stats.device)
+    with torch.cuda.device_of(used):
+        layout, addresses = find_tables(lists, groups, num_groups, used.device)
         gated_combine_kernel[(max(1, layout.num_chunks),)](
             layout.chunks, layout.entries, addresses, stats.contiguous(), used,
             scale.float() if isinstance(scale, Tensor) else float32(1 if scale is None else scale),
@@ -392,7 +381,6 @@ def lowest_cosine_bits(max_angle: float) -> int:
 
     Angles are rounded as in `angle._angle`, where some cosines below 0 are still 90 degrees.
     """
-
     # The angle of `below` is too large, unless no angle is; that of `lowest` never is.
     below, lowest = -1.0, -1.0 if max_angle >= 180 else 1.0
     while below < (middle := (below + lowest) / 2) < lowest:
@@ -424,24 +412,18 @@ def variants(capability: int) -> list[Variant]:
         "weight": "fp32", "max_norm": "fp32", "lowest_cosine": "i64",
     }  # fmt: skip
     sizes = {"CHUNK": chunk_tables.CHUNK, "BLOCK": BLOCK}
+    of_groups = {"BLOCK": PARTIAL_BLOCK}
     found = [
         make_variant("chunk_sums", chunk_sums_kernel, sizes, types, num_warps=NUM_WARPS),
-        make_variant(
-            "group_sums", group_sums_kernel, {"BLOCK": PARTIAL_BLOCK}, types,
-            num_warps=PARTIAL_WARPS,
-        ),
-    ]  # fmt: skip
+        make_variant("group_sums", group_sums_kernel, of_groups, types, num_warps=PARTIAL_WARPS),
+    ]
     for in_memory, clip in itertools.product((False, True), ("none", "all", "each")):
-        constants = {
-            "SCALE_IN_MEMORY": in_memory, "CLIP": clip, **sizes, "GROUP_BLOCK": GROUP_BLOCK,
-        }  # fmt: skip
+        place, scale = ("in memory", "*fp32") if in_memory else ("a number", "fp32")
+        constants = {"SCALE_IN_MEMORY": in_memory, "CLIP": clip, "GROUP_BLOCK": GROUP_BLOCK}
         found.append(
             make_variant(
-                f"gated_combine, scale {'in memory' if in_memory else 'a number'}, clip {clip}",
-                gated_combine_kernel,
-                constants,
-                {**types, "scale": "*fp32" if in_memory else "fp32"},
-                num_warps=NUM_WARPS,
+                f"gated_combine, scale {place}, clip {clip}", gated_combine_kernel,
+                {**constants, **sizes}, {**types, "scale": scale}, num_warps=NUM_WARPS,
             )
-        )
+        )  # fmt: skip
     return found

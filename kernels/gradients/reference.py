@@ -11,12 +11,16 @@ Gradients = Sequence[Tensor | None]
 PIECE = 2**22
 
 
+def device_of(a: Gradients, b: Gradients) -> torch.device:
+    """Return the device of the first gradient; the CPU if all are None."""
+    return next((t.device for t in (*a, *b) if isinstance(t, Tensor)), torch.device("cpu"))
+
+
 def grad_dot_norm(
     a: Gradients, b: Gradients, groups: Sequence[int] | None, num_groups: int
 ) -> Tensor:
     """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
-    device = next((t.device for t in (*a, *b) if t is not None), torch.device("cpu"))
-    nothing = torch.zeros(3, dtype=torch.float64, device=device)
+    nothing = torch.zeros(3, dtype=torch.float64, device=device_of(a, b))
     rows = [[nothing] for _ in range(num_groups)]
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         if left is not None or right is not None:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -72,15 +72,16 @@ def compile_variant(task: Task) -> tuple[bytes, str, int]:
             f"the kernel is a {type(kernel).__name__}, not a function under @triton.jit: give that "
             "one in the variant, and import the kernels without TRITON_INTERPRET"
         )
-    given = set(variant.types) | set(variant.constants)
-    if given != set(kernel.arg_names):
-        wrong = sorted(given ^ set(kernel.arg_names))
+    wrong = {*variant.types, *variant.constants} ^ {*kernel.arg_names}
+    if wrong:
         raise TypeError(
-            f"{', '.join(wrong)}: the names in types and constants must be the kernel's arguments"
+            f"{', '.join(sorted(wrong))}: the names in types and constants must be the kernel's "
+            "arguments"
         )
-    if not variant.divisible_by_16 <= set(variant.types):
-        wrong = sorted(variant.divisible_by_16 - set(variant.types))
-        raise TypeError(f"{', '.join(wrong)}: divisible_by_16 holds what types does not name")
+    wrong = {*variant.divisible_by_16} - {*variant.types}
+    if wrong:
+        names = ", ".join(sorted(wrong))
+        raise TypeError(f"{names}: divisible_by_16 holds what types does not name")
     source = ASTSource(
         fn=kernel,
         signature={name: variant.types.get(name, "constexpr") for name in kernel.arg_names},
@@ -115,15 +116,9 @@ def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int
     if capability >= 90 and static_shared > 0:
         # There the assembler includes what the system reserves in a block with shared memory.
         static_shared -= CHIPS[capability].shared_reserved
-    loads, wide_loads = count_loads(ptx)
-    return Resources(
-        registers=usage["REG"],
-        spilled=usage["STACK"] + usage["LOCAL"],
-        shared=static_shared + dynamic_shared,
-        matrix=count_matrix_instructions(ptx),
-        loads=loads,
-        wide_loads=wide_loads,
-    )
+    spilled, shared = usage["STACK"] + usage["LOCAL"], static_shared + dynamic_shared
+    matrix = count_matrix_instructions(ptx)
+    return Resources(usage["REG"], spilled, shared, matrix, *count_loads(ptx))
 
 
 def parse_usage(listing: str) -> dict[str, int]:
@@ -163,15 +158,13 @@ def list_tasks(files: Mapping[str, ModuleType], capabilities: Sequence[int]) -> 
     for name, module in files.items():
         if not any(module.variants(capability) for capability in CHIPS):
             raise ValueError(f"{name}.variants ships nothing for any GPU")
-    seen = set()
-    for task in tasks:
-        key = (task.file, task.capability, task.variant.name)
-        if key in seen:
+    numbers = Counter((task.file, task.capability, task.variant.name) for task in tasks)
+    for (file, capability, name), number in numbers.items():
+        if number > 1:
             raise ValueError(
-                f"{task.file}.variants({task.capability}) names two variants "
-                f"{task.variant.name!r}: say in the names what distinguishes them"
+                f"{file}.variants({capability}) names two variants {name!r}: say in the names what "
+                "distinguishes them"
             )
-        seen.add(key)
     return tasks
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import operator
 import os
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -118,16 +119,12 @@ def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> 
     found = entries().get(entry_name(kernel, device, dtype, width))
     if found is None:
         return None
-    tile = found.get("tile")
-    names = [field.name for field in fields(Tile)]
-    if not (
-        isinstance(tile, dict)
-        and set(tile) == set(names)
-        and all(type(number) is int for number in tile.values())
-    ):
-        warn_about(cache_file(), f"its tile of {kernel} does not give {', '.join(names)}")
+    try:
+        return Tile(**{name: operator.index(number) for name, number in found["tile"].items()})
+    except (AttributeError, KeyError, TypeError):
+        names = ", ".join(field.name for field in fields(Tile))
+        warn_about(cache_file(), f"its tile of {kernel} does not give {names}")
         return None
-    return Tile(**tile)
 
 
 def entry_name(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
@@ -156,14 +153,12 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         warn_about(path, str(error))
         return {}
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        warn_about(path, f"its schema is not {SCHEMA}")
-        return {}
-    found = content.get("entries")
-    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
-        warn_about(path, "it has no entries by name")
-        return {}
-    return found
+    if isinstance(content, dict) and content.get("schema") == SCHEMA:
+        found = content.get("entries")
+        if isinstance(found, dict) and all(isinstance(entry, dict) for entry in found.values()):
+            return found
+    warn_about(path, f"it has no entries by name in schema {SCHEMA}")
+    return {}
 
 
 def warn_about(path: Path, reason: str) -> None:

@@ -11,7 +11,7 @@ per row).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -71,12 +71,6 @@ class Spread:
         others = torch.cat([positions[:, : own.start], positions[:, own.stop : total]], dim=1)
         return torch.cat([self.own_rows(device), others.flatten()])
 
-    def place_rows(self, values: Tensor) -> Tensor:
-        """Return values [.., M] of all rows from the own rows' [.., m]; 1 for the others."""
-        placed = values.new_ones(*values.shape[:-1], self.num_rows)
-        placed[..., self.own_rows(values.device)] = values
-        return placed
-
     def mean_weights(self, upstream: Tensor) -> Tensor:
         """Return weights [.., m] of the own rows in the mean over ranks, for `gather_rows`.
 
@@ -111,10 +105,14 @@ class Spread:
     def all_sums(self, own_sums: Tensor, reduction: str) -> Tensor:
         """Return D [.., M] in the global order from that of the own rows [.., m].
 
-        With "none" only the own rows' losses are needed, and D is gathered in the backward pass. In
-        the global order every rank adds up the same numbers in the same order.
+        With "none" only the own rows' losses are needed: other rows have 1, and D is gathered in
+        the backward pass. In the global order every rank adds up the same numbers in one order.
         """
-        return self.place_rows(own_sums) if reduction == "none" else self.gather_rows(own_sums)
+        if reduction != "none":
+            return self.gather_rows(own_sums)
+        placed = own_sums.new_ones(*own_sums.shape[:-1], self.num_rows)
+        placed[..., self.own_rows(own_sums.device)] = own_sums
+        return placed
 
     def gather_upstream(
         self, own_sums: Tensor, upstream: Tensor, order: Tensor
@@ -149,8 +147,7 @@ def gather_batch(spread: Spread, batch: Batch) -> Batch:
         ]
         parts.append(torch.cat(by_rank))
         start += aligned(num_bytes)
-    return replace(
-        batch,
+    return batch._replace(
         embeddings=parts[1].movedim(0, -2).contiguous(),
         labels=parts[0],
         teacher_embeddings=parts[2] if len(parts) > 2 else None,

@@ -21,7 +21,6 @@ weights are gathered with D, in the backward pass.
 """
 
 import functools
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +42,11 @@ def contrastive_loss(name: str, spread: Spread, batch: Batch) -> Tensor:
     everyone = gather_batch(spread, batch)
     if name == "reference":
         return reference_loss(spread, batch.embeddings, everyone)
-    module = passes(name)
+    module: ModuleType
+    if name == "tiled":
+        from . import tiled_passes as module
+    else:
+        from . import gpu_passes as module
 
     def forward(_: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
         return module.forward(spread, everyone, any(trained))
@@ -55,23 +58,12 @@ def contrastive_loss(name: str, spread: Spread, batch: Batch) -> Tensor:
     return Passes(refusal, forward, functools.partial(module.backward, spread)).loss(batch)
 
 
-def passes(name: str) -> ModuleType:
-    """Return the module with `forward` and `backward` of an implementation."""
-    if name == "tiled":
-        from . import tiled_passes
-
-        return tiled_passes
-    from . import gpu_passes
-
-    return gpu_passes
-
-
 def reference_loss(spread: Spread, embeddings: Tensor, everyone: Batch) -> Tensor:
     """Return `reference.contrastive_loss` of all samples, differentiable for the own ones."""
     own, samples = spread.own_samples, everyone.embeddings
     scaled = ScaleGradient.apply(embeddings, spread.num_ranks)
     samples = torch.cat([samples[..., : own.start, :], scaled, samples[..., own.stop :, :]], dim=-2)
-    loss = reference.contrastive_loss(replace(everyone, embeddings=samples))
+    loss = reference.contrastive_loss(everyone._replace(embeddings=samples))
     return OwnRows.apply(loss, spread) if everyone.reduction == "none" else loss
 
 

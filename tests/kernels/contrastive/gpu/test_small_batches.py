@@ -115,7 +115,8 @@ def test_many_rows() -> None:
 def test_without_a_matrix_unit(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     """Use the chunks and precisions of older GPUs."""
     monkeypatch.setattr(machine, "capability", lambda device: capability)
-    assert small_batches.precisions(capability, torch.float16) == ("ieee", "ieee")
+    constants = small_batches.machine_constants(capability, torch.float16)
+    assert constants["COSINE_PRECISION"] == constants["GRADIENT_PRECISION"] == "ieee"
     inputs = inputs_of(17, 3, width=70, teacher=True, dtype=torch.float16)
     check_error(inputs, torch.randint(3, (17,), device=DEVICE))
 

@@ -5,7 +5,6 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -139,9 +138,9 @@ def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch, counted: list[in
     batch = Batch(torch.randn(4, 3), torch.zeros(4), None, None, None, 0.5, "all", "mean", -100)
     takes = cpu_loop.takes
     assert takes(batch, torch.float32)
-    assert not takes(replace(batch, reduction="none"), torch.float32)
+    assert not takes(batch._replace(reduction="none"), torch.float32)
     assert not takes(batch, torch.float64)
-    assert not takes(replace(batch, embeddings=batch.embeddings.to("meta")), torch.float32)
+    assert not takes(batch._replace(embeddings=batch.embeddings.to("meta")), torch.float32)
     inputs = make_inputs(19, 3, width=20, dtype=torch.float32)
     at_once = run(inputs, torch.arange(19) % 3, None, impl="tiled")
     assert len(counted) == 1
