@@ -50,6 +50,11 @@ class Batch(NamedTuple):
         return self.embeddings.shape[:-2]
 
     @property
+    def loss_shape(self) -> tuple[int, ...]:
+        """The shape of the loss: leading, for "none" followed by M."""
+        return (*self.leading, self.num_rows) if self.reduction == "none" else self.leading
+
+    @property
     def num_labels(self) -> int | None:
         return None if self.label_embeddings is None else self.label_embeddings.shape[-2]
 
@@ -141,15 +146,10 @@ def compute_classes(
 
     There are C classes; an ignored row has the id C. With `num_labels` = K label embeddings, C = K:
     a sample's id is its label, and label embedding k has the id k. Without label embeddings (None)
-    labels are any integers, C = N, and equal labels share an id.
-
-    Args:
-        labels: [N].
-        num_copies: 2 when teacher rows repeat the student's, else 1.
+    labels [N] are any integers, C = N, and equal labels share an id.
 
     Raises:
-        ValueError: a label is outside [0, K). Checked on the CPU only: on another device the check
-            would wait for the device.
+        ValueError: a label is outside [0, K). Checked on the CPU only: elsewhere it would wait.
     """
     labels = labels.long()
     may_ignore = True

@@ -11,10 +11,9 @@ The lists are divided into chunks of CHUNK elements, one per program. Programs f
 tables in device memory: one for shapes, dtypes and groups, made once, and one for the addresses,
 made again when they change.
 
-Precision: a lane adds CHUNK / BLOCK products in float32 and a tree adds the BLOCK lanes, with at
-most 26 roundings. The chunks of a group are added in float64, so that 10^9 elements lose no more
-than 16384. The order of all sums depends only on sizes and groups, so the same values give the same
-bits.
+A lane adds CHUNK / BLOCK products in float32 and a tree adds the BLOCK lanes, with at most 26
+roundings. The chunks of a group are added in float64, so that 10^9 elements lose no more than
+16384. The order of all sums depends only on sizes and groups: the same values give the same bits.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from torch import Tensor
 from ..support.variant import Variant, make_variant
 from . import chunk_tables
 from .chunk_tables import ABSENT, BFLOAT16, DTYPES, FLOAT32, NUM_CODES, find_tables, read_lists
-from .reference import Gradients, device_of
+from .reference import Gate, Gradients, device_of
 
 # Elements that a program loads at a time: 8 per thread are one 128-bit load of float16, or two of
 # float32.
@@ -330,33 +329,26 @@ def gated_combine_(
     a: Gradients,
     b: Gradients,
     stats: Tensor,
-    *,
-    weight: float,
-    max_angle: float,
-    scale: float | Tensor | None,
-    max_norm: float | None,
-    clip_groups: bool,
+    gate: Gate,
     groups: Sequence[int] | None,
     num_groups: int,
 ) -> Tensor:
-    """Return the l' [G] of `angle.gated_combine_`, whose arguments are already checked.
-
-    If `max_norm` is for all groups together and the stats of any group are not finite, there is no
-    norm to clip: no gradient is written, and l' is NaN only in those groups. Otherwise only those
-    groups keep their gradients. With a scale of NaN all groups keep them.
-    """
+    """Return the l' [G] of `angle.gated_combine_`, whose arguments are already checked."""
     lists = read_lists(a, b)
+    scale = 1 if gate.scale is None else gate.scale
     if isinstance(scale, Tensor) and scale.device.type == "cpu" and stats.device.type != "cpu":
         scale = scale.item()
-    clip = "none" if max_norm is None else "each" if clip_groups else "all"
+    max_norm, clip = gate.max_norm, "each" if gate.clip_groups else "all"
+    if max_norm is None:
+        max_norm, clip = 0, "none"
     used = torch.empty(num_groups, dtype=torch.float32, device=stats.device)
     with torch.cuda.device_of(used):
         layout, addresses = find_tables(lists, groups, num_groups, used.device)
         gated_combine_kernel[(max(1, layout.num_chunks),)](
             layout.chunks, layout.entries, addresses, stats.contiguous(), used,
-            scale.float() if isinstance(scale, Tensor) else float32(1 if scale is None else scale),
-            float32(weight), float32(0 if max_norm is None else max_norm),
-            lowest_cosine_bits(max_angle), layout.num_chunks, layout.num_entries, num_groups,
+            scale.float() if isinstance(scale, Tensor) else float32(scale),
+            float32(gate.weight), float32(max_norm), lowest_cosine_bits(gate.max_angle),
+            layout.num_chunks, layout.num_entries, num_groups,
             SCALE_IN_MEMORY=isinstance(scale, Tensor), CLIP=clip,
             CHUNK=chunk_tables.CHUNK, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -1,11 +1,24 @@
 """The specification of the gradient check: three products and one combination per entry."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Gradients = Sequence[Tensor | None]
+
+
+class Gate(NamedTuple):
+    """The options of `angle.gated_combine_`, already checked."""
+
+    weight: float
+    max_angle: float
+    scale: float | Tensor | None
+    max_norm: float | None
+    clip_groups: bool
+
+
 # Number of elements converted to float64 at a time. One float32 product over an embedding table has
 # an error of 1e-4, and a float64 copy of the whole table takes twice its memory.
 PIECE = 2**22

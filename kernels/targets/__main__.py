@@ -2,10 +2,8 @@
 
     python -m fusedacl.kernels.targets --help
 
-Reads from each binary what decides whether it runs well: registers, spills, shared memory, matrix
-instructions, and the number of warps that a multiprocessor can hold. Exits with status 1 if a
-variant does not compile, spills, needs more shared memory than the GPU has, or lacks the matrix
-instructions that it promises.
+Reads from each binary what decides whether it runs well. Exits with status 1 if one does not
+compile, spills registers, exceeds the shared memory, or lacks promised matrix instructions.
 
 Uses the Triton that Python finds first; to use another one:
 
@@ -42,9 +40,8 @@ KERNEL_FILES = {
 def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fusedacl.kernels.targets",
-        description="Compile every shipped kernel for every supported GPU, without a GPU. Exits "
-        "with status 1 if one does not compile, spills registers, exceeds the shared memory, or "
-        "lacks promised matrix instructions.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kernels", nargs="+", metavar="FILE", help="compile only these files")
     parser.add_argument(

@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import (
-    DENOMINATORS,
-    LABELS,
-    REDUCTIONS,
-    run,
-)
+from contrastive_cases import DENOMINATORS, LABELS, REDUCTIONS, run
 from fusedacl.kernels import acl_loss
 from fusedacl.kernels.contrastive import dispatch
 from fusedacl.kernels.contrastive.tiled import loss as tiled

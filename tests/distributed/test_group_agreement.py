@@ -12,9 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import (
-    REDUCTIONS,
-)
+from contrastive_cases import REDUCTIONS
 from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
 from fusedacl.kernels.contrastive import dispatch
 from fusedacl.kernels.contrastive.sharded import agreement

@@ -1,6 +1,7 @@
 """Inputs, label layouts and oracles for the tests of every contrastive implementation."""
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,12 @@ from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
 from fusedacl.kernels.contrastive import dispatch, reference
 from fusedacl.kernels.contrastive.tiled import cpu_loop
 from fusedacl.kernels.contrastive.tiled import loss as tiled
-from fusedacl.kernels.targets.compilation import cover
 from torch import Tensor
 
 # Without a GPU, Triton's interpreter runs the kernels on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum", "none")
 Inputs = dict[str, Tensor]
@@ -40,26 +41,43 @@ KINDS: list[dict[str, Any]] = [
 
 def combine(*factors: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
     """Choose combinations in which any `strength` values of different factors occur together."""
-    everything = list(itertools.product(*map(enumerate, factors)))
-    groups = [
-        set(itertools.combinations([(f, index) for f, (index, _) in enumerate(values)], strength))
-        for values in everything
-    ]
-    return [tuple(value for _, value in everything[index]) for index in cover(groups)]
+    choices = random.Random(0)
+    numbered = [[(factor, i) for i in range(len(values))] for factor, values in enumerate(factors)]
+    missing = set()
+    for group in itertools.combinations(numbered, strength):
+        missing |= set(itertools.product(*group))
+    chosen = []
+    while missing:
+        meetings = {}
+        # Each candidate has some of what is missing, and the best has most of it.
+        for wanted in choices.sample(sorted(missing), min(40, len(missing))):
+            case = tuple((dict(map(choices.choice, numbered)) | dict(wanted)).items())
+            meetings[case] = set(itertools.combinations(case, strength)) & missing
+        best = max(meetings, key=lambda case: len(meetings[case]))
+        missing -= meetings[best]
+        chosen.append(tuple(factors[factor][i] for factor, i in best))
+    return chosen
 
 
-def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    """Compute by tiles of that many rows; class sums by a mask only with the shipped tile."""
+def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int, *, with_epilogue: bool = False) -> None:
+    """Compute by tiles of that many rows, also as on a GPU, with Triton kernels for each tile.
+
+    Class sums are computed by a mask only with the shipped tile.
+    """
+    values = {"TILE": tile, "ONE_TILE": tile * tile, "FEW_ROWS": 128 if tile == 512 else 0}
+    if with_epilogue:
+        values |= {"GPU_TILE": tile, "ONE_TILE": 0}
+        monkeypatch.setattr(tiled, "has_epilogue", lambda tensor: tensor.dtype != torch.float64)
     monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
-    monkeypatch.setattr(tiled, "TILE", tile)
-    monkeypatch.setattr(tiled, "ONE_TILE", tile * tile)
-    monkeypatch.setattr(tiled, "FEW_ROWS", 128 if tile == 512 else 0)
+    for name, value in values.items():
+        monkeypatch.setattr(tiled, name, value)
 
 
 def use_implementation(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
-    """Return the `impl` that runs "reference", "tiled", "tiles of 4 rows", "small" or "fused"."""
-    if name == "tiles of 4 rows":
-        set_tile(monkeypatch, 4)
+    """Return the `impl` that runs what is meant by one of the names in test_implementations.py."""
+    if name.startswith("tiles"):
+        on_gpu = name == "tiles on a GPU"
+        set_tile(monkeypatch, 48 if on_gpu else 4, with_epilogue=on_gpu)
         return "tiled"
     if name not in ("small", "fused"):
         return name

@@ -359,12 +359,12 @@ def forward(batch: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
 
 def allocate(batch: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
     """Allocate the results of `forward`."""
-    x, leading, per_row = batch.embeddings, batch.leading, batch.reduction == "none"
-    losses = x.new_empty((*leading, batch.num_rows) if per_row else leading, dtype=torch.float32)
-    if per_row or not any(trained):
+    x = batch.embeddings
+    losses = x.new_empty(batch.loss_shape, dtype=torch.float32)
+    if batch.reduction == "none" or not any(trained):
         return losses, []
     first, last = batch.shape(*trained).trained_rows
-    return losses, [x.new_empty((*leading, last - first, x.shape[-1]), dtype=torch.float32)]
+    return losses, [x.new_empty((*batch.leading, last - first, x.shape[-1]), dtype=torch.float32)]
 
 
 def backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> list[Tensor]:

@@ -14,10 +14,8 @@ from ...support.c_loops import library
 from ..batch import Batch, check_range
 
 # All pairs of an exit are in memory at once, at most 4 MiB. Up to this size the compiled call was
-# faster than tiles in every case measured (forward + backward, two threads of an AVX2 EPYC;
-# milliseconds, compiled / tiles): 34 rows of width 64: 0.23 / 0.60; 512 of 768: 6.7 / 7.7; 1024 of
-# 64: 2.5 / 5.0, of 768: 24 / 30; 12 exits of 182 rows of 64: 1.3 / 6.2. With one thread 512 rows of
-# 768 were about equal: 12.3 / 11.8.
+# faster than tiles in every case measured (forward + backward, two threads of an AVX2 EPYC), by 1.1
+# to 5 times; with one thread 512 rows of width 768 were about equal.
 MAX_ROWS = 1024
 # Number of multiply-adds from which several threads are faster than one.
 WORTH_THREADS = 4_000_000

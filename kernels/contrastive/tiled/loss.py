@@ -377,10 +377,7 @@ def fake_forward(
     y = batch.embeddings.new_empty(
         *leading, num_rows, batch.embeddings.shape[-1], dtype=batch_dtype(batch)
     )
-    loss = y.new_empty(
-        (*leading, num_rows) if batch.reduction == "none" else leading,
-        dtype=batch.accumulate_dtype,
-    )
+    loss = y.new_empty(batch.loss_shape, dtype=batch.accumulate_dtype)
     if not (trains_samples or trains_labels):
         return loss, []
     at_once = fits_one_tile(y) and batch.reduction != "none"

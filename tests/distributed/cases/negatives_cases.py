@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from contrastive_cases import (
-    LABELS,
-    Inputs,
-    make_inputs,
-    run,
-)
+from contrastive_cases import LABELS, Inputs, make_inputs, run
 from torch import Tensor, distributed
 
 GROUPS: dict[int, Any] = {}

@@ -7,7 +7,12 @@ import torch
 from contrastive_cases import (
     DENOMINATORS,
     DEVICE,
+    DTYPES,
+    KINDS,
+    LABELS,
     REDUCTIONS,
+    check_error,
+    combine,
     make_inputs,
     operator_arguments,
     run,
@@ -22,13 +27,51 @@ from torch import Tensor
 # NumPy, in the interpreter, warns of NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
-NAMES = ("reference", "tiled", "tiles of 4 rows", "small", "fused")
 MODULES = {
+    # The compiled loop, except for reduction "none".
     "tiled": tiled,
     "tiles of 4 rows": tiled,
+    "tiles on a GPU": tiled,
     "small": small_batches,
     "fused": large_batches,
 }
+NAMES = ("reference", *MODULES)
+# Numbers of samples around the blocks of each implementation, widths and temperatures.
+GRIDS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "tiled": (
+        (0, 1, 5, 6, 7, 12, 15, 16, 17, 31, 33, 96), (8, 15, 16, 17, 64), (5, 0.5, 0.05, 0.015),
+    ),
+    "tiles of 4 rows": ((0, 1, 2, 4, 5, 8, 9, 40), (6, 32), (0.5, 0.05)),
+    "tiles on a GPU": ((1, 2, 48, 49, 61), (7, 20), (0.5, 0.05)),
+    "small": ((0, 1, 2, 3, 17, 33, 64), (2, 3, 16, 33, 64, 70), (0.5, 0.05, 0.023)),
+    # Wide rows come in chunks, and several programs compute a row of the gradient.
+    "fused": ((0, 1, 15, 32, 33), (6, 33, 70, 130, 300), (0.5, 0.05, 0.023)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", GRIDS)
+def test_error_is_that_of_eager_pytorch(
+    monkeypatch: pytest.MonkeyPatch, poison: None, name: str, reduction: str
+) -> None:
+    """Any two values of size, width, temperature, dtype, labels, exits, inputs and denominator."""
+    impl = use_implementation(monkeypatch, name)
+    for num_samples, width, temperature, dtype, layout, exits, kind, denominator in combine(
+        *GRIDS[name], DTYPES, tuple(LABELS), (None, 1, 3), KINDS, DENOMINATORS
+    ):
+        inputs = make_inputs(
+            num_samples, width=width, exits=exits, dtype=dtype, device=DEVICE, **kind
+        )
+        labels = LABELS[layout](num_samples, kind["num_labels"] or 3).to(DEVICE)
+        inputs["embeddings"][..., 2:3, :] = 0
+        inputs["embeddings"][..., labels == -100, :] = torch.nan
+        options = {
+            "temperature": temperature, "denominator": denominator, "reduction": reduction,
+        }  # fmt: skip
+        loss, *_ = run(inputs, labels, None, impl="reference", **options)
+        in_float32 = name in ("tiled", "tiles of 4 rows")
+        upstream = torch.randn_like(loss)
+        check_error(inputs, labels, upstream, impl=impl, eager_in_float32=in_float32, **options)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

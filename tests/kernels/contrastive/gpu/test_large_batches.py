@@ -9,11 +9,10 @@ import torch
 from contrastive_cases import (
     DENOMINATORS,
     DEVICE,
+    DTYPES,
     LABELS,
     REDUCTIONS,
-    Inputs,
     check_error,
-    loss_function,
     make_inputs,
     run,
     use_implementation,
@@ -22,14 +21,6 @@ from fusedacl.kernels.contrastive import dispatch
 from fusedacl.kernels.contrastive.batch import Batch
 from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
 from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
-from torch import Tensor
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
-    **LABELS,
-    "all singletons": lambda num, num_labels: torch.arange(num),
-}
-
 
 # NumPy, in the interpreter, warns of the NaN and infinity that some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -38,47 +29,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning
 @pytest.fixture(autouse=True)
 def fused_with_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     use_implementation(monkeypatch, "fused")
-
-
-def upstream_for(inputs: Inputs, labels: Tensor, **options: Any) -> Tensor:
-    loss = loss_function(inputs)(labels=labels, **inputs, impl="reference", **options)
-    return torch.randn(loss.shape, device=loss.device)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_error_is_that_of_eager_pytorch(poison: None, denominator: str, reduction: str) -> None:
-    """Every label layout; shapes, dtypes, exits, label embeddings and teachers alternate."""
-    options = {"denominator": denominator, "reduction": reduction}
-    shapes: list[dict[str, Any]] = [
-        {"num_samples": 40, "width": 1},
-        {"num_samples": 33, "num_labels": 5, "width": 6},
-        {"num_samples": 17, "num_labels": 3, "width": 33, "teacher": True, "exits": 3},
-        {"num_samples": 5, "num_labels": 50, "width": 70, "exits": 1},
-        {"num_samples": 31, "width": 16, "exits": 3},
-        {"num_samples": 20, "num_labels": 4, "width": 17, "teacher": True},
-    ]
-    dtypes = itertools.cycle(DTYPES)
-    for shape, (layout, make_labels) in zip(shapes, LAYOUTS.items(), strict=True):
-        num_labels = shape.get("num_labels")
-        if layout == "all singletons" and num_labels is not None:
-            make_labels = LAYOUTS["random"]
-        inputs = make_inputs(**shape, dtype=next(dtypes), device=DEVICE)
-        labels = make_labels(shape["num_samples"], num_labels or 3).to(DEVICE)
-        inputs["embeddings"][..., 2, :] = 0
-        inputs["embeddings"][..., labels == -100, :] = torch.nan
-        check_error(inputs, labels, upstream_for(inputs, labels, **options), **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [130, 300])
-def test_wide_rows_come_in_chunks(poison: None, dtype: torch.dtype, width: int) -> None:
-    """Similarities are summed over chunks; several programs compute a row of the gradient."""
-    inputs = make_inputs(30, 4, width=width, dtype=dtype, device=DEVICE)
-    labels = LABELS["random"](30, 4).to(DEVICE)
-    for denominator, reduction in (("all", "none"), ("others", "mean")):
-        options = {"denominator": denominator, "reduction": reduction}
-        check_error(inputs, labels, upstream_for(inputs, labels, **options), **options)
 
 
 @pytest.mark.parametrize(
@@ -105,26 +55,6 @@ def test_measured_tiles_go_before_shipped_ones(monkeypatch: pytest.MonkeyPatch) 
     assert large_batches.tiles(z) == Blocks(shipped.forward, measured)
 
 
-@pytest.mark.parametrize("num_samples", [0, 1, 15, 32, 33])
-def test_every_edge_of_a_tile(poison: None, num_samples: int) -> None:
-    labels = (torch.arange(num_samples) % 3).to(DEVICE)
-    for num_labels, denominator in itertools.product((None, 3), DENOMINATORS):
-        inputs = make_inputs(num_samples, num_labels, dtype=torch.float32, device=DEVICE)
-        check_error(inputs, labels, denominator=denominator, reduction="none")
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.023])
-def test_temperatures(temperature: float, dtype: torch.dtype) -> None:
-    inputs = make_inputs(40, 5, width=32, dtype=dtype, device=DEVICE)
-    labels = LABELS["random"](40, 5).to(DEVICE)
-    for denominator, reduction in (("all", "mean"), ("others", "none"), ("negatives", "sum")):
-        options = {
-            "temperature": temperature, "denominator": denominator, "reduction": reduction,
-        }  # fmt: skip
-        check_error(inputs, labels, upstream_for(inputs, labels, **options), **options)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_smallest_exponentials_do_not_vanish(dtype: torch.dtype) -> None:
     """Two opposite rows at the lowest temperature: exp(-2 / 0.023) = 1.7e-38, and loss 0."""
@@ -143,7 +73,7 @@ def test_a_loss_scale_does_not_overflow() -> None:
     inputs = make_inputs(40, 5, width=32, dtype=torch.float16, device=DEVICE)
     labels = LABELS["random"](40, 5).to(DEVICE)
     for reduction in ("mean", "none"):
-        upstream = torch.ones_like(upstream_for(inputs, labels, reduction=reduction))
+        upstream = torch.ones((45,) if reduction == "none" else (), device=DEVICE)
         options = {"impl": "triton", "reduction": reduction}
         for factor in (2.0**16, 2.0**-3):
             plain = run(inputs, labels, upstream, **options)

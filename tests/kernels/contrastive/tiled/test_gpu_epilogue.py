@@ -2,54 +2,13 @@
 
 import pytest
 import torch
-from contrastive_cases import (
-    DENOMINATORS,
-    DEVICE,
-    LABELS,
-    REDUCTIONS,
-    check_error,
-    combine,
-    make_inputs,
-    run,
-)
-from fusedacl.kernels.contrastive.tiled import cpu_loop
+from contrastive_cases import DEVICE, REDUCTIONS, check_error, make_inputs, run, use_implementation
 from fusedacl.kernels.contrastive.tiled import loss as tiled
-
-KINDS = ({"num_labels": None}, {"num_labels": 5}, {"num_labels": 3, "teacher": True, "exits": 2})
 
 
 @pytest.fixture(autouse=True)
 def small_gpu_tiles(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
-    """Use several tiles, also incomplete ones, each of several blocks."""
-    monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
-    monkeypatch.setattr(tiled, "TILE", 48)
-    monkeypatch.setattr(tiled, "GPU_TILE", 48)
-    monkeypatch.setattr(tiled, "ONE_TILE", 0)
-    monkeypatch.setattr(tiled, "FEW_ROWS", 0)
-    monkeypatch.setattr(tiled, "has_epilogue", lambda tensor: tensor.dtype != torch.float64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_error_is_that_of_eager_pytorch(dtype: torch.dtype) -> None:
-    for kind, denominator, reduction, temperature in combine(
-        KINDS, DENOMINATORS, REDUCTIONS, (0.5, 0.05)
-    ):
-        inputs = make_inputs(61, width=20, dtype=dtype, device=DEVICE, **kind)
-        labels = torch.randint(kind["num_labels"] or 4, (61,), device=DEVICE)
-        check_error(
-            inputs, labels, impl="tiled",
-            denominator=denominator, reduction=reduction, temperature=temperature,
-        )  # fmt: skip
-
-
-@pytest.mark.parametrize("layout", LABELS)
-def test_label_layouts(layout: str) -> None:
-    for dtype, num_samples, denominator in combine(
-        (torch.float16, torch.float32), (1, 2, 49), DENOMINATORS
-    ):
-        inputs = make_inputs(num_samples, 4, width=7, dtype=dtype, device=DEVICE)
-        labels = LABELS[layout](num_samples, 4).to(DEVICE)
-        check_error(inputs, labels, impl="tiled", denominator=denominator)
+    use_implementation(monkeypatch, "tiles on a GPU")
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -110,11 +69,3 @@ def test_a_row_close_to_all_others() -> None:
     samples = (hub + 0.01 * torch.randn(100, 16)).half()
     labels = torch.arange(100, device=DEVICE) % 50
     check_error({"embeddings": samples.to(DEVICE)}, labels, impl="tiled", temperature=0.05)
-
-
-def test_nan_is_not_hidden() -> None:
-    inputs = make_inputs(60, dtype=torch.float32, device=DEVICE)
-    inputs["embeddings"][4, 2] = torch.nan
-    loss, gradient = run(inputs, torch.arange(60, device=DEVICE) % 3, None, impl="tiled")
-    assert loss.isnan()
-    assert gradient.isnan().any()
