@@ -2,9 +2,8 @@
 
     python -m fusedacl.kernels.tuning --help
 
-The command tries tiles near the shipped ones on this GPU and stores the fastest tile of each
-kernel, dtype and width, which `tiles.tuned` looks up. A training step never searches; without the
-file it uses the shipped tiles.
+Stores the fastest tile of each kernel, dtype and width, which `tiles.tuned` looks up. A training
+step never searches; without the file it uses the shipped tiles.
 """
 
 from __future__ import annotations
@@ -43,8 +42,7 @@ NUM_ROWS = 16384
 TEMPERATURE = 0.5
 # A tile replaces another one if it saves this fraction of the time; less is noise.
 WORTHWHILE = 0.02
-# A result may differ from the shipped tile's by this fraction of the largest value, because of
-# other orders of the sums and float16 weights of the pairs.
+# Of the largest value: sums in another order, and float16 weights of the pairs.
 TOLERANCE = 1e-3
 
 
@@ -81,9 +79,9 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
 
 
 def search(kernel: Kernel, width: int, timer: Timer) -> tuple[Tile, dict[Tile, float]]:
-    """Return the fastest tile, and the milliseconds of all tiles that were tried.
+    """Go from the shipped tile to its fastest neighbour, as long as that saves time.
 
-    Goes from the shipped tile to its fastest neighbour, as long as that saves time.
+    Returns the fastest tile, and the milliseconds of all tiles that were tried.
     """
     expected = kernel.launch(kernel.shipped)
     times = {kernel.shipped: timer(lambda: kernel.launch(kernel.shipped))}

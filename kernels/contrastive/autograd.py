@@ -28,6 +28,7 @@ BACKWARD_SCHEMA = (
 
 Forward = Callable[..., tuple[Tensor, list[Tensor]]]
 Backward = Callable[[Tensor, list[Tensor], BatchShape], list[Tensor]]
+BothPasses = tuple[Forward, Backward]
 
 
 @dataclass(eq=False)
@@ -38,9 +39,8 @@ class Passes:
     forward: (batch, trains_samples, trains_labels) -> the loss, and tensors to save.
     backward: (gradient of the loss, saved tensors, shape) -> gradients of the samples and, if they
         are trained, of the label embeddings.
-    joint: whether `backward` returns one tensor [.., n, d] for both instead, which begins with the
-        rows of the samples and ends with those of the label embeddings; rows that are not trained
-        may be missing.
+    joint: whether `backward` returns one tensor [.., n, d] for both instead; rows that are not
+        trained may be missing at either end.
     inputs_to_save: returns the tensors of the batch that `backward` needs as well.
     """
 
@@ -94,22 +94,15 @@ class EagerLoss(torch.autograd.Function):
 class Implementation(Passes):
     """Passes that torch.compile sees as operators fusedacl::<name> and fusedacl::<name>_backward.
 
-    Args:
-        name: name of the operator.
-        impl: name of the implementation in error messages.
-        fake_forward, fake_backward: return empty tensors of the shapes of the passes' results.
+    impl: name of the implementation in error messages.
+    fakes: like the passes, but return empty tensors of the shapes of their results.
     """
 
     def __init__(
-        self,
-        name: str,
-        impl: str,
-        forward: Forward,
-        backward: Backward,
-        fake_forward: Forward,
-        fake_backward: Backward,
-        **options: Any,
+        self, name: str, impl: str, passes: BothPasses, fakes: BothPasses, **options: Any
     ) -> None:
+        forward, backward = passes
+        fake_forward, fake_backward = fakes
         refusal = (
             f"impl={impl!r} has no second derivative (impl='reference' can be differentiated twice)"
         )

@@ -16,13 +16,10 @@ ZERO_NORM = 1e-12
 
 
 class Batch(NamedTuple):
-    """Arguments of a contrastive loss, already checked; options as in `losses.supcon_loss`.
+    """Arguments of a contrastive loss, already checked; shapes and options as in `losses`.
 
-    embeddings: [N, d], or [E, N, d] for E exits.
-    labels: [N].
-    label_embeddings: [K, d] or [E, K, d]; None without label embeddings.
-    teacher_embeddings, teacher_label_embeddings: [N, d] and [K, d], shared by the exits and without
-        gradient; None without a teacher.
+    Label embeddings and teacher rows are None where the loss has none. Teacher rows are shared by
+    the exits and have no gradient.
     """
 
     embeddings: Tensor
@@ -103,11 +100,7 @@ class Batch(NamedTuple):
 
 
 class BatchShape(NamedTuple):
-    """Sizes, options and dtypes of a batch: what a backward pass needs beside saved tensors.
-
-    num_labels, label_dtype: None without label embeddings.
-    trains_samples, trains_labels: which inputs need a gradient.
-    """
+    """Sizes, options and dtypes of a batch, and which inputs need a gradient."""
 
     num_samples: int
     num_labels: int | None
@@ -146,10 +139,8 @@ def compute_classes(
 
     There are C classes; an ignored row has the id C. With `num_labels` = K label embeddings, C = K:
     a sample's id is its label, and label embedding k has the id k. Without label embeddings (None)
-    labels [N] are any integers, C = N, and equal labels share an id.
-
-    Raises:
-        ValueError: a label is outside [0, K). Checked on the CPU only: elsewhere it would wait.
+    labels [N] are any integers, C = N, and equal labels share an id. On the CPU, where it need not
+    wait, ValueError names a label outside [0, K).
     """
     labels = labels.long()
     may_ignore = True

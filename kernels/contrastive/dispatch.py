@@ -24,11 +24,7 @@ SMALL_ROWS = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """Properties of a batch that the choice depends on.
-
-    num_rows: rows M on this process; with num_ranks > 1 other processes hold more rows.
-    width: d.
-    """
+    """Properties of a batch that the choice depends on; num_rows: on this process alone."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -44,10 +40,8 @@ def choose(impl: str, workload: Workload) -> str:
     On a GPU "auto" is "supcon_small" (one launch) for a small batch, else "supcon_fused" where
     Triton can use the matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run: it
     was faster than "reference" at every size measured, by 1.1 to 15 times without its compiled loop
-    (float32, forward and backward, 34 to 4096 rows, one thread of an AVX-512 Xeon).
-
-    Raises:
-        ValueError: `impl` cannot run, with the reason.
+    (float32, forward and backward, 34 to 4096 rows, one thread of an AVX-512 Xeon). ValueError says
+    why another `impl` cannot run.
     """
     chosen, refused = decide(impl, workload)
     if not torch.compiler.is_compiling():
@@ -78,10 +72,7 @@ def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
 
 
 def triton_file(workload: Workload) -> str:
-    """Return the Triton implementation for this number of rows.
-
-    With several ranks it is supcon_fused: one launch cannot wait for other ranks' rows.
-    """
+    """Return the Triton implementation; one launch cannot wait for other ranks' rows."""
     small = workload.num_rows <= SMALL_ROWS and workload.num_ranks == 1
     return "supcon_small" if small else "supcon_fused"
 

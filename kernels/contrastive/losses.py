@@ -78,8 +78,7 @@ def supcon_loss(
         All ranks of the group must call, in the same order. Different arguments raise on all ranks.
         A loss takes three all-gathers: a short one to agree, the embeddings, and one number per
         row. For "none" the last one is part of the backward pass, where a rank that does not call
-        backward makes the others wait until the group's timeout. For "mean" and "sum" the backward
-        pass has no communication.
+        backward makes the others wait until the group's timeout; others send nothing there.
     """
     tensors = {"embeddings": embeddings}
     return _contrastive_loss(
@@ -210,16 +209,12 @@ def _contrastive_loss(
 
 def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) -> dispatch.Workload:
     embeddings = tensors["embeddings"]
-    dtypes = [tensor.dtype for tensor in tensors.values()]
-    return dispatch.Workload(
-        device=embeddings.device,
-        # Under autocast they may differ: a float64 weight asks for float64 arithmetic.
-        dtype=torch.float64 if torch.float64 in dtypes else embeddings.dtype,
-        temperature=temperature,
-        num_rows=sum(tensor.shape[-2] for tensor in tensors.values()),
-        width=embeddings.shape[-1],
-        num_ranks=num_ranks,
-    )
+    # Under autocast the dtypes may differ: a float64 weight asks for float64 arithmetic.
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    dtype = torch.float64 if is_double else embeddings.dtype
+    num_rows = sum(tensor.shape[-2] for tensor in tensors.values())
+    width = embeddings.shape[-1]
+    return dispatch.Workload(embeddings.device, dtype, temperature, num_rows, width, num_ranks)
 
 
 def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:

@@ -8,6 +8,7 @@ Source: arXiv 2602.03563, equations 2 and 4 (ACL-Grad).
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -41,12 +42,7 @@ def grad_dot_norm(
         TypeError, ValueError: the message names the entry and a remedy.
     """
     device, num_groups = _check_lists(a, b, groups)
-    name = choose(impl, device, a, b)
-    if name == "triton":
-        from . import gpu
-
-        return gpu.grad_dot_norm(a, b, groups, num_groups)
-    module = cpu if name == "tiled" else reference
+    module = _module(choose(impl, device, a, b))
     return module.grad_dot_norm(a, b, groups, num_groups)
 
 
@@ -117,12 +113,10 @@ def gated_combine_(
         raise ValueError(f"max_norm is {max_norm}: it must be > 0, or None for no clipping")
     gate = Gate(weight, max_angle, scale, max_norm, clip_groups)
     name = choose(impl, device, a, b)
+    module = _module(name)
     if name == "triton":
-        from . import gpu
-
-        return gpu.gated_combine_(a, b, stats, gate, groups, num_groups)
+        return module.gated_combine_(a, b, stats, gate, groups, num_groups)
     used, factor = _decide(stats, gate)
-    module = cpu if name == "tiled" else reference
     with torch.no_grad():
         module.gated_combine_(a, b, used, factor, groups)
     return used.float()
@@ -201,13 +195,17 @@ def choose(impl: str, device: torch.device, a: Gradients = (), b: Gradients = ()
     return impl
 
 
-def _triton_obstacle(device: torch.device, a: Gradients, b: Gradients) -> str | None:
-    reason = triton_obstacle(device)
-    if reason is None:
+def _module(name: str) -> ModuleType:
+    if name == "triton":
         from . import gpu
 
-        reason = gpu.obstacle(a, b)
-    return reason
+        return gpu
+    return cpu if name == "tiled" else reference
+
+
+def _triton_obstacle(device: torch.device, a: Gradients, b: Gradients) -> str | None:
+    reason = triton_obstacle(device)
+    return _module("triton").obstacle(a, b) if reason is None else reason
 
 
 def explain(device: torch.device) -> str:

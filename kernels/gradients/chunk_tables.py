@@ -116,10 +116,7 @@ class Layout:
         self.spares: list[Tensor] = []
 
     def upload(self, table: Tensor, staging: Tensor | None = None) -> Tensor:
-        """Return the table on the device, without waiting for the copy.
-
-        PyTorch does not reuse pinned memory while a copy from it is running.
-        """
+        """Return the table on the device, without waiting for the copy from pinned memory."""
         if self.device.type != "cuda":
             return table
         if staging is None:
@@ -132,8 +129,8 @@ class Layout:
         if table is None:
             on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             if capturing:
-                # Before torch 2.8 no memory can be pinned during a capture. The copy becomes part
-                # of the graph, so its source is kept, and the table is empty until a replay.
+                # Before torch 2.8 no memory can be pinned then. The copy becomes part of the graph,
+                # so its source is kept, and the table is empty until a replay.
                 staging = self.spares.pop() if self.spares else on_host.pin_memory()
                 table = self.upload(on_host, staging)
                 for_graphs.append(staging)
@@ -166,8 +163,7 @@ def find_tables(
 ) -> tuple[Layout, Tensor]:
     """Return the layout and the address table of these lists for the current stream.
 
-    Raises:
-        RuntimeError: a CUDA graph is being captured and such lists are new.
+    RuntimeError: a CUDA graph is being captured and such lists are new.
     """
     capturing, stream = False, 0
     if device.type == "cuda":

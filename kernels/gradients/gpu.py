@@ -7,13 +7,11 @@
     |g|^2   = sum_g (1 - l'_g)^2 |a|^2 + 2 l'_g (1 - l'_g) a . b + l'_g^2 |b|^2
                                                                   or of each group alone
 
-The lists are divided into chunks of CHUNK elements, one per program. Programs find their chunk in
-tables in device memory: one for shapes, dtypes and groups, made once, and one for the addresses,
-made again when they change.
+The lists are divided into chunks of CHUNK elements, one per program, which finds it in tables in
+device memory: one for shapes, dtypes and groups, made once, and one for the addresses.
 
-A lane adds CHUNK / BLOCK products in float32 and a tree adds the BLOCK lanes, with at most 26
-roundings. The chunks of a group are added in float64, so that 10^9 elements lose no more than
-16384. The order of all sums depends only on sizes and groups: the same values give the same bits.
+A lane adds CHUNK / BLOCK products in float32, a tree the lanes, and float64 sums the chunks of a
+group. The order of all sums depends only on sizes and groups: the same values give the same bits.
 """
 
 from __future__ import annotations
@@ -34,8 +32,7 @@ from . import chunk_tables
 from .chunk_tables import ABSENT, BFLOAT16, DTYPES, FLOAT32, NUM_CODES, find_tables, read_lists
 from .reference import Gate, Gradients, device_of
 
-# Elements that a program loads at a time: 8 per thread are one 128-bit load of float16, or two of
-# float32.
+# Loaded at a time: 8 elements per thread are one 128-bit load of float16, two of float32.
 BLOCK = 1024
 NUM_WARPS = 4
 # Groups that a program decides at a time, one per thread.
@@ -308,7 +305,6 @@ def grad_dot_norm(
     """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
     lists = read_lists(a, b)
     stats = torch.empty(num_groups, 3, dtype=torch.float32, device=device_of(a, b))
-    # Triton launches on the current device, which need not be that of the tensors.
     with torch.cuda.device_of(stats):
         layout, addresses = find_tables(lists, groups, num_groups, stats.device)
         num_chunks = layout.num_chunks

@@ -142,9 +142,9 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
         chosen = {key for key in written if key[0] in files and key[2] in arguments.capability}
         differing |= known ^ chosen
         if differing:
+            first = ", ".join(map(str, min(differing)))
             failures.append(
-                f"{len(differing)} cells of {arguments.check} differ, such as "
-                f"{', '.join(map(str, min(differing)))}: run "
+                f"{len(differing)} cells of {arguments.check} differ, such as {first}: run "
                 f"python -m fusedacl.kernels.targets --write {arguments.check}"
             )
     elif not arguments.quiet:

@@ -56,11 +56,7 @@ Outcome = Resources | str
 
 
 def compile_variant(task: Task) -> tuple[bytes, str, int]:
-    """Return the binary, the PTX, and the dynamic shared memory in bytes.
-
-    Triton keeps compilations on the disk by source, options, versions and GPU, and compiles only
-    what is new.
-    """
+    """Return the binary, the PTX, and the dynamic shared memory in bytes; Triton keeps them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -169,10 +165,9 @@ def list_tasks(files: Mapping[str, ModuleType], capabilities: Sequence[int]) -> 
 
 
 def choose_pairs(tasks: Sequence[Task]) -> list[Task]:
-    """Choose tasks in which every two properties that meet in some task of a file meet as well.
+    """Choose tasks, greedily, in which any two properties that meet in a task of a file meet too.
 
-    Properties are the kernel, each constant, type and alignment, and the GPU: about a fifth of all
-    tasks, found greedily.
+    Properties are the kernel, each constant, type and alignment, and the GPU.
     """
     pairs_of = []
     for task in tasks:
@@ -229,18 +224,21 @@ def measure(tasks: Sequence[Task], num_jobs: int) -> list[Outcome]:
                     worker.process.join()
                     if not worker.share:
                         continue
-                    outcome = explain_death(worker)
+                    code = worker.process.exitcode or 0
+                    how = signal.Signals(-code).name if code < 0 else f"status {code}"
+                    outcome = summarize(f"{how} ended the compiler's process", worker.log)
                     if len(worker.share) > 1:
                         rest = deque(list(worker.share)[1:])
                         workers |= [start_worker(tasks, rest, worker.log)]
                 outcomes[worker.share.popleft()] = outcome
-                show_progress(len(outcomes), len(tasks))
+                if sys.stderr.isatty():
+                    end = "\n" if len(outcomes) == len(tasks) else ""
+                    print(f"\rcompiled {len(outcomes)} of {len(tasks)}", end=end, file=sys.stderr)
     return [outcomes[index] for index in range(len(tasks))]
 
 
 def start_worker(tasks: Sequence[Task], share: deque[int], log: Path) -> tuple[Connection, Worker]:
-    # A forked process has imported the kernels already. Nothing has been compiled in this process,
-    # so there are no threads that a fork would lose.
+    # A forked process has the kernels. This one has compiled nothing, so a fork loses no threads.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     work = [tasks[index] for index in share]
@@ -268,12 +266,6 @@ def measure_share(tasks: Sequence[Task], sender: Connection, log: Path) -> None:
             sender.send(outcome)
 
 
-def explain_death(worker: Worker) -> str:
-    code = worker.process.exitcode or 0
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-    return summarize(f"the compiler ended its process {how}", worker.log)
-
-
 def summarize(message: str, log: Path) -> str:
     """Return the lines that name an error: a message or a log may be pages of code."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
@@ -284,9 +276,3 @@ def summarize(message: str, log: Path) -> str:
         line.strip() for line in printed if re.search("error:|fatal|assertion", line, re.IGNORECASE)
     ][:2]
     return "; ".join(line[:200] for line in chosen)
-
-
-def show_progress(num_done: int, num_tasks: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if num_done == num_tasks else ""
-        print(f"\rcompiled {num_done} of {num_tasks}", end=end, file=sys.stderr, flush=True)

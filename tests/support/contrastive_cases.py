@@ -79,26 +79,22 @@ def use_implementation(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
         on_gpu = name == "tiles on a GPU"
         set_tile(monkeypatch, 48 if on_gpu else 4, with_epilogue=on_gpu)
         return "tiled"
-    if name not in ("small", "fused"):
+    if not name.startswith(("small", "fused")):
         return name
     monkeypatch.setattr(dispatch, "SMALL_ROWS", 256 if name == "small" else 0)
     if name == "fused":
-        use_small_gpu_tiles(monkeypatch)
+        from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
+        from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
+
+        def small_tiles(capability: int, dtype: torch.dtype, width: int) -> Blocks:
+            chunk, output = min(width, 64), min(width, 128)
+            return Blocks(Tile(32, 16, chunk, 0, 4, 2), Tile(16, 32, chunk, output, 4, 2))
+
+        # Small batches have several tiles; the interpreter also computes the padded rows.
+        monkeypatch.setattr(large_batches, "shipped", small_tiles)
+        for module in (pair_sums, row_steps):
+            monkeypatch.setattr(module, "PADDED_ROWS", 32)
     return "triton"
-
-
-def use_small_gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make small batches have several tiles; the interpreter also computes the padded rows."""
-    from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
-    from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
-
-    def small_tiles(capability: int, dtype: torch.dtype, width: int) -> Blocks:
-        chunk, output = min(width, 64), min(width, 128)
-        return Blocks(Tile(32, 16, chunk, 0, 4, 2), Tile(16, 32, chunk, output, 4, 2))
-
-    monkeypatch.setattr(large_batches, "shipped", small_tiles)
-    for module in (pair_sums, row_steps):
-        monkeypatch.setattr(module, "PADDED_ROWS", 32)
 
 
 def make_inputs(
@@ -128,15 +124,6 @@ def loss_function(inputs: Inputs) -> Callable[..., Tensor]:
     return acl_loss if "label_embeddings" in inputs else supcon_loss
 
 
-def operator_arguments(reduction: str, device: str = "cpu") -> tuple[Any, ...]:
-    """Make arguments of an operator with exits, a teacher and an ignored label."""
-    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32, device=device)
-    samples, label_embeddings, *teachers = inputs.values()
-    labels = torch.tensor([0, 1, -100, 0, 2], device=device)
-    trained = samples.requires_grad_(), label_embeddings.requires_grad_()
-    return (trained[0], labels, trained[1], *teachers, 0.5, "all", reduction, -100, True, True)
-
-
 def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any) -> list[Tensor]:
     """Return loss and gradients of the trained inputs for an upstream gradient (None: ones)."""
     copies = {
@@ -151,15 +138,6 @@ def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any)
     return [loss.detach(), *torch.autograd.grad(loss, trained, upstream)]
 
 
-def run_eager(
-    inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any
-) -> list[Tensor]:
-    """Compute the dense formula with every tensor, also [M, M], in the dtype of the inputs."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(reference, "accumulate_dtype", lambda *dtypes: dtypes[0])
-        return run(inputs, labels, upstream, impl="reference", **options)
-
-
 def check_error(
     inputs: Inputs,
     labels: Tensor,
@@ -172,11 +150,10 @@ def check_error(
     """Compare loss and gradients of `impl` with float64: at most twice eager PyTorch's error.
 
     Eager PyTorch computes in the dtype of the inputs or, if asked for, in float32. The largest
-    error of each output counts, so no single wrong row is averaged away. Where eager
-    PyTorch happens to be exact, a floor allows half a unit in the last place of the inputs' dtype
-    (eager's own rounding of its result), and 8 units of the output's dtype for sums in another
-    order. A loss is a difference of terms of up to 1 / temperature that may cancel: its units are
-    those of its terms.
+    error of each output counts: no wrong row is averaged away. Where eager PyTorch happens to be
+    exact, a floor allows half a unit in the last place of the inputs' dtype (eager's own rounding),
+    and 8 units of the output's dtype for sums in another order. A loss is a difference of terms of
+    up to 1 / temperature that may cancel: its units are those of its terms.
     """
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
     exact = run(doubles, labels, upstream, impl="reference", **options)
@@ -184,13 +161,19 @@ def check_error(
         eager = run(inputs, labels, upstream, impl="reference", **options)
         input_rounding = torch.finfo(torch.float32).eps
     else:
-        eager = run_eager(inputs, labels, upstream, **options)
+        # Every tensor, also [M, M], has the dtype of the inputs.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "accumulate_dtype", lambda *dtypes: dtypes[0])
+            eager = run(inputs, labels, upstream, impl="reference", **options)
         input_rounding = torch.finfo(inputs["embeddings"].dtype).eps
     found = run(inputs, labels, upstream, impl=impl, **options)
     num_terms = 1
     if options.get("reduction") == "sum":
         num_terms = sum(tensor.shape[-2] for tensor in inputs.values())
     term = num_terms / options.get("temperature", 0.5)
+    of_inputs = [tensor.dtype for name, tensor in inputs.items() if "teacher" not in name]
+    of_loss = torch.float64 if torch.float64 in of_inputs else torch.float32
+    assert [tensor.dtype for tensor in found] == [of_loss, *of_inputs]
     for index, (wanted, same_dtype, got) in enumerate(zip(exact, eager, found, strict=True)):
         assert got.shape == wanted.shape
         if wanted.numel() == 0:

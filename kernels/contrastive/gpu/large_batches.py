@@ -167,7 +167,7 @@ def fake_backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape)
 
 
 implementation = Implementation(
-    "supcon_fused", "triton", forward, backward, fake_forward, fake_backward
+    "supcon_fused", "triton", (forward, backward), (fake_forward, fake_backward)
 )
 
 

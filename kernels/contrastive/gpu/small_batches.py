@@ -13,15 +13,12 @@ count), with p_ij = 1 where j is a positive of i, else 0:
     dx_i = r_i (sum_j W_ij r_j x_j - r_i x_i sum_j W_ij c_ij)
 
 sum_j W_ij c_ij is known before the last line, so dx is computed chunk by chunk along d. The
-diagonal of W would add a multiple of x_i, which the projection removes: it is left out. The shift
-1 / temperature replaces a running maximum, for no c_ij is above 1.
+diagonal of W would add a multiple of x_i, which the projection removes: it is left out.
 
-A program computes the gradient of one block of rows of one exit, and r and D of all M rows:
-2 M^2 d + 4 M^2 d / B operations on each of B multiprocessors, which a small batch leaves idle,
-instead of 6 M^2 d on one, and no program waits for another. It first copies the rows from their
-tensors, in any dtypes and strides, into scratch memory of its own, M d float32: the loops over
-pairs then read whole aligned tiles of one tensor. With the addresses of four tensors in those loops
-every tile size spilled registers.
+A program computes the gradient of one block of rows of one exit, and r and D of all M rows, on one
+of the multiprocessors that a small batch leaves idle: no program waits for another. It first copies
+the rows from their tensors, in any dtypes and strides, into scratch memory of its own, M d float32:
+with the addresses of four tensors in the loops over pairs every tile size spilled registers.
 
 Launches: one for the loss and the gradient for upstream 1, one to multiply it by upstream; for
 "none" one for the loss and one for the gradient. Where samples and label embeddings differ in
@@ -328,8 +325,7 @@ def launch(
     size = num_exits * num_blocks * scratch_size(num_rows, width, constants["CHUNK"])
     scratch = samples.new_empty(size, dtype=torch.float32)
     upstream_strides = (0, 0) if upstream is None else upstream.stride()
-    # Triton launches on the current device, which need not be that of the tensors. An absent tensor
-    # is never read, but needs an address.
+    # An absent tensor is never read, but needs an address.
     with torch.cuda.device_of(samples):
         supcon_small_kernel[(num_exits, num_blocks)](
             scratch if losses is None else losses,
@@ -392,14 +388,13 @@ def allocate_gradient(
     return [loss_gradient.new_empty((*leading, last - first, shape.width), dtype=dtype)]
 
 
-def inputs_to_save(batch: Batch) -> list[Tensor]:
-    """Return the inputs for "none", whose gradient is computed in the backward pass."""
-    return [batch.labels, *batch.parts] if batch.reduction == "none" else []
-
-
 implementation = Implementation(
-    "supcon_small", "triton", forward, backward, allocate, allocate_gradient,
-    joint=True, inputs_to_save=inputs_to_save,
+    "supcon_small", "triton", (forward, backward), (allocate, allocate_gradient),
+    joint=True,
+    # The gradient for "none" is computed in the backward pass.
+    inputs_to_save=lambda batch: (
+        [batch.labels, *batch.parts] if batch.reduction == "none" else []
+    ),
 )  # fmt: skip
 
 
@@ -418,9 +413,8 @@ def obstacle(
 def variants(capability: int) -> list[Variant]:
     """List the shipped compilations: loss and gradient per dtype, the gradient alone for "none".
 
-    Label embeddings, teacher and the "negatives" mask include the code of all options. Numbers are
-    not specialized, so sizes and strides add no variant. bfloat16 differs from float16 only in
-    loads and stores, and "none" has both.
+    These options include the code of all others. Numbers are not specialized, so sizes and strides
+    add no variant. bfloat16 differs from float16 only in loads and stores, and "none" has both.
     """
     types = {
         **dict.fromkeys(("losses", "scratch", "upstream"), "*fp32"), "labels": "*i64",

@@ -43,8 +43,8 @@ class Tile:
 
     rows, columns: size of the tile of pairs that a program holds; they divide PADDED_ROWS.
     chunk: columns of z in one matrix product of similarities; divides the padded width.
-    output: columns of the gradient that a program holds (0 in the forward pass); divides the padded
-        width. Each additional chunk of the output computes the similarities once more.
+    output: columns of the gradient that a program holds (0 in the forward pass). Each additional
+        chunk of the output computes the similarities once more.
     """
 
     rows: int
@@ -68,9 +68,8 @@ def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
 
     Chosen by the compiled kernels' resources, not by timing, for which there is `tuning`: no
     spills; then as many rows as registers hold, because every block of rows reads all columns; then
-    as many warps per multiprocessor as possible, because some compute exponentials while others
-    multiply. Compute capabilities 8.6, 8.9 and 12.x have 99 KiB of shared memory per program, 8.0
-    has 163.
+    as many warps per multiprocessor as possible. Compute capabilities 8.6, 8.9 and 12.x have 99 KiB
+    of shared memory per program, 8.0 has 163.
     """
     little_memory = capability in (86, 89) or capability >= 120
     if dtype == torch.float32:

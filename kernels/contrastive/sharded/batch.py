@@ -4,9 +4,8 @@ The global batch has the samples of all ranks, in the order of the ranks, then t
 ONCE, then their teacher counterparts: the same rows as the batch of one process that holds all
 samples. A rank's own rows are its samples, all label embeddings and their teacher counterparts.
 
-A loss takes three collectives: `agree` (512 bytes per rank, which also detects ranks that pass
-different arguments), `gather_batch` (labels and embeddings) and `Spread.gather_rows` (one number
-per row).
+A loss takes three collectives: `agree`, `gather_batch` and `Spread.gather_rows` (one number per
+row).
 """
 
 from __future__ import annotations
@@ -59,10 +58,9 @@ class Spread:
 
     def own_rows(self, device: torch.device) -> Tensor:
         """Return the positions of the own rows [m] in the global batch."""
-        total, num_labels, own = sum(self.num_samples), self.num_labels, self.own_samples
-        positions = torch.arange(self.num_copies * (total + num_labels), device=device)
-        by_copy = positions.view(self.num_copies, total + num_labels)
-        return torch.cat([by_copy[:, own], by_copy[:, total:]], dim=1).flatten()
+        by_copy = torch.arange(self.num_rows, device=device).view(self.num_copies, -1)
+        labels = by_copy[:, sum(self.num_samples) :]
+        return torch.cat([by_copy[:, self.own_samples], labels], dim=1).flatten()
 
     def own_first(self, device: torch.device) -> Tensor:
         """Return the positions of all rows [M] in the global batch, the own rows first."""
@@ -74,9 +72,8 @@ class Spread:
     def mean_weights(self, upstream: Tensor) -> Tensor:
         """Return weights [.., m] of the own rows in the mean over ranks, for `gather_rows`.
 
-        Args:
-            upstream: gradients [.., m] of this rank's losses. A sample has a loss on one rank; a
-                label embedding has one on every rank, of which `gather_rows` takes the mean.
+        upstream: gradients [.., m]. A label embedding has one on every rank, of which `gather_rows`
+            takes the mean; a sample has one on one rank.
         """
         num_own = self.num_samples[self.rank]
         by_copy = upstream.reshape(*upstream.shape[:-1], self.num_copies, num_own + self.num_labels)
@@ -86,8 +83,7 @@ class Spread:
     def gather_rows(self, values: Tensor) -> Tensor:
         """Return values [.., M] of all rows from the own rows' [.., m], with one all-gather.
 
-        A sample's value is that of its rank. A label embedding has a value on every rank: the
-        result holds their mean, so that all ranks have the same bits.
+        Of a label embedding's values on all ranks it is the mean: all ranks have the same bits.
         """
         num_own, largest = self.num_samples[self.rank], max(self.num_samples)
         leading = values.shape[:-1]
@@ -105,8 +101,8 @@ class Spread:
     def all_sums(self, own_sums: Tensor, reduction: str) -> Tensor:
         """Return D [.., M] in the global order from that of the own rows [.., m].
 
-        With "none" only the own rows' losses are needed: other rows have 1, and D is gathered in
-        the backward pass. In the global order every rank adds up the same numbers in one order.
+        With "none" other rows have 1, and D is gathered in the backward pass. In the global order
+        every rank adds up the same numbers in one order.
         """
         if reduction != "none":
             return self.gather_rows(own_sums)
@@ -126,8 +122,7 @@ class Spread:
 def gather_batch(spread: Spread, batch: Batch) -> Batch:
     """Return the batch with the samples of all ranks, without a graph, after one all-gather.
 
-    The samples are not normalized: 16-bit embeddings are sent as 16 bits, and the loss is computed
-    from what one process would have. Labels become int64.
+    Not normalized, so that 16-bit embeddings are sent as 16 bits. Labels become int64.
     """
     largest = max(spread.num_samples)
     # The sample dimension comes first, so that a rank's samples are a slice.

@@ -9,8 +9,6 @@ from ..gpu.pair_sums import row_sums
 from ..gpu.row_steps import losses
 from .batch import Spread
 
-SMALLEST = torch.finfo(torch.float32).tiny
-
 
 def forward(spread: Spread, batch: Batch, with_gradient: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the loss (for "none" the losses of the own rows), and what `backward` needs."""
@@ -60,9 +58,8 @@ def backward(
         sums, loss_gradient = spread.gather_upstream(
             own_sums, loss_gradient.reshape(own_sums.shape).float(), order
         )
-        u = torch.nn.functional.pad(
-            sums.clamp(min=SMALLEST).reciprocal(), (0, padded_order.shape[0] - order.shape[0])
-        )
+        u = sums.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+        u = torch.nn.functional.pad(u, (0, padded_order.shape[0] - order.shape[0]))
         inverse_positives = rows[8]
         rows[7] = u.masked_fill(inverse_positives == 0, 0)
     if shape.num_samples == 0 and not shape.trains_labels:

@@ -13,8 +13,7 @@
 #define ROWS 6
 #define LANES 8
 #define COLUMNS (2 * LANES)
-/* Number of products that are summed before their sum is added to the result: the rounding error
- * grows with the number. */
+/* Products summed before their sum is added to the result: rounding grows with their number. */
 #define SUMMANDS 128
 
 /* A vector this short has no direction (ZERO_NORM in batch.py). */
@@ -23,8 +22,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Passed through pointers, because passing by value would depend on the calling convention of the
- * target. */
+/* Passed through pointers: by value would depend on the target's calling convention. */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -168,9 +166,8 @@ INLINE void block_product(const float *a, int64_t a_stride, const float *b, int6
     }
 }
 
-/* Find the class of each row and the number of rows of each class. The class is the label with label
- * embeddings, else the first row with the same label. Return the position of a label outside [0, K),
- * or -1. */
+/* Find the class of each row (its label or, without label embeddings, the first row with the same
+ * label) and its size. Return the position of a label outside [0, K), or -1. */
 static int64_t find_classes(const struct problem *p, struct scratch *s)
 {
     memset(s->members, 0, sizeof(int32_t) * s->columns);
@@ -284,14 +281,6 @@ INLINE void pair_up(const struct problem *p, struct scratch *s, int64_t first)
     }
 }
 
-INLINE float sum_losses(const struct problem *p, const struct scratch *s)
-{
-    double loss = 0;
-    for (int64_t i = 0; i < num_rows(p); i++)
-        loss += s->losses[i];
-    return (float)loss;
-}
-
 /* Compute the gradient of the trained rows among the ROWS rows from `first`. */
 INLINE void differentiate(const struct problem *p, struct scratch *s, int64_t exit, int64_t first)
 {
@@ -328,8 +317,12 @@ INLINE void step_through(const struct problem *p, struct scratch *s, enum step s
 {
     if (step == NORMALIZE)
         normalize(p, s, exit);
-    if (step == GRADIENT && first == 0)
-        p->losses[exit] = sum_losses(p, s);
+    if (step == GRADIENT && first == 0) {
+        double loss = 0;
+        for (int64_t i = 0; i < num_rows(p); i++)
+            loss += s->losses[i];
+        p->losses[exit] = (float)loss;
+    }
     for (int64_t row = first * ROWS; row < last * ROWS; row += ROWS) {
         if (step == PAIRS)
             pair_up(p, s, row);

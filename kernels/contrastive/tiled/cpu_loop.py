@@ -1,7 +1,6 @@
 """The contrastive loss of a small batch on the CPU: loss and gradient from one compiled call.
 
-Python's side of cpu_loop.c, for float32 and up to MAX_ROWS rows, where a C compiler was found at
-installation.
+For float32 and up to MAX_ROWS rows, where cpu_loop.c was compiled at installation.
 """
 
 import ctypes
@@ -22,7 +21,6 @@ WORTH_THREADS = 4_000_000
 # In the order of the enums of cpu_loop.c.
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum")
-# Fields of `struct problem`.
 INTEGERS = (
     "num_exits", "num_samples", "num_labels", "num_copies", "width", "ignore_index", "denominator",
     "reduction",
@@ -54,11 +52,7 @@ def takes(batch: Batch, dtype: torch.dtype) -> bool:
 
 
 def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows.
-
-    Raises:
-        ValueError: a label is outside [0, K).
-    """
+    """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
     # Copies made here must live until the calls have returned.
     samples, *others = (part.float().contiguous() for part in batch.parts)
     labels = batch.labels.long().contiguous()
