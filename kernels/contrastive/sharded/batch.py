@@ -4,8 +4,7 @@ The global batch has the samples of all ranks, in the order of the ranks, then t
 ONCE, then their teacher counterparts: the same rows as the batch of one process that holds all
 samples. A rank's own rows are its samples, all label embeddings and their teacher counterparts.
 
-A loss takes three collectives: `agree`, `gather_batch` and `Spread.gather_rows` (one number per
-row).
+A loss takes three collectives: `agree`, `gather_batch` and `Spread.gather_rows`.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Block of a matrix product in registers: twelve sums, two loads and a broadcast use fifteen of
- * sixteen 256-bit registers. */
+/* Block of a product: twelve sums, two loads and a broadcast use fifteen of sixteen registers. */
 #define ROWS 6
 #define LANES 8
 #define COLUMNS (2 * LANES)
@@ -281,6 +280,14 @@ INLINE void pair_up(const struct problem *p, struct scratch *s, int64_t first)
     }
 }
 
+INLINE float sum_losses(const struct problem *p, const struct scratch *s)
+{
+    double loss = 0;
+    for (int64_t i = 0; i < num_rows(p); i++)
+        loss += s->losses[i];
+    return (float)loss;
+}
+
 /* Compute the gradient of the trained rows among the ROWS rows from `first`. */
 INLINE void differentiate(const struct problem *p, struct scratch *s, int64_t exit, int64_t first)
 {
@@ -317,12 +324,8 @@ INLINE void step_through(const struct problem *p, struct scratch *s, enum step s
 {
     if (step == NORMALIZE)
         normalize(p, s, exit);
-    if (step == GRADIENT && first == 0) {
-        double loss = 0;
-        for (int64_t i = 0; i < num_rows(p); i++)
-            loss += s->losses[i];
-        p->losses[exit] = (float)loss;
-    }
+    if (step == GRADIENT && first == 0)
+        p->losses[exit] = sum_losses(p, s);
     for (int64_t row = first * ROWS; row < last * ROWS; row += ROWS) {
         if (step == PAIRS)
             pair_up(p, s, row);
