@@ -1,25 +1,23 @@
 """The options of every suite, and the sizes of the presets."""
 
+import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..engine.config.fields import option
+from ..engine.runtime.text import did_you_mean
 from ..kernels.contrastive.tiled.loss import GPU_TILE
 from .measuring.environment import machine_name
-from .measuring.memory import Child
-from .measuring.result_file import default_directory
 from .suites.gate.case import BERT_BASE
 from .suites.gate.suite import TASKS
 from .suites.loss.case import LOSSES
-from .suites.runner import Settings
 from .suites.scaling.cost_model import Link, Machine, Problem
 from .suites.scaling.suite import RankOptions
 from .suites.step.names import CASES, WORDS
-from .suites.suite import check_names
 
 PRESETS = ("quick", "full")
 DEVICES = ("cpu", "cuda")
@@ -87,7 +85,8 @@ class RankRun(Run):
 @dataclass(frozen=True)
 class What:
     losses: str = option(
-        ",".join(LOSSES), "losses to time: supcon (one batch), acl (N samples, K label embeddings)"
+        ",".join(LOSSES),
+        "losses to time: supcon (one batch), acl (N samples, K label embeddings), acl_cl (teacher)",
     )
     tasks: str = option(
         ",".join(TASKS), "gate tasks to time: dot_norm, combine (with clipping), gate (both)"
@@ -104,17 +103,24 @@ class What:
     )
 
 
-@dataclass(frozen=True)
-class BenchConfig:
-    """Options of loss, angle, growth and all."""
+class Config:
+    """Options of a suite: `what` to measure and `how`."""
 
-    what: What = field(default_factory=What)
-    how: How = field(default_factory=How)
+    what: Any
+    how: Any
 
     @property
     def is_whole(self) -> bool:
         """Return whether the whole preset is measured, so that its file may be committed."""
-        return self.what == What()
+        return self.what == type(self.what)()
+
+
+@dataclass(frozen=True)
+class BenchConfig(Config):
+    """Options of loss, angle, growth and all."""
+
+    what: What = field(default_factory=What)
+    how: How = field(default_factory=How)
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Steps:
 
 
 @dataclass(frozen=True)
-class StepConfig:
+class StepConfig(Config):
     what: Steps = field(default_factory=Steps)
     how: Run = field(default_factory=Run)
 
@@ -136,15 +142,9 @@ class StepConfig:
         return self.what.providers is None
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Providers and cases, empty for all.
-
-        Raises:
-            ValueError: an unknown name.
-        """
-        return (
-            names_of("providers", self.what.providers, WORDS),
-            names_of("cases", self.what.cases, CASES),
-        )
+        """Providers and cases, empty for all; ValueError for an unknown name."""
+        providers = names_of("providers", self.what.providers, WORDS)
+        return providers, names_of("cases", self.what.cases, CASES)
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class ExitsConfig:
+class ExitsConfig(Config):
     what: Texts = field(default_factory=Texts)
     how: Run = field(default_factory=Run)
     is_whole = True
@@ -197,21 +197,13 @@ class ModelledMachine:
 
 
 @dataclass(frozen=True)
-class ScalingConfig:
+class ScalingConfig(Config):
     what: Ranks = field(default_factory=Ranks)
     model: ModelledMachine = field(default_factory=ModelledMachine)
     how: RankRun = field(default_factory=RankRun)
 
-    @property
-    def is_whole(self) -> bool:
-        return self.what == Ranks()
-
     def problem_and_ranks(self) -> tuple[Problem, RankOptions]:
-        """The loss to measure, and how.
-
-        Raises:
-            ValueError: numbers of ranks out of order, or only one rank.
-        """
+        """The loss to measure, and how; ValueError for unordered numbers of ranks or one rank."""
         chosen = RANK_SIZES[self.how.preset] | {
             name: value for name, value in vars(self.what).items() if value is not None
         }
@@ -221,29 +213,23 @@ class ScalingConfig:
                 f"world_sizes={chosen['world_sizes']!r}: write ascending numbers, and one above 1 "
                 "at least, for the model needs the link between ranks: 1,2."
             )
-        shape = (chosen["num_samples"], chosen["num_labels"], chosen["width"])
-        ranks = RankOptions(
-            tuple(world_sizes), chosen["rounds"], self.how.threads, self.what.timeout
-        )
-        return Problem(1, *shape, element_bytes=4), ranks
+        samples, labels, width = (chosen[name] for name in ("num_samples", "num_labels", "width"))
+        rounds, threads = chosen["rounds"], self.how.threads
+        ranks = RankOptions(tuple(world_sizes), rounds, threads, self.what.timeout)
+        return Problem(1, samples, labels, width, element_bytes=4), ranks
 
     def described_machine(self, problem: Problem) -> tuple[Machine, Problem] | None:
-        """The machine that the options describe with the problem in its data type, or None.
-
-        Raises:
-            ValueError: the options describe a part of a machine.
-        """
+        """The machine of the options with the problem in its data type, None without options."""
         given = self.model
         needed = ("matrix_tflops", "giga_exponentials", "memory_gb", "message_us", "link_gb_s")
+        tflops, exponentials, memory, message, link = (getattr(given, name) for name in needed)
         missing = [name for name in needed if getattr(given, name) is None]
-        defaults = ModelledMachine(memory_budget_gb=given.memory_budget_gb)
-        if missing and given == defaults:
+        if given == ModelledMachine(memory_budget_gb=given.memory_budget_gb):
             return None
         if missing:
             raise ValueError(
                 f"Modelling another machine also needs --{missing[0]}: all of {', '.join(needed)}."
             )
-        tflops, exponentials, memory, message, link = (getattr(given, name) for name in needed)
         size = 2 if given.dtype == "float16" else 4
         machine = Machine(
             name="the machine of the options",
@@ -260,92 +246,60 @@ class ScalingConfig:
             source="numbers given as options, not measured",
         )
         # GPU kernels work in one tile, in place.
-        shape = (problem.num_samples, problem.num_labels, problem.width)
-        return machine, Problem(1, *shape, size, tile=GPU_TILE, tile_bytes=size)
+        return machine, replace(problem, element_bytes=size, tile=GPU_TILE, tile_bytes=size)
 
 
 def sizes(config: BenchConfig) -> dict[str, Any]:
-    """Sizes, rounds and seconds of the preset, with those that were given in their place.
+    """Sizes, rounds and seconds as given, else of the preset.
 
-    Raises:
-        ValueError: a size that is not a whole number above 0, or an unknown dtype, loss or task.
+    ValueError if a name is unknown or the device is missing.
     """
-    chosen = dict(SIZES[config.how.device, config.how.preset])
-    for section in (config.what, config.how):
-        chosen |= {
-            name: getattr(section, name)
-            for name in chosen
-            if getattr(section, name, None) is not None
-        }
+    if config.how.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device='cuda': torch {torch.__version__} finds no CUDA device here. Use --device cpu."
+        )
+    chosen = SIZES[config.how.device, config.how.preset] | {"samples": config.what.samples}
+    given = vars(config.what) | vars(config.how)
+    chosen |= {name: given[name] for name in chosen if given[name] is not None}
     for name in ("rows", "widths", "classes", "exits", "parameters"):
         chosen[name] = whole_numbers(name, chosen[name])
     chosen["dtypes"] = names_of("dtypes", chosen["dtypes"], DTYPES)
-    if config.what.dtypes is None and config.how.device == "cuda" and not _has_bfloat16():
+    is_default = config.what.dtypes is None and config.how.device == "cuda"
+    if is_default and torch.cuda.get_device_capability() < (8, 0):
         chosen["dtypes"] = tuple(name for name in chosen["dtypes"] if name != "bfloat16")
     chosen["losses"] = names_of("losses", config.what.losses, LOSSES)
     chosen["tasks"] = names_of("tasks", config.what.tasks, TASKS)
     return chosen
 
 
-def _has_bfloat16() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
-
-
 def whole_numbers(name: str, text: str) -> list[int]:
-    """Numbers of a comma-separated list, without repetitions.
-
-    Raises:
-        ValueError: a part is not a whole number above 0.
-    """
-    found = []
-    for part in text.split(","):
-        if not part.strip().isdigit() or int(part) < 1:
+    """Different numbers above 0 from a comma-separated list; ValueError for anything else."""
+    parts = [part.strip() for part in text.split(",")]
+    for part in parts:
+        if not part.isdigit() or int(part) < 1:
             raise ValueError(
-                f"{name}={text!r}: {part.strip()!r} is not a whole number above 0. Write 1024,4096."
+                f"{name}={text!r}: {part!r} is not a whole number above 0. Write 1024,4096."
             )
-        found.append(int(part))
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(map(int, parts)))
 
 
 def names_of(option: str, text: str | None, known: Iterable[str]) -> tuple[str, ...]:
-    """Names of a comma-separated list without repetitions, empty if nothing is given.
-
-    Raises:
-        ValueError: an unknown name; the nearest is offered.
-    """
+    """Different names of a comma-separated list; ValueError for one that is not known."""
     names = tuple(dict.fromkeys(name.strip() for name in (text or "").split(",") if name.strip()))
-    check_names(names, known, option)
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{option}: there is none named {name!r}.{did_you_mean(name, known)}")
     return names
 
 
-def settings_of(
-    config: BenchConfig, chosen: dict[str, Any], names: tuple[str, ...], child: Child
-) -> Settings:
-    """Settings of the runner.
-
-    Raises:
-        ValueError: the device is missing.
-    """
-    device = torch.device(config.how.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"device='cuda': torch {torch.__version__} finds no CUDA device here. Use --device cpu."
-        )
-    return Settings(
-        device=device,
-        threads=config.how.threads,
-        rounds=chosen["rounds"],
-        case_seconds=chosen["case_seconds"],
-        providers=names,
-        skipped=SKIPPED[config.how.preset],
-        child=child if config.how.peaks else None,
-    )
-
-
-def output_directory(config: BenchConfig | StepConfig | ExitsConfig | ScalingConfig) -> Path:
+def output_directory(config: Config) -> Path:
     """Directory of the result file; only a whole full preset goes to the committed results."""
     how = config.how
     if how.output_dir is not None:
         return Path(how.output_dir)
-    device = torch.device(how.device if isinstance(how, How) else "cpu")
-    return default_directory(machine_name(device), how.preset if config.is_whole else "custom")
+    machine = machine_name(torch.device(how.device if isinstance(how, How) else "cpu"))
+    committed = Path(__file__).parent / "results"
+    if config.is_whole and how.preset == "full" and os.access(committed, os.W_OK):
+        return committed / machine
+    return Path("runs") / "bench" / machine

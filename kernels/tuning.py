@@ -2,9 +2,8 @@
 
     python -m fusedacl.kernels.tuning --help
 
-The command tries tiles near the shipped ones on this GPU and stores the fastest tile of each
-kernel, dtype and width, which `tiles.tuned` looks up. A training step never searches; without the
-file it uses the shipped tiles.
+Stores the fastest tile of each kernel, dtype and width, which `tiles.tuned` looks up. A training
+step never searches; without the file it uses the shipped tiles.
 """
 
 from __future__ import annotations
@@ -12,11 +11,9 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +21,8 @@ import torch
 from torch import Tensor
 
 from .contrastive.gpu.tiles import (
+    ONE_CHUNK,
+    PADDED_ROWS,
     SCHEMA,
     Tile,
     cache_file,
@@ -43,8 +42,7 @@ NUM_ROWS = 16384
 TEMPERATURE = 0.5
 # A tile replaces another one if it saves this fraction of the time; less is noise.
 WORTHWHILE = 0.02
-# A result may differ from the shipped tile's by this fraction of the largest value, because of
-# other orders of the sums and float16 weights of the pairs.
+# Of the largest value: sums in another order, and float16 weights of the pairs.
 TOLERANCE = 1e-3
 
 
@@ -72,19 +70,18 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         content = {"schema": SCHEMA, "entries": {**read(path), **found}}
         # A reader sees the old file or the new file, never an incomplete one.
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-        os.replace(name, path)
+        written = path.with_suffix(".tmp")
+        written.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        written.replace(path)
     entries.cache_clear()
     tuned.cache_clear()
     return path
 
 
 def search(kernel: Kernel, width: int, timer: Timer) -> tuple[Tile, dict[Tile, float]]:
-    """Return the fastest tile, and the milliseconds of all tiles that were tried.
+    """Go from the shipped tile to its fastest neighbour, as long as that saves time.
 
-    Goes from the shipped tile to its fastest neighbour, as long as that saves time.
+    Returns the fastest tile, and the milliseconds of all tiles that were tried.
     """
     expected = kernel.launch(kernel.shipped)
     times = {kernel.shipped: timer(lambda: kernel.launch(kernel.shipped))}
@@ -116,24 +113,17 @@ def measure(kernel: Kernel, tile: Tile, expected: Tensor, timer: Timer) -> float
 
 def neighbours(tile: Tile, width: int) -> Iterator[Tile]:
     """Yield the tiles that differ in one number by one step."""
-    from .contrastive.gpu.tiles import ONE_CHUNK, PADDED_ROWS
-
-    smallest, largest = 16, min(width, ONE_CHUNK)
-    steps = {
-        "rows": (smallest, PADDED_ROWS),
-        "columns": (smallest, PADDED_ROWS),
-        "chunk": (smallest, largest),
-        "output": (smallest, largest),
-        "num_warps": (2, 8),
-    }
-    for name, (lowest, highest) in steps.items():
+    of_rows, of_width = range(16, PADDED_ROWS + 1), range(16, min(width, ONE_CHUNK) + 1)
+    allowed = {
+        "rows": of_rows, "columns": of_rows, "chunk": of_width, "output": of_width,
+        "num_warps": range(2, 9), "num_stages": range(1, 6),
+    }  # fmt: skip
+    for name, values in allowed.items():
         value = getattr(tile, name)
-        for changed in (value // 2, 2 * value):
-            if lowest <= changed <= highest:
+        steps = (value - 1, value + 1) if name == "num_stages" else (value // 2, 2 * value)
+        for changed in steps:
+            if changed in values:
                 yield replace(tile, **{name: changed})
-    for num_stages in (tile.num_stages - 1, tile.num_stages + 1):
-        if 1 <= num_stages <= 5:
-            yield replace(tile, num_stages=num_stages)
 
 
 def tunable_kernels(
@@ -154,18 +144,17 @@ def tunable_kernels(
     classes = torch.zeros(num_padded, dtype=torch.int32, device=device)
     u = torch.full((1, num_padded), 1 / num_rows, device=device)
     u[:, num_rows:] = 0
-    sizes = (num_rows, num_rows, TEMPERATURE, "all")
+    options = (shifts, classes, num_rows, num_rows, TEMPERATURE, "all")
+
+    def row_sums(tile: Tile) -> Tensor:
+        return pair_sums.row_sums(z, *options, tile).sum(0)
+
+    def pair_gradient(tile: Tile) -> Tensor:
+        return pair_sums.pair_gradient(z, u, *options, tile).sum(0)
+
     return [
-        Kernel(
-            "row_sums",
-            blocks.forward,
-            lambda tile: pair_sums.row_sums(z, shifts, classes, *sizes, tile).sum(0),
-        ),
-        Kernel(
-            "pair_gradient",
-            blocks.backward,
-            lambda tile: pair_sums.pair_gradient(z, u, shifts, classes, *sizes, tile).sum(0),
-        ),
+        Kernel("row_sums", blocks.forward, row_sums),
+        Kernel("pair_gradient", blocks.backward, pair_gradient),
     ]
 
 
@@ -211,18 +200,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     try:
         for name in arguments.dtype:
             check_name("--dtype", name, tuple(DTYPES))
-        for width in arguments.width:
-            if not 1 <= width <= 1024:
-                raise ValueError(f"--width is {width}: it must lie between 1 and 1024")
-        if arguments.rows < 2:
-            raise ValueError(f"--rows is {arguments.rows}: it must be at least 2")
     except ValueError as error:
         parser.error(str(error))
+    for width in arguments.width:
+        if not 1 <= width <= 1024:
+            parser.error(f"--width is {width}: it must lie between 1 and 1024")
+    if arguments.rows < 2:
+        parser.error(f"--rows is {arguments.rows}: it must be at least 2")
     return arguments
-
-
-def describe(tile: Tile) -> str:
-    return ", ".join(f"{field.name} {getattr(tile, field.name)}" for field in fields(tile))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -246,8 +231,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     "shipped_milliseconds": times[kernel.shipped],
                     "num_rows": arguments.rows,
                 }
+                numbers = ", ".join(f"{name} {number}" for name, number in asdict(best).items())
                 print(
-                    f"{kernel.name} {dtype} width {width}: {describe(best)}: {times[best]:.4g} ms; "
+                    f"{kernel.name} {dtype} width {width}: {numbers}: {times[best]:.4g} ms; "
                     f"shipped tile {times[kernel.shipped]:.4g} ms; {len(times)} tiles tried"
                 )
             # After each width, so that an interrupted search keeps its results.

@@ -62,6 +62,11 @@ def blocks(page: Path) -> list[Block]:
     ]
 
 
+def text_of(page: Path) -> str:
+    """The page without its code blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
 def commands(code: str) -> list[list[str]]:
     """The words of each command of a shell block, without comments."""
     lines = code.replace("\\\n", " ").splitlines()
@@ -97,12 +102,6 @@ def options(command: str) -> dict[str, str | None]:
         found[name] = default and default[1]
     assert found, f"fusedacl {command} --help lists no option"
     return found
-
-
-@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
-def test_blocks_have_a_language(page: Path) -> None:
-    for block in blocks(page):
-        assert block.language in LANGUAGES, f"{id_of(page)}:{block.line}: one of {LANGUAGES}"
 
 
 @pytest.fixture(scope="session")
@@ -145,10 +144,15 @@ def test_blocks_run(
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=id_of)
-def test_commands_have_known_options(page: Path) -> None:
+def test_blocks_have_a_language_and_known_options(page: Path) -> None:
     for block in blocks(page):
-        for words in commands(block.code) if block.language in ("sh", "console") else ():
-            check_command(words, f"{id_of(page)}:{block.line}")
+        where = f"{id_of(page)}:{block.line}"
+        assert block.language in LANGUAGES, f"{where}: one of {LANGUAGES}"
+        if block.language in ("sh", "console"):
+            for words in commands(block.code):
+                check_command(words, where)
+        elif block.language == "yaml":
+            check_yaml(block.code, where)
 
 
 def check_command(words: list[str], where: str) -> None:
@@ -156,47 +160,36 @@ def check_command(words: list[str], where: str) -> None:
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert set(word for word in words[1:] if "=" not in word) <= set(targets), where
         return
-    used = [word.split("=")[0] for word in words if word.startswith("--")]
-    known: dict[str, Any] = dict.fromkeys(LAUNCHERS)
-    if "-m" in words or "fusedacl" in words or "--module" in words:
-        start = (
-            next(
-                index for index, word in enumerate(words) if word in ("fusedacl", "fusedacl.engine")
-            )
-            if {"fusedacl", "fusedacl.engine"} & set(words)
-            else None
-        )
-        if start is not None:
-            verb = words[start + 1] if start + 1 < len(words) else "train"
-            assert verb in (*VERBS, "bench", "doctor", "train"), where
-            if verb == "doctor":
-                assert not used, where
-                return
-            command = f"bench {words[start + 2]}" if verb == "bench" else verb
-            known |= options(command) | (options("train") if verb == "sweep" else {})
+    used = {word.split("=")[0] for word in words if word.startswith("--")}
+    known = set(LAUNCHERS)
+    own = [place for place, word in enumerate(words) if word in ("fusedacl", "fusedacl.engine")]
+    if own:
+        verb, *rest = words[own[0] + 1 :] or ["train"]
+        assert verb in (*VERBS, "bench", "doctor"), where
+        if verb == "doctor":
+            assert not used, where
         else:
-            source = ROOT.joinpath(*words[words.index("-m") + 1].split(".")[1:])
-            source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
-            known |= dict.fromkeys(re.findall(r"--[a-z]\w*", source.read_text()))
-    assert set(used) <= known.keys(), f"{where}: {words[0]} has no {set(used) - known.keys()}"
+            known |= options(f"bench {rest[0]}" if verb == "bench" else verb).keys()
+            known |= options("train").keys() if verb == "sweep" else set()
+    elif "-m" in words:
+        source = ROOT.joinpath(*words[words.index("-m") + 1].split(".")[1:])
+        source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")
+        known.update(re.findall(r"--[a-z]\w*", source.read_text()))
+    assert used <= known, f"{where}: {words[0]} has no {used - known}"
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
-def test_yaml_is_accepted(page: Path) -> None:
+def check_yaml(code: str, where: str) -> None:
     from fusedacl.engine import TrainingConfig
     from fusedacl.engine.experiments.recipe import plan_cells
     from fusedacl.engine.experiments.report_plan import plan_report
 
-    for block in blocks(page):
-        if block.language != "yaml":
-            continue
-        assert re.match(r"# \S+\.yaml\n", block.code), f"{id_of(page)}:{block.line}: no file name"
-        values = yaml.safe_load(block.code)
-        if "methods" in values:
-            assert plan_cells(values)
-            plan_report(values)
-        else:
-            TrainingConfig.create(**values).resolved()
+    assert re.match(r"# \S+\.yaml\n", code), f"{where}: no file name"
+    values = yaml.safe_load(code)
+    if "methods" in values:
+        assert plan_cells(values)
+        plan_report(values)
+    else:
+        TrainingConfig.create(**values).resolved()
 
 
 def tables(page: Path) -> list[list[list[str]]]:
@@ -228,19 +221,15 @@ def test_tables_of_options(verb: str) -> None:
     """Every option of a verb is in a table, with its default, and no other option is."""
     listed, known = documented()[verb], options(verb)
     if verb == "exits":  # its data options are those of evaluate
-        known = {name: value for name, value in known.items() if name not in data_options()}
+        shared = documented()["evaluate"].items()
+        on_data_page = {name for name, (page, _) in shared if page == "docs/data.md"}
+        known = {name: value for name, value in known.items() if name not in on_data_page}
     assert listed.keys() == known.keys()
     for name, (page, default) in listed.items():
         printed = known[name]
         if printed is None or " " in printed:
             continue  # words, not a value
         assert default.removesuffix(" (required)") == printed, f"{page}: default of {name}"
-
-
-def data_options() -> set[str]:
-    return documented()["evaluate"].keys() - {
-        name for name, (page, _) in documented()["evaluate"].items() if page != "docs/data.md"
-    }
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=id_of)
@@ -253,22 +242,14 @@ def test_options_in_the_text_exist(page: Path) -> None:
     for source in ("kernels", "benchmarks"):
         for path in (ROOT / source).rglob("*.py"):
             known.update(re.findall(r'"(--[a-z]\w*)"', path.read_text()))
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    named = re.findall(r"`[^`\n]*`", text)
-    for span in named:
+    for span in re.findall(r"`[^`\n]*`", text_of(page)):
         for name in re.findall(r"(?<!\S)--[a-z]\w*", span.strip("`")):
             assert name in known, f"{id_of(page)}: {name}"
 
 
-# The page's generator gives a run's own figure the folder of the report.
-@pytest.mark.parametrize(
-    "page",
-    PAGES,
-    ids=id_of,
-)
+@pytest.mark.parametrize("page", PAGES, ids=id_of)
 def test_links_resolve(page: Path) -> None:
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if re.match(r"[a-z]+:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -283,16 +264,13 @@ def test_links_resolve(page: Path) -> None:
 @pytest.mark.parametrize("page", WRITTEN, ids=id_of)
 def test_named_files_exist(page: Path) -> None:
     """Paths of this repository in code spans, such as `kernels/contrastive/reference.py`."""
-    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
-    for name in re.findall(r"`((?:kernels|engine|benchmarks|tests|docs)/[\w./]*)`", text):
+    named = r"`((?:kernels|engine|benchmarks|tests|docs)/[\w./]*)`"
+    for name in re.findall(named, text_of(page)):
         assert (ROOT / name).exists(), f"{id_of(page)}: {name}"
 
 
-def test_the_readme_is_short() -> None:
+def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert (ROOT / "README.md").read_text().count("\n") <= MAX_README_LINES
-
-
-def test_every_page_is_found_from_the_readme() -> None:
     found, left = set(), [ROOT / "README.md"]
     while left:
         page = left.pop()

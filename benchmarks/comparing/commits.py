@@ -31,17 +31,15 @@ def compare_commits(
 ) -> str:
     """Run `bench suite options` from both commits in the order A B B A …, and compare.
 
-    Raises:
-        ValueError: no git checkout, an unknown commit, a commit with another layout, or a run that
-            failed, with its output.
+    ValueError for an unknown commit, one with another layout, or a run that failed.
     """
     hashes = [commit_hash(name) for name in commits]
     for name, commit in zip(commits, hashes, strict=True):
         check_layout(name, commit)
     with tempfile.TemporaryDirectory(prefix="fusedacl_bench_") as directory:
-        sites = []
-        for index, commit in enumerate(hashes):
-            sites.append(lay_out(commit, Path(directory) / f"tree{index}"))
+        sites = [
+            lay_out(commit, Path(directory) / f"tree{index}") for index, commit in enumerate(hashes)
+        ]
         runs: list[list[Result]] = [[], []]
         for number in range(repeats):
             for index in (0, 1) if number % 2 == 0 else (1, 0):
@@ -50,8 +48,7 @@ def compare_commits(
                 found = run_from(sites[index], suite, [*options, "--output_dir", str(output)])
                 found["environment"]["commit"] = hashes[index]
                 runs[index].append(found)
-    old, new = (merged(of_commit) for of_commit in runs)
-    return compare(old, new, names=(commits[0], commits[1]))
+    return compare(merged(runs[0]), merged(runs[1]), names=(commits[0], commits[1]))
 
 
 def commit_hash(name: str) -> str:
@@ -70,11 +67,7 @@ def commit_hash(name: str) -> str:
 
 
 def check_layout(name: str, commit: str) -> None:
-    """Check that these benchmarks can import the packages of a commit.
-
-    Raises:
-        ValueError: the commit is older than the present layout of engine/ and kernels/.
-    """
+    """Refuse a commit whose engine/ and kernels/ these benchmarks cannot import (ValueError)."""
     missing = [
         folder
         for folder in NEEDED
@@ -110,11 +103,7 @@ def lay_out(commit: str, tree: Path) -> Path:
 
 
 def run_from(site: Path, suite: str, arguments: Sequence[str]) -> Result:
-    """Result of `bench suite` with the packages of a tree.
-
-    Raises:
-        ValueError: the run failed, or another fusedacl was imported.
-    """
+    """Result of `bench suite` with the packages of a tree; ValueError if the run failed."""
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = subprocess.run(
         [sys.executable, "-c", "import fusedacl.kernels as k; print(k.__file__)"],

@@ -7,13 +7,13 @@ the case's other providers, which are not our code, changed by less; neither run
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ...engine.runtime.text import text_table
 from ..measuring.environment import Result
-from ..measuring.result_file import read_result, spread, timings
+from ..measuring.result_file import spread, timings
 
 FASTER, SLOWER, SAME = "faster", "slower", "no change seen"
 NOT_JUDGED = "not judged: noisy"
@@ -25,18 +25,8 @@ RATES = ("giga_exponentials_per_second", "gigabytes_per_second")
 ENVIRONMENT = ("cpu", "gpu", "cores", "threads", "torch", "python", "driver", "cuda", "triton")
 
 
-def compare_files(old: Path, new: Path) -> str:
-    """Table of the changes between two files, and differences of machine and settings.
-
-    Raises:
-        ValueError: a file of another schema, or files that have no case in common.
-    """
-    results = [read_result(path) for path in (old, new)]
-    return compare(results[0], results[1], names=(str(old), str(new)))
-
-
 def compare(old: Result, new: Result, names: tuple[str, str] = ("old", "new")) -> str:
-    """`compare_files` for results that are already read."""
+    """Table of changes, and differences of machine; ValueError if no case is common."""
     if old["benchmark"] != new["benchmark"]:
         raise ValueError(
             f"{names[0]} is a result of bench {old['benchmark']}, {names[1]} of bench "
@@ -56,16 +46,10 @@ def compare(old: Result, new: Result, names: tuple[str, str] = ("old", "new")) -
     if not rows:
         raise ValueError(f"{names[0]} and {names[1]} have no case in common: nothing to compare.")
     header = ["case", "old ms", "new ms", "new / old", "noise", "verdict"]
-    cells = [
-        [
-            row["words"], f"{row['old_ms']:.4g}", f"{row['new_ms']:.4g}", f"{row['ratio']:.3f}",
-            f"{row['noise']:.1%}", row["verdict"],
-        ]
-        for row in rows
-    ]  # fmt: skip
-    counts = {word: sum(row["verdict"] == word for row in rows) for word in VERDICTS}
-    lines += ["", text_table(header, cells), ""]
-    lines.append(", ".join(f"{number} {word}" for word, number in counts.items()))
+    cell = "{words}|{old_ms:.4g}|{new_ms:.4g}|{ratio:.3f}|{noise:.1%}|{verdict}"
+    found = Counter(row["verdict"] for row in rows)
+    lines += ["", text_table(header, [cell.format(**row).split("|") for row in rows]), ""]
+    lines.append(", ".join(f"{found[word]} {word}" for word in VERDICTS))
     return "\n".join(lines)
 
 
@@ -113,17 +97,16 @@ def judge(old: Mapping[str, Any], new: Mapping[str, Any], drift: float = 0.0) ->
 
 def machine_drift(old: Result, new: Result) -> float:
     """Largest relative difference of the rates that both runs measured; 0 if there are none."""
-    found = []
-    for key in RATES:
-        found += _ratios(old.get("rates") or {}, new.get("rates") or {}, key)
-    flops = [(result.get("rates") or {}).get("gigaflops", {}) for result in (old, new)]
-    for key in flops[0]:
-        found += _ratios(flops[0], flops[1], key)
-    return max((abs(ratio - 1) for ratio in found), default=0.0)
+    before, after = _rates(old), _rates(new)
+    changes = (abs(after[key] / before[key] - 1) for key in before if key in after)
+    return max(changes, default=0.0)
 
 
-def _ratios(old: Mapping[str, Any], new: Mapping[str, Any], key: str) -> list[float]:
-    return [new[key] / old[key]] if old.get(key) and new.get(key) else []
+def _rates(result: Result) -> dict[str, float]:
+    """Known rates of a result: of matrix products by dtype, and RATES."""
+    rates = result.get("rates") or {}
+    found = rates.get("gigaflops", {}) | {key: rates.get(key) for key in RATES}
+    return {key: rate for key, rate in found.items() if rate}
 
 
 def merged(runs: list[Result]) -> Result:
@@ -153,26 +136,19 @@ def merged(runs: list[Result]) -> Result:
 
 def _best_rates(runs: list[Result]) -> Result:
     """The highest value of each rate in any run."""
-    best: Result = {"gigaflops": {}}
-    for rates in (run.get("rates") or {} for run in runs):
-        for dtype, value in rates.get("gigaflops", {}).items():
-            best["gigaflops"][dtype] = max(value, best["gigaflops"].get(dtype, 0.0))
-        for key in RATES:
-            if rates.get(key):
-                best[key] = max(rates[key], best.get(key, 0.0))
-    return best
+    best: dict[str, float] = {}
+    for key, rate in (item for run in runs for item in _rates(run).items()):
+        best[key] = max(rate, best.get(key, 0.0))
+    others = {key: best.pop(key) for key in RATES if key in best}
+    return {"gigaflops": best, **others}
 
 
 def _times(result: Result) -> Times:
     """Every time by its path; merged results have paths as keys already."""
     if "merged" in result:
         return {tuple(key.split("\n")): value for key, value in result["merged"].items()}
-    sections = {
-        key: value
-        for key, value in result.items()
-        if key not in ("environment", "rates", "noise", "growth")
-    }
-    return dict(timings(sections))
+    others = ("environment", "rates", "noise", "growth")
+    return dict(timings({key: value for key, value in result.items() if key not in others}))
 
 
 def _origin(result: Result) -> str:

@@ -15,8 +15,8 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,9 @@ EXPECTED = Path(__file__).with_name("expected.json")
 ACCEPT = "python -m fusedacl.benchmarks.counts --write"
 # Relative tolerances. Bytes depend on when Python frees a tensor; another minor version of the
 # packages may run other operations for the same call.
-TOLERANCE = 0.01
-TOLERANCE_ELSEWHERE = 0.1
+TOLERANCES = {"allocated_bytes": 0.01, "peak_bytes": 0.01}
+TOLERANCES_ELSEWHERE = {"allocated_bytes": 0.1, "peak_bytes": 0.1, "operations": 0.1}
 PACKAGES = ("torch", "transformers")
-IN_BYTES = ("allocated_bytes", "peak_bytes")
 # The first call of a case creates what later calls reuse: optimizer state, tables, caches.
 CALLS = 2
 
@@ -50,12 +49,14 @@ def cases() -> list[Case]:
 
 
 def measure(case: Case, directory: Path, calls: int = CALLS) -> tuple[Counts, Counter[str]]:
-    """Counts of a case's last call, and its operations by function; `directory` is for its files.
+    """Counts of a case's last call, and its operations by function.
 
-    Raises:
-        RuntimeError: there are three calls or more and the last two have different counts.
+    With three calls or more, the last two must have the same counts (RuntimeError).
     """
-    with _one_thread():
+    with ExitStack() as stack:
+        # The number of threads changes how work is split.
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
         subject = case.prepare(directory)
         found = [count(subject.call, subject.watched) for _ in range(calls)]
     if calls > 2 and found[-2] != found[-1]:
@@ -64,28 +65,13 @@ def measure(case: Case, directory: Path, calls: int = CALLS) -> tuple[Counts, Co
     return found[-1]
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Use one thread: the number of threads changes how work is split."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def versions() -> dict[str, str]:
     """Package -> major and minor version, on which counts depend."""
     return {name: ".".join(version(name).split(".")[:2]) for name in PACKAGES}
 
 
 def read_expected() -> Record:
-    """Read expected.json: {"versions": …, "cases": {name: record}}.
-
-    Raises:
-        ValueError: the file does not exist.
-    """
+    """Read expected.json: {"versions": …, "cases": {name: record}}; ValueError without it."""
     if not EXPECTED.is_file():
         raise ValueError(f"{EXPECTED}: no such file; in a checkout {ACCEPT} writes it.")
     found: Record = json.loads(EXPECTED.read_text(encoding="utf-8"))
@@ -95,12 +81,10 @@ def read_expected() -> Record:
 def compare(expected: Record, found: Mapping[str, Record]) -> list[str]:
     """Changes in the cases found, one line each."""
     exact = expected["versions"] == versions()
-    lines: list[str] = []
-    for name, record in found.items():
-        if name in expected["cases"]:
-            lines += compare_case(name, expected["cases"][name], record, exact=exact)
-        else:
-            lines.append(f"{name}: a new case")
+    known = expected["cases"]
+    lines = [f"{name}: a new case" for name in found if name not in known]
+    for name in (name for name in found if name in known):
+        lines += compare_case(name, known[name], found[name], exact=exact)
     return lines
 
 
@@ -109,12 +93,9 @@ def compare_case(name: str, expected: Record, found: Record, *, exact: bool) -> 
     lines = []
     for what in Counts.__dataclass_fields__:
         before, after = expected[what], found[what]
-        tolerance = 0.0
-        if what in IN_BYTES:
-            tolerance = TOLERANCE if exact else TOLERANCE_ELSEWHERE
-        elif what == "operations" and not exact:
-            tolerance = TOLERANCE_ELSEWHERE
-        if before == after or (tolerance and _near(_total(before), _total(after), tolerance)):
+        tolerance = (TOLERANCES if exact else TOLERANCES_ELSEWHERE).get(what)
+        change = abs(_total(after) - _total(before))
+        if before == after or (tolerance and change <= tolerance * _total(before)):
             continue
         line = f"{name}: {what}: expected {_total(before):,}, found {_total(after):,}"
         if isinstance(before, dict):
@@ -128,10 +109,6 @@ def compare_case(name: str, expected: Record, found: Record, *, exact: bool) -> 
     return lines
 
 
-def _near(expected: int, found: int, tolerance: float) -> bool:
-    return abs(found - expected) <= tolerance * expected
-
-
 def _total(value: int | dict[str, int]) -> int:
     return sum(value.values()) if isinstance(value, dict) else value
 
@@ -142,33 +119,23 @@ def explain(lines: Sequence[str]) -> str:
 
 
 def table(found: Mapping[str, Record]) -> str:
-    header = (
-        *("case", "operations", "MFLOP", "KiB", "peak KiB", "host reads"),
-        *("backbone", "launches", "binaries", "collectives"),
-    )
-    rows = []
-    for name, record in found.items():
-        numbers = (
-            str(_total(record["operations"])),
-            f"{record['flops'] / 1e6:.1f}",
-            f"{record['allocated_bytes'] / 1024:.0f}",
-            f"{record['peak_bytes'] / 1024:.0f}",
-            str(_total(record["host_reads"])),
-            str(record["passes"].get("backbone", 0)),
-            str(_total(record["launches"])),
-            str(record["binaries"]),
-            str(_total(record["collectives"])),
-        )
-        rows.append((name, *numbers))
-    return text_table(header, rows)
+    columns: dict[str, Callable[[Record], str]] = {
+        "operations": lambda record: str(_total(record["operations"])),
+        "MFLOP": lambda record: f"{record['flops'] / 1e6:.1f}",
+        "KiB": lambda record: f"{record['allocated_bytes'] / 1024:.0f}",
+        "peak KiB": lambda record: f"{record['peak_bytes'] / 1024:.0f}",
+        "host reads": lambda record: str(_total(record["host_reads"])),
+        "backbone": lambda record: str(record["passes"].get("backbone", 0)),
+        "launches": lambda record: str(_total(record["launches"])),
+        "binaries": lambda record: str(record["binaries"]),
+        "collectives": lambda record: str(_total(record["collectives"])),
+    }
+    rows = [[name, *(cell(record) for cell in columns.values())] for name, record in found.items()]
+    return text_table(["case", *columns], rows)
 
 
 def write(found: Mapping[str, Record], kept: Sequence[str]) -> None:
-    """Write expected.json from the cases found; the cases `kept` stay as they are.
-
-    Raises:
-        ValueError: the kept cases were counted with other versions.
-    """
+    """Write expected.json; the cases `kept` stay, so their versions must be these (ValueError)."""
     before = read_expected() if EXPECTED.is_file() else {"versions": versions(), "cases": {}}
     if kept and before["versions"] != versions():
         raise ValueError(
@@ -210,17 +177,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()
     found: dict[str, Record] = {}
     places: dict[str, Counter[str]] = {}
-    left_out: dict[str, str] = {}
+    left_out = {case.name: reason for case in chosen if (reason := case.obstacle()) is not None}
+    calls = CALLS + 1 if options.write else CALLS
     with tempfile.TemporaryDirectory() as directory:
         for case in tqdm(chosen, leave=False, disable=None):
-            reason = case.obstacle()
-            if reason is not None:
-                left_out[case.name] = reason
-                continue
-            counts, places[case.name] = measure(
-                case, Path(directory), calls=CALLS + 1 if options.write else CALLS
-            )
-            found[case.name] = counts.record()
+            if case.name not in left_out:
+                counts, places[case.name] = measure(case, Path(directory), calls)
+                found[case.name] = counts.record()
     print(table(found))
     for name, reason in left_out.items():
         print(f"not counted: {name}: {reason}")

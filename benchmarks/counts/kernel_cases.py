@@ -59,7 +59,7 @@ class Case:
 
 
 def kernel_cases() -> list[Case]:
-    cases = [
+    return [
         _loss("scl", "tiled", SMALL),
         _loss("acl", "tiled", SMALL),
         _loss("acl_cl", "tiled", SMALL, exits=EXITS),
@@ -69,62 +69,53 @@ def kernel_cases() -> list[Case]:
         _loss("acl", "tiled", LARGE, reduction="none"),
         Case(f"acl tiled, {NUM_RANKS} ranks", _global_loss, _no_stand_in_for_ranks),
         Case("gradient check tiled, MiniLM", partial(_gradient_check, "tiled"), no_compiled_loop),
-    ]
-    on_triton = [
         _loss("scl", "triton", SMALL),
         _loss("acl", "triton", SMALL),
         _loss("acl_cl", "triton", SMALL, exits=EXITS),
         _loss("acl", "triton", SMALL, reduction="none"),
-        _sizes("triton", SMALL_SIZES, SMALL["num_labels"]),
+        _sizes(SMALL_SIZES, SMALL["num_labels"]),
         _loss("scl", "triton", LARGE),
         _loss("acl", "triton", LARGE),
         _loss("acl_cl", "triton", LARGE, exits=EXITS),
         _loss("acl", "triton", LARGE, reduction="none"),
-        _sizes("triton", LARGE_SIZES, LARGE["num_labels"]),
+        _sizes(LARGE_SIZES, LARGE["num_labels"]),
         Case("gradient check triton, MiniLM", partial(_gradient_check, "triton"), no_interpreter),
     ]
-    return cases + on_triton
 
 
 def _loss(
     name: str, impl: str, shape: dict[str, int], *, exits: int | None = None, reduction: str = "sum"
 ) -> Case:
     num_samples, num_labels = shape["num_samples"], shape["num_labels"]
-    words = [f"{name} {impl}, N {num_samples}"]
-    if name != "scl":
-        words.append(f"K {num_labels}")
-    if exits is not None:
-        words.append(f"E {exits}")
-    if reduction != "sum":
-        words.append(f"reduction {reduction}")
+    words = f"{name} {impl}, N {num_samples}"
+    words += "" if name == "scl" else f", K {num_labels}"
+    words += "" if exits is None else f", E {exits}"
+    words += "" if reduction == "sum" else f", reduction {reduction}"
 
     def prepare(directory: Path) -> Subject:
-        inputs, labels = _inputs(name, num_samples, num_labels, exits)
-        return Subject(
-            partial(_forward_backward, LOSSES[name], inputs, labels, reduction=reduction, impl=impl)
-        )
+        inputs = _inputs(name, num_samples, num_labels, exits)
+        call = partial(_forward_backward, LOSSES[name], *inputs, reduction=reduction, impl=impl)
+        return Subject(call)
 
-    obstacle = no_interpreter if impl == "triton" else no_compiled_loop
-    return Case(", ".join(words), prepare, obstacle)
+    return Case(words, prepare, no_interpreter if impl == "triton" else no_compiled_loop)
 
 
-def _sizes(impl: str, sizes: Sequence[int], num_labels: int) -> Case:
+def _sizes(sizes: Sequence[int], num_labels: int) -> Case:
     def prepare(directory: Path) -> Subject:
-        batches = [_inputs("acl", size, num_labels, None) for size in sizes]
+        batches = [_inputs("acl", size, num_labels) for size in sizes]
 
         def call() -> None:
-            for inputs, labels in batches:
-                _forward_backward(acl_loss, inputs, labels, reduction="sum", impl=impl)
+            for batch in batches:
+                _forward_backward(acl_loss, *batch, reduction="sum", impl="triton")
 
         return Subject(call)
 
-    return Case(
-        f"acl {impl}, {len(sizes)} sizes, N {min(sizes)} to {max(sizes)}", prepare, no_interpreter
-    )
+    words = f"acl triton, {len(sizes)} sizes, N {min(sizes)} to {max(sizes)}"
+    return Case(words, prepare, no_interpreter)
 
 
 def _inputs(
-    name: str, num_samples: int, num_labels: int, exits: int | None
+    name: str, num_samples: int, num_labels: int, exits: int | None = None
 ) -> tuple[list[Tensor], Tensor]:
     """Embeddings and the loss's other rows; labels [N]."""
     generator = torch.Generator().manual_seed(0)
@@ -152,7 +143,7 @@ def _forward_backward(
 
 def _global_loss(directory: Path) -> Subject:
     """One rank of a loss over a fake group, whose other ranks send what this one sends."""
-    inputs, labels = _inputs("acl", SMALL["num_samples"], SMALL["num_labels"], None)
+    inputs = _inputs("acl", **SMALL)
 
     def call() -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -162,7 +153,7 @@ def _global_loss(directory: Path) -> Subject:
             distributed.init_process_group("fake", store=FakeStore(), rank=1, world_size=NUM_RANKS)
             try:
                 group = distributed.group.WORLD
-                _forward_backward(acl_loss, inputs, labels, process_group=group, impl="tiled")
+                _forward_backward(acl_loss, *inputs, process_group=group, impl="tiled")
             finally:
                 distributed.destroy_process_group()
 
@@ -173,13 +164,12 @@ def _gradient_check(impl: str, directory: Path) -> Subject:
     """Both gradient functions over equal gradients in MiniLM's shapes, unscaled and clipped."""
     from transformers import BertConfig, BertModel
 
+    minilm = BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
     with torch.device("meta"):
-        model = BertModel(
-            BertConfig(
-                hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
-            )
-        )
-    a, b = ([torch.ones(p.shape) for p in model.parameters()] for _ in range(2))
+        shapes = [parameter.shape for parameter in BertModel(minilm).parameters()]
+    a, b = ([torch.ones(shape) for shape in shapes] for _ in range(2))
 
     def call() -> None:
         stats = grad_dot_norm(a, b, impl=impl)

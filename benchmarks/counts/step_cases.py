@@ -56,6 +56,7 @@ STEPS: dict[str, dict[str, Any]] = {
 }
 # Steps of a single exit need fewer layers.
 FEWER_LAYERS = {"num_hidden_layers": NUM_LAYERS // 2}
+STAGE2_EXITS = f"{NUM_LAYERS - 1} exits"
 STAGE2: dict[str, dict[str, Any]] = {
     "acl": ACL,
     "ce": CE,
@@ -90,11 +91,7 @@ def model_cases() -> list[Case]:
         Case("gate tiled", partial(_gate, "tiled"), no_compiled_loop),
         Case("gate triton", partial(_gate, "triton"), no_interpreter),
         *(
-            Case(
-                f"stage 2, {NUM_LAYERS - 1} exits: {name}",
-                partial(_stage2, options),
-                no_compiled_loop,
-            )
+            Case(f"stage 2, {STAGE2_EXITS}: {name}", partial(_stage2, options), no_compiled_loop)
             for name, options in STAGE2.items()
         ),
         *(
@@ -140,17 +137,15 @@ def _stage2(options: dict[str, Any], directory: Path) -> Subject:
 
 def _early_exit(policy: Policy, directory: Path) -> Subject:
     trainer = _trainer(directory, **ACL, strategy="joint")
-    engine = EarlyExit(trainer.model, policy)
     tokens = torch.randint(5, len(WORDS), (2 * BATCH_SIZE, NUM_TOKENS))
-    return Subject(partial(engine, tokens), _parts(trainer.model))
+    return Subject(partial(EarlyExit(trainer.model, policy), tokens), _parts(trainer.model))
 
 
 def _repacked(directory: Path) -> Subject:
     trainer = _trainer(directory, **ACL, strategy="joint")
     texts = trainer.train_split.take(np.arange(4 * BATCH_SIZE))
-    engine = EarlyExit(trainer.model, Halves())
-    call = partial(engine.predict, texts, BATCH_SIZE, pad_token_id=0, repack=True)
-    return Subject(call, _parts(trainer.model))
+    predict = partial(EarlyExit(trainer.model, Halves()).predict, repack=True)
+    return Subject(partial(predict, texts, BATCH_SIZE, pad_token_id=0), _parts(trainer.model))
 
 
 def _evaluation(directory: Path) -> Subject:
@@ -162,11 +157,8 @@ def _evaluation(directory: Path) -> Subject:
 
 def _parts(model: MultiExitForSequenceClassification) -> dict[str, list[nn.Module]]:
     backbone = cast(Any, model.backbone)
-    return {
-        "backbone": [backbone],
-        "layers": list(backbone.encoder.layer),
-        "exits": list(model.exits),
-    }
+    layers = list(backbone.encoder.layer)
+    return {"backbone": [backbone], "layers": layers, "exits": list(model.exits)}
 
 
 def _trainer(directory: Path, **options: Any) -> SteppedTrainer:
@@ -212,11 +204,8 @@ def _write_encoder(directory: Path) -> None:
 
 def _write_texts(file: Path, num_texts: int) -> None:
     """Write texts of two classes; every text has NUM_TOKENS tokens."""
-    rows = [
-        {
-            "sentence": " ".join(WORDS[(row + place) % len(WORDS)] for place in range(NUM_TOKENS)),
-            "label": ("no", "yes")[row % 2],
-        }
-        for row in range(num_texts)
-    ]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with file.open("w", encoding="utf-8") as lines:
+        for row in range(num_texts):
+            words = [WORDS[(row + place) % len(WORDS)] for place in range(NUM_TOKENS)]
+            text = {"sentence": " ".join(words), "label": ("no", "yes")[row % 2]}
+            lines.write(json.dumps(text) + "\n")

@@ -5,6 +5,7 @@ They take turns with the providers, so that a busy machine slows the floor and t
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,15 +32,14 @@ def machine_rates(
     out = torch.empty(BLOCK, BLOCK, dtype=dtype)
     exponents = torch.rand(BLOCK, BLOCK)
 
-    def gemm() -> None:
+    def repeat(function: Callable[..., object], *inputs: torch.Tensor) -> None:
         for _ in range(RATE_CALLS):
-            torch.mm(left, right.t(), out=out)
+            function(*inputs, out=out)
 
-    def exp() -> None:
-        for _ in range(RATE_CALLS):
-            torch.exp(exponents, out=out)
-
-    return {"gemm": gemm, "exp": exp}
+    return {
+        "gemm": partial(repeat, torch.mm, left, right.t()),
+        "exp": partial(repeat, torch.exp, exponents),
+    }
 
 
 def memory_rates() -> dict[str, Callable[[], object]]:

@@ -27,18 +27,15 @@ class Rates:
 
     def record(self) -> Result:
         """A dictionary for JSON; unknown rates are null, for JSON has no infinity."""
-
-        def known(rate: float) -> float | None:
-            return None if rate == float("inf") else rate
-
+        exponentials, num_bytes = (
+            None if rate == float("inf") else rate / 1e9 for rate in (self.exponentials, self.bytes)
+        )
+        flops = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.flops.items()}
         return {
             "name": self.name,
-            "gigaflops": {
-                str(dtype).removeprefix("torch."): value / 1e9
-                for dtype, value in self.flops.items()
-            },
-            "giga_exponentials_per_second": known(self.exponentials / 1e9),
-            "gigabytes_per_second": known(self.bytes / 1e9),
+            "gigaflops": {name: rate / 1e9 for name, rate in flops.items()},
+            "giga_exponentials_per_second": exponentials,
+            "gigabytes_per_second": num_bytes,
             "overlaps_units": self.overlaps_units,
         }
 

@@ -14,6 +14,8 @@ from .environment import CPU, Result
 
 # Upper limit for the calls in a row that make one sample on a GPU.
 MAX_REPEATS = 1000
+# Lower limit of rounds that are reduced to save time.
+MIN_ROUNDS = 3
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -41,19 +43,25 @@ def interleave_on(
     *,
     rounds: int,
     sample_seconds: float = 0.02,
+    all_seconds: float | None = None,
 ) -> dict[str, Result]:
     """Time every candidate once per round; a sample is the mean of several calls in a row.
 
     Each candidate is called as often in a row as fills `sample_seconds`, so that the wait is a
-    small part of every sample even when candidates differ a thousandfold.
+    small part of every sample even when candidates differ a thousandfold. With `all_seconds`, the
+    candidates were called before, and there are fewer rounds if all would take longer.
     """
-    turns = {}
+    turns, total = {}, 0.0
     for name, call in candidates.items():
         # The first call compiles; by the second one, memory is allocated and clocks are up.
-        seconds_per_call(call, 1, device)
-        (seconds,) = seconds_per_call(call, 2, device)
+        (seconds,) = seconds_per_call(call, 1, device)
+        if all_seconds is None or seconds < sample_seconds:
+            (seconds,) = seconds_per_call(call, 2, device)
         repeats = max(1, min(MAX_REPEATS, round(sample_seconds / seconds)))
+        total += seconds * repeats
         turns[name] = partial(seconds_per_call, call, repeats, device)
+    if all_seconds is not None and total > 0:
+        rounds = min(rounds, max(MIN_ROUNDS, int(all_seconds / total)))
     return interleave_samples(turns, rounds=rounds)
 
 
@@ -105,11 +113,9 @@ def launches(function: Callable[[], object], device: torch.device) -> list[str] 
         with torch.profiler.profile(activities=activities) as profiler:
             function()
             torch.cuda.synchronize(device)
-    on_device = [
-        event
-        for event in profiler.events()
+    return [
+        event.name
+        for event in sorted(profiler.events(), key=lambda event: event.time_range.start)
         if event.device_type == torch.autograd.DeviceType.CUDA
         and not getattr(event, "is_user_annotation", False)
-    ]
-    on_device.sort(key=lambda event: event.time_range.start)
-    return [event.name for event in on_device] or None
+    ] or None

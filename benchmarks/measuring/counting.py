@@ -9,7 +9,7 @@ import contextlib
 import gc
 import sys
 import weakref
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 # Operations for which the host waits: they return a value to Python, or the shape of their result
@@ -98,40 +99,36 @@ def count(
         for read in SILENT_READS:
             stack.enter_context(mock.patch.object(Tensor, read, mode.noted(read)))
         launches = stack.enter_context(_launches())
-        stack.enter_context(_no_garbage())
+        if gc.isenabled():
+            # Storages are freed only when their last reference goes.
+            gc.disable()
+            stack.callback(gc.enable)
         with mode:
             call()
     found = Counts(
-        operations=dict(mode.operations),
+        **{kind: dict(mode.counted[kind]) for kind in ("operations", "host_reads", "collectives")},
         flops=mode.flops,
         allocated_bytes=mode.allocated_bytes,
         peak_bytes=mode.peak_bytes,
-        host_reads=dict(mode.host_reads),
         passes=dict(passes),
-        launches=dict(Counter(launch.text for launch in launches)),
-        binaries=len({launch.binary for launch in launches}),
-        collectives=dict(mode.collectives),
+        launches=dict(Counter(text for text, _ in launches)),
+        binaries=len({binary for _, binary in launches}),
     )
-    return found, mode.places
+    return found, mode.counted["places"]
 
 
 def is_host_read(name: str, arguments: Sequence[Any]) -> bool:
     """Return whether the host waits for the result of this operation; `name` without "aten::"."""
-    return name in READS or (
-        name in INDEXING
-        and any(
-            index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1]
-        )
-    )
+    masks = (torch.bool, torch.uint8)
+    indices = arguments[1] if name in INDEXING else ()
+    return name in READS or any(each is not None and each.dtype in masks for each in indices)
 
 
 class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.operations: Counter[str] = Counter()
-        self.places: Counter[str] = Counter()
-        self.host_reads: Counter[str] = Counter()
-        self.collectives: Counter[str] = Counter()
+        # Kind -> counts by name: operations, places, host_reads, collectives.
+        self.counted: dict[str, Counter[str]] = defaultdict(Counter)
         self.flops = self.allocated_bytes = self.peak_bytes = 0
         self._live_bytes = 0
         # Address of a storage -> the storage, and its size when last seen.
@@ -152,14 +149,14 @@ class _Counting(TorchDispatchMode):
         # Profiler ranges compute nothing.
         if name.startswith("profiler::"):
             return result
-        self.places[f"{_place()}: {name}"] += 1
+        self.counted["places"][f"{_place()}: {name}"] += 1
         self.flops += _flops(func, name, args, kwargs, result)
         if name.startswith("c10d::"):
-            self.collectives[name.removeprefix("c10d::")] += 1
+            self.counted["collectives"][name.removeprefix("c10d::")] += 1
         elif is_host_read(name, args):
-            self.host_reads[f"{_place()}: {name}"] += 1
+            self.counted["host_reads"][f"{_place()}: {name}"] += 1
         else:
-            self.operations[name] += 1
+            self.counted["operations"][name] += 1
         # The storage that `torch.tensor` made is new, although it arrives as an input.
         inputs = () if name == "lift_fresh" else (*args, *kwargs.values())
         self._note_storages(result, inputs)
@@ -170,7 +167,7 @@ class _Counting(TorchDispatchMode):
         method = getattr(Tensor, read)
 
         def call(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            self.host_reads[f"{_place()}: {read}"] += 1
+            self.counted["host_reads"][f"{_place()}: {read}"] += 1
             return method(tensor, *args, **kwargs)
 
         return call
@@ -180,14 +177,12 @@ class _Counting(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             address, size = storage._cdata, storage.nbytes()
-            known = self._live.get(address)
-            if known is None and address in before:
+            if address not in self._live and address in before:
                 continue
-            if known is None:
-                reference = weakref.ref(storage, partial(self._forget, address))
-            else:
-                reference = known[0]
-            grown = size - (0 if known is None else known[1])
+            if address not in self._live:
+                self._live[address] = weakref.ref(storage, partial(self._forget, address)), 0
+            reference, known = self._live[address]
+            grown = size - known
             self._live[address] = reference, size
             self._live_bytes += grown
             self.allocated_bytes += max(0, grown)
@@ -197,15 +192,10 @@ class _Counting(TorchDispatchMode):
         self._live_bytes -= self._live.pop(address)[1]
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    """Tensors in the arguments or results of an operation, which may be nested lists."""
-    if isinstance(values, Tensor):
-        # Sparse tensors have no single storage.
-        if values.layout is torch.strided:
-            yield values
-    elif isinstance(values, (list, tuple)):
-        for value in values:
-            yield from _tensors(value)
+def _tensors(values: Any) -> list[Tensor]:
+    """Tensors in nested arguments or results; sparse ones have no single storage."""
+    found = (each for each in tree_leaves(values) if isinstance(each, Tensor))
+    return [tensor for tensor in found if tensor.layout is torch.strided]
 
 
 def _flops(
@@ -231,29 +221,12 @@ def _place() -> str:
 
 
 @contextlib.contextmanager
-def _no_garbage() -> Iterator[None]:
-    """Disable garbage collection: storages are freed only when their last reference goes."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
+def _launches() -> Iterator[list[tuple[str, tuple[Any, ...]]]]:
+    """Record the launches inside the block instead of running them.
 
-
-@dataclass(frozen=True)
-class _Launch:
-    """A kernel with its grid, and the key under which Triton would cache its binary."""
-
-    text: str
-    binary: tuple[Any, ...]
-
-
-@contextlib.contextmanager
-def _launches() -> Iterator[list[_Launch]]:
-    """Record the launches inside the block instead of running them."""
-    found: list[_Launch] = []
+    A launch is a kernel with its grid, and the key under which Triton would cache its binary.
+    """
+    found: list[tuple[str, tuple[Any, ...]]] = []
     try:
         from triton.runtime.interpreter import InterpretedFunction
     except ImportError:
@@ -264,7 +237,7 @@ def _launches() -> Iterator[list[_Launch]]:
         named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
         size = grid(named) if callable(grid) else grid
         programs = "x".join(str(int(number)) for number in size)
-        found.append(_Launch(f"{kernel.fn.__name__} [{programs}]", _binary(kernel, named)))
+        found.append((f"{kernel.fn.__name__} [{programs}]", _binary(kernel, named)))
 
     with mock.patch.object(InterpretedFunction, "run", run):
         yield found

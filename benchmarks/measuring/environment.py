@@ -34,8 +34,7 @@ def gpu_name(device: torch.device) -> str:
 
 def environment(device: torch.device = CPU) -> Result:
     """Everything that a reader needs to judge or repeat the numbers."""
-    gpu = _gpu(device) if device.type == "cuda" else {}
-    return gpu | {
+    return (_gpu(device) if device.type == "cuda" else {}) | {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "cpu": cpu_model(),
@@ -57,19 +56,11 @@ def _gpu(device: torch.device) -> Result:
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "gpu_memory_bytes": properties.total_memory,
-        "driver": _driver(),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        or "unknown",
         "cuda": torch.version.cuda,
         "triton": _version("triton"),
     }
-
-
-def _driver() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True)
-    except FileNotFoundError:
-        return "unknown: nvidia-smi is not installed"
-    return answer.stdout.partition("\n")[0].strip() or "unknown"
 
 
 def _commit() -> str:
@@ -77,18 +68,21 @@ def _commit() -> str:
 
     Result files do not count as changes.
     """
-    git = ["git", "-C", str(Path(__file__).parent)]
-    code = ["--", ":/", ":!results"]
+    git = ("git", "-C", str(Path(__file__).parent))
+    head = _output(*git, "rev-parse", "HEAD")
+    status = _output(*git, "status", "--porcelain", "--", ":/", ":!results")
+    if not head or head.startswith("unknown"):
+        return head or "none"
+    return head + ("+changes" if status else "")
+
+
+def _output(*command: str) -> str:
+    """First line that a program prints; empty if it fails, or says that it is not installed."""
     try:
-        head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", *code], capture_output=True, text=True
-        )
+        answer = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError:
-        return "unknown: git is not installed"
-    if head.returncode != 0:
-        return "none"
-    return head.stdout.strip() + ("+changes" if status.stdout else "")
+        return f"unknown: {command[0]} is not installed"
+    return answer.stdout.partition("\n")[0].strip() if answer.returncode == 0 else ""
 
 
 def _version(distribution: str) -> str:

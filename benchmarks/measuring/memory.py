@@ -10,6 +10,7 @@ import ctypes
 import multiprocessing
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import torch
 from ...engine.runtime import processes
 
 RESET_FILE = Path("/proc/self/clear_refs")
+STATUS_FILE = Path("/proc/self/status")
 # mallopt's parameter (glibc): allocations above this size are returned to the system when freed.
 M_MMAP_THRESHOLD = -3
 # Used if Linux does not report the size.
@@ -35,11 +37,9 @@ def cache_bytes(device: torch.device | None = None) -> int:
     if device is not None and device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         return int(getattr(properties, "L2_cache_size", GPU_CACHE))
-    sizes = []
-    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        match = re.fullmatch(r"(\d+)([KM])\s*", file.read_text(encoding="ascii"))
-        if match:
-            sizes.append(int(match[1]) * {"K": 2**10, "M": 2**20}[match[2]])
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = (re.fullmatch(r"(\d+)([KM])\s*", file.read_text(encoding="ascii")) for file in files)
+    sizes = (int(size[1]) * {"K": 2**10, "M": 2**20}[size[2]] for size in found if size)
     return max(sizes, default=DEFAULT_CACHE)
 
 
@@ -52,9 +52,13 @@ def available_bytes(device: torch.device) -> int:
     meminfo = Path("/proc/meminfo")
     if not meminfo.is_file():
         return 2**62
-    match = re.search(r"MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"))
-    assert match is not None, "Linux reports MemAvailable"
-    return int(USABLE_SHARE * int(match[1]) * 1024)
+    return int(USABLE_SHARE * _reported_bytes(meminfo, "MemAvailable"))
+
+
+def _reported_bytes(file: Path, field: str) -> int:
+    match = re.search(rf"{field}:\s+(\d+) kB", file.read_text(encoding="ascii"))
+    assert match is not None, f"Linux reports {field}"
+    return int(match[1]) * 1024
 
 
 def too_large(needed: int, available: int) -> str | None:
@@ -84,10 +88,10 @@ class HighWaterMark:
         if hasattr(self._libc, "malloc_trim"):
             self._libc.malloc_trim(0)
         RESET_FILE.write_text("5", encoding="ascii")
-        self._before = _status_bytes("VmRSS")
+        self._before = _reported_bytes(STATUS_FILE, "VmRSS")
 
     def raised_bytes(self) -> int:
-        return _status_bytes("VmHWM") - self._before
+        return _reported_bytes(STATUS_FILE, "VmHWM") - self._before
 
     def raised_by(self, call: Callable[[], object]) -> int:
         """Bytes by which one call raises the mark; its result is held until the mark is read."""
@@ -98,13 +102,7 @@ class HighWaterMark:
         return raised
 
 
-def _status_bytes(field: str) -> int:
-    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None, f"Linux reports {field}"
-    return int(match[1]) * 1024
-
-
-class Child:
+class Child(AbstractContextManager["Child"]):
     """A process that measures memory peaks, one after another; it starts at the first request."""
 
     def __init__(self, threads: int, seconds: float = CHILD_SECONDS) -> None:
@@ -112,9 +110,6 @@ class Child:
         self.seconds = seconds
         self._process: Any = None
         self._pipe: Any = None
-
-    def __enter__(self) -> Child:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:
@@ -135,7 +130,11 @@ class Child:
         if not HighWaterMark.is_available():
             return None
         if self._process is None:
-            self._start()
+            context = multiprocessing.get_context("spawn")
+            self._pipe, other = context.Pipe()
+            self._process = context.Process(target=_serve, args=(other, self.threads), daemon=True)
+            self._process.start()
+            other.close()
         try:
             self._pipe.send((function, arguments))
             if self._pipe.poll(self.seconds):
@@ -145,13 +144,6 @@ class Child:
             answer = "the process that measures memory ended without an answer"
         self._end()
         return answer
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, other = context.Pipe()
-        self._process = context.Process(target=_serve, args=(other, self.threads), daemon=True)
-        self._process.start()
-        other.close()
 
     def _end(self) -> None:
         if self._process is not None:

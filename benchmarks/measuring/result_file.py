@@ -121,11 +121,7 @@ _SILENT = {"cases", "providers", "times", "points"}
 
 
 def read_result(path: Path) -> Result:
-    """Read a result file.
-
-    Raises:
-        ValueError: no such file, not JSON, not a result, or a result of another schema.
-    """
+    """Read a result file; ValueError for other files and other schemas."""
     if not path.is_file():
         raise ValueError(
             f"{str(path)!r} does not exist: name a JSON file that fusedacl bench wrote."
@@ -143,11 +139,3 @@ def read_result(path: Path) -> Result:
             "again with this version (fusedacl bench), or compare with the version that wrote it."
         )
     return result
-
-
-def default_directory(machine: str, preset: str) -> Path:
-    """benchmarks/results/<machine> for a full run in a checkout, else runs/bench/<machine>."""
-    committed = Path(__file__).parents[1] / "results"
-    if preset == "full" and committed.is_dir() and os.access(committed, os.W_OK):
-        return committed / machine
-    return Path("runs") / "bench" / machine

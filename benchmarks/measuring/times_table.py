@@ -8,21 +8,25 @@ from .environment import Result
 Table = Callable[[Sequence[str], Sequence[Sequence[str]]], str]
 
 
-def times_table(providers: Mapping[str, Result], table: Table = markdown_table) -> str:
+def times_table(
+    providers: Mapping[str, Result],
+    table: Table = markdown_table,
+    names: Mapping[str, str] | None = None,
+) -> str:
     """Medians and percentiles, also relative to the first provider, floors, memory and errors.
 
-    Columns that no provider has are left out.
+    Columns that no provider has are left out. names: words for the providers in the first column.
     """
     if not providers:
         return "Nothing was measured."
     first = next(iter(providers.values()))["p50_ms"]
 
-    def numbers(key: str, words: str, unit: int = 1) -> list[str]:
+    def numbers(key: str, words: str, unit: float = 1) -> list[str]:
         values = (entry.get(key) for entry in providers.values())
         return ["-" if value is None else words.format(value / unit) for value in values]
 
     columns = {
-        "provider": list(providers),
+        "provider": [(names or {}).get(name, name) for name in providers],
         "median (20th to 80th percentile), ms": [
             f"{short(entry['p50_ms'])} ({short(entry['p20_ms'])} to {short(entry['p80_ms'])})"
             for entry in providers.values()
@@ -32,6 +36,8 @@ def times_table(providers: Mapping[str, Result], table: Table = markdown_table) 
             for entry in providers.values()
         ],
         "time over floor": numbers("over_floor", "{:.2f}"),
+        "sent, MB": numbers("sent_bytes", "{:.2f}", 1e6),
+        "loopback, MB": numbers("loopback_bytes", "{:.2f}", 1e6),
         "peak memory, MiB": numbers("peak_bytes", "{:.1f}", 2**20),
         "error": numbers("error", "{:.0e}"),
     }

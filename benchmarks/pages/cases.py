@@ -1,6 +1,6 @@
 """Sections of the performance page for the loss, the angle check and the growth."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from ...engine.runtime.text import markdown_table
 from ..measuring.environment import Result
@@ -28,8 +28,11 @@ def cases_section(result: Result) -> list[str]:
     benchmark = result["benchmark"]
     lines = [f"### {TITLES[benchmark]}", "", EXPLAINED[benchmark]]
     for case in result["cases"]:
-        lines += ["", f"{case['words']}{_floor(case)}:", "", times_table(case["providers"])]
-    return [*lines, *left_out_lines(result["cases"]), *_noise(result)]
+        floor = ""
+        if case.get("floor_ms") is not None:
+            floor = f" (floor {short(case['floor_ms'])} ms, bound by {case['bound_by']})"
+        lines += ["", f"{case['words']}{floor}:", "", times_table(case["providers"])]
+    return [*lines, *left_out_lines(result["cases"]), *noise_lines(result)]
 
 
 def growth_section(result: Result, figure: str) -> list[str]:
@@ -50,7 +53,7 @@ def growth_section(result: Result, figure: str) -> list[str]:
         "",
         f"![Time and memory against size]({figure})",
         *left_out_lines(refused),
-        *_noise(result),
+        *noise_lines(result),
     ]
 
 
@@ -69,17 +72,7 @@ def left_out_lines(cases: Sequence[Result]) -> list[str]:
     return ["", "Left out:", "", *lines] if lines else []
 
 
-def noisy_words(why: Iterable[str]) -> str:
-    return f"**Noisy**: {'; '.join(why)}."
-
-
-def _floor(case: Result) -> str:
-    if case.get("floor_ms") is None:
-        return ""
-    return f" (floor {short(case['floor_ms'])} ms, bound by {case['bound_by']})"
-
-
-def _noise(result: Result) -> list[str]:
+def noise_lines(result: Result) -> list[str]:
     found = result["noise"]
     words = f"Typical spread of times (20th to 80th percentile): {found['spread']:.1%}."
-    return ["", f"{words} {noisy_words(found['why'])}" if found["noisy"] else words]
+    return ["", f"{words} **Noisy**: {'; '.join(found['why'])}." if found["noisy"] else words]

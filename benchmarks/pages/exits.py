@@ -20,10 +20,6 @@ def exits_section(result: Result) -> list[str]:
         "Early exit with a threshold that no text reaches, which is its worst case: all exits are "
         "computed and none is used. The full model is the same backbone with its last exit only.",
         *(line for case in result["early_exit"] for line in _early_exit(case)),
-        "",
-        "ACL-CL, forward + backward, all exits in one call. The floor of both rows is one product "
-        "for all pairs and one for the gradient:",
-        *(line for case in result["losses"] for line in _exit_losses(case)),
     ]
 
 
@@ -35,36 +31,19 @@ def _second_stage(stage: Result) -> list[str]:
         "apart": f"{num_exits} exits, one at a time",
         "cached": f"{num_exits} exits together, from the feature cache",
     }
-    return [
-        "",
+    words = (
         f"{options['exit_head']} exits, {objective}"
         f"{', bfloat16' if options.get('bf16') else ''}, {stage['mean_tokens']:.0f} tokens on "
         f"average. Summed over the same {times['together']['samples']} batches, together is "
         f"{stage['total_faster_than_apart']:.2f} times as fast as one at a time, and the cache is "
-        f"{stage['total_cached_faster']:.2f} times as fast as no cache:",
-        "",
-        times_table({words: times[name] for name, words in names.items()}),
-    ]
+        f"{stage['total_cached_faster']:.2f} times as fast as no cache:"
+    )
+    return ["", words, "", times_table(times, names=names)]
 
 
 def _early_exit(case: Result) -> list[str]:
-    texts = (
-        f"{case['batches']} texts one by one"
-        if case["batch"] == 1
-        else f"a batch of {case['batch']}"
-    )
+    one_by_one = f"{case['batches']} texts one by one"
+    texts = one_by_one if case["batch"] == 1 else f"a batch of {case['batch']}"
     names = {"full": "full model", "early_exit": "early exit, no text leaves early"}
-    times = {words: case["times"][name] for name, words in names.items()}
-    return ["", f"{case['exit_head']} exits, {texts}:", "", times_table(times)]
-
-
-def _exit_losses(case: Result) -> list[str]:
-    shape = case["shape"]
-    names = {"fusedacl": "fusedacl, one call", "dense": "one dense loss per exit, eager PyTorch"}
-    return [
-        "",
-        f"E = {shape['exits']}, N = {shape['samples']}, K = {shape['labels']}, "
-        f"d = {shape['width']}:",
-        "",
-        times_table({words: case["times"][name] for name, words in names.items()}),
-    ]
+    table = times_table(case["times"], names=names)
+    return ["", f"{case['exit_head']} exits, {texts}:", "", table]

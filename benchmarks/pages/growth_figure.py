@@ -3,9 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain
+from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain, save_figure
 from ..measuring.environment import Result
-from .png import save_png
 
 AXES = {
     "M": "M, rows of supcon_loss",
@@ -17,7 +16,7 @@ AXES = {
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw times in the upper row and peak memory in the lower one."""
+    """Draw path.png: times in the upper row and peak memory in the lower one."""
     from matplotlib.lines import Line2D
 
     cases = result["cases"]
@@ -30,8 +29,13 @@ def draw(result: Result, path: Path) -> None:
     for column, axis in enumerate(axes_names):
         axis_cases = [case for case in cases if case["axis"] == axis]
         for axes, (key, unit, words) in zip(grid[:, column], rows, strict=True):
-            for name in names:
-                _line(axes, axis_cases, name, key, unit, colors[name])
+            for name, color in colors.items():
+                line = {
+                    case["size"]: case["providers"][name][key] / unit
+                    for case in axis_cases
+                    if case["providers"].get(name, {}).get(key)
+                }
+                axes.plot(list(line), list(line.values()), "o-", color=color, markersize=3)
             axes.set(xscale="log", yscale="log", xlabel=AXES[axis])
             axes.set_ylabel(words if column == 0 else "")
             _ticks(axes, [case["size"] for case in axis_cases])
@@ -41,32 +45,17 @@ def draw(result: Result, path: Path) -> None:
     figure.suptitle(
         f"Growth of the cost, {path.parent.name}: loss forward + backward, angle's sums"
     )
-    save_png(figure, path)
-
-
-def _line(axes: Any, cases: list[Result], name: str, key: str, unit: float, color: str) -> None:
-    found = [
-        (case["size"], case["providers"][name][key] / unit)
-        for case in cases
-        if name in case["providers"] and case["providers"][name][key]
-    ]
-    axes.plot([x for x, _ in found], [y for _, y in found], "o-", color=color, markersize=3)
+    save_figure(figure, path, (".png",))
 
 
 def _ticks(axes: Any, sizes: list[int]) -> None:
     """Label at most about five sizes; on the y axis, only powers of ten if there are two."""
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import EngFormatter, NullFormatter
 
     shown = sizes[:: 1 + len(sizes) // 5]
-    axes.set_xticks(shown, [_size_words(size) for size in shown])
+    words = [EngFormatter(sep="")(size) if size >= 10**6 else str(size) for size in shown]
+    axes.set_xticks(shown, words)
     axes.xaxis.set_minor_formatter(NullFormatter())
     low, high = axes.get_ylim()
     if high / low > 30:
         axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _size_words(size: int) -> str:
-    for unit, words in ((10**9, "G"), (10**6, "M")):
-        if size >= unit:
-            return f"{size / unit:g}{words}"
-    return str(size)

@@ -1,6 +1,7 @@
 """The short table in README.md: ours beside the alternatives, from the result files."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from ...engine.runtime.files import write_whole
@@ -9,95 +10,94 @@ from ..measuring.environment import Result
 
 BEGIN, END = "<!-- headline -->", "<!-- /headline -->"
 OURS = "fusedacl"
-# The usual alternatives; the first one that was measured is shown.
-PEERS = {
-    "supcon": ("pytorch-metric-learning", "dense", "SupContrast"),
-    "acl": ("dense",),
-    "dot_norm": ("concatenate + dot + norms",),
-    "gate": ("concatenate + cosine + loop",),
+# Kind of case -> its words, and the usual alternatives; the first one that was measured is shown.
+KINDS = {
+    "supcon": (
+        "contrastive loss, forward + backward",
+        ("pytorch-metric-learning", "dense", "SupContrast"),
+    ),
+    "acl": ("loss with label embeddings, forward + backward", ("dense",)),
+    "dot_norm": ("angle of two gradients", ("concatenate + dot + norms",)),
+    "gate": ("angle and gated combination", ("concatenate + cosine + loop",)),
 }
 HEADER = [
     "what", "instead", "time, ours", "time, theirs", "faster", "memory",
     "fastest of the others", "machine",
 ]  # fmt: skip
-NAMES = {
-    "supcon": "contrastive loss, forward + backward",
-    "acl": "loss with label embeddings, forward + backward",
-    "dot_norm": "angle of two gradients",
-    "gate": "angle and gated combination",
-}
 
 
-def headline(results: Mapping[str, dict[str, Result]]) -> str:
-    """A row for the largest case of each kind on each machine; empty if none was measured."""
-    rows = []
-    for machine, found in results.items():
-        for kind, case in largest_cases(found).items():
-            rows += _rows(machine, kind, case)
+@dataclass(frozen=True)
+class Comparison:
+    """Ours beside the usual alternative, and the fastest alternative with our formula.
+
+    factor: time of the fastest alternative, which may be the usual one, relative to ours.
+    """
+
+    title: str
+    ours: Result
+    peer: str
+    theirs: Result
+    fastest: str
+    factor: float
+
+    @property
+    def ratio(self) -> float:
+        """Time of the usual alternative relative to ours."""
+        return self.theirs["p50_ms"] / self.ours["p50_ms"]
+
+    @property
+    def peaks(self) -> list[float]:
+        """Peak memory of ours and of the usual alternative in MiB; empty if one is unknown."""
+        peaks = [entry["peak_bytes"] for entry in (self.ours, self.theirs)]
+        return [peak / 2**20 for peak in peaks] if all(peaks) else []
+
+
+def comparisons(found: Mapping[str, Result]) -> list[Comparison]:
+    """The last and largest case of each kind in which ours and a usual alternative were timed."""
+    largest = {}
+    for case in (
+        case for name in ("loss", "angle") for case in found.get(name, {}).get("cases", [])
+    ):
+        kind, providers = case["case"].get("loss") or case["case"]["task"], case["providers"]
+        words, peers = KINDS.get(kind, ("", ()))
+        peer = next((name for name in peers if name in providers), None)
+        if OURS not in providers or peer is None:
+            continue
+        ours = providers[OURS]
+        times = {
+            name: entry["p50_ms"]
+            for name, entry in providers.items()
+            if not name.startswith(OURS) and (name == peer or entry["formula"] == ours["formula"])
+        }
+        fastest = min(times, key=times.__getitem__)
+        _, _, shape = case["words"].partition(" ")
+        title = f"{words}{' ' if shape.startswith('of ') else ', '}{shape}"
+        factor = times[fastest] / ours["p50_ms"]
+        largest[kind] = Comparison(title, ours, peer, providers[peer], fastest, factor)
+    return list(largest.values())
+
+
+def headline(results: Mapping[str, Mapping[str, Result]]) -> str:
+    """A row for each comparison on each machine; empty if nothing was measured."""
+    rows = [
+        [
+            each.title,
+            each.peer,
+            milliseconds(each.ours["p50_ms"]),
+            milliseconds(each.theirs["p50_ms"]),
+            f"{each.ratio:.2f} times",
+            "{:.1f} against {:.1f} MiB".format(*each.peaks) if each.peaks else "-",
+            f"{each.fastest}: {each.factor:.2f} times",
+            machine,
+        ]
+        for machine, found in results.items()
+        for each in comparisons(found)
+    ]
     return markdown_table(HEADER, rows) if rows else ""
 
 
-def largest_cases(found: dict[str, Result]) -> dict[str, Result]:
-    """Kind of PEERS -> its last and largest case, if ours and an alternative were measured."""
-    largest = {}
-    for name in ("loss", "angle"):
-        for case in found.get(name, {}).get("cases", []):
-            kind = case["case"].get("loss") or case["case"]["task"]
-            if OURS in case["providers"] and kind in PEERS and usual_alternative(kind, case):
-                largest[kind] = case
-    return largest
-
-
-def case_title(kind: str, case: Result) -> str:
-    _, _, shape = case["words"].partition(" ")
-    return f"{NAMES[kind]}{' ' if shape.startswith('of ') else ', '}{shape}"
-
-
-def usual_alternative(kind: str, case: Result) -> str | None:
-    return next((name for name in PEERS[kind] if name in case["providers"]), None)
-
-
-def _rows(machine: str, kind: str, case: Result) -> list[list[str]]:
-    providers = case["providers"]
-    peer = usual_alternative(kind, case)
-    assert peer is not None
-    ours, theirs = providers[OURS], providers[peer]
-    peaks = [entry["peak_bytes"] for entry in (ours, theirs)]
-    memory = "-"
-    if all(peaks):
-        memory = f"{peaks[0] / 2**20:.1f} against {peaks[1] / 2**20:.1f} MiB"
-    return [
-        [
-            case_title(kind, case),
-            peer,
-            milliseconds(ours["p50_ms"]),
-            milliseconds(theirs["p50_ms"]),
-            f"{theirs['p50_ms'] / ours['p50_ms']:.2f} times",
-            memory,
-            "{}: {:.2f} times".format(*fastest_alternative(providers, peer)),
-            machine,
-        ]
-    ]
-
-
-def fastest_alternative(providers: Result, peer: str) -> tuple[str, float]:
-    """The fastest alternative with our formula, `peer` included, and its time relative to ours."""
-    ours = providers[OURS]
-    others = {
-        name: found
-        for name, found in providers.items()
-        if not name.startswith(OURS) and (name == peer or found["formula"] == ours["formula"])
-    }
-    name, found = min(others.items(), key=lambda other: other[1]["p50_ms"])
-    return name, found["p50_ms"] / ours["p50_ms"]
-
-
 def write_headline(readme: Path, table: str) -> None:
-    """Replace the text between the two markers by the table.
-
-    Raises:
-        ValueError: a marker is missing or repeated, or they are in the wrong order.
-    """
+    """Replace the text between the two markers; ValueError unless each is there once."""
     text = readme.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -23,7 +23,7 @@ from .step import step_section
 from .summary import introduction
 
 SUITES = ("loss", "angle", "growth", "step", "exits", "scaling")
-ROOFLINE = "roofline.png"
+ROOFLINE = "roofline"
 
 
 def main() -> int:
@@ -57,11 +57,7 @@ def main() -> int:
 
 
 def read_directories(directories: Sequence[Path]) -> dict[Path, dict[str, Result]]:
-    """Directory of a machine -> its results by file name, in the order of the page.
-
-    Raises:
-        ValueError: a file of another schema.
-    """
+    """Directory of a machine -> its results by file name, in the order of the page."""
     return {
         directory: {
             file.stem: read_result(file)
@@ -76,17 +72,18 @@ def read_directories(directories: Sequence[Path]) -> dict[Path, dict[str, Result
 
 def draw(results: dict[Path, dict[str, Result]]) -> None:
     """Draw every figure of the machines' results into their directories."""
+    figures = {
+        "growth": growth_figure.draw, "scaling": scaling_figure.draw, "step": step_figure.draw
+    }  # fmt: skip
     for directory, found in results.items():
+        directory.mkdir(parents=True, exist_ok=True)
         cases = _results_with_points(found)
         if cases:
             roofline.draw(cases, directory / ROOFLINE)
-        if "growth" in found:
-            growth_figure.draw(found["growth"], directory / "growth.png")
-        if "scaling" in found:
-            scaling_figure.draw(found["scaling"], directory / "scaling.png")
         for name, result in found.items():
-            if name.startswith("step"):
-                step_figure.draw(result, directory / f"{name}.png")
+            suite = name.partition("_")[0]
+            if suite in figures:
+                figures[suite](result, directory / name)
 
 
 def _results_with_points(found: dict[str, Result]) -> list[Result]:
@@ -99,24 +96,20 @@ def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
     parts = introduction({path.name: found for path, found in results.items()})
     for directory, found in results.items():
         parts += ["", f"## Machine `{directory.name}`"]
-        is_first_step = True
+        steps = [name for name in found if name.startswith("step")]
         for name, result in found.items():
             figure = _link(directory / f"{name}.png", beside)
             if name == "growth":
                 section = growth_section(result, figure)
-            elif name.startswith("step"):
-                shown = figure if step_figure.has_parts(result) else None
-                section = step_section(result, shown, explain=is_first_step)
-                is_first_step = False
-            elif name == "exits":
-                section = exits_section(result)
-            elif name == "scaling":
-                section = scaling_section(result)
+            elif name in steps:
+                shown = figure if step_figure.with_parts(result) else None
+                section = step_section(result, shown, explain=name == steps[0])
             else:
-                section = cases_section(result)
+                sections = {"exits": exits_section, "scaling": scaling_section}
+                section = sections.get(name, cases_section)(result)
             parts += ["", *section, "", _provenance(result["environment"])]
         if _results_with_points(found):
-            file = _link(directory / ROOFLINE, beside)
+            file = _link(directory / f"{ROOFLINE}.png", beside)
             parts += ["", f"![Roofline of {directory.name}]({file})"]
     return "\n".join(parts) + "\n"
 
@@ -137,15 +130,12 @@ def _link(file: Path, beside: Path) -> str:
 
 
 def _provenance(environment: Result) -> str:
-    threads = environment["threads"]
-    return (
-        f"{environment['cpu']}, {environment['cores']} cores, "
-        f"{threads} thread{'' if threads == 1 else 's'}; "
-        f"torch {environment['torch']}, Python {environment['python']}, "
-        f"pytorch-metric-learning {environment['pytorch_metric_learning']}; commit "
-        f"{environment['commit']}, {environment['date']}; load average before: "
-        f"{environment['load_average'][0]:.1f}."
+    words = (
+        "{cpu}, {cores} cores, {threads} thread{plural}; torch {torch}, Python {python}, "
+        "pytorch-metric-learning {pytorch_metric_learning}; commit {commit}, {date}; load average "
+        "before: {load_average[0]:.1f}."
     )
+    return words.format(plural="" if environment["threads"] == 1 else "s", **environment)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain
+from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain, save_figure
 from ..measuring.environment import Result
 from ..suites.gate.case import AngleCase
-from .png import save_png
 
 MARKERS = {"supcon": "o", "acl": "s", "angle": "^"}
 KINDS = {"supcon": "supcon_loss", "acl": "acl_loss", "angle": "angle's sums"}
@@ -26,7 +25,7 @@ def point(case: Result) -> tuple[float, float] | None:
     """(operations per byte, operations) of a loss or of the angle's sums; None for other cases."""
     shape = case["case"]
     size = getattr(torch, shape["dtype"]).itemsize
-    if "loss" in shape:
+    if shape.get("loss") in KINDS:
         rows = shape["samples"] + (shape["classes"] if shape["loss"] == "acl" else 0)
         exits, width = shape["exits"], shape["width"]
         # Products forward and backward over half of the pairs, because similarity is symmetric.
@@ -40,41 +39,36 @@ def point(case: Result) -> tuple[float, float] | None:
 
 def points(result: Result) -> list[Result]:
     """Intensity, operations per second and names of every provider in every case with a point."""
-    found = []
-    for case in result.get("cases", []):
-        place = point(case)
-        if place is None:
-            continue
-        intensity, operations = place
-        kind = case["case"].get("loss", "angle")
-        found += [
-            {
-                "provider": name, "kind": kind, "intensity": intensity,
-                "per_second": operations / (entry["p50_ms"] / 1e3),
-                "width": case["case"].get("width"),
-            }
-            for name, entry in case["providers"].items()
-        ]  # fmt: skip
-    return found
+    return [
+        {
+            "provider": name, "kind": case["case"].get("loss", "angle"), "intensity": place[0],
+            "per_second": place[1] / (entry["p50_ms"] / 1e3), "width": case["case"].get("width"),
+        }
+        for case in result.get("cases", [])
+        if (place := point(case)) is not None
+        for name, entry in case["providers"].items()
+    ]  # fmt: skip
 
 
 def roofs(results: Sequence[Result]) -> Mapping[str, Any]:
     """The highest rates that any run measured: operations, exponentials and bytes per second."""
-    flops, exponentials, copied, overlaps = [], [], [], True
-    for result in results:
-        for rates in (result.get("rates"), *(case.get("rates") for case in result["cases"])):
-            if rates:
-                flops += list(rates["gigaflops"].values())
-                exponentials.append(rates["giga_exponentials_per_second"])
-                copied.append(rates["gigabytes_per_second"])
-                overlaps = overlaps and rates["overlaps_units"]
-    # Rates that a suite does not need are null.
-    known = [
-        [value * 1e9 for value in values if value is not None]
-        for values in (flops, exponentials, copied)
+    found = [
+        rates
+        for result in results
+        for rates in (result.get("rates"), *(case.get("rates") for case in result["cases"]))
+        if rates
     ]
-    names = ("flops", "exponentials", "bytes")
-    return dict(zip(names, map(max, known), strict=True)) | {"overlaps": overlaps}
+
+    def highest(key: str) -> float:
+        # Rates that a suite does not need are null.
+        return max(rates[key] for rates in found if rates[key] is not None) * 1e9
+
+    return {
+        "flops": max(value for rates in found for value in rates["gigaflops"].values()) * 1e9,
+        "exponentials": highest("giga_exponentials_per_second"),
+        "bytes": highest("gigabytes_per_second"),
+        "overlaps": all(rates["overlaps_units"] for rates in found),
+    }
 
 
 def exponential_roof(limits: Mapping[str, Any], width: int) -> tuple[float, str]:
@@ -89,7 +83,7 @@ def exponential_roof(limits: Mapping[str, Any], width: int) -> tuple[float, str]
 
 
 def draw(results: Sequence[Result], path: Path) -> None:
-    """Draw the roofs and providers of a machine's loss and angle files."""
+    """Draw path.png: the roofs and providers of a machine's loss and angle files."""
     from matplotlib.lines import Line2D
 
     shown = [each for result in results for each in points(result)]
@@ -106,27 +100,19 @@ def draw(results: Sequence[Result], path: Path) -> None:
         for index, name in enumerate(names)
     }
     low = min(each["intensity"] for each in shown) / 3
-    high = max(each["intensity"] for each in shown) * 3
     ridge = limits["flops"] / limits["bytes"]
-    axes.plot(
-        [low, ridge, max(high, ridge)],
-        [low * limits["bytes"], limits["flops"], limits["flops"]],
-        color="#222222",
-        linewidth=2,
-    )
+    high = max(3 * max(each["intensity"] for each in shown), ridge)
+    roof = [low * limits["bytes"], limits["flops"], limits["flops"]]
+    axes.plot([low, ridge, high], roof, color="#222222", linewidth=2)
     start = max(low, ridge / 50)
-    axes.text(
-        start, 0.6 * start * limits["bytes"], f"memory {limits['bytes'] / 1e9:.1f} GB/s",
-        fontsize=8, va="top",
-    )  # fmt: skip
-    axes.text(
-        high, limits["flops"] * 1.08, f"matrix product {limits['flops'] / 1e9:.0f} GFLOP/s",
-        fontsize=8, ha="right",
-    )  # fmt: skip
+    words = f"memory {limits['bytes'] / 1e9:.1f} GB/s"
+    axes.text(start, 0.6 * start * limits["bytes"], words, fontsize=8, va="top")
+    words = f"matrix product {limits['flops'] / 1e9:.0f} GFLOP/s"
+    axes.text(high, limits["flops"] * 1.08, words, fontsize=8, ha="right")
     for width in sorted({each["width"] for each in shown if each["width"]}):
-        roof, words = exponential_roof(limits, width)
-        axes.plot([ridge, max(high, ridge)], [roof, roof], "--", color="#777777", linewidth=1)
-        axes.text(ridge, roof, f"{words} at d = {width}", fontsize=8, color="#555555", va="top")
+        height, words = exponential_roof(limits, width)
+        axes.plot([ridge, high], [height, height], "--", color="#777777", linewidth=1)
+        axes.text(ridge, height, f"{words} at d = {width}", fontsize=8, color="#555555", va="top")
     for each in shown:
         axes.plot(
             each["intensity"], each["per_second"], MARKERS[each["kind"]], markersize=6, alpha=0.85,
@@ -147,4 +133,4 @@ def draw(results: Sequence[Result], path: Path) -> None:
     figure.suptitle(
         f"Roofline, {path.parent.name}: forward + backward; roofs measured in the same runs"
     )
-    save_png(figure, path)
+    save_figure(figure, path, (".png",))

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ...engine.runtime.text import markdown_table
 from ..measuring.environment import Result
+from ..measuring.times_table import times_table
 from ..suites.scaling.cost_model import MAX_RANKS, WORDS, in_words
 from ..suites.scaling.suite import MAX_BYTES_ERROR
 
@@ -20,23 +21,13 @@ def scaling_section(result: Result) -> list[str]:
         "interface counted, including headers and other programs' traffic. Up to "
         f"{MAX_RANKS:,} ranks are only modelled: [{MODEL_PAGE}]({MODEL_PAGE}).",
     ]
-    header = ["method", "median (20th to 80th percentile), ms", "time relative to the first",
-              "sent, MB", "loopback, MB", "peak memory, MB"]  # fmt: skip
     for found in result["measured"]:
-        first = next(iter(found["methods"].values()))["times"]["p50_ms"]
-        rows = []
-        for name, row in found["methods"].items():
-            times = row["times"]
-            rows.append(
-                [
-                    WORDS[name],
-                    f"{times['p50_ms']:.1f} ({times['p20_ms']:.1f} to {times['p80_ms']:.1f})",
-                    "-" if times["p50_ms"] == first else f"{times['p50_ms'] / first:.2f}",
-                    *(_megabytes(row[key]) for key in
-                      ("sent_bytes", "loopback_bytes", "memory_bytes")),
-                ]
-            )  # fmt: skip
-        lines += ["", f"{_ranks(found['ranks'])}:", "", markdown_table(header, rows)]
+        rows = {
+            name: row["times"] | row | {"peak_bytes": row["memory_bytes"]}
+            for name, row in found["methods"].items()
+        }
+        ranks = f"{found['ranks']} rank{'s' if found['ranks'] > 1 else ''}"
+        lines += ["", f"{ranks}:", "", times_table(rows, names=WORDS)]
     return lines
 
 
@@ -72,7 +63,25 @@ def model_page(results: Mapping[str, tuple[Result, str]]) -> str:
 
 def model_section(result: Result) -> list[str]:
     """The model beside the measured ranks, and up to MAX_RANKS ranks on each machine."""
-    lines = _comparison(result)
+    measured = [
+        [
+            str(found["ranks"]),
+            WORDS[name],
+            f"{row['model_over_measured']:.2f}",
+            f"{row['model_memory_bytes'] / row['memory_bytes']:.2f}"
+            if row["memory_bytes"]
+            else "-",
+        ]
+        for found in result["measured"]
+        for name, row in found["methods"].items()
+    ]
+    header = ["ranks", "method", "time, model / measured", "peak memory, model / measured"]
+    lines = [
+        "The model at the measured numbers of ranks. The bytes that a rank sends agree within "
+        f"{MAX_BYTES_ERROR:.0%}, or there would be no file.",
+        "",
+        markdown_table(header, measured),
+    ]
     header = ["ranks", *(f"{words}, {unit}" for unit in ("ms", "MB") for words in WORDS.values())]
     for model in result["models"]:
         machine, link = model["assumptions"], model["assumptions"]["between"]
@@ -98,37 +107,6 @@ def model_section(result: Result) -> list[str]:
     return lines
 
 
-def _comparison(result: Result) -> list[str]:
-    """The model beside what was measured."""
-    header = ["ranks", "method", "time, model / measured", "peak memory, model / measured"]
-    rows = []
-    for found in result["measured"]:
-        for name, row in found["methods"].items():
-            memory = row["memory_bytes"]
-            rows.append(
-                [
-                    str(found["ranks"]),
-                    WORDS[name],
-                    f"{row['model_over_measured']:.2f}",
-                    f"{row['model_memory_bytes'] / memory:.2f}" if memory else "-",
-                ]
-            )
-    return [
-        "The model at the measured numbers of ranks. The bytes that a rank sends agree within "
-        f"{MAX_BYTES_ERROR:.0%}, or there would be no file.",
-        "",
-        markdown_table(header, rows),
-    ]
-
-
 def _shape(result: Result) -> str:
-    shape = result["problem"]
-    return f"N = {shape['samples']} samples per rank, K = {shape['labels']}, d = {shape['width']}"
-
-
-def _ranks(number: int) -> str:
-    return f"{number} rank{'s' if number > 1 else ''}"
-
-
-def _megabytes(value: float | None) -> str:
-    return "-" if value is None else f"{value / 1e6:.2f}"
+    words = "N = {samples} samples per rank, K = {labels}, d = {width}"
+    return words.format(**result["problem"])

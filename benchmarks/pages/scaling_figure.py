@@ -3,20 +3,18 @@
 from pathlib import Path
 from typing import Any
 
-from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain
+from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain, save_figure
 from ..measuring.environment import Result
 from ..suites.scaling.cost_model import WORDS
 from ..suites.scaling.suite import CPU_MODEL
-from .png import save_png
 
-# Line style and width by method; lines of different methods may coincide.
-STYLES: dict[str, tuple[Any, float]] = {
-    "ours": ("-", 3.0),
-    "gather_all": ("-", 1.5),
-    "gather_rows": ("--", 1.5),
-    "ring": ("-.", 1.5),
+# Lines of different methods may coincide.
+STYLES: dict[str, dict[str, Any]] = {
+    "ours": {"linestyle": "-", "linewidth": 3.0, "color": COLORS[0]},
+    "gather_all": {"linestyle": "-", "linewidth": 1.5, "color": COLORS[1]},
+    "gather_rows": {"linestyle": "--", "linewidth": 1.5, "color": COLORS[2]},
+    "ring": {"linestyle": "-.", "linewidth": 1.5, "color": COLORS[3]},
 }
-METHOD_COLORS = dict(zip(STYLES, COLORS, strict=False))
 PANELS = (
     ("ms", 1.0, "milliseconds"),
     ("memory_bytes", 1e6, "peak memory (MB)"),
@@ -25,66 +23,57 @@ PANELS = (
 
 
 def draw(result: Result, path: Path) -> None:
-    """Draw one row of panels per modelled machine, with the measured points of this CPU."""
+    """Draw path.png: panels per modelled machine, with the measured points of this CPU."""
     from matplotlib.lines import Line2D
 
     models = result["models"]
     figure = new_figure(12, 3.4 * len(models) + 1.2)
     grid = figure.subplots(len(models), len(PANELS), squeeze=False)
     for model, axes_row in zip(models, grid, strict=True):
-        is_cpu = model["preset"] == CPU_MODEL
+        machine, is_cpu = model["assumptions"], model["preset"] == CPU_MODEL
         for (key, unit, words), axes in zip(PANELS, axes_row, strict=True):
             _draw_lines(axes, model, key, unit)
             if is_cpu:
                 _draw_measured(axes, result["measured"], key, unit)
             if key == "memory_bytes":
-                _draw_limits(axes, model)
+                _draw_limit(axes, machine["memory_bytes"], "the rank's memory")
+                _draw_limit(axes, model["crossovers"]["budget_bytes"], "budget")
             axes.set_xscale("log", base=2)
             axes.set(yscale="log", xlabel="ranks", ylabel=words)
             plain(axes)
-        name = f"{path.parent.name}, gloo on loopback" if is_cpu else model["assumptions"]["name"]
+        name = f"{path.parent.name}, gloo on loopback" if is_cpu else machine["name"]
         dtype = "float32" if model["element_bytes"] == 4 else "float16"
-        source = model["assumptions"]["source"].split(";")[0]
+        source = machine["source"].split(";")[0]
         axes_row[0].set_title(f"{name} ({dtype}; {source})", loc="left", fontsize=11)
-    handles = [
-        Line2D([], [], color=METHOD_COLORS[method], linestyle=style, linewidth=width)
-        for method, (style, width) in STYLES.items()
-    ]
+    handles = [Line2D([], [], **style) for style in STYLES.values()]
     handles += [
         Line2D([], [], marker=shape, linestyle="", color="#444444", fillstyle="none")
         for shape in "ox"
     ]
     names = [WORDS[method] for method in STYLES]
     legend_below(figure, handles, [*names, "measured", "model at the rates of as many ranks"])
-    shape = result["problem"]
+    words = "N = {samples} samples, K = {labels}, d = {width}".format(**result["problem"])
     figure.suptitle(
-        f"Contrastive loss over all ranks, forward + backward, per rank: N = {shape['samples']} "
-        f"samples, K = {shape['labels']}, d = {shape['width']}\n"
+        f"Contrastive loss over all ranks, forward + backward, per rank: {words}\n"
         "Lines: by the model, faint beyond the rank's memory"
     )
-    save_png(figure, path)
+    save_figure(figure, path, (".png",))
 
 
 def _draw_lines(axes: Any, model: Result, key: str, unit: float) -> None:
     limit = model["assumptions"]["memory_bytes"]
-    for method, (style, width) in STYLES.items():
+    for method, style in STYLES.items():
         rows = [row for row in model["rows"] if row["method"] == method and row[key] > 0]
         fitting = [row for row in rows if row["memory_bytes"] <= limit]
         for part, alpha in ((rows, 0.3), (fitting, 1.0)):
-            axes.plot(
-                [row["ranks"] for row in part],
-                [row[key] / unit for row in part],
-                style,
-                color=METHOD_COLORS[method],
-                linewidth=width,
-                alpha=alpha,
-            )
+            ranks, values = [row["ranks"] for row in part], [row[key] / unit for row in part]
+            axes.plot(ranks, values, alpha=alpha, **style)
 
 
 def _draw_measured(axes: Any, measured: list[Result], key: str, unit: float) -> None:
     for found in measured:
-        for method, color in METHOD_COLORS.items():
-            row = found["methods"][method]
+        for method, style in STYLES.items():
+            row, color = found["methods"][method], style["color"]
             value = row["times"]["p50_ms"] if key == "ms" else row[key]
             if value:
                 axes.plot(found["ranks"], value / unit, "o", color=color, fillstyle="none")
@@ -92,10 +81,6 @@ def _draw_measured(axes: Any, measured: list[Result], key: str, unit: float) -> 
                 axes.plot(found["ranks"], row["model_ms"], "x", color=color)
 
 
-def _draw_limits(axes: Any, model: Result) -> None:
-    for value, words in (
-        (model["assumptions"]["memory_bytes"], "the rank's memory"),
-        (model["crossovers"]["budget_bytes"], "budget"),
-    ):
-        axes.axhline(value / 1e6, color="#888888", linestyle=":", linewidth=1)
-        axes.text(1, value / 1e6, f"{words}, {value / 1e9:.3g} GB", va="bottom", fontsize=8)
+def _draw_limit(axes: Any, num_bytes: float, words: str) -> None:
+    axes.axhline(num_bytes / 1e6, color="#888888", linestyle=":", linewidth=1)
+    axes.text(1, num_bytes / 1e6, f"{words}, {num_bytes / 1e9:.3g} GB", va="bottom", fontsize=8)

@@ -5,7 +5,7 @@ from ..floors.matrix_products import EXPLAINED
 from ..measuring.environment import Result
 from ..measuring.times_table import times_table
 from ..suites.step.names import BARS, CACHED_WORDS, WORDS
-from .cases import left_out_lines, noisy_words
+from .cases import left_out_lines, noise_lines
 
 
 def step_section(result: Result, figure: str | None = None, explain: bool = True) -> list[str]:
@@ -23,9 +23,8 @@ def step_section(result: Result, figure: str | None = None, explain: bool = True
             f"{EXPLAINED}",
         ]
     for case in result["cases"]:
-        names = WORDS | CACHED_WORDS
-        named = {names[name]: row for name, row in case["providers"].items()}
-        lines += ["", f"{case['words']}:", "", times_table(named)]
+        table = times_table(case["providers"], names=WORDS | CACHED_WORDS)
+        lines += ["", f"{case['words']}:", "", table]
         rows = [
             [
                 found["what"],
@@ -42,8 +41,7 @@ def step_section(result: Result, figure: str | None = None, explain: bool = True
     lines += left_out_lines(result["cases"])
     if figure is not None:
         lines += ["", f"![Parts of a training step]({figure})"]
-    noise = result["noise"]
-    return [*lines, "", noisy_words(noise["why"])] if noise["noisy"] else lines
+    return [*lines, *noise_lines(result)]
 
 
 def _ratio_of_products(found: Result, providers: dict[str, Result]) -> str:

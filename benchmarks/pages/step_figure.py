@@ -2,33 +2,33 @@
 
 from pathlib import Path
 
-from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain
+from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain, save_figure
 from ...engine.runtime.profiler_marks import OTHER
 from ...engine.runtime.profiler_marks import WORDS as PARTS
 from ..measuring.environment import Result
 from ..suites.step.names import WORDS
-from .png import save_png
 
 # Smaller shares get no number.
 MIN_NUMBER = 0.045
 PART_COLORS = dict(zip(PARTS, COLORS, strict=False)) | {OTHER: "#dddddd"}
 
 
-def has_parts(result: Result) -> bool:
-    return any("shares" in row for case in result["cases"] for row in case["providers"].values())
-
-
-def draw(result: Result, path: Path) -> None:
-    """Draw one bar per trainer of ours, as long as its median step; nothing without profiles."""
-    from matplotlib.patches import Patch
-
-    if not has_parts(result):
-        return
+def with_parts(result: Result) -> list[tuple[str, dict[str, Result]]]:
+    """Words of each case with profiles, and its trainers that have one."""
     cases = [
         (case["words"], {name: row for name, row in case["providers"].items() if "shares" in row})
         for case in result["cases"]
     ]
-    cases = [(words, rows) for words, rows in cases if rows]
+    return [(words, rows) for words, rows in cases if rows]
+
+
+def draw(result: Result, path: Path) -> None:
+    """Draw path.png: a bar per profiled trainer, as long as its median step; nothing without."""
+    from matplotlib.patches import Patch
+
+    cases = with_parts(result)
+    if not cases:
+        return
     heights = [len(rows) for _, rows in cases]
     figure = new_figure(11, 0.45 * sum(heights) + 0.9 * len(cases) + 1.5)
     panels = figure.subplots(len(cases), 1, squeeze=False, height_ratios=heights)[:, 0]
@@ -59,4 +59,4 @@ def draw(result: Result, path: Path) -> None:
         f"Parts of a training step: {cpu}, {threads} thread{'' if threads == 1 else 's'}, float32",
         fontsize=11,
     )
-    save_png(figure, path)
+    save_figure(figure, path, (".png",))

@@ -1,16 +1,10 @@
 """Opening of the performance page: what was found, and the terms of the tables."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+from ..measuring.clock import ratio
 from ..measuring.environment import Result
-from .headline import (
-    OURS,
-    case_title,
-    fastest_alternative,
-    largest_cases,
-    milliseconds,
-    usual_alternative,
-)
+from .headline import OURS, Comparison, comparisons, milliseconds
 
 TERMS = (
     "Terms. A *provider* is one implementation of the same work; fusedacl is the first row of its "
@@ -45,7 +39,7 @@ def introduction(results: Mapping[str, dict[str, Result]]) -> list[str]:
 
 def findings(found: dict[str, Result]) -> list[str]:
     """One sentence per result; those that were not measured are left out."""
-    sentences = [_case(kind, case) for kind, case in largest_cases(found).items()]
+    sentences = [_compared(each) for each in comparisons(found)]
     for name, of_suite in (
         ("growth", _growth), ("step", _step), ("exits", _exits), ("scaling", _scaling)
     ):  # fmt: skip
@@ -54,22 +48,17 @@ def findings(found: dict[str, Result]) -> list[str]:
     return sentences
 
 
-def _case(kind: str, case: Result) -> str:
-    providers = case["providers"]
-    peer = usual_alternative(kind, case)
-    assert peer is not None
-    ours, theirs = providers[OURS], providers[peer]
-    name, factor = fastest_alternative(providers, peer)
-    title = case_title(kind, case)
-    words = f"{title[0].upper()}{title[1:]}: {milliseconds(ours['p50_ms'])}"
-    if ours.get("over_floor"):
-        words += f", {ours['over_floor']:.2f} times its floor"
-    words += f"; {peer} takes {theirs['p50_ms'] / ours['p50_ms']:.2f} times as long"
-    if name != peer:
-        words += f", the fastest alternative with the same result ({name}) {factor:.2f} times"
-    if ours["peak_bytes"] and theirs["peak_bytes"]:
-        mebibytes = [entry["peak_bytes"] / 2**20 for entry in (ours, theirs)]
-        words += f"; peak memory {mebibytes[0]:.1f} MiB against {mebibytes[1]:.1f} MiB for {peer}"
+def _compared(found: Comparison) -> str:
+    words = f"{found.title[0].upper()}{found.title[1:]}: {milliseconds(found.ours['p50_ms'])}"
+    if found.ours.get("over_floor"):
+        words += f", {found.ours['over_floor']:.2f} times its floor"
+    words += f"; {found.peer} takes {found.ratio:.2f} times as long"
+    if found.fastest != found.peer:
+        words += f", the fastest alternative with the same result ({found.fastest}) "
+        words += f"{found.factor:.2f} times"
+    if found.peaks:
+        words += "; peak memory {:.1f} MiB against {:.1f} MiB for ".format(*found.peaks)
+        words += found.peer
     return f"{words}."
 
 
@@ -95,35 +84,31 @@ def _step(result: Result) -> list[str]:
 
 def _exits(result: Result) -> list[str]:
     stages = result["second_stage"].values()
-    ratios = [case["times"] for case in result["early_exit"]]
-    worst = [times["early_exit"]["p50_ms"] / times["full"]["p50_ms"] for times in ratios]
-    together = [stage["total_faster_than_apart"] for stage in stages]
-    cached = [stage["total_cached_faster"] for stage in stages]
-    sentences = []
-    if together:
-        sentences.append(
-            f"Several exits trained together: {min(together):.2f} to {max(together):.2f} times as "
-            f"fast as one at a time; the feature cache makes that {min(cached):.2f} to "
-            f"{max(cached):.2f} times faster."
-        )
-    if worst:
-        sentences.append(
-            f"Early exit that no text leaves early: {min(worst):.2f} to {max(worst):.2f} times the "
-            "time of the full model."
-        )
-    return sentences
+    together = _span(stage["total_faster_than_apart"] for stage in stages)
+    cached = _span(stage["total_cached_faster"] for stage in stages)
+    worst = _span(ratio(case["times"], "early_exit", "full") for case in result["early_exit"])
+    return [
+        f"Several exits trained together: {together} times as fast as one at a time; the feature "
+        f"cache makes that {cached} times faster.",
+        f"Early exit that no text leaves early: {worst} times the time of the full model.",
+    ]
 
 
 def _scaling(result: Result) -> list[str]:
     several = [found for found in result["measured"] if found["ranks"] > 1]
-    ratios = [
+    ratios = _span(
         row["times"]["p50_ms"] / found["methods"]["ours"]["times"]["p50_ms"]
         for found in several
         for name, row in found["methods"].items()
         if name != "ours"
-    ]
+    )
     ranks = " and ".join(str(found["ranks"]) for found in several)
     return [
         f"Negatives of all ranks, {ranks} ranks on loopback: the other methods take "
-        f"{min(ratios):.2f} to {max(ratios):.2f} times as long as fusedacl."
+        f"{ratios} times as long as fusedacl."
     ]
+
+
+def _span(values: Iterable[float]) -> str:
+    found = list(values)
+    return f"{min(found):.2f} to {max(found):.2f}"

@@ -75,13 +75,11 @@ def checkpointed_supcon(
         is_anchor = num_positives > 0
         return ((kept.logsumexp(1) - positive_mean) * is_anchor).sum(), is_anchor.sum()
 
-    losses, counts = zip(
-        *(
-            checkpoint(block_loss, z, rows, use_reentrant=False)
-            for rows in everything.split(block_rows)
-        ),
-        strict=True,
-    )
+    blocks = [
+        checkpoint(block_loss, z, rows, use_reentrant=False)
+        for rows in everything.split(block_rows)
+    ]
+    losses, counts = zip(*blocks, strict=True)
     return torch.stack(losses).sum() / torch.stack(counts).sum()
 
 
@@ -98,13 +96,6 @@ def dense_acl(
     )
 
 
-def metric_learning_supcon(temperature: float = 0.5) -> Callable[[Tensor, Tensor], Tensor]:
-    """SupConLoss of pytorch-metric-learning (denominator "others")."""
-    from pytorch_metric_learning.losses import SupConLoss
-
-    return SupConLoss(temperature=temperature)
-
-
 def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:
     """log sum_k exp(y_i . y_k) [M] by inf_cl's public loss, from which its numerator is removed."""
     from inf_cl import cal_flash_loss
@@ -117,7 +108,7 @@ def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:
     return log_sum_exp
 
 
-def cut_log_sum_exp(*, accumulate_float32: bool) -> Callable[[Tensor], Tensor]:
+def cut_log_sum_exp() -> Callable[[Tensor], Tensor]:
     """log sum_k exp(y_i . y_k) [M] by cut_cross_entropy (a version with `return_lse`).
 
     The gradient filter is off: a softmax over M rows is small everywhere, so the filter would drop
@@ -125,17 +116,14 @@ def cut_log_sum_exp(*, accumulate_float32: bool) -> Callable[[Tensor], Tensor]:
     """
     from cut_cross_entropy import linear_cross_entropy
 
+    options = {
+        "reduction": "none", "return_lse": True, "filter_eps": None, "accum_e_fp32": True,
+        "accum_c_fp32": True,
+    }  # fmt: skip
+
     def log_sum_exp(y: Tensor) -> Tensor:
-        _, found = linear_cross_entropy(
-            y,
-            y,
-            torch.arange(y.shape[0], device=y.device),
-            reduction="none",
-            return_lse=True,
-            filter_eps=None,
-            accum_e_fp32=accumulate_float32,
-            accum_c_fp32=accumulate_float32,
-        )
+        targets = torch.arange(y.shape[0], device=y.device)
+        _, found = linear_cross_entropy(y, y, targets, **options)
         return found
 
     return log_sum_exp
@@ -183,15 +171,17 @@ def concatenated_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 def foreach_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """(a . b, |a|^2, |b|^2) with PyTorch's multi-tensor norms and a loop of dot products."""
-    dot = sum(
-        torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1)))
-        for x, y in zip(a, b, strict=True)
-    )
     norms = [
         torch.stack(torch._foreach_norm(list(tensors), 2, torch.float32)).square().sum()
         for tensors in (a, b)
     ]
-    return torch.stack([torch.as_tensor(dot), *norms])
+    return torch.stack([_sum_of_dots(a, b), *norms])
+
+
+def _sum_of_dots(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    pairs = zip(a, b, strict=True)
+    dots = (torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1))) for x, y in pairs)
+    return torch.as_tensor(sum(dots))
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -205,10 +195,13 @@ def unscale_and_clip_(
     """GradScaler's unscale_ and clip_grad_norm_ (foreach), which every float16 step needs."""
     # GradScaler calls this once for each dtype; here all gradients have the same one.
     torch._amp_foreach_non_finite_check_and_unscale_(list(gradients), found_inf, inverse_scale)
+    torch._foreach_mul_(list(gradients), _clip_factor(gradients, max_norm))
+
+
+def _clip_factor(gradients: Sequence[Tensor], max_norm: float) -> Tensor:
     norms = torch._foreach_norm(list(gradients), 2)
     total = torch.linalg.vector_norm(torch.stack(norms), 2)
-    factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
-    torch._foreach_mul_(list(gradients), factor)
+    return torch.clamp(max_norm / (total + 1e-6), max=1.0)
 
 
 def foreach_gate_(
@@ -228,8 +221,7 @@ def concatenated_gate_(
     if cosine >= math.cos(math.radians(max_angle)):
         for x, y in zip(a, b, strict=True):
             x.mul_(1 - weight).add_(y, alpha=weight)
-    norms = torch._foreach_norm(list(a), 2)
-    factor = torch.clamp(max_norm / (torch.linalg.vector_norm(torch.stack(norms), 2) + 1e-6), max=1)
+    factor = _clip_factor(a, max_norm)
     for x in a:
         x.mul_(factor)
 
@@ -252,8 +244,4 @@ def apex_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
         multi_tensor_applier(amp_C.multi_tensor_l2norm, overflow, [list(tensors)], False)[0]
         for tensors in (a, b)
     ]
-    dot = sum(
-        torch.dot(_widened(x.reshape(-1)), _widened(y.reshape(-1)))
-        for x, y in zip(a, b, strict=True)
-    )
-    return torch.stack([torch.as_tensor(dot), *(norm.square().reshape(()) for norm in norms)])
+    return torch.stack([_sum_of_dots(a, b), *(norm.square().reshape(()) for norm in norms)])

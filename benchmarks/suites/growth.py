@@ -6,6 +6,7 @@ peak memory) over the upper half of the points: at small sizes, the overhead of 
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,10 +89,8 @@ def exponent(points: Sequence[tuple[float, float]]) -> float | None:
     upper = usable[min(len(usable) // 2, max(0, len(usable) - MIN_POINTS)) :]
     if len(upper) < MIN_POINTS or upper[0][0] == upper[-1][0]:
         return None
-    logs = [(math.log(x), math.log(y)) for x, y in upper]
-    mean_x, mean_y = (sum(values) / len(logs) for values in zip(*logs, strict=True))
-    covariance = sum((x - mean_x) * (y - mean_y) for x, y in logs)
-    return covariance / sum((x - mean_x) ** 2 for x, _ in logs)
+    logs = ([math.log(value) for value in values] for values in zip(*upper, strict=True))
+    return statistics.linear_regression(*logs).slope
 
 
 def fits(cases: Sequence[Result]) -> list[Result]:

@@ -2,9 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import cycle
 from typing import Any
 
@@ -13,13 +12,7 @@ import torch
 from ...engine.runtime.text import text_table
 from ..floors.rates import Rates
 from ..measuring import memory
-from ..measuring.clock import (
-    MAX_REPEATS,
-    interleave_samples,
-    launches,
-    seconds_per_call,
-    synchronize,
-)
+from ..measuring.clock import interleave_on, launches, synchronize
 from ..measuring.environment import Result
 from ..measuring.memory import extra_device_memory
 from ..measuring.result_file import ResultFile
@@ -32,7 +25,6 @@ CACHES = 1.25
 MAX_SETS = 8192
 # Length of a sample; fast calls are repeated to fill it.
 SAMPLE_SECONDS = 0.02
-MIN_ROUNDS = 3
 
 
 class DeviceLost(Exception):
@@ -50,7 +42,6 @@ class Settings:
     """
 
     device: torch.device
-    threads: int
     rounds: int
     case_seconds: float
     providers: tuple[str, ...] = ()
@@ -93,19 +84,13 @@ def plan(
     return fitting, left_out, refused > 0 and not fitting
 
 
-def refuse_what_cannot_fit(suite: Suite, cases: Iterable[Any], settings: Settings) -> None:
-    """Check that something of a run fits into memory, before it begins.
-
-    Raises:
-        ValueError: nothing fits; the message has the numbers and a size that fits.
-    """
-    cases = list(cases)
+def refuse_what_cannot_fit(suite: Suite, cases: Sequence[Any], settings: Settings) -> None:
+    """ValueError if nothing of a run fits into memory, with the numbers and a size that fits."""
     plans = [plan(suite, case, settings) for case in cases]
     if not cases or not all(out_of_memory for _, _, out_of_memory in plans):
         return
-    name, reason = next(
-        (name, reason) for name, reason in plans[0][1].items() if reason.startswith("does not fit")
-    )
+    left_out = plans[0][1].items()
+    name, reason = next(each for each in left_out if each[1].startswith("does not fit"))
     smaller = suite.shrunk(cases[0])
     while smaller is not None and plan(suite, smaller, settings)[2]:
         smaller = suite.shrunk(smaller)
@@ -162,7 +147,10 @@ def run_case(
     of_rates = suite.rate_calls(case) if device.type == "cpu" else {}
     rotations = {name: rotating(call, inputs) for name, call in calls.items()}
     try:
-        times = timed(device, rotations | of_rates, settings)
+        times = interleave_on(
+            device, rotations | of_rates, rounds=settings.rounds, sample_seconds=SAMPLE_SECONDS,
+            all_seconds=settings.case_seconds,
+        )  # fmt: skip
         launched = {name: launches(turn, device) for name, turn in rotations.items()}
         peaks: dict[str, Any] = {
             name: extra_device_memory(turn, device) for name, turn in rotations.items()
@@ -180,22 +168,17 @@ def run_case(
     floor = None if rates is None else suite.floor(rates, case)
     if floor is not None:
         found |= {"floor_ms": floor.seconds * 1e3, "bound_by": floor.bound_by}
-    for provider in fitting:
-        name = provider.name
-        if name not in calls:
-            continue
-        entry = times[name] | {"error": errors[name], "formula": provider.formula}
-        entry["ours"] = provider.is_ours
-        peak = peaks[name]
-        entry["peak_bytes"] = peak if isinstance(peak, int) else None
+    for provider in (each for each in fitting if each.name in calls):
+        name, peak, kernels = provider.name, peaks[provider.name], launched[provider.name]
+        entry = times[name] | {
+            "error": errors[name], "formula": provider.formula, "ours": provider.is_ours,
+            "peak_bytes": peak if isinstance(peak, int) else None,
+            "over_floor": None if floor is None else times[name]["p50_ms"] / found["floor_ms"],
+        }  # fmt: skip
         if isinstance(peak, str):
             entry["peak_unknown"] = peak
-        entry["over_floor"] = entry["p50_ms"] / found["floor_ms"] if floor is not None else None
-        names_launched = launched[name]
-        if names_launched is not None:
-            entry["launches"] = len(names_launched)
-            if provider.is_ours:
-                entry["launched"] = names_launched
+        if kernels is not None:
+            entry |= {"launches": len(kernels)} | ({"launched": kernels} if entry["ours"] else {})
         found["providers"][name] = entry
     return found, failures
 
@@ -213,10 +196,11 @@ def _checked(
     Every other provider is added to `left_out` with the reason.
     """
     calls, errors, failures = {}, {}, []
-    exact: dict[str, Any] = {}
+    exact = {
+        formula: suite.exact(formula, case, inputs[0])
+        for formula in {provider.formula for provider in fitting}
+    }
     for provider in fitting:
-        if provider.formula not in exact:
-            exact[provider.formula] = suite.exact(provider.formula, case, inputs[0])
         reason = None
         try:
             call = provider.make(case, device)
@@ -242,36 +226,12 @@ def _checked(
 
 
 def refuse_lost(device: torch.device, error: Exception) -> None:
-    """Check after a failed call whether the device still answers.
-
-    Raises:
-        DeviceLost: it does not.
-    """
+    """DeviceLost if the device no longer answers after a failed call."""
     try:
         synchronize(device)
     except RuntimeError:
         words = str(error).partition("\n")[0]
         raise DeviceLost(f"the device {device} does not answer any more: {words}") from error
-
-
-def timed(
-    device: torch.device, calls: Mapping[str, Callable[[], object]], settings: Settings
-) -> dict[str, Result]:
-    """Times of calls in turns; a sample of a fast call is the mean of several in a row.
-
-    The number of rounds is limited so that all rounds together take about `case_seconds`.
-    """
-    turns, total = {}, 0.0
-    for name, call in calls.items():
-        (seconds,) = seconds_per_call(call, 1, device)
-        if seconds < SAMPLE_SECONDS:
-            (seconds,) = seconds_per_call(call, 2, device)
-        repeats = max(1, min(MAX_REPEATS, round(SAMPLE_SECONDS / seconds)))
-        total += seconds * repeats
-        turns[name] = partial(seconds_per_call, call, repeats, device)
-    affordable = int(settings.case_seconds / total) if total > 0 else settings.rounds
-    rounds = max(min(MIN_ROUNDS, settings.rounds), min(settings.rounds, affordable))
-    return interleave_samples(turns, rounds=rounds)
 
 
 def print_case(found: Result, said: set[tuple[str, str]]) -> None:
@@ -281,8 +241,7 @@ def print_case(found: Result, said: set[tuple[str, str]]) -> None:
     print("" if floor is None else f"   floor {floor:.3g} ms ({found['bound_by']})")
     if found["providers"]:
         print(times_table(found["providers"], text_table))
-    for name, reason in found["left_out"].items():
-        if (name, reason) not in said:
-            print(f"  {name}: {reason}")
+    for name, reason in (each for each in found["left_out"].items() if each not in said):
+        print(f"  {name}: {reason}")
     said.update(found["left_out"].items())
     sys.stdout.flush()

@@ -1,13 +1,14 @@
 """The protocol of a suite and of its providers, and the peak memory of one provider."""
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
-from ...engine.runtime.text import did_you_mean
 from ..floors.rates import Floor, Rates
 from ..measuring.environment import CPU
 from ..measuring.memory import HighWaterMark
@@ -18,10 +19,6 @@ Call = Callable[[Any], Any]
 
 class WrongResult(Exception):
     """Something of ours computes a wrong result, so that nothing is timed."""
-
-
-def _runs_anywhere(case: Any, device: torch.device) -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,12 @@ class Provider:
     make: Callable[[Any, torch.device], Call]
     formula: str
     extra_bytes: Callable[[Any], int]
-    obstacle: Callable[[Any, torch.device], str | None] = _runs_anywhere
+    obstacle: Callable[[Any, torch.device], str | None] = lambda case, device: None
     is_ours: bool = False
 
 
 class Suite(Protocol):
     """Everything that the runner asks of a suite; its cases are frozen dataclasses."""
-
-    name: str
 
     def providers(self, case: Any, device: torch.device) -> list[Provider]:
         """All providers, ours first, including those that cannot run here."""
@@ -85,40 +80,31 @@ class Suite(Protocol):
 
 
 def peak_bytes(suite: Suite, name: str, case: Any) -> int:
-    """Bytes by which one call of a provider raises this process's memory, on the CPU.
-
-    Raises:
-        ValueError: the suite has no provider of that name.
-    """
+    """Bytes by which one call of the provider `name` raises this process's memory, on the CPU."""
     mark = HighWaterMark()
-    provider = next((each for each in suite.providers(case, CPU) if each.name == name), None)
-    if provider is None:
-        raise ValueError(f"{suite.words(case)} has no provider {name!r}.")
-    call = provider.make(case, CPU)
+    makers = {provider.name: provider.make for provider in suite.providers(case, CPU)}
+    call = makers[name](case, CPU)
     (inputs,) = suite.inputs(case, CPU, 1)
     # The first call loads libraries, compiles, starts threads and allocates workspaces.
     call(inputs)
     return mark.raised_by(lambda: call(inputs))
 
 
-def installed(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    """Largest error relative to the largest exact value; infinite for NaN."""
+    error = float(((found.to(exact.dtype) - exact).abs().max() / exact.abs().max()).detach())
+    return math.inf if math.isnan(error) else error
+
+
+def flat_gradient(loss: Tensor, parameters: Sequence[Tensor], retain_graph: bool = True) -> Tensor:
+    gradients = torch.autograd.grad(
+        loss, parameters, retain_graph=retain_graph, materialize_grads=True
+    )
+    return torch.cat([gradient.reshape(-1) for gradient in gradients])
 
 
 def missing(module: str, distribution: str) -> str | None:
     """A message with the command that installs a package, None if it is installed."""
-    if installed(module):
+    if importlib.util.find_spec(module) is not None:
         return None
     return f"{distribution} is not installed. Run: pip install {distribution}"
-
-
-def check_names(names: Sequence[str], known: Iterable[str], option: str) -> None:
-    """Check names that a user gave for an option.
-
-    Raises:
-        ValueError: an unknown name; the nearest known one is offered.
-    """
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise ValueError(f"{option}: there is none named {name!r}.{did_you_mean(name, known)}")

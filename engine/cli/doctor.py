@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import torch
 
@@ -19,12 +20,17 @@ from ..runtime.machine import versions
 def diagnose() -> list[str]:
     """Describe this machine: device, precision, implementations, versions, optional packages."""
     lines = [f"fusedacl {versions().get('fusedacl', '(not installed)')} on {platform.platform()}"]
-    lines += ["", "Device", *_device(), "", "Arithmetic", *_arithmetic()]
+    lines += ["", "Device", *_device(), "", "Arithmetic"]
+    lines += [f"  fp32 by default; {_arithmetic()}"]
     lines += ["", "Implementation of each kernel", *_kernels()]
     lines += ["", "Versions"]
     lines += [f"  {package} {number}" for package, number in versions().items()]
     lines += ["", "Extras", f"  {_deepspeed()}", f"  {_apex()}"]
-    lines += [f"  {_extra(*extra)}" for extra in _EXTRAS]
+    for module, extra, purpose in _EXTRAS:
+        install = f" Install with: pip install 'fusedacl[{extra}]'"
+        is_there = importlib.util.find_spec(module) is not None
+        state, words = ("installed", "") if is_there else ("absent", install)
+        lines.append(f"  {module}: {state} ({purpose}).{words}")
     return lines
 
 
@@ -50,32 +56,26 @@ def _device() -> list[str]:
     return lines
 
 
-def _arithmetic() -> list[str]:
+def _arithmetic() -> str:
+    """Describe the fast choice of precision."""
     if torch.cuda.is_available():
         if torch.cuda.get_device_capability()[0] >= 8:
-            return [
-                "  fp32 by default; --bf16 (no loss scaling) is the fast choice on this GPU; "
-                "--fp16 works too, with dynamic loss scaling."
-            ]
-        return [
-            "  fp32 by default; --fp16 with dynamic loss scaling is the fast choice: this GPU has "
-            "no bfloat16, and --bf16 is refused."
-        ]
-    if _has_cpu_flag("amx_bf16"):
-        return [
-            "  fp32 by default; --bf16 is faster here: this CPU has bfloat16 matrix units (AMX)."
-        ]
-    if _has_cpu_flag("avx512_bf16"):
-        return ["  fp32 by default; --bf16 may be faster: this CPU has bfloat16 dot products."]
-    return ["  fp32 by default; --bf16 and --fp16 run, but this CPU only emulates them: slower."]
-
-
-def _has_cpu_flag(flag: str) -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return any(line.startswith("flags") and flag in line.split() for line in file)
-    except OSError:
-        return False
+            return (
+                "--bf16 (no loss scaling) is the fast choice on this GPU; --fp16 works too, with "
+                "dynamic loss scaling."
+            )
+        return (
+            "--fp16 with dynamic loss scaling is the fast choice: this GPU has no bfloat16, and "
+            "--bf16 is refused."
+        )
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    flags = {flag for line in lines if line.startswith("flags") for flag in line.split()}
+    if "amx_bf16" in flags:
+        return "--bf16 is faster here: this CPU has bfloat16 matrix units (AMX)."
+    if "avx512_bf16" in flags:
+        return "--bf16 may be faster: this CPU has bfloat16 dot products."
+    return "--bf16 and --fp16 run, but this CPU only emulates them: slower."
 
 
 def _kernels() -> list[str]:
@@ -125,9 +125,3 @@ _EXTRAS = (
     ("tensorboard", "tensorboard", "--report_to tensorboard"),
     ("pytorch_metric_learning", "bench", "the comparison in the benchmarks"),
 )
-
-
-def _extra(module: str, extra: str, purpose: str) -> str:
-    if importlib.util.find_spec(module) is not None:
-        return f"{module}: installed ({purpose})."
-    return f"{module}: absent ({purpose}). Install with: pip install 'fusedacl[{extra}]'"

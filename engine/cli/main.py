@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import os
 import socket
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -147,7 +149,7 @@ def _sweep(arguments: list[str]) -> int:
 
     made = argparse.ArgumentParser(
         prog="fusedacl sweep",
-        usage="fusedacl sweep recipe.yaml [--output_dir DIR] [--workers N] [--status]"
+        usage="%(prog)s recipe.yaml [--output_dir DIR] [--workers N] [--status]"
         " [--option value ...]",
         description="Run what a recipe describes, each run in a directory of its own. The same"
         " command continues a sweep that was stopped. Any option of `fusedacl train` replaces the"
@@ -169,14 +171,14 @@ def _sweep(arguments: list[str]) -> int:
     from ..experiments.sweep import Sweep, SweepStopped
 
     sweep = Sweep(recipe, directory, options.workers)
-    if options.status:
-        sweep.recall()
-    else:
-        try:
+    try:
+        if options.status:
+            sweep.recall()
+        else:
             sweep.run()
-        except SweepStopped as stop:
-            print(f"{sweep.table()}\nfusedacl sweep: {stop}", file=sys.stderr)
-            return stop.exit_code
+    except SweepStopped as stop:
+        print(f"{sweep.table()}\nfusedacl sweep: {stop}", file=sys.stderr)
+        return stop.exit_code
     print("\n".join([sweep.table(), *sweep.failures]))
     if not options.status:
         print(f"runs are in {directory}; next: fusedacl report {directory}")
@@ -189,14 +191,14 @@ def _runs_first(arguments: list[str]) -> tuple[list[Path], list[str]]:
     Raises:
         ValueError: there is no directory, and help is not asked for.
     """
-    number = 0
-    for argument in arguments:
-        if argument.startswith("-") or argument.endswith((".yaml", ".yml", ".json")):
-            break
-        number += 1
-    if number == 0 and not {"-h", "--help"} & set(arguments):
+    options = (".yaml", ".yml", ".json")
+    named = itertools.takewhile(
+        lambda argument: not argument.startswith("-") and not argument.endswith(options), arguments
+    )
+    runs = [Path(name) for name in named]
+    if not runs and not {"-h", "--help"} & set(arguments):
         raise ValueError("no run is named: the directories of runs come before the options.")
-    return [Path(name) for name in arguments[:number]], arguments[number:]
+    return runs, arguments[len(runs) :]
 
 
 def _report(arguments: list[str]) -> int:
@@ -204,27 +206,20 @@ def _report(arguments: list[str]) -> int:
         prog="fusedacl report",
         description="Write figures, tables and a page (index.html) about a sweep or several runs.",
     )
-    parser.add_argument(
-        "paths",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="directory of a sweep, or directories of runs; seeds of one method become one line",
-    )
+    words = "directory of a sweep, or directories of runs; seeds of one method become one line"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=words)
     parser.add_argument(
         "--output_dir", type=Path, help="directory of the files (default for a sweep: SWEEP/report)"
     )
     parser.add_argument("--metric", help="metric of the runs (default: the first of each task)")
     options = parser.parse_args(arguments)
-    from ..reports.page.page import Table
     from ..reports.sweep_report import write_report
     from ..runtime.text import markdown_table
 
     report = write_report(options.paths, options.output_dir, options.metric)
     for section in report.sections:
         for table in section.tables:
-            made = table if isinstance(table, Table) else Table(*table)
-            print(f"{section.title}\n\n{markdown_table(made.header, made.rows)}\n")
+            print(f"{section.title}\n\n{markdown_table(table.header, table.rows)}\n")
     print("\n".join(report.findings))
     print(f"written: {report.page}, and figures and tables beside it")
     return 0
@@ -268,8 +263,6 @@ def _print_report(report: tuple[str, list[Path]]) -> int:
 
 def _gate_lines(gate: list[dict[str, Any]]) -> list[str]:
     """Format one line per epoch: the share of steps in which each group's gradient was dropped."""
-    import statistics
-
     lines = []
     for epoch in dict.fromkeys(row["epoch"] for row in gate):
         rows = [row for row in gate if row["epoch"] == epoch]

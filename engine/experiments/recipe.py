@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,12 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file, or it or its `defaults` is not a YAML mapping.
     """
-    path = Path(name)
+    path, known = Path(name), shipped_recipes()
     if not path.exists() and path.name == str(name) and not path.suffix:
-        if str(name) not in shipped_recipes():
+        if str(name) not in known:
             raise ValueError(
                 f"recipe={str(name)!r} is neither a file nor a shipped recipe."
-                f"{did_you_mean(str(name), shipped_recipes())}"
+                f"{did_you_mean(str(name), known)}"
             )
         path = _SHIPPED / f"{name}.yaml"
     recipe = read_file(path)
@@ -110,18 +110,18 @@ def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
         ValueError: an unknown key, method or option, a value out of range, or options that
             contradict each other; the message names the cell.
     """
-    _check_keys(recipe, _KEYS, "the recipe")
+    check_keys(recipe, _KEYS, "the recipe")
     tasks, methods = (_mapping(recipe, key) for key in ("tasks", "methods"))
-    if not tasks or not methods:
-        missing = " and ".join(key for key in ("tasks", "methods") if not recipe.get(key))
-        raise ValueError(f"tasks and methods are needed: the recipe has no {missing}.")
     if not isinstance(recipe.get("share_features", False), bool):
         raise ValueError(f"share_features={recipe['share_features']!r}: write true or false.")
     for name, method in methods.items():
         _check_stage1(name, methods)
-        _check_lists(name, method)
-    _check_slugs(methods, "methods")
-    _check_slugs(tasks, "tasks")
+        for option, value in method.items():
+            if value == []:
+                raise ValueError(
+                    f"methods: {name}: {option} has an empty list of values: give it at least one, "
+                    "or leave it out."
+                )
     seeds = {
         task: _seeds(tasks[task].get("seeds", recipe.get("seeds", [42])), task) for task in tasks
     }
@@ -150,11 +150,10 @@ def _cells(
     first = method.pop("stage1", None)
     inherited = _defaults(recipe)
     inherited |= {key: value for key, value in of_task.items() if key not in _TASK_KEYS}
-    if not any(option in inherited for option in _DATA_OPTIONS):
+    if inherited.keys().isdisjoint(_DATA_OPTIONS):
         inherited["task_name"] = task
-    if first is not None:
-        for option in _MODEL_OPTIONS:
-            inherited.pop(option, None)
+    for option in _MODEL_OPTIONS if first is not None else ():
+        inherited.pop(option, None)
     options = inherited | method
     for option in _OWN_OPTIONS:
         if option in options:
@@ -162,7 +161,7 @@ def _cells(
     lists = {option: method[option] for option in listed_options(method)}
     cells = []
     for values in itertools.product(*lists.values()):
-        grid = {option: _one_value(value) for option, value in zip(lists, values, strict=True)}
+        grid = dict(zip(lists, map(_one_value, values), strict=True))
         # A slug, because a value may be a path that leads out of the sweep.
         place = "".join(f"/{option}-{slug(str(value))}" for option, value in grid.items())
         stage1 = None if first is None else f"cells/{slug(task)}/{slug(first)}/seed-{seed}"
@@ -193,15 +192,6 @@ def _one_value(value: Any) -> Any:
     return ",".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _check_lists(name: str, method: Mapping[str, Any]) -> None:
-    for option, value in method.items():
-        if value == []:
-            raise ValueError(
-                f"methods: {name}: {option} has an empty list of values: give it at least one, or "
-                "leave it out."
-            )
-
-
 def _check_cells(cells: Sequence[Cell]) -> None:
     """Check the options of every run, and that no two runs are the same."""
     configs: dict[str, TrainingConfig] = {}
@@ -227,8 +217,7 @@ def _check_cells(cells: Sequence[Cell]) -> None:
 
 def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
     """Check that a second stage has the same kind of exits as its teacher."""
-    names = _EXIT_OPTIONS if config.model.exit_head == "mha" else _EXIT_OPTIONS[:1]
-    for name in names:
+    for name in _EXIT_OPTIONS if config.model.exit_head == "mha" else _EXIT_OPTIONS[:1]:
         ours, theirs = getattr(config.model, name), getattr(first.model, name)
         if ours != theirs:
             raise ValueError(
@@ -239,21 +228,16 @@ def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
 
 def _check_stage1(name: str, methods: Mapping[str, Any]) -> None:
     """Check that the first stage of a method is a method of a single run."""
-    method = methods[name]
-    first = method.get("stage1")
+    first = methods[name].get("stage1")
     if first is None:
         return
+    where = f"methods: {name}: stage1={first!r}"
     if first not in methods:
-        raise ValueError(
-            f"methods: {name}: stage1={first!r} is no method of the recipe."
-            f"{did_you_mean(str(first), methods)}"
-        )
+        raise ValueError(f"{where} is no method of the recipe.{did_you_mean(first, methods)}")
     if listed_options(methods[first]):
-        raise ValueError(
-            f"methods: {name}: stage1={first!r} has a list of values; name a method of one run."
-        )
+        raise ValueError(f"{where} has a list of values; name a method of one run.")
     if "stage1" in methods[first]:
-        raise ValueError(f"methods: {name}: stage1={first!r} has a stage1 itself: one is enough.")
+        raise ValueError(f"{where} has a stage1 itself: one is enough.")
 
 
 def _names(names: Any, methods: Mapping[str, Any], where: str) -> list[str]:
@@ -278,14 +262,20 @@ def _seeds(seeds: Any, task: str) -> list[int]:
 
 
 def _mapping(recipe: Mapping[str, Any], key: str) -> dict[str, Any]:
-    values = recipe.get(key) or {}
+    values = recipe.get(key)
+    if not values:
+        raise ValueError(f"tasks and methods are needed: the recipe has no {key}.")
     if not isinstance(values, Mapping):
         raise ValueError(f"{key}: expected `name: options` lines, got {values!r}.")
     for name, value in values.items():
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{key}: {name}: expected options, got {value!r}.")
     found = {str(name): dict(value or {}) for name, value in values.items()}
-    for value in found.values():
+    slugs: dict[str, str] = {}
+    for name, value in found.items():
+        other = slugs.setdefault(slug(name), name)
+        if other != name:
+            raise ValueError(f"{key}: {other!r} and {name!r} would share a directory: rename one.")
         # YAML reads a method's name such as 1 as a number.
         first = value.pop("stage1", None)
         if first is not None:
@@ -300,7 +290,8 @@ def _defaults(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return dict(values)
 
 
-def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+def check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    """Refuse keys that are not among the known ones."""
     for key in values:
         if key not in known:
             raise ValueError(f"{where}: unknown key {key!r}.{did_you_mean(str(key), known)}")
@@ -309,11 +300,3 @@ def _check_keys(values: Mapping[str, Any], known: Sequence[str], where: str) -> 
 def slug(name: str) -> str:
     """Directory name for a name: 2st-mha-kd for "2ST-MHA + KD"."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.") or "unnamed"
-
-
-def _check_slugs(names: Iterable[str], key: str) -> None:
-    seen: dict[str, str] = {}
-    for name in names:
-        other = seen.setdefault(slug(name), name)
-        if other != name:
-            raise ValueError(f"{key}: {other!r} and {name!r} would share a directory: rename one.")

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.text import did_you_mean
-from .recipe import listed_options
+from .recipe import check_keys, listed_options
 
 _KEYS = ("layer_scores", "ablation", "grid", "full_model", "claims")
 _CLAIM_KEYS = ("claim", "better", "than", "exits", "spread_over")
@@ -94,21 +94,16 @@ def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
         return _suitable(methods, lists)
     if not isinstance(asked, Mapping):
         raise ValueError(f"report: expected `analysis: …` lines, got {asked!r}.")
-    for key in asked:
-        if key not in _KEYS:
-            raise ValueError(f"report: unknown key {key!r}.{did_you_mean(str(key), _KEYS)}")
-    named = asked.get("layer_scores") or []
-    if not isinstance(named, list | Mapping):
-        raise ValueError(f"report.layer_scores: expected a list of methods, got {named!r}.")
-    grids = asked.get("grid") or []
-    if not isinstance(grids, list):
-        raise ValueError(f"report.grid: expected a list of tables, got {grids!r}.")
-    claims = asked.get("claims") or []
-    if not isinstance(claims, list):
-        raise ValueError(f"report.claims: expected a list of claims, got {claims!r}.")
-    curves = named if isinstance(named, Mapping) else {str(name): name for name in named}
+    check_keys(asked, _KEYS, "report")
+    kinds = {"layer_scores": "methods", "grid": "tables", "claims": "claims"}
+    named, grids, claims = (asked.get(key) or [] for key in kinds)
+    if isinstance(named, list):
+        named = {str(name): name for name in named}
+    for (key, what), found in zip(kinds.items(), (named, grids, claims), strict=True):
+        if not isinstance(found, Mapping if key == "layer_scores" else list):
+            raise ValueError(f"report.{key}: expected a list of {what}, got {found!r}.")
     return ReportPlan(
-        _targets(curves, methods, "report.layer_scores") if curves else {},
+        _targets(named, methods, "report.layer_scores") if named else {},
         _of_mapping(asked, "ablation", methods),
         tuple(_grid(table, methods, lists) for table in grids),
         _of_mapping(asked, "full_model", methods),
@@ -119,13 +114,12 @@ def plan_report(recipe: Mapping[str, Any]) -> ReportPlan:
 
 def _suitable(methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> ReportPlan:
     plain = {name: Target(name) for name in methods if not lists[name]}
-    options = dict.fromkeys(option for names in lists.values() for option in names)
-    grids = tuple(
-        GridPlan(option, {name: Target(name) for name in methods if option in lists[name]})
-        for option in options
-    )
-    several = {name: Target(name) for name in plain if methods[name].get("strategy")}
-    return ReportPlan(several, {}, grids, plain)
+    several = {name: target for name, target in plain.items() if methods[name].get("strategy")}
+    grids: dict[str, dict[str, Target]] = {}
+    for name, options in lists.items():
+        for option in options:
+            grids.setdefault(option, {})[name] = Target(name)
+    return ReportPlan(several, {}, tuple(GridPlan(*grid) for grid in grids.items()), plain)
 
 
 def _of_mapping(
@@ -160,11 +154,7 @@ def _grid(table: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]]
 def _claim(claim: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]]) -> ClaimPlan:
     if not isinstance(claim, Mapping) or not {"claim", "better", "than"} <= set(claim):
         raise ValueError(f"report.claims: expected `claim`, `better` and `than`, got {claim!r}.")
-    for key in claim:
-        if key not in _CLAIM_KEYS:
-            raise ValueError(
-                f"report.claims: unknown key {key!r}.{did_you_mean(str(key), _CLAIM_KEYS)}"
-            )
+    check_keys(claim, _CLAIM_KEYS, "report.claims")
     exits = claim.get("exits", "all")
     if exits not in ("all", "shallow"):
         raise ValueError(f"report.claims: exits={exits!r} is neither 'all' nor 'shallow'.")
@@ -197,22 +187,18 @@ def _targets(named: Any, methods: Mapping[str, Any], where: str) -> dict[str, Ta
         raise ValueError(f"{where}: expected `printed name: method` pairs, got {named!r}.")
     found = {}
     for label, value in named.items():
-        target = _target(value, f"{where}: {label}")
-        if target.method not in methods:
+        place = f"{where}: {label}"
+        given = value if isinstance(value, Mapping) else {"method": value}
+        if "method" not in given or not set(given) <= {"method", "layer"}:
             raise ValueError(
-                f"{where}: {target.method!r} is no method of the recipe."
-                f"{did_you_mean(target.method, methods)}"
+                f"{place}: expected a method, or {{method: …, layer: …}}, got {value!r}."
             )
-        found[str(label)] = target
+        method, layer = str(given["method"]), given.get("layer")
+        if layer is not None and (type(layer) is not int or layer < 1):
+            raise ValueError(f"{place}: layer={layer!r} is no layer; the first is 1.")
+        if method not in methods:
+            raise ValueError(
+                f"{where}: {method!r} is no method of the recipe.{did_you_mean(method, methods)}"
+            )
+        found[str(label)] = Target(method, layer)
     return found
-
-
-def _target(value: Any, where: str) -> Target:
-    if not isinstance(value, Mapping):
-        return Target(str(value))
-    if "method" not in value or not set(value) <= {"method", "layer"}:
-        raise ValueError(f"{where}: expected a method, or {{method: …, layer: …}}, got {value!r}.")
-    layer = value.get("layer")
-    if layer is not None and (type(layer) is not int or layer < 1):
-        raise ValueError(f"{where}: layer={layer!r} is no layer; the first is 1.")
-    return Target(str(value["method"]), layer)

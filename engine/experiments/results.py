@@ -6,10 +6,10 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..runtime.text import did_you_mean
 from .runs import RESULTS_FILE, read_results, run_label
@@ -17,6 +17,7 @@ from .runs import RESULTS_FILE, read_results, run_label
 SWEEP_FILE = "sweep.json"
 SCHEMA = 1
 Grid = tuple[tuple[str, Any], ...]
+Value = TypeVar("Value")
 # Options in which seeds of one experiment may differ: a first stage and a cache belong to a seed.
 _SEED_OPTIONS = ("seed", "stage1_model", "feature_cache")
 _KEYS = ("task", "method", "seed", "grid", "directory", "status", "error")
@@ -35,9 +36,9 @@ class SweepRun:
     seed: int
     grid: Grid
     directory: Path
-    # Reason for missing results; None if there are results.
+    # Reason for missing results, which are then empty; None if there are results.
     problem: str | None
-    results: dict[str, Any] | None
+    results: Mapping[str, Any]
 
     @property
     def label(self) -> str:
@@ -47,17 +48,17 @@ class SweepRun:
     @property
     def evaluated(self) -> dict[str, Any]:
         """Split -> layer, as text -> metrics; empty if the run is not done."""
-        return {} if self.results is None else self.results["metrics"]
+        return self.results.get("metrics", {})
 
     @property
     def options(self) -> dict[str, Any]:
         """The options of `fusedacl train`; empty if the run is not done."""
-        return {} if self.results is None else self.results["options"]
+        return self.results.get("options", {})
 
     @property
     def gate(self) -> list[dict[str, Any]]:
         """A row per epoch and group of parameters; empty without a gate, or if not done."""
-        return [] if self.results is None else self.results.get("gate") or []
+        return self.results.get("gate") or []
 
     def layers(self, split: str | None = None) -> dict[int, dict[str, Any]]:
         """Layer -> metrics on a split, the first split by default.
@@ -65,7 +66,7 @@ class SweepRun:
         Raises:
             NotThereError: the run is not done, or has no such split.
         """
-        if self.results is None:
+        if self.problem is not None:
             raise NotThereError(self.problem)
         name = next(iter(self.evaluated), None) if split is None else split
         if name not in self.evaluated:
@@ -87,17 +88,21 @@ class SweepRun:
             raise NotThereError(f"{metric} at layer {layer} is {value}")
         return float(value)
 
+    def by_layer(self, metric: str) -> dict[int, float]:
+        """Layer -> score of its exit; raises as `score`."""
+        return {layer: self.score(metric, layer) for layer in self.layers()}
+
     def average(self, metric: str) -> float:
         """The mean score over all exits; raises as `score`."""
-        return statistics.mean(self.score(metric, layer) for layer in self.layers())
+        return statistics.mean(self.by_layer(metric).values())
 
 
 @dataclass(frozen=True)
 class Seeds:
     """Scores of a method on a task: seed -> score as a fraction, seed -> reason for none."""
 
-    values: Mapping[int, float]
-    problems: Mapping[int, str]
+    values: Mapping[int, float] = field(default_factory=dict)
+    problems: Mapping[int, str] = field(default_factory=dict)
 
     @property
     def mean(self) -> float:
@@ -111,13 +116,51 @@ class Seeds:
     @property
     def words(self) -> str:
         """Mean and deviation in percent: "65.0 ± 7.1"; "65.0" for a single seed; else empty."""
-        return mean_and_deviation(list(self.values.values()))
+        percent = [100 * value for value in self.values.values()]
+        if len(percent) > 1:
+            return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
+        return "".join(f"{value:.1f}" for value in percent)
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def __bool__(self) -> bool:
-        return bool(self.values)
+
+@dataclass(frozen=True)
+class Comparison:
+    """A difference of two means in points; noise: the sum of both standard deviations (n - 1).
+
+    The noise is None if either has a single seed.
+    """
+
+    difference: float
+    noise: float | None
+    num_seeds: tuple[int, int]
+
+    @property
+    def is_clear(self) -> bool:
+        """True if the difference exceeds the sum of the deviations."""
+        return self.noise is not None and abs(self.difference) > self.noise
+
+    @property
+    def words(self) -> str:
+        """ "+1.2 points (3 and 3 seeds; more than the sum of the standard deviations, 0.8)"."""
+        first, second = self.num_seeds
+        seeds = f"{first} and {second} seeds"
+        if self.noise is None:
+            return f"{self.difference:+.1f} points ({seeds}: no claim)"
+        size = "more than" if self.is_clear else "within"
+        return (
+            f"{self.difference:+.1f} points ({seeds}; {size} the sum of the standard deviations, "
+            f"{self.noise:.1f})"
+        )
+
+
+def compare(first: Seeds, second: Seeds) -> Comparison:
+    """The difference of the first to the second, which both have scores."""
+    noise = None
+    if first.deviation is not None and second.deviation is not None:
+        noise = 100 * (first.deviation + second.deviation)
+    return Comparison(100 * (first.mean - second.mean), noise, (len(first), len(second)))
 
 
 @dataclass(frozen=True)
@@ -132,21 +175,21 @@ class SweepResults:
     @cached_property
     def tasks(self) -> list[str]:
         """Tasks with cells, in the order of the recipe."""
-        found = dict.fromkeys(run.task for run in self.runs)
-        named = [task for task in self.recipe.get("tasks", {}) if task in found]
-        return list(dict.fromkeys([*named, *found]))
+        return self._in_order("tasks", [run.task for run in self.runs])
 
     @cached_property
     def methods(self) -> list[str]:
         """Methods with cells, in the order of the recipe."""
-        found = dict.fromkeys(run.method for run in self.runs)
-        named = [method for method in self.recipe.get("methods", {}) if method in found]
+        return self._in_order("methods", [run.method for run in self.runs])
+
+    def _in_order(self, key: str, found: Sequence[str]) -> list[str]:
+        named = [name for name in self.recipe.get(key, {}) if name in found]
         return list(dict.fromkeys([*named, *found]))
 
     @property
     def done(self) -> list[SweepRun]:
         """The runs with results."""
-        return [run for run in self.runs if run.results is not None]
+        return [run for run in self.runs if run.problem is None]
 
     def grids(self, method: str) -> list[Grid]:
         """The grid points of a method; a single empty one if it has no grid."""
@@ -157,23 +200,26 @@ class SweepResults:
         wanted = (task, method, grid)
         return [run for run in self.runs if (run.task, run.method, run.grid) == wanted]
 
-    def seeds(self, task: str, method: str, grid: Grid, read: Callable[[SweepRun], float]) -> Seeds:
-        """The value of `read` for each seed of a method on a task."""
-        values: dict[int, float] = {}
+    def read(
+        self, task: str, method: str, grid: Grid, read: Callable[[SweepRun], Value]
+    ) -> tuple[dict[int, Value], dict[int, str]]:
+        """The value of `read` for each seed of a method on a task, and the reasons for none."""
+        values: dict[int, Value] = {}
         problems: dict[int, str] = {}
         for run in self.of(task, method, grid):
             try:
                 values[run.seed] = read(run)
             except NotThereError as error:
                 problems[run.seed] = str(error)
-        return Seeds(values, problems)
+        return values, problems
+
+    def seeds(self, task: str, method: str, grid: Grid, read: Callable[[SweepRun], float]) -> Seeds:
+        """As `read`, for scores."""
+        return Seeds(*self.read(task, method, grid, read))
 
     def splits(self, task: str) -> list[str]:
         """Evaluation splits of a task, the main one first."""
-        for run in self.done:
-            if run.task == task and run.evaluated:
-                return list(run.evaluated)
-        return []
+        return list(self._evaluated(task))
 
     def metric(self, task: str, wanted: str | None = None) -> str | None:
         """The metric of a task: `wanted`, or the first that its runs report; None if none is done.
@@ -191,21 +237,14 @@ class SweepResults:
 
     def metrics(self, task: str) -> list[str]:
         """The metrics that the runs of a task report, the main one first; empty if none is done."""
-        for run in self.done:
-            if run.task == task and run.evaluated:
-                for metrics in run.layers().values():
-                    return [name for name in metrics if name != "loss"]
+        for by_layer in self._evaluated(task).values():
+            for metrics in by_layer.values():
+                return [name for name in metrics if name != "loss"]
         return []
 
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """The mean of fractions in percent, with the deviation (n - 1) if there are several."""
-    if not values:
-        return ""
-    percent = [100 * value for value in values]
-    if len(percent) == 1:
-        return f"{percent[0]:.1f}"
-    return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
+    def _evaluated(self, task: str) -> dict[str, Any]:
+        evaluated = (run.evaluated for run in self.done if run.task == task)
+        return next(filter(None, evaluated), {})
 
 
 def grid_label(name: str, grid: Grid) -> str:
@@ -266,18 +305,19 @@ def read_sweep(directory: Path) -> SweepResults:
     """
     record = read_record(directory)
     if not record["cells"]:
-        file = directory / SWEEP_FILE
-        raise ValueError(f"{str(file)!r} has no cells: there is nothing to report.")
+        where = str(directory / SWEEP_FILE)
+        raise ValueError(f"{where!r} has no cells: there is nothing to report.")
     runs = tuple(_run(directory, cell) for cell in record["cells"])
     return SweepResults(directory, record["recipe"], runs, record["environment"])
 
 
 def _run(sweep: Path, cell: Mapping[str, Any]) -> SweepRun:
     directory = sweep / cell["directory"]
-    results, problem = None, str(cell["status"])
+    results: dict[str, Any] = {}
+    problem: str | None = str(cell["status"])
     if problem == "done":
         try:
-            results = read_results(directory)
+            results, problem = read_results(directory), None
         except ValueError:
             is_there = (directory / RESULTS_FILE).is_file()
             problem = f"its {RESULTS_FILE} is {'damaged' if is_there else 'missing'}"
@@ -285,15 +325,9 @@ def _run(sweep: Path, cell: Mapping[str, Any]) -> SweepRun:
         # Absolute paths of the machine that ran the sweep mean nothing to a reader.
         error = str(cell["error"]).replace(f"{sweep.resolve()}/", "").replace(f"{sweep}/", "")
         problem = f"{problem}: {error}"
-    return SweepRun(
-        task=str(cell["task"]),
-        method=str(cell["method"]),
-        seed=int(cell["seed"]),
-        grid=tuple(dict(cell["grid"] or {}).items()),
-        directory=directory,
-        problem=problem if results is None else None,
-        results=results,
-    )
+    task, method, seed = str(cell["task"]), str(cell["method"]), int(cell["seed"])
+    grid = tuple(dict(cell["grid"] or {}).items())
+    return SweepRun(task, method, seed, grid, directory, problem, results)
 
 
 def collect_runs(paths: Sequence[Path]) -> SweepResults:
@@ -308,18 +342,9 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
     runs = []
     for number, path in enumerate(paths):
         results = read_results(path)
-        options = results["options"]
-        runs.append(
-            SweepRun(
-                task=str(results["data"]),
-                method=run_label(options),
-                seed=int(options.get("seed", number)),
-                grid=(),
-                directory=path if path.is_dir() else path.parent,
-                problem=None,
-                results=results,
-            )
-        )
+        method, seed = run_label(results["options"]), int(results["options"].get("seed", number))
+        directory = path if path.is_dir() else path.parent
+        runs.append(SweepRun(str(results["data"]), method, seed, (), directory, None, results))
     data = {f"{run.task}, {', '.join(list(run.evaluated)[:1])}" for run in runs}
     if len(data) > 1:
         raise ValueError(

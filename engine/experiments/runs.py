@@ -77,17 +77,16 @@ def run_config(run: Path) -> TrainingConfig:
         )
     is_checkpoint = run.name.startswith("checkpoint-") and not (run / CONFIG_FILE).is_file()
     home = run.resolve().parent if is_checkpoint else run
-    if (home / CONFIG_FILE).is_file():
-        where, values = home / CONFIG_FILE, read_file(home / CONFIG_FILE)
-    elif (home / RESULTS_FILE).is_file():
-        where, values = home / RESULTS_FILE, read_file(home / RESULTS_FILE).get("options", {})
-    else:
+    files = [file for name in (CONFIG_FILE, RESULTS_FILE) if (file := home / name).is_file()]
+    if not files:
         raise ValueError(
             f"run {str(run)!r} holds neither {CONFIG_FILE} nor {RESULTS_FILE}: it is not a run of "
             "fusedacl train."
         )
+    where, values = files[0], read_file(files[0])
     try:
-        return build(TrainingConfig, values)
+        is_config = where.name == CONFIG_FILE
+        return build(TrainingConfig, values if is_config else values.get("options", {}))
     except (AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"{str(where)!r} is not the configuration of a run: {error}") from None
 
@@ -183,10 +182,9 @@ def named_runs(runs: Sequence[Path], labels: str | None) -> list[tuple[str, Trai
 
 def _tail(run: Path, runs: Sequence[Path]) -> str:
     """The shortest suffix of a run's path that no other run shares."""
-    parts = run.resolve().parts
-    others = [other.resolve().parts for other in runs if other.resolve() != run.resolve()]
+    parts, *others = (path.resolve().parts for path in (run, *runs))
     for length in range(1, len(parts)):
-        if all(other[-length:] != parts[-length:] for other in others):
+        if all(other == parts or other[-length:] != parts[-length:] for other in others):
             return "/".join(parts[-length:])
     return str(run)
 

@@ -14,10 +14,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import yaml
@@ -27,7 +26,7 @@ from ..config.training import TrainingConfig
 from ..runtime.files import write_json, write_whole
 from ..runtime.lock import SweepLock
 from ..runtime.machine import cpu_model
-from ..runtime.signals import stopping_signals
+from ..runtime.signals import SignalsNoted
 from ..runtime.text import text_table
 from ..training.storage.checkpoint import CONFIG_FILE, changed_options, checkpoints
 from .recipe import Cell, plan_cells
@@ -91,7 +90,7 @@ class Sweep:
             raise ValueError(f"output_dir={str(directory)!r} is a file; name a directory.")
         self.workers = workers or default_workers()
         self.by_directory = {run.cell.directory: run for run in self.runs}
-        self.signal: int | None = None
+        self.signals = SignalsNoted("the runs save checkpoints and stop …", patient=True)
         self.lock = SweepLock(self.directory)
         for run in self.runs:
             self._inspect(run)
@@ -134,10 +133,9 @@ class Sweep:
             SweepStopped: SIGINT, SIGTERM or SIGHUP was received; active runs saved checkpoints.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
-        with self.lock.held(), self._signals_noted():
-            write_whole(
-                self.directory / "recipe.yaml", yaml.safe_dump(self.recipe, sort_keys=False)
-            )
+        with self.lock.held(), self.signals:
+            recipe = yaml.safe_dump(self.recipe, sort_keys=False)
+            write_whole(self.directory / "recipe.yaml", recipe)
             self._write()
             for run in self.runs:
                 self._drop_features(run)
@@ -146,30 +144,34 @@ class Sweep:
             finally:
                 self._stop_all()
                 self._write()
-        if self.signal is not None:
-            raise SweepStopped(self.signal, self.directory)
+        if self.signals.received is not None:
+            raise SweepStopped(self.signals.received, self.directory)
         return [self.directory / run.cell.directory for run in self.runs if run.status == "done"]
 
     def _loop(self) -> None:
-        while self.signal is None:
-            active = [run for run in self.runs if run.status == "running"]
-            for run in active:
+        while self.signals.received is None:
+            for run in self._active():
                 self._finish(run)
-            self._block()
-            free = self.workers - sum(run.status == "running" for run in self.runs)
-            for run in [run for run in self.runs if self._ready(run)][: max(0, free)]:
-                # Checked again: a run that was started may write the features that this one reads.
-                if self._ready(run):
+            for run in self.runs:
+                first = self._first_stage(run)
+                if run.status == "waiting" and first and first.status in ("failed", "blocked"):
+                    run.status, run.error = "blocked", f"its first stage failed: {first.cell.name}"
+            for run in self.runs:
+                if len(self._active()) < self.workers and self._ready(run):
                     self._start(run)
-            if not any(run.status == "running" for run in self.runs):
+            if not self._active():
                 return
             time.sleep(_POLL_SECONDS)
 
+    def _active(self) -> list[_Run]:
+        return [run for run in self.runs if run.status == "running"]
+
+    def _first_stage(self, run: _Run) -> _Run | None:
+        return None if run.cell.stage1 is None else self.by_directory[run.cell.stage1]
+
     def _ready(self, run: _Run) -> bool:
-        first = run.cell.stage1
-        if run.status != "waiting" or (
-            first is not None and self.by_directory[first].status != "done"
-        ):
+        first = self._first_stage(run)
+        if run.status != "waiting" or (first is not None and first.status != "done"):
             return False
         # A cache is written by a single run; the others read it afterwards.
         sharing = self._sharing(run)
@@ -177,22 +179,9 @@ class Sweep:
         return (cache / "meta.json").is_file() or all(r.status != "running" for r in sharing)
 
     def _sharing(self, run: _Run) -> list[_Run]:
-        """The other runs that read the same features."""
+        """The runs that read the same features, with this one."""
         features = run.cell.features
-        return [
-            other
-            for other in self.runs
-            if features is not None and other is not run and other.cell.features == features
-        ]
-
-    def _block(self) -> None:
-        """Mark the runs whose first stage failed."""
-        for run in self.runs:
-            first = run.cell.stage1
-            if run.status == "waiting" and first is not None:
-                before = self.by_directory[first]
-                if before.status in ("failed", "blocked"):
-                    run.status, run.error = "blocked", f"its first stage failed: {before.cell.name}"
+        return [r for r in self.runs if features is not None and r.cell.features == features]
 
     def command(self, run: _Run) -> list[str]:
         """The command that trains a cell, from the start or from its last checkpoint."""
@@ -240,14 +229,15 @@ class Sweep:
         results = finished_results(directory)
         if code == 0 and results is not None:
             run.status = "done"
-        elif self.signal is not None:
+        elif self.signals.received is not None:
             run.status = "interrupted"
         else:
             run.status = "failed"
             log = log_file(directory)
+            lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             # Relative, because a sweep may be moved.
             place = log.relative_to(self.directory)
-            run.error = f"{_ending(code)}: {_last_line(log)} ({place})"
+            run.error = f"{_ending(code)}: {lines[-1] if lines else 'no output'} ({place})"
         self._drop_features(run)
         self._write()
         self._announce(run, results)
@@ -262,7 +252,7 @@ class Sweep:
     def _drop_features(self, run: _Run) -> None:
         """Delete the features of a run, which take gigabytes, if no other run will read them."""
         if run.cell.features is not None and all(
-            other.status not in ("waiting", "running") for other in [run, *self._sharing(run)]
+            other.status not in ("waiting", "running") for other in self._sharing(run)
         ):
             shutil.rmtree(self.directory / run.cell.features, ignore_errors=True)
 
@@ -282,78 +272,45 @@ class Sweep:
 
     def _stop_all(self) -> None:
         """Ask the active runs to save checkpoints and exit, and wait for them."""
-        active = [run for run in self.runs if run.status == "running"]
-        for run in active:
-            assert run.process is not None
+        active = [(run, run.process) for run in self._active() if run.process is not None]
+        for _, process in active:
             with contextlib.suppress(ProcessLookupError):
-                run.process.terminate()
+                process.terminate()
         deadline = time.monotonic() + _STOP_SECONDS
-        for run in active:
-            assert run.process is not None
+        for run, process in active:
             try:
-                run.process.wait(max(0.0, deadline - time.monotonic()))
+                process.wait(max(0.0, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
-                run.process.kill()
-                run.process.wait()
-            run.status = "done" if run.process.returncode == 0 else "interrupted"
+                process.kill()
+            run.status = "done" if process.wait() == 0 else "interrupted"
 
     def _write(self) -> None:
+        of_cell = ("task", "method", "seed", "grid", "directory")
         cells = [
-            {
-                "task": run.cell.task,
-                "method": run.cell.method,
-                "seed": run.cell.seed,
-                "grid": dict(run.cell.grid),
-                "directory": run.cell.directory,
-                "status": run.status,
-                "seconds": run.seconds,
-                "error": run.error,
-            }
+            {name: getattr(run.cell, name) for name in of_cell}
+            | {"status": run.status, "seconds": run.seconds, "error": run.error}
             for run in self.runs
         ]
         environment = {"machine": f"{cpu_model()}, {os.cpu_count()} cores", "workers": self.workers}
-        values = {
-            "schema": SCHEMA,
-            "recipe": self.recipe,
-            "environment": environment,
-            "cells": cells,
-        }
-        write_json(self.directory / SWEEP_FILE, values)
-        active = [run.process.pid for run in self.runs if run.status == "running" and run.process]
+        values = {"schema": SCHEMA, "recipe": self.recipe, "environment": environment}
+        write_json(self.directory / SWEEP_FILE, {**values, "cells": cells})
+        active = [run.process.pid for run in self._active() if run.process]
         self.lock.name([os.getpid(), *active])
 
     def table(self) -> str:
         """Progress of each method (row) on each task (column): "2 of 3", and what failed."""
         tasks = list(dict.fromkeys(run.cell.task for run in self.runs))
-        rows = []
-        for method in dict.fromkeys(run.cell.method for run in self.runs):
-            row = [method]
-            for task in tasks:
-                runs = [r for r in self.runs if (r.cell.task, r.cell.method) == (task, method)]
-                row.append(_progress([run.status for run in runs]))
-            rows.append(row)
+        statuses: dict[str, dict[str, list[str]]] = {}
+        for run in self.runs:
+            row = statuses.setdefault(run.cell.method, {task: [] for task in tasks})
+            row[run.cell.task].append(run.status)
+        rows = [[method, *map(_progress, row.values())] for method, row in statuses.items()]
         return text_table(["method", *tasks], rows)
 
     @property
     def failures(self) -> list[str]:
         """A line for each run that failed or could not start."""
         return [f"{run.cell.name}: {run.error}" for run in self.runs if run.error is not None]
-
-    @contextlib.contextmanager
-    def _signals_noted(self) -> Iterator[None]:
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is None:
-                self.signal = number
-                logger.warning(
-                    "%s: the runs save checkpoints and stop …", signal.Signals(number).name
-                )
-
-        previous = {number: signal.signal(number, note) for number in stopping_signals()}
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def default_workers() -> int:
@@ -391,11 +348,6 @@ def _ending(code: int) -> str:
         return f"exit status {code}"
     name = signal.Signals(-code).name
     return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "no output"
 
 
 def _progress(statuses: Sequence[str]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..experiments.runs import OBJECTIVE_NAMES, read_metrics
-from ..runtime.plots import COLORS, legend_below, look, new_figure, panels, plain, save_figure
+from ..runtime.plots import legend_below, look, new_figure, panels, plain, save_figure
 
 _SMOOTHED_STEPS = 15
 
@@ -31,18 +31,12 @@ def draw_loss_curves(runs: Mapping[str, Path], path: Path) -> Path:
         axes.plot(epochs[width - 1 :], smoothed, color=color, label=f"{name}, training")
         evaluations = [record for record in records if record["split"] != "train"]
         last = max((record["exit"] for record in evaluations), default=None)
-        evaluations = [record for record in evaluations if record["exit"] == last]
-        if evaluations:
-            axes.plot(
-                [record["epoch"] for record in evaluations],
-                [record["metrics"]["loss"] for record in evaluations],
-                "o--",
-                color=color,
-                label=f"{name}, {evaluations[0]['split']}",
-            )
-    axes.set_xlabel("epoch")
-    axes.set_ylabel("cross-entropy (nats)")
-    axes.set_ylim(bottom=0)
+        points = [r for r in evaluations if r["exit"] == last]
+        if points:
+            values = [record["metrics"]["loss"] for record in points]
+            label = f"{name}, {points[0]['split']}"
+            axes.plot([r["epoch"] for r in points], values, "o--", color=color, label=label)
+    axes.set(xlabel="epoch", ylabel="cross-entropy (nats)", ylim=(0, None))
     axes.set_title(f"Cross-entropy; thick lines: mean of {_SMOOTHED_STEPS} steps")
     axes.legend(frameon=False)
     plain(axes)
@@ -112,27 +106,23 @@ def draw_angles(
     limits: angle of the dashed line of each panel; label: that of the horizontal axis; counted:
     what the shares on the vertical axis are shares of.
     """
-    figure, every = panels(len(drawn), height)
+    figure, every = panels(list(drawn), height, label, title_size=9)
     series = by_layer(dict.fromkeys(name for found in drawn.values() for name in found))
     angles = np.concatenate([values for found in drawn.values() for values in found.values()])
     low = bin_degrees * math.floor(min(float(angles.min()), 60.0) / bin_degrees)
     high = bin_degrees * math.ceil(max(float(angles.max()), 100.0) / bin_degrees)
     bins = np.arange(low, high + bin_degrees / 2, bin_degrees)
     handles: dict[str, Any] = {}
-    for index, (axes, (title, found)) in enumerate(zip(every, drawn.items(), strict=True)):
+    for index, (axes, found) in enumerate(zip(every, drawn.values(), strict=True)):
         for name, values in found.items():
             number = series.index(name)
             # Shares, because series may have different numbers of steps.
             heights = 100 * np.histogram(values, bins)[0] / len(values)
-            handles[name] = axes.stairs(
-                heights, bins, color=COLORS[number % len(COLORS)], linewidth=1.5
-            )
+            color = look(number)["color"]
+            handles[name] = axes.stairs(heights, bins, color=color, linewidth=1.5)
             handles[name].set_gid(f"series-{number}-{index}")
         axes.axvline(limits[index], color="#000000", linestyle="--", linewidth=0.9)
-        axes.set_title(title, fontsize=9)
         axes.set_xlim(low, high)
-        axes.set_xlabel(label, fontsize=9)
-        plain(axes)
     every[0].set_ylabel(f"{counted} (%)")
     legend_below(figure, [handles[name] for name in series], series)
     return save_figure(figure, path)

@@ -50,18 +50,16 @@ def write_report(
             `output_dir` is missing for runs, the metric is unknown, or matplotlib is missing.
     """
     require_matplotlib()
-    sweeps = [path for path in paths if is_sweep(path)]
-    if not sweeps:
-        if output_dir is None:
+    sweep = next((path for path in paths if is_sweep(path)), None)
+    if sweep is not None:
+        if len(paths) > 1:
             raise ValueError(
-                "output_dir is missing: name a directory for the report of these runs."
+                f"{str(sweep)!r} is a sweep, whose report stands alone: name one sweep, or runs."
             )
-        return report_runs(paths, output_dir, metric)
-    if len(paths) > 1:
-        raise ValueError(
-            f"{str(sweeps[0])!r} is a sweep, whose report stands alone: name one sweep, or runs."
-        )
-    return report_sweep(paths[0], output_dir, metric)
+        return report_sweep(sweep, output_dir, metric)
+    if output_dir is None:
+        raise ValueError("output_dir is missing: name a directory for the report of these runs.")
+    return report_runs(paths, output_dir, metric)
 
 
 def report_sweep(
@@ -80,17 +78,11 @@ def report_sweep(
     output_dir = directory / REPORT_DIR if output_dir is None else output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     reference = _reference(plan)
-    sections: list[Section | None] = []
     curves: dict[str, LayerScores] = {}
     for task in sweep.tasks:
         scores = sweep_curves(sweep, task, plan.layer_scores, metric)
-        if scores is None:
-            continue
-        curves[task] = scores
-        path = output_dir / f"layer_scores_{slug(task)}"
-        section = write_layer_scores(scores, path, f"Layer scores: {task}")
-        text = "" if reference is None else layer_findings(scores, reference)
-        sections.append(dataclasses.replace(section, text=text))
+        if scores is not None:
+            curves[task] = scores
     tables = []
     if plan.full_model:
         path = output_dir / "full_model"
@@ -102,20 +94,28 @@ def report_sweep(
         for number, grid in enumerate(plan.grids, start=1)
     ]
     claims = claims_section(sweep, plan.claims, metric, output_dir / "claims")
-    sections = [claims, *sections, *tables]
+    sections = [claims]
+    for task, scores in curves.items():
+        path, title = output_dir / f"layer_scores_{slug(task)}", f"Layer scores: {task}"
+        text = layer_findings(scores, reference)
+        sections.append(write_layer_scores(scores, path, title, text))
+    sections += tables
     for task in sweep.tasks:
-        place = output_dir / f"gate_angles_{slug(task)}"
-        sections.append(_gate_angles(sweep, task, place))
+        sections.append(_gate_angles(sweep, task, output_dir / f"gate_angles_{slug(task)}"))
     for task in sweep.tasks:
-        place = output_dir / f"early_exit_{slug(task)}"
+        path = output_dir / f"early_exit_{slug(task)}"
         runs = _by_label([run for run in sweep.runs if run.task == task])
-        sections.append(exits_section(runs, task, place, f"Early exit: {task}"))
-    sections += [_extras(output_dir, [directory]), _missing(sweep)]
-    sections.append(_commands(sweep))
-    findings = [_progress(sweep), "" if claims is None else claims.text]
-    if reference is not None:
-        findings.append(overall_finding(curves, reference))
-    findings += [section.text for section in tables if section is not None]
+        sections.append(exits_section(runs, task, path, f"Early exit: {task}"))
+    sections += [_extras(output_dir, [directory]), _missing(sweep), _commands(sweep)]
+    done, every = len(sweep.done), len(sweep.runs)
+    findings = [
+        f"**Unfinished**: {done} of {every} runs are done; tables and figures name what is missing."
+        if done < every
+        else "",
+        "" if claims is None else claims.text,
+        overall_finding(curves, reference),
+        *(section.text for section in tables if section is not None),
+    ]
     title = f"Sweep report: {', '.join(sweep.tasks)}"
     return _write(sweep, output_dir, title, findings, sections)
 
@@ -141,7 +141,7 @@ def report_runs(paths: Sequence[Path], output_dir: Path, metric: str | None = No
         gate_section(grouped, data, output_dir / "gate_angles", "Gate angles"),
         exits_section(grouped, data, output_dir / "early_exit", "Early exit"),
         _extras(output_dir, paths),
-        Section("Commands", commands=[_command(run) for run in runs.runs if _command(run)]),
+        Section("Commands", commands=_commands_of(runs.runs)),
     ]
     methods = ", ".join(curve.label for curve in scores.curves)
     findings = [f"Scores of every exit on {scores.data}: {methods}."]
@@ -169,11 +169,9 @@ def _reference(plan: ReportPlan) -> str | None:
     It is the first method of the ablation if it has a curve, else the last of the curves.
     """
     names = list(plan.layer_scores)
-    for target in list(plan.ablation.values())[:1]:
-        for name in names:
-            if plan.layer_scores[name].method == target.method:
-                return name
-    return names[-1] if names else None
+    compared = [target.method for target in plan.ablation.values()][:1]
+    same = [name for name in names if plan.layer_scores[name].method in compared]
+    return next(iter(same + names[-1:]), None)
 
 
 def _by_label(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
@@ -186,14 +184,13 @@ def _by_label(runs: Sequence[SweepRun]) -> dict[str, list[SweepRun]]:
 def _gate_angles(sweep: SweepResults, task: str, path: Path) -> Section | None:
     """The gated runs of a task, without those of grids if there are too many."""
     gated = [run for run in sweep.done if run.task == task and run.gate]
-    plain = [run for run in gated if not run.grid]
-    too_many = len(_by_label(gated)) > _MAX_PANELS and len(plain) < len(gated)
-    shown = _by_label(plain if too_many else gated)
+    of_grids = dict.fromkeys(run.method for run in gated if run.grid)
+    too_many = len(_by_label(gated)) > _MAX_PANELS and of_grids
+    shown = _by_label([run for run in gated if not (too_many and run.grid)])
     section = gate_section(shown, task, path, f"Gate angles: {task}")
     if section is None or not too_many:
         return section
-    left_out = ", ".join(dict.fromkeys(run.method for run in gated if run.grid))
-    note = f"Left out, having a list of values each: {left_out}."
+    note = f"Left out, having a list of values each: {', '.join(of_grids)}."
     return dataclasses.replace(section, notes=[*section.notes, note])
 
 
@@ -208,14 +205,11 @@ def _extras(output_dir: Path, given: Sequence[Path]) -> Section | None:
 def _missing(sweep: SweepResults) -> Section | None:
     seeds: dict[tuple[str, str, str], list[str]] = {}
     for run in sweep.runs:
-        if run.results is None:
-            seeds.setdefault((run.task, run.label, str(run.problem)), []).append(str(run.seed))
+        if run.problem is not None:
+            seeds.setdefault((run.task, run.label, run.problem), []).append(str(run.seed))
     if not seeds:
         return None
-    rows = [
-        [task, label, ", ".join(of_reason), reason]
-        for (task, label, reason), of_reason in seeds.items()
-    ]
+    rows = [[task, label, ", ".join(of), why] for (task, label, why), of in seeds.items()]
     words = (
         f"{len(sweep.runs) - len(sweep.done)} of {len(sweep.runs)} runs have no results and are "
         "left out above. `fusedacl sweep` with the same recipe and directory continues with them."
@@ -230,51 +224,39 @@ def _commands(sweep: SweepResults) -> Section:
         f"{name}`. Below, the command of each run; paths are relative to {name}/."
     )
     place = f"{sweep.directory.resolve()}/"
-    commands = [command.replace(place, "") for run in sweep.done if (command := _command(run))]
+    commands = [command.replace(place, "") for command in _commands_of(sweep.done)]
     return Section("Commands", words, commands=commands)
 
 
-def _command(run: SweepRun) -> str:
-    return str((run.results or {}).get("command", ""))
-
-
-def _progress(sweep: SweepResults) -> str:
-    done, every = len(sweep.done), len(sweep.runs)
-    if done == every:
-        return ""
-    return (
-        f"**Unfinished**: {done} of {every} runs are done; tables and figures name what is missing."
-    )
+def _commands_of(runs: Sequence[SweepRun]) -> list[str]:
+    return [str(command) for run in runs if (command := run.results.get("command"))]
 
 
 def _facts(sweep: SweepResults) -> dict[str, str]:
     """Data, base model, number of runs, training time and versions: name -> value."""
-    seeds = sorted({run.seed for run in sweep.runs})
-    options = [run.options for run in sweep.done]
-    seconds = sum(float((run.results or {}).get("train_seconds", 0)) for run in sweep.done)
+    seeds = ", ".join(map(str, sorted({run.seed for run in sweep.runs})))
+    seconds = sum(float(run.results.get("train_seconds", 0)) for run in sweep.done)
     data = [f"{task} ({words})" if (words := _texts(sweep, task)) else task for task in sweep.tasks]
+    # A second stage has the model of its first stage.
     models = dict.fromkeys(
-        _model_name(values) for values in options if not values.get("stage1_model")
+        _model_name(run.options) for run in sweep.done if not run.options.get("stage1_model")
     )
     versions: dict[str, dict[str, None]] = {}
     for run in sweep.done:
-        for package, number in (run.results or {}).get("versions", {}).items():
+        for package, number in run.results.get("versions", {}).items():
             versions.setdefault(package, {})[str(number)] = None
+    numbers = [f"{package} {' and '.join(found)}" for package, found in versions.items()]
+    duration = f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
     facts = {
         "Data": "; ".join(data),
         "Base model": ", ".join(models)
         or "that of the first stages, which are not among these runs",
-        "Runs": f"{len(sweep.done)} of {len(sweep.runs)} done; seeds {', '.join(map(str, seeds))}",
+        "Runs": f"{len(sweep.done)} of {len(sweep.runs)} done; seeds {seeds}",
+        "Training time": f"{duration} in all" if seconds else "",
+        "Versions": ", ".join(numbers),
     }
-    if seconds:
-        facts["Training time"] = _duration(seconds) + " in all"
-    if versions:
-        facts["Versions"] = ", ".join(
-            f"{package} {' and '.join(numbers)}" for package, numbers in versions.items()
-        )
-    recorded: Mapping[str, Any] = sweep.environment
-    facts |= {str(name).capitalize(): str(value) for name, value in recorded.items()}
-    return facts
+    facts = {name: words for name, words in facts.items() if words}
+    return facts | {name.capitalize(): str(value) for name, value in sweep.environment.items()}
 
 
 def _texts(sweep: SweepResults, task: str) -> str:
@@ -291,11 +273,4 @@ def _model_name(options: Mapping[str, Any]) -> str:
     name = options.get("model_name_or_path")
     if name is None:
         return "all-MiniLM-L6-v2 (the demonstration's)"
-    parts = str(name).rstrip("/").split("/")
-    return "/".join(parts[-2:])
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 5400:
-        return f"{seconds / 60:.0f} min"
-    return f"{seconds / 3600:.1f} h"
+    return "/".join(str(name).rstrip("/").split("/")[-2:])

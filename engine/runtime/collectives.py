@@ -56,14 +56,13 @@ def together(action: Callable[[], Result]) -> Result:
         ValueError, OSError: it failed on some process, which is named. All processes raise, so that
             none waits for the failed one until the timeout.
     """
-    result, failure = None, None
+    result, told = None, None
     try:
         result = action()
     except (ValueError, OSError) as error:
         if processes.world_size() == 1:
             raise
-        failure = error
-    told = None if failure is None else (isinstance(failure, ValueError), str(failure))
+        told = isinstance(error, ValueError), str(error)
     answers = gathered((socket.gethostname(), told))
     for rank, (host, found) in enumerate(answers):
         if found is not None:

@@ -41,7 +41,7 @@ def choose_dtype(device: torch.device, *, fp16: bool, bf16: bool) -> torch.dtype
         raise ValueError(f"bf16: {name} has no bfloat16 arithmetic. Use fp16.")
     dtype = torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
     if device.type == "cpu" and not computes(dtype):
-        _warn_slow(dtype)
+        _warn_slow("fp16" if fp16 else "bf16")
     return dtype
 
 
@@ -55,8 +55,7 @@ def computes(dtype: torch.dtype) -> bool:
 
 
 @functools.cache
-def _warn_slow(dtype: torch.dtype) -> None:
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+def _warn_slow(name: str) -> None:
     logger.warning(
         "%s: this CPU has no such arithmetic and emulates it, tens of times slower than float32. "
         "Leave %s out, unless results in that precision are what you want.",

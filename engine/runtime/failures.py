@@ -37,10 +37,8 @@ class Peers:
 
     def explain(self, error: RuntimeError, step: int) -> OSError | None:
         """Return an error that explains a failed exchange; None if `error` is something else."""
-        is_of_exchange = isinstance(error, dist.DistError) or any(
-            sign in str(error).lower() for sign in _SIGNS
-        )
-        if processes.world_size() == 1 or not is_of_exchange:
+        has_sign = any(sign in str(error).lower() for sign in _SIGNS)
+        if processes.world_size() == 1 or not (has_sign or isinstance(error, dist.DistError)):
             return None
         ended = self.ended()
         who = f"process {processes.rank()} of {processes.world_size()} on {_machine()[0]}"
@@ -49,10 +47,10 @@ class Peers:
             if ended
             else "another process, on another machine, ended or cannot be reached"
         )
-        reason = str(error).strip().splitlines()[0]
         return OSError(
-            f"{who} stops after step {step}: {what} ({reason}). See that process's own output for "
-            "why. Start all of them again with --resume_from_checkpoint latest."
+            f"{who} stops after step {step}: {what} ({processes.first_line(error)}). See that "
+            "process's own output for why. Start all of them again with --resume_from_checkpoint "
+            "latest."
         )
 
 

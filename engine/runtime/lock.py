@@ -44,10 +44,10 @@ class DirectoryLock:
         if self._file is not None:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
-        # "a+" and not "w": until the lock is taken, the file names its holders.
-        file = self._path.open("a+", encoding="utf-8")
         end = time.monotonic() + _PATIENCE_SECONDS
-        try:
+        with contextlib.ExitStack() as opened:
+            # "a+" and not "w": until the lock is taken, the file names its holders.
+            file = opened.enter_context(self._path.open("a+", encoding="utf-8"))
             while not self._lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 if waiting is not None:
                     logger.info(waiting)
@@ -56,9 +56,7 @@ class DirectoryLock:
                 if time.monotonic() > end:
                     raise self._refused(file)
                 time.sleep(0.05)
-        except BaseException:
-            file.close()
-            raise
+            opened.pop_all()
         self._file = file
         self.name([os.getpid()])
 
@@ -120,11 +118,8 @@ class DirectoryLock:
             return False
         except OSError as error:
             # Some network file systems have no locks: to run without one is better than not to run.
-            logger.warning(
-                "%s cannot be locked (%s): make sure that no other process uses it.",
-                self.directory,
-                error,
-            )
+            words = "%s cannot be locked (%s): make sure that no other process uses it."
+            logger.warning(words, self.directory, error)
         return True
 
     def _refused(self, file: IO[str]) -> ValueError:

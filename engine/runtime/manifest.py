@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .files import flush, write_whole
+from .files import flush, write_json
 
 CHECKPOINT_PREFIX = "checkpoint-"
 MANIFEST_FILE = "manifest.json"
@@ -21,7 +21,7 @@ def sealed(file: Path) -> dict[str, str | int]:
 
 def write_manifest(directory: Path, files: Mapping[str, Mapping[str, str | int]]) -> None:
     """Write the manifest of files as `sealed` returned them; no file may change afterwards."""
-    write_whole(directory / MANIFEST_FILE, json.dumps({"files": files}, indent=2) + "\n")
+    write_json(directory / MANIFEST_FILE, {"files": files})
     flush(directory / MANIFEST_FILE)
 
 
@@ -91,12 +91,9 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoint_directories(output_dir: Path) -> list[Path]:
     """Return every directory named like a checkpoint, complete or not, by step."""
-    found = [
-        path
-        for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*")
-        if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit() and path.is_dir()
-    ]
-    return sorted(found, key=step_of)
+    found = output_dir.glob(f"{CHECKPOINT_PREFIX}*")
+    named = (path for path in found if path.name.removeprefix(CHECKPOINT_PREFIX).isdigit())
+    return sorted(filter(Path.is_dir, named), key=step_of)
 
 
 def check_not_sealed(directory: Path) -> None:
@@ -106,10 +103,8 @@ def check_not_sealed(directory: Path) -> None:
         ValueError: the directory is a checkpoint of a run.
     """
     directory = directory.resolve()
-    if (
-        directory in checkpoint_directories(directory.parent)
-        and (directory / MANIFEST_FILE).is_file()
-    ):
+    is_named_so = directory in checkpoint_directories(directory.parent)
+    if is_named_so and (directory / MANIFEST_FILE).is_file():
         raise ValueError(
             f"model_name_or_path={str(directory)!r} is a checkpoint: with another policy stored in "
             "it, it would count as damaged, and no run could be resumed from it. Name the run's "

@@ -76,15 +76,24 @@ def legend_below(
         text.set_gid(f"legend-{index}-text")
 
 
-def panels(number: int, height: float, width: float = 3.1) -> tuple[Figure, list[Axes]]:
-    """Make a figure of `number` panels, each about `width` by `height` inches, three per row."""
-    columns = min(number, PANELS_PER_ROW)
-    rows = math.ceil(number / columns)
-    figure = new_figure(max(6.0, columns * width + 1.2), rows * height)
+def panels(
+    titles: Sequence[str], height: float, label: str, title_size: float = 10
+) -> tuple[Figure, list[Axes]]:
+    """Make a figure of panels, each about 3.1 by `height` inches, three per row.
+
+    label: that of the horizontal axes.
+    """
+    columns = min(len(titles), PANELS_PER_ROW)
+    rows = math.ceil(len(titles) / columns)
+    figure = new_figure(max(6.0, columns * 3.1 + 1.2), rows * height)
     every = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in every[number:]:
+    for axes in every[len(titles) :]:
         axes.set_visible(False)
-    return figure, every[:number]
+    for axes, title in zip(every, titles, strict=False):
+        axes.set_title(title, fontsize=title_size)
+        axes.set_xlabel(label, fontsize=9)
+        plain(axes)
+    return figure, every[: len(titles)]
 
 
 def require_matplotlib() -> None:

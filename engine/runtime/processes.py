@@ -38,23 +38,23 @@ def launched() -> Launch | None:
     found = {name: os.environ[name] for name in _VARIABLES if os.environ.get(name)}
     if not {"RANK", "WORLD_SIZE"} & found.keys():
         return None
-    missing = [name for name in _VARIABLES if name not in found]
-    if missing:
+    if missing := [name for name in _VARIABLES if name not in found]:
         raise ValueError(
             f"{', '.join(found)} are set but {', '.join(missing)} are not: start with torchrun or "
             "deepspeed, which set all of them, or unset them for a run of one process."
         )
-    numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    numbers = []
+    for name in _VARIABLES[:3]:
         try:
-            numbers[name] = int(found[name])
+            numbers.append(int(found[name]))
         except ValueError:
             raise ValueError(f"{name}={found[name]!r} is not a number.") from None
-    if not 0 <= numbers["RANK"] < numbers["WORLD_SIZE"]:
+    launch = Launch(*numbers)
+    if not 0 <= launch.rank < launch.world_size:
         raise ValueError(
-            f"RANK={numbers['RANK']} must lie in 0 .. WORLD_SIZE - 1 = {numbers['WORLD_SIZE'] - 1}."
+            f"RANK={launch.rank} must lie in 0 .. WORLD_SIZE - 1 = {launch.world_size - 1}."
         )
-    return Launch(numbers["RANK"], numbers["WORLD_SIZE"], numbers["LOCAL_RANK"])
+    return launch
 
 
 def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
@@ -71,24 +71,30 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
         OSError: processes did not start within `MEETING_SECONDS` (they are named) or cannot be
             reached.
     """
-    launch = launched() or Launch(0, 1, 0)
-    where = _device(device, launch)
+    launch = launched()
+    where = _device(device, launch.local_rank if launch else 0)
     if dist.is_initialized():
         return where
-    backend = "nccl" if where.type == "cuda" else "gloo"
+    backend, interface = "gloo", "GLOO_SOCKET_IFNAME"
     if where.type == "cuda":
+        backend, interface = "nccl", "NCCL_SOCKET_IFNAME"
         torch.cuda.set_device(where)
-    if launched() is None:
+    if launch is None:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
         return where
-    _check_interface(_interface(backend))
+    name, known = os.environ.get(interface), [name for _, name in socket.if_nameindex()]
+    # Gloo only: NCCL's variable may also hold prefixes and lists.
+    if backend == "gloo" and name and name not in known:
+        raise ValueError(
+            f"{interface}={name}: {socket.gethostname()} has no such network interface. It has "
+            f"{', '.join(known)}."
+        )
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     who = f"process {launch.rank} of {launch.world_size} on {socket.gethostname()}"
     meeting = timedelta(seconds=MEETING_SECONDS)
     try:
         store = _store(launch, meeting)
-        missing = _missing(store, launch)
-        if missing:
+        if missing := _missing(store, launch):
             raise OSError(
                 f"{who}: process(es) {', '.join(map(str, missing))} did not connect to {place} "
                 f"within {MEETING_SECONDS:g} s. Start all of them, on every machine, at about the "
@@ -96,11 +102,7 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
             )
         # This also makes the connections between the processes.
         dist.init_process_group(
-            backend,
-            store=store,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=meeting,
+            backend, store=store, rank=launch.rank, world_size=launch.world_size, timeout=meeting
         )
         barrier()
     # torch raises network errors as RuntimeErrors.
@@ -112,8 +114,9 @@ def join(device: str = "auto", timeout_seconds: float = TIMEOUT_SECONDS) -> torc
             ) from error
         raise OSError(
             f"{who} could not connect to the others at {place} within {MEETING_SECONDS:g} s: "
-            f"{_first_line(error)} Check that this address can be reached from every machine, and, "
-            f"where a machine has several networks, that {_interface(backend)} names the right one."
+            f"{first_line(error).removesuffix('.')}. Check that this address can be reached from "
+            f"every machine, and, where a machine has several networks, that {interface} names the "
+            "right one."
         ) from error
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_seconds))
     return where
@@ -128,18 +131,16 @@ def _store(launch: Launch, meeting: timedelta) -> dist.Store:
     made: list[dist.Store | Exception] = []
 
     def connect() -> None:
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        opens = launch.rank == 0 and not is_torchruns
         try:
-            store = dist.TCPStore(
-                os.environ["MASTER_ADDR"],
-                int(os.environ["MASTER_PORT"]),
-                is_master=launch.rank == 0 and not is_torchruns,
-                wait_for_workers=False,
-                timeout=meeting,
+            made.append(
+                dist.TCPStore(
+                    address, port, is_master=opens, wait_for_workers=False, timeout=meeting
+                )
             )
         except Exception as error:
             made.append(error)
-        else:
-            made.append(store)
 
     # TCPStore's timeout does not apply once a connection is accepted, for example by another
     # program's server that never answers.
@@ -166,17 +167,6 @@ def _missing(store: dist.Store, launch: Launch) -> list[int]:
     return missing
 
 
-def _check_interface(variable: str) -> None:
-    name = os.environ.get(variable, "")
-    known = [interface for _, interface in socket.if_nameindex()]
-    # Gloo only: NCCL's variable may also hold prefixes and lists.
-    if variable == "GLOO_SOCKET_IFNAME" and name and name not in known:
-        raise ValueError(
-            f"{variable}={name}: {socket.gethostname()} has no such network interface. It has "
-            f"{', '.join(known)}."
-        )
-
-
 def world_size() -> int:
     """Return the number of processes; 1 before `join`."""
     return dist.get_world_size() if dist.is_initialized() else 1
@@ -199,22 +189,18 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def _device(name: str, launch: Launch) -> torch.device:
+def _device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     count = torch.cuda.device_count()
-    if launch.local_rank >= count:
+    if local_rank >= count:
         raise ValueError(
-            f"LOCAL_RANK={launch.local_rank}: torch sees {count} GPU(s) on "
+            f"LOCAL_RANK={local_rank}: torch sees {count} GPU(s) on "
             f"{socket.gethostname()}. Start at most that many processes there, or use device=cpu."
         )
-    return torch.device("cuda", launch.local_rank)
+    return torch.device("cuda", local_rank)
 
 
-def _first_line(error: Exception) -> str:
-    line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return line if line.endswith(".") else line + "."
-
-
-def _interface(backend: str) -> str:
-    return "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

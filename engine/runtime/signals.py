@@ -32,12 +32,15 @@ def stopping_signals() -> list[int]:
 
 
 class SignalsNoted:
-    """Note the stopping signals within a `with` block; a second one raises KeyboardInterrupt.
+    """Note the stopping signals within a `with` block.
 
+    words: logged at the first signal. A second one raises KeyboardInterrupt, unless `patient`.
     received: number of the first signal, None until one came.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, words: str = "saving after this step …", patient: bool = False) -> None:
+        self.words = words
+        self.patient = patient
         self.received: int | None = None
         self._previous: dict[int, Any] = {}
 
@@ -50,10 +53,11 @@ class SignalsNoted:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received = number
+            logger.warning("%s: %s", signal.Signals(number).name, self.words)
+        elif not self.patient:
             raise KeyboardInterrupt
-        self.received = number
-        logger.warning("%s: saving after this step …", signal.Signals(number).name)
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

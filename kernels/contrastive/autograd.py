@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,37 +25,30 @@ BACKWARD_SCHEMA = (
     "SymInt ignore_index, ScalarType sample_dtype, ScalarType? label_dtype, bool trains_samples, "
     "bool trains_labels) -> Tensor[]"
 )
-NUM_BATCH_FIELDS = 9
 
 Forward = Callable[..., tuple[Tensor, list[Tensor]]]
 Backward = Callable[[Tensor, list[Tensor], BatchShape], list[Tensor]]
+BothPasses = tuple[Forward, Backward]
 
 
+@dataclass(eq=False)
 class Passes:
     """Both passes of one implementation as a differentiable function of a batch.
 
-    Args:
-        refusal: why a second derivative is refused, and what to use instead.
-        forward: (batch, trains_samples, trains_labels) -> the loss, and tensors to save.
-        backward: (gradient of the loss, saved tensors, shape) -> gradients of the samples and, if
-            they are trained, of the label embeddings.
-        joint: whether `backward` returns one tensor [.., n, d] for both instead, which begins with
-            the rows of the samples and ends with those of the label embeddings; rows that are not
-            trained may be missing.
-        inputs_to_save: returns the tensors of the batch that `backward` needs as well.
+    refusal: why a second derivative is refused, and what to use instead.
+    forward: (batch, trains_samples, trains_labels) -> the loss, and tensors to save.
+    backward: (gradient of the loss, saved tensors, shape) -> gradients of the samples and, if they
+        are trained, of the label embeddings.
+    joint: whether `backward` returns one tensor [.., n, d] for both instead; rows that are not
+        trained may be missing at either end.
+    inputs_to_save: returns the tensors of the batch that `backward` needs as well.
     """
 
-    def __init__(
-        self,
-        refusal: str,
-        forward: Forward,
-        backward: Backward,
-        *,
-        joint: bool = False,
-        inputs_to_save: Callable[[Batch], list[Tensor]] = lambda batch: [],
-    ) -> None:
-        self.refusal, self.forward, self.backward = refusal, forward, backward
-        self.joint, self.inputs_to_save = joint, inputs_to_save
+    refusal: str
+    forward: Forward
+    backward: Backward
+    joint: bool = False
+    inputs_to_save: Callable[[Batch], list[Tensor]] = lambda batch: []
 
     def loss(self, batch: Batch) -> Tensor:
         """Return the loss: a scalar or [E]; for reduction "none" [.., M]."""
@@ -100,22 +94,15 @@ class EagerLoss(torch.autograd.Function):
 class Implementation(Passes):
     """Passes that torch.compile sees as operators fusedacl::<name> and fusedacl::<name>_backward.
 
-    Args:
-        name: name of the operator.
-        impl: name of the implementation in error messages.
-        fake_forward, fake_backward: return empty tensors of the shapes of the passes' results.
+    impl: name of the implementation in error messages.
+    fakes: like the passes, but return empty tensors of the shapes of their results.
     """
 
     def __init__(
-        self,
-        name: str,
-        impl: str,
-        forward: Forward,
-        backward: Backward,
-        fake_forward: Forward,
-        fake_backward: Backward,
-        **options: Any,
+        self, name: str, impl: str, passes: BothPasses, fakes: BothPasses, **options: Any
     ) -> None:
+        forward, backward = passes
+        fake_forward, fake_backward = fakes
         refusal = (
             f"impl={impl!r} has no second derivative (impl='reference' can be differentiated twice)"
         )
@@ -146,7 +133,7 @@ class Implementation(Passes):
         """Return the loss: a scalar or [E]; for reduction "none" [.., M]."""
         if not torch.compiler.is_compiling():
             return super().loss(batch)
-        return self.operator(*batch.arguments(), *trained_inputs(batch))[0]
+        return self.operator(*batch, *trained_inputs(batch))[0]
 
     def setup_context(
         self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]]
@@ -167,7 +154,8 @@ class Implementation(Passes):
 
 def batch_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """Return the batch of an operator's arguments, and the arguments after its fields."""
-    return Batch(*arguments[:NUM_BATCH_FIELDS]), *arguments[NUM_BATCH_FIELDS:]
+    num_fields = len(Batch._fields)
+    return Batch(*arguments[:num_fields]), *arguments[num_fields:]
 
 
 def trained_inputs(batch: Batch) -> tuple[bool, bool]:

@@ -6,8 +6,7 @@ Teacher rows are constants, so the rows that receive a gradient come first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,15 +15,11 @@ from torch import Tensor
 ZERO_NORM = 1e-12
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Arguments of a contrastive loss, already checked; options as in `losses.supcon_loss`.
+class Batch(NamedTuple):
+    """Arguments of a contrastive loss, already checked; shapes and options as in `losses`.
 
-    embeddings: [N, d], or [E, N, d] for E exits.
-    labels: [N].
-    label_embeddings: [K, d] or [E, K, d]; None without label embeddings.
-    teacher_embeddings, teacher_label_embeddings: [N, d] and [K, d], shared by the exits and without
-        gradient; None without a teacher.
+    Label embeddings and teacher rows are None where the loss has none. Teacher rows are shared by
+    the exits and have no gradient.
     """
 
     embeddings: Tensor
@@ -36,14 +31,6 @@ class Batch:
     denominator: str
     reduction: str
     ignore_index: int
-
-    def arguments(self) -> tuple[Any, ...]:
-        """Return the fields in order, as the custom operators take them."""
-        return (
-            self.embeddings, self.labels, self.label_embeddings, self.teacher_embeddings,
-            self.teacher_label_embeddings, self.temperature, self.denominator, self.reduction,
-            self.ignore_index,
-        )  # fmt: skip
 
     @property
     def parts(self) -> list[Tensor]:
@@ -58,6 +45,11 @@ class Batch:
     def leading(self) -> torch.Size:
         """(E,) with exits, else ()."""
         return self.embeddings.shape[:-2]
+
+    @property
+    def loss_shape(self) -> tuple[int, ...]:
+        """The shape of the loss: leading, for "none" followed by M."""
+        return (*self.leading, self.num_rows) if self.reduction == "none" else self.leading
 
     @property
     def num_labels(self) -> int | None:
@@ -75,6 +67,11 @@ class Batch:
         return sum(part.shape[-2] for part in self.parts)
 
     @property
+    def num_copies(self) -> int:
+        """2 when teacher rows repeat the student's, else 1."""
+        return 1 if self.teacher_embeddings is None else 2
+
+    @property
     def accumulate_dtype(self) -> torch.dtype:
         return accumulate_dtype(*(part.dtype for part in self.parts))
 
@@ -86,8 +83,10 @@ class Batch:
 
     def find_classes(self) -> tuple[Tensor, bool]:
         """Return `compute_classes` of this batch's labels."""
-        num_copies = 1 if self.teacher_embeddings is None else 2
-        return compute_classes(self.labels, self.num_labels, self.ignore_index, num_copies)
+        arguments = (self.labels, self.num_labels, self.ignore_index, self.num_copies)
+        if torch.compiler.is_compiling():
+            return row_classes(*arguments), True
+        return compute_classes(*arguments)
 
     def shape(self, trains_samples: bool, trains_labels: bool) -> BatchShape:
         label_embeddings = self.label_embeddings
@@ -101,11 +100,7 @@ class Batch:
 
 
 class BatchShape(NamedTuple):
-    """Sizes, options and dtypes of a batch: what a backward pass needs beside saved tensors.
-
-    num_labels, label_dtype: None without label embeddings.
-    trains_samples, trains_labels: which inputs need a gradient.
-    """
+    """Sizes, options and dtypes of a batch, and which inputs need a gradient."""
 
     num_samples: int
     num_labels: int | None
@@ -144,15 +139,8 @@ def compute_classes(
 
     There are C classes; an ignored row has the id C. With `num_labels` = K label embeddings, C = K:
     a sample's id is its label, and label embedding k has the id k. Without label embeddings (None)
-    labels are any integers, C = N, and equal labels share an id.
-
-    Args:
-        labels: [N].
-        num_copies: 2 when teacher rows repeat the student's, else 1.
-
-    Raises:
-        ValueError: a label is outside [0, K). Checked on the CPU only: on another device the check
-            would wait for the device.
+    labels [N] are any integers, C = N, and equal labels share an id. On the CPU, where it need not
+    wait, ValueError names a label outside [0, K).
     """
     labels = labels.long()
     may_ignore = True

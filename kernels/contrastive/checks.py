@@ -35,16 +35,15 @@ def check_options(
 
 def check_tensors(tensors: dict[str, Tensor], labels: Tensor) -> None:
     """Check types, dtypes and devices."""
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a torch.Tensor, not {type(labels).__name__}")
+    for name, tensor in {"labels": labels, **tensors}.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
     if labels.dtype not in LABEL_DTYPES:
         raise TypeError(
             f"labels is {labels.dtype}: labels must be integers (labels.long() converts them)"
         )
     embeddings = tensors["embeddings"]
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
         if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(
                 f"{name} is {tensor.dtype}: it must be float16, bfloat16, float32 or float64"

@@ -2,12 +2,16 @@
 
 import functools
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from ..support.machine import capability, triton_obstacle
-from .batch import accumulate_dtype
+from . import reference
+from .batch import Batch, accumulate_dtype
 from .tiled import loss as tiled
 
 logger = logging.getLogger(__name__)
@@ -20,11 +24,7 @@ SMALL_ROWS = 256
 
 @dataclass(frozen=True)
 class Workload:
-    """Properties of a batch that the choice depends on.
-
-    num_rows: rows M on this process; with num_ranks > 1 other processes hold more rows.
-    width: d.
-    """
+    """Properties of a batch that the choice depends on; num_rows: on this process alone."""
 
     device: torch.device
     dtype: torch.dtype = torch.float32
@@ -38,14 +38,10 @@ def choose(impl: str, workload: Workload) -> str:
     """Return the implementation that runs: "reference", "tiled", "supcon_small" or "supcon_fused".
 
     On a GPU "auto" is "supcon_small" (one launch) for a small batch, else "supcon_fused" where
-    Triton can use the matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run,
-    because it was faster at every size measured, also without its compiled loop (float32, forward
-    + backward, one thread of an AVX-512 Xeon; microseconds, reference / tiled): 34 rows of width
-    64: 343 / 314, of width 768: 540 / 467; 131 of 64: 624 / 438; 515 of 64: 4068 / 1907; 11 exits
-    of 34 rows: 740 / 512; 4096 of 64: 561000 / 38000.
-
-    Raises:
-        ValueError: `impl` cannot run, with the reason.
+    Triton can use the matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run: it
+    was faster than "reference" at every size measured, by 1.1 to 15 times without its compiled loop
+    (float32, forward and backward, 34 to 4096 rows, one thread of an AVX-512 Xeon). ValueError says
+    why another `impl` cannot run.
     """
     chosen, refused = decide(impl, workload)
     if not torch.compiler.is_compiling():
@@ -76,10 +72,7 @@ def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
 
 
 def triton_file(workload: Workload) -> str:
-    """Return the Triton implementation for this number of rows.
-
-    With several ranks it is supcon_fused: one launch cannot wait for other ranks' rows.
-    """
+    """Return the Triton implementation; one launch cannot wait for other ranks' rows."""
     small = workload.num_rows <= SMALL_ROWS and workload.num_ranks == 1
     return "supcon_small" if small else "supcon_fused"
 
@@ -100,14 +93,28 @@ def obstacle(name: str, workload: Workload) -> str | None:
         return reason
     found = capability(workload.device)
     assert found is not None, "triton_obstacle has checked"
-    arguments = (workload.num_rows, workload.width, dtype, temperature, found)
+    return triton_module(name).obstacle(
+        workload.num_rows, workload.width, dtype, temperature, found
+    )
+
+
+def triton_module(name: str) -> ModuleType:
+    """Import a Triton implementation when it is needed: Triton may be absent."""
     if name == "supcon_small":
         from .gpu import small_batches
 
-        return small_batches.obstacle(*arguments)
+        return small_batches
     from .gpu import large_batches
 
-    return large_batches.obstacle(*arguments)
+    return large_batches
+
+
+def loss_function(name: str) -> Callable[[Batch], Tensor]:
+    """Return the function of the implementation that was chosen."""
+    if name == "reference":
+        return reference.contrastive_loss
+    module = tiled if name == "tiled" else triton_module(name)
+    return module.implementation.loss
 
 
 @functools.cache

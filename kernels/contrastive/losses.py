@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from . import dispatch, reference
+from . import dispatch
 from .autograd import without_autocast
 from .batch import Batch
 from .checks import check_options, check_shapes, check_tensors
@@ -21,7 +18,6 @@ from .sharded.agreement import (
     check_process_group,
 )
 from .sharded.batch import Spread
-from .tiled import loss as tiled
 
 
 def supcon_loss(
@@ -82,13 +78,12 @@ def supcon_loss(
         All ranks of the group must call, in the same order. Different arguments raise on all ranks.
         A loss takes three all-gathers: a short one to agree, the embeddings, and one number per
         row. For "none" the last one is part of the backward pass, where a rank that does not call
-        backward makes the others wait until the group's timeout. For "mean" and "sum" the backward
-        pass has no communication.
+        backward makes the others wait until the group's timeout; others send nothing there.
     """
+    tensors = {"embeddings": embeddings}
     return _contrastive_loss(
-        labels, {"embeddings": embeddings},
-        temperature, denominator, reduction, ignore_index, process_group, impl,
-    )  # fmt: skip
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
+    )
 
 
 def acl_loss(
@@ -121,9 +116,8 @@ def acl_loss(
     """
     tensors = {"embeddings": embeddings, "label_embeddings": label_embeddings}
     return _contrastive_loss(
-        labels, tensors,
-        temperature, denominator, reduction, ignore_index, process_group, impl,
-    )  # fmt: skip
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
+    )
 
 
 def acl_cl_loss(
@@ -165,9 +159,8 @@ def acl_cl_loss(
         "teacher_label_embeddings": teacher_label_embeddings,
     }
     return _contrastive_loss(
-        labels, tensors,
-        temperature, denominator, reduction, ignore_index, process_group, impl,
-    )  # fmt: skip
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
+    )
 
 
 def _contrastive_loss(
@@ -199,42 +192,38 @@ def _contrastive_loss(
             announce_refusal(process_group, error)
         raise
     embeddings = tensors["embeddings"]
-    teachers = (tensors.get("teacher_embeddings"), tensors.get("teacher_label_embeddings"))
-    teacher, teacher_labels = (None if rows is None else rows.detach() for rows in teachers)
+    constants = {name: rows.detach() for name, rows in tensors.items() if "teacher" in name}
     batch = Batch(
-        embeddings, labels, tensors.get("label_embeddings"), teacher, teacher_labels,
+        embeddings, labels, tensors.get("label_embeddings"),
+        constants.get("teacher_embeddings"), constants.get("teacher_label_embeddings"),
         float(temperature), denominator, reduction, ignore_index,
     )  # fmt: skip
-    contrastive_loss = implementation(name)
-    if num_ranks > 1:
-        spread = _agree(process_group, batch, name)
-        # Without any sample the rows are the same on every rank, and each computes the loss.
-        if any(spread.num_samples):
-            contrastive_loss = functools.partial(sharded.contrastive_loss, name, spread)
     with without_autocast(embeddings.device.type):
-        return contrastive_loss(batch)
+        if num_ranks > 1:
+            spread = _agree(process_group, batch, name)
+            # Without any sample the rows are the same on every rank, and each computes the loss.
+            if any(spread.num_samples):
+                return sharded.contrastive_loss(name, spread, batch)
+        return dispatch.loss_function(name)(batch)
 
 
 def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) -> dispatch.Workload:
     embeddings = tensors["embeddings"]
-    dtypes = [tensor.dtype for tensor in tensors.values()]
-    return dispatch.Workload(
-        device=embeddings.device,
-        # Under autocast they may differ: a float64 weight asks for float64 arithmetic.
-        dtype=torch.float64 if torch.float64 in dtypes else embeddings.dtype,
-        temperature=temperature,
-        num_rows=sum(tensor.shape[-2] for tensor in tensors.values()),
-        width=embeddings.shape[-1],
-        num_ranks=num_ranks,
-    )
+    # Under autocast the dtypes may differ: a float64 weight asks for float64 arithmetic.
+    is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
+    dtype = torch.float64 if is_double else embeddings.dtype
+    num_rows = sum(tensor.shape[-2] for tensor in tensors.values())
+    width = embeddings.shape[-1]
+    return dispatch.Workload(embeddings.device, dtype, temperature, num_rows, width, num_ranks)
 
 
 def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:
     """Return every rank's number of samples once all ranks have agreed on the same loss."""
+    num_labels = batch.num_labels or 0
     call = {
         "the number of exits E": batch.leading[0] if batch.leading else None,
         "the width d": batch.embeddings.shape[-1],
-        "the number of label embeddings K": batch.num_labels or 0,
+        "the number of label embeddings K": num_labels,
         "the dtypes": [str(part.dtype).removeprefix("torch.") for part in batch.parts],
         "the device": batch.embeddings.device.type,
         "temperature": batch.temperature,
@@ -244,25 +233,5 @@ def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:
         "the implementation chosen": name,
     }
     num_samples = agree(process_group, batch.embeddings.shape[-2], call)
-    return Spread(
-        process_group,
-        torch.distributed.get_rank(process_group),
-        num_samples,
-        batch.num_labels or 0,
-        num_copies=1 if batch.teacher_embeddings is None else 2,
-    )
-
-
-def implementation(name: str) -> Callable[[Batch], Tensor]:
-    """Return the loss function; those of Triton are imported when chosen: Triton may be absent."""
-    if name == "reference":
-        return reference.contrastive_loss
-    if name == "tiled":
-        return tiled.contrastive_loss
-    if name == "supcon_small":
-        from .gpu import small_batches
-
-        return small_batches.contrastive_loss
-    from .gpu import large_batches
-
-    return large_batches.contrastive_loss
+    rank = torch.distributed.get_rank(process_group)
+    return Spread(process_group, rank, num_samples, num_labels, batch.num_copies)

@@ -15,7 +15,7 @@ count. A row whose label is ignored does not exist.
 import torch
 from torch import Tensor
 
-from .batch import ZERO_NORM, Batch, accumulate_dtype, row_classes
+from .batch import ZERO_NORM, Batch, accumulate_dtype
 
 
 def contrastive_loss(batch: Batch) -> Tensor:
@@ -23,11 +23,7 @@ def contrastive_loss(batch: Batch) -> Tensor:
 
     Computed in float32 (float64 if an input is). Memory: several [M, M] matrices per exit.
     """
-    if torch.compiler.is_compiling():
-        num_copies = 1 if batch.teacher_embeddings is None else 2
-        classes = row_classes(batch.labels, batch.num_labels, batch.ignore_index, num_copies)
-    else:
-        classes, _ = batch.find_classes()  # [M]
+    classes, _ = batch.find_classes()  # [M]
     exists = classes < batch.num_classes
 
     dtype = accumulate_dtype(*(part.dtype for part in batch.parts))

@@ -8,6 +8,7 @@ Source: arXiv 2602.03563, equations 2 and 4 (ACL-Grad).
 """
 
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..support.machine import triton_obstacle
 from ..support.names import check_name
 from . import cpu, reference
-from .reference import Gradients
+from .reference import Gate, Gradients
 
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
 
@@ -41,12 +42,7 @@ def grad_dot_norm(
         TypeError, ValueError: the message names the entry and a remedy.
     """
     device, num_groups = _check_lists(a, b, groups)
-    name = choose(impl, device, a, b)
-    if name == "triton":
-        from . import gpu
-
-        return gpu.grad_dot_norm(a, b, groups, num_groups)
-    module = cpu if name == "tiled" else reference
+    module = _module(choose(impl, device, a, b))
     return module.grad_dot_norm(a, b, groups, num_groups)
 
 
@@ -108,23 +104,19 @@ def gated_combine_(
                 f"a[{index}] is None but b[{index}] is not: there is nothing to write to "
                 "(torch.zeros_like(b[i]) makes a place)"
             )
-        if left is not None and not left.is_contiguous() and _is_expanded(left):
+        if left is not None and _is_expanded(left):
             raise ValueError(
                 f"a[{index}] has shape {tuple(left.shape)} and strides {left.stride()}: several of "
                 "its elements share one place, so nothing can be written to it (.clone() it)"
             )
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm is {max_norm}: it must be > 0, or None for no clipping")
+    gate = Gate(weight, max_angle, scale, max_norm, clip_groups)
     name = choose(impl, device, a, b)
+    module = _module(name)
     if name == "triton":
-        from . import gpu
-
-        return gpu.gated_combine_(
-            a, b, stats, weight=weight, max_angle=max_angle, scale=scale, max_norm=max_norm,
-            clip_groups=clip_groups, groups=groups, num_groups=num_groups,
-        )  # fmt: skip
-    used, factor = _decide(stats, weight, max_angle, scale, max_norm, clip_groups)
-    module = cpu if name == "tiled" else reference
+        return module.gated_combine_(a, b, stats, gate, groups, num_groups)
+    used, factor = _decide(stats, gate)
     with torch.no_grad():
         module.gated_combine_(a, b, used, factor, groups)
     return used.float()
@@ -168,25 +160,18 @@ def _angle(stats: Tensor) -> Tensor:
     return torch.rad2deg(torch.acos(cosine)).masked_fill(~stats.isfinite().all(1), torch.nan)
 
 
-def _decide(
-    stats: Tensor,
-    weight: float,
-    max_angle: float,
-    scale: float | Tensor | None,
-    max_norm: float | None,
-    clip_groups: bool,
-) -> tuple[Tensor, Tensor]:
+def _decide(stats: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
     """Return l' [G] and the factors [G], both float64, on the device."""
-    used = within_angle(stats, max_angle).double() * weight
+    used = within_angle(stats, gate.max_angle).double() * gate.weight
     used = used.masked_fill(~stats.isfinite().all(1), torch.nan)
-    factor = torch.ones_like(used)
+    factor, scale = torch.ones_like(used), gate.scale
     if scale is not None:
         factor = factor * (scale.to(factor) if isinstance(scale, Tensor) else scale)
-    if max_norm is not None:
+    if gate.max_norm is not None:
         # In float64, because the norm of float16 gradients with their loss scale may be huge.
         squared = combined_squared_norm(stats, used).double()
-        norm = (squared if clip_groups else squared.sum()).sqrt() * factor.abs()
-        factor = factor * (max_norm / (norm + 1e-6)).clamp(max=1)
+        norm = (squared if gate.clip_groups else squared.sum()).sqrt() * factor.abs()
+        factor = factor * (gate.max_norm / (norm + 1e-6)).clamp(max=1)
     return used, factor
 
 
@@ -210,28 +195,32 @@ def choose(impl: str, device: torch.device, a: Gradients = (), b: Gradients = ()
     return impl
 
 
-def _triton_obstacle(device: torch.device, a: Gradients, b: Gradients) -> str | None:
-    reason = triton_obstacle(device)
-    if reason is None:
+def _module(name: str) -> ModuleType:
+    if name == "triton":
         from . import gpu
 
-        reason = gpu.obstacle(a, b)
-    return reason
+        return gpu
+    return cpu if name == "tiled" else reference
+
+
+def _triton_obstacle(device: torch.device, a: Gradients, b: Gradients) -> str | None:
+    reason = triton_obstacle(device)
+    return _module("triton").obstacle(a, b) if reason is None else reason
 
 
 def explain(device: torch.device) -> str:
     """Describe in one line what impl="auto" chooses on this device."""
     name = choose("auto", device)
-    how = "three passes of torch.dot"
-    if name == "tiled" and cpu.compiled_loop() is not None:
-        how = "a compiled loop, one pass over memory"
-    elif name == "tiled":
-        how = (
-            "products of chunks that stay in cache (a compiled loop is faster: it is built when "
-            "fusedacl is installed where a C compiler is)"
-        )
-    elif name == "triton":
-        how = "one launch, one pass over memory"
+    compiled = "a compiled loop, one pass over memory"
+    chunks = (
+        "products of chunks that stay in cache (a compiled loop is faster: it is built when "
+        "fusedacl is installed where a C compiler is)"
+    )
+    how = {
+        "reference": "three passes of torch.dot",
+        "tiled": chunks if cpu.compiled_loop() is None else compiled,
+        "triton": "one launch, one pass over memory",
+    }[name]
     reason = None if name == "triton" else triton_obstacle(device)
     why = "" if reason is None else f"; triton cannot run: {reason}"
     return f"gradient dot and norms on {device.type}: {name}, {how}{why}"
@@ -248,7 +237,7 @@ def _check_lists(
         )
     if len(a) == 0:
         raise ValueError("a and b are empty: pass the gradients of at least one parameter")
-    device = next((t.device for t in (*a, *b) if isinstance(t, Tensor)), torch.device("cpu"))
+    device = reference.device_of(a, b)
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         # There are hundreds of entries per step: one quick check each, the message only on failure.
         for side, tensor in (("a", left), ("b", right)):
@@ -297,5 +286,7 @@ def _refuse(name: str, tensor: Any, device: torch.device) -> NoReturn:
 
 
 def _is_expanded(tensor: Tensor) -> bool:
+    if tensor.is_contiguous():
+        return False
     sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.numel() > 0 and any(size > 1 and stride == 0 for size, stride in sizes)
+    return any(size > 1 and stride == 0 for size, stride in sizes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -48,25 +47,19 @@ def read_lists(a: Gradients, b: Gradients) -> Lists:
     sizes, codes = [], []
     addresses: list[int] = []
     stand_ins = []
-    for index, (left, right) in enumerate(zip(a, b, strict=True)):
+    for index, (x, y) in enumerate(zip(a, b, strict=True)):
         # There are hundreds of entries per step, so the usual case comes first and is short.
-        if (
-            left is not None
-            and right is not None
-            and left.is_contiguous()
-            and right.is_contiguous()
-        ):
-            sizes.append(left.numel())
-            codes.append(CODES[left.dtype, right.dtype])
-            addresses += left.data_ptr(), right.data_ptr()
+        if x is not None and y is not None and x.is_contiguous() and y.is_contiguous():
+            sizes.append(x.numel())
+            codes.append(CODES[x.dtype, y.dtype])
+            addresses += x.data_ptr(), y.data_ptr()
             continue
-        left, right = in_one_order(left, right)
-        stand_ins.append((index, left, right))
-        some = left if left is not None else right
-        sizes.append(0 if some is None else some.numel())
-        dtypes = [None if t is None else t.dtype for t in (left, right)]
-        codes.append(CODES[dtypes[0], dtypes[1]])
-        addresses += (0 if t is None else t.data_ptr() for t in (left, right))
+        pair = in_one_order(x, y)
+        stand_ins.append((index, *pair))
+        sizes.append(next((t.numel() for t in pair if t is not None), 0))
+        left_dtype, right_dtype = (None if t is None else t.dtype for t in pair)
+        codes.append(CODES[left_dtype, right_dtype])
+        addresses += (0 if t is None else t.data_ptr() for t in pair)
     return Lists(tuple(sizes), tuple(codes), tuple(addresses), stand_ins)
 
 
@@ -123,10 +116,7 @@ class Layout:
         self.spares: list[Tensor] = []
 
     def upload(self, table: Tensor, staging: Tensor | None = None) -> Tensor:
-        """Return the table on the device, without waiting for the copy.
-
-        PyTorch does not reuse pinned memory while a copy from it is running.
-        """
+        """Return the table on the device, without waiting for the copy from pinned memory."""
         if self.device.type != "cuda":
             return table
         if staging is None:
@@ -139,8 +129,8 @@ class Layout:
         if table is None:
             on_host = torch.tensor(addresses, dtype=torch.int64, device="cpu")
             if capturing:
-                # Before torch 2.8 no memory can be pinned during a capture. The copy becomes part
-                # of the graph, so its source is kept, and the table is empty until a replay.
+                # Before torch 2.8 no memory can be pinned then. The copy becomes part of the graph,
+                # so its source is kept, and the table is empty until a replay.
                 staging = self.spares.pop() if self.spares else on_host.pin_memory()
                 table = self.upload(on_host, staging)
                 for_graphs.append(staging)
@@ -173,16 +163,14 @@ def find_tables(
 ) -> tuple[Layout, Tensor]:
     """Return the layout and the address table of these lists for the current stream.
 
-    Raises:
-        RuntimeError: a CUDA graph is being captured and such lists are new.
+    RuntimeError: a CUDA graph is being captured and such lists are new.
     """
     capturing, stream = False, 0
     if device.type == "cuda":
         capturing = torch.cuda.is_current_stream_capturing()
         stream = torch.cuda.current_stream(device).cuda_stream
-    lists_key = (
-        lists.sizes, lists.codes, None if groups is None else tuple(groups), num_groups, device,
-    )  # fmt: skip
+    of_entries = None if groups is None else tuple(groups)
+    lists_key = (lists.sizes, lists.codes, of_entries, num_groups, device)
     key = (stream, lists_key)
     with lock:
         if capturing:
@@ -201,11 +189,3 @@ def find_tables(
         if capturing:
             for_graphs.append((layout, table))
     return layout, table
-
-
-def device_of(a: Gradients, b: Gradients) -> torch.device:
-    return next((t.device for t in (*a, *b) if t is not None), torch.device("cpu"))
-
-
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -7,14 +7,11 @@
     |g|^2   = sum_g (1 - l'_g)^2 |a|^2 + 2 l'_g (1 - l'_g) a . b + l'_g^2 |b|^2
                                                                   or of each group alone
 
-The lists are divided into chunks of CHUNK elements, one per program. Programs find their chunk in
-tables in device memory: one for shapes, dtypes and groups, made once, and one for the addresses,
-made again when they change.
+The lists are divided into chunks of CHUNK elements, one per program, which finds it in tables in
+device memory: one for shapes, dtypes and groups, made once, and one for the addresses.
 
-Precision: a lane adds CHUNK / BLOCK products in float32 and a tree adds the BLOCK lanes, with at
-most 26 roundings. The chunks of a group are added in float64, so that 10^9 elements lose no more
-than 16384. The order of all sums depends only on sizes and groups, so the same values give the same
-bits.
+A lane adds CHUNK / BLOCK products in float32, a tree the lanes, and float64 sums the chunks of a
+group. The order of all sums depends only on sizes and groups: the same values give the same bits.
 """
 
 from __future__ import annotations
@@ -32,21 +29,10 @@ from torch import Tensor
 
 from ..support.variant import Variant, make_variant
 from . import chunk_tables
-from .chunk_tables import (
-    ABSENT,
-    BFLOAT16,
-    DTYPES,
-    FLOAT32,
-    NUM_CODES,
-    device_of,
-    find_tables,
-    on_device,
-    read_lists,
-)
-from .reference import Gradients
+from .chunk_tables import ABSENT, BFLOAT16, DTYPES, FLOAT32, NUM_CODES, find_tables, read_lists
+from .reference import Gate, Gradients, device_of
 
-# Elements that a program loads at a time: 8 per thread are one 128-bit load of float16, or two of
-# float32.
+# Loaded at a time: 8 elements per thread are one 128-bit load of float16, two of float32.
 BLOCK = 1024
 NUM_WARPS = 4
 # Groups that a program decides at a time, one per thread.
@@ -317,13 +303,12 @@ def grad_dot_norm(
     a: Gradients, b: Gradients, groups: Sequence[int] | None, num_groups: int
 ) -> Tensor:
     """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
-    device = device_of(a, b)
     lists = read_lists(a, b)
-    with on_device(device):
-        layout, addresses = find_tables(lists, groups, num_groups, device)
+    stats = torch.empty(num_groups, 3, dtype=torch.float32, device=device_of(a, b))
+    with torch.cuda.device_of(stats):
+        layout, addresses = find_tables(lists, groups, num_groups, stats.device)
         num_chunks = layout.num_chunks
-        partials = torch.empty(3, num_chunks, dtype=torch.float32, device=device)
-        stats = torch.empty(num_groups, 3, dtype=torch.float32, device=device)
+        partials = torch.empty(3, num_chunks, dtype=torch.float32, device=stats.device)
         if num_chunks > 0:
             chunk_sums_kernel[(num_chunks,)](
                 layout.chunks, layout.entries, addresses, partials, num_chunks, layout.num_entries,
@@ -340,34 +325,26 @@ def gated_combine_(
     a: Gradients,
     b: Gradients,
     stats: Tensor,
-    *,
-    weight: float,
-    max_angle: float,
-    scale: float | Tensor | None,
-    max_norm: float | None,
-    clip_groups: bool,
+    gate: Gate,
     groups: Sequence[int] | None,
     num_groups: int,
 ) -> Tensor:
-    """Return the l' [G] of `angle.gated_combine_`, whose arguments are already checked.
-
-    If `max_norm` is for all groups together and the stats of any group are not finite, there is no
-    norm to clip: no gradient is written, and l' is NaN only in those groups. Otherwise only those
-    groups keep their gradients. With a scale of NaN all groups keep them.
-    """
-    device = device_of(a, b)
+    """Return the l' [G] of `angle.gated_combine_`, whose arguments are already checked."""
     lists = read_lists(a, b)
-    if isinstance(scale, Tensor) and scale.device.type == "cpu" and device.type != "cpu":
+    scale = 1 if gate.scale is None else gate.scale
+    if isinstance(scale, Tensor) and scale.device.type == "cpu" and stats.device.type != "cpu":
         scale = scale.item()
-    clip = "none" if max_norm is None else "each" if clip_groups else "all"
-    with on_device(device):
-        layout, addresses = find_tables(lists, groups, num_groups, device)
-        used = torch.empty(num_groups, dtype=torch.float32, device=device)
+    max_norm, clip = gate.max_norm, "each" if gate.clip_groups else "all"
+    if max_norm is None:
+        max_norm, clip = 0, "none"
+    used = torch.empty(num_groups, dtype=torch.float32, device=stats.device)
+    with torch.cuda.device_of(used):
+        layout, addresses = find_tables(lists, groups, num_groups, used.device)
         gated_combine_kernel[(max(1, layout.num_chunks),)](
             layout.chunks, layout.entries, addresses, stats.contiguous(), used,
-            scale.float() if isinstance(scale, Tensor) else float32(1 if scale is None else scale),
-            float32(weight), float32(0 if max_norm is None else max_norm),
-            lowest_cosine_bits(max_angle), layout.num_chunks, layout.num_entries, num_groups,
+            scale.float() if isinstance(scale, Tensor) else float32(scale),
+            float32(gate.weight), float32(max_norm), lowest_cosine_bits(gate.max_angle),
+            layout.num_chunks, layout.num_entries, num_groups,
             SCALE_IN_MEMORY=isinstance(scale, Tensor), CLIP=clip,
             CHUNK=chunk_tables.CHUNK, BLOCK=BLOCK, GROUP_BLOCK=GROUP_BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
@@ -392,7 +369,6 @@ def lowest_cosine_bits(max_angle: float) -> int:
 
     Angles are rounded as in `angle._angle`, where some cosines below 0 are still 90 degrees.
     """
-
     # The angle of `below` is too large, unless no angle is; that of `lowest` never is.
     below, lowest = -1.0, -1.0 if max_angle >= 180 else 1.0
     while below < (middle := (below + lowest) / 2) < lowest:
@@ -424,24 +400,18 @@ def variants(capability: int) -> list[Variant]:
         "weight": "fp32", "max_norm": "fp32", "lowest_cosine": "i64",
     }  # fmt: skip
     sizes = {"CHUNK": chunk_tables.CHUNK, "BLOCK": BLOCK}
+    of_groups = {"BLOCK": PARTIAL_BLOCK}
     found = [
         make_variant("chunk_sums", chunk_sums_kernel, sizes, types, num_warps=NUM_WARPS),
-        make_variant(
-            "group_sums", group_sums_kernel, {"BLOCK": PARTIAL_BLOCK}, types,
-            num_warps=PARTIAL_WARPS,
-        ),
-    ]  # fmt: skip
+        make_variant("group_sums", group_sums_kernel, of_groups, types, num_warps=PARTIAL_WARPS),
+    ]
     for in_memory, clip in itertools.product((False, True), ("none", "all", "each")):
-        constants = {
-            "SCALE_IN_MEMORY": in_memory, "CLIP": clip, **sizes, "GROUP_BLOCK": GROUP_BLOCK,
-        }  # fmt: skip
+        place, scale = ("in memory", "*fp32") if in_memory else ("a number", "fp32")
+        constants = {"SCALE_IN_MEMORY": in_memory, "CLIP": clip, "GROUP_BLOCK": GROUP_BLOCK}
         found.append(
             make_variant(
-                f"gated_combine, scale {'in memory' if in_memory else 'a number'}, clip {clip}",
-                gated_combine_kernel,
-                constants,
-                {**types, "scale": "*fp32" if in_memory else "fp32"},
-                num_warps=NUM_WARPS,
+                f"gated_combine, scale {place}, clip {clip}", gated_combine_kernel,
+                {**constants, **sizes}, {**types, "scale": scale}, num_warps=NUM_WARPS,
             )
-        )
+        )  # fmt: skip
     return found

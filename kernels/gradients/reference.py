@@ -1,22 +1,39 @@
 """The specification of the gradient check: three products and one combination per entry."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 Gradients = Sequence[Tensor | None]
+
+
+class Gate(NamedTuple):
+    """The options of `angle.gated_combine_`, already checked."""
+
+    weight: float
+    max_angle: float
+    scale: float | Tensor | None
+    max_norm: float | None
+    clip_groups: bool
+
+
 # Number of elements converted to float64 at a time. One float32 product over an embedding table has
 # an error of 1e-4, and a float64 copy of the whole table takes twice its memory.
 PIECE = 2**22
+
+
+def device_of(a: Gradients, b: Gradients) -> torch.device:
+    """Return the device of the first gradient; the CPU if all are None."""
+    return next((t.device for t in (*a, *b) if isinstance(t, Tensor)), torch.device("cpu"))
 
 
 def grad_dot_norm(
     a: Gradients, b: Gradients, groups: Sequence[int] | None, num_groups: int
 ) -> Tensor:
     """Return the [G, 3] of `angle.grad_dot_norm`, whose arguments are already checked."""
-    device = next((t.device for t in (*a, *b) if t is not None), torch.device("cpu"))
-    nothing = torch.zeros(3, dtype=torch.float64, device=device)
+    nothing = torch.zeros(3, dtype=torch.float64, device=device_of(a, b))
     rows = [[nothing] for _ in range(num_groups)]
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         if left is not None or right is not None:

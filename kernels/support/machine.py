@@ -23,18 +23,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def assume_constant_result(function: Function) -> Function:
-    """Mark a function for torch.compile, which cannot trace how it asks the machine.
-
-    `torch.compiler.assume_constant_result` sets the same mark, but imports torch._dynamo, which
-    takes as long as importing torch.
-    """
+    """Do as `torch.compiler.assume_constant_result`, which imports torch._dynamo, slowly."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 @assume_constant_result
 def capability(device: torch.device) -> int | None:
-    """Return a device's compute capability as an integer, 90 for 9.0; None without NVIDIA's CUDA.
+    """Return a compute capability as an integer, 90 for 9.0; None without NVIDIA's CUDA.
 
     For the interpreter it is 80, the oldest that runs every kernel.
     """
@@ -61,10 +57,8 @@ def triton_obstacle(device: torch.device) -> str | None:
             "(TRITON_INTERPRET=1 in the environment runs the kernels slowly on the CPU, for tests)"
         )
     if compute_capability < 70:
-        return (
-            f"compute capability {compute_capability / 10} is too old: Triton needs 7.0 (V100) or "
-            "newer"
-        )
+        number = compute_capability / 10
+        return f"compute capability {number} is too old: Triton needs 7.0 (V100) or newer"
     return None
 
 
@@ -74,10 +68,8 @@ def version_obstacle() -> str | None:
     if found is None:
         return "Triton is not installed (pip install triton; it exists for Linux)"
     if found < OLDEST_TRITON:
-        found_words, oldest = (".".join(map(str, number)) for number in (found, OLDEST_TRITON))
-        return (
-            f"Triton {found_words} is too old: {oldest} or newer is needed (pip install -U triton)"
-        )
+        words, oldest = (".".join(map(str, number)) for number in (found, OLDEST_TRITON))
+        return f"Triton {words} is too old: {oldest} or newer is needed (pip install -U triton)"
     return None
 
 

@@ -13,7 +13,6 @@ class Variant:
     """One compilation of one kernel.
 
     name: shown in tables, unique in its file: the kernel, then what distinguishes the variant.
-    kernel: the `@triton.jit` function.
     types: Triton type of every run-time argument by name ("*fp16", "i32", "fp32", "*i64").
     constants: value of every `tl.constexpr` argument by name.
     divisible_by_16: the run-time arguments that are divisible by 16 in every launch (addresses from

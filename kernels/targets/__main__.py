@@ -2,10 +2,8 @@
 
     python -m fusedacl.kernels.targets --help
 
-Reads from each binary what decides whether it runs well: registers, spills, shared memory, matrix
-instructions, and the number of warps that a multiprocessor can hold. Exits with status 1 if a
-variant does not compile, spills, needs more shared memory than the GPU has, or lacks the matrix
-instructions that it promises.
+Reads from each binary what decides whether it runs well. Exits with status 1 if one does not
+compile, spills registers, exceeds the shared memory, or lacks promised matrix instructions.
 
 Uses the Triton that Python finds first; to use another one:
 
@@ -42,17 +40,14 @@ KERNEL_FILES = {
 def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fusedacl.kernels.targets",
-        description="Compile every shipped kernel for every supported GPU, without a GPU. Exits "
-        "with status 1 if one does not compile, spills registers, exceeds the shared memory, or "
-        "lacks promised matrix instructions.",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--kernels", nargs="+", metavar="FILE", help="compile only these files")
     parser.add_argument(
-        "--capability",
-        nargs="+",
-        metavar="NUMBER",
+        "--capability", nargs="+", metavar="NUMBER",
         help="compile only for these compute capabilities; 70 stands for 7.0",
-    )
+    )  # fmt: skip
     parser.add_argument(
         "--jobs", type=int, default=len(os.sched_getaffinity(0)),
         help="number of processes (default: one per usable core, %(default)s)",
@@ -68,9 +63,8 @@ def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argpars
         "the exception was written for",
     )  # fmt: skip
     output = parser.add_mutually_exclusive_group()
-    output.add_argument(
-        "--quiet", action="store_true", help="print only failures and a summary line"
-    )
+    quiet = "print only failures and a summary line"
+    output.add_argument("--quiet", action="store_true", help=quiet)
     output.add_argument(
         "--write", type=Path, metavar="PAGE",
         help="write the results as Markdown tables between PAGE's markers",
@@ -128,11 +122,13 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
     outcomes = measure(tasks, arguments.jobs)
 
     heading = f"Triton {triton.__version__}, {len(tasks)} compilations."
-    failures = [
-        f"{task.file}, {task.variant.name}, sm_{task.capability}: {failure}"
-        for task, outcome in zip(tasks, outcomes, strict=True)
-        for failure in find_failures(task, outcome, keep_exceptions=arguments.keep_exceptions)
-    ]
+    failures, unknown = [], set()
+    for task, outcome in zip(tasks, outcomes, strict=True):
+        place = f"{task.file}, {task.variant.name}, sm_{task.capability}"
+        found = find_failures(task, outcome, keep_exceptions=arguments.keep_exceptions)
+        failures += [f"{place}: {failure}" for failure in found]
+        if is_unknown(task, outcome):
+            unknown.add(f"sm_{task.capability}")
     if arguments.write is not None:
         page = arguments.write.read_text(encoding="utf-8")
         table = markdown(tasks, outcomes, heading)
@@ -146,23 +142,17 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
         chosen = {key for key in written if key[0] in files and key[2] in arguments.capability}
         differing |= known ^ chosen
         if differing:
+            first = ", ".join(map(str, min(differing)))
             failures.append(
-                f"{len(differing)} cells of {arguments.check} differ, such as "
-                f"{', '.join(map(str, min(differing)))}: run "
+                f"{len(differing)} cells of {arguments.check} differ, such as {first}: run "
                 f"python -m fusedacl.kernels.targets --write {arguments.check}"
             )
     elif not arguments.quiet:
         print_table(tasks, outcomes)
 
-    unknown = sorted(
-        {
-            f"sm_{task.capability}"
-            for task, outcome in zip(tasks, outcomes, strict=True)
-            if is_unknown(task, outcome)
-        }
-    )
     if unknown:
-        print(f"not compiled, because this assembler does not know it: {', '.join(unknown)}")
+        names = ", ".join(sorted(unknown))
+        print(f"not compiled, because this assembler does not know it: {names}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{heading[:-1]}: {f'{len(failures)} failures' if failures else 'all as promised'}")

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -56,11 +56,7 @@ Outcome = Resources | str
 
 
 def compile_variant(task: Task) -> tuple[bytes, str, int]:
-    """Return the binary, the PTX, and the dynamic shared memory in bytes.
-
-    Triton keeps compilations on the disk by source, options, versions and GPU, and compiles only
-    what is new.
-    """
+    """Return the binary, the PTX, and the dynamic shared memory in bytes; Triton keeps them."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -72,15 +68,16 @@ def compile_variant(task: Task) -> tuple[bytes, str, int]:
             f"the kernel is a {type(kernel).__name__}, not a function under @triton.jit: give that "
             "one in the variant, and import the kernels without TRITON_INTERPRET"
         )
-    given = set(variant.types) | set(variant.constants)
-    if given != set(kernel.arg_names):
-        wrong = sorted(given ^ set(kernel.arg_names))
+    wrong = {*variant.types, *variant.constants} ^ {*kernel.arg_names}
+    if wrong:
         raise TypeError(
-            f"{', '.join(wrong)}: the names in types and constants must be the kernel's arguments"
+            f"{', '.join(sorted(wrong))}: the names in types and constants must be the kernel's "
+            "arguments"
         )
-    if not variant.divisible_by_16 <= set(variant.types):
-        wrong = sorted(variant.divisible_by_16 - set(variant.types))
-        raise TypeError(f"{', '.join(wrong)}: divisible_by_16 holds what types does not name")
+    wrong = {*variant.divisible_by_16} - {*variant.types}
+    if wrong:
+        names = ", ".join(sorted(wrong))
+        raise TypeError(f"{names}: divisible_by_16 holds what types does not name")
     source = ASTSource(
         fn=kernel,
         signature={name: variant.types.get(name, "constexpr") for name in kernel.arg_names},
@@ -115,15 +112,9 @@ def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int
     if capability >= 90 and static_shared > 0:
         # There the assembler includes what the system reserves in a block with shared memory.
         static_shared -= CHIPS[capability].shared_reserved
-    loads, wide_loads = count_loads(ptx)
-    return Resources(
-        registers=usage["REG"],
-        spilled=usage["STACK"] + usage["LOCAL"],
-        shared=static_shared + dynamic_shared,
-        matrix=count_matrix_instructions(ptx),
-        loads=loads,
-        wide_loads=wide_loads,
-    )
+    spilled, shared = usage["STACK"] + usage["LOCAL"], static_shared + dynamic_shared
+    matrix = count_matrix_instructions(ptx)
+    return Resources(usage["REG"], spilled, shared, matrix, *count_loads(ptx))
 
 
 def parse_usage(listing: str) -> dict[str, int]:
@@ -163,23 +154,20 @@ def list_tasks(files: Mapping[str, ModuleType], capabilities: Sequence[int]) -> 
     for name, module in files.items():
         if not any(module.variants(capability) for capability in CHIPS):
             raise ValueError(f"{name}.variants ships nothing for any GPU")
-    seen = set()
-    for task in tasks:
-        key = (task.file, task.capability, task.variant.name)
-        if key in seen:
+    numbers = Counter((task.file, task.capability, task.variant.name) for task in tasks)
+    for (file, capability, name), number in numbers.items():
+        if number > 1:
             raise ValueError(
-                f"{task.file}.variants({task.capability}) names two variants "
-                f"{task.variant.name!r}: say in the names what distinguishes them"
+                f"{file}.variants({capability}) names two variants {name!r}: say in the names what "
+                "distinguishes them"
             )
-        seen.add(key)
     return tasks
 
 
 def choose_pairs(tasks: Sequence[Task]) -> list[Task]:
-    """Choose tasks in which every two properties that meet in some task of a file meet as well.
+    """Choose tasks, greedily, in which any two properties that meet in a task of a file meet too.
 
-    Properties are the kernel, each constant, type and alignment, and the GPU: about a fifth of all
-    tasks, found greedily.
+    Properties are the kernel, each constant, type and alignment, and the GPU.
     """
     pairs_of = []
     for task in tasks:
@@ -236,18 +224,21 @@ def measure(tasks: Sequence[Task], num_jobs: int) -> list[Outcome]:
                     worker.process.join()
                     if not worker.share:
                         continue
-                    outcome = explain_death(worker)
+                    code = worker.process.exitcode or 0
+                    how = signal.Signals(-code).name if code < 0 else f"status {code}"
+                    outcome = summarize(f"{how} ended the compiler's process", worker.log)
                     if len(worker.share) > 1:
                         rest = deque(list(worker.share)[1:])
                         workers |= [start_worker(tasks, rest, worker.log)]
                 outcomes[worker.share.popleft()] = outcome
-                show_progress(len(outcomes), len(tasks))
+                if sys.stderr.isatty():
+                    end = "\n" if len(outcomes) == len(tasks) else ""
+                    print(f"\rcompiled {len(outcomes)} of {len(tasks)}", end=end, file=sys.stderr)
     return [outcomes[index] for index in range(len(tasks))]
 
 
 def start_worker(tasks: Sequence[Task], share: deque[int], log: Path) -> tuple[Connection, Worker]:
-    # A forked process has imported the kernels already. Nothing has been compiled in this process,
-    # so there are no threads that a fork would lose.
+    # A forked process has the kernels. This one has compiled nothing, so a fork loses no threads.
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     work = [tasks[index] for index in share]
@@ -275,12 +266,6 @@ def measure_share(tasks: Sequence[Task], sender: Connection, log: Path) -> None:
             sender.send(outcome)
 
 
-def explain_death(worker: Worker) -> str:
-    code = worker.process.exitcode or 0
-    how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
-    return summarize(f"the compiler ended its process {how}", worker.log)
-
-
 def summarize(message: str, log: Path) -> str:
     """Return the lines that name an error: a message or a log may be pages of code."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
@@ -291,9 +276,3 @@ def summarize(message: str, log: Path) -> str:
         line.strip() for line in printed if re.search("error:|fatal|assertion", line, re.IGNORECASE)
     ][:2]
     return "; ".join(line[:200] for line in chosen)
-
-
-def show_progress(num_done: int, num_tasks: int) -> None:
-    if sys.stderr.isatty():
-        end = "\n" if num_done == num_tasks else ""
-        print(f"\rcompiled {num_done} of {num_tasks}", end=end, file=sys.stderr, flush=True)

@@ -28,11 +28,10 @@ def print_table(tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> None:
                 unknown = is_unknown(task, outcome)
                 print(start, "unknown to this assembler" if unknown else "does not compile")
                 continue
-            bound = occupancy(
-                outcome.registers, outcome.shared, task.variant.num_warps, task.capability
-            )
+            registers, shared = outcome.registers, outcome.shared
+            bound = occupancy(registers, shared, task.variant.num_warps, task.capability)
             cells = (
-                outcome.registers, outcome.spilled, f"{kib(outcome.shared)} KiB", bound.blocks,
+                registers, outcome.spilled, f"{kib(shared)} KiB", bound.blocks,
                 bound.warps, bound.limited_by, outcome.matrix,
                 f"{outcome.wide_loads} of {outcome.loads}",
             )  # fmt: skip

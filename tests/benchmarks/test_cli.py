@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +20,26 @@ from fusedacl.benchmarks.options import (
     output_directory,
     sizes,
 )
-from fusedacl.benchmarks.suites import growth, runner
+from fusedacl.benchmarks.suites import growth
 from fusedacl.benchmarks.suites.suite import WrongResult
 from fusedacl.engine.cli.main import main as fusedacl
 from fusedacl.engine.config.fields import build
 
 TINY = ["--rows", "24", "--widths", "8", "--samples", "6", "--classes", "2", "--exits", "1,2"]
 TINY += ["--parameters", "2000", "--rounds", "1", "--peaks", "false", "--threads", "1"]
-# The suites that `bench all` runs for real here.
+# The suites that `bench all` runs for real here, and those that it does not.
 OWN = ("loss", "angle", "growth")
+CPU_SUITES = ("step", "exits", "scaling")
 
 
 @pytest.fixture(autouse=True)
 def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Invented rates and few input sets: these tests do not measure anything."""
     rates = Rates("here", {torch.float32: 1e9}, 1e9, 1e9, overlaps_units=False)
-    monkeypatch.setattr("fusedacl.benchmarks.cli.measured", lambda device: rates)
+    monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.measured", lambda: rates)
     monkeypatch.setattr(memory, "cache_bytes", lambda device=None: 4096)
     monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.BLOCK", 8)
     monkeypatch.setattr(clock, "MAX_REPEATS", 1)
-    monkeypatch.setattr(runner, "MAX_REPEATS", 1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FUSEDACL_DATA", raising=False)
 
@@ -58,6 +59,7 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["loss", "--preset", "quik"], "Did you mean 'quick'?"),
         (["loss", "--rounds", "0"], "rounds=0 is out of range"),
         (["step", "--providers", "fusedacl_c"], "Did you mean 'fusedacl_ce'?"),
+        (["step", "--cases", "minlm"], "cases: there is none named 'minlm'. Did you mean 'minilm'"),
         (["exits", "--data_dirs", "x"], "Did you mean 'data_dir'?"),
         (["scaling", "--link_gb_s", "2"], "also needs --matrix_tflops"),
         (["compare", "one.json"], "two files are compared, 1 given"),
@@ -124,6 +126,8 @@ def test_loss_leaves_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         "supcon_loss M=24 d=8 float32",
         "acl_loss E=1 N=6 K=2 d=8 float32",
         "acl_loss E=2 N=6 K=2 d=8 float32",
+        "acl_cl_loss E=1 N=6 K=2 d=8 float32",
+        "acl_cl_loss E=2 N=6 K=2 d=8 float32",
     ]
     for case in found["cases"]:
         assert list(case["providers"]) == names.split(",")
@@ -159,8 +163,8 @@ def test_all_runs_every_suite(
         heard.append((type(config), config.how.preset, config.how.output_dir))
         return int(isinstance(config, StepConfig))
 
-    for suite, (cls, _) in cli.CPU_SUITES.items():
-        monkeypatch.setitem(cli.CPU_SUITES, suite, (cls, stand_in))
+    for suite in CPU_SUITES:
+        monkeypatch.setitem(cli.RUNS, suite, (cli.RUNS[suite][0], stand_in))
     monkeypatch.setitem(growth.SIZES["cpu", "quick"], "E", (1, 2, 3))
     series = growth.all_series
     monkeypatch.setattr(growth, "all_series", lambda *arguments: series(*arguments, axes=("E",)))
@@ -179,7 +183,7 @@ def test_all_runs_every_suite(
     assert "exponent of time" in printed and "BENCH SCALING" in printed
 
 
-@pytest.mark.parametrize("suite", ["step", "exits", "scaling"])
+@pytest.mark.parametrize("suite", CPU_SUITES)
 def test_a_wrong_result_is_status_1(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -195,34 +199,36 @@ def test_a_wrong_result_is_status_1(
 def test_a_gpu_run_of_all_leaves_out_what_measures_the_cpu(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "_run_cases", lambda suite, config, known: 0)
-    monkeypatch.setattr(cli, "_run_growth", lambda config, known: 0)
+    run: list[str] = []
 
-    def never(config: Any) -> int:
-        raise AssertionError("a suite that measures the CPU was run")
+    def stand_in(suite: str, *_: Any) -> int:
+        run.append(suite)
+        return 0
 
-    for suite, (cls, _) in cli.CPU_SUITES.items():
-        monkeypatch.setitem(cli.CPU_SUITES, suite, (cls, never))
+    for suite, (cls, _) in cli.RUNS.items():
+        monkeypatch.setitem(cli.RUNS, suite, (cls, partial(stand_in, suite)))
     assert cli.main(["all", "--device", "cuda", "--providers", "inf-cl"]) == 0
     printed = capsys.readouterr().out
+    assert run == ["loss", "growth"]
     assert "bench angle: none of the named providers takes part" in printed
     assert "bench scaling measures the CPU: left out with --device cuda" in printed
 
 
-def test_a_part_of_the_sizes_does_not_replace_the_committed_file() -> None:
-    whole, part = (
-        output_directory(build(BenchConfig, options)) for options in ({}, {"rows": "64"})
-    )
-    assert whole.parts[-3:-1] == ("benchmarks", "results")
-    assert part.parts[:2] == ("runs", "bench")
-    some_cases, some_trainers, other_ranks = (
-        output_directory(build(cls, options)).parts[:2]
-        for cls, options in (
-            (StepConfig, {"cases": "minilm"}),
-            (StepConfig, {"providers": "fusedacl_ce"}),
-            (ScalingConfig, {"world_sizes": "1,2"}),
-        )
-    )
-    # A file of some cases has their names, so it replaces nothing.
-    assert some_cases == whole.parts[:2]
-    assert some_trainers == other_ranks == ("runs", "bench")
+@pytest.mark.parametrize(
+    ("cls", "options", "may_be_committed"),
+    [
+        (BenchConfig, {}, True),
+        (BenchConfig, {"rows": "64"}, False),
+        (BenchConfig, {"preset": "quick"}, False),
+        # A file of some cases has their names, so it replaces nothing.
+        (StepConfig, {"cases": "minilm"}, True),
+        (StepConfig, {"providers": "fusedacl_ce"}, False),
+        (ScalingConfig, {"world_sizes": "1,2"}, False),
+    ],
+)
+def test_a_part_of_the_sizes_does_not_replace_the_committed_file(
+    cls: type, options: dict[str, str], may_be_committed: bool
+) -> None:
+    parts = output_directory(build(cls, options)).parts
+    folder = ("benchmarks", "results") if may_be_committed else ("runs", "bench")
+    assert parts[-3:-1] == folder

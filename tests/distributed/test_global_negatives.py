@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import (
-    DENOMINATORS,
-    LABELS,
-    REDUCTIONS,
-    run,
-)
-from fusedacl.kernels import acl_loss
-from fusedacl.kernels.contrastive import dispatch
-from fusedacl.kernels.contrastive.tiled import loss as tiled
+from contrastive_cases import DENOMINATORS, LABELS, REDUCTIONS, run
 from negatives_cases import losses_on_rank, make_case
 from rank_pool import Ranks
-from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
-SPLITS = ([5, 5], [1, 8], [3, 2, 4, 1], [4, 0, 1, 6])
+SPLITS = ([5, 5], [1, 8], [9, 6], [3, 2, 4, 1], [4, 0, 1, 6])
 KINDS: list[dict[str, Any]] = [
     {"num_labels": None},
     {"num_labels": 3},
@@ -30,28 +19,6 @@ KINDS: list[dict[str, Any]] = [
     {"num_labels": 11, "teacher": True, "exits": 2},
     {"num_labels": None, "exits": 3},
 ]
-
-
-def losses_in_small_tiles(rank: int, cases: list[tuple[Any, ...]]) -> list[list[Tensor] | None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tiled, "TILE", 4)
-        patch.setattr(tiled, "FEW_ROWS", 0)
-        return losses_on_rank(rank, cases)
-
-
-def fused_losses_on_rank(rank: int, cases: list[tuple[Any, ...]]) -> list[list[Tensor] | None]:
-    from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
-    from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
-
-    def small_tiles(capability: int, dtype: torch.dtype, width: int) -> Blocks:
-        return Blocks(Tile(32, 16, width, 0, 4, 2), Tile(16, 32, width, width, 4, 2))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "SMALL_ROWS", 0)
-        patch.setattr(large_batches, "shipped", small_tiles)
-        for module in (pair_sums, row_steps):
-            patch.setattr(module, "PADDED_ROWS", 32)
-        return losses_on_rank(rank, cases)
 
 
 def of_all_rows(values: list[Tensor], sizes: list[int], copies: int, combine: Any) -> Tensor:
@@ -103,10 +70,10 @@ def compare(
     cases: list[tuple[Any, ...]],
     *,
     tolerance: float,
-    function: Callable[..., Any] = losses_on_rank,
+    name: str = "",
     oracle: str = "reference",
 ) -> None:
-    by_rank = ranks.run(function, cases)
+    by_rank = ranks.run(losses_on_rank, cases, name)
     for index, case in enumerate(cases):
         results = [found[index] for found in by_rank[: len(case[2])]]
         assert all(found[index] is None for found in by_rank[len(case[2]) :])
@@ -115,36 +82,25 @@ def compare(
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("denominator", DENOMINATORS)
-@pytest.mark.parametrize("impl", ["reference", "tiled"])
+@pytest.mark.parametrize("name", ["reference", "tiled", "tiles of 4 rows"])
 def test_ranks_are_one_process(
-    four_ranks: Ranks, impl: str, denominator: str, reduction: str
+    four_ranks: Ranks, name: str, denominator: str, reduction: str
 ) -> None:
     """Every kind of loss and layout of labels in float64, on 2 and 4 ranks, also of unequal size.
 
-    Every split with every kind; each combination of options has other layouts with them.
+    Every split with every kind; each combination of options has other layouts with them. Own rows
+    may end in the middle of a tile.
     """
+    impl = "tiled" if name == "tiles of 4 rows" else name
     options = {"denominator": denominator, "reduction": reduction, "impl": impl}
     first = DENOMINATORS.index(denominator) + REDUCTIONS.index(reduction)
     layouts = list(LABELS)
     cases = [
-        make_case(sizes, kind, layouts[(first + row + column) % len(layouts)], options)
+        make_case(list(sizes), kind, layouts[(first + row + column) % len(layouts)], options)
         for row, sizes in enumerate(SPLITS)
         for column, kind in enumerate(KINDS)
     ]
-    compare(four_ranks, cases, tolerance=1e-10)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_in_many_tiles(four_ranks: Ranks, denominator: str, reduction: str) -> None:
-    """Own rows that end in the middle of a tile, and class sums by scattering."""
-    options = {"denominator": denominator, "reduction": reduction, "impl": "tiled"}
-    splits = ([9, 6], [1, 13], [7, 0, 4, 9])
-    cases = [
-        make_case(list(sizes), kind, layout, options)
-        for sizes, kind, layout in itertools.product(splits, KINDS[:4], ("random", "ignored"))
-    ]
-    compare(four_ranks, cases, tolerance=1e-10, function=losses_in_small_tiles)
+    compare(four_ranks, cases, tolerance=1e-10, name=name)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -191,57 +147,11 @@ def test_triton_kernels(four_ranks: Ranks, denominator: str, reduction: str) -> 
                   torch.float32),
         make_case([2, 1, 0, 3], {"num_labels": None}, "one class", options, torch.float32),
     ]  # fmt: skip
-    doubles = []
-    for inputs, labels, sizes, upstreams, chosen in cases:
-        doubles.append(
-            ({n: t.double() for n, t in inputs.items()}, labels, sizes, upstreams, chosen)
-        )
-    by_rank = four_ranks.run(fused_losses_on_rank, cases)
-    for index, case in enumerate(doubles):
-        results = [[t.double() for t in found[index]] for found in by_rank[: len(case[2])]]
-        check(results, case, impl="reference", tolerance=3e-6)
-
-
-def ddp_on_rank(
-    rank: int, sizes: list[int], features: Tensor, labels: Tensor, options: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Gradients after DistributedDataParallel has averaged them."""
-    model = DistributedDataParallel(Net())
-    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
-    samples, label_embeddings = model(features[own])
-    group = distributed.group.WORLD
-    acl_loss(samples, labels[own], label_embeddings, process_group=group, **options).backward()
-    return {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
-
-
-class Net(nn.Module):
-    """Samples from a layer, and a classifier whose weight is the label embeddings."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(3)
-        self.layer = nn.Linear(5, 6, dtype=torch.float64)
-        self.classifier = nn.Linear(6, 3, bias=False, dtype=torch.float64)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        # Not the parameter itself: DDP looks for what the output depends on.
-        return self.layer(features).tanh(), self.classifier.weight * 1.0
-
-
-@pytest.mark.parametrize("reduction", ["mean", "sum"])
-def test_data_parallel_training_averages_to_the_one_process_gradient(
-    four_ranks: Ranks, reduction: str
-) -> None:
-    """PyTorch averages the gradients, and batches have unequal sizes."""
-    sizes, options = [4, 1, 6, 2], {"reduction": reduction, "temperature": 0.3}
-    features, labels = torch.randn(13, 5).double(), torch.randint(3, (13,))
-    net = Net()
-    samples, label_embeddings = net(features)
-    acl_loss(samples, labels, label_embeddings, **options).backward()
-    for found in four_ranks.run(ddp_on_rank, sizes, features, labels, options):
-        assert found.keys() == dict(net.named_parameters()).keys()
-        for name, parameter in net.named_parameters():
-            torch.testing.assert_close(found[name], parameter.grad, rtol=1e-10, atol=1e-12)
+    by_rank = four_ranks.run(losses_on_rank, cases, "fused")
+    for index, (inputs, labels, sizes, *rest) in enumerate(cases):
+        results = [[t.double() for t in found[index]] for found in by_rank[: len(sizes)]]
+        doubles = {name: tensor.double() for name, tensor in inputs.items()}
+        check(results, (doubles, labels, sizes, *rest), impl="reference", tolerance=3e-6)
 
 
 def test_a_group_of_one_rank_is_no_group(four_ranks: Ranks) -> None:

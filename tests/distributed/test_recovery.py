@@ -25,7 +25,7 @@ from fusedacl.engine.runtime.manifest import fault, step_of
 from fusedacl.engine.training.storage.checkpoint import checkpoints
 from rank_pool import Ranks
 from tiny_runs import records
-from training_cases import trained
+from training_cases import deepspeed_file, model_of, trained
 
 # Time in which the remaining processes of a run end, on a busy machine too.
 SECONDS = 60.0
@@ -40,12 +40,6 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
         "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3,
         "save_total_limit": None, "device": "cpu",
     }  # fmt: skip
-
-
-def zero(directory: Path, stage: int) -> str:
-    file = directory / f"zero{stage}.json"
-    file.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    return str(file)
 
 
 def launch(options: dict[str, Any], *program: str) -> subprocess.Popen[str]:
@@ -106,8 +100,7 @@ def assert_goes_on(options: dict[str, Any], two_ranks: Ranks, undisturbed: Path)
     run = Path(options["output_dir"])
     two_ranks.run(trained, {**options, "output_dir": str(undisturbed)})
     two_ranks.run(trained, {**options, "resume_from_checkpoint": "latest"})
-    name = "model.safetensors"
-    assert (run / name).read_bytes() == (undisturbed / name).read_bytes()
+    assert model_of(run) == model_of(undisturbed)
     assert records(run) == records(undisturbed)
     assert all(fault(path) is None for path in checkpoints(run))
     left, expected = (
@@ -119,7 +112,7 @@ def assert_goes_on(options: dict[str, Any], two_ranks: Ranks, undisturbed: Path)
 
 
 def test_a_rank_dies_in_the_middle_of_a_save(options, two_ranks: Ranks, tmp_path: Path) -> None:
-    options["deepspeed_config"] = zero(tmp_path, 2)
+    options["deepspeed_config"] = deepspeed_file(tmp_path, 2)
     started = launch(options, str(HERE.parent / "support" / "dying_rank.py"))
     wait_for(tmp_path / "run" / "checkpoint-3", started)
     words = ended(started, options["output_dir"])
@@ -133,7 +126,7 @@ def test_a_rank_dies_in_the_middle_of_a_save(options, two_ranks: Ranks, tmp_path
 
 def test_the_launcher_is_killed(options, two_ranks: Ranks, tmp_path: Path) -> None:
     """ZeRO 3, whose weights lie in parts; what it leaves are whole models all the same."""
-    options |= {"deepspeed_config": zero(tmp_path, 3), "strategy": "two_stage"}
+    options |= {"deepspeed_config": deepspeed_file(tmp_path, 3), "strategy": "two_stage"}
     run = tmp_path / "run"
     started = launch(options, "-m", "fusedacl.engine", "train")
     wait_for(run / "checkpoint-3", started)
@@ -152,15 +145,11 @@ def test_the_launcher_is_killed(options, two_ranks: Ranks, tmp_path: Path) -> No
         assert all(torch.equal(model[name], value) for name, value in saved.items())
         assert all(value.numel() > 0 for value in model.values())
     for path, step in ((run / "checkpoint-8", 8), (run, 16)):
-        scores = evaluate(
-            build(
-                EvaluationConfig,
-                {
-                    "model_name_or_path": str(path), "task_name": "opinions",
-                    "data_dir": options["data_dir"], "device": "cpu",
-                },
-            )
-        )  # fmt: skip
+        values = {
+            "model_name_or_path": str(path), "task_name": "opinions", "device": "cpu",
+            "data_dir": options["data_dir"],
+        }  # fmt: skip
+        scores = evaluate(build(EvaluationConfig, values))
         noted = [
             (line["exit"], line["metrics"])
             for line in records(run)
@@ -183,21 +172,21 @@ def test_the_launcher_is_killed(options, two_ranks: Ranks, tmp_path: Path) -> No
 def test_goes_on_in_the_middle_of_an_epoch(
     stage: int, changes: dict[str, Any], options, two_ranks: Ranks, tmp_path: Path
 ) -> None:
-    options |= {"deepspeed_config": zero(tmp_path, stage), **changes}
+    options |= {"deepspeed_config": deepspeed_file(tmp_path, stage), **changes}
     run, before = Path(options["output_dir"]), tmp_path / "before"
     two_ranks.run(trained, options)
     shutil.copytree(run, before)
     (run / "model.safetensors").unlink()
     two_ranks.run(trained, {**options, "resume_from_checkpoint": "checkpoint-3"})
     assert (run / "checkpoint-6.superseded").is_dir()
-    name = "model.safetensors"
-    assert (run / name).read_bytes() == (before / name).read_bytes()
+    assert model_of(run) == model_of(before)
     assert records(run) == records(before)
 
 
 def test_the_best_model_of_two_processes(options, two_ranks: Ranks, tmp_path: Path) -> None:
     options |= {
-        "deepspeed_config": zero(tmp_path, 3), "load_best_model_at_end": True, "eval_steps": 3,
+        "deepspeed_config": deepspeed_file(tmp_path, 3),
+        "load_best_model_at_end": True, "eval_steps": 3,
         # The loss falls, so that the first is the best where greater is better.
         "greater_is_better": True, "save_total_limit": 1,
     }  # fmt: skip
@@ -207,15 +196,13 @@ def test_the_best_model_of_two_processes(options, two_ranks: Ranks, tmp_path: Pa
     best = json.loads((run / "results.json").read_text())["best"]
     assert best["step"] == 3
     assert [step_of(path) for path in checkpoints(run)] == [3, 6]
-    name = "model.safetensors"
-    chosen = run / f"checkpoint-{best['step']}" / name
-    assert (run / name).read_bytes() == chosen.read_bytes()
+    assert model_of(run) == model_of(run / f"checkpoint-{best['step']}")
     losses = [line["metrics"]["loss"] for line in records(run) if line["split"] == "validation"]
     assert best["value"] == max(losses) == first["validation"][2]["loss"]
 
 
 def test_a_damaged_part_is_found_by_all(options, two_ranks: Ranks, tmp_path: Path) -> None:
-    options["deepspeed_config"] = zero(tmp_path, 2)
+    options["deepspeed_config"] = deepspeed_file(tmp_path, 2)
     before = two_ranks.run(trained, options)
     run = tmp_path / "run"
     (run / "checkpoint-6" / "training_state-process1.pt").unlink()

@@ -15,7 +15,7 @@ from fusedacl.engine.runtime import processes
 from fusedacl.engine.training.builder import build_run
 from rank_pool import Ranks
 from tiny_runs import records
-from training_cases import linear_is_torchs, refused, stopped, trained, weights_hash
+from training_cases import deepspeed_file, linear_is_torchs, model_of, refused, stopped, trained
 
 
 @pytest.fixture
@@ -28,12 +28,6 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
         "max_angle": 180,
         "logging_steps": 1, "save_steps": 0, "device": "cpu",
     }  # fmt: skip
-
-
-def deepspeed_file(directory: Path, **values: Any) -> str:
-    file = directory / "ds.json"
-    file.write_text(json.dumps(values))
-    return str(file)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -55,12 +49,11 @@ CASES: dict[str, dict[str, Any]] = {
 def test_two_processes_train_as_one(case: str, options, two_ranks: Ranks, tmp_path: Path) -> None:
     settings = {**options, **CASES[case]}
     stage = settings.pop("stage", None)
-    zero = {} if stage is None else {"zero_optimization": {"stage": stage}}
     of_both = two_ranks.run(
         trained,
         {
             **settings, "negatives": "global", "output_dir": str(tmp_path / "two"),
-            "deepspeed_config": deepspeed_file(tmp_path, **zero),
+            "deepspeed_config": deepspeed_file(tmp_path, stage),
         },
     )  # fmt: skip
     assert of_both[0] == of_both[1]
@@ -98,7 +91,7 @@ def test_stops_at_one_step_and_goes_on(options, two_ranks: Ranks, tmp_path: Path
         assert [code for code, _ in answers] == [143, 143]
         assert all(f"checkpoint-{step}" in words for _, words in answers)
         two_ranks.run(trained, {**parts, "resume_from_checkpoint": "latest"})
-        assert weights_hash(tmp_path / f"parts{step}") == weights_hash(tmp_path / "whole")
+        assert model_of(tmp_path / f"parts{step}") == model_of(tmp_path / "whole")
         assert len(records(tmp_path / f"parts{step}")) == len(records(tmp_path / "whole"))
     with pytest.raises(ValueError, match=r"saved by a run of 2 process\(es\); this one has 1"):
         train(TrainingConfig.create(**parts, resume_from_checkpoint="latest"))
@@ -138,3 +131,22 @@ def test_deepspeed_in_one_process(options, tmp_path: Path) -> None:
     assert of_one["validation"]["2"] == pytest.approx(
         of_local["metrics"]["validation"][2], rel=1e-3
     )
+
+
+def test_the_first_process_profiles_its_exchanges(
+    two_ranks: Ranks, options, tmp_path: Path
+) -> None:
+    options |= {
+        "max_steps": 5, "max_angle": 90,
+        # Stage 2 exchanges gradients in the backward passes.
+        "negatives": "global", "deepspeed_config": deepspeed_file(tmp_path, 2),
+    }  # fmt: skip
+    profiled, plain = tmp_path / "profiled", tmp_path / "plain"
+    two_ranks.run(trained, {**options, "output_dir": str(profiled), "profile": 2})
+    two_ranks.run(trained, {**options, "output_dir": str(plain)})
+    profile = json.loads((profiled / "profile.json").read_text())
+    assert profile["num_steps"] == 2
+    shares = profile["shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    assert {name for name, share in shares.items() if share > 0} == set(shares)
+    assert model_of(profiled) == model_of(plain)

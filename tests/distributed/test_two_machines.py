@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,6 +15,7 @@ import pytest
 pytest.importorskip("deepspeed")
 
 from fusedacl.engine import TrainingConfig, train
+from tiny_runs import records
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SECONDS = 240
@@ -74,20 +74,15 @@ def machines() -> Iterator[Machines]:
     made.close()
 
 
-def torchrun(node: int, *arguments: str, port: int = 29511) -> list[str]:
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node_rank", str(node),
-        "--nproc_per_node", "1", "--master_addr", ADDRESSES[0], "--master_port", str(port),
-        "-m", "fusedacl.engine", "train", *arguments,
-    ]  # fmt: skip
-
-
-def deepspeed(node: int, hostfile: Path, *arguments: str, port: int = 29512) -> list[str]:
-    return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh",
-        "--node_rank", str(node), "--master_addr", ADDRESSES[0], "--master_port", str(port),
-        "--module", "fusedacl.engine", "train", *arguments,
-    ]  # fmt: skip
+def train_command(launcher: str, node: int, hostfile: Path) -> list[str]:
+    master = ["--node_rank", str(node), "--master_addr", ADDRESSES[0], "--master_port"]
+    if launcher == "torchrun":
+        words = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *master]
+        program = ["29511", "-m", "fusedacl.engine", "train"]
+    else:
+        words = ["deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh", *master]
+        program = ["29512", "--module", "fusedacl.engine", "train"]
+    return [sys.executable, "-m", *words, *program]
 
 
 def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[str]:
@@ -119,8 +114,7 @@ def flags(options: dict[str, Any]) -> list[str]:
 
 
 def losses(run: Path) -> list[float]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["loss"] for line in lines if line["split"] == "train"]
+    return [line["loss"] for line in records(run, "train")]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -129,13 +123,10 @@ def test_two_machines_train_as_one(
 ) -> None:
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
-    commands = [
-        torchrun(node, *flags(options))
-        if launcher == "torchrun"
-        else deepspeed(node, hostfile, *flags(options))
+    processes = [
+        machines.start(node, [*train_command(launcher, node, hostfile), *flags(options)])
         for node in (0, 1)
     ]
-    processes = [machines.start(node, command) for node, command in enumerate(commands)]
     outputs = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
     alone = {

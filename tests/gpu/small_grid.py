@@ -114,7 +114,8 @@ def check_tiled() -> None:
 
 
 def check_gradients() -> None:
-    from fusedacl.kernels import gated_combine_, grad_dot_norm
+    from fusedacl.kernels import grad_dot_norm
+    from gradient_cases import check_combination
 
     shapes = ((300, 70), (1,), (0,), (16384,), (20000,), (7, 5))
     groups = [0, 1, 1, 2, 0, 3]
@@ -128,13 +129,7 @@ def check_gradients() -> None:
         stats = grad_dot_norm(a, b, groups=groups, impl="triton")
         wanted = grad_dot_norm(*doubles, groups=groups, impl="reference")
         torch.testing.assert_close(stats, wanted, rtol=1e-5, atol=1e-3)
-        options = {"weight": 0.3, "scale": 0.5, "max_norm": 1.0, "groups": groups}
-        used = gated_combine_(a, b, stats, impl="triton", **options)
-        wanted = gated_combine_(*doubles, stats, impl="reference", **options)
-        torch.testing.assert_close(used, wanted)
-        tolerance = 2 * torch.finfo(dtype).eps
-        for found, exact in zip(a, doubles[0], strict=True):
-            torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=1e-6)
+        check_combination(a, b, stats, max_angle=90.0, scale=0.5, max_norm=1.0, groups=groups)
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def fake(cost: Callable[[Tile], float]) -> tuple[Kernel, tuning.Timer]:
     return Kernel("row_sums", SHIPPED, launch), timer
 
 
-def test_what_was_stored_is_found() -> None:
+def test_what_was_stored_is_found(own_cache: Path) -> None:
     assert tiles.tuned("row_sums", GPU, torch.float16, 64) is None
     remember(asdict(BEST))
     assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
@@ -70,28 +70,25 @@ def test_what_was_stored_is_found() -> None:
     assert tiles.tuned("row_sums", GPU, torch.float32, 64) is None
     assert tiles.tuned("pair_gradient", GPU, torch.float16, 64) is None
     assert tiles.tuned("row_sums", torch.device("cpu"), torch.float16, 64) is None
+    # The file is read once.
+    own_cache.unlink()
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
 
 
-@pytest.mark.parametrize("changed", ["GPU", "triton", "fusedacl"])
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        ("torch.cuda.get_device_name", lambda device: "Another GPU"),
+        ("triton.__version__", "99.0"),
+        ("fusedacl.kernels.contrastive.gpu.tiles.version", lambda name: "99.0"),
+    ],
+)
 def test_a_tile_is_for_one_gpu_and_for_one_version(
-    changed: str, monkeypatch: pytest.MonkeyPatch
+    place: str, value: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remember(asdict(BEST))
-    if changed == "GPU":
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Another GPU")
-    elif changed == "triton":
-        monkeypatch.setattr("triton.__version__", "99.0")
-    else:
-        monkeypatch.setattr(tiles, "version", lambda name: "99.0")
+    monkeypatch.setattr(place, value)
     assert tiles.tuned("row_sums", GPU, torch.float16, 64) is None
-
-
-def test_the_file_is_read_once(own_cache: Path) -> None:
-    remember(asdict(BEST))
-    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
-    own_cache.unlink()
-    assert tiles.tuned("row_sums", GPU, torch.float16, 128) is None
-    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
 
 
 @pytest.mark.parametrize(
@@ -136,10 +133,8 @@ def test_writers_at_the_same_time_lose_nothing(own_cache: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda width: remember(asdict(BEST), width=width), range(16, 48)))
     assert len(json.loads(own_cache.read_text())["entries"]) == 32
-    assert sorted(path.name for path in own_cache.parent.iterdir()) == [
-        "tuning.json",
-        "tuning.lock",
-    ]
+    names = {path.name for path in own_cache.parent.iterdir()}
+    assert names == {"tuning.json", "tuning.lock"}
 
 
 def test_the_file_lies_in_the_users_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,11 +177,9 @@ def test_tiles_that_fail_or_are_wrong_are_not_taken(caplog: pytest.LogCaptureFix
 
     best, times = tuning.search(replace(kernel, launch=unreliable), 64, timer)
     assert best == replace(SHIPPED, columns=32)
-    assert all(
-        math.isinf(times[tile])
-        for tile in times
-        if tile.num_warps == 8 or tile.num_stages == 2 or tile.rows == 64
-    )
+    for tile, time in times.items():
+        bad = tile.num_warps == 8 or tile.num_stages == 2 or tile.rows == 64
+        assert math.isinf(time) or not bad
     assert any("wrong result" in record.getMessage() for record in caplog.records)
 
 

@@ -1,6 +1,7 @@
 """Inputs, label layouts and oracles for the tests of every contrastive implementation."""
 
 import itertools
+import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,12 +11,12 @@ from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
 from fusedacl.kernels.contrastive import dispatch, reference
 from fusedacl.kernels.contrastive.tiled import cpu_loop
 from fusedacl.kernels.contrastive.tiled import loss as tiled
-from fusedacl.kernels.targets.compilation import cover
 from torch import Tensor
 
 # Without a GPU, Triton's interpreter runs the kernels on the CPU.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum", "none")
 Inputs = dict[str, Tensor]
@@ -40,47 +41,60 @@ KINDS: list[dict[str, Any]] = [
 
 def combine(*factors: Sequence[Any], strength: int = 2) -> list[tuple[Any, ...]]:
     """Choose combinations in which any `strength` values of different factors occur together."""
-    everything = list(itertools.product(*map(enumerate, factors)))
-    groups = [
-        set(itertools.combinations([(f, index) for f, (index, _) in enumerate(values)], strength))
-        for values in everything
-    ]
-    return [tuple(value for _, value in everything[index]) for index in cover(groups)]
+    choices = random.Random(0)
+    numbered = [[(factor, i) for i in range(len(values))] for factor, values in enumerate(factors)]
+    missing = set()
+    for group in itertools.combinations(numbered, strength):
+        missing |= set(itertools.product(*group))
+    chosen = []
+    while missing:
+        meetings = {}
+        # Each candidate has some of what is missing, and the best has most of it.
+        for wanted in choices.sample(sorted(missing), min(40, len(missing))):
+            case = tuple((dict(map(choices.choice, numbered)) | dict(wanted)).items())
+            meetings[case] = set(itertools.combinations(case, strength)) & missing
+        best = max(meetings, key=lambda case: len(meetings[case]))
+        missing -= meetings[best]
+        chosen.append(tuple(factors[factor][i] for factor, i in best))
+    return chosen
 
 
-def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
-    """Compute by tiles of that many rows; class sums by a mask only with the shipped tile."""
+def set_tile(monkeypatch: pytest.MonkeyPatch, tile: int, *, with_epilogue: bool = False) -> None:
+    """Compute by tiles of that many rows, also as on a GPU, with Triton kernels for each tile.
+
+    Class sums are computed by a mask only with the shipped tile.
+    """
+    values = {"TILE": tile, "ONE_TILE": tile * tile, "FEW_ROWS": 128 if tile == 512 else 0}
+    if with_epilogue:
+        values |= {"GPU_TILE": tile, "ONE_TILE": 0}
+        monkeypatch.setattr(tiled, "has_epilogue", lambda tensor: tensor.dtype != torch.float64)
     monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
-    monkeypatch.setattr(tiled, "TILE", tile)
-    monkeypatch.setattr(tiled, "ONE_TILE", tile * tile)
-    monkeypatch.setattr(tiled, "FEW_ROWS", 128 if tile == 512 else 0)
+    for name, value in values.items():
+        monkeypatch.setattr(tiled, name, value)
 
 
 def use_implementation(monkeypatch: pytest.MonkeyPatch, name: str) -> str:
-    """Return the `impl` that runs "reference", "tiled", "tiles of 4 rows", "small" or "fused"."""
-    if name == "tiles of 4 rows":
-        set_tile(monkeypatch, 4)
+    """Return the `impl` that runs what is meant by one of the names in test_implementations.py."""
+    if name.startswith("tiles"):
+        on_gpu = name == "tiles on a GPU"
+        set_tile(monkeypatch, 48 if on_gpu else 4, with_epilogue=on_gpu)
         return "tiled"
-    if name not in ("small", "fused"):
+    if not name.startswith(("small", "fused")):
         return name
     monkeypatch.setattr(dispatch, "SMALL_ROWS", 256 if name == "small" else 0)
     if name == "fused":
-        use_small_gpu_tiles(monkeypatch)
+        from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
+        from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
+
+        def small_tiles(capability: int, dtype: torch.dtype, width: int) -> Blocks:
+            chunk, output = min(width, 64), min(width, 128)
+            return Blocks(Tile(32, 16, chunk, 0, 4, 2), Tile(16, 32, chunk, output, 4, 2))
+
+        # Small batches have several tiles; the interpreter also computes the padded rows.
+        monkeypatch.setattr(large_batches, "shipped", small_tiles)
+        for module in (pair_sums, row_steps):
+            monkeypatch.setattr(module, "PADDED_ROWS", 32)
     return "triton"
-
-
-def use_small_gpu_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make small batches have several tiles; the interpreter also computes the padded rows."""
-    from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
-    from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
-
-    def small_tiles(capability: int, dtype: torch.dtype, width: int) -> Blocks:
-        chunk, output = min(width, 64), min(width, 128)
-        return Blocks(Tile(32, 16, chunk, 0, 4, 2), Tile(16, 32, chunk, output, 4, 2))
-
-    monkeypatch.setattr(large_batches, "shipped", small_tiles)
-    for module in (pair_sums, row_steps):
-        monkeypatch.setattr(module, "PADDED_ROWS", 32)
 
 
 def make_inputs(
@@ -110,15 +124,6 @@ def loss_function(inputs: Inputs) -> Callable[..., Tensor]:
     return acl_loss if "label_embeddings" in inputs else supcon_loss
 
 
-def operator_arguments(reduction: str, device: str = "cpu") -> tuple[Any, ...]:
-    """Make arguments of an operator with exits, a teacher and an ignored label."""
-    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32, device=device)
-    samples, label_embeddings, *teachers = inputs.values()
-    labels = torch.tensor([0, 1, -100, 0, 2], device=device)
-    trained = samples.requires_grad_(), label_embeddings.requires_grad_()
-    return (trained[0], labels, trained[1], *teachers, 0.5, "all", reduction, -100, True, True)
-
-
 def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any) -> list[Tensor]:
     """Return loss and gradients of the trained inputs for an upstream gradient (None: ones)."""
     copies = {
@@ -133,15 +138,6 @@ def run(inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any)
     return [loss.detach(), *torch.autograd.grad(loss, trained, upstream)]
 
 
-def run_eager(
-    inputs: Inputs, labels: Tensor, upstream: Tensor | None, **options: Any
-) -> list[Tensor]:
-    """Compute the dense formula with every tensor, also [M, M], in the dtype of the inputs."""
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(reference, "accumulate_dtype", lambda *dtypes: dtypes[0])
-        return run(inputs, labels, upstream, impl="reference", **options)
-
-
 def check_error(
     inputs: Inputs,
     labels: Tensor,
@@ -154,11 +150,10 @@ def check_error(
     """Compare loss and gradients of `impl` with float64: at most twice eager PyTorch's error.
 
     Eager PyTorch computes in the dtype of the inputs or, if asked for, in float32. The largest
-    error of each output counts, so no single wrong row is averaged away. Where eager
-    PyTorch happens to be exact, a floor allows half a unit in the last place of the inputs' dtype
-    (eager's own rounding of its result), and 8 units of the output's dtype for sums in another
-    order. A loss is a difference of terms of up to 1 / temperature that may cancel: its units are
-    those of its terms.
+    error of each output counts: no wrong row is averaged away. Where eager PyTorch happens to be
+    exact, a floor allows half a unit in the last place of the inputs' dtype (eager's own rounding),
+    and 8 units of the output's dtype for sums in another order. A loss is a difference of terms of
+    up to 1 / temperature that may cancel: its units are those of its terms.
     """
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
     exact = run(doubles, labels, upstream, impl="reference", **options)
@@ -166,13 +161,19 @@ def check_error(
         eager = run(inputs, labels, upstream, impl="reference", **options)
         input_rounding = torch.finfo(torch.float32).eps
     else:
-        eager = run_eager(inputs, labels, upstream, **options)
+        # Every tensor, also [M, M], has the dtype of the inputs.
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reference, "accumulate_dtype", lambda *dtypes: dtypes[0])
+            eager = run(inputs, labels, upstream, impl="reference", **options)
         input_rounding = torch.finfo(inputs["embeddings"].dtype).eps
     found = run(inputs, labels, upstream, impl=impl, **options)
     num_terms = 1
     if options.get("reduction") == "sum":
         num_terms = sum(tensor.shape[-2] for tensor in inputs.values())
     term = num_terms / options.get("temperature", 0.5)
+    of_inputs = [tensor.dtype for name, tensor in inputs.items() if "teacher" not in name]
+    of_loss = torch.float64 if torch.float64 in of_inputs else torch.float32
+    assert [tensor.dtype for tensor in found] == [of_loss, *of_inputs]
     for index, (wanted, same_dtype, got) in enumerate(zip(exact, eager, found, strict=True)):
         assert got.shape == wanted.shape
         if wanted.numel() == 0:

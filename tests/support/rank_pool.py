@@ -10,18 +10,18 @@ and when the block is left; a rank whose parent is gone ends by itself.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import inspect
 import os
 import pickle
-import secrets
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -46,12 +46,9 @@ class Ranks(contextlib.AbstractContextManager["Ranks"]):
         self.num_ranks = num_ranks
         # Port 0: the system chooses a free port, and no other process can take it meanwhile.
         self.store = TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-        key = secrets.token_bytes(16)
-        listener = Listener((LOOPBACK, 0), backlog=num_ranks, authkey=key)
         common = {
             **os.environ,
             "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-            "RANKS_KEY": key.hex(),
             "MASTER_ADDR": LOOPBACK,
             "MASTER_PORT": str(self.store.port),
             "WORLD_SIZE": str(num_ranks),
@@ -63,35 +60,27 @@ class Ranks(contextlib.AbstractContextManager["Ranks"]):
         }
         if sys.platform == "linux":
             common["GLOO_SOCKET_IFNAME"] = "lo"
-        arguments = [sys.executable, __file__, str(listener.address[1]), str(collective_seconds)]
-        self.processes = [
-            subprocess.Popen(arguments, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-            for rank in range(num_ranks)
-        ]
+        self.processes: list[subprocess.Popen[bytes]] = []
         self.connections: list[Connection] = []
+        for rank in range(num_ranks):
+            ours, theirs = Pipe()
+            self.connections.append(ours)
+            # Only the rank holds the other end: when it dies, the pipe is closed.
+            with theirs:
+                self.processes.append(
+                    subprocess.Popen(
+                        [sys.executable, __file__, str(theirs.fileno()), str(collective_seconds)],
+                        env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        pass_fds=[theirs.fileno()],
+                    )
+                )
         try:
-            self._accept(listener)
+            for rank, connection in enumerate(self.connections):
+                assert connection.poll(START_SECONDS), f"rank {rank} has not started in time"
+                assert connection.recv() == rank
         except BaseException:
             self.close()
             raise
-        finally:
-            listener.close()
-
-    def _accept(self, listener: Listener) -> None:
-        # `accept` has no timeout, but the socket has.
-        listener._listener._socket.settimeout(1.0)
-        found: dict[int, Connection] = {}
-        end = time.monotonic() + START_SECONDS
-        while len(found) < self.num_ranks:
-            try:
-                connection = listener.accept()
-            except TimeoutError:
-                dead = [process.returncode for process in self.processes if process.poll()]
-                assert not dead, f"ranks ended while they started, with {dead}"
-                assert time.monotonic() < end, f"no ranks after {START_SECONDS:g} seconds"
-                continue
-            found[connection.recv()] = connection
-        self.connections = [found[rank] for rank in range(self.num_ranks)]
 
     def run(
         self, function: Callable[..., Any], *arguments: Any, seconds: float = RUN_SECONDS
@@ -152,24 +141,19 @@ class Ranks(contextlib.AbstractContextManager["Ranks"]):
         self.close()
 
 
-def load(path: str, loaded: dict[str, ModuleType]) -> ModuleType:
-    """Import a file once, by its path: the names that pytest gives to modules are unknown here."""
-    if path not in loaded:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None and spec.loader is not None
-        loaded[path] = importlib.util.module_from_spec(spec)
-        sys.modules[Path(path).stem] = loaded[path]
-        spec.loader.exec_module(loaded[path])
-    return loaded[path]
+def load(path: Path) -> ModuleType:
+    """Import a file by its own name: those that pytest gives to modules are unknown here."""
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))
+    return importlib.import_module(path.stem)
 
 
-def serve(port: int, collective_seconds: float) -> None:
+def serve(connection: Connection, collective_seconds: float) -> None:
     """Join the group, then answer requests until the parent closes the connection."""
     import torch
 
     torch.set_num_threads(1)
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    key = bytes.fromhex(os.environ.pop("RANKS_KEY"))
     store = torch.distributed.TCPStore(
         os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False
     )
@@ -177,20 +161,18 @@ def serve(port: int, collective_seconds: float) -> None:
         "gloo", store=store, rank=rank, world_size=num_ranks,
         timeout=timedelta(seconds=collective_seconds),
     )  # fmt: skip
-    loaded: dict[str, ModuleType] = {}
-    with Client((LOOPBACK, port), authkey=key) as connection:
-        connection.send(rank)
-        while True:
-            try:
-                path, name, arguments = pickle.loads(connection.recv_bytes())
-            except EOFError:
-                break
-            try:
-                torch.manual_seed(0)
-                answer = (False, getattr(load(path, loaded), name)(rank, *arguments))
-            except BaseException:
-                answer = (True, traceback.format_exc())
-            connection.send_bytes(pickle.dumps(answer))
+    connection.send(rank)
+    while True:
+        try:
+            path, name, arguments = pickle.loads(connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            break
+        try:
+            torch.manual_seed(0)
+            answer = (False, getattr(load(Path(path)), name)(rank, *arguments))
+        except BaseException:
+            answer = (True, traceback.format_exc())
+        connection.send_bytes(pickle.dumps(answer))
     # No regular exit: the process group would make this rank wait for one that was killed.
     sys.stdout.flush()
     sys.stderr.flush()
@@ -198,4 +180,4 @@ def serve(port: int, collective_seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]), float(sys.argv[2]))
+    serve(Connection(int(sys.argv[1])), float(sys.argv[2]))

@@ -1,6 +1,7 @@
 """Second-stage training: all exits together, one at a time, and from the feature cache."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ....engine.config.training import TrainingConfig
-from ....engine.objectives.losses import ExitLosses
 from ....engine.runtime.text import text_table
 from ....engine.training.builder import build_run
 from ....engine.training.metrics_log import MetricsLog
@@ -21,7 +21,7 @@ from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_tu
 from ...measuring.clock import quantiles, ratio, seconds
 from ...measuring.environment import Result
 from ...measuring.times_table import times_table
-from ..suite import WrongResult
+from ..suite import WrongResult, flat_gradient, relative_error
 
 BATCH_SIZE = 32
 # Width of MiniLM, at which the rate of matrix products is measured.
@@ -40,46 +40,37 @@ MAX_ERROR = {"apart": 1e-4, "cached": 2e-2}
 MAX_ERROR_BFLOAT16 = 0.1
 
 
+@dataclass(frozen=True)
 class Runs:
     """Second-stage runs on one first-stage model for each kind of exit.
 
-    encoder: name or path of the backbone. num_batches: full batches per epoch.
-    num_layers: number of first layers to keep, None for all. data: options that select the texts.
+    encoder: name or path of the backbone. num_batches: full batches per epoch. data: options that
+    select the texts. num_layers: number of first layers to keep, None for all.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        encoder: str,
-        num_batches: int,
-        num_layers: int | None = None,
-        **data: Any,
-    ) -> None:
-        self.directory = directory
-        self.encoder = encoder
-        self.num_batches = num_batches
-        self.num_layers = num_layers
-        self.data = data
-        self._first: dict[str, SteppedTrainer] = {}
+    directory: Path
+    encoder: str
+    num_batches: int
+    data: dict[str, str]
+    num_layers: int | None = None
+    _first: dict[str, "SteppedTrainer"] = field(default_factory=dict)
 
     def first_stage(self, head: str) -> "SteppedTrainer":
         """A saved encoder with untrained exits: accuracy does not affect the times."""
         if head not in self._first:
-            options = {
-                "model_name_or_path": self.encoder,
-                "exit_head": head,
-                "num_hidden_layers": self.num_layers,
-            }
-            trainer = SteppedTrainer(self._config(f"first_{head}", options))
-            save_model(self._model(head), trainer.model, trainer.tokenizer)
+            trainer = self._trainer(
+                f"first_{head}", model_name_or_path=self.encoder, exit_head=head,
+                num_hidden_layers=self.num_layers,
+            )  # fmt: skip
+            save_model(self.directory / f"model_{head}", trainer.model, trainer.tokenizer)
             self._first[head] = trainer
         return self._first[head]
 
     def second_stage(self, name: str, options: dict[str, Any]) -> "SteppedTrainer":
         """A run that trains all exits, or those that `options` name."""
         self.first_stage(options["exit_head"])
-        stage1 = str(self._model(options["exit_head"]))
-        return SteppedTrainer(self._config(name, {"stage1_model": stage1, **options}))
+        stage1 = self.directory / f"model_{options['exit_head']}"
+        return self._trainer(name, stage1_model=str(stage1), **options)
 
     def cached(self, options: dict[str, Any]) -> "SteppedTrainer":
         """A run that trains all exits from a feature cache."""
@@ -95,11 +86,8 @@ class Runs:
             for layer in layers
         ]
 
-    def _model(self, head: str) -> Path:
-        return self.directory / f"model_{head}"
-
-    def _config(self, name: str, options: dict[str, Any]) -> TrainingConfig:
-        return TrainingConfig.create(
+    def _trainer(self, name: str, **options: Any) -> "SteppedTrainer":
+        config = TrainingConfig.create(
             **self.data,
             **options,
             strategy="two_stage",
@@ -112,6 +100,7 @@ class Runs:
             disable_tqdm=True,
             device="cpu",
         )
+        return SteppedTrainer(config)
 
 
 class SteppedTrainer(Trainer):
@@ -121,22 +110,15 @@ class SteppedTrainer(Trainer):
         super().__init__(build_run(config))
         # No other process uses the directory; the next kind of exit uses the same one again.
         self.parts.lock.release()
-        self._steps: Iterator[None] | None = None
+        self._steps = self._all_steps()
 
     def one_step(self) -> None:
         """Take the next step of the run, as `run` does it."""
-        if self._steps is None:
-            self._steps = self._all_steps()
         next(self._steps)
 
     def _all_steps(self) -> Iterator[None]:
         with MetricsLog(self.output_dir, "none") as log, tqdm(disable=True) as bar:
             yield from self.steps(log, bar)
-
-    def losses_of(self, indices: np.ndarray) -> ExitLosses:
-        """Losses of one batch, with their autograd graph."""
-        (losses,) = self.losses.of(1, [indices])
-        return losses
 
 
 def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
@@ -150,7 +132,7 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
     }
     ways = _ways(runs, options)
     turns: dict[str, Callable[[], object]] = {
-        name: partial(_one_batch, trainers) for name, trainers in ways.items()
+        name: partial(_train, trainers) for name, trainers in ways.items()
     }
     turns[PRODUCTS] = product_turn(WIDTH, torch.bfloat16 if bf16 else torch.float32)
     samples: dict[str, list[float]] = {way: [] for way in turns}
@@ -161,12 +143,12 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
                 samples[way].append(took)
     times = {way: quantiles(values) for way, values in samples.items()}
     totals = {way: sum(values) for way, values in samples.items()}
-    (together,) = ways["together"]
     rate = add_floors(times, flops, WIDTH)
-    result = {
+    print(f"\n{name}{' bf16' if bf16 else ''}, per batch", times_table(times, text_table), sep="\n")
+    return {
         "options": options,
         "exits": len(ways["apart"]),
-        "mean_tokens": float(together.train_split.lengths.mean()),
+        "mean_tokens": float(ways["together"][0].train_split.lengths.mean()),
         **rate,
         "times": times,
         "faster_than_apart": ratio(times, "apart", "together"),
@@ -175,8 +157,6 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
         "total_faster_than_apart": totals["apart"] / totals["together"],
         "total_cached_faster": totals["together"] / totals["cached"],
     }
-    print(f"\n{name}{' bf16' if bf16 else ''}, per batch", times_table(times, text_table), sep="\n")
-    return result
 
 
 def _ways(runs: Runs, options: dict[str, Any]) -> dict[str, list["SteppedTrainer"]]:
@@ -188,29 +168,21 @@ def _ways(runs: Runs, options: dict[str, Any]) -> dict[str, list["SteppedTrainer
     }
 
 
-def _one_batch(trainers: Sequence["SteppedTrainer"]) -> None:
-    for trainer in trainers:
-        trainer.one_step()
-
-
-def _mean_flops(trainers: Sequence["SteppedTrainer"], num_batches: int) -> int:
+def _mean_flops(trainers: Sequence[SteppedTrainer], num_batches: int) -> int:
     """Mean FLOP of matrix products per batch, after the warm-up batches."""
-    for _ in range(WARM_UP):
-        _one_batch(trainers)
 
-    def batches() -> None:
-        for _ in range(num_batches):
-            _one_batch(trainers)
+    _train(trainers, WARM_UP)
+    return flops_of(partial(_train, trainers, num_batches), num_batches)
 
-    return flops_of(batches, num_batches)
+
+def _train(trainers: Sequence[SteppedTrainer], num_batches: int = 1) -> None:
+    for _ in range(num_batches):
+        for trainer in trainers:
+            trainer.one_step()
 
 
 def check(runs: Runs, name: str, options: dict[str, Any]) -> None:
-    """Compare losses and gradients of every exit between the three ways of training.
-
-    Raises:
-        WrongResult: they differ.
-    """
+    """Compare losses and gradients of every exit between the three ways (WrongResult)."""
     options = {**options, "dropout": 0.0}
     together, cached = runs.second_stage("together", options), runs.cached(options)
     cached.model.load_state_dict(together.model.state_dict())
@@ -230,29 +202,21 @@ def check(runs: Runs, name: str, options: dict[str, Any]) -> None:
 
 def exit_values(trainer: SteppedTrainer, indices: np.ndarray) -> list[dict[str, Tensor]]:
     """Losses of a batch and their flat gradients, for each exit."""
-    losses = trainer.losses_of(indices)
+    (losses,) = trainer.losses.of(1, [indices])
     found = []
     for index, position in enumerate(trainer.stage.exits):
         parameters = list(trainer.model.exits[position].parameters())
         values = {}
         for what, loss in (("main", losses.main), ("auxiliary", losses.auxiliary)):
-            if loss is None:
-                continue
-            gradients = torch.autograd.grad(
-                loss[index], parameters, retain_graph=True, materialize_grads=True
-            )
-            values[f"{what} loss"] = loss[index].detach()
-            values[f"{what} gradient"] = torch.cat([g.reshape(-1) for g in gradients])
+            if loss is not None:
+                values[f"{what} loss"] = loss[index].detach()
+                values[f"{what} gradient"] = flat_gradient(loss[index], parameters)
         found.append(values)
     return found
 
 
 def compare(what: str, found: Tensor, wanted: Tensor, limit: float) -> None:
-    """Compare two tensors.
-
-    Raises:
-        WrongResult: the largest error exceeds `limit` times the largest value.
-    """
-    error = float((found - wanted).detach().abs().max() / wanted.detach().abs().max())
+    """WrongResult if the largest error exceeds `limit` times the largest wanted value."""
+    error = relative_error(found, wanted)
     if not error <= limit:
         raise WrongResult(f"{what}: relative error {error:.1e}: not timed")

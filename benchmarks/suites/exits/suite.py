@@ -3,7 +3,6 @@
 - A training step of the second stage with five exits together, beside the same exits trained one at
   a time, and from the feature cache: our trainer in all cases, on the same batches, in turns.
 - Early exit with a threshold that no text reaches, beside the backbone with only its last exit.
-- ACL-CL of several exits in one call, beside a loop over dense losses.
 
 Losses, gradients and predictions are compared before anything is timed.
 """
@@ -14,60 +13,46 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
-from ....engine.data.batching import EncodedSplit, collate
+from ....engine.data.batching import collate
 from ....engine.data.quickstart import minilm_path
 from ....engine.model.early_exit import EarlyExit
 from ....engine.model.multi_exit import MultiExitForSequenceClassification
 from ....engine.runtime.text import text_table
-from ....kernels import acl_cl_loss
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
-from ...measuring.clock import interleave_on, quantiles, ratio, seconds
-from ...measuring.environment import CPU, Result
+from ...measuring.clock import quantiles, ratio, seconds
+from ...measuring.environment import Result
 from ...measuring.result_file import ResultFile
 from ...measuring.times_table import times_table
-from ..baselines import dense_supcon
 from ..suite import WrongResult
 from .second_stage import BATCH_SIZE, STAGES, WIDTH, Runs, compare, second_stage
 
-TEMPERATURE = 0.5
-EXIT_WIDTH = 64
 QUICK_LAYERS = 3
 # Texts per sample at batch size 1.
 NUM_SINGLE = 16
 # Relative to the largest value; early exit omits masks that have no effect.
 MAX_ERROR = 1e-4
-MAX_LOSS_ERROR = 1e-5
-
-# Arguments: [samples, label embeddings] of the students, the same of the teachers, and labels.
-Loss = Callable[[list[Tensor], list[Tensor], Tensor], Tensor]
 
 
 def run(file: ResultFile, *, quick: bool, data_dir: Path | None, threads: int = 2) -> None:
-    """Measure everything into `file`.
+    """Measure everything into `file`; WrongResult if two ways of training or answering differ.
 
     data_dir: the directory with mrpc/; None uses embedded texts.
-
-    Raises:
-        WrongResult: two ways of training or answering differ.
     """
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     result = file.result
     with tempfile.TemporaryDirectory() as directory:
-        options: dict[str, Any] = {"task_name": "quickstart"}
+        data = {"task_name": "quickstart"}
         if data_dir is not None:
-            options = {"task_name": "mrpc", "data_dir": str(data_dir)}
-        runs = Runs(
-            Path(directory), str(minilm_path()), 2 if quick else 10,
-            num_layers=QUICK_LAYERS if quick else None, **options,
-        )  # fmt: skip
+            data = {"task_name": "mrpc", "data_dir": str(data_dir)}
+        num_batches, num_layers = (2, QUICK_LAYERS) if quick else (10, None)
+        runs = Runs(Path(directory), str(minilm_path()), num_batches, data, num_layers)
         result["shape"] = {
             "model": f"MiniLM, {QUICK_LAYERS if quick else 6} x {WIDTH}",
             "texts": "embedded" if data_dir is None else "MRPC",
@@ -82,11 +67,6 @@ def run(file: ResultFile, *, quick: bool, data_dir: Path | None, threads: int = 
             for head in (("mha",) if quick else ("linear", "mha"))
             for batch_size in (1, BATCH_SIZE)
         ]
-    result["losses"] = [
-        contrastive_losses(num_exits, num_labels, rounds=10 if quick else 30)
-        for num_exits in ((5,) if quick else (5, 11))
-        for num_labels in (2, 77)
-    ]
 
 
 def real_texts() -> Path | None:
@@ -102,22 +82,20 @@ def computes_bfloat16() -> bool:
 
 
 def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
-    """Time early exit that no text leaves early, and the full model, over the same batches.
-
-    Raises:
-        WrongResult: their answers differ.
-    """
+    """Time early exit that no text leaves, and the full model; WrongResult if they differ."""
     trainer = runs.first_stage(head)
     model = trainer.model.eval()
     last = model.exit_layers[-1]
     # No entropy is below 0.
     engine = EarlyExit(model, "entropy", threshold=0.0)
-    batches = text_batches(
-        trainer.train_split,
-        NUM_SINGLE if batch_size == 1 else batch_size,
-        batch_size,
-        trainer.tokenizer.pad_token_id,
-    )
+    num_texts = NUM_SINGLE if batch_size == 1 else batch_size
+    padding = trainer.tokenizer.pad_token_id
+    batches = [
+        collate(trainer.train_split, rows.numpy(), padding)
+        for rows in torch.arange(num_texts).split(batch_size)
+    ]
+    for batch in batches:
+        del batch["labels"]
     for batch in batches:
         ours, plain = engine(**batch), full_model(model, batch)
         if not torch.equal(ours.predictions, plain.argmax(dim=-1)) or ours.mean_layer != last:
@@ -133,16 +111,11 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
     }
     times = interleave_passes(calls, batches, {PRODUCTS: product_turn(WIDTH)}, rounds)
     rate = add_floors(times, flops, WIDTH)
-    result = {
-        "exit_head": head,
-        "batch": batch_size,
-        "batches": len(batches),
-        **rate,
-        "times": times,
-        "over_full": ratio(times, "early_exit", "full"),
-    }
     print(f"\n{head} exits, batch {batch_size}", times_table(times, text_table), sep="\n")
-    return result
+    return {
+        "exit_head": head, "batch": batch_size, "batches": len(batches), **rate, "times": times,
+        "over_full": ratio(times, "early_exit", "full"),
+    }  # fmt: skip
 
 
 def interleave_passes(
@@ -163,23 +136,10 @@ def interleave_passes(
         for batch in batches:
             for name in order.sample(list(calls), len(calls)):
                 spent[name] += seconds(partial(calls[name], batch))
+        spent |= {name: seconds(call) for name, call in beside.items()}
         for name, value in spent.items():
             samples[name].append(value)
-        for name, call in beside.items():
-            samples[name].append(seconds(call))
     return {name: quantiles(values) for name, values in samples.items()}
-
-
-def text_batches(
-    encoded: EncodedSplit, num_texts: int, batch_size: int, pad_token_id: int
-) -> list[dict[str, Tensor]]:
-    """The first texts as padded batches without labels."""
-    batches = []
-    for rows in torch.arange(num_texts).split(batch_size):
-        batch = collate(encoded, rows.numpy(), pad_token_id)
-        batch.pop("labels")
-        batches.append(batch)
-    return batches
 
 
 @torch.inference_mode()
@@ -189,76 +149,3 @@ def full_model(
     """Probabilities of the last exit, from a plain forward pass without the other exits."""
     states = model.exit_states(**batch, positions=[-1])
     return model.classify(states, batch["attention_mask"], positions=[-1]).logits.softmax(dim=-1)
-
-
-def contrastive_losses(num_exits: int, num_labels: int, rounds: int) -> Result:
-    """Time ACL-CL of E exits, forward + backward.
-
-    Raises:
-        WrongResult: a loss or gradient differs from the float64 reference.
-    """
-    torch.manual_seed(0)
-    students = [
-        torch.randn(num_exits, rows, EXIT_WIDTH, requires_grad=True)
-        for rows in (BATCH_SIZE, num_labels)
-    ]
-    teachers = [torch.randn(rows, EXIT_WIDTH) for rows in (BATCH_SIZE, num_labels)]
-    labels = torch.randint(num_labels, (BATCH_SIZE,))
-    losses: dict[str, Loss] = {"fusedacl": batched, "dense": dense_loop}
-    exact = [tensor.detach().double().requires_grad_() for tensor in students]
-    constants = [tensor.double() for tensor in teachers]
-    wanted = values(batched(exact, constants, labels, impl="reference"), exact)
-    for name, loss in losses.items():
-        found = values(loss(students, teachers, labels), students)
-        for what, value, reference in zip(("loss", "gradient"), found, wanted, strict=True):
-            compare(f"ACL-CL, {name}: {what}", value, reference, MAX_LOSS_ERROR)
-    calls: dict[str, Callable[[], object]] = {
-        name: partial(forward_backward, loss, students, teachers, labels)
-        for name, loss in losses.items()
-    }
-    # One product for the pairs of all rows, one for the gradient of the trained half. This is a
-    # formula because PyTorch does not see the products of the C loop.
-    num_trained = BATCH_SIZE + num_labels
-    num_flops = num_exits * 2 * (2 * num_trained) * (2 * num_trained + num_trained) * EXIT_WIDTH
-    flops = dict.fromkeys(calls, num_flops)
-    times = interleave_on(CPU, calls | {PRODUCTS: product_turn(EXIT_WIDTH)}, rounds=rounds)
-    rate = add_floors(times, flops, EXIT_WIDTH)
-    shape = {"exits": num_exits, "samples": BATCH_SIZE, "labels": num_labels, "width": EXIT_WIDTH}
-    print(f"\nACL-CL, {shape}", times_table(times, text_table), sep="\n")
-    faster = ratio(times, "dense", "fusedacl")
-    return {"shape": shape, **rate, "times": times, "faster_than_dense": faster}
-
-
-def batched(
-    students: list[Tensor], teachers: list[Tensor], labels: Tensor, impl: str = "auto"
-) -> Tensor:
-    embeddings, label_embeddings = students
-    losses = acl_cl_loss(
-        embeddings, labels, label_embeddings, *teachers, temperature=TEMPERATURE, impl=impl
-    )
-    return losses.sum()
-
-
-def dense_loop(students: list[Tensor], teachers: list[Tensor], labels: Tensor) -> Tensor:
-    """One dense loss per exit over the concatenated rows."""
-    embeddings, label_embeddings = students
-    classes = torch.arange(label_embeddings.shape[1])
-    row_labels = torch.cat([labels, classes, labels, classes])
-    total = torch.zeros(())
-    for samples, rows in zip(embeddings, label_embeddings, strict=True):
-        rows = torch.cat([samples, rows, *teachers])
-        total = total + dense_supcon(rows, row_labels, TEMPERATURE, denominator="all")
-    return total
-
-
-def values(loss: Tensor, students: list[Tensor]) -> tuple[Tensor, Tensor]:
-    gradients = torch.autograd.grad(loss, students)
-    return loss.detach(), torch.cat([gradient.reshape(-1) for gradient in gradients])
-
-
-def forward_backward(
-    loss: Loss, students: list[Tensor], teachers: list[Tensor], labels: Tensor
-) -> None:
-    for tensor in students:
-        tensor.grad = None
-    loss(students, teachers, labels).backward()

@@ -23,17 +23,6 @@ def bert_shapes(num_layers: int, hidden: int = 768, vocabulary: int = 30522) -> 
     return embeddings + layer * num_layers + [[hidden, hidden], [hidden]]
 
 
-def shapes_of(parameters: int) -> list[list[int]]:
-    """Shapes of a 12-layer BERT with about so many parameters; BERT-base for its exact number.
-
-    The vocabulary is 40 times the width, as in BERT-base.
-    """
-    if parameters == BERT_BASE:
-        return bert_shapes(num_layers=12)
-    hidden = max(1, round(math.sqrt(parameters / (12 * 12 + 40))))
-    return bert_shapes(num_layers=12, hidden=hidden, vocabulary=40 * hidden)
-
-
 def num_elements(shapes: Sequence[Sequence[int]]) -> int:
     return sum(math.prod(shape) for shape in shapes)
 
@@ -52,7 +41,11 @@ class AngleCase:
 
     @property
     def shapes(self) -> list[list[int]]:
-        return shapes_of(self.parameters)
+        """Those of a 12-layer BERT whose vocabulary is 40 times its width, as in BERT-base."""
+        if self.parameters == BERT_BASE:
+            return bert_shapes(num_layers=12)
+        hidden = max(1, round(math.sqrt(self.parameters / (12 * 12 + 40))))
+        return bert_shapes(num_layers=12, hidden=hidden, vocabulary=40 * hidden)
 
     @property
     def elements(self) -> int:
@@ -61,9 +54,16 @@ class AngleCase:
 
 @dataclass
 class AngleInputs:
-    """Two lists of gradients at an angle below 90 degrees, and their `grad_dot_norm`."""
+    """Two lists of gradients at an angle below 90 degrees, and their `grad_dot_norm`.
+
+    one: a loss scale on the device. found_inf: where unscaling reports values that are not finite.
+    """
 
     a: list[Tensor]
     b: list[Tensor]
     stats: Tensor
     max_norm: float = MAX_NORM
+
+    def __post_init__(self) -> None:
+        self.one = torch.ones((), device=self.stats.device)
+        self.found_inf = torch.zeros_like(self.one)

@@ -1,6 +1,6 @@
 """Providers of the angle check and the gated combination."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from ....kernels import gated_combine_, grad_dot_norm
 from ....kernels.gradients.angle import choose
 from .. import baselines
-from ..suite import Provider, installed, missing
+from ..suite import Call, Provider, missing
 
 if TYPE_CHECKING:
     from .case import AngleCase, AngleInputs
@@ -25,102 +25,87 @@ SUMS, COMBINED, CLIPPED, PCGRAD = (
     "a, unscaled and clipped",
     "PCGrad's sum",
 )
-DotNorm = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 def providers(case: "AngleCase", device: torch.device) -> list[Provider]:
     """Providers of the case's task."""
-    return {"dot_norm": _of_sums, "combine": _of_combination, "gate": _of_gate}[case.task](device)
+    return {"dot_norm": _of_sums, "combine": _of_combination, "gate": _of_gate}[case.task]()
 
 
-def _of_sums(device: torch.device) -> list[Provider]:
-    def make(function: DotNorm) -> Callable[["AngleCase", torch.device], Any]:
-        return lambda case, device: lambda inputs: function(inputs.a, inputs.b)
+def _provider(name: str, call: Call, formula: str, *more: Any, **options: Any) -> Provider:
+    return Provider(name, lambda case, device: call, formula, *more, **options)
 
-    ours = [
-        Provider(
-            _our_name(impl), make(partial(grad_dot_norm, impl=impl)), SUMS, _little,
-            partial(_our_obstacle, impl), is_ours=True,
+
+def _ours(formula: str, call: Callable[..., Any]) -> list[Provider]:
+    """Each implementation of ours: `call(inputs, impl=name)`."""
+    return [
+        _provider(
+            OURS if impl == "auto" else f"{OURS} {impl}", partial(call, impl=impl), formula,
+            _little, partial(_our_obstacle, impl), is_ours=True,
         )
         for impl in ("auto", "triton", "tiled", "reference")
     ]  # fmt: skip
-    others: list[tuple[str, DotNorm, Callable[[AngleCase], int]]] = [
-        ("concatenate + dot + norms", baselines.concatenated_dot_norm, _flat_copies),
-        ("loop over parameters", baselines.looped_dot_norm, _widened_copy),
-        ("torch._foreach norms + dots", baselines.foreach_dot_norm, _widened_copy),
+
+
+def _of_sums() -> list[Provider]:
+    others: tuple[tuple[Any, ...], ...] = (
+        (baselines.concatenated_dot_norm, "concatenate + dot + norms", _flat_copies),
+        (baselines.looped_dot_norm, "loop over parameters", _widened_copy),
+        (baselines.foreach_dot_norm, "torch._foreach norms + dots", _widened_copy),
+        (baselines.apex_dot_norm, "apex l2norm + dots", _widened_copy, _apex_obstacle),
+    )
+    return [
+        *_ours(SUMS, partial(_sums, grad_dot_norm)),
+        *(_provider(name, partial(_sums, sums), SUMS, *more) for sums, name, *more in others),
     ]
-    return [
-        *ours,
-        *(Provider(name, make(function), SUMS, size) for name, function, size in others),
-        Provider(
-            "apex l2norm + dots", make(baselines.apex_dot_norm), SUMS,
-            _widened_copy, _apex_obstacle,
-        ),
-    ]  # fmt: skip
 
 
-def _of_combination(device: torch.device) -> list[Provider]:
-    def ours(impl: str, case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-        one = torch.ones((), device=device)
-        return lambda inputs: _combine(inputs, inputs.stats, one, impl)
+def _sums(function: Callable[..., Tensor], inputs: "AngleInputs", **options: str) -> Tensor:
+    return function(inputs.a, inputs.b, **options)
+
+
+def _of_combination() -> list[Provider]:
+    def foreach(inputs: "AngleInputs") -> None:
+        baselines.foreach_gate_(inputs.a, inputs.b, WEIGHT, inputs.one, inputs.max_norm)
 
     return [
-        *(
-            Provider(
-                _our_name(impl), partial(ours, impl), COMBINED, _little,
-                partial(_our_obstacle, impl), is_ours=True,
-            )
-            for impl in ("auto", "triton", "tiled", "reference")
-        ),
-        Provider("torch._foreach combine + clip", _foreach_gate, COMBINED, _little),
-        Provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
-    ]  # fmt: skip
+        *_ours(COMBINED, lambda inputs, impl: _combine(inputs, inputs.stats, impl)),
+        _provider("torch._foreach combine + clip", foreach, COMBINED, _little),
+        _provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
+    ]
 
 
-def _of_gate(device: torch.device) -> list[Provider]:
-    def ours(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-        one = torch.ones((), device=device)
-        return lambda inputs: _combine(inputs, grad_dot_norm(inputs.a, inputs.b), one, "auto")
+def _of_gate() -> list[Provider]:
+    def ours(inputs: "AngleInputs") -> Tensor:
+        return _combine(inputs, grad_dot_norm(inputs.a, inputs.b), "auto")
 
-    def concatenated(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-        return lambda inputs: baselines.concatenated_gate_(
-            inputs.a, inputs.b, WEIGHT, MAX_ANGLE, inputs.max_norm
-        )
+    def concatenated(inputs: "AngleInputs") -> None:
+        baselines.concatenated_gate_(inputs.a, inputs.b, WEIGHT, MAX_ANGLE, inputs.max_norm)
 
     return [
-        Provider(OURS, ours, COMBINED, _little, is_ours=True),
-        Provider("concatenate + cosine + loop", concatenated, COMBINED, _flat_copies),
-        Provider(
+        _provider(OURS, ours, COMBINED, _little, is_ours=True),
+        _provider("concatenate + cosine + loop", concatenated, COMBINED, _flat_copies),
+        _provider(
             "TorchJD PCGrad",
-            lambda case, device: lambda inputs: baselines.stacked_pcgrad(inputs.a, inputs.b),
+            lambda inputs: baselines.stacked_pcgrad(inputs.a, inputs.b),
             PCGRAD,
             # The Jacobian, copies of its rows while it is stacked, the result.
             lambda case: 5 * case.elements * case.torch_dtype.itemsize,
             lambda case, device: missing("torchjd", "torchjd"),
         ),
-        Provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
+        _provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
     ]
 
 
-def _combine(inputs: "AngleInputs", stats: Tensor, one: Tensor, impl: str) -> Tensor:
+def _unscale_and_clip(inputs: "AngleInputs") -> None:
+    baselines.unscale_and_clip_(inputs.a, inputs.one, inputs.found_inf, inputs.max_norm)
+
+
+def _combine(inputs: "AngleInputs", stats: Tensor, impl: str) -> Tensor:
     return gated_combine_(
-        inputs.a, inputs.b, stats, weight=WEIGHT, max_angle=MAX_ANGLE, scale=one,
+        inputs.a, inputs.b, stats, weight=WEIGHT, max_angle=MAX_ANGLE, scale=inputs.one,
         max_norm=inputs.max_norm, impl=impl,
     )  # fmt: skip
-
-
-def _foreach_gate(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-    one = torch.ones(1, device=device)
-    return lambda inputs: baselines.foreach_gate_(inputs.a, inputs.b, WEIGHT, one, inputs.max_norm)
-
-
-def _unscale_and_clip(case: "AngleCase", device: torch.device) -> Callable[["AngleInputs"], Any]:
-    one, found_inf = torch.ones(1, device=device), torch.zeros(1, device=device)
-    return lambda inputs: baselines.unscale_and_clip_(inputs.a, one, found_inf, inputs.max_norm)
-
-
-def _our_name(impl: str) -> str:
-    return OURS if impl == "auto" else f"{OURS} {impl}"
 
 
 def _our_obstacle(impl: str, case: "AngleCase", device: torch.device) -> str | None:
@@ -138,7 +123,7 @@ def _our_obstacle(impl: str, case: "AngleCase", device: torch.device) -> str | N
 def _apex_obstacle(case: "AngleCase", device: torch.device) -> str | None:
     if device.type != "cuda":
         return "apex's kernels run on NVIDIA GPUs only: --device cuda"
-    if installed("amp_C"):
+    if missing("amp_C", "apex") is None:
         return missing("apex", "apex")
     return (
         "apex with its kernels is not installed. Run: pip install --no-build-isolation "

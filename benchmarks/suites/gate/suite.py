@@ -8,6 +8,7 @@ step does.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,14 +18,14 @@ from torch import Tensor
 
 from ....kernels import grad_dot_norm
 from ...floors import cpu as cpu_rates
-from ...floors.loss_and_gate import combine_floor, dot_norm_floor
 from ...floors.rates import Floor, Rates
-from ..suite import Call, Provider
-from . import providers as angle_providers
+from ..suite import Call, Provider, relative_error
 from .case import AngleCase, AngleInputs, num_elements
-from .providers import COMBINED, PCGRAD, SUMS, WEIGHT
+from .providers import COMBINED, PCGRAD, SUMS, WEIGHT, providers
 
-TASKS = ("dot_norm", "combine", "gate")
+# Task -> lists that move at least: the sums read both, the combination also writes one.
+LISTS_MOVED = {"dot_norm": 2, "combine": 3, "gate": 5}
+TASKS = tuple(LISTS_MOVED)
 # max_norm of the check, so low that clipping takes effect.
 CHECKED_NORM = 1.0
 OUR_MAX_ERROR = 1e-5
@@ -37,10 +38,7 @@ BLOCK = 2**24
 
 
 class AngleSuite:
-    name = "angle"
-
-    def providers(self, case: AngleCase, device: torch.device) -> list[Provider]:
-        return angle_providers.providers(case, device)
+    providers = staticmethod(providers)
 
     def input_bytes(self, case: AngleCase) -> int:
         # While the largest tensor is made, two more of it exist in float32.
@@ -79,19 +77,13 @@ class AngleSuite:
 
     def error(self, call: Call, case: AngleCase, inputs: AngleInputs, exact: list[Tensor]) -> float:
         if len(exact) == 1 and exact[0].shape == (3,):
-            found = [call(inputs).reshape(3).double()]
             # Relative to each sum: the dot product is much smaller than the norms.
-            errors = [float(((found[0] - exact[0]) / exact[0]).abs().max())]
+            found, exact = list(call(inputs).reshape(3)), list(exact[0])
         else:
             few = _few(inputs)
             returned = call(few)
             found = few.a if len(exact) > 1 else [returned]
-            errors = [
-                float((x.double() - wanted).abs().max() / wanted.abs().max())
-                for x, wanted in zip(found, exact, strict=True)
-            ]
-        worst = max(errors)
-        return worst if all(error == error for error in errors) else float("inf")
+        return max(map(relative_error, found, exact))
 
     def max_error(self, provider: Provider, case: AngleCase) -> float:
         if not provider.is_ours:
@@ -108,13 +100,8 @@ class AngleSuite:
         return cpu_rates.rates_from(times, width=0)
 
     def floor(self, rates: Rates, case: AngleCase) -> Floor:
-        size = case.torch_dtype.itemsize
-        seconds = {
-            "dot_norm": dot_norm_floor(rates, case.elements, size),
-            "combine": combine_floor(rates, case.elements, size),
-        }
-        seconds["gate"] = sum(seconds.values())
-        return Floor(seconds[case.task], "memory")
+        moved = LISTS_MOVED[case.task] * case.elements * case.torch_dtype.itemsize
+        return Floor(moved / rates.bytes, "memory")
 
     def shrunk(self, case: AngleCase) -> AngleCase | None:
         if case.parameters < 2000:
@@ -149,13 +136,10 @@ def _pcgrad(a: Tensor, b: Tensor) -> Tensor:
     return a - against / (b @ b) * b + b - against / (a @ a) * a
 
 
-def cases(
-    *, tasks: Sequence[str], parameters: Sequence[int], dtypes: Sequence[str]
-) -> list[AngleCase]:
-    values: list[tuple[str, int, str]] = [
-        (task, number, dtype) for number in parameters for dtype in dtypes for task in tasks
-    ]
-    return [AngleCase(*value) for value in values]
+def cases(sizes: Mapping[str, Any]) -> list[AngleCase]:
+    """All combinations of `parameters`, `dtypes` and `tasks`."""
+    combined = itertools.product(sizes["parameters"], sizes["dtypes"], sizes["tasks"])
+    return [AngleCase(task, number, dtype) for number, dtype, task in combined]
 
 
 SUITE = AngleSuite()

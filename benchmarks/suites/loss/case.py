@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOSSES = ("supcon", "acl")
+LOSSES = ("supcon", "acl", "acl_cl")
 
 
 @dataclass(frozen=True)
 class LossCase:
-    """Shapes: supcon has M = samples; acl has N = samples, K = classes, E = exits."""
+    """Shapes: supcon has M = samples; acl and acl_cl have N = samples, K = classes, E = exits."""
 
     loss: str
     samples: int
@@ -26,9 +26,14 @@ class LossCase:
         return getattr(torch, self.dtype)
 
     @property
-    def num_rows(self) -> int:
+    def num_trained(self) -> int:
         """Rows of one exit, including label embeddings."""
-        return self.samples + (self.classes if self.loss == "acl" else 0)
+        return self.samples + (0 if self.loss == "supcon" else self.classes)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one exit and of its teacher."""
+        return self.num_trained * (2 if self.loss == "acl_cl" else 1)
 
 
 @dataclass
@@ -41,8 +46,9 @@ class LossInputs:
     labels: Tensor
     label_embeddings: Tensor | None
     upstream: float
+    # Samples and label embeddings of the teacher, for acl_cl.
+    teachers: tuple[Tensor, ...] = ()
 
     @property
     def leaves(self) -> list[Tensor]:
-        label_rows = [] if self.label_embeddings is None else [self.label_embeddings]
-        return [self.embeddings, *label_rows]
+        return [rows for rows in (self.embeddings, self.label_embeddings) if rows is not None]

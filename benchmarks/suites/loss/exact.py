@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..suite import relative_error
+
 # Number of rows whose gradient is checked.
 NUM_CHECKED = 256
 # Pairs per float64 block: 256 MiB.
@@ -38,24 +40,24 @@ def exact_in_blocks(
     *,
     temperature: float,
     num_checked: int = NUM_CHECKED,
+    num_trained: int | None = None,
 ) -> Exact:
-    """Loss of rows [M, d] with labels [M] from 0 on, and its gradient at evenly spaced rows."""
+    """Loss of rows [M, d] with labels [M] from 0 on, and its gradient at evenly spaced rows.
+
+    num_trained: the gradient is that of the first rows, None for all.
+    """
     x = embeddings.double()
     norm = x.norm(dim=1, keepdim=True)
     z = x / norm
     num_rows, without_itself = z.shape[0], formula != ALL
     block = max(1, min(num_rows, BLOCK_PAIRS // num_rows))
     everything = torch.arange(num_rows, device=z.device)
-    denominators = torch.cat(
-        [
-            exponentials(z, part, temperature, without_itself).sum(1)
-            for part in everything.split(block)
-        ]
-    )
+    parts = everything.split(block)
+    sums = [exponentials(z, part, temperature, without_itself).sum(1) for part in parts]
+    denominators = torch.cat(sums)
 
     num_classes = int(labels.max()) + 1
-    sums = z.new_zeros(num_classes, z.shape[1]).index_add_(0, labels, z)
-    of_class = sums[labels]  # [M, d]
+    of_class = z.new_zeros(num_classes, z.shape[1]).index_add_(0, labels, z)[labels]  # [M, d]
     num_positives = (torch.bincount(labels, minlength=num_classes)[labels] - 1).double()
     is_anchor = num_positives > 0
     positive_mean = ((of_class - z) * z).sum(1) / temperature / num_positives.clamp(min=1)
@@ -63,7 +65,8 @@ def exact_in_blocks(
     weight = is_anchor / counted
     loss = ((denominators.log() - positive_mean) * weight).sum()
 
-    rows = everything[:: max(1, num_rows // num_checked)]
+    trained = everything[:num_trained]
+    rows = trained[:: max(1, len(trained) // num_checked)]
     u = weight / denominators
     v = weight / num_positives.clamp(min=1)
     gradients = []
@@ -82,14 +85,7 @@ def exponentials(z: Tensor, rows: Tensor, temperature: float, without_itself: bo
     return pairs.scatter_(1, rows[:, None], 0.0) if without_itself else pairs
 
 
-def error_of(loss: Tensor, gradient: Tensor, upstream: float, exact: Exact) -> dict[str, float]:
-    """Largest errors relative to the largest exact values; a NaN counts as infinite."""
-    pairs = {
-        "loss": (loss, exact.loss),
-        "gradient": (gradient[exact.rows], exact.gradient * upstream),
-    }
-    errors = {
-        what: float((found.double() - wanted).abs().max() / wanted.abs().max())
-        for what, (found, wanted) in pairs.items()
-    }
-    return {what: error if error == error else float("inf") for what, error in errors.items()}
+def error_of(loss: Tensor, gradient: Tensor, upstream: float, exact: Exact) -> float:
+    """Largest `relative_error` of a loss and of its gradient at the rows of `exact`."""
+    of_gradient = relative_error(gradient[exact.rows], exact.gradient * upstream)
+    return max(relative_error(loss, exact.loss), of_gradient)

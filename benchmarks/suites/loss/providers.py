@@ -4,19 +4,18 @@ The alternatives compute the loss of rows [M, d] with labels [M]. For `acl_loss`
 and label embeddings concatenated; for several exits they are called in a loop.
 """
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ....kernels import acl_loss, supcon_loss
+from ....kernels import acl_cl_loss, acl_loss, supcon_loss
 from ....kernels.contrastive.dispatch import Workload, choose, obstacle, triton_file
 from .. import baselines
-from ..suite import Provider, missing
+from ..suite import Call, Provider, missing
 from .exact import ALL, OTHERS, OTHERS_ALL_ROWS
 
 if TYPE_CHECKING:
@@ -32,38 +31,57 @@ BLOCK_ROWS = 1024
 
 # Arguments: rows [M, d], labels [M], number of classes.
 RowLoss = Callable[[Tensor, Tensor, int], Tensor]
-Result = tuple[Tensor, ...]
+Obstacle = Callable[["LossCase", torch.device], str | None]
 
 
 def providers(case: "LossCase", device: torch.device) -> list[Provider]:
     """All providers: ours with impl="auto", each implementation of ours, then the others."""
-    denominators = ALL if case.loss == "acl" else OTHERS
-    ours = [
-        _ours(case, device, denominators, impl) for impl in ("auto", "tiled", "triton", "reference")
-    ]
-    dense = partial(_dense, denominators)
+    formula, denominator = (OTHERS, "others") if case.loss == "supcon" else (ALL, "all")
+
+    def dense(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        return baselines.dense_supcon(rows, labels, TEMPERATURE, denominator)
+
+    def autocast(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        with torch.autocast(rows.device.type, dtype=rows.dtype):
+            return dense(rows, labels, num_classes)
+
+    def checkpointed(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        return baselines.checkpointed_supcon(rows, labels, TEMPERATURE, denominator, BLOCK_ROWS)
+
+    def supcontrast(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        z = torch.nn.functional.normalize(rows, dim=1)
+        return baselines.supcontrast(z[:, None], labels, TEMPERATURE)
+
+    def metric_learning() -> RowLoss:
+        from pytorch_metric_learning.losses import SupConLoss
+
+        loss = SupConLoss(temperature=TEMPERATURE)
+        return lambda rows, labels, num_classes: loss(rows, labels)
+
     return [
-        *ours,
-        _by_rows("dense", dense, denominators, _pairs_of("dense")),
+        *(_ours(case, device, formula, impl) for impl in ("auto", "tiled", "triton", "reference")),
+        _by_rows("dense", lambda: dense, formula, _pairs_of("dense")),
         _by_rows(
-            "dense torch.compile", dense, denominators, _pairs_of("compiled"), _compiler_obstacle,
-            compiled=True,
+            "dense torch.compile", lambda: dense, formula, _pairs_of("compiled"),
+            _compiler_obstacle, compiled=True,
         ),
         _by_rows(
-            "dense autocast", partial(_autocast, denominators), denominators, _pairs_of("dense"),
-            _autocast_obstacle,
+            "dense autocast", lambda: autocast, formula, _pairs_of("dense"), _autocast_obstacle
         ),
+        _by_rows("checkpointed row blocks", lambda: checkpointed, formula, _blocks),
+        _by_rows("SupContrast", lambda: supcontrast, OTHERS_ALL_ROWS, _pairs_of("supcontrast")),
         _by_rows(
-            "checkpointed row blocks", partial(_checkpointed, denominators), denominators,
-            _blocks,
-        ),
-        _by_rows("SupContrast", _supcontrast, OTHERS_ALL_ROWS, _pairs_of("supcontrast")),
-        Provider(
-            "pytorch-metric-learning", _metric_learning, OTHERS, _pairs_of("metric"),
+            "pytorch-metric-learning", metric_learning, OTHERS, _pairs_of("metric"),
             lambda case, device: missing("pytorch_metric_learning", "pytorch-metric-learning"),
         ),
-        Provider("inf-cl", _inf_cl, OTHERS, _linear, _inf_cl_obstacle),
-        Provider("cut-cross-entropy", _cut, OTHERS, _linear, _cut_obstacle),
+        _by_rows(
+            "inf-cl", lambda: _by_log_sum_exp(baselines.flash_log_sum_exp()), OTHERS, _linear,
+            partial(_on_gpu, "inf-cl"),
+        ),
+        _by_rows(
+            "cut-cross-entropy", lambda: _by_log_sum_exp(baselines.cut_log_sum_exp()), OTHERS,
+            _linear, _cut_obstacle,
+        ),
     ]  # fmt: skip
 
 
@@ -88,7 +106,14 @@ def _blocks(case: "LossCase") -> int:
 
 def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Provider:
     workload = Workload(device, case.torch_dtype, TEMPERATURE, case.num_rows, case.width)
-    name = OURS if impl == "auto" else f"{OURS} {impl}"
+
+    def make(case: "LossCase", device: torch.device) -> Call:
+        losses: dict[str, Callable[..., Tensor]] = {
+            "supcon": partial(supcon_loss, denominator="others"), "acl": acl_loss,
+            "acl_cl": acl_cl_loss,
+        }  # fmt: skip
+        loss = partial(losses[case.loss], temperature=TEMPERATURE, impl=impl)
+        return partial(forward_backward, loss)
 
     def why_not(case: "LossCase", device: torch.device) -> str | None:
         file = triton_file(workload) if impl == "triton" else impl
@@ -96,22 +121,15 @@ def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Pr
             return f"same as {OURS}, which chooses it here"
         return None if impl == "auto" else obstacle(file, workload)
 
-    make = partial(_make_ours, impl)
+    name = OURS if impl == "auto" else f"{OURS} {impl}"
     extra_bytes = _pairs_of("reference") if impl == "reference" else _linear
     return Provider(name, make, formula, extra_bytes, why_not, is_ours=True)
 
 
-def _make_ours(impl: str, case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    if case.loss == "acl":
-        return partial(forward_backward, partial(acl_loss, temperature=TEMPERATURE, impl=impl))
-    loss = partial(supcon_loss, temperature=TEMPERATURE, denominator="others", impl=impl)
-    return partial(forward_backward, loss)
-
-
-def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> Result:
+def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> tuple[Tensor, ...]:
     """The losses, and the gradients of samples and label embeddings."""
     wanted = inputs.leaves
-    value = loss(inputs.embeddings, inputs.labels, *wanted[1:])
+    value = loss(inputs.embeddings, inputs.labels, *wanted[1:], *inputs.teachers)
     upstream = torch.full_like(value, inputs.upstream)
     return value.detach(), *torch.autograd.grad(value, wanted, upstream)
 
@@ -119,34 +137,36 @@ def forward_backward(loss: Callable[..., Tensor], inputs: "LossInputs") -> Resul
 def over_exits(loss: RowLoss, *arguments: Tensor) -> Tensor:
     """Apply a loss of rows to each exit.
 
-    Arguments: samples [(E,) N, d], labels [N] and, for ACL, label embeddings [(E,) K, d].
+    Arguments: samples [(E,) N, d], labels [N] and, for ACL, label embeddings [(E,) K, d]; for
+    ACL-CL, also the teacher's samples [N, d] and label embeddings [K, d].
     """
     embeddings, labels, *more = arguments
     if not more:
         return loss(embeddings, labels, int(labels.shape[0]))
-    (label_embeddings,) = more
+    label_embeddings, *teachers = more
     num_classes = label_embeddings.shape[-2]
     row_labels = torch.cat([labels, torch.arange(num_classes, device=labels.device)])
+    row_labels = row_labels.repeat(2 if teachers else 1)
     if embeddings.dim() == 2:
-        return loss(torch.cat([embeddings, label_embeddings]), row_labels, num_classes)
+        return loss(torch.cat([embeddings, label_embeddings, *teachers]), row_labels, num_classes)
+    by_exit = zip(embeddings, label_embeddings, strict=True)
     return torch.stack(
-        [
-            loss(torch.cat([samples, rows]), row_labels, num_classes)
-            for samples, rows in zip(embeddings, label_embeddings, strict=True)
-        ]
+        [loss(torch.cat([*rows, *teachers]), row_labels, num_classes) for rows in by_exit]
     )
 
 
 def _by_rows(
     name: str,
-    loss: RowLoss,
+    make_loss: Callable[[], RowLoss],
     formula: str,
     extra_bytes: Callable[["LossCase"], int],
-    why_not: Callable[["LossCase", torch.device], str | None] = lambda case, device: None,
+    why_not: Obstacle = lambda case, device: None,
     compiled: bool = False,
 ) -> Provider:
-    def make(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-        whole: Callable[..., Tensor] = partial(over_exits, loss)
+    """A provider whose loss of rows is made only if it runs, because that imports its package."""
+
+    def make(case: "LossCase", device: torch.device) -> Call:
+        whole: Callable[..., Tensor] = partial(over_exits, make_loss())
         if compiled:
             # Dynamo limits how often one function is compiled again for other shapes.
             torch._dynamo.reset()
@@ -156,54 +176,21 @@ def _by_rows(
     return Provider(name, make, formula, extra_bytes, why_not)
 
 
-def _dense(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return baselines.dense_supcon(rows, labels, TEMPERATURE, "all" if formula == ALL else "others")
-
-
-def _autocast(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    with torch.autocast(rows.device.type, dtype=rows.dtype):
-        return _dense(formula, rows, labels, num_classes)
-
-
-def _checkpointed(formula: str, rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    return baselines.checkpointed_supcon(
-        rows, labels, TEMPERATURE, "all" if formula == ALL else "others", BLOCK_ROWS
-    )
-
-
-def _supcontrast(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
-    z = torch.nn.functional.normalize(rows, dim=1)
-    return baselines.supcontrast(z[:, None], labels, TEMPERATURE)
-
-
-def _metric_learning(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    loss = baselines.metric_learning_supcon(TEMPERATURE)
-    whole = partial(over_exits, lambda rows, labels, num_classes: loss(rows, labels))
-    return partial(forward_backward, whole)
-
-
-def _by_log_sum_exp(log_sum_exp: Callable[[Tensor], Tensor]) -> Callable[["LossInputs"], Any]:
+def _by_log_sum_exp(log_sum_exp: Callable[[Tensor], Tensor]) -> RowLoss:
     def loss(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
         return baselines.supcon_by_log_sum_exp(log_sum_exp, rows, labels, num_classes, TEMPERATURE)
 
-    return partial(forward_backward, partial(over_exits, loss))
+    return loss
 
 
-def _inf_cl(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    return _by_log_sum_exp(baselines.flash_log_sum_exp())
-
-
-def _cut(case: "LossCase", device: torch.device) -> Callable[["LossInputs"], Any]:
-    return _by_log_sum_exp(baselines.cut_log_sum_exp(accumulate_float32=True))
-
-
-def _inf_cl_obstacle(case: "LossCase", device: torch.device) -> str | None:
-    return _needs_gpu("inf-cl", device) or missing("inf_cl", "inf-cl")
+def _on_gpu(name: str, case: "LossCase", device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"{name} runs on NVIDIA GPUs only: --device cuda"
+    return missing(name.replace("-", "_"), name)
 
 
 def _cut_obstacle(case: "LossCase", device: torch.device) -> str | None:
-    reason = _needs_gpu("cut-cross-entropy", device)
-    reason = reason or missing("cut_cross_entropy", "cut-cross-entropy")
+    reason = _on_gpu("cut-cross-entropy", case, device)
     if reason is None:
         from cut_cross_entropy import linear_cross_entropy
 
@@ -215,10 +202,6 @@ def _cut_obstacle(case: "LossCase", device: torch.device) -> str | None:
     return reason
 
 
-def _needs_gpu(name: str, device: torch.device) -> str | None:
-    return None if device.type == "cuda" else f"{name} runs on NVIDIA GPUs only: --device cuda"
-
-
 def _autocast_obstacle(case: "LossCase", device: torch.device) -> str | None:
     if case.torch_dtype == torch.float32:
         return "float32 has nothing to cast: --dtypes float16 or bfloat16"
@@ -228,8 +211,7 @@ def _autocast_obstacle(case: "LossCase", device: torch.device) -> str | None:
 def _compiler_obstacle(case: "LossCase", device: torch.device) -> str | None:
     """A message if torch.compile cannot run: it needs a C++ compiler, or Triton on a GPU."""
     if device.type == "cuda":
-        found = importlib.util.find_spec("triton") is not None
-        return None if found else "torch.compile needs triton. Run: pip install triton"
+        return missing("triton", "triton")
     from torch._inductor import cpp_builder
 
     try:

@@ -1,12 +1,13 @@
 """Suite of the contrastive loss, forward + backward.
 
-A case is either `supcon_loss` of one batch [M, d] or `acl_loss` of N samples and K label embeddings
-for E exits in one call. Providers differ in which rows the denominator and the mean include; the
-loss and gradient of each are compared with float64 of its own formula.
+A case is `supcon_loss` of one batch [M, d], or `acl_loss` or `acl_cl_loss` of N samples and K label
+embeddings for E exits in one call. Providers differ in which rows the denominator and the mean
+include; the loss and gradient of each are compared with float64 of its own formula.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,13 +16,12 @@ import torch
 from torch import Tensor
 
 from ...floors import cpu as cpu_rates
-from ...floors.loss_and_gate import loss_floor
+from ...floors.loss import loss_floor
 from ...floors.rates import Floor, Rates
 from ..suite import Call, Provider
-from . import providers as loss_providers
 from .case import LossCase, LossInputs
 from .exact import BLOCK_PAIRS, Exact, error_of, exact_in_blocks
-from .providers import TEMPERATURE
+from .providers import TEMPERATURE, providers
 
 # Relative to float64. Ours only rounds its result to the dtype; the others compute in the dtype.
 OUR_MAX_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
@@ -30,10 +30,7 @@ OTHERS_MAX_ERROR = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e
 
 
 class LossSuite:
-    name = "loss"
-
-    def providers(self, case: LossCase, device: torch.device) -> list[Provider]:
-        return loss_providers.providers(case, device)
+    providers = staticmethod(providers)
 
     def input_bytes(self, case: LossCase) -> int:
         rows = case.exits * case.num_rows * case.width * case.torch_dtype.itemsize
@@ -47,42 +44,43 @@ class LossSuite:
     def inputs(self, case: LossCase, device: torch.device, number: int) -> Sequence[LossInputs]:
         generator = torch.Generator().manual_seed(0)
         leading = (case.exits,) if case.exits > 1 else ()
-        # All sets share one block of memory.
-        samples = torch.randn(
-            number, *leading, case.samples, case.width, generator=generator
-        ).to(device, case.torch_dtype)  # fmt: skip
+
+        def rows(num_rows: int, *leading: int) -> list[Tensor]:
+            # All sets share one block of memory.
+            shape = (number, *leading, num_rows, case.width)
+            return list(torch.randn(shape, generator=generator).to(device, case.torch_dtype))
+
+        samples = rows(case.samples, *leading)
         labels = torch.randint(case.classes, (number, case.samples), generator=generator).to(device)
-        label_rows = None
-        if case.loss == "acl":
-            label_rows = torch.randn(
-                number, *leading, case.classes, case.width, generator=generator
-            ).to(device, case.torch_dtype)  # fmt: skip
-        return [
-            LossInputs(
-                samples[index].requires_grad_(),
-                labels[index],
-                None if label_rows is None else label_rows[index].requires_grad_(),
-                float(case.num_rows),
-            )
-            for index in range(number)
-        ]
+        label_rows: list[Any] = [None] * number
+        if case.loss != "supcon":
+            label_rows = rows(case.classes, *leading)
+        teachers: list[Any] = [()] * number
+        if case.loss == "acl_cl":
+            teachers = list(zip(rows(case.samples), rows(case.classes), strict=True))
+        upstream = [float(case.num_rows)] * number
+        found = list(map(LossInputs, samples, labels, label_rows, upstream, teachers))
+        for leaf in (leaf for inputs in found for leaf in inputs.leaves):
+            leaf.requires_grad_()
+        return found
 
     def exact(self, formula: str, case: LossCase, inputs: LossInputs) -> list[Exact]:
         """Loss and gradient of each exit."""
+        labels = _row_labels(inputs, case)
         return [
-            exact_in_blocks(rows, _row_labels(inputs, case), formula, temperature=TEMPERATURE)
+            exact_in_blocks(
+                torch.cat([rows, *inputs.teachers]), labels, formula, temperature=TEMPERATURE,
+                num_trained=case.num_trained,
+            )
             for rows in _rows(inputs.leaves)
-        ]
+        ]  # fmt: skip
 
     def error(self, call: Call, case: LossCase, inputs: LossInputs, exact: list[Exact]) -> float:
         losses, *gradients = call(inputs)
-        errors = [
-            max(error_of(loss, gradient, inputs.upstream, wanted).values())
-            for loss, gradient, wanted in zip(
-                losses.reshape(-1), _rows(gradients), exact, strict=True
-            )
-        ]
-        return max(errors)
+        by_exit = zip(losses.reshape(-1), _rows(gradients), exact, strict=True)
+        return max(
+            error_of(loss, gradient, inputs.upstream, wanted) for loss, gradient, wanted in by_exit
+        )
 
     def max_error(self, provider: Provider, case: LossCase) -> float:
         if not provider.is_ours:
@@ -97,13 +95,14 @@ class LossSuite:
         return cpu_rates.rates_from(times, case.width)
 
     def floor(self, rates: Rates, case: LossCase) -> Floor | None:
-        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype)
-        return None if found is None else Floor(case.exits * found.seconds, found.bound_by)
+        share = case.num_trained / case.num_rows
+        found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype, share)
+        return None if found is None else replace(found, seconds=case.exits * found.seconds)
 
     def shrunk(self, case: LossCase) -> LossCase | None:
         if max(case.samples, case.classes) < 4:
             return None
-        if case.loss == "acl" and case.classes > case.samples:
+        if case.loss != "supcon" and case.classes > case.samples:
             return replace(case, classes=case.classes // 2)
         return replace(case, samples=case.samples // 2)
 
@@ -117,48 +116,31 @@ class LossSuite:
 
 def _rows(leaves: Sequence[Tensor]) -> list[Tensor]:
     """Rows [M, d] of each exit: samples, then label embeddings."""
-    return [
-        torch.cat(of_exit)
-        for of_exit in zip(
-            *(leaf.detach()[None] if leaf.dim() == 2 else leaf.detach() for leaf in leaves),
-            strict=True,
-        )
-    ]
+    by_exit = [leaf.detach().reshape(-1, *leaf.shape[-2:]) for leaf in leaves]
+    return [torch.cat(of_exit) for of_exit in zip(*by_exit, strict=True)]
 
 
 def _row_labels(inputs: LossInputs, case: LossCase) -> Tensor:
     if inputs.label_embeddings is None:
         return inputs.labels
-    classes = torch.arange(case.classes, device=inputs.labels.device)
-    return torch.cat([inputs.labels, classes])
+    own = torch.cat([inputs.labels, torch.arange(case.classes, device=inputs.labels.device)])
+    return own.repeat(case.num_rows // case.num_trained)
 
 
-def cases(
-    *,
-    losses: Sequence[str],
-    rows: Sequence[int],
-    samples: int,
-    widths: Sequence[int],
-    classes: Sequence[int],
-    exits: Sequence[int],
-    dtypes: Sequence[str],
-) -> list[LossCase]:
-    """All combinations; `rows` belong to supcon, `samples`, `classes` and `exits` to acl."""
-    found: list[dict[str, Any]] = []
-    if "supcon" in losses:
+def cases(sizes: Mapping[str, Any]) -> list[LossCase]:
+    """All combinations; `rows` belong to supcon, `samples`, `classes` and `exits` to the others."""
+    found: list[LossCase] = []
+    if "supcon" in sizes["losses"]:
         found += [
-            {"loss": "supcon", "samples": num, "width": width, "classes": 16}
-            for num in rows
-            for width in widths
+            LossCase("supcon", rows, width, 16)
+            for rows, width in itertools.product(sizes["rows"], sizes["widths"])
         ]
-    if "acl" in losses:
-        found += [
-            {"loss": "acl", "samples": samples, "width": width, "classes": num, "exits": num_exits}
-            for num_exits in exits
-            for num in classes
-            for width in widths[:1]
-        ]
-    return [LossCase(**values, dtype=dtype) for values in found for dtype in dtypes]
+    others = [loss for loss in sizes["losses"] if loss != "supcon"]
+    found += [
+        LossCase(loss, sizes["samples"], sizes["widths"][0], num, num_exits)
+        for loss, num_exits, num in itertools.product(others, sizes["exits"], sizes["classes"])
+    ]
+    return [replace(case, dtype=dtype) for case in found for dtype in sizes["dtypes"]]
 
 
 SUITE = LossSuite()

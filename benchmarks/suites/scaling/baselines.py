@@ -5,6 +5,8 @@ have equally many samples. The mean of the results over the ranks is the mean lo
 and the mean of the ranks' gradients is its gradient. Denominator "all", reduction "mean".
 """
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,11 @@ class Anchors(NamedTuple):
     classes: Tensor  # [m]: own samples, then label embeddings
     num_positives: Tensor  # [m]
     weights: Tensor  # [m]; their sum over all ranks is W
+
+    @property
+    def column_classes(self) -> Tensor:
+        """Classes of the samples of all ranks, then of the label embeddings: [M]."""
+        return torch.cat([self.all_labels.flatten(), self.classes[self.all_labels.shape[1] :]])
 
 
 def anchors_of(labels: Tensor, num_labels: int) -> Anchors:
@@ -66,55 +73,48 @@ def gather_all(
     embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float
 ) -> Tensor:
     """The whole M x M matrix on every rank (open_clip's local_loss=False)."""
-    anchors = anchors_of(labels, label_embeddings.shape[0])
+    classes = anchors_of(labels, label_embeddings.shape[0]).column_classes
     gathered = GatherWithGradient.apply(normalize(embeddings, dim=1))
     rows = torch.cat([gathered, normalize(label_embeddings, dim=1)])
-    classes = torch.cat([anchors.all_labels.flatten(), torch.arange(label_embeddings.shape[0])])
     num_positives = torch.bincount(classes)[classes] - 1
     is_anchor = num_positives > 0
-    weights = is_anchor / is_anchor.sum()
-    start = 0
-    return _dense(rows, rows, classes, classes, num_positives, weights, start, temperature)
+    positive = _positives(classes, classes, torch.arange(rows.shape[0]))
+    return _dense(rows, rows, positive, num_positives, is_anchor / is_anchor.sum(), temperature)
 
 
 def gather_rows(
     embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float
 ) -> Tensor:
     """Own rows x all rows (open_clip's local_loss=True, sentence-transformers)."""
-    _, classes, num_positives, weights = anchors = anchors_of(labels, label_embeddings.shape[0])
+    anchors = anchors_of(labels, label_embeddings.shape[0])
     samples, label_rows = normalize(embeddings, dim=1), normalize(label_embeddings, dim=1)
     columns = torch.cat([GatherWithGradient.apply(samples), label_rows])
+    own = torch.arange(labels.shape[0]) + distributed.get_rank() * labels.shape[0]
+    # The label embeddings are the last columns.
+    own = torch.cat([own, torch.arange(anchors.all_labels.numel(), columns.shape[0])])
+    positive = _positives(anchors.classes, anchors.column_classes, own)
     rows = torch.cat([samples, label_rows])
-    column_classes = torch.cat(
-        [anchors.all_labels.flatten(), torch.arange(label_embeddings.shape[0])]
-    )
-    return _dense(
-        rows, columns, classes, column_classes, num_positives, weights,
-        distributed.get_rank() * labels.shape[0], temperature, labels.shape[0],
-    )  # fmt: skip
+    return _dense(rows, columns, positive, anchors.num_positives, anchors.weights, temperature)
+
+
+def _positives(classes: Tensor, column_classes: Tensor, own_columns: Tensor) -> Tensor:
+    """Whether two rows are positives of each other; not a row and its own column."""
+    positive = classes[:, None] == column_classes
+    positive[torch.arange(len(classes)), own_columns] = False
+    return positive
 
 
 def _dense(
     rows: Tensor,
     columns: Tensor,
-    classes: Tensor,
-    column_classes: Tensor,
+    positive: Tensor,
     num_positives: Tensor,
     weights: Tensor,
-    start: int,
     temperature: float,
-    num_samples: int | None = None,
 ) -> Tensor:
-    """Weighted losses of the rows in eager PyTorch; row 0 is column `start`."""
+    """Weighted losses of the rows in eager PyTorch."""
     similarity = rows @ (columns / temperature).t()
-    positive = (classes[:, None] == column_classes).to(similarity.dtype)
-    # Each row's own column; the label embeddings are the last columns.
-    places = torch.arange(rows.shape[0])
-    own_columns = places + start
-    if num_samples is not None:
-        num_labels = rows.shape[0] - num_samples
-        own_columns[num_samples:] = torch.arange(columns.shape[0] - num_labels, columns.shape[0])
-    positive[places, own_columns] = 0
+    positive = positive.to(similarity.dtype)
     positive_mean = (similarity * positive).sum(1) / num_positives.clamp(min=1)
     return ((similarity.logsumexp(1) - positive_mean) * weights).sum()
 
@@ -138,20 +138,11 @@ class RingLoss(torch.autograd.Function):
         rows = torch.cat([samples, label_rows])
         sums = rows.new_zeros(rows.shape[0])
         positives = rows.new_zeros(rows.shape[0])
-        block, owner = samples.contiguous(), distributed.get_rank()
-        for step in range(distributed.get_world_size() + 1):
-            is_last = step == distributed.get_world_size()
-            columns = label_rows if is_last else block
-            exchange = None
-            if step + 1 < distributed.get_world_size():
-                exchange = Exchange(block, BLOCK)
-            classes = _classes(anchors, None if is_last else owner)
+        for columns, owner in chain(_travelling(samples), [(label_rows, None)]):
             similarity = rows @ columns.t()
-            same = (anchors.classes[:, None] == classes).to(similarity.dtype)
+            same = (anchors.classes[:, None] == _classes(anchors, owner)).to(similarity.dtype)
             positives += (same * similarity).sum(1)
             sums += similarity.exp_().sum(1)
-            if exchange is not None:
-                block, owner = exchange.wait(), (owner - 1) % distributed.get_world_size()
         positives -= rows.square().sum(1)
         losses = sums.log() - positives / anchors.num_positives.clamp(min=1)
         ctx.save_for_backward(samples, label_rows, sums)
@@ -162,7 +153,6 @@ class RingLoss(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         samples, label_rows, sums = ctx.saved_tensors
         anchors: Anchors = ctx.anchors
-        num_ranks = distributed.get_world_size()
         rows = torch.cat([samples, label_rows])
         weights = anchors.weights * loss_gradient
         of_denominator = weights / sums
@@ -178,21 +168,30 @@ class RingLoss(torch.autograd.Function):
             gradient.addmm_(pairs, columns)
             return pairs.t() @ rows
 
-        block, owner = samples.contiguous(), distributed.get_rank()
         returning: Exchange | None = None
-        for step in range(num_ranks):
-            exchange = Exchange(block, BLOCK) if step + 1 < num_ranks else None
-            block_gradient = add_pairs(block, owner)
+        for block, owner in _travelling(samples):
+            own = add_pairs(block, owner)
             if returning is not None:
-                block_gradient += returning.wait()
-            returning = Exchange(block_gradient, GRADIENT) if num_ranks > 1 else None
-            if exchange is not None:
-                block, owner = exchange.wait(), (owner - 1) % num_ranks
-        # After W steps the gradient of the own block has returned.
-        own = block_gradient if returning is None else returning.wait()
+                own += returning.wait()
+            if distributed.get_world_size() > 1:
+                returning = Exchange(own, GRADIENT)
+        if returning is not None:
+            # After W steps the gradient of the own block has returned.
+            own = returning.wait()
         label_gradient = add_pairs(label_rows, None)
         num_samples = samples.shape[0]
         return own + gradient[:num_samples], label_gradient + gradient[num_samples:], None
+
+
+def _travelling(samples: Tensor) -> Iterator[tuple[Tensor, int | None]]:
+    """Samples of each rank, the own ones first, and their owner; the next ones arrive meanwhile."""
+    num_ranks, owner = distributed.get_world_size(), distributed.get_rank()
+    block = samples.contiguous()
+    for step in range(num_ranks):
+        exchange = Exchange(block, BLOCK) if step + 1 < num_ranks else None
+        yield block, owner
+        if exchange is not None:
+            block, owner = exchange.wait(), (owner - 1) % num_ranks
 
 
 def _classes(anchors: Anchors, owner: int | None) -> Tensor:

@@ -28,7 +28,7 @@ done once per row, and their lower rate of products.
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 
 from ....kernels.contrastive.sharded.agreement import DESCRIPTION_BYTES
 from ....kernels.contrastive.sharded.batch import aligned
@@ -100,16 +100,9 @@ class Cost:
     can_overlap: bool = False
 
     @property
-    def messages(self) -> int:
-        return sum(phase.messages for phase in self.phases)
-
-    @property
-    def sent_bytes(self) -> int:
-        return sum(phase.sent_bytes for phase in self.phases)
-
-    @property
-    def flops(self) -> int:
-        return sum(phase.flops for phase in self.phases)
+    def total(self) -> Phase:
+        """Both passes together."""
+        return Phase(*map(sum, zip(*map(astuple, self.phases), strict=True)))
 
 
 @dataclass(frozen=True)
@@ -189,15 +182,8 @@ def computed_pairs(problem: Problem) -> int:
     return problem.num_own_rows * problem.num_rows - saved
 
 
-def gather_all(problem: Problem) -> Cost:
-    return _gather(problem, problem.num_rows)
-
-
-def gather_rows(problem: Problem) -> Cost:
-    return _gather(problem, problem.num_own_rows)
-
-
-def _gather(problem: Problem, num_anchors: int) -> Cost:
+def gather(problem: Problem, num_anchors: int) -> Cost:
+    """A gather with gradient, and `num_anchors` rows x all rows."""
     others, pairs = problem.num_ranks - 1, num_anchors * problem.num_rows
     labels = LABEL_BYTES * problem.num_samples
     products = 2 * problem.width * pairs
@@ -241,8 +227,8 @@ def ring(problem: Problem) -> Cost:
 
 METHODS: dict[str, Callable[[Problem], Cost]] = {
     "ours": ours,
-    "gather_all": gather_all,
-    "gather_rows": gather_rows,
+    "gather_all": lambda problem: gather(problem, problem.num_rows),
+    "gather_rows": lambda problem: gather(problem, problem.num_own_rows),
     "ring": ring,
 }
 WORDS = {
@@ -254,36 +240,30 @@ WORDS = {
 
 
 def modelled(machine: Machine, problem: Problem, budget_bytes: float) -> Result:
-    """Every method at 1, 2, 4, ..., MAX_RANKS ranks, and the ranks at which memory runs out.
-
-    budget_bytes: the part of a rank's memory that the loss may use.
-    """
-    rows = []
-    num_ranks = 1
-    while num_ranks <= MAX_RANKS:
-        for name, method in METHODS.items():
-            cost = method(replace(problem, num_ranks=num_ranks))
-            rows.append(
-                {
-                    "method": name,
-                    "ranks": num_ranks,
-                    "ms": machine.seconds(cost, num_ranks) * 1e3,
-                    "memory_bytes": cost.memory_bytes,
-                    "sent_bytes": cost.sent_bytes,
-                }
-            )
-        num_ranks *= 2
+    """Every method at 1, 2, 4, ..., MAX_RANKS ranks, and where the budget or the memory ends."""
+    rows = [
+        {
+            "method": name,
+            "ranks": num_ranks,
+            "ms": machine.seconds(cost, num_ranks) * 1e3,
+            "memory_bytes": cost.memory_bytes,
+            "sent_bytes": cost.total.sent_bytes,
+        }
+        for num_ranks in (2**power for power in range(MAX_RANKS.bit_length()))
+        for name, method in METHODS.items()
+        for cost in [method(replace(problem, num_ranks=num_ranks))]
+    ]
+    crossovers = {
+        key: {name: ranks_beyond(name, problem, limit) for name in METHODS}
+        for key, limit in (
+            ("beyond_budget", budget_bytes), ("beyond_memory", machine.memory_bytes)
+        )
+    }  # fmt: skip
     return {
         "assumptions": asdict(machine),
         "element_bytes": problem.element_bytes,
         "rows": rows,
-        "crossovers": {
-            "budget_bytes": budget_bytes,
-            "beyond_budget": {name: ranks_beyond(name, problem, budget_bytes) for name in METHODS},
-            "beyond_memory": {
-                name: ranks_beyond(name, problem, machine.memory_bytes) for name in METHODS
-            },
-        },
+        "crossovers": {"budget_bytes": budget_bytes, **crossovers},
     }
 
 
@@ -312,21 +292,17 @@ def in_words(model: Result) -> list[str]:
     """Sentences that say when memory runs out, and which method is faster at how many ranks."""
     found = model["crossovers"]
     sentences = []
+    budget, memory = found["budget_bytes"], model["assumptions"]["memory_bytes"]
     for key, words in (
-        ("beyond_budget", f"the budget of {found['budget_bytes'] / 1e9:g} GB per rank"),
-        (
-            "beyond_memory",
-            f"the rank's memory of {model['assumptions']['memory_bytes'] / 1e9:.3g} GB",
-        ),
+        ("beyond_budget", f"the budget of {budget / 1e9:g} GB per rank"),
+        ("beyond_memory", f"the rank's memory of {memory / 1e9:.3g} GB"),
     ):
         limits = (
             f"{WORDS[name]}: {f'from {ranks:,} ranks on' if ranks else 'never'}"
             for name, ranks in found[key].items()
         )
         sentences.append(f"Exceeds {words}, up to {MAX_RANKS:,} ranks: {'; '.join(limits)}.")
-    for name in METHODS:
-        if name == "ours":
-            continue
+    for name in (name for name in METHODS if name != "ours"):
         times = relative_times(model["rows"], name)
         faster = [f"{ranks:,}" for ranks, ratio in times.items() if ratio < 1]
         where = f"faster at {', '.join(faster)} ranks" if faster else "never faster"

@@ -10,10 +10,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 from typing import Any
+from unittest import mock
 
 from torch import Tensor, distributed, set_num_threads
 from torch.multiprocessing import ProcessExitedException, ProcessRaisedException, start_processes
@@ -92,57 +93,32 @@ class Wire:
 
     def __init__(self) -> None:
         self.messages = self.sent_bytes = self.received_bytes = 0
-        self._kept: dict[str, Callable[..., Any]] = {}
+        self._replaced = ExitStack()
 
     def __enter__(self) -> "Wire":
-        counted: dict[str, Callable[..., None]] = {
-            "all_gather_into_tensor": lambda _, sent: self._parts(sent, 1),
+        # Function -> number of its tensors, and what counts them.
+        counted: dict[str, tuple[int, Callable[..., None]]] = {
+            "all_gather_into_tensor": (2, lambda _, sent: self._parts(sent, 1)),
             # all_gather_into_tensor is called all_gather_single since torch 2.13.
-            "all_gather_single": lambda _, sent: self._parts(sent, 1),
-            "all_to_all_single": lambda _, sent: self._parts(sent, distributed.get_world_size()),
-            "isend": lambda sent: self._add(1, bytes_of(sent), 0),
-            "irecv": lambda received: self._add(0, 0, bytes_of(received)),
-        }
+            "all_gather_single": (2, lambda _, sent: self._parts(sent, 1)),
+            "all_to_all_single": (
+                2, lambda _, sent: self._parts(sent, distributed.get_world_size())
+            ),
+            "isend": (1, lambda sent: self._add(1, sent.nbytes, 0)),
+            "irecv": (1, lambda received: self._add(0, 0, received.nbytes)),
+        }  # fmt: skip
         for name in dir(distributed):
-            if name in counted:
-                self._replace(name, self._counting(getattr(distributed, name), counted[name]))
-            elif name.islower() and re.search(COMMUNICATION, name):
-                self._replace(name, self._refusing(name))
+            if name in counted or (name.islower() and re.search(COMMUNICATION, name)):
+                function = _counting(name, *counted.get(name, (0, None)))
+                self._replaced.enter_context(mock.patch.object(distributed, name, function))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        for name, function in self._kept.items():
-            setattr(distributed, name, function)
-
-    def _replace(self, name: str, function: Callable[..., Any]) -> None:
-        self._kept[name] = getattr(distributed, name)
-        setattr(distributed, name, function)
-
-    def _counting(
-        self, function: Callable[..., Any], count: Callable[..., None]
-    ) -> Callable[..., Any]:
-        num_tensors = 1 if function.__name__ in ("isend", "irecv") else 2
-
-        def counting(*arguments: Any, **more: Any) -> Any:
-            count(*arguments[:num_tensors])
-            return function(*arguments, **more)
-
-        return counting
-
-    def _refusing(self, name: str) -> Callable[..., Any]:
-        def refusing(*_: Any, **__: Any) -> Any:
-            raise NotImplementedError(f"torch.distributed.{name} is not counted")
-
-        return refusing
+    def __exit__(self, *_: object) -> None:
+        self._replaced.close()
 
     def _parts(self, sent: Tensor, num_parts: int) -> None:
         others = distributed.get_world_size() - 1
-        num_bytes = others * bytes_of(sent) // num_parts
+        num_bytes = others * sent.nbytes // num_parts
         self._add(others, num_bytes, num_bytes)
 
     def _add(self, messages: int, sent: int, received: int) -> None:
@@ -151,8 +127,17 @@ class Wire:
         self.received_bytes += received
 
 
-def bytes_of(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _counting(name: str, num_tensors: int, count: Callable[..., None] | None) -> Callable[..., Any]:
+    """The function that also counts its first tensors; without `count` it raises."""
+    function = getattr(distributed, name)
+
+    def counting(*arguments: Any, **more: Any) -> Any:
+        if count is None:
+            raise NotImplementedError(f"torch.distributed.{name} is not counted")
+        count(*arguments[:num_tensors])
+        return function(*arguments, **more)
+
+    return counting
 
 
 def loopback_bytes() -> int | None:

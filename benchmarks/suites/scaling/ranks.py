@@ -13,6 +13,7 @@ from ...floors.cpu import BLOCK, RATE_CALLS, machine_rates
 from ...measuring.clock import seconds as seconds_of
 from ...measuring.environment import Result
 from ...measuring.memory import HighWaterMark
+from ..suite import relative_error
 from . import baselines as global_baselines
 from .cost_model import METHODS
 from .loopback import Wire, loopback_bytes
@@ -28,30 +29,26 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 def losses() -> dict[str, Loss]:
     group = distributed.group.WORLD
-    return {
-        "ours": partial(acl_loss, temperature=TEMPERATURE, process_group=group),
-        **{
-            name: partial(getattr(global_baselines, name), temperature=TEMPERATURE)
-            for name in METHODS
-            if name != "ours"
-        },
-    }
+    others = {name: getattr(global_baselines, name) for name in METHODS if name != "ours"}
+    losses = {"ours": partial(acl_loss, process_group=group), **others}
+    return {name: partial(loss, temperature=TEMPERATURE) for name, loss in losses.items()}
 
 
 def measure(rank: int, num_samples: int, num_labels: int, width: int, rounds: int) -> Result:
-    """Rates of this rank while all ranks are busy, and seconds, bytes and memory of each method.
-
-    Raises:
-        AssertionError: a loss or a gradient differs from the reference over all samples.
-    """
+    """Rates of this rank while all ranks are busy, and seconds, bytes and memory of each method."""
     inputs = own_inputs(rank, num_samples, num_labels, width)
     found = losses()
     check(found, inputs)
     methods: dict[str, Result] = {name: count(loss, inputs) for name, loss in found.items()}
     rates = calibrate(width, rounds)
-    seconds = time_in_turns(found, inputs, rounds)
+    for method in methods.values():
+        method["seconds"] = []
+    for _ in range(rounds):
+        for name, loss in found.items():
+            # All ranks start together.
+            distributed.barrier()
+            methods[name]["seconds"].append(seconds_of(partial(forward_backward, loss, inputs)))
     for name, loss in found.items():
-        methods[name]["seconds"] = seconds[name]
         methods[name]["memory_bytes"] = peak_memory(partial(forward_backward, loss, inputs))
     return {"rates": rates, "methods": methods}
 
@@ -80,20 +77,15 @@ def forward_backward(loss: Loss, inputs: tuple[Tensor, Tensor, Tensor]) -> Tenso
 
 
 def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None:
-    """Compare loss and averaged gradients of every method with one process that has all samples."""
+    """AssertionError if a method's loss or gradients differ from one process with all samples."""
     rank, num_ranks = distributed.get_rank(), distributed.get_world_size()
     num_samples, (num_labels, width) = inputs[0].shape[0], inputs[2].shape
-    expected = [
-        torch.zeros((), dtype=torch.float64),
-        torch.zeros(num_ranks * num_samples, width, dtype=torch.float64),
-        torch.zeros(num_labels, width, dtype=torch.float64),
-    ]
+    shapes: list[list[int]] = [[], [num_ranks * num_samples, width], [num_labels, width]]
+    expected = [torch.zeros(shape, dtype=torch.float64) for shape in shapes]
     if rank == 0:
         # The dense reference takes much memory, so one rank computes it for all.
         embeddings, labels, label_embeddings = own_inputs(None, num_samples, num_labels, width)
-        exact = [
-            tensor.detach().double().requires_grad_() for tensor in (embeddings, label_embeddings)
-        ]
+        exact = [each.detach().double().requires_grad_() for each in (embeddings, label_embeddings)]
         value = acl_loss(exact[0], labels, exact[1], temperature=TEMPERATURE, impl="reference")
         expected = [value.detach(), *torch.autograd.grad(value, exact)]
     for tensor in expected:
@@ -106,13 +98,9 @@ def check(found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor]) -> None
         for tensor in (value, labels_gradient):
             distributed.all_reduce(tensor)
             tensor /= num_ranks
-        for what, given, wanted in zip(
-            ("loss", "samples' gradient", "label embeddings' gradient"),
-            (value, samples, labels_gradient),
-            expected,
-            strict=True,
-        ):
-            error = float((given - wanted).abs().max() / wanted.abs().max())
+        whats = ("loss", "samples' gradient", "label embeddings' gradient")
+        given = (value, samples, labels_gradient)
+        for what, error in zip(whats, map(relative_error, given, expected), strict=True):
             assert error <= MAX_ERROR, f"{name}: relative error of the {what} is {error:.1e}"
 
 
@@ -182,18 +170,6 @@ def gather_seconds(num_bytes: int, repeats: int) -> float:
             all_gather(received, sent, group)
 
     return seconds_of(gather) / repeats
-
-
-def time_in_turns(
-    found: dict[str, Loss], inputs: tuple[Tensor, Tensor, Tensor], rounds: int
-) -> dict[str, list[float]]:
-    """Seconds of this rank, one sample per round; all ranks start together."""
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(rounds):
-        for name, loss in found.items():
-            distributed.barrier()
-            seconds[name].append(seconds_of(partial(forward_backward, loss, inputs)))
-    return seconds
 
 
 def peak_memory(call: Callable[[], object]) -> int | None:

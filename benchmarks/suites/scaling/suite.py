@@ -43,29 +43,26 @@ def run(
     budget_bytes: float,
     described: tuple[Machine, Problem] | None = None,
 ) -> None:
-    """Measure and model everything.
+    """Measure and model everything; WrongResult if counted and modelled bytes differ.
 
     described: another machine that is modelled, and the problem in its data type.
-
-    Raises:
-        WrongResult: counted and modelled bytes differ.
     """
     torch.set_num_threads(options.threads)
     measured = [
         on_loopback(replace(problem, num_ranks=num_ranks), options)
         for num_ranks in options.world_sizes
     ]
-    chosen = measurement_for_model(measured)
+    # The model needs a link, and the most ranks that have a core each.
+    several = [found for found in measured if found["ranks"] > 1]
+    fitting = [found for found in several if found["ranks"] <= (os.cpu_count() or 1)]
+    chosen = (fitting or several[:1])[-1]
     machines = {CPU_MODEL: (cpu_machine(chosen["rates"], chosen["ranks"]), problem)}
     if described is not None:
         machines["options"] = described
+    shape = {"samples": problem.num_samples, "labels": problem.num_labels, "width": problem.width}
     file.result |= {
         "machine": machine_name(),
-        "problem": {
-            "samples": problem.num_samples,
-            "labels": problem.num_labels,
-            "width": problem.width,
-        },
+        "problem": shape,
         "measured": measured,
         "models": [
             {"preset": name, **modelled(machine, at, budget_bytes)}
@@ -87,48 +84,36 @@ def on_loopback(problem: Problem, options: RankOptions) -> Result:
     methods = {}
     for name, method in METHODS.items():
         of_ranks = [rank["methods"][name] for rank in ranks]
-        cost = method(problem)
+        cost, on_wire = method(problem), of_ranks[0]["loopback_bytes"]
         # All ranks wait for the slowest one.
         rounds = zip(*(found["seconds"] for found in of_ranks), strict=True)
         times = quantiles([max(seconds) for seconds in rounds])
-        sent = max(found["sent_bytes"] for found in of_ranks)
-        check_bytes(name, problem.num_ranks, sent, cost.sent_bytes)
+        largest: Result = {
+            key: None if of_ranks[0][key] is None else max(found[key] for found in of_ranks)
+            for key in ("messages", "sent_bytes", "received_bytes", "memory_bytes")
+        }
+        predicted = cost.total.sent_bytes
+        check_bytes(name, problem.num_ranks, largest["sent_bytes"], predicted)
         model_ms = machine.seconds(cost, problem.num_ranks) * 1e3
-        on_wire = of_ranks[0]["loopback_bytes"]
-        memory = [found["memory_bytes"] for found in of_ranks]
         methods[name] = {
             "times": times,
             "model_ms": model_ms,
             "model_over_measured": model_ms / times["p50_ms"],
-            "messages": max(found["messages"] for found in of_ranks),
-            "sent_bytes": sent,
-            "received_bytes": max(found["received_bytes"] for found in of_ranks),
-            "model_sent_bytes": cost.sent_bytes,
+            **largest,
+            "model_sent_bytes": predicted,
             "loopback_bytes": None if on_wire is None else on_wire / problem.num_ranks,
-            "memory_bytes": None if None in memory else max(memory),
             "model_memory_bytes": cost.memory_bytes,
         }
     return {"ranks": problem.num_ranks, "rates": rates, "methods": methods}
 
 
 def check_bytes(name: str, num_ranks: int, counted: int, modelled: int) -> None:
-    """Compare the bytes that a rank sent with the model's.
-
-    Raises:
-        WrongResult: they differ by more than MAX_BYTES_ERROR.
-    """
+    """WrongResult if a rank sent other bytes than the model says, beyond MAX_BYTES_ERROR."""
     if abs(counted - modelled) > MAX_BYTES_ERROR * max(counted, modelled):
         raise WrongResult(
             f"{name}, {num_ranks} ranks: {counted} bytes were sent but the model predicts "
             f"{modelled}: one of them is wrong, nothing is written"
         )
-
-
-def measurement_for_model(measured: list[Result]) -> Result:
-    """The measurement with the most ranks that have a core each, with two ranks at least."""
-    several = [found for found in measured if found["ranks"] > 1]
-    fitting = [found for found in several if found["ranks"] <= (os.cpu_count() or 1)]
-    return (fitting or several[:1])[-1]
 
 
 def cpu_machine(rates: dict[str, float], num_ranks: int) -> Machine:

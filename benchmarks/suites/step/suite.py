@@ -16,7 +16,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from tqdm import tqdm
@@ -45,6 +47,8 @@ from .names import (
 )
 from .trainers import OURS, Case, Files, Ours, StepTrainer, make_trainer, obstacle
 
+# Cross-entropy and auxiliary loss of each step.
+Losses = list[tuple[float, float | None]]
 # Largest relative difference of losses; Adam amplifies rounding errors from step to step.
 MAX_ERROR = 1e-4
 # The Hugging Face Trainer logs four decimals.
@@ -57,12 +61,7 @@ CACHED_CHECK_STEPS = 2
 # Seconds for which the peak memory of one provider is awaited.
 CHILD_SECONDS = 900.0
 # Provider -> the provider that must have the same losses at every step.
-ALIKE = {
-    HUGGING_FACE: CE,
-    "deepspeed_ce": CE,
-    TWO_BACKWARD: ACL,
-    "deepspeed_acl": ACL,
-}
+ALIKE = {HUGGING_FACE: CE, "deepspeed_ce": CE, TWO_BACKWARD: ACL, "deepspeed_acl": ACL}
 MAX_CACHED_MEMORY = 1.3
 MAX_CACHED_TIME = 1.45
 
@@ -82,65 +81,24 @@ class Turns:
     has_bars: bool = True
 
 
-@dataclass(frozen=True)
-class Chunks:
-    """A cached contrastive batch of `number` chunks of `case.batch` texts."""
-
-    case: Case
-    number: int
-    turns: Turns
-
-    @property
-    def words(self) -> str:
-        return f"contrastive batch of {self.number} chunks: {self.case.words} per chunk"
-
-
-@dataclass(frozen=True)
-class Preset:
-    cases: tuple[tuple[Case, Turns], ...]
-    cached: Chunks
-
-
 # Providers on the large model, whose steps take seconds.
-LARGE = (
-    CE,
-    HUGGING_FACE,
-    "fusedacl_acl_ungated",
-    ACL,
-    "fusedacl_acl_top2",
-    "fusedacl_acl_head",
-    TWO_BACKWARD,
-)
+LARGE = tuple(WORDS.keys() - {"fusedacl_scl", "deepspeed_ce", "deepspeed_acl"})
 QUICK = (CE, HUGGING_FACE, ACL, "fusedacl_acl_head")
-PRESETS = {
-    "full": Preset(
-        (
-            (Case("minilm", 32, 48), Turns(rounds=5, steps=4, profiled=4, memory=True)),
-            (
-                Case("bert-base", 8, 64),
-                Turns(rounds=5, steps=3, profiled=2, memory=True, providers=LARGE),
-            ),
-        ),
-        Chunks(Case("minilm", 32, 64), 32, Turns(rounds=1, steps=2, profiled=0, memory=True)),
-    ),
-    "quick": Preset(
-        (
-            (
-                Case("minilm", 8, 24, num_layers=3),
-                Turns(rounds=1, steps=2, profiled=1, memory=False, providers=QUICK, has_bars=False),
-            ),
-        ),
-        Chunks(
-            Case("minilm", 4, 24, num_layers=3),
-            4,
-            Turns(rounds=1, steps=2, profiled=0, memory=False, has_bars=False),
-        ),
-    ),
+PRESETS: dict[str, list[tuple[Case, Turns]]] = {
+    "full": [
+        (Case("minilm", 32, 48), Turns(5, 4, 4, memory=True)),
+        (Case("bert-base", 8, 64), Turns(5, 3, 2, memory=True, providers=LARGE)),
+        (Case("minilm", 32, 64, chunks=32), Turns(1, 2, 0, memory=True)),
+    ],
+    "quick": [
+        (Case("minilm", 8, 24, 3), Turns(1, 2, 1, False, QUICK, has_bars=False)),
+        (Case("minilm", 4, 24, 3, chunks=4), Turns(1, 2, 0, False, has_bars=False)),
+    ],
 }
 
 
 def run(
-    preset: Preset,
+    preset: Sequence[tuple[Case, Turns]],
     file: ResultFile,
     *,
     providers: Sequence[str] = (),
@@ -150,10 +108,7 @@ def run(
     """Measure the cases of a preset into a file, which is saved after each of them.
 
     providers: names to run, empty for all; without `ACL` among them CACHED_BATCH is left out.
-    cases: names of CASES, empty for all.
-
-    Raises:
-        WrongResult: trainers that should train alike do not.
+    cases: names of CASES, empty for all. WrongResult if ours do not train alike.
     """
     torch.set_num_threads(threads)
     file.result["machine"] = machine_name()
@@ -161,15 +116,13 @@ def run(
     wanted = providers or tuple(WORDS)
     with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
-        for case, turns in preset.cases:
+        for case, turns in preset:
             names = [name for name in wanted if name in (turns.providers or WORDS)]
-            if not names or case.model not in (cases or [case.model]):
+            is_wanted = not cases or (CACHED_BATCH if case.chunks else case.model) in cases
+            if not is_wanted or not names or (case.chunks and ACL not in names):
                 continue
-            found.append(measure(case, turns, names, files, threads))
-            print(text(found[-1]))
-            file.save()
-        if ACL in wanted and CACHED_BATCH in (cases or [CACHED_BATCH]):
-            found.append(measure_cached(preset.cached, files, threads))
+            make = measure_cached if case.chunks else partial(measure, names=names)
+            found.append(make(case, turns, files=files, threads=threads))
             print(text(found[-1]))
             file.save()
 
@@ -191,48 +144,40 @@ def quiet() -> Iterator[None]:
 def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, threads: int) -> Result:
     """Measure one case: compare losses, time in turns, profile, measure peak memory."""
     left_out = {name: why for name in names if (why := obstacle(name)) is not None}
-    running = {
-        name: make_trainer(name, case, files)
+    makers = {
+        name: partial(make_trainer, name, case, files)
         for name in WORDS
         if name in names and name not in left_out
     }
+    running = {name: make() for name, make in makers.items()}
     losses, flops, wrong = check(case, running, files)
-    for name, why in wrong.items():
-        left_out[name] = why
+    for name in wrong:
         del running[name]
-    times, rate = timed(running, flops, case.width, turns, skip=WARM_UP_STEPS)
-    for name, one in tqdm(running.items(), desc="profile", leave=False):
-        if isinstance(one, Ours) and turns.profiled:
-            one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
-            times[name]["shares"] = one.shares
-    if turns.memory:
-        makers = {name: partial(make_trainer, name, case, files) for name in running}
-        add_peaks(times, makers, threads)
-    return {
-        "case": asdict(case),
-        "words": case.words,
-        "losses": losses,
-        **rate,
-        "providers": times,
-        "left_out": left_out,
-        "bars": [
-            bar(what, ratio(times, slower, faster), most)
-            for what, slower, faster, most in BARS
-            if turns.has_bars and slower in times and faster in times
-        ],
-    }
+    found = timed(running, makers, flops, case, turns, threads, skip=WARM_UP_STEPS)
+    times = found["providers"]
+    bars = [
+        bar(what, ratio(times, slower, faster), most)
+        for what, slower, faster, most in BARS
+        if turns.has_bars and slower in times and faster in times
+    ]
+    return found | {"losses": losses, "left_out": left_out | wrong, "bars": bars}
 
 
 def timed(
     running: Mapping[str, StepTrainer],
+    makers: Mapping[str, Callable[[], StepTrainer]],
     flops: Mapping[str, int],
-    width: int,
+    case: Case,
     turns: Turns,
+    threads: int,
     skip: int,
-) -> tuple[dict[str, Result], Result]:
-    """Times of the trainers with the floors of their matrix products, and the products' rate."""
+) -> Result:
+    """The case, times of its running trainers with floors, parts and peaks, and the products' rate.
+
+    Peaks are measured in a child process: "peak_bytes", or "peak_error" with a message.
+    """
     num_steps = turns.steps + skip
-    product = product_turn(width)
+    product = product_turn(case.width)
     times = interleave_samples(
         {
             **{name: partial(one.turn, num_steps) for name, one in running.items()},
@@ -241,39 +186,37 @@ def timed(
         rounds=turns.rounds,
         skip=skip,
     )
-    rate = add_floors(times, {name: flops[name] for name in running}, width)
-    return times, rate
+    rate = add_floors(times, {name: flops[name] for name in running}, case.width)
+    for name, one in tqdm(running.items(), desc="profile", leave=False):
+        if isinstance(one, Ours) and turns.profiled:
+            one.turn(WARM_UP + turns.profiled, profile=turns.profiled)
+            times[name]["shares"] = one.shares
+    with Child(threads, CHILD_SECONDS) as child:
+        for name in running if turns.memory else ():
+            peak = child.measure(peak_of_step, makers[name])
+            times[name]["peak_error" if isinstance(peak, str) else "peak_bytes"] = peak
+    return {"case": asdict(case), "words": case.words, **rate, "providers": times}
 
 
 def check(
     case: Case, trainers: Mapping[str, StepTrainer], files: Files
-) -> tuple[dict[str, list[tuple[float, float | None]]], dict[str, int], dict[str, str]]:
-    """Losses of some steps, FLOP per step, and reasons not to time somebody else's trainer.
-
-    Raises:
-        WrongResult: a trainer of ours has wrong losses.
-    """
+) -> tuple[dict[str, Losses], dict[str, int], dict[str, str]]:
+    """Losses of some steps, FLOP per step, and why others are not timed; WrongResult for ours."""
     # Trainers that others are compared with run even if nobody asked for them.
     needed = dict.fromkeys([*trainers, CE, *(ALIKE[n] for n in trainers if n in ALIKE)])
     if any(name not in (CE, HUGGING_FACE) for name in trainers):
         needed[ACL] = None
-    losses, flops = {}, {}
+    losses, flops, wrong = {}, {}, {}
     for name in tqdm(needed, desc="check", leave=False):
         one = trainers.get(name) or make_trainer(name, case, files)
-        flops[name] = flops_of(
-            partial(one.turn, CHECK_STEPS, dropout=0.0, logging_steps=1), CHECK_STEPS
-        )
+        flops[name] = _flops(one, CHECK_STEPS)
         losses[name] = one.losses
-    wrong = {}
     for name in trainers:
-        alike = name in ALIKE
-        pairs = list(zip(losses[name], losses[ALIKE.get(name, CE)], strict=True))
-        error = max(_relative(found[0], exact[0]) for found, exact in pairs[: None if alike else 1])
-        limit = MAX_LOGGED_ERROR if name == HUGGING_FACE else MAX_ERROR
+        steps = CHECK_STEPS if name in ALIKE else 1
+        error = _error(losses[name], losses[ALIKE.get(name, CE)], steps, part=0)
         if losses[name][0][1] is not None and name != "fusedacl_scl":
-            pairs = list(zip(losses[name], losses[ACL], strict=True))[: None if alike else 1]
-            error = max(error, *(_relative(found[1], exact[1]) for found, exact in pairs))
-        if not error <= limit:
+            error = max(error, _error(losses[name], losses[ACL], steps, part=1))
+        if not error <= (MAX_LOGGED_ERROR if name == HUGGING_FACE else MAX_ERROR):
             why = f"its losses differ by {error:.1e} (relative): not timed"
             if name in OURS:
                 raise WrongResult(f"{case.words}, {name}: {why}")
@@ -281,74 +224,43 @@ def check(
     return losses, flops, wrong
 
 
-def _relative(found: float | None, exact: float | None) -> float:
-    assert found is not None and exact is not None
-    return abs(found - exact) / abs(exact)
+def _flops(trainer: StepTrainer, num_steps: int) -> int:
+    """FLOP per step of a turn without dropout, which records the losses."""
+    return flops_of(partial(trainer.turn, num_steps, dropout=0.0, logging_steps=1), num_steps)
 
 
-def measure_cached(chunks: Chunks, files: Files, threads: int) -> Result:
-    """Measure a cached batch beside a step of one chunk and a step of the whole batch.
+def _error(found: Losses, exact: Losses, steps: int, part: int) -> float:
+    """Largest relative difference of the cross-entropies (part 0) or the auxiliary losses (1)."""
+    given, wanted = (np.array(losses)[:steps, part].astype(float) for losses in (found, exact))
+    return float(np.max(np.abs(given - wanted) / np.abs(wanted)))
 
-    Raises:
-        WrongResult: the cached batch and the whole batch have different losses.
-    """
-    case, number, turns = chunks.case, chunks.number, chunks.turns
-    whole = case.batch * number
+
+def measure_cached(case: Case, turns: Turns, files: Files, threads: int) -> Result:
+    """Measure a cached batch beside one chunk and the whole batch; WrongResult if they differ."""
+    assert case.chunks is not None
+    whole = case.batch * case.chunks
+    options: dict[str, dict[str, Any]] = {
+        ONE_CHUNK: {},
+        CACHED: {"gradient_accumulation_steps": case.chunks, "contrastive_batch_size": whole},
+        ONE_SHOT: {"per_device_train_batch_size": whole},
+    }
     makers = {
-        ONE_CHUNK: partial(make_trainer, ACL, case, files),
-        CACHED: partial(
-            make_trainer,
-            ACL,
-            case,
-            files,
-            gradient_accumulation_steps=number,
-            contrastive_batch_size=whole,
-        ),
-        ONE_SHOT: partial(make_trainer, ACL, case, files, per_device_train_batch_size=whole),
+        name: partial(make_trainer, ACL, case, files, **more) for name, more in options.items()
     }
     running = {name: make() for name, make in makers.items()}
-    flops = {
-        name: flops_of(
-            partial(one.turn, CACHED_CHECK_STEPS, dropout=0.0, logging_steps=1), CACHED_CHECK_STEPS
-        )
-        for name, one in running.items()
-    }
-    pairs = zip(running[CACHED].losses, running[ONE_SHOT].losses, strict=True)
-    error = max(
-        _relative(a, b) for found, exact in pairs for a, b in zip(found, exact, strict=True)
-    )
+    flops = {name: _flops(one, CACHED_CHECK_STEPS) for name, one in running.items()}
+    cached, exact = running[CACHED].losses, running[ONE_SHOT].losses
+    error = max(_error(cached, exact, CACHED_CHECK_STEPS, part) for part in (0, 1))
     if not error <= MAX_ERROR:
-        raise WrongResult(f"{chunks.words}: the losses differ by {error:.1e} (relative): not timed")
-    times, rate = timed(running, flops, case.width, turns, skip=1)
-    result: Result = {
-        "case": {**asdict(case), "chunks": number},
-        "words": chunks.words,
-        **rate,
-        "providers": times,
-        "left_out": {},
-        "bars": [
-            bar("cached over one shot, time", ratio(times, CACHED, ONE_SHOT), MAX_CACHED_TIME)
-        ],
-    }
-    if turns.memory:
-        add_peaks(times, makers, threads)
-        cached, one_chunk = (times[name].get("peak_bytes") for name in (CACHED, ONE_CHUNK))
-        if cached is not None and one_chunk is not None:
-            what = "cached over one chunk, peak memory"
-            result["bars"].append(bar(what, cached / one_chunk, MAX_CACHED_MEMORY))
-    if not turns.has_bars:
-        result["bars"] = []
-    return result
-
-
-def add_peaks(
-    times: dict[str, Result], makers: Mapping[str, Callable[[], StepTrainer]], threads: int
-) -> None:
-    """Measure in a child process; add "peak_bytes" to the times, or "peak_error" with a message."""
-    with Child(threads, CHILD_SECONDS) as child:
-        for name, make in makers.items():
-            peak = child.measure(peak_of_step, make)
-            times[name]["peak_error" if isinstance(peak, str) else "peak_bytes"] = peak
+        raise WrongResult(f"{case.words}: the losses differ by {error:.1e} (relative): not timed")
+    found = timed(running, makers, flops, case, turns, threads, skip=1)
+    times = found["providers"]
+    bars = [bar("cached over one shot, time", ratio(times, CACHED, ONE_SHOT), MAX_CACHED_TIME)]
+    cached_peak, chunk_peak = (times[name].get("peak_bytes") for name in (CACHED, ONE_CHUNK))
+    if cached_peak is not None and chunk_peak is not None:
+        what = "cached over one chunk, peak memory"
+        bars.append(bar(what, cached_peak / chunk_peak, MAX_CACHED_MEMORY))
+    return found | {"left_out": {}, "bars": bars if turns.has_bars else []}
 
 
 def peak_of_step(make: Callable[[], StepTrainer]) -> int:
@@ -377,8 +289,8 @@ def bar(what: str, value: float, most: float) -> Result:
 
 def text(case: Result) -> str:
     """A case as a table with its targets and the providers that were left out."""
-    named = {(WORDS | CACHED_WORDS)[name]: row for name, row in case["providers"].items()}
-    lines = [f"\n{case['words']}", times_table(named, text_table)]
+    table = times_table(case["providers"], text_table, WORDS | CACHED_WORDS)
+    lines = [f"\n{case['words']}", table]
     lines += [
         f"{b['what']}: {b['value']:.2f} (at most {b['at_most']}: {'yes' if b['met'] else 'no'})"
         for b in case["bars"]

@@ -10,12 +10,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 import transformers
-from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 from transformers import get_linear_schedule_with_warmup
 
@@ -29,6 +28,7 @@ from ....engine.training.builder import RunParts, build_run
 from ....engine.training.metrics_log import read_records
 from ..baselines import dense_acl
 from ..exits.second_stage import SteppedTrainer
+from ..suite import flat_gradient
 from .names import ACL, CE, HUGGING_FACE, TWO_BACKWARD
 
 # A multiple of every batch size here, so that all batches are full.
@@ -36,7 +36,8 @@ NUM_TEXTS = 512
 LEARNING_RATE = 1e-4
 AUXILIARY_WEIGHT = 0.02
 
-OURS: dict[str, dict[str, Any]] = {
+# Options of our trainer, and of the runs that the others take over.
+OPTIONS: dict[str, dict[str, Any]] = {
     CE: {"objective": "ce"},
     "fusedacl_scl": {"objective": "scl"},
     "fusedacl_acl_ungated": {"objective": "acl", "gate": "none"},
@@ -45,22 +46,26 @@ OURS: dict[str, dict[str, Any]] = {
     "fusedacl_acl_head": {"objective": "acl", "gate_scope": "head"},
     "deepspeed_ce": {"objective": "ce", "deepspeed_config": "deepspeed.json"},
     "deepspeed_acl": {"objective": "acl", "deepspeed_config": "deepspeed.json"},
+    HUGGING_FACE: {"objective": "ce"},
+    TWO_BACKWARD: {"objective": "acl"},
 }
-MODELS = ("minilm", "bert-base")
+OURS = OPTIONS.keys() - {HUGGING_FACE, TWO_BACKWARD}
 
 
 @dataclass(frozen=True)
 class Case:
     """A model and the shape of its batches.
 
-    model: one of MODELS, or the directory of an encoder with its tokenizer.
+    model: "minilm", "bert-base" or the directory of an encoder with its tokenizer.
     num_layers: keep only the first layers; None keeps all.
+    chunks: number of batches in a cached contrastive batch; None for a step of one batch.
     """
 
     model: str
     batch: int
     tokens: int
     num_layers: int | None = None
+    chunks: int | None = None
 
     @property
     def width(self) -> int:
@@ -70,9 +75,12 @@ class Case:
     @property
     def words(self) -> str:
         names = {"minilm": "MiniLM (6 x 384)", "bert-base": "BERT-base's shape, random weights"}
-        layers = "" if self.num_layers is None else f", {self.num_layers} layers"
         name = names.get(self.model, Path(self.model).name)
-        return f"{name}{layers}, {self.batch} texts of {self.tokens} tokens"
+        layers = "" if self.num_layers is None else f", {self.num_layers} layers"
+        words = f"{name}{layers}, {self.batch} texts of {self.tokens} tokens"
+        if self.chunks is None:
+            return words
+        return f"contrastive batch of {self.chunks} chunks: {words} per chunk"
 
 
 class Files:
@@ -101,25 +109,10 @@ class Files:
             rows = quickstart_splits(num_train=NUM_TEXTS)["train"]
             # A sentence has several words, so this many repetitions are long enough.
             times = case.tokens // 6 + 1
-            path.write_text(
-                "".join(
-                    json.dumps(
-                        {
-                            "sentence1": f"{row['sentence1']} " * times,
-                            "sentence2": f"{row['sentence2']} " * times,
-                            "label": LABEL_NAMES[int(row["label"])],
-                        }
-                    )
-                    + "\n"
-                    for row in rows
-                )
-            )
-        return path
-
-    def deepspeed(self) -> Path:
-        """An empty DeepSpeed configuration: one process without ZeRO."""
-        path = self.directory / "deepspeed.json"
-        path.write_text("{}\n")
+            with path.open("w") as file:
+                for row in rows:
+                    pair = {key: f"{row[key]} " * times for key in ("sentence1", "sentence2")}
+                    file.write(json.dumps(pair | {"label": LABEL_NAMES[int(row["label"])]}) + "\n")
         return path
 
 
@@ -132,6 +125,9 @@ class Clock:
     def __init__(self, after_step: AfterStep | None = None) -> None:
         self.seconds: list[float] = []
         self._after_step = after_step
+        self.restart()
+
+    def restart(self) -> None:
         self._last = time.perf_counter()
 
     def tick(self) -> None:
@@ -144,25 +140,19 @@ class Clock:
         self._last = time.perf_counter()
 
 
-class StepTrainer(Protocol):
-    # Cross-entropy and auxiliary loss of each step of the last turn that recorded them.
-    losses: list[tuple[float, float | None]]
+class StepTrainer:
+    """A way of training: ours with given options, or another one with the same settings.
 
-    def turn(
-        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
-    ) -> list[float]:
-        """Seconds of each step of a new run; `changes` are options of our trainer.
-
-        With `logging_steps=1` the losses are recorded.
-        """
-
-
-class Ours:
-    """Our trainer with given options."""
+    losses: cross-entropy and auxiliary loss of each step of the last turn that recorded them.
+    shares: parts of the steps of the last turn that was profiled.
+    """
 
     def __init__(self, case: Case, files: Files, name: str, **options: Any) -> None:
         if "deepspeed_config" in options:
-            options["deepspeed_config"] = str(files.deepspeed())
+            # An empty configuration: one process without ZeRO.
+            file = files.directory / options["deepspeed_config"]
+            file.write_text("{}\n")
+            options["deepspeed_config"] = str(file)
         self.options = {
             "train_file": str(files.texts(case)),
             "model_name_or_path": str(files.encoder(case)),
@@ -189,8 +179,20 @@ class Ours:
     def turn(
         self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
     ) -> list[float]:
-        trainer = SteppedTrainer(self.config(num_steps, **changes))
+        """Seconds of each step of a new run; the option `logging_steps=1` records the losses."""
         clock = Clock(after_step)
+        self.train(num_steps, clock, **changes)
+        return clock.seconds
+
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        """Make a new run; restart the clock before its first step, and let it tick after each."""
+        raise NotImplementedError
+
+
+class Ours(StepTrainer):
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        trainer = SteppedTrainer(self.config(num_steps, **changes))
+        clock.restart()
         with trainer.profiler:
             for _ in range(num_steps):
                 trainer.one_step()
@@ -200,27 +202,19 @@ class Ours:
         records = read_records(trainer.output_dir / "metrics.jsonl")
         self.losses = [(record["loss_ce"], record.get("loss_aux")) for record in records]
         trainer.backend.close()
-        return clock.seconds
 
 
-class HuggingFace:
+class HuggingFace(StepTrainer):
     """The Hugging Face Trainer with the same model and the loss that the model returns."""
 
-    def __init__(self, case: Case, files: Files) -> None:
-        self.files = files
-        self.ours = Ours(case, files, HUGGING_FACE, objective="ce")
-        self.losses: list[tuple[float, float | None]] = []
-
-    def turn(
-        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
-    ) -> list[float]:
-        trainer = build_run(self.ours.config(num_steps, **changes))
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        trainer = build_run(self.config(num_steps, **changes))
         options = trainer.config.optimization
-        callback = _ClockCallback(after_step)
+        callback = _ClockCallback(clock)
         made = transformers.Trainer(
             model=trainer.model,
             args=transformers.TrainingArguments(
-                output_dir=str(self.files.directory / HUGGING_FACE),
+                output_dir=str(self._files.directory / HUGGING_FACE),
                 max_steps=num_steps,
                 per_device_train_batch_size=options.per_device_train_batch_size,
                 learning_rate=options.learning_rate,
@@ -243,16 +237,15 @@ class HuggingFace:
         made.remove_callback(transformers.PrinterCallback)
         made.train()
         self.losses = [(loss, None) for loss in callback.losses]
-        return callback.clock.seconds
 
 
 class _ClockCallback(transformers.TrainerCallback):
-    def __init__(self, after_step: AfterStep | None) -> None:
-        self.after_step = after_step
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
         self.losses: list[float] = []
 
     def on_train_begin(self, *arguments: Any, **options: Any) -> None:
-        self.clock = Clock(self.after_step)
+        self.clock.restart()
 
     def on_step_end(self, *arguments: Any, **options: Any) -> None:
         self.clock.tick()
@@ -269,8 +262,8 @@ def _features(trainer: RunParts) -> list[dict[str, Any]]:
     features = []
     for row in np.concatenate(_batches(trainer, epoch=0)):
         span = slice(split.offsets[row], split.offsets[row + 1])
-        feature = {"input_ids": split.tokens[span].tolist(), "labels": int(split.labels[row])}
-        feature["attention_mask"] = [1] * len(feature["input_ids"])
+        tokens, label = split.tokens[span].tolist(), int(split.labels[row])
+        feature = {"input_ids": tokens, "labels": label, "attention_mask": [1] * len(tokens)}
         if split.token_types is not None:
             feature["token_type_ids"] = split.token_types[span].tolist()
         features.append(feature)
@@ -278,23 +271,15 @@ def _features(trainer: RunParts) -> list[dict[str, Any]]:
 
 
 def _batches(trainer: RunParts, epoch: int) -> list[np.ndarray]:
-    options = trainer.config.optimization
-    return epoch_batches(
-        trainer.train_split.lengths, trainer.plan.batch_size, seed=options.seed, epoch=epoch
-    )
+    seed, lengths = trainer.config.optimization.seed, trainer.train_split.lengths
+    return epoch_batches(lengths, trainer.plan.batch_size, seed=seed, epoch=epoch)
 
 
-class TwoBackward:
+class TwoBackward(StepTrainer):
     """ACL-Grad in plain PyTorch, with a dense contrastive loss."""
 
-    def __init__(self, case: Case, files: Files) -> None:
-        self.ours = Ours(case, files, TWO_BACKWARD, objective="acl")
-        self.losses: list[tuple[float, float | None]] = []
-
-    def turn(
-        self, num_steps: int, after_step: AfterStep | None = None, **changes: Any
-    ) -> list[float]:
-        trainer = build_run(self.ours.config(num_steps, **changes))
+    def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
+        trainer = build_run(self.config(num_steps, **changes))
         options, model = trainer.config.optimization, trainer.model.train()
         parameters = list(model.parameters())
         optimizer = torch.optim.AdamW(
@@ -305,7 +290,7 @@ class TwoBackward:
         )
         is_recorded = trainer.config.run.logging_steps == 1
         self.losses = []
-        clock = Clock(after_step)
+        clock.restart()
         for step in range(num_steps):
             epoch, index = divmod(step, trainer.plan.steps_per_epoch)
             if index == 0:
@@ -315,15 +300,10 @@ class TwoBackward:
             labels = batch.pop("labels")
             output = model(**batch)
             main = cross_entropy(output.logits, labels)
-            auxiliary = dense_acl(
-                output.exit_embeddings[-1], labels, model.label_embeddings_of([-1])[0]
-            )
-            main_gradient = _flat(torch.autograd.grad(
-                main, parameters, retain_graph=True, allow_unused=True
-            ), parameters)  # fmt: skip
-            auxiliary_gradient = _flat(
-                torch.autograd.grad(auxiliary, parameters, allow_unused=True), parameters
-            )
+            label_embeddings = model.label_embeddings_of([-1])[0]
+            auxiliary = dense_acl(output.exit_embeddings[-1], labels, label_embeddings)
+            main_gradient = flat_gradient(main, parameters)
+            auxiliary_gradient = flat_gradient(auxiliary, parameters, retain_graph=False)
             if cosine_similarity(main_gradient, auxiliary_gradient, dim=0) >= 0:
                 main_gradient = torch.lerp(main_gradient, auxiliary_gradient, AUXILIARY_WEIGHT)
             parts = main_gradient.split([parameter.numel() for parameter in parameters])
@@ -338,30 +318,17 @@ class TwoBackward:
             # Free the step's tensors before the next step, as a function of its own would.
             del output, main, auxiliary, main_gradient, auxiliary_gradient, parts, part
             clock.tick()
-        return clock.seconds
-
-
-def _flat(gradients: tuple[Tensor | None, ...], parameters: list[torch.nn.Parameter]) -> Tensor:
-    return torch.cat(
-        [
-            (torch.zeros_like(parameter) if gradient is None else gradient).reshape(-1)
-            for gradient, parameter in zip(gradients, parameters, strict=True)
-        ]
-    )
 
 
 def make_trainer(name: str, case: Case, files: Files, **more: Any) -> StepTrainer:
     """Make the trainer of that name; `more` are further options of ours."""
-    if name == HUGGING_FACE:
-        return HuggingFace(case, files)
-    if name == TWO_BACKWARD:
-        return TwoBackward(case, files)
-    return Ours(case, files, name, **{**OURS[name], **more})
+    cls = {HUGGING_FACE: HuggingFace, TWO_BACKWARD: TwoBackward}.get(name, Ours)
+    return cls(case, files, name, **{**OPTIONS[name], **more})
 
 
 def obstacle(name: str) -> str | None:
     """A message if a trainer cannot run here, else None."""
-    options = OURS.get(name, {})
+    options = OPTIONS[name]
     try:
         if "deepspeed_config" in options:
             check_version()

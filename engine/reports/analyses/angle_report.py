@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...config.commands import AngleConfig
 from ...experiments.runs import named_runs
-from ...runtime.files import write_whole
 from ...runtime.plots import (
     legend_below,
     look,
@@ -21,13 +19,9 @@ from ...runtime.plots import (
     save_figure,
 )
 from ...runtime.text import text_table, write_tables
-from ..page.page import CAPTION_SUFFIX, Figure, Section, Table, write_page
+from ..page.page import Figure, Section, Table, write_analysis
 from ..run_figures import angle_words, draw_angles
 from .gradient_angles import RIGHT_ANGLE, AngleRecords, measure_angles
-
-if TYPE_CHECKING:
-    from matplotlib.artist import Artist
-    from matplotlib.container import ErrorbarContainer
 
 CSV_HEADER = (
     "run", "batch", "group", "angle_degrees", "cosine", "norm_ce", "norm_contrastive",
@@ -38,9 +32,7 @@ TABLE_HEADER = (
 
 
 def report_angles(runs: Sequence[Path], config: AngleConfig) -> tuple[str, list[Path]]:
-    """Measure the angles of runs and write tables and figures.
-
-    Returns a table to print, and the files written.
+    """Measure the angles of runs and write tables and figures; returns as `write_angles`.
 
     Raises:
         ValueError: as `measure_angles`; `output_dir`, a label or matplotlib is missing.
@@ -53,67 +45,59 @@ def report_angles(runs: Sequence[Path], config: AngleConfig) -> tuple[str, list[
     records = [
         measure_angles(run, config, label) for run, (label, _) in zip(runs, named, strict=True)
     ]
-    rows = angle_rows(records)
-    files = write_angles(records, Path(config.angles.output_dir))
-    return "\n".join([text_table(TABLE_HEADER, rows), "", *notes(records)]), files
+    return write_angles(records, Path(config.angles.output_dir))
 
 
-def write_angles(records: Sequence[AngleRecords], output_dir: Path) -> list[Path]:
-    """Write angles.*, angles_by_layer.* and index.html; returns the files.
+def write_angles(records: Sequence[AngleRecords], output_dir: Path) -> tuple[str, list[Path]]:
+    """Write angles.*, angles_by_layer.* and index.html, with the figures' captions beside them.
 
-    The captions of both figures are written to <name>.caption.txt.
+    Returns the table to print, and the files.
     """
     output_dir.mkdir(parents=True, exist_ok=True)
-    rows, words = angle_rows(records), "\n\n".join(notes(records))
+    rows, words = angle_rows(records), notes(records)
     numbers = CSV_HEADER, _batch_rows(records)
-    tables = write_tables(output_dir / "angles", TABLE_HEADER, rows, words, numbers)
+    tables = write_tables(output_dir / "angles", TABLE_HEADER, rows, "\n\n".join(words), numbers)
     whole = draw_histograms(records, output_dir / "angles")
     by_layer = draw_by_layer(records, output_dir / "angles_by_layer")
-    captions = (
-        f"Angle between {_gradients(records)} over {_whole(records)} of trained models, by "
-        f"training batch ({_data(records)}); dashed: 90 degrees. Parameters fixed, dropout off.",
-        f"The same by part of the model: median and 10th to 90th percentile of the batches of "
-        f"{_data(records)}.",
-    )
-    figures = []
-    for (_, picture), caption in zip((whole, by_layer), captions, strict=True):
-        write_whole(picture.with_name(f"{picture.stem}{CAPTION_SUFFIX}"), caption + "\n")
-        figures.append(Figure(picture, caption))
+    groups = " or ".join(dict.fromkeys(record.names[0] for record in records))
+    figures = [
+        Figure(
+            whole[1],
+            f"Angle between {_gradients(records)} over {groups} of trained models, by training "
+            f"batch ({_data(records)}); dashed: 90 degrees. Parameters fixed, dropout off.",
+        ),
+        Figure(
+            by_layer[1],
+            "The same by part of the model: median and 10th to 90th percentile of the batches of "
+            f"{_data(records)}.",
+        ),
+    ]
+    findings = [
+        f"{record.label}: median {np.median(record.angles(name)):.1f} degrees over {name}, "
+        f"{record.share_above(name):.0%} of {record.num_batches} batches above 90."
+        for record in records
+        for name in record.names[:1]
+    ]
+    title, table = "Gradient angles", Table(TABLE_HEADER, rows)
     files = [*tables, *whole, *by_layer]
-    page = write_page(
-        output_dir / "index.html",
-        "Gradient angles",
-        [_finding(record) for record in records],
-        [
-            Section(
-                "Gradient angles",
-                figures=figures,
-                tables=[Table(TABLE_HEADER, rows)],
-                notes=notes(records),
-                files=files,
-            )
-        ],
-    )
-    return [*files, page]
+    section = Section(title, figures=figures, tables=[table], notes=words, files=files)
+    files = write_analysis(output_dir, title, findings, section)
+    return "\n".join([text_table(TABLE_HEADER, rows), "", *words]), files
 
 
 def angle_rows(records: Sequence[AngleRecords]) -> list[list[str]]:
-    """The rows of the table (`TABLE_HEADER`), one per run and group of parameters; in degrees."""
+    """The rows of the table, one per run and group of parameters; in degrees."""
     rows = []
     for record in records:
         for name in record.names:
             low, median, high = np.percentile(record.angles(name), (10, 50, 90))
-            rows.append(
-                [
-                    record.label,
-                    name,
-                    str(record.num_batches),
-                    f"{median:.1f}",
-                    f"{low:.1f} to {high:.1f}",
-                    f"{record.share_above(name):.1%}",
-                    str(record.num_undefined(name)),
-                ]
-            )
+            angles = [
+                f"{median:.1f}",
+                f"{low:.1f} to {high:.1f}",
+                f"{record.share_above(name):.1%}",
+            ]
+            counts = str(record.num_batches), str(record.num_undefined(name))
+            rows.append([record.label, name, counts[0], *angles, counts[1]])
     return rows
 
 
@@ -182,12 +166,13 @@ def draw_by_layer(records: Sequence[AngleRecords], path: Path) -> list[Path]:
         depth = [i for i, group in enumerate(defined) if not group.startswith("exit ")]
         color = look(index)["color"]
         path_of_layers = axes.plot(x[depth], median[depth], color=color, linewidth=1, alpha=0.6)
-        mark(index, *path_of_layers, *_parts(bars))
+        line, caps, ranges = bars.lines
+        parts = [part for part in (line, *caps, *ranges) if part is not None]
+        mark(index, *path_of_layers, *parts)
         handles.append(bars)
     axes.axhline(RIGHT_ANGLE, color="black", linewidth=1)
     axes.set_xticks(range(len(places)), places, rotation=30 if len(places) > 5 else 0)
-    axes.set_xlim(-0.6, len(places) - 0.4)
-    axes.set_ylabel("angle (degrees)")
+    axes.set(xlim=(-0.6, len(places) - 0.4), ylabel="angle (degrees)")
     axes.set_title(
         f"{_data(records)}: angle between {_gradients(records)},\nmedian and 10th to 90th "
         "percentile of the batches, dropout off",
@@ -196,20 +181,6 @@ def draw_by_layer(records: Sequence[AngleRecords], path: Path) -> list[Path]:
     plain(axes)
     legend_below(figure, handles, [record.label for record in records])
     return save_figure(figure, path)
-
-
-def _parts(bars: ErrorbarContainer) -> list[Artist]:
-    """The artists that error bars consist of."""
-    line, caps, ranges = bars.lines
-    return [part for part in (line, *caps, *ranges) if part is not None]
-
-
-def _finding(record: AngleRecords) -> str:
-    name = record.names[0]
-    return (
-        f"{record.label}: median {np.median(record.angles(name)):.1f} degrees over {name}, "
-        f"{record.share_above(name):.0%} of {record.num_batches} batches above 90."
-    )
 
 
 def _batch_rows(records: Sequence[AngleRecords]) -> list[list[str]]:
@@ -245,10 +216,6 @@ def _places(records: Sequence[AngleRecords]) -> list[str]:
 def _gradients(records: Sequence[AngleRecords]) -> str:
     losses = list(dict.fromkeys(record.contrastive for record in records))
     return f"the CE and the {' or '.join(losses)} gradient"
-
-
-def _whole(records: Sequence[AngleRecords]) -> str:
-    return " or ".join(dict.fromkeys(record.names[0] for record in records))
 
 
 def _data(records: Sequence[AngleRecords]) -> str:

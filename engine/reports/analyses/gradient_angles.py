@@ -10,13 +10,12 @@ Figure 2 of arXiv 2602.03563 shows such angles without saying whether dropout wa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.nn import Parameter
 from tqdm import tqdm
 
@@ -28,7 +27,7 @@ from ...data.batching import EncodedSplit, collate, epoch_batches
 from ...experiments.runs import load_data, load_model, method_of, run_config
 from ...model.encoder_layers import layer_modules
 from ...model.multi_exit import MultiExitForSequenceClassification
-from ...objectives.losses import ExitLosses, exit_losses
+from ...objectives.losses import exit_losses
 from ...training.stages import Stage, plan_stages, prepare, stage_outputs
 
 ALL = "all parameters"
@@ -121,9 +120,8 @@ def measure_angles(
     """
     config = AngleConfig() if config is None else config
     options = config.angles
-    given = run_config(run)
-    trained = load_model(run, config.device.device)
-    model, tokenizer = trained.model, trained.tokenizer
+    given, trained = run_config(run), load_model(run, config.device.device)
+    model = trained.model
     stage = choose_stage(given, model, options.exit_layer, run)
     contrasted = contrastive_config(given, stage, options.contrastive)
     data = load_data(run, given, trained.record, vars(config.data), needs_train=True)
@@ -135,25 +133,28 @@ def measure_angles(
         or given.optimization.per_device_train_batch_size
     )
     seed = given.optimization.seed if options.seed is None else options.seed
-    batches = list(
-        training_batches(split, batch_size, seed, options.num_batches, given.data.group_by_length)
-    )
+    wanted, by_length = options.num_batches, given.data.group_by_length
+    batches = list(training_batches(split, batch_size, seed, wanted, by_length))
     prepare(model, stage)
     model.eval()  # `prepare` turns dropout on.
     names, parameters, groups = parameter_groups(model)
     rows, reached, num_single_class = [], np.zeros(len(names), dtype=bool), 0
-    shown = tqdm(
-        batches,
-        desc=f"angles of {run.name}",
-        leave=False,
-        disable=True if config.device.disable_tqdm else None,
-    )
+    hidden = True if config.device.disable_tqdm else None
+    shown = tqdm(batches, desc=f"angles of {run.name}", leave=False, disable=hidden)
     for number, indices in enumerate(shown, start=1):
-        batch = collate(split, indices, tokenizer.pad_token_id)
+        batch = collate(split, indices, trained.tokenizer.pad_token_id)
         batch = {name: value.to(model.device) for name, value in batch.items()}
-        num_single_class += int(batch["labels"].unique().numel() == 1)
-        losses = _batch_losses(model, stage, contrasted, batch)
-        main, auxiliary = _both_gradients(losses, parameters)
+        labels = batch.pop("labels")
+        num_single_class += int(labels.unique().numel() == 1)
+        output, teacher = stage_outputs(model, stage, stage.exits, batch)
+        label_embeddings = model.label_embeddings_of(stage.exits)
+        losses = exit_losses(contrasted.objective, output, label_embeddings, labels, teacher)
+        assert losses.auxiliary is not None  # `contrastive_config` asks for one.
+        # Gradients summed over the exits; None for parameters that a loss does not reach.
+        auxiliary = torch.autograd.grad(
+            losses.auxiliary.sum(), parameters, retain_graph=True, allow_unused=True
+        )
+        main = torch.autograd.grad(losses.main.sum(), parameters, allow_unused=True)
         stats = grad_dot_norm(main, auxiliary, groups=groups).double().cpu().numpy()
         if not np.isfinite(stats).all():
             bad = names[int(np.flatnonzero(~np.isfinite(stats).all(axis=1))[0])]
@@ -221,13 +222,13 @@ def contrastive_config(
     contrastive: None: the run's own loss, or SCL if it has none. ACL of an exit with a teacher
     becomes ACL-CL, unless the run did not use that.
     """
-    trained_with = config.objective.objective
-    chosen = contrastive or ("acl" if trained_with == "acl" else "scl")
-    wants_teacher = config.contrasts_layers if trained_with == "acl" else True
+    used_acl = config.objective.objective == "acl"
+    chosen = contrastive or ("acl" if used_acl else "scl")
+    with_teacher = stage.has_teacher and (config.contrasts_layers or not used_acl)
     objective = dataclasses.replace(
         config.objective,
         objective=chosen,
-        cross_layer=chosen == "acl" and stage.has_teacher and wants_teacher,
+        cross_layer=chosen == "acl" and with_teacher,
         distill_weight=0.0,
         # The implementation of the run may not be available on this machine.
         impl="auto",
@@ -262,41 +263,15 @@ def parameter_groups(
     Groups are the embeddings, "layer 1" to the last layer, the rest of the backbone, and "exit m"
     of layer m; those without a trained parameter are left out.
     """
-    homes: dict[Parameter, str] = {}
-    layers = layer_modules(model.backbone)
-    for number, layer in enumerate(layers, start=1):
-        homes |= dict.fromkeys(layer.parameters(), f"layer {number}")
-    for number, exit_module in zip(model.exit_layers, model.exits, strict=True):
-        homes |= dict.fromkeys(exit_module.parameters(), f"exit {number}")
     embeddings = getattr(model.backbone, "embeddings", model.backbone.get_input_embeddings())
-    homes |= dict.fromkeys(embeddings.parameters(), EMBEDDINGS)
+    layers = enumerate(layer_modules(model.backbone), start=1)
+    places = {f"layer {number}": layer for number, layer in layers}
+    exits = zip(model.exit_layers, model.exits, strict=True)
+    exit_places = {f"exit {number}": exit_module for number, exit_module in exits}
+    homes: dict[Parameter, str] = {}
+    for name, module in {**places, **exit_places, EMBEDDINGS: embeddings}.items():
+        homes |= dict.fromkeys(module.parameters(), name)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     found = [homes.get(parameter, REST) for parameter in parameters]
-    order = [EMBEDDINGS, *(f"layer {number + 1}" for number in range(len(layers))), REST]
-    order += [f"exit {number}" for number in model.exit_layers]
-    names = [name for name in order if name in found]
+    names = [name for name in (EMBEDDINGS, *places, REST, *exit_places) if name in found]
     return names, parameters, [names.index(name) for name in found]
-
-
-def _batch_losses(
-    model: MultiExitForSequenceClassification,
-    stage: Stage,
-    config: TrainingConfig,
-    batch: dict[str, Tensor],
-) -> ExitLosses:
-    labels = batch.pop("labels")
-    output, teacher = stage_outputs(model, stage, stage.exits, batch)
-    label_embeddings = model.label_embeddings_of(stage.exits)
-    return exit_losses(config.objective, output, label_embeddings, labels, teacher)
-
-
-def _both_gradients(
-    losses: ExitLosses, parameters: Sequence[Parameter]
-) -> tuple[Sequence[Tensor | None], Sequence[Tensor | None]]:
-    """Gradients of the two losses summed over the exits; None for unreached parameters."""
-    assert losses.auxiliary is not None  # `contrastive_config` asks for one.
-    auxiliary = torch.autograd.grad(
-        losses.auxiliary.sum(), parameters, retain_graph=True, allow_unused=True
-    )
-    main = torch.autograd.grad(losses.main.sum(), parameters, allow_unused=True)
-    return main, auxiliary

@@ -5,10 +5,8 @@ Figure 6 of arXiv 2602.03563 has this form: a column per run, a row per exit.
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +19,23 @@ from ...runtime.files import write_whole
 from ...runtime.plots import (
     COLORS,
     MARKERS,
+    PANELS_PER_ROW,
     legend_below,
     new_figure,
     require_matplotlib,
     save_figure,
 )
-from ...runtime.text import text_table, write_tables
-from ..page.page import CAPTION_SUFFIX, Figure, Section, Table, write_page
+from ...runtime.text import csv_text, text_table, write_tables
+from ..page.page import Figure, Section, Table, write_analysis
 from .representations import Representations, choose_layers, measure_alignment, read_representations
 
 TABLE_HEADER = (
     "run", "exit", "texts", "own label", "nearest other", "margin", "nearest is own", "silhouette",
 )  # fmt: skip
+_POINTS_HEADER = ("run", "exit", "what", "class", "x", "y")
 # Without the star, which marks label embeddings. One fewer than colours, so that a colour that
 # repeats has another marker.
 _MARKERS = MARKERS[:-1]
-_PANELS_PER_ROW = 3
 # With more classes, names and legend would cover the points.
 MAX_NAMED_CLASSES = 20
 NOTES = (
@@ -50,7 +49,7 @@ NOTES = (
 
 
 def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[str, list[Path]]:
-    """Draw and measure the exits of runs; returns a table to print, and the files written.
+    """Draw and measure the exits of runs; returns as `write_representations`.
 
     Raises:
         ValueError: a run, exit or data set does not exist; `output_dir`, matplotlib or scikit-learn
@@ -60,30 +59,20 @@ def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[st
     if config.tsne.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
     require_matplotlib()
-    require_sklearn()
-    named = named_runs(runs, config.tsne.labels)
-    layers = choose_layers(config.tsne.exit_layers, [_exit_layers(run) for run in runs])
-    found = [
-        read_representations(run, given, label, config, layers)
-        for run, (label, given) in zip(runs, named, strict=True)
-    ]
-    for exits in found:
-        check_perplexity(config.tsne.perplexity, len(exits[0].samples), len(exits[0].class_names))
-    rows = alignment_rows([one for exits in found for one in exits])
-    files = write_representations(found, rows, config)
-    return "\n".join([text_table(TABLE_HEADER, rows), "", *NOTES]), files
-
-
-def require_sklearn() -> None:
-    """Check that t-SNE is installed, before any work.
-
-    Raises:
-        ValueError: scikit-learn is not installed.
-    """
     try:
         import sklearn.manifold  # noqa: F401
     except ImportError:
         raise ValueError("t-SNE needs scikit-learn. Run: pip install scikit-learn") from None
+    named = named_runs(runs, config.tsne.labels)
+    layers = choose_layers(config.tsne.exit_layers, [_exit_layers(run) for run in runs])
+    exits = [
+        one
+        for run, (label, given) in zip(runs, named, strict=True)
+        for one in read_representations(run, given, label, config, layers)
+    ]
+    for one in exits:
+        check_perplexity(config.tsne.perplexity, len(one.samples), len(one.class_names))
+    return write_representations(exits, config)
 
 
 def check_perplexity(perplexity: float, num_samples: int, num_classes: int) -> None:
@@ -115,95 +104,68 @@ def embed(exit_of_run: Representations, perplexity: float, seed: int) -> np.ndar
     return made.fit_transform(points.astype(np.float32))
 
 
-def alignment_rows(exits: Sequence[Representations]) -> list[list[str]]:
-    """The rows of the table (`TABLE_HEADER`), one per run and exit."""
-    rows = []
-    for one in exits:
-        found = measure_alignment(one)
-        rows.append(
-            [
-                one.label,
-                str(one.layer),
-                str(len(one.samples)),
-                f"{found.own:.4f}",
-                f"{found.nearest_other:.4f}",
-                f"{found.margin:.4f}",
-                f"{found.nearest_is_own:.1%}",
-                "" if found.silhouette is None else f"{found.silhouette:.4f}",
-            ]
-        )
-    return rows
-
-
 def write_representations(
-    found: Sequence[Sequence[Representations]], rows: Sequence[Sequence[str]], config: TSNEConfig
-) -> list[Path]:
-    """Write tsne.png, .svg and .csv, representations.csv and .md, and index.html; returns them.
+    exits: Sequence[Representations], config: TSNEConfig
+) -> tuple[str, list[Path]]:
+    """Write tsne.png, .svg and .csv, representations.csv and .md, and index.html.
 
-    found: the exits of each run, on the same layers in all runs.
+    exits: of one run after the other, on the same layers in all runs. Returns the table to print,
+    and the files.
     """
     output_dir = Path(str(config.tsne.output_dir))
-    points = [
-        [embed(one, config.tsne.perplexity, config.tsne.seed) for one in exits] for exits in found
-    ]
+    points = [embed(one, config.tsne.perplexity, config.tsne.seed) for one in exits]
     output_dir.mkdir(parents=True, exist_ok=True)
-    tables = [
-        *write_tables(output_dir / "representations", TABLE_HEADER, rows, "\n\n".join(NOTES)),
-        output_dir / "tsne.csv",
-    ]
-    write_whole(tables[-1], _points_csv(found, points))
-    figures = draw(found, points, output_dir / "tsne")
-    caption = _caption(found, config)
-    write_whole(output_dir / f"tsne{CAPTION_SUFFIX}", caption + "\n")
-    files = [*figures, *tables]
-    page = write_page(
-        output_dir / "index.html",
-        "Representations and label embeddings",
-        [
-            f"{row[0]}, exit {row[1]}: {row[6]} of {row[2]} texts lie nearest to their own label "
-            f"embedding; the mean margin of all is {row[5]} in cosine."
-            for row in rows
-        ],
-        [
-            Section(
-                "Representations",
-                figures=[Figure(figures[1], caption)],
-                tables=[Table(TABLE_HEADER, rows)],
-                notes=NOTES,
-                files=files,
-            )
-        ],
+    rows, findings = [], []
+    for one in exits:
+        found, texts = measure_alignment(one), len(one.samples)
+        cosines = [f"{value:.4f}" for value in (found.own, found.nearest_other, found.margin)]
+        share = f"{found.nearest_is_own:.1%}"
+        silhouette = "" if found.silhouette is None else f"{found.silhouette:.4f}"
+        rows.append([one.label, str(one.layer), str(texts), *cosines, share, silhouette])
+        findings.append(
+            f"{one.label}, exit {one.layer}: {share} of {texts} texts lie nearest to their own "
+            f"label embedding; the mean margin of all is {cosines[2]} in cosine."
+        )
+    tables = write_tables(output_dir / "representations", TABLE_HEADER, rows, "\n\n".join(NOTES))
+    tables.append(output_dir / "tsne.csv")
+    write_whole(tables[-1], csv_text([_POINTS_HEADER, *_point_rows(exits, points)]))
+    pictures = draw(exits, points, output_dir / "tsne")
+    section = Section(
+        "Representations",
+        figures=[Figure(pictures[1], _caption(exits, config))],
+        tables=[Table(TABLE_HEADER, rows)],
+        notes=NOTES,
+        files=[*pictures, *tables],
     )
-    return [*files, page]
+    title = "Representations and label embeddings"
+    files = write_analysis(output_dir, title, findings, section)
+    return "\n".join([text_table(TABLE_HEADER, rows), "", *NOTES]), files
 
 
-def draw(
-    found: Sequence[Sequence[Representations]], points: Sequence[Sequence[np.ndarray]], path: Path
-) -> list[Path]:
+def draw(exits: Sequence[Representations], points: Sequence[np.ndarray], path: Path) -> list[Path]:
     """A column per run and a row per exit, or rows of three exits of a single run.
 
-    Writes `path`.png and .svg. points: those of `embed` [n + K, 2], in the order of `found`; label
-    embeddings are stars.
+    Writes `path`.png and .svg. points: those of `embed` [n + K, 2] for each exit; label embeddings
+    are stars.
     """
     from matplotlib.lines import Line2D
 
-    num_rows, num_columns = len(found[0]), len(found)
-    if num_columns == 1:
-        # The exits of a single run are arranged in rows.
-        num_columns = min(num_rows, _PANELS_PER_ROW)
+    num_rows = len({one.layer for one in exits})
+    num_columns = len(exits) // num_rows
+    is_one_run = num_columns == 1
+    if is_one_run:
+        num_columns = min(num_rows, PANELS_PER_ROW)
         num_rows = math.ceil(num_rows / num_columns)
     figure = new_figure(0.6 + 4.4 * num_columns, 0.9 + 4.0 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
-    every = list(grid.flat if len(found) == 1 else grid.T.flat)
-    exits = [pair for pairs in zip(found, points, strict=True) for pair in zip(*pairs, strict=True)]
-    for axes, (one, where) in zip(every, exits, strict=False):
+    every = list(grid.flat if is_one_run else grid.T.flat)
+    for axes, one, where in zip(every, exits, points, strict=False):
         _scatter(axes, one, where)
         axes.set_title(f"{one.label}, exit {one.layer}")
     for axes in every[len(exits) :]:
         axes.set_visible(False)
-    names = found[0][0].class_names
-    same_classes = all(of_run[0].class_names == names for of_run in found)
-    if same_classes and len(names) <= MAX_NAMED_CLASSES:
+    names = exits[0].class_names
+    if all(one.class_names == names for one in exits) and len(names) <= MAX_NAMED_CLASSES:
         handles, texts = grid[0][0].get_legend_handles_labels()
         star = Line2D([], [], marker="*", color="0.6", linestyle="", markeredgecolor="black")
         star.set_markersize(12)
@@ -257,10 +219,10 @@ def _name_places(where: np.ndarray, stars: np.ndarray) -> list[tuple[str, bool]]
     return places
 
 
-def _caption(found: Sequence[Sequence[Representations]], config: TSNEConfig) -> str:
-    data = dict.fromkeys(one.data for exits in found for one in exits)
-    sizes = dict.fromkeys(str(len(exits[0].samples)) for exits in found)
-    many = any(len(exits[0].class_names) > MAX_NAMED_CLASSES for exits in found)
+def _caption(exits: Sequence[Representations], config: TSNEConfig) -> str:
+    data = dict.fromkeys(one.data for one in exits)
+    sizes = dict.fromkeys(str(len(one.samples)) for one in exits)
+    many = any(len(one.class_names) > MAX_NAMED_CLASSES for one in exits)
     unnamed = " Colours repeat and names are left out, as there are many classes." if many else ""
     return (
         f"t-SNE of the representations of {' or '.join(sizes)} texts ({'; '.join(data)}) by true "
@@ -269,20 +231,15 @@ def _caption(found: Sequence[Sequence[Representations]], config: TSNEConfig) -> 
     )
 
 
-def _points_csv(
-    found: Sequence[Sequence[Representations]], points: Sequence[Sequence[np.ndarray]]
-) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["run", "exit", "what", "class", "x", "y"])
-    for exits, placed in zip(found, points, strict=True):
-        for one, where in zip(exits, placed, strict=True):
-            kinds = ["text"] * len(one.samples) + ["label embedding"] * len(one.class_names)
-            classes = [*one.classes.tolist(), *range(len(one.class_names))]
-            for kind, index, (x, y) in zip(kinds, classes, where, strict=True):
-                name = one.class_names[index]
-                writer.writerow([one.label, one.layer, kind, name, f"{x:.4f}", f"{y:.4f}"])
-    return text.getvalue()
+def _point_rows(
+    exits: Sequence[Representations], points: Sequence[np.ndarray]
+) -> Iterator[list[str]]:
+    for one, where in zip(exits, points, strict=True):
+        kinds = ["text"] * len(one.samples) + ["label embedding"] * len(one.class_names)
+        classes = [*one.classes.tolist(), *range(len(one.class_names))]
+        for kind, index, (x, y) in zip(kinds, classes, where, strict=True):
+            name = one.class_names[index]
+            yield [one.label, str(one.layer), kind, name, f"{x:.4f}", f"{y:.4f}"]
 
 
 def _exit_layers(run: Path) -> list[int]:

@@ -26,7 +26,7 @@ from ...data.columns import TextSplit
 from ...data.dataset import TextData
 from ...experiments.runs import load_data, load_model
 from ...inference.logits import exit_outputs
-from ...model.multi_exit import MultiExitForSequenceClassification, parse_layers
+from ...model.multi_exit import parse_layers
 from ...model.saved import TrainedModel
 
 
@@ -92,34 +92,35 @@ def read_representations(
     encoded, split = _drawn_texts(data, trained, config)
     assert encoded.labels is not None  # `load_splits` evaluates labelled splits only.
     positions = [model.exit_layers.index(layer) for layer in exit_layers]
-    samples = _embeddings(
-        trained,
+    rows, parts = [], []
+    for of_batch, output in exit_outputs(
+        model,
         encoded,
-        positions,
         config.tsne.per_device_eval_batch_size,
-        None if config.device.disable_tqdm else f"representations of {run.name}",
-    )
+        pad_token_id=trained.tokenizer.pad_token_id,
+        positions=positions,
+        progress=None if config.device.disable_tqdm else f"representations of {run.name}",
+    ):
+        rows.append(of_batch)
+        parts.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
+    # [E, n, d], in the order of the texts.
+    samples = torch.cat(parts, dim=1)[:, torch.cat(rows).argsort()].numpy()
     found = []
     for position, layer, vectors in zip(positions, exit_layers, samples, strict=True):
-        label_embeddings = _label_embeddings(model, position)
-        for what, rows in (("representation", vectors), ("label embedding", label_embeddings)):
-            bad = ~np.isfinite(rows).all(axis=1)
+        weight = model.label_embeddings_of([position])[0].detach().float()
+        label_embeddings = functional.normalize(weight, dim=-1).cpu().numpy()
+        for what, values in (("representation", vectors), ("label embedding", label_embeddings)):
+            bad = ~np.isfinite(values).all(axis=1)
             if bad.any():
                 raise FloatingPointError(
-                    f"run {str(run)!r}, exit {layer}: {bad.sum()} of {len(rows)} {what}s are NaN "
-                    "or infinite. The run has diverged: use an earlier checkpoint of it."
+                    f"run {str(run)!r}, exit {layer}: {bad.sum()} of {len(bad)} {what}s are NaN or "
+                    "infinite. The run has diverged: use an earlier checkpoint of it."
                 )
-        found.append(
-            Representations(
-                label,
-                f"{data.name}, {split}",
-                layer,
-                vectors,
-                label_embeddings,
-                encoded.labels.numpy(),
-                trained.label_names,
-            )
+        where, classes = f"{data.name}, {split}", encoded.labels.numpy()
+        read = Representations(
+            label, where, layer, vectors, label_embeddings, classes, trained.label_names
         )
+        found.append(read)
     return found
 
 
@@ -153,11 +154,9 @@ def choose_layers(text: str | None, available: Sequence[Sequence[int]]) -> list[
     Raises:
         ValueError: it does not name layers, or the runs have no layer in common.
     """
+    if text is not None and (layers := parse_layers(text)):
+        return sorted(set(layers))
     common = sorted(set(available[0]).intersection(*available[1:]))
-    if text is not None:
-        layers = parse_layers(text)
-        if layers:
-            return sorted(set(layers))
     if not common:
         raise ValueError(
             "exit_layers: the runs have no exit layer in common ("
@@ -187,30 +186,3 @@ def _drawn_texts(
         [split.labels[row] for row in rows],
     )
     return trained.encode(drawn, name), name
-
-
-def _embeddings(
-    trained: TrainedModel,
-    encoded: EncodedSplit,
-    positions: Sequence[int],
-    batch_size: int,
-    progress: str | None,
-) -> np.ndarray:
-    """Representations of length 1 in the split's order: [E, n, d]."""
-    order, parts = [], []
-    for rows, output in exit_outputs(
-        trained.model,
-        encoded,
-        batch_size,
-        pad_token_id=trained.tokenizer.pad_token_id,
-        positions=positions,
-        progress=progress,
-    ):
-        order.append(rows)
-        parts.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
-    return torch.cat(parts, dim=1)[:, torch.cat(order).argsort()].numpy()
-
-
-def _label_embeddings(model: MultiExitForSequenceClassification, position: int) -> np.ndarray:
-    weight = model.label_embeddings_of([position])[0].detach().float()
-    return functional.normalize(weight, dim=-1).cpu().numpy()

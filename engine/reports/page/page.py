@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -81,17 +82,30 @@ def write_section(
     return Section(title, text, shown, [table], notes, files=files)
 
 
+def write_analysis(
+    output_dir: Path, title: str, findings: Sequence[str], section: Section
+) -> list[Path]:
+    """Write index.html with a single section, and a <name>.caption.txt beside each figure.
+
+    Returns the files of the section, and the page.
+    """
+    for figure in section.figures:
+        beside = figure.path.with_name(f"{figure.path.stem}{CAPTION_SUFFIX}")
+        write_whole(beside, figure.caption + "\n")
+    return [*section.files, write_page(output_dir / "index.html", title, findings, [section])]
+
+
 def write_page(
     path: Path,
     title: str,
-    summary: str | Sequence[str],
+    findings: Sequence[str],
     sections: Sequence[Section],
     facts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the page; returns `path`.
 
     Args:
-        summary: the findings, a sentence or several.
+        findings: a sentence each.
         facts: data, model, versions, …: name -> value.
 
     Raises:
@@ -105,11 +119,11 @@ def write_page(
         undefined=StrictUndefined,
     )
     environment.filters["marked"] = _marked
-    environment.globals |= {"picture": _picture, "column_classes": _column_classes}
-    findings = [summary] if isinstance(summary, str) else summary
     text = environment.get_template("page.html").render(
         title=title,
-        findings=[finding for finding in findings if finding],
+        findings=findings,
+        picture=_picture,
+        column_classes=_column_classes,
         facts=facts or {},
         sections=list(zip(_anchors(section.title for section in sections), sections, strict=True)),
         directory=path.parent,
@@ -124,11 +138,10 @@ def captioned_figures(directories: Iterable[Path]) -> list[Figure]:
     found = []
     for directory in dict.fromkeys(directories):
         for file in sorted(directory.glob(f"*{CAPTION_SUFFIX}")):
-            stem = file.name.removesuffix(CAPTION_SUFFIX)
-            pictures = (directory / f"{stem}{suffix}" for suffix in (".svg", ".png"))
-            picture = next((path for path in pictures if path.is_file()), None)
-            if picture is not None:
-                found.append(Figure(picture, file.read_text(encoding="utf-8").strip()))
+            name = str(file).removesuffix(CAPTION_SUFFIX)
+            pictures = [Path(name + suffix) for suffix in (".svg", ".png")]
+            caption = file.read_text(encoding="utf-8").strip()
+            found += [Figure(path, caption) for path in pictures if path.is_file()][:1]
     return found
 
 
@@ -137,11 +150,9 @@ def _anchors(titles: Iterable[str]) -> list[str]:
     taken: list[str] = []
     for title in titles:
         base = re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section"
-        name, number = base, 1
-        while name in taken:
-            number += 1
-            name = f"{base}-{number}"
-        taken.append(name)
+        numbered = (f"{base}-{number}" for number in itertools.count(2))
+        names = itertools.chain([base], numbered)
+        taken.append(next(name for name in names if name not in taken))
     return taken
 
 
@@ -171,10 +182,9 @@ def _column_classes(table: Table) -> list[Markup]:
                 f"table {table.caption or list(table.header)!r}: a row has {len(row)} cells and "
                 f"the header {len(table.header)}: {list(row)}."
             )
-    columns = [
-        [row[place] for row in table.rows if row[place]] for place in range(len(table.header))
-    ]
-    return [
-        Markup(' class="number"' if place and cells and all(map(_NUMBER.match, cells)) else "")
-        for place, cells in enumerate(columns)
-    ]
+    classes = []
+    for place in range(len(table.header)):
+        cells = [row[place] for row in table.rows if row[place]]
+        is_numeric = place > 0 and cells and all(map(_NUMBER.match, cells))
+        classes.append(Markup(' class="number"' if is_numeric else ""))
+    return classes

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ...experiments.report_plan import ClaimPlan
-from ...experiments.results import NotThereError, Seeds, SweepResults, SweepRun, missing_notes
+from ...experiments.results import (
+    Comparison,
+    Seeds,
+    SweepResults,
+    SweepRun,
+    compare,
+    missing_notes,
+)
 from ...runtime.text import write_tables
 from ..page.page import Section, Table
-from .findings import Comparison, compare
 
 _RULES = (
     "Scores in percent (spreads in points), mean ± standard deviation (n - 1) over the seeds; "
@@ -38,8 +43,7 @@ class Evidence:
     @property
     def comparison(self) -> Comparison:
         """The difference, positive if it supports the claim: of spreads, the smaller is better."""
-        ours, theirs = (list(seeds.values.values()) for seeds in (self.better, self.than))
-        found = compare(ours, theirs)
+        found = compare(self.better, self.than)
         if self.claim.spread_over is None:
             return found
         return dataclasses.replace(found, difference=-found.difference)
@@ -86,7 +90,11 @@ def weigh(
         planned = {run.method for run in sweep.runs if run.task == task}
         if found is None or not planned.issuperset(methods):
             continue
-        layers = {layers for method in methods for layers in _layers(sweep, task, method)}
+        layers = {
+            tuple(sorted(run.layers()))
+            for run in sweep.runs
+            if run.task == task and run.method in methods and run.evaluated
+        }
         if len(layers) > 1:
             words = " and ".join(", ".join(map(str, numbers)) for numbers in sorted(layers))
             notes.append(f"“{claim.text}” on {task}: not compared, exits on layers {words}.")
@@ -101,18 +109,15 @@ def weigh(
 
 def verdict_words(claim: ClaimPlan, evidence: Sequence[Evidence]) -> str:
     """A sentence: the tasks where the claim holds, where its contrary, and where neither does."""
-    places: dict[str, list[str]] = {}
-    for of_task in evidence:
-        places.setdefault(of_task.verdict, []).append(of_task.task)
     words = [
-        f"{start} {', '.join(places[verdict])}"
+        f"{start} {', '.join(tasks)}"
         for verdict, start in (
             ("holds", "holds on"),
             ("the contrary", "the contrary is seen on"),
             ("within the deviations", "the difference is within the deviations on"),
             ("one seed: no claim", "a single seed, hence no claim, on"),
         )
-        if verdict in places
+        if (tasks := [of_task.task for of_task in evidence if of_task.verdict == verdict])
     ]
     return f"“{claim.text}”: {'; '.join(words) or 'no results yet'}."
 
@@ -145,48 +150,22 @@ def claims_section(
 
 def _scores(sweep: SweepResults, task: str, method: str, claim: ClaimPlan, metric: str) -> Seeds:
     """The scores of a method that the claim compares: means over exits, or their spreads."""
+
+    def exit_mean(run: SweepRun) -> float:
+        layers = sorted(run.layers())
+        if claim.shallow:
+            layers = layers[: max(1, len(layers) // 2)]
+        return statistics.mean(run.score(metric, layer) for layer in layers)
+
+    of_values = [sweep.seeds(task, method, grid, exit_mean) for grid in sweep.grids(method)]
     if claim.spread_over is None:
-        (grid,) = sweep.grids(method)
-        return sweep.seeds(task, method, grid, lambda run: _exit_mean(run, metric, claim.shallow))
-    by_seed: dict[int, list[SweepRun]] = {}
-    for run in sweep.runs:
-        if (run.task, run.method) == (task, method):
-            by_seed.setdefault(run.seed, []).append(run)
-    return _spreads(by_seed, len(sweep.grids(method)), metric, claim.shallow)
-
-
-def _spreads(
-    by_seed: Mapping[int, Sequence[SweepRun]], num_values: int, metric: str, shallow: bool
-) -> Seeds:
-    """The highest minus the lowest score over the values of the option, for each seed."""
-    values: dict[int, float] = {}
-    problems: dict[int, str] = {}
-    for seed, runs in by_seed.items():
-        try:
-            scores = [_exit_mean(run, metric, shallow) for run in runs]
-        except NotThereError as error:
-            problems[seed] = str(error)
-            continue
-        if len(scores) < num_values:
-            problems[seed] = f"{len(scores)} of {num_values} values"
-            continue
-        values[seed] = max(scores) - min(scores)
-    return Seeds(values, problems)
-
-
-def _exit_mean(run: SweepRun, metric: str, shallow: bool) -> float:
-    """The mean over the exits of a run, or over the lower half; raises NotThereError."""
-    layers = sorted(run.layers())
-    if shallow:
-        layers = layers[: max(1, len(layers) // 2)]
-    return statistics.mean(run.score(metric, layer) for layer in layers)
-
-
-def _layers(sweep: SweepResults, task: str, method: str) -> set[tuple[int, ...]]:
-    """The layers with exits in each finished run of a method."""
-    found = set()
-    for run in sweep.runs:
-        if (run.task, run.method) == (task, method):
-            with contextlib.suppress(NotThereError):
-                found.add(tuple(sorted(run.layers())))
-    return found
+        return of_values[0]
+    spreads: dict[int, float] = {}
+    problems = {seed: why for seeds in reversed(of_values) for seed, why in seeds.problems.items()}
+    for seed in dict.fromkeys(seed for seeds in of_values for seed in seeds.values):
+        scores = [seeds.values[seed] for seeds in of_values if seed in seeds.values]
+        if len(scores) == len(of_values):
+            spreads[seed] = max(scores) - min(scores)
+        else:
+            problems.setdefault(seed, f"{len(scores)} of {len(of_values)} values")
+    return Seeds(spreads, problems)

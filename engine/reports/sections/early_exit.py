@@ -10,7 +10,7 @@ from typing import Any
 
 from ...experiments.results import SweepRun
 from ...inference.calibration.search import AREA_WORDS
-from ...runtime.plots import COLORS, MARKERS, legend_below, new_figure, plain, save_figure
+from ...runtime.plots import legend_below, look, new_figure, plain, save_figure
 from ..page.page import Figure, Section, Table, write_section
 from .score_figures import metric_words
 
@@ -25,25 +25,19 @@ def exits_section(
     Writes `path`.png, .svg, .csv, .md. None if no run holds an exits.json.
     """
     notes: list[str] = []
-    found: list[tuple[str, SweepRun, dict[str, Any]]] = []
-    for label, group in runs.items():
-        for run in group:
-            study = _read(run, label, notes)
-            if study is not None:
-                found.append((label, run, study))
+    found = [
+        (label, run, study)
+        for label, group in runs.items()
+        for run in group
+        if (study := _read(run, label, notes)) is not None
+    ]
     if not found:
         return None
-    sizes = sorted(
-        {
-            speed["batch_size"]
-            for _, _, study in found
-            for policy in study["policies"].values()
-            for speed in policy.get("measured", ())
-        }
-    )
+    policies = [facts for _, _, study in found for facts in study["policies"].values()]
+    timed = {speed["batch_size"] for facts in policies for speed in facts.get("measured", ())}
+    sizes = sorted(timed)
     header = ["method", "seed", "policy", "setting", "score", "cross-fitted", "full model"]
-    header += ["mean layer", "FLOPs", "area"]
-    header += [f"speed-up, batch {size}" for size in sizes]
+    header += ["mean layer", "FLOPs", "area", *(f"speed-up, batch {size}" for size in sizes)]
     rows = []
     points: list[tuple[str, str, float, float]] = []
     for label, run, study in found:
@@ -54,16 +48,17 @@ def exits_section(
                 continue
             chosen = facts["calibration"]
             setting = " ".join(f"{k}={v:.4g}" for k, v in facts["parameters"].items())
-            row = [label, str(run.seed), policy.replace("_", " "), setting]
             # The score on texts that the setting was not chosen on, if there is one.
             unseen = (chosen.get("cross_fitted") or {}).get("score")
-            row += [f"{100 * chosen['score']:.1f}"]
-            row += ["" if unseen is None else f"{100 * unseen:.1f}", f"{100 * full:.1f}"]
-            row += [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}"]
-            area = facts.get("area_under_curve")
-            row.append("" if area is None else f"{100 * area:.1f}")
+            percent = [
+                "" if value is None else f"{100 * value:.1f}"
+                for value in (chosen["score"], unseen, full, facts.get("area_under_curve"))
+            ]
+            costs = [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}", percent.pop()]
             speeds = {speed["batch_size"]: speed["speedup"] for speed in facts.get("measured", ())}
-            rows.append([*row, *(f"{speeds[s]:.2f}x" if s in speeds else "" for s in sizes)])
+            times = [f"{speeds[size]:.2f}x" if size in speeds else "" for size in sizes]
+            row = [label, str(run.seed), policy.replace("_", " "), setting]
+            rows.append([*row, *percent, *costs, *times])
             best = chosen["score"] if unseen is None else unseen
             points.append((label, policy, chosen["flops_share"], best - full))
     metric = metric_words(found[0][2]["metric"])
@@ -85,17 +80,16 @@ def exits_section(
         "and run at the chosen setting; cross-fitted scores where there are any. Up and to the "
         "left is better; the full model is at 100 % and 0."
     )
-    # One per method; those of other seeds lie beside their runs.
-    first = {label: run for label, run, _ in reversed(found)}
     curves = [
         Figure(
             picture,
             f"{label}, seed {run.seed}: the best settings of each policy on {data}, against "
             "operations and, where they were timed, measured speed.",
         )
-        for label, run in reversed(first.items())
+        # One per method; those of other seeds lie beside their runs.
+        for label, run in {label: run for label, run, _ in reversed(found)}.items()
         if (picture := run.directory / "exits" / "exits.svg").is_file()
-    ]
+    ][::-1]
     figures, table = _draw(points, metric, path), Table(header, rows, words)
     section = write_section(path, title, table, figures, caption, notes)
     return dataclasses.replace(section, figures=[*section.figures, *curves])
@@ -130,8 +124,8 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
         axes.plot(
             100 * share,
             100 * difference,
-            color=COLORS[labels.index(label) % len(COLORS)],
-            marker=MARKERS[policies.index(policy) % len(MARKERS)],
+            color=look(labels.index(label))["color"],
+            marker=look(policies.index(policy))["marker"],
             markersize=7,
             alpha=0.8,
             linestyle="",
@@ -139,17 +133,14 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
         )
     axes.axhline(0, color="#000000", linewidth=0.8, linestyle="--")
     axes.axvline(100, color="#000000", linewidth=0.8, linestyle="--")
-    axes.set_xlim(left=0)
-    axes.set_xlabel("operations per text (% of the full model's FLOPs)")
+    axes.set(xlim=(0, None), xlabel="operations per text (% of the full model's FLOPs)")
     axes.set_ylabel(f"{metric}: difference to the full model (points)")
     plain(axes)
     # Methods before policies, so that the numbers of their legend entries are those of the series.
     handles: list[Any] = []
     for index in range(len(labels)):
-        handles += axes.plot([], [], color=COLORS[index % len(COLORS)], linewidth=4)
+        handles += axes.plot([], [], color=look(index)["color"], linewidth=4)
     for index in range(len(policies)):
-        handles += axes.plot(
-            [], [], color="#7d7d7d", marker=MARKERS[index % len(MARKERS)], linestyle=""
-        )
+        handles += axes.plot([], [], **look(index) | {"color": "#7d7d7d"}, linestyle="")
     legend_below(figure, handles, [*labels, *(name.replace("_", " ") for name in policies)])
     return save_figure(figure, path)

@@ -3,75 +3,36 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 
-from ...experiments.results import Seeds
+from ...experiments.results import Seeds, compare
 from .layer_scores import Curve, LayerScores
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A difference of two means in points; noise: the sum of both standard deviations (n - 1).
-
-    The noise is None if either has a single seed.
-    """
-
-    difference: float
-    noise: float | None
-    num_seeds: tuple[int, int]
-
-    @property
-    def is_clear(self) -> bool:
-        """True if the difference exceeds the sum of the deviations."""
-        return self.noise is not None and abs(self.difference) > self.noise
-
-    @property
-    def words(self) -> str:
-        """ "+1.2 points (3 and 3 seeds; more than the sum of the standard deviations, 0.8)"."""
-        first, second = self.num_seeds
-        seeds = f"{first} and {second} seeds"
-        if self.noise is None:
-            return f"{self.difference:+.1f} points ({seeds}: no claim)"
-        size = "more than" if self.is_clear else "within"
-        return (
-            f"{self.difference:+.1f} points ({seeds}; {size} the sum of the standard deviations, "
-            f"{self.noise:.1f})"
-        )
-
-
-def compare(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """Compare scores: fractions, one per seed."""
-    noise = None
-    if min(len(first), len(second)) > 1:
-        noise = 100 * (statistics.stdev(first) + statistics.stdev(second))
-    difference = 100 * (statistics.mean(first) - statistics.mean(second))
-    return Comparison(difference, noise, (len(first), len(second)))
-
-
-def layer_findings(scores: LayerScores, reference: str) -> str:
+def layer_findings(scores: LayerScores, reference: str | None) -> str:
     """Compare the reference method with the best other one: all exits, lower half, each layer."""
     ours, other = _rivals(scores, reference)
     if ours is None or other is None:
         return ""
-    whole = compare(ours.averages, other.averages)
+    whole, other_whole = ours.average(), other.average()
     sentences = [
-        f"Averaged over the exits, {ours.label} has {100 * statistics.mean(ours.averages):.1f} and "
-        f"the best other method, {other.label}, {100 * statistics.mean(other.averages):.1f}: "
-        f"{whole.words}."
+        f"Averaged over the exits, {ours.label} has {100 * whole.mean:.1f} and the best other "
+        f"method, {other.label}, {100 * other_whole.mean:.1f}: {compare(whole, other_whole).words}."
     ]
     layers = [layer for layer in sorted(ours.scores) if layer in other.scores]
     shallow = layers[: len(layers) // 2]
     if shallow:
-        half = compare(_averages(ours, shallow), _averages(other, shallow))
-        place = f"layer {shallow[0]}" if len(shallow) == 1 else f"layers {_span(shallow)}"
+        half = compare(ours.average(shallow), other.average(shallow))
+        is_range = shallow == list(range(shallow[0], shallow[-1] + 1))
+        span = f"{shallow[0]} to {shallow[-1]}" if is_range else ", ".join(map(str, shallow))
+        place = f"layer {shallow[0]}" if len(shallow) == 1 else f"layers {span}"
         sentences.append(f"On {place}: {half.words}.")
     rivals = [curve for curve in scores.curves if curve is not ours]
     first_at = [
         layer
         for layer in sorted(ours.scores)
         if all(
-            statistics.mean(ours.scores[layer]) > statistics.mean(curve.scores[layer])
+            ours.scores[layer].mean > curve.scores[layer].mean
             for curve in rivals
             if layer in curve.scores
         )
@@ -82,16 +43,14 @@ def layer_findings(scores: LayerScores, reference: str) -> str:
     return " ".join(sentences)
 
 
-def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str) -> str:
+def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str | None) -> str:
     """The tasks on which the reference leads the average over the exits, and the others."""
     ahead, clear, behind = [], [], []
-    label = reference
     for task, scores in of_tasks.items():
         ours, other = _rivals(scores, reference)
         if ours is None or other is None:
             continue
-        label = ours.label
-        found = compare(ours.averages, other.averages)
+        found = compare(ours.average(), other.average())
         if found.difference > 0:
             ahead.append(task)
             clear += [task] if found.is_clear else []
@@ -101,7 +60,7 @@ def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str) -> str:
     if not total:
         return ""
     words = (
-        f"{label} has the highest score averaged over the exits on {len(ahead)} of {total} "
+        f"{reference} has the highest score averaged over the exits on {len(ahead)} of {total} "
         f"task{'s' if total > 1 else ''}"
     )
     if ahead:
@@ -116,7 +75,7 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
     parts = []
     for label, of_row in rows.items():
         found = [
-            compare(list(seeds.values.values()), list(base[task].values.values()))
+            compare(seeds, base[task])
             for task, seeds in of_row.items()
             if label != reference and seeds and base[task]
         ]
@@ -144,7 +103,7 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
     )
 
 
-def _rivals(scores: LayerScores, reference: str) -> tuple[Curve | None, Curve | None]:
+def _rivals(scores: LayerScores, reference: str | None) -> tuple[Curve | None, Curve | None]:
     """The curve of the reference, and the best other curve over the same layers."""
     ours = next((curve for curve in scores.curves if curve.label == reference), None)
     if ours is None:
@@ -154,18 +113,4 @@ def _rivals(scores: LayerScores, reference: str) -> tuple[Curve | None, Curve | 
         for curve in scores.curves
         if curve is not ours and sorted(curve.scores) == sorted(ours.scores)
     ]
-    return ours, max(others, key=lambda curve: statistics.mean(curve.averages), default=None)
-
-
-def _averages(curve: Curve, layers: Sequence[int]) -> list[float]:
-    columns = [curve.scores[layer] for layer in layers]
-    return [statistics.mean(of_seed) for of_seed in zip(*columns, strict=True)]
-
-
-def _span(layers: Sequence[int]) -> str:
-    whole = list(range(layers[0], layers[-1] + 1))
-    return (
-        f"{layers[0]} to {layers[-1]}"
-        if list(layers) == whole
-        else ", ".join(str(layer) for layer in layers)
-    )
+    return ours, max(others, key=lambda curve: curve.average().mean, default=None)

@@ -72,12 +72,10 @@ def _rows(label: str, runs: Sequence[SweepRun]) -> list[list[str]]:
     for group in by_layer(sorted(by_group)):
         found = by_group[group]
         steps = sum(row["steps"] for row in found)
-
-        def weighted(name: str, found: list[dict[str, Any]] = found, steps: int = steps) -> float:
-            return sum(row[name] * row["steps"] for row in found) / steps
-
-        spread = f"{weighted('angle_p10'):.0f} to {weighted('angle_p90'):.0f}"
-        share = f"{weighted('dropped_share'):.1%}"
-        cells = [group, str(steps), f"{weighted('angle_median'):.0f}", spread, share]
+        low, median, high, dropped = (
+            sum(row[name] * row["steps"] for row in found) / steps
+            for name in ("angle_p10", "angle_median", "angle_p90", "dropped_share")
+        )
+        cells = [group, str(steps), f"{median:.0f}", f"{low:.0f} to {high:.0f}", f"{dropped:.1%}"]
         rows.append([label, str(len(runs)), *cells])
     return rows

@@ -8,20 +8,15 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ...experiments.report_plan import Target
-from ...experiments.results import (
-    NotThereError,
-    SweepResults,
-    grid_label,
-    mean_and_deviation,
-    missing_notes,
-)
+from ...experiments.results import Seeds, SweepResults, SweepRun, grid_label, missing_notes
 from ...runtime.plots import legend_below, new_figure, plain, save_figure
 from ..page.page import Section, Table, write_section
-from .score_figures import draw_line, mean_of, metric_words
+from .score_figures import draw_line, metric_words
 
 # Methods that differ in these are compared on different texts.
 _TEXT_OPTIONS = ("max_train_samples", "max_eval_samples")
@@ -29,23 +24,24 @@ _TEXT_OPTIONS = ("max_train_samples", "max_eval_samples")
 
 @dataclass(frozen=True)
 class Curve:
-    """A method on a data set: layer -> the scores of its seeds, as fractions.
+    """A method on a data set: layer -> scores.
 
     place: number of the method, which sets its colour and marker in the figures of all data sets.
     """
 
     label: str
-    scores: Mapping[int, Sequence[float]]
+    scores: Mapping[int, Seeds]
     place: int = 0
 
     @property
     def num_seeds(self) -> int:
         return len(next(iter(self.scores.values())))
 
-    @property
-    def averages(self) -> list[float]:
-        """The mean over the layers for each seed."""
-        return [statistics.mean(of_seed) for of_seed in zip(*self.scores.values(), strict=True)]
+    def average(self, layers: Sequence[int] | None = None) -> Seeds:
+        """The mean over some layers, by default all, for each seed."""
+        columns = [self.scores[layer].values for layer in layers or self.scores]
+        by_seed = {seed: [column[seed] for column in columns] for seed in columns[0]}
+        return Seeds({seed: statistics.mean(scores) for seed, scores in by_seed.items()})
 
 
 @dataclass(frozen=True)
@@ -80,38 +76,35 @@ def sweep_curves(
         for grid in sweep.grids(target.method):
             place += 1
             label = grid_label(name, grid)
-            by_layer: dict[int, list[float]] = {}
-            problems: dict[int, str] = {}
-            for run in sweep.of(task, target.method, grid):
-                try:
-                    scores = {layer: run.score(found, layer) for layer in run.layers()}
-                except NotThereError as error:
-                    problems[run.seed] = str(error)
-                    continue
-                options.setdefault(label, run.options)
-                for layer, score in scores.items():
-                    by_layer.setdefault(layer, []).append(score)
+            read = partial(SweepRun.by_layer, metric=found)
+            of_seeds, problems = sweep.read(task, target.method, grid, read)
             notes += missing_notes(label, task, problems)
-            if by_layer:
+            if of_seeds:
+                layers = next(iter(of_seeds.values()))
+                by_layer = {
+                    layer: Seeds({seed: scores[layer] for seed, scores in of_seeds.items()})
+                    for layer in layers
+                }
                 curves.append(Curve(label, by_layer, place))
+                runs = sweep.of(task, target.method, grid)
+                options[label] = next(run.options for run in runs if run.seed in of_seeds)
     if not curves:
         return None
     notes = [*_different_texts(options), *notes]
     return LayerScores(f"{task}, {sweep.splits(task)[0]}", found, curves, notes)
 
 
-def write_layer_scores(scores: LayerScores, path: Path, title: str) -> Section:
+def write_layer_scores(scores: LayerScores, path: Path, title: str, text: str = "") -> Section:
     """Write `path`.png, .svg, .csv and .md; returns the section of a page that shows them."""
     curves = scores.curves
     layers = sorted({layer for curve in curves for layer in curve.scores})
     header = ["method", "seeds", *(f"layer {layer}" for layer in layers), "average"]
     rows, cells = [], []
     for curve in curves:
-        values = [curve.scores.get(layer, ()) for layer in layers]
-        columns = [*values, curve.averages]
-        means = [f"{statistics.mean(column):.4f}" if column else "" for column in columns]
-        rows.append([curve.label, str(curve.num_seeds), *means])
-        cells.append([curve.label, str(curve.num_seeds), *map(mean_and_deviation, columns)])
+        columns = [*(curve.scores.get(layer, Seeds()) for layer in layers), curve.average()]
+        start = [curve.label, str(curve.num_seeds)]
+        rows.append([*start, *(f"{seeds.mean:.4f}" if seeds else "" for seeds in columns)])
+        cells.append([*start, *(seeds.words for seeds in columns)])
     metric = metric_words(scores.metric)
     metric = metric[0].upper() + metric[1:]
     words = (
@@ -123,8 +116,8 @@ def write_layer_scores(scores: LayerScores, path: Path, title: str) -> Section:
         f"Score of each exit on {scores.data}. Lines: mean over the seeds ({_seed_counts(curves)});"
         " band: from the lowest to the highest seed. Legend: average over the layers."
     )
-    table = Table(header, cells, words)
-    return write_section(path, title, table, draw(scores, path), caption, notes, (header, rows))
+    table, numbers = Table(header, cells, words), (header, rows)
+    return write_section(path, title, table, draw(scores, path), caption, notes, numbers, text)
 
 
 def _different_texts(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -169,18 +162,14 @@ def draw(scores: LayerScores, path: Path) -> list[Path]:
     handles, labels = [], []
     for curve in scores.curves:
         layers = sorted(curve.scores)
+        labels.append(f"{curve.label}, average {100 * curve.average().mean:.1f}")
         columns = [curve.scores[layer] for layer in layers]
-        labels.append(f"{curve.label}, average {mean_of(curve.averages):.1f}")
         handles.append(draw_line(axes, curve.place, layers, columns))
-    axes.set_xlabel("layer of the exit")
-    axes.set_ylabel(f"{metric_words(scores.metric)} (%)")
-    axes.set_title(f"{scores.data}: score of each exit" + _seeds(scores.curves), fontsize=11)
+    axes.set(xlabel="layer of the exit", ylabel=f"{metric_words(scores.metric)} (%)")
+    most = max(curve.num_seeds for curve in scores.curves)
+    spread = "" if most == 1 else f" (mean and range of up to {most} seeds)"
+    axes.set_title(f"{scores.data}: score of each exit{spread}", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     plain(axes)
     legend_below(figure, handles, labels, [curve.place for curve in scores.curves])
     return save_figure(figure, path)
-
-
-def _seeds(curves: Sequence[Curve]) -> str:
-    most = max(curve.num_seeds for curve in curves)
-    return "" if most == 1 else f" (mean and range of up to {most} seeds)"

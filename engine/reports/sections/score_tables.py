@@ -6,6 +6,7 @@ task has a score; missing scores are listed below each table.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def ablation_section(
     planned = planned_tasks(sweep, rows)
     tasks = common_tasks(sweep, rows) or list(planned)
     columns = main_columns(sweep, tasks, metric)
-    scores = collect(sweep, rows, columns, lambda run, _, column: run.average(column.metric))
+    scores = collect(sweep, rows, columns, lambda _, column, run: run.average(column.metric))
     if not scores:
         return None
     header = ["method", "seeds"]
@@ -101,24 +102,23 @@ def full_model_section(
     rows = rows_of(sweep, targets)
     tasks, common = list(planned_tasks(sweep, rows)), common_tasks(sweep, rows)
     columns: list[Column] = []
-    for task in tasks:
-        found = sweep.metric(task, metric)
-        names = dict.fromkeys([found, *(sweep.metrics(task) if all_metrics else ())])
-        for split in sweep.splits(task) if found else []:
-            for name in names:
-                is_main = split == sweep.splits(task)[0] and name == found
-                label = task
-                if split != sweep.splits(task)[0]:
-                    label += f", {split.removeprefix('validation_')}"
-                if name != found:
-                    label += f", {metric_words(str(name))}"
-                counts = is_main and task in common
-                columns.append(Column(task, split, str(name), label, counts, is_main))
+    for main in main_columns(sweep, tasks, metric):
+        names = dict.fromkeys([main.metric, *(sweep.metrics(main.task) if all_metrics else ())])
+        splits = sweep.splits(main.task)
+        for split, name in itertools.product(splits, names):
+            label = main.task
+            if split != splits[0]:
+                label += f", {split.removeprefix('validation_')}"
+            if name != main.metric:
+                label += f", {metric_words(name)}"
+            is_main = label == main.task
+            counts = is_main and main.task in common
+            columns.append(Column(main.task, split, name, label, counts, is_main))
     scores = collect(
         sweep,
         rows,
         columns,
-        lambda run, row, column: run.score(column.metric, row.layer, column.split),
+        lambda row, column, run: run.score(column.metric, row.layer, column.split),
     )
     if not scores:
         return None
@@ -159,19 +159,16 @@ def grid_section(
     rows = [row for of_line in points.values() for row in of_line.values()]
     tasks = list(planned_tasks(sweep, rows))
     columns = main_columns(sweep, tasks, metric)
-    scores = collect(sweep, rows, columns, lambda run, _, column: run.average(column.metric))
+    scores = collect(sweep, rows, columns, lambda _, column, run: run.average(column.metric))
     if not scores:
         return None
     header = [plan.option]
-    header += [
-        line if len(columns) == 1 else f"{column.task}: {line}"
-        for column in columns
-        for line in points
-    ]
+    for column in columns:
+        header += points if len(columns) == 1 else [f"{column.task}: {line}" for line in points]
     lines = []
     for value in dict.fromkeys(value for of_line in points.values() for value in of_line):
         cells = [
-            scores.at(of_line[value], column) if value in of_line else Seeds({}, {})
+            scores.at(of_line[value], column) if value in of_line else Seeds()
             for column in columns
             for of_line in points.values()
         ]
@@ -206,7 +203,7 @@ def grid_section(
 
 
 def _draw(scores: TaskScores, axis: str, path: Path) -> tuple[list[Path], str]:
-    """The figure of a table of scores: its files, and its caption."""
+    """The files of a figure of a table's scores, and its caption."""
     dots = {
         column.label: [(row.label, scores.at(row, column)) for row in scores.rows]
         for column in scores.columns
@@ -266,18 +263,14 @@ def _flops(
     words = (
         f"GFLOPs: matrix products on one text of max_seq_length tokens ({texts}), a multiply and "
         "an add being two, of a model that ends with that exit; share: of the largest in the table."
-        if texts
-        else ""
     )
     notes = [
         f"No FLOPs for {'; '.join(which) if found or len(unread) > 1 else 'any run'}: {error}."
         for error, which in unread.items()
     ]
-    return cells, words, notes
+    return cells, words if texts else "", notes
 
 
 def _range(words: Sequence[str]) -> str:
-    ordered = sorted(dict.fromkeys(words), key=lambda word: float(word.rstrip("%")))
-    if len(ordered) < 2:
-        return "".join(ordered)
-    return f"{ordered[0]} to {ordered[-1]}"
+    ordered = sorted(set(words), key=lambda word: float(word.rstrip("%")))
+    return "".join(ordered) if len(ordered) < 2 else f"{ordered[0]} to {ordered[-1]}"

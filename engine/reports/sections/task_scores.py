@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 from ...experiments.report_plan import Target
-from ...experiments.results import Grid, Seeds, SweepResults, SweepRun, grid_label, missing_notes
-from ...runtime.text import leader
+from ...experiments.results import (
+    Grid,
+    Seeds,
+    SweepResults,
+    SweepRun,
+    compare,
+    grid_label,
+    missing_notes,
+)
 from .score_figures import metric_words
 
 
@@ -59,19 +67,23 @@ class TaskScores:
 
     @cached_property
     def leaders(self) -> set[tuple[str, str]]:
-        """Row and column of the best scores that lead by more than the deviations."""
+        """Row and column of the best scores that lead by more than the deviations.
+
+        Every score of the column needs a deviation.
+        """
         found = set()
         for column in self.columns:
-            there = {row.label: list(self.at(row, column).values.values()) for row in self.rows}
-            best = leader({label: values for label, values in there.items() if values})
-            found |= {(best, column.label)} if best is not None else set()
+            there = {row.label: seeds for row in self.rows if (seeds := self.at(row, column))}
+            best, *others = sorted(there, key=lambda label: -there[label].mean) or [""]
+            several = all(seeds.deviation is not None for seeds in there.values())
+            if others and several and compare(there[best], there[others[0]]).is_clear:
+                found.add((best, column.label))
         return found
 
     def counts(self, row: Row) -> str:
         """The number of seeds in a row: "3" or "2 to 3"."""
-        numbers = {len(self.at(row, column)) for column in self.columns}
-        few, many = min(numbers), max(numbers)
-        return str(many) if few == many else f"{few} to {many}"
+        numbers = sorted({len(self.at(row, column)) for column in self.columns})
+        return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
     def cell(self, row: Row, column: Column) -> str:
         """The score, with its number of seeds if these differ within the row."""
@@ -100,17 +112,15 @@ class TaskScores:
         if len({tuple(seeds.values) for seeds in of_tasks}) > 1:
             return mean, f"{100 * mean:.1f}"
         by_seed = zip(*(seeds.values.values() for seeds in of_tasks), strict=True)
-        return mean, Seeds(dict(enumerate(map(statistics.mean, by_seed))), {}).words
+        return mean, Seeds(dict(enumerate(map(statistics.mean, by_seed)))).words
 
     def notes(self) -> list[str]:
         """Notes on missing scores, and on their effect on the means over tasks."""
-        missing = [
-            note
-            for row in self.rows
-            for column in self.columns
-            for note in missing_notes(row.label, column.task, self.at(row, column).problems)
-        ]
-        notes = list(dict.fromkeys(missing))
+        found: dict[str, None] = {}
+        for row, column in itertools.product(self.rows, self.columns):
+            missing = missing_notes(row.label, column.task, self.at(row, column).problems)
+            found |= dict.fromkeys(missing)
+        notes = list(found)
         for row in self.rows if len(self.counted) > 1 else []:
             of_tasks = {column.label: self.at(row, column) for column in self.counted}
             absent = [label for label, seeds in of_tasks.items() if not seeds]
@@ -133,30 +143,21 @@ class TaskScores:
     def metrics(self) -> str:
         """ "F1 on mrpc; accuracy on rte, sst2"."""
         tasks: dict[str, list[str]] = {}
-        for column in filter(lambda column: column.is_main, self.columns):
-            tasks.setdefault(metric_words(column.metric), []).append(column.task)
-        return "; ".join(
-            f"{metric} on {', '.join(dict.fromkeys(names))}" for metric, names in tasks.items()
-        )
+        for column in self.columns:
+            if column.is_main:
+                tasks.setdefault(metric_words(column.metric), []).append(column.task)
+        return "; ".join(f"{metric} on {', '.join(names)}" for metric, names in tasks.items())
 
     def numbers(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows of a CSV file with a row per score, as a fraction."""
         header = ["method", "task", "split", "metric", "seeds", "mean", "standard_deviation"]
         rows = []
-        for row in self.rows:
-            for column in self.columns:
-                seeds = self.at(row, column)
-                rows.append(
-                    [
-                        row.label,
-                        column.task,
-                        column.split or "",
-                        column.metric,
-                        " ".join(map(str, seeds.values)),
-                        f"{seeds.mean:.6f}" if seeds else "",
-                        "" if seeds.deviation is None else f"{seeds.deviation:.6f}",
-                    ]
-                )
+        for row, column in itertools.product(self.rows, self.columns):
+            seeds = self.at(row, column)
+            names = [row.label, column.task, column.split or "", column.metric]
+            mean = f"{seeds.mean:.6f}" if seeds else ""
+            deviation = "" if seeds.deviation is None else f"{seeds.deviation:.6f}"
+            rows.append([*names, " ".join(map(str, seeds.values)), mean, deviation])
         return header, rows
 
 
@@ -171,8 +172,7 @@ def rows_of(sweep: SweepResults, targets: Mapping[str, Target]) -> list[Row]:
 
 def finished(sweep: SweepResults, task: str, row: Row) -> list[SweepRun]:
     """The runs of a row on a task that were evaluated."""
-    runs = sweep.of(task, row.method, row.grid)
-    return [run for run in runs if run.evaluated]
+    return [run for run in sweep.of(task, row.method, row.grid) if run.evaluated]
 
 
 def planned_tasks(sweep: SweepResults, rows: Sequence[Row]) -> dict[str, list[str]]:
@@ -204,16 +204,11 @@ def collect(
     sweep: SweepResults,
     rows: Sequence[Row],
     columns: Sequence[Column],
-    read: Callable[[SweepRun, Row, Column], float],
+    read: Callable[[Row, Column, SweepRun], float],
 ) -> TaskScores:
     """The value of `read` for each run, by row and column."""
     scores = {}
-    for row in rows:
-        for column in columns:
-
-            def score(run: SweepRun, row: Row = row, column: Column = column) -> float:
-                return read(run, row, column)
-
-            seeds = sweep.seeds(column.task, row.method, row.grid, score)
-            scores[row.label, column.label] = seeds
+    for row, column in itertools.product(rows, columns):
+        seeds = sweep.seeds(column.task, row.method, row.grid, partial(read, row, column))
+        scores[row.label, column.label] = seeds
     return TaskScores(rows, columns, scores)

@@ -1,20 +1,8 @@
 """The contrastive losses of large batches on the matrix unit; only O(M d) leaves the chip.
 
-With unit rows z_i and e_ij = exp((z_i . z_j - 1) / temperature), 0 where the denominator leaves the
-pair out:
-
-    D_i = sum_j e_ij                                       the only sum over pairs
-    L_i = log D_i + (1 - z_i . (C_i - z_i) / n_i) / temperature     C_i = sum of z_j over i's class
-
-Gradient for upstream row weights w_i, with u_i = w_i / D_i and v_i = w_i / n_i:
-
-    G_i  = sum_j e_ij (u_i + u_j) z_j - v_i (C_i - z_i) - (A_i - v_i z_i)
-    A_i  = sum of v_j z_j over i's class                   v_i C_i where a class has one weight
-    dx_i = (G_i - z_i (z_i . G_i)) / (temperature ||x_i||)
-
-The sums over pairs are those of `pair_sums`; the rest is done row by row in `row_steps`. The row
-weights in the sums over pairs are at most 1: the largest upstream gradient and 1 / temperature are
-multiplied afterwards, in float32.
+The sums over pairs are those of `pair_sums`; `row_steps` computes the rest row by row, and has the
+formulas. The row weights in the sums over pairs are at most 1: the largest upstream gradient and
+1 / temperature are multiplied afterwards, in float32.
 """
 
 import itertools
@@ -36,16 +24,9 @@ from .row_steps import (
     row_variants,
     unit_dtype,
 )  # fmt: skip
-from .tiles import Blocks, shipped, tuned
+from .tiles import Blocks, float32_obstacle, shipped, tuned
 
 MAX_WIDTH = 1024
-# The smallest exponential, exp(-2 / temperature), stays a normal float32 down to here.
-MIN_TEMPERATURE = 0.023
-
-
-def contrastive_loss(batch: Batch) -> Tensor:
-    """Return the loss of `reference.contrastive_loss`."""
-    return implementation.loss(batch)
 
 
 def obstacle(
@@ -57,23 +38,15 @@ def obstacle(
             f"compute capability {capability / 10} has no matrix unit that Triton reaches: 8.0 or "
             "newer is needed for a large batch (impl='tiled' uses cuBLAS there)"
         )
-    if dtype == torch.float64:
-        return "float64 embeddings need impl='tiled' or 'reference': these kernels have none"
     if width > MAX_WIDTH:
         return f"width {width} is above {MAX_WIDTH} (impl='tiled' takes any width)"
-    if temperature < MIN_TEMPERATURE:
-        return (
-            f"temperature {temperature} is below {MIN_TEMPERATURE}, where exponentials leave "
-            "float32's range (impl='tiled' computes in float64 there)"
-        )
-    return None
+    return float32_obstacle(dtype, temperature)
 
 
 def prepare(batch: Batch) -> Rows:
     """Compute unit vectors, classes and class sums in O(M d), on the current device."""
     classes, _ = batch.find_classes()  # [M]
-    # On a GPU, where checking the labels would wait for the device, a label outside [0, K) stops at
-    # this operation's bounds instead of in a kernel below.
+    # On a GPU, whose labels are not checked, one outside [0, K) stops at this operation's bounds.
     ids = torch.arange(batch.num_classes + 1, device=classes.device)
     classes = ids.index_select(0, classes)
 
@@ -95,15 +68,20 @@ def forward(batch: Batch, trains_samples: bool, trains_labels: bool) -> tuple[Te
             tiles(rows.z).forward,
         )  # fmt: skip
         loss, u, inverse_positives = losses(partial_sums, rows, temperature, denominator)
-    saved = [*rows, u, inverse_positives]
+    loss, num_anchors = reduced(loss, inverse_positives, batch)
+    saved = [*rows, u, inverse_positives, *num_anchors]
+    return loss, saved if trains_samples or trains_labels else []
+
+
+def reduced(loss: Tensor, inverse_positives: Tensor, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+    """Return the loss [..] or losses [.., m] and, for "mean", the number of anchors."""
+    num_anchors = []
     if batch.reduction != "none":
         loss = loss.sum(-1)
     if batch.reduction == "mean":
-        num_anchors = torch.count_nonzero(inverse_positives).clamp_(min=1)
-        loss /= num_anchors
-        saved.append(num_anchors)
-    loss = loss.view(batch.leading + loss.shape[1:])
-    return loss, saved if trains_samples or trains_labels else []
+        num_anchors = [torch.count_nonzero(inverse_positives).clamp_(min=1)]
+        loss /= num_anchors[0]
+    return loss.view(batch.leading + loss.shape[1:]), num_anchors
 
 
 def backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> list[Tensor]:
@@ -158,10 +136,7 @@ def fake_forward(
     batch: Batch, trains_samples: bool, trains_labels: bool
 ) -> tuple[Tensor, list[Tensor]]:
     num_rows, num_exits = batch.num_rows, batch.leading.numel()
-    loss = batch.embeddings.new_empty(
-        (*batch.leading, num_rows) if batch.reduction == "none" else batch.leading,
-        dtype=torch.float32,
-    )
+    loss = batch.embeddings.new_empty(batch.loss_shape, dtype=torch.float32)
     if not (trains_samples or trains_labels):
         return loss, []
     labels, num_starts = batch.labels, batch.num_classes + 1
@@ -192,7 +167,7 @@ def fake_backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape)
 
 
 implementation = Implementation(
-    "supcon_fused", "triton", forward, backward, fake_forward, fake_backward
+    "supcon_fused", "triton", (forward, backward), (fake_forward, fake_backward)
 )
 
 

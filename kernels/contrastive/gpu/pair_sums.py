@@ -6,10 +6,9 @@ pair out:
     row_sums         sum_j e_ij
     pair_gradient    sum_j e_ij (u_i + u_j) z_j            for any u, without the diagonal
 
-Unit rows have products of at most 1, so the shift 1 / temperature replaces a running maximum, and e
-is symmetric, so one exponential serves both directions of a pair. Every program owns a block of
-rows i and loops over all rows j, called columns here: no atomics, and the same call gives the same
-bits.
+Every program owns a block of rows i and loops over all rows j, called columns here, without
+atomics. Products of unit rows are at most 1, so the shift 1 / temperature replaces a running
+maximum; e is symmetric, so one exponential serves both directions of a pair.
 
 The rows are contiguous and padded with zeros, in float16, or in float32, whose products take three
 tf32 products. A row that does not exist, because it is ignored or padding, has the shift -inf: its
@@ -38,11 +37,10 @@ PROGRAMS_PER_MULTIPROCESSOR = 2
 MAX_SPLITS = 32
 MAX_PARTIAL_BYTES = 32 * 1024 * 1024
 
-# Triton's types of the unit rows.
 UNIT_TYPES = {torch.float16: "*fp16", torch.float32: "*fp32"}
 
+DENOMINATORS = ("all", "others", "negatives")
 LOG2_E = 1.4426950408889634
-# log2 of the factor on the pairs' weights.
 LIFT = tl.constexpr(14.0)
 UNLIFT = tl.constexpr(2.0**-14)
 
@@ -237,12 +235,9 @@ def row_sums(
 ) -> Tensor:
     """Return partial sums [splits, E, num_rows] of e_ij, to be added in their order.
 
-    The sums are those of the first `num_rows` rows i over the first `num_columns` rows j.
-
-    Args:
-        z: unit rows [E, M padded, W], padded as by `padded`; contiguous.
-        shifts: float32 [M padded]: -log2(e) / temperature; -inf for a row that does not exist.
-        classes: int32 [M padded].
+    The sums are those of the first `num_rows` rows i over the first `num_columns` rows j of z
+    [E, M padded, W], contiguous. shifts: float32 [M padded], -log2(e) / temperature or, for a row
+    that does not exist, -inf. classes: int32 [M padded].
     """
     num_exits, num_padded_rows, width = z.shape
     row_blocks = triton.cdiv(num_rows, tile.rows)
@@ -272,10 +267,7 @@ def pair_gradient(
 ) -> Tensor:
     """Return partial sums [splits, E, num_rows, W] of e_ij (u_i + u_j) z_j over j != i.
 
-    They are to be added in their order. Arguments as in `row_sums`, and:
-
-    Args:
-        u: float32 [E, M padded]: w / D of every row with |w| <= 1; 0 for rows that are no anchors.
+    As `row_sums`; u: float32 [E, M padded], w / D with |w| <= 1; 0 for rows that are no anchors.
     """
     num_exits, num_padded_rows, width = z.shape
     row_blocks = triton.cdiv(num_rows, tile.rows)
@@ -299,9 +291,7 @@ def split_columns(
 ) -> tuple[int, int]:
     """Return the number of splits that fills the GPU, and the blocks of columns in each split.
 
-    Args:
-        num_programs: number of programs without splits.
-        partial_bytes: size of the result, which every split writes separately.
+    partial_bytes: size of the result, which every split writes separately.
     """
     num_blocks = triton.cdiv(num_columns, tile.columns)
     wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device) // max(1, num_programs)
@@ -352,11 +342,7 @@ def padded_width(width: int) -> int:
 
 
 def pair_variants(capability: int, dtype: torch.dtype, width: int) -> list[Variant]:
-    """List the shipped compilations for unit rows of this dtype and padded width.
-
-    The code of `pair_gradient_kernel` is the same for the denominators "all" and "others": one
-    variant stands for both.
-    """
+    """List the shipped compilations; gradients for "all" and "others" have the same code."""
     unit = UNIT_TYPES[dtype]
     blocks = shipped(capability, dtype, width)
     types = {
@@ -365,9 +351,7 @@ def pair_variants(capability: int, dtype: torch.dtype, width: int) -> list[Varia
     }  # fmt: skip
     output = {"OUTPUT": blocks.backward.output}
     kernels: list[tuple[Any, Tile, dict[str, int], str, str]] = [
-        (row_sums_kernel, blocks.forward, {}, "all", "all"),
-        (row_sums_kernel, blocks.forward, {}, "others", "others"),
-        (row_sums_kernel, blocks.forward, {}, "negatives", "negatives"),
+        *((row_sums_kernel, blocks.forward, {}, kind, kind) for kind in DENOMINATORS),
         (pair_gradient_kernel, blocks.backward, output, "all or others", "others"),
         (pair_gradient_kernel, blocks.backward, output, "negatives", "negatives"),
     ]

@@ -55,10 +55,9 @@ def part_arguments(parts: list[Tensor]) -> list[Any]:
     arguments: list[Any] = []
     for index, strides in enumerate(STRIDES.values()):
         part = parts[index] if index < len(parts) else parts[0]
+        arguments.append(part)
         if "exit" in strides:
-            arguments += [part, part.stride(0) if part.dim() == 3 else 0]
-        else:
-            arguments.append(part)
+            arguments.append(part.stride(0) if part.dim() == 3 else 0)
         arguments += part.stride()[-2:]
     return arguments
 

@@ -10,9 +10,8 @@
 D_i and P_i are the sums over pairs, n_i is the number of i's positives, v_i = w_i / n_i for row
 weights w_i, and factor is a common factor of all weights.
 
-`normalize` reads the inputs in their own dtypes and strides and writes the unit rows once,
-contiguous and padded with zeros: in float16 for 16-bit samples (|z| <= 1, and of the two 16-bit
-formats float16 has three bits more), else in float32.
+`normalize` reads the inputs in their own dtypes and strides. It writes contiguous unit rows, in
+float16 for 16-bit samples (of the two 16-bit formats it has three bits more), else in float32.
 """
 
 from typing import Any, NamedTuple
@@ -35,15 +34,13 @@ from .pair_sums import (
 from .parts import gather, part_arguments, part_types
 from .tiles import PADDED_ROWS
 
-# Few values per thread spill no registers and keep many programs in flight. Class sums loop over
-# rows and take more values at once.
+# Few values per thread spill no registers; class sums loop over rows and take more at once.
 NUM_WARPS = 8
 VALUES = 32 * NUM_WARPS * 4
 CLASS_SUM_VALUES = 32 * NUM_WARPS * 16
 # Number of rows of a class that one program adds up.
 ROWS_PER_SPLIT = 256
 
-# Arguments of the kernels that are addresses of float32 numbers.
 FLOAT_ARRAYS = (
     "inverse_norms", "shifts", "weights", "sums", "partial_sums", "class_sums", "losses", "u",
     "inverse_positives", "partial_gradients", "weighted_class_sums", "v", "factors",
@@ -311,11 +308,10 @@ def class_sums(z: Tensor, weights: Tensor | None, order: Tensor, starts: Tensor)
     """Return the sum of rows, or of weight times row, per class [C + 1, E, W] float32."""
     num_exits, num_padded_rows, width = z.shape
     num_classes = starts.shape[0] - 1
-    # One class may hold most rows, and the host does not know which: all classes are split, within
-    # the bound on the memory of their partial sums.
+    # One class may hold most rows, and the host does not know which: all classes are split.
     num_bytes = max(1, 4 * (num_classes + 1) * num_exits * width)
-    num_splits = min(MAX_SPLITS, order.shape[0] // ROWS_PER_SPLIT, MAX_PARTIAL_BYTES // num_bytes)
-    num_splits = max(1, num_splits)
+    limits = (MAX_SPLITS, order.shape[0] // ROWS_PER_SPLIT, MAX_PARTIAL_BYTES // num_bytes)
+    num_splits = max(1, min(limits))
     sums = starts.new_empty(num_splits, num_classes + 1, num_exits, width, dtype=torch.float32)
     class_sums_kernel[num_classes + 1, num_splits, num_exits](
         z, z if weights is None else weights, order, starts, sums, num_padded_rows, num_classes,
@@ -330,8 +326,7 @@ def losses(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return losses [E, M], u = 1 / D [E, M padded] and 1 / number of positives [M padded].
 
-    Args:
-        partial_sums: result of `row_sums` [splits, E, M].
+    partial_sums: result of `row_sums` [splits, E, M].
     """
     num_splits, num_exits, num_rows = partial_sums.shape
     z, num_padded_rows, width = rows.z, *rows.z.shape[1:]
@@ -358,12 +353,10 @@ def finish_gradients(
 ) -> list[Tensor]:
     """Return gradients [E, N, d] of the samples and, if trained, [E, K, d] of label embeddings.
 
-    Args:
-        partial_gradients: result of `pair_gradient` for the trained rows [splits, E, n, W].
-        weighted_sums: `class_sums` of v z [C + 1, E, W].
-        v: [M padded] if all anchors of a class have the same v: weighted_sums is then v times
-            rows.sums_by_class and not read; or [E, M padded].
-        factors: float32 [E]: factor of all gradients of an exit.
+    partial_gradients: result of `pair_gradient` for the trained rows [splits, E, n, W].
+    weighted_sums: `class_sums` of v z [C + 1, E, W]; not read if v is [M padded].
+    v: [M padded] if all anchors of a class have the same v, else [E, M padded].
+    factors: float32 [E]: factor of all gradients of an exit.
     """
     num_splits, num_exits, num_trained, z_width = partial_gradients.shape
     num_samples, num_labels = shape.num_samples, num_trained - shape.num_samples

@@ -13,16 +13,19 @@ count), with p_ij = 1 where j is a positive of i, else 0:
     dx_i = r_i (sum_j W_ij r_j x_j - r_i x_i sum_j W_ij c_ij)
 
 sum_j W_ij c_ij is known before the last line, so dx is computed chunk by chunk along d. The
-diagonal of W would add a multiple of x_i, which the projection removes: it is left out. The shift
-1 / temperature replaces a running maximum, for no c_ij is above 1.
+diagonal of W would add a multiple of x_i, which the projection removes: it is left out.
 
-A program computes the gradient of one block of rows of one exit, and r and D of all M rows:
-2 M^2 d + 4 M^2 d / B operations on each of B multiprocessors, which a small batch leaves idle,
-instead of 6 M^2 d on one, and no program waits for another. It first copies the rows from their
-tensors, in any dtypes and strides, into scratch memory of its own, M d float32: the loops over
-pairs then read whole aligned tiles of one tensor. With the addresses of four tensors in those loops
-every tile size spilled registers.
+A program computes the gradient of one block of rows of one exit, and r and D of all M rows, on one
+of the multiprocessors that a small batch leaves idle: no program waits for another. It first copies
+the rows from their tensors, in any dtypes and strides, into scratch memory of its own, M d float32:
+with the addresses of four tensors in the loops over pairs every tile size spilled registers.
+
+Launches: one for the loss and the gradient for upstream 1, one to multiply it by upstream; for
+"none" one for the loss and one for the gradient. Where samples and label embeddings differ in
+dtype, one more converts the gradient of each that is not float32.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -34,10 +37,9 @@ from ...support.variant import Variant, make_variant
 from ..autograd import Implementation
 from ..batch import ZERO_NORM, Batch, BatchShape
 from .parts import STRIDE_NAMES, gather, part_arguments, part_types
+from .tiles import float32_obstacle
 
 MAX_ROWS = 256
-# The smallest exponential, exp(-2 / temperature), stays a normal float32 down to here.
-MIN_TEMPERATURE = 0.023
 
 SHORTEST = tl.constexpr(ZERO_NORM)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -274,41 +276,40 @@ BLOCK = 32
 NUM_WARPS = 8
 
 
-def chunk(capability: int) -> int:
-    """Return the columns of a chunk: 64 spills registers on sm_80 and sm_90, 32 does on sm_75."""
-    return 64 if capability == 75 else 32
+def machine_constants(capability: int, *dtypes: torch.dtype) -> dict[str, Any]:
+    """Return the constants for parts of these dtypes on such a GPU.
+
+    A chunk of 64 columns spills registers on sm_80 and sm_90, one of 32 does on sm_75. The
+    precisions are those of tl.dot with float32 operands, for x_i . x_j and for W x. Below sm_80
+    Triton reaches no matrix unit. 16-bit numbers are exact in tf32; an operand with more digits is
+    split by tf32x3, and the error is float32's. W is always split: this costs 1 of B + 2 parts of
+    the work, and the terms of a gradient may cancel.
+    """
+    cosines, gradients = ("tf32x3" if torch.float32 in dtypes else "tf32"), "tf32x3"
+    if capability < 80:
+        cosines, gradients = "ieee", "ieee"
+    return {
+        "BLOCK": BLOCK, "CHUNK": 64 if capability == 75 else 32,
+        "COSINE_PRECISION": cosines, "GRADIENT_PRECISION": gradients,
+    }  # fmt: skip
 
 
-def scratch_size(num_rows: int, width: int, capability: int) -> int:
+def scratch_size(num_rows: int, width: int, chunk: int) -> int:
     """Return the number of float32 values in the scratch memory of a program."""
     padded_rows = triton.cdiv(num_rows, BLOCK) * BLOCK
-    padded_width = triton.cdiv(width, chunk(capability)) * chunk(capability)
-    return padded_rows * (padded_width + BLOCK + 3)
-
-
-def precisions(capability: int, *dtypes: torch.dtype) -> tuple[str, str]:
-    """Return the input_precision of tl.dot with float32 operands, for x_i . x_j and for W x.
-
-    Below sm_80 Triton reaches no matrix unit. 16-bit numbers are exact in tf32; an operand with
-    more digits is split by tf32x3, and the error is float32's. W is always split: this costs 1 of
-    B + 2 parts of the work, and the terms of a gradient may cancel.
-    """
-    if capability < 80:
-        return "ieee", "ieee"
-    return ("tf32x3" if torch.float32 in dtypes else "tf32"), "tf32x3"
+    return padded_rows * (triton.cdiv(width, chunk) * chunk + BLOCK + 3)
 
 
 def launch(
     parts: list[Tensor],
     labels: Tensor,
-    options: tuple[float, str, str, int],
+    options: Batch | BatchShape,
     trained: tuple[int, int],
     losses: Tensor | None,
     gradient: Tensor | None,
     upstream: Tensor | None,
 ) -> None:
     """Write `losses` and, for the rows from trained[0] up to trained[1], `gradient`."""
-    temperature, denominator, reduction, ignore_index = options
     samples = parts[0]
     num_exits = 1 if samples.dim() == 2 else samples.shape[0]
     num_samples, width = samples.shape[-2:]
@@ -320,70 +321,46 @@ def launch(
         return
     capability = machine.capability(samples.device)
     assert capability is not None, "machine.triton_obstacle has checked"
-    scratch = samples.new_empty(
-        num_exits * num_blocks * scratch_size(num_rows, width, capability), dtype=torch.float32
-    )
-    cosine_precision, gradient_precision = precisions(capability, *(part.dtype for part in parts))
-    # Triton launches on the current device, which need not be that of the tensors. An absent tensor
-    # is never read, but needs an address.
+    constants = machine_constants(capability, *(part.dtype for part in parts))
+    size = num_exits * num_blocks * scratch_size(num_rows, width, constants["CHUNK"])
+    scratch = samples.new_empty(size, dtype=torch.float32)
+    upstream_strides = (0, 0) if upstream is None else upstream.stride()
+    # An absent tensor is never read, but needs an address.
     with torch.cuda.device_of(samples):
         supcon_small_kernel[(num_exits, num_blocks)](
             scratch if losses is None else losses,
             scratch if gradient is None else gradient,
             scratch,
             scratch if upstream is None else upstream,
-            *((0, 0) if upstream is None else exit_strides(upstream)),
+            *upstream_strides if len(upstream_strides) == 2 else (0, *upstream_strides),
             labels, labels.stride(0),
             *part_arguments(parts),
             num_samples, num_labels, num_rows, width, trained[0], num_trained,
-            ignore_index, 1 / temperature,
-            HAS_LABELS=len(parts) > 1,
-            HAS_TEACHER=len(parts) > 2,
-            DENOMINATOR=denominator,
-            REDUCTION=reduction,
-            WITH_LOSS=losses is not None,
-            WITH_GRADIENT=gradient is not None,
-            BLOCK=BLOCK,
-            CHUNK=chunk(capability),
-            COSINE_PRECISION=cosine_precision,
-            GRADIENT_PRECISION=gradient_precision,
-            num_warps=NUM_WARPS,
+            options.ignore_index, 1 / options.temperature,
+            HAS_LABELS=len(parts) > 1, HAS_TEACHER=len(parts) > 2,
+            DENOMINATOR=options.denominator, REDUCTION=options.reduction,
+            WITH_LOSS=losses is not None, WITH_GRADIENT=gradient is not None,
+            **constants, num_warps=NUM_WARPS,
         )  # fmt: skip
-
-
-def exit_strides(upstream: Tensor) -> tuple[int, ...]:
-    """Return the strides of exits, 0 without exits, and of rows."""
-    return upstream.stride() if upstream.dim() > 1 else (0, *upstream.stride())
-
-
-def contrastive_loss(batch: Batch) -> Tensor:
-    """Return the loss of `reference.contrastive_loss`.
-
-    Launches: one for the loss and the gradient for upstream 1, one to multiply it by upstream;
-    for "none" one for the loss and one for the gradient. Where samples and label embeddings differ
-    in dtype, one more converts the gradient of each that is not float32.
-    """
-    return implementation.loss(batch)
 
 
 def forward(batch: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and, except for "none", the gradient of the trained rows for upstream 1."""
     losses, gradients = allocate(batch, *trained)
-    options = (batch.temperature, batch.denominator, batch.reduction, batch.ignore_index)
     gradient = gradients[0] if gradients and gradients[0].shape[-2] > 0 else None
     rows = batch.shape(*trained).trained_rows
-    launch(batch.parts, batch.labels, options, rows, losses, gradient, None)
+    launch(batch.parts, batch.labels, batch, rows, losses, gradient, None)
     return losses, gradients
 
 
 def allocate(batch: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
     """Allocate the results of `forward`."""
-    x, leading, per_row = batch.embeddings, batch.leading, batch.reduction == "none"
-    losses = x.new_empty((*leading, batch.num_rows) if per_row else leading, dtype=torch.float32)
-    if per_row or not any(trained):
+    x = batch.embeddings
+    losses = x.new_empty(batch.loss_shape, dtype=torch.float32)
+    if batch.reduction == "none" or not any(trained):
         return losses, []
     first, last = batch.shape(*trained).trained_rows
-    return losses, [x.new_empty((*leading, last - first, x.shape[-1]), dtype=torch.float32)]
+    return losses, [x.new_empty((*batch.leading, last - first, x.shape[-1]), dtype=torch.float32)]
 
 
 def backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> list[Tensor]:
@@ -394,8 +371,7 @@ def backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> l
         torch.mul(saved[0], loss_gradient[..., None, None], out=gradient)
     elif gradient.numel() > 0:
         labels, *parts = saved
-        options = (shape.temperature, shape.denominator, shape.reduction, shape.ignore_index)
-        launch(parts, labels, options, shape.trained_rows, None, gradient, loss_gradient)
+        launch(parts, labels, shape, shape.trained_rows, None, gradient, loss_gradient)
     return [gradient]
 
 
@@ -412,14 +388,13 @@ def allocate_gradient(
     return [loss_gradient.new_empty((*leading, last - first, shape.width), dtype=dtype)]
 
 
-def inputs_to_save(batch: Batch) -> list[Tensor]:
-    """Return the inputs for "none", whose gradient is computed in the backward pass."""
-    return [batch.labels, *batch.parts] if batch.reduction == "none" else []
-
-
 implementation = Implementation(
-    "supcon_small", "triton", forward, backward, allocate, allocate_gradient,
-    joint=True, inputs_to_save=inputs_to_save,
+    "supcon_small", "triton", (forward, backward), (allocate, allocate_gradient),
+    joint=True,
+    # The gradient for "none" is computed in the backward pass.
+    inputs_to_save=lambda batch: (
+        [batch.labels, *batch.parts] if batch.reduction == "none" else []
+    ),
 )  # fmt: skip
 
 
@@ -427,30 +402,19 @@ def obstacle(
     num_rows: int, width: int, dtype: torch.dtype, temperature: float, capability: int
 ) -> str | None:
     """Return why the kernel cannot compute such a loss, or None."""
-    if dtype == torch.float64:
-        return (
-            "it computes in float32 and the embeddings are float64 (impl='tiled' or "
-            "impl='reference' computes in float64)"
-        )
     if num_rows > MAX_ROWS:
         return (
             f"{num_rows} rows are more than the {MAX_ROWS} for which one launch is meant "
             "(impl='tiled' takes any number)"
         )
-    if temperature < MIN_TEMPERATURE:
-        return (
-            f"temperature {temperature} is below {MIN_TEMPERATURE}, where float32 exponentials "
-            "leave their range (impl='tiled' goes down to 1 / 690, impl='reference' takes any)"
-        )
-    return None
+    return float32_obstacle(dtype, temperature)
 
 
 def variants(capability: int) -> list[Variant]:
     """List the shipped compilations: loss and gradient per dtype, the gradient alone for "none".
 
-    Label embeddings, teacher and the "negatives" mask include the code of all options. Numbers are
-    not specialized, so sizes and strides add no variant. bfloat16 differs from float16 only in
-    loads and stores, and "none" has both.
+    These options include the code of all others. Numbers are not specialized, so sizes and strides
+    add no variant. bfloat16 differs from float16 only in loads and stores, and "none" has both.
     """
     types = {
         **dict.fromkeys(("losses", "scratch", "upstream"), "*fp32"), "labels": "*i64",
@@ -462,20 +426,12 @@ def variants(capability: int) -> list[Variant]:
         (torch.float32, "fp32", "mean"),
         (torch.bfloat16, "bf16", "none"),
     ):
-        cosine_precision, gradient_precision = precisions(capability, dtype)
         gradient = f"*{name}" if reduction == "none" else "*fp32"
         constants = {
-            "HAS_LABELS": True,
-            "HAS_TEACHER": True,
-            "DENOMINATOR": "negatives",
-            "REDUCTION": reduction,
-            "WITH_LOSS": reduction != "none",
-            "WITH_GRADIENT": True,
-            "BLOCK": BLOCK,
-            "CHUNK": chunk(capability),
-            "COSINE_PRECISION": cosine_precision,
-            "GRADIENT_PRECISION": gradient_precision,
-        }
+            "HAS_LABELS": True, "HAS_TEACHER": True, "DENOMINATOR": "negatives",
+            "REDUCTION": reduction, "WITH_LOSS": reduction != "none", "WITH_GRADIENT": True,
+            **machine_constants(capability, dtype),
+        }  # fmt: skip
         shipped.append(
             make_variant(
                 f"supcon_small {name} {reduction}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import operator
 import os
 from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +18,23 @@ import torch
 PADDED_ROWS = 128
 # Up to this width a program holds the gradient of its rows in registers.
 ONE_CHUNK = 256
+# The smallest exponential, exp(-2 / temperature), stays a normal float32 down to here.
+MIN_TEMPERATURE = 0.023
+
+
+def float32_obstacle(dtype: torch.dtype, temperature: float) -> str | None:
+    """Return why a loss cannot be computed in float32, or None."""
+    if dtype == torch.float64:
+        return (
+            "it computes in float32 and the embeddings are float64 (impl='tiled' or "
+            "impl='reference' computes in float64)"
+        )
+    if temperature < MIN_TEMPERATURE:
+        return (
+            f"temperature {temperature} is below {MIN_TEMPERATURE}, where float32 exponentials "
+            "leave their range (impl='tiled' goes down to 1 / 690, impl='reference' takes any)"
+        )
+    return None
 
 
 @dataclass(frozen=True)
@@ -25,8 +43,8 @@ class Tile:
 
     rows, columns: size of the tile of pairs that a program holds; they divide PADDED_ROWS.
     chunk: columns of z in one matrix product of similarities; divides the padded width.
-    output: columns of the gradient that a program holds (0 in the forward pass); divides the padded
-        width. Each additional chunk of the output computes the similarities once more.
+    output: columns of the gradient that a program holds (0 in the forward pass). Each additional
+        chunk of the output computes the similarities once more.
     """
 
     rows: int
@@ -50,9 +68,8 @@ def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
 
     Chosen by the compiled kernels' resources, not by timing, for which there is `tuning`: no
     spills; then as many rows as registers hold, because every block of rows reads all columns; then
-    as many warps per multiprocessor as possible, because some compute exponentials while others
-    multiply. Compute capabilities 8.6, 8.9 and 12.x have 99 KiB of shared memory per program, 8.0
-    has 163.
+    as many warps per multiprocessor as possible. Compute capabilities 8.6, 8.9 and 12.x have 99 KiB
+    of shared memory per program, 8.0 has 163.
     """
     little_memory = capability in (86, 89) or capability >= 120
     if dtype == torch.float32:
@@ -101,16 +118,12 @@ def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> 
     found = entries().get(entry_name(kernel, device, dtype, width))
     if found is None:
         return None
-    tile = found.get("tile")
-    names = [field.name for field in fields(Tile)]
-    if not (
-        isinstance(tile, dict)
-        and set(tile) == set(names)
-        and all(type(number) is int for number in tile.values())
-    ):
-        warn_about(cache_file(), f"its tile of {kernel} does not give {', '.join(names)}")
+    try:
+        return Tile(**{name: operator.index(number) for name, number in found["tile"].items()})
+    except (AttributeError, KeyError, TypeError):
+        names = ", ".join(field.name for field in fields(Tile))
+        warn_about(cache_file(), f"its tile of {kernel} does not give {names}")
         return None
-    return Tile(**tile)
 
 
 def entry_name(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> str:
@@ -139,14 +152,12 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     except (OSError, ValueError) as error:
         warn_about(path, str(error))
         return {}
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
-        warn_about(path, f"its schema is not {SCHEMA}")
-        return {}
-    found = content.get("entries")
-    if not isinstance(found, dict) or not all(isinstance(entry, dict) for entry in found.values()):
-        warn_about(path, "it has no entries by name")
-        return {}
-    return found
+    if isinstance(content, dict) and content.get("schema") == SCHEMA:
+        found = content.get("entries")
+        if isinstance(found, dict) and all(isinstance(entry, dict) for entry in found.values()):
+            return found
+    warn_about(path, f"it has no entries by name in schema {SCHEMA}")
+    return {}
 
 
 def warn_about(path: Path, reason: str) -> None:

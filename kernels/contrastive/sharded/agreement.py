@@ -8,20 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-# Size of the description of a call in bytes.
 DESCRIPTION_BYTES = 512
-# Length of an error text sent to other ranks; a character takes up to six bytes.
+# Length of an error text; a character takes up to six bytes.
 REFUSAL_CHARACTERS = 80
 
 ProcessGroup = Any
 
 
 def check_process_group(process_group: ProcessGroup) -> int:
-    """Return the number of ranks of the group.
-
-    Raises:
-        TypeError, ValueError: not a process group, or one that this process is no member of.
-    """
+    """Return the number of ranks; raise if it is no group, or this process is no member of it."""
     if not distributed.is_available():
         raise ValueError("process_group was given, but this torch is built without distributed")
     if process_group == distributed.GroupMember.NON_GROUP_MEMBER:
@@ -71,9 +66,6 @@ def announce_refusal(process_group: ProcessGroup, error: Exception) -> None:
 def agree(process_group: ProcessGroup, num_samples: int, call: dict[str, Any]) -> tuple[int, ...]:
     """Return the number of samples of every rank if all ranks describe the same call.
 
-    Args:
-        call: names and values (JSON types) that must be the same on all ranks.
-
     Raises:
         ValueError: on every rank; the message names what differs and the value of each rank.
     """
@@ -111,15 +103,13 @@ def differences(calls: list[dict[str, Any]]) -> str:
     """Describe the differences between the ranks' calls."""
     found = []
     for name in dict.fromkeys(name for call in calls for name in call):
-        ranks_by_value: dict[str, list[int]] = {}
-        for rank, call in enumerate(calls):
-            ranks_by_value.setdefault(str(call.get(name)), []).append(rank)
-        if len(ranks_by_value) > 1:
-            values = "; ".join(
-                f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
-                for value, ranks in ranks_by_value.items()
-            )
-            found.append(f"{name} ({values})")
+        values = [str(call.get(name)) for call in calls]
+        parts = []
+        for value in dict.fromkeys(values):
+            ranks = [str(rank) for rank, other in enumerate(values) if other == value]
+            parts.append(f"{value} on rank{'s' * (len(ranks) > 1)} {', '.join(ranks)}")
+        if len(parts) > 1:
+            found.append(f"{name} ({'; '.join(parts)})")
     return (
         f"the ranks of process_group differ in {' and in '.join(found)}: every rank must pass the "
         "same, and only the number of samples may differ"

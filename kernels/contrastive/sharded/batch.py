@@ -4,14 +4,12 @@ The global batch has the samples of all ranks, in the order of the ranks, then t
 ONCE, then their teacher counterparts: the same rows as the batch of one process that holds all
 samples. A rank's own rows are its samples, all label embeddings and their teacher counterparts.
 
-A loss takes three collectives: `agree` (512 bytes per rank, which also detects ranks that pass
-different arguments), `gather_batch` (labels and embeddings) and `Spread.gather_rows` (one number
-per row).
+A loss takes three collectives: `agree`, `gather_batch` and `Spread.gather_rows`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,10 +57,9 @@ class Spread:
 
     def own_rows(self, device: torch.device) -> Tensor:
         """Return the positions of the own rows [m] in the global batch."""
-        total, num_labels, own = sum(self.num_samples), self.num_labels, self.own_samples
-        positions = torch.arange(self.num_copies * (total + num_labels), device=device)
-        by_copy = positions.view(self.num_copies, total + num_labels)
-        return torch.cat([by_copy[:, own], by_copy[:, total:]], dim=1).flatten()
+        by_copy = torch.arange(self.num_rows, device=device).view(self.num_copies, -1)
+        labels = by_copy[:, sum(self.num_samples) :]
+        return torch.cat([by_copy[:, self.own_samples], labels], dim=1).flatten()
 
     def own_first(self, device: torch.device) -> Tensor:
         """Return the positions of all rows [M] in the global batch, the own rows first."""
@@ -71,18 +68,11 @@ class Spread:
         others = torch.cat([positions[:, : own.start], positions[:, own.stop : total]], dim=1)
         return torch.cat([self.own_rows(device), others.flatten()])
 
-    def place_rows(self, values: Tensor) -> Tensor:
-        """Return values [.., M] of all rows from the own rows' [.., m]; 1 for the others."""
-        placed = values.new_ones(*values.shape[:-1], self.num_rows)
-        placed[..., self.own_rows(values.device)] = values
-        return placed
-
     def mean_weights(self, upstream: Tensor) -> Tensor:
         """Return weights [.., m] of the own rows in the mean over ranks, for `gather_rows`.
 
-        Args:
-            upstream: gradients [.., m] of this rank's losses. A sample has a loss on one rank; a
-                label embedding has one on every rank, of which `gather_rows` takes the mean.
+        upstream: gradients [.., m]. A label embedding has one on every rank, of which `gather_rows`
+            takes the mean; a sample has one on one rank.
         """
         num_own = self.num_samples[self.rank]
         by_copy = upstream.reshape(*upstream.shape[:-1], self.num_copies, num_own + self.num_labels)
@@ -92,8 +82,7 @@ class Spread:
     def gather_rows(self, values: Tensor) -> Tensor:
         """Return values [.., M] of all rows from the own rows' [.., m], with one all-gather.
 
-        A sample's value is that of its rank. A label embedding has a value on every rank: the
-        result holds their mean, so that all ranks have the same bits.
+        Of a label embedding's values on all ranks it is the mean: all ranks have the same bits.
         """
         num_own, largest = self.num_samples[self.rank], max(self.num_samples)
         leading = values.shape[:-1]
@@ -111,10 +100,14 @@ class Spread:
     def all_sums(self, own_sums: Tensor, reduction: str) -> Tensor:
         """Return D [.., M] in the global order from that of the own rows [.., m].
 
-        With "none" only the own rows' losses are needed, and D is gathered in the backward pass. In
-        the global order every rank adds up the same numbers in the same order.
+        With "none" other rows have 1, and D is gathered in the backward pass. In the global order
+        every rank adds up the same numbers in one order.
         """
-        return self.place_rows(own_sums) if reduction == "none" else self.gather_rows(own_sums)
+        if reduction != "none":
+            return self.gather_rows(own_sums)
+        placed = own_sums.new_ones(*own_sums.shape[:-1], self.num_rows)
+        placed[..., self.own_rows(own_sums.device)] = own_sums
+        return placed
 
     def gather_upstream(
         self, own_sums: Tensor, upstream: Tensor, order: Tensor
@@ -128,8 +121,7 @@ class Spread:
 def gather_batch(spread: Spread, batch: Batch) -> Batch:
     """Return the batch with the samples of all ranks, without a graph, after one all-gather.
 
-    The samples are not normalized: 16-bit embeddings are sent as 16 bits, and the loss is computed
-    from what one process would have. Labels become int64.
+    Not normalized, so that 16-bit embeddings are sent as 16 bits. Labels become int64.
     """
     largest = max(spread.num_samples)
     # The sample dimension comes first, so that a rank's samples are a slice.
@@ -149,8 +141,7 @@ def gather_batch(spread: Spread, batch: Batch) -> Batch:
         ]
         parts.append(torch.cat(by_rank))
         start += aligned(num_bytes)
-    return replace(
-        batch,
+    return batch._replace(
         embeddings=parts[1].movedim(0, -2).contiguous(),
         labels=parts[0],
         teacher_embeddings=parts[2] if len(parts) > 2 else None,

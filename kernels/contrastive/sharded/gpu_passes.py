@@ -9,8 +9,6 @@ from ..gpu.pair_sums import row_sums
 from ..gpu.row_steps import losses
 from .batch import Spread
 
-SMALLEST = torch.finfo(torch.float32).tiny
-
 
 def forward(spread: Spread, batch: Batch, with_gradient: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the loss (for "none" the losses of the own rows), and what `backward` needs."""
@@ -37,21 +35,16 @@ def forward(spread: Spread, batch: Batch, with_gradient: bool) -> tuple[Tensor, 
             ).sum(0)  # fmt: skip
         sums = spread.all_sums(own_sums, batch.reduction)
         loss, u, inverse_positives = losses(sums[None], rows, batch.temperature, batch.denominator)
-    per_row = batch.reduction == "none"
-    loss = loss.index_select(-1, order[:num_own_rows]) if per_row else loss.sum(-1)
-    num_anchors = torch.count_nonzero(inverse_positives).clamp_(min=1)
-    if batch.reduction == "mean":
-        loss /= num_anchors
-    loss = loss.view(batch.leading + loss.shape[1:])
+    if batch.reduction == "none":
+        loss = loss.index_select(-1, order[:num_own_rows])
+    loss, num_anchors = large_batches.reduced(loss, inverse_positives, batch)
     if not with_gradient:
         return loss, []
-    saved = [
+    return loss, [
         padded_order, own_sums, *own_first,
         u.index_select(1, padded_order), inverse_positives.index_select(0, padded_order),
+        *num_anchors,
     ]  # fmt: skip
-    if batch.reduction == "mean":
-        saved.append(num_anchors)
-    return loss, saved
 
 
 def backward(
@@ -65,15 +58,13 @@ def backward(
         sums, loss_gradient = spread.gather_upstream(
             own_sums, loss_gradient.reshape(own_sums.shape).float(), order
         )
-        u = torch.nn.functional.pad(
-            sums.clamp(min=SMALLEST).reciprocal(), (0, padded_order.shape[0] - order.shape[0])
-        )
+        u = sums.clamp(min=torch.finfo(torch.float32).tiny).reciprocal()
+        u = torch.nn.functional.pad(u, (0, padded_order.shape[0] - order.shape[0]))
         inverse_positives = rows[8]
         rows[7] = u.masked_fill(inverse_positives == 0, 0)
     if shape.num_samples == 0 and not shape.trains_labels:
         return [own_sums.new_empty(*leading, 0, shape.width)]
-    # The kernels have one factor for all rows: that of the samples, divided out of the few label
-    # embeddings afterwards.
+    # The kernels have one factor for all rows: the few label embeddings are divided by it again.
     gradients = large_batches.backward(
         loss_gradient * spread.num_ranks, rows, shape._replace(label_dtype=torch.float32)
     )

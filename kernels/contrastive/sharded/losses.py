@@ -1,9 +1,8 @@
 """The contrastive losses over the samples of all ranks of a process group.
 
-Every rank has its samples, and the same label embeddings and teacher label embeddings. All rows of
-the global batch (see `batch`) are anchors, positives and negatives, as if one process held all
-samples. A rank computes the sums over pairs of its own rows with all rows, 1/W of the whole, and
-the sums of the label embeddings, which are few, on every rank:
+All rows of the global batch (see `batch`) are anchors, positives and negatives, as if one process
+held all samples. A rank computes the sums over pairs of its own rows with all rows, 1/W of the
+whole, and those of the label embeddings, which are few, on every rank:
 
     gather the samples        [N, d]: the one large message
     D_i of the own rows       own rows x all rows
@@ -13,15 +12,13 @@ the sums of the label embeddings, which are few, on every rank:
                               nothing is sent back
 
 The objective of W ranks whose gradients are averaged is the mean of what the ranks return. So for
-"mean" and "sum" every rank returns the global loss L, the samples of a rank get W dL/dx, which
-averaging divides by W, and label embeddings, whose gradient every rank computes whole, get dL/dl.
-For "none" a rank returns the losses of its own rows. With upstream gradients g_r of rank r, row j
-has the weight w_j = sum_r g_rj / W (a sample is in one rank's sum, a label embedding in all); these
-weights are gathered with D, in the backward pass.
+"mean" and "sum" every rank returns the global loss L, its samples get W dL/dx, and label
+embeddings, whose gradient every rank computes whole, get dL/dl. For "none" a rank returns the
+losses of its own rows. With upstream gradients g_r of rank r, row j has the weight
+w_j = sum_r g_rj / W; these weights are gathered with D, in the backward pass.
 """
 
 import functools
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -43,7 +40,11 @@ def contrastive_loss(name: str, spread: Spread, batch: Batch) -> Tensor:
     everyone = gather_batch(spread, batch)
     if name == "reference":
         return reference_loss(spread, batch.embeddings, everyone)
-    module = passes(name)
+    module: ModuleType
+    if name == "tiled":
+        from . import tiled_passes as module
+    else:
+        from . import gpu_passes as module
 
     def forward(_: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
         return module.forward(spread, everyone, any(trained))
@@ -55,37 +56,15 @@ def contrastive_loss(name: str, spread: Spread, batch: Batch) -> Tensor:
     return Passes(refusal, forward, functools.partial(module.backward, spread)).loss(batch)
 
 
-def passes(name: str) -> ModuleType:
-    """Return the module with `forward` and `backward` of an implementation."""
-    if name == "tiled":
-        from . import tiled_passes
-
-        return tiled_passes
-    from . import gpu_passes
-
-    return gpu_passes
-
-
 def reference_loss(spread: Spread, embeddings: Tensor, everyone: Batch) -> Tensor:
     """Return `reference.contrastive_loss` of all samples, differentiable for the own ones."""
     own, samples = spread.own_samples, everyone.embeddings
-    scaled = ScaleGradient.apply(embeddings, spread.num_ranks)
+    scaled = embeddings.view_as(embeddings)
+    if scaled.requires_grad:
+        scaled.register_hook(lambda gradient: gradient * spread.num_ranks)
     samples = torch.cat([samples[..., : own.start, :], scaled, samples[..., own.stop :, :]], dim=-2)
-    loss = reference.contrastive_loss(replace(everyone, embeddings=samples))
+    loss = reference.contrastive_loss(everyone._replace(embeddings=samples))
     return OwnRows.apply(loss, spread) if everyone.reduction == "none" else loss
-
-
-class ScaleGradient(torch.autograd.Function):
-    """The identity, whose gradient is multiplied by a number."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, factor: int) -> Tensor:
-        ctx.factor = factor
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient * ctx.factor, None
 
 
 class OwnRows(torch.autograd.Function):

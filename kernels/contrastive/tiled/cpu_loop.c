@@ -8,13 +8,11 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Block of a matrix product in registers: twelve sums, two loads and a broadcast use fifteen of
- * sixteen 256-bit registers. */
+/* Block of a product: twelve sums, two loads and a broadcast use fifteen of sixteen registers. */
 #define ROWS 6
 #define LANES 8
 #define COLUMNS (2 * LANES)
-/* Number of products that are summed before their sum is added to the result: the rounding error
- * grows with the number. */
+/* Products summed before their sum is added to the result: rounding grows with their number. */
 #define SUMMANDS 128
 
 /* A vector this short has no direction (ZERO_NORM in batch.py). */
@@ -23,8 +21,7 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-/* Passed through pointers, because passing by value would depend on the calling convention of the
- * target. */
+/* Passed through pointers: by value would depend on the target's calling convention. */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
@@ -168,9 +165,8 @@ INLINE void block_product(const float *a, int64_t a_stride, const float *b, int6
     }
 }
 
-/* Find the class of each row and the number of rows of each class. The class is the label with label
- * embeddings, else the first row with the same label. Return the position of a label outside [0, K),
- * or -1. */
+/* Find the class of each row (its label or, without label embeddings, the first row with the same
+ * label) and its size. Return the position of a label outside [0, K), or -1. */
 static int64_t find_classes(const struct problem *p, struct scratch *s)
 {
     memset(s->members, 0, sizeof(int32_t) * s->columns);

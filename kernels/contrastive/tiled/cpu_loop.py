@@ -1,7 +1,6 @@
 """The contrastive loss of a small batch on the CPU: loss and gradient from one compiled call.
 
-Python's side of cpu_loop.c, for float32 and up to MAX_ROWS rows, where a C compiler was found at
-installation.
+For float32 and up to MAX_ROWS rows, where cpu_loop.c was compiled at installation.
 """
 
 import ctypes
@@ -14,16 +13,18 @@ from ...support.c_loops import library
 from ..batch import Batch, check_range
 
 # All pairs of an exit are in memory at once, at most 4 MiB. Up to this size the compiled call was
-# faster than tiles in every case measured (forward + backward, two threads of an AVX2 EPYC;
-# milliseconds, compiled / tiles): 34 rows of width 64: 0.23 / 0.60; 512 of 768: 6.7 / 7.7; 1024 of
-# 64: 2.5 / 5.0, of 768: 24 / 30; 12 exits of 182 rows of 64: 1.3 / 6.2. With one thread 512 rows of
-# 768 were about equal: 12.3 / 11.8.
+# faster than tiles in every case measured (forward + backward, two threads of an AVX2 EPYC), by 1.1
+# to 5 times; with one thread 512 rows of width 768 were about equal.
 MAX_ROWS = 1024
 # Number of multiply-adds from which several threads are faster than one.
 WORTH_THREADS = 4_000_000
 # In the order of the enums of cpu_loop.c.
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum")
+INTEGERS = (
+    "num_exits", "num_samples", "num_labels", "num_copies", "width", "ignore_index", "denominator",
+    "reduction",
+)  # fmt: skip
 
 
 class Problem(ctypes.Structure):
@@ -34,14 +35,7 @@ class Problem(ctypes.Structure):
         ("labels", ctypes.c_void_p),
         ("losses", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
-        ("num_exits", ctypes.c_int64),
-        ("num_samples", ctypes.c_int64),
-        ("num_labels", ctypes.c_int64),
-        ("num_copies", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("ignore_index", ctypes.c_int64),
-        ("denominator", ctypes.c_int64),
-        ("reduction", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in INTEGERS),
         ("temperature", ctypes.c_double),
     )
 
@@ -58,30 +52,25 @@ def takes(batch: Batch, dtype: torch.dtype) -> bool:
 
 
 def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows.
-
-    Raises:
-        ValueError: a label is outside [0, K).
-    """
+    """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
     # Copies made here must live until the calls have returned.
     samples, *others = (part.float().contiguous() for part in batch.parts)
     labels = batch.labels.long().contiguous()
     *exits, num_samples, width = samples.shape
     num_labels = batch.num_labels or 0
-    num_trained, num_copies = num_samples + num_labels, 1 if len(others) < 2 else 2
+    num_trained = num_samples + num_labels
     losses = samples.new_empty(exits)
     gradient = samples.new_empty(*exits, num_trained, width) if with_gradient else None
     problem = Problem(
         tuple(part.data_ptr() for part in (samples, *others)),
         labels.data_ptr(), losses.data_ptr(), None if gradient is None else gradient.data_ptr(),
-        losses.numel(), num_samples, num_labels, num_copies, width, batch.ignore_index,
+        losses.numel(), num_samples, num_labels, batch.num_copies, width, batch.ignore_index,
         DENOMINATORS.index(batch.denominator), REDUCTIONS.index(batch.reduction),
         batch.temperature,
     )  # fmt: skip
     loop = compiled_loop()
     assert loop is not None, "takes() has checked"
-    num_rows = num_copies * num_trained
-    work = losses.numel() * num_rows * (num_rows + num_trained) * width
+    work = losses.numel() * batch.num_rows * (batch.num_rows + num_trained) * width
     num_threads = torch.get_num_threads() if work >= WORTH_THREADS else 1
     scratch = samples.new_empty(min(num_threads, losses.numel()) * loop.supcon_scratch(problem))
     if loop.supcon_loss(problem, scratch.data_ptr(), num_threads) >= 0:

@@ -3,9 +3,8 @@
     sums:  rows_i = sum_j e_ij weight_j     columns_j = sum_i e_ij weight_i     e_ij = exp(s_ij)
     pairs: s_ij <- e_ij (u_i + u_j)         in place
 
-The products are computed by cuBLAS, which uses tensor cores for float16 also where Triton cannot
-(V100). A kernel reads the tile once and `pairs` writes it once; PyTorch's operations would read and
-write it four times.
+cuBLAS computes the products, on tensor cores for float16 also where Triton cannot (V100). A kernel
+reads the tile once and `pairs` writes it once; PyTorch's operations would do so four times.
 """
 
 import itertools
@@ -18,8 +17,7 @@ from torch import Tensor
 
 from ...support.variant import Variant, make_variant
 
-# Each program processes a block of rows and columns of the tile. 8 values per thread: no spills on
-# any GPU, and enough loads in flight.
+# 8 values per thread: no spills on any GPU, and enough loads in flight.
 BLOCK_ROWS = 32
 BLOCK_COLUMNS = 64
 NUM_WARPS = 8
@@ -111,13 +109,9 @@ def sums(
 ) -> tuple[Tensor, Tensor]:
     """Return row sums [rows] and column sums [columns], float32, of the exponentials of a tile.
 
-    Args:
-        y_rows, y_columns, tile: [rows, d], [columns, d] and [rows, columns], all float16 or all
-            float32. The tile is contiguous, has fewer than 2^31 elements, and holds the
-            similarities afterwards.
-        row_classes, row_weight: [rows].
-        column_classes, column_weight: [columns].
-        is_diagonal: rows and columns are the same rows, so that pair (i, i) is a row with itself.
+    y_rows [rows, d], y_columns [columns, d] and the contiguous tile [rows, columns] of fewer than
+    2^31 elements are all float16 or all float32; the tile holds the similarities afterwards.
+    is_diagonal: rows and columns are the same rows, so that pair (i, i) is a row with itself.
     """
     torch.matmul(y_rows, y_columns.t(), out=tile)
     num_rows, num_columns = tile.shape
@@ -183,13 +177,10 @@ def variants(capability: int) -> list[Variant]:
         ("others", "negatives"),
         (True, False),
     ):
-        variant = make_variant(
-            f"{kernel.__name__} {dtype} {denominator} {'whole' if whole else 'edge'}",
-            kernel,
-            constants(denominator, is_diagonal=True),
-            {"tile": f"*{dtype}", **classes, **dict.fromkeys(arrays, "*fp32")},
-            num_warps=NUM_WARPS,
-        )
+        name = f"{kernel.__name__} {dtype} {denominator} {'whole' if whole else 'edge'}"
+        types = {"tile": f"*{dtype}", **classes, **dict.fromkeys(arrays, "*fp32")}
+        options = constants(denominator, is_diagonal=True)
+        variant = make_variant(name, kernel, options, types, num_warps=NUM_WARPS)
         if whole:
             variant = replace(variant, divisible_by_16=frozenset(variant.types))
         found.append(variant)

@@ -15,9 +15,7 @@ Gradient for upstream row weights w_i, with u_i = w_i / D_i and v_i = w_i / n_i:
 e is symmetric, so a tile serves the rows of both its sides and only tiles on or above the diagonal
 are visited. The diagonal of e adds to G_i a multiple of z_i, which the last line removes.
 
-exp needs no shift by a maximum: |s_ij| <= 1 / temperature, and the sums stay inside float32 while
-that is at most 70, inside float64 while it is at most 690.
-
+exp needs no shift: the sums stay inside float32 for 1 / temperature <= 70, float64 for <= 690.
 On the CPU a small batch is computed by one compiled call (cpu_loop.py), not by tiles.
 """
 
@@ -36,27 +34,19 @@ from . import cpu_loop
 
 # Rows and columns of a tile on the CPU; the backward pass holds two of them, 2 MiB in float32.
 TILE = 512
-# On a GPU one tile must fill the chip: 32 MiB in float16, 64 MiB in float32, and there is one.
+# On a GPU one tile must fill the chip: 32 MiB in float16, 64 MiB in float32.
 GPU_TILE = 4096
 # Up to this many pairs of all exits are computed at once and kept for the gradient.
 ONE_TILE = 512 * 512
-# float16 holds numbers from 6e-8 to 65504. The weights of pairs, about 2 / M, are multiplied by at
-# most this factor.
+# The weights of pairs, about 2 / M, are multiplied by at most this factor, so that float16 holds
+# them, and the largest sum that a float16 product may reach.
 HALF_LIFT = 64.0
-# The largest sum that a float16 product of a tile may reach.
 HALF_LARGEST = 60000.0
-# At lower temperatures |s| may exceed 20, where float16 has steps of 2^-6: the loss would be off by
-# 1e-2.
+# Below it |s| may exceed 20, where float16 has steps of 2^-6: the loss would be off by 1e-2.
 HALF_MIN_TEMPERATURE = 0.05
-# Up to this many rows a mask gives the class sums: fewer operations than scatter and gather, which
-# took an eighth of the time for 34 rows of width 64.
+# Up to this many rows a mask gives the class sums: eight times faster for 34 rows of width 64.
 FEW_ROWS = 128
 MAX_EXPONENT = {torch.float32: 70.0, torch.float64: 690.0}
-
-
-def contrastive_loss(batch: Batch) -> Tensor:
-    """Return the loss of `reference.contrastive_loss`."""
-    return implementation.loss(batch)
 
 
 def compute_dtype(temperature: float, *dtypes: torch.dtype) -> torch.dtype | None:
@@ -79,13 +69,12 @@ class Rows(NamedTuple):
     # [.., M, d] and [.., M, 1]: x times inverse_norm is y.
     y: Tensor
     inverse_norm: Tensor
-    # [M]: the weight of a row that does not exist is 0, the reduction_weight of one that does not
-    # count is 0.
+    # [M]: a row that does not exist has the weight 0.
     classes: Tensor
     weight: Tensor
     # [.., M, d]: the sum over the row's positives.
     others: Tensor
-    # [M]
+    # [M]: a row that does not count has the reduction_weight 0.
     inverse_positives: Tensor
     reduction_weight: Tensor
     may_ignore: bool
@@ -209,11 +198,9 @@ def backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> l
 
 
 def uses_half(y: Tensor, sample_dtype: torch.dtype, temperature: float) -> bool:
-    """Return whether tiles are multiplied in float16.
+    """Return whether tiles are multiplied in float16, on a GPU: tensor cores, also on V100.
 
-    True on a GPU for 16-bit samples, as for a product under autocast: tensor cores, also on V100.
-    Of the two 16-bit formats float16 has three bits more, and |y| <= 1 / sqrt(temperature). False
-    where the temperature makes similarities so large that their rounding shows in the loss.
+    Of the two 16-bit formats it has three bits more, and |y| <= 1 / sqrt(temperature).
     """
     return (
         has_epilogue(y)
@@ -330,8 +317,7 @@ def exponentials(
 
 def class_sums(y: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     """Return the sum over each row's class [.., M, d]; that of ignored rows is never used."""
-    # Unlike `index_add_`, `index_put_` adds in a fixed order on every device, and it starts no
-    # threads for small batches.
+    # Unlike `index_add_`, `index_put_` adds in a fixed order on every device.
     by_row = y.movedim(-2, 0)
     sums = y.new_zeros(num_classes + 1, *by_row.shape[1:])
     sums.index_put_((classes,), by_row, accumulate=True)
@@ -360,10 +346,7 @@ def blocks(start: int, stop: int, size: int) -> list[slice]:
 
 
 def block_pairs(num_rows: int, num_columns: int, size: int) -> list[tuple[slice, slice]]:
-    """Return the blocks whose tiles hold the pairs of the first `num_rows` rows with all columns.
-
-    A tile serves the rows of both its sides, so two blocks of these rows have one tile, not two.
-    """
+    """Return the blocks of tiles for the first `num_rows` rows; a tile serves both its sides."""
     rows, others = blocks(0, num_rows, size), blocks(num_rows, num_columns, size)
     upper_triangle = [(i, j) for index, i in enumerate(rows) for j in rows[index:]]
     return upper_triangle + [(i, j) for i in rows for j in others]
@@ -382,10 +365,7 @@ def fake_forward(
     y = batch.embeddings.new_empty(
         *leading, num_rows, batch.embeddings.shape[-1], dtype=batch_dtype(batch)
     )
-    loss = y.new_empty(
-        (*leading, num_rows) if batch.reduction == "none" else leading,
-        dtype=batch.accumulate_dtype,
-    )
+    loss = y.new_empty(batch.loss_shape, dtype=batch.accumulate_dtype)
     if not (trains_samples or trains_labels):
         return loss, []
     at_once = fits_one_tile(y) and batch.reduction != "none"
@@ -411,5 +391,5 @@ def fake_backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape)
 
 
 implementation = Implementation(
-    "supcon_tiled", "tiled", forward, backward, fake_forward, fake_backward, joint=True
+    "supcon_tiled", "tiled", (forward, backward), (fake_forward, fake_backward), joint=True
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 from typing import Any
 
+import bench_results
 import pytest
+from bench_results import case, rates, times
 from fusedacl.benchmarks.comparing import commits
 from fusedacl.benchmarks.comparing.files import (
     FASTER,
@@ -16,7 +17,6 @@ from fusedacl.benchmarks.comparing.files import (
     SLOWER,
     changes,
     compare,
-    compare_files,
     judge,
     machine_drift,
     merged,
@@ -24,28 +24,11 @@ from fusedacl.benchmarks.comparing.files import (
 from fusedacl.benchmarks.measuring.result_file import noise
 
 
-def times(p50: float, spread: float) -> dict[str, Any]:
-    return {
-        "p20_ms": p50 * (1 - spread / 2), "p50_ms": p50, "p80_ms": p50 * (1 + spread / 2),
-        "samples": 9,
-    }  # fmt: skip
-
-
 def result(gigaflops: float = 100.0, **providers: tuple[float, float]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "schema": 1, "benchmark": "loss", "preset": "full",
-        "environment": {
-            "commit": "abc", "date": "today", "cpu": "x", "cores": 2, "threads": 2,
-            "load_average": [0.0, 0.0, 0.0],
-        },
-        "rates": {"gigaflops": {"float32": gigaflops}, "gigabytes_per_second": None},
-        "cases": [
-            {
-                "case": {}, "words": "supcon_loss M=64", "left_out": {},
-                "providers": {name: times(*value) for name, value in providers.items()},
-            }
-        ],
-    }  # fmt: skip
+    entries = {name: times(*value) for name, value in providers.items()}
+    found = bench_results.result(
+        case("supcon_loss M=64", entries), rates=rates(gigaflops, None, None)
+    )
     found["noise"] = noise(found)
     return found
 
@@ -69,12 +52,10 @@ def test_verdicts(
     assert judge(times(*old), times(*new), drift)["verdict"] == verdict
 
 
-def test_files_side_by_side(tmp_path: Path) -> None:
+def test_results_side_by_side() -> None:
     old = result(fusedacl=(100, 0.02), dense=(300, 0.02))
     new = result(fusedacl=(60, 0.02), dense=(303, 0.02))
-    for name, content in (("old", old), ("new", new)):
-        (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    text = compare_files(tmp_path / "old.json", tmp_path / "new.json")
+    text = compare(old, new)
     rows = [line for line in text.splitlines() if "supcon_loss" in line]
     assert "fusedacl" in rows[0] and "0.600" in rows[0] and rows[0].endswith(FASTER)
     assert "dense" in rows[1] and rows[1].endswith(SAME)
@@ -142,17 +123,21 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     root = tmp_path / "checkout"
     for part in ("engine", "kernels", *commits.NEEDED):
         (root / part).mkdir(parents=True, exist_ok=True)
-        (root / part / "__init__.py").write_text("")
+        (root / part / "__init__.py").touch()
     for name in commits.BUILD_FILES:
-        (root / name).write_text("")
-    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run([*git, "init", "-q"], check=True)
+        (root / name).touch()
+    subprocess.run(["git", "init", "-q", str(root)], check=True)
     for number in (1, 2):
         (root / "kernels" / "__init__.py").write_text(f"NUMBER = {number}\n")
-        subprocess.run([*git, "add", "."], check=True)
-        subprocess.run([*git, "commit", "-q", "--no-verify", "-m", str(number)], check=True)
+        commit(root)
     monkeypatch.setattr(commits, "CHECKOUT", root)
     return root
+
+
+def commit(root: Path) -> None:
+    git = ["git", "-C", str(root), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "add", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "--no-verify", "-m", "x"], check=True)
 
 
 def test_each_commit_is_laid_out_as_it_was(checkout: Path, tmp_path: Path) -> None:
@@ -163,16 +148,12 @@ def test_each_commit_is_laid_out_as_it_was(checkout: Path, tmp_path: Path) -> No
         assert (site / "fusedacl" / "benchmarks" / "comparing" / "commits.py").is_file()
 
 
-def test_an_unknown_commit_is_named(checkout: Path) -> None:
-    with pytest.raises(ValueError, match="'no-such' is not a commit of the checkout"):
-        commits.commit_hash("no-such")
-
-
-def test_a_commit_with_another_layout_is_refused(checkout: Path) -> None:
+def test_an_unknown_commit_and_another_layout_are_refused(checkout: Path) -> None:
     for file in ("engine/runtime/__init__.py", "kernels/contrastive/__init__.py"):
         (checkout / file).unlink()
-    git = ["git", "-C", str(checkout), "-c", "user.name=n", "-c", "user.email=e"]
-    subprocess.run([*git, "commit", "-q", "--no-verify", "-am", "flat"], check=True)
+    with pytest.raises(ValueError, match="'no-such' is not a commit of the checkout"):
+        commits.commit_hash("no-such")
+    commit(checkout)
     with pytest.raises(ValueError, match="'HEAD' has no engine/runtime/: .* before they were spl"):
         commits.compare_commits(["HEAD~1", "HEAD"], "loss", [])
 

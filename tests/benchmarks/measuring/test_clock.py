@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 from fusedacl.benchmarks.measuring import clock as measure
@@ -13,35 +16,33 @@ from fusedacl.benchmarks.measuring.memory import extra_device_memory
 CPU = torch.device("cpu")
 
 
-def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (x)")
-
-
 def test_a_gpu_gives_its_results_their_folder(monkeypatch: pytest.MonkeyPatch) -> None:
-    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (x)")
     assert machine_name(torch.device("cuda")) == "nvidia-h200-x"
     # Results of the CPU keep the CPU's name.
     assert machine_name() == machine_name(CPU) != "nvidia-h200-x"
 
 
-def test_fast_calls_are_repeated_and_slow_ones_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = {"fast": 0, "slow": 0}
-    seconds = {"fast": 0.001, "slow": 10.0}
+def test_fast_calls_are_repeated_and_slow_ones_get_fewer_rounds(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A sample takes 20 ms of a fast call, 1 s of the slow one."""
+    calls = Counter[str]()
     clock = [0.0]
     monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
 
-    def call(name: str) -> None:
+    def call(name: str, seconds: float) -> None:
         calls[name] += 1
-        clock[0] += seconds[name]
+        clock[0] += seconds
 
-    times = interleave_on(
-        CPU, {name: lambda name=name: call(name) for name in calls}, rounds=3, sample_seconds=0.02
-    )
+    both = {"fast": partial(call, "fast", 0.001), "slow": partial(call, "slow", 1.0)}
+    times = interleave_on(CPU, both, rounds=3, sample_seconds=0.02)
     # Three calls before the first round, then three samples.
     assert calls == {"fast": 3 + 3 * 20, "slow": 3 + 3}
     assert times["fast"]["p50_ms"] == pytest.approx(1)
-    assert times["slow"]["samples"] == 3
+    for rounds, seconds, samples in ((15, 5.2, 5), (15, 1.0, measure.MIN_ROUNDS), (1, 5.2, 1)):
+        times = interleave_on(CPU, both, rounds=rounds, all_seconds=seconds)
+        assert {found["samples"] for found in times.values()} == {samples}
 
 
 def test_gpu_measurements_are_absent_on_the_cpu() -> None:

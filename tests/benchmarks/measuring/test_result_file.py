@@ -4,55 +4,32 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from bench_results import case, result, times
 from fusedacl.benchmarks.measuring import result_file as results
-from fusedacl.benchmarks.measuring.result_file import (
-    ResultFile,
-    default_directory,
-    noise,
-    read_result,
-    timings,
-)
-
-
-def case(name: str, **milliseconds: tuple[float, float, float]) -> dict[str, Any]:
-    """p20, p50 and p80 of each provider."""
-    return {
-        "case": {}, "words": name, "left_out": {},
-        "providers": {
-            provider: {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "samples": 9}
-            for provider, (p20, p50, p80) in milliseconds.items()
-        },
-    }  # fmt: skip
-
-
-def result(*cases: dict[str, Any], load: float = 0.0) -> dict[str, Any]:
-    return {
-        "schema": 1, "benchmark": "loss", "preset": "full", "cases": list(cases),
-        "environment": {"load_average": [load, 0.0, 0.0], "cores": 2, "commit": "c", "date": "d"},
-    }  # fmt: skip
+from fusedacl.benchmarks.measuring.result_file import ResultFile, noise, read_result, timings
 
 
 def test_a_quiet_machine_is_not_noisy() -> None:
-    found = noise(result(case("one", a=(98, 100, 102), b=(97, 100, 103)), load=0.9))
+    found = noise(result(case("one", {"a": times(100, 0.04), "b": times(100, 0.06)}), load=0.9))
     assert found["spread"] == pytest.approx(0.05)
     assert not found["noisy"] and found["why"] == []
 
 
 @pytest.mark.parametrize(
-    ("spread", "load", "words"), [(30, 0.0, "times scatter by 60%"), (1, 1.5, "load average 1.5")]
+    ("spread", "load", "words"),
+    [(0.6, 0.0, "times scatter by 60%"), (0.02, 1.5, "load average 1.5")],
 )
 def test_a_busy_machine_is_marked(spread: float, load: float, words: str) -> None:
-    found = noise(result(case("one", a=(100 - spread, 100, 100 + spread)), load=load))
+    found = noise(result(case("one", {"a": times(100, spread)}), load=load))
     assert found["noisy"]
     assert len(found["why"]) == 1 and words in found["why"][0]
 
 
 def test_what_this_program_did_itself_is_no_noise() -> None:
     """A load average from the program's own earlier run, while no other program is busy."""
-    quiet = result(case("one", a=(99, 100, 101)), load=2.0)
+    quiet = result(case("one", {"a": times(100, 0.02)}), load=2.0)
     quiet["environment"]["busy_cores"] = 0.1
     assert not noise(quiet)["noisy"]
     quiet["environment"]["busy_cores"] = 1.0
@@ -61,23 +38,20 @@ def test_what_this_program_did_itself_is_no_noise() -> None:
 
 def test_busy_cores_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """0.75 s of idle and waiting time in half a second, two cores: half a core is busy."""
-    ticks = iter([0, 75])
-    monkeypatch.setattr(results, "_idle_seconds", lambda counts: next(ticks) / 100)
-    monkeypatch.setattr(results.os, "cpu_count", lambda: 2)
-    clock = iter([0.0, 0.5])
-    monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
-    monkeypatch.setattr(results.time, "sleep", lambda seconds: None)
-    if Path("/proc/stat").is_file():
-        assert results.busy_cores() == pytest.approx(0.5)
     counts = tmp_path / "stat"
     counts.write_text("cpu  10 20 30 4000 500 6 7 8 9 10\ncpu0 1 2\n")
-    monkeypatch.undo()
     ticks_a_second = results.os.sysconf("SC_CLK_TCK")
     assert results._idle_seconds(counts) == pytest.approx(4500 / ticks_a_second)
+    idle, clock = iter([0.0, 0.75]), iter([0.0, 0.5])
+    monkeypatch.setattr(results, "_idle_seconds", lambda counts: next(idle))
+    monkeypatch.setattr(results.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(results.time, "perf_counter", lambda: next(clock))
+    if Path("/proc/stat").is_file():
+        assert results.busy_cores() == pytest.approx(0.5)
 
 
 def test_times_are_named_by_case_and_provider() -> None:
-    found = dict(timings(result(case("one", a=(1, 2, 3)), case("two", a=(1, 4, 5)))))
+    found = dict(timings(result(case("one", {"a": times(2)}), case("two", {"a": times(4)}))))
     assert {path: times["p50_ms"] for path, times in found.items()} == {
         ("one", "a"): 2, ("two", "a"): 4
     }  # fmt: skip
@@ -85,7 +59,7 @@ def test_times_are_named_by_case_and_provider() -> None:
 
 def test_a_file_is_whole_after_every_save(tmp_path: Path) -> None:
     file = ResultFile(tmp_path / "machine" / "loss.json", "loss", "quick", cases=[])
-    file.result["cases"].append(case("one", a=(1, 2, 3)))
+    file.result["cases"].append(case("one", {"a": times(2, 1.0)}))
     file.save()
     found = read_result(file.path)
     assert (found["schema"], found["benchmark"], found["preset"]) == (1, "loss", "quick")
@@ -110,8 +84,3 @@ def test_other_files_are_refused(content: str, message: str, tmp_path: Path) -> 
         read_result(path)
     with pytest.raises(ValueError, match="does not exist"):
         read_result(tmp_path / "none.json")
-
-
-def test_a_quick_run_does_not_overwrite_committed_results() -> None:
-    assert default_directory("m", "quick") == Path("runs/bench/m")
-    assert default_directory("m", "full").parts[-3:] == ("benchmarks", "results", "m")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusedacl.benchmarks.measuring.clock import quantiles
+from bench_results import case, rates, result, times
 from fusedacl.benchmarks.measuring.environment import environment
 from fusedacl.benchmarks.pages import performance, roofline
 from fusedacl.benchmarks.pages.headline import BEGIN, END
@@ -16,92 +16,29 @@ from fusedacl.benchmarks.pages.performance import modelled, page, read_directori
 from fusedacl.benchmarks.suites.growth import fits
 
 
-def test_several_exits(tmp_path: Path) -> None:
-    def times(**medians_ms: float) -> dict[str, Any]:
-        return {name: quantiles([value / 1e3]) for name, value in medians_ms.items()}
-
-    result = {
-        "schema": 1,
-        "environment": environment(),
-        "shape": {"model": "MiniLM", "texts": "MRPC", "batch": 32},
-        "second_stage": {
-            "mha_acl": {
-                "options": {"exit_head": "mha", "objective": "acl", "bf16": True},
-                "exits": 5,
-                "mean_tokens": 53.2,
-                "times": times(together=400, apart=1800, cached=80),
-                "total_faster_than_apart": 4.46,
-                "total_cached_faster": 5.12,
-            }
-        },
-        "early_exit": [
-            {
-                "exit_head": "linear",
-                "batch": batch,
-                "batches": 16 // batch,
-                "times": times(full=100, early_exit=100 + batch),
-            }
-            for batch in (1, 16)
-        ],
-        "losses": [
-            {
-                "shape": {"exits": 11, "samples": 32, "labels": 77, "width": 64},
-                "times": times(fusedacl=2, dense=5),
-            }
-        ],
-    }
-    for over_floor, entry in zip((20.0, 50.0), result["losses"][0]["times"].values(), strict=True):
-        entry["over_floor"] = over_floor
-    (tmp_path / "exits.json").write_text(json.dumps(result))
-    text = page(read_directories([tmp_path]), tmp_path)
-    assert "mha exits, ACL-CL with the gate, bfloat16, 53 tokens on average." in text
-    assert "together is 4.46 times as fast as one at a time, and the cache is 5.12 times" in text
-    assert "| 5 exits, one at a time | 1800 (1800 to 1800) | 4.50 |" in text
-    assert "| 5 exits together, from the feature cache | 80.0 (80.0 to 80.0) | 0.20 |" in text
-    assert "linear exits, 16 texts one by one:" in text
-    assert "| early exit, no text leaves early | 101 (101 to 101) | 1.01 |" in text
-    assert "linear exits, a batch of 16:" in text
-    assert "| early exit, no text leaves early | 116 (116 to 116) | 1.16 |" in text
-    assert "E = 11, N = 32, K = 77, d = 64:" in text
-    assert "| one dense loss per exit, eager PyTorch | 5.00 (5.00 to 5.00) | 2.50 | 50.00 |" in text
-
-
-def entry(p50: float, peak: int | None = 2**20, floor_ms: float = 1.0) -> dict[str, Any]:
-    return {
-        "p20_ms": 0.9 * p50, "p50_ms": p50, "p80_ms": 1.1 * p50, "samples": 9,
-        "peak_bytes": peak, "error": 1e-7, "formula": "f", "ours": False,
-        "over_floor": p50 / floor_ms,
-    }  # fmt: skip
+def entry(p50: float, peak: int | None = 2**20) -> dict[str, Any]:
+    return times(p50, peak_bytes=peak, error=1e-7, formula="f", ours=False, over_floor=p50)
 
 
 def bench_case(words: str, shape: dict[str, Any], **providers: float) -> dict[str, Any]:
-    return {
-        "case": {"dtype": "float32", **shape}, "words": words, "floor_ms": 1.0, "bound_by": "exp",
-        "providers": {name.replace("_", "-"): entry(p50) for name, p50 in providers.items()},
-        "left_out": {"inf-cl": "inf-cl runs on NVIDIA GPUs only: --device cuda"},
-        "rates": {
-            "gigaflops": {"float32": 100.0}, "giga_exponentials_per_second": 2.0,
-            "gigabytes_per_second": None, "overlaps_units": False,
-        },
-    }  # fmt: skip
+    return case(
+        words, {name.replace("_", "-"): entry(p50) for name, p50 in providers.items()},
+        case={"dtype": "float32", **shape}, floor_ms=1.0, bound_by="exp",
+        left_out={"inf-cl": "inf-cl runs on NVIDIA GPUs only: --device cuda"},
+        rates=rates(100.0, 2.0, None),
+    )  # fmt: skip
 
 
 SUPCON = {"loss": "supcon", "samples": 4096, "width": 64, "classes": 16, "exits": 1}
 
 
 def bench_file(directory: Path, benchmark: str, cases: list[dict[str, Any]], **more: Any) -> None:
-    result = {
-        "schema": 1, "benchmark": benchmark, "preset": "full", "environment": environment(),
-        "rates": {
-            "gigaflops": {"float32": 200.0}, "giga_exponentials_per_second": 3.0,
-            "gigabytes_per_second": 10.0, "overlaps_units": False,
-        },
-        "cases": cases,
-        "noise": {"spread": 0.2, "load_average": [0, 0, 0], "cores": 2, "noisy": True,
-                  "why": ["times scatter by 20%"]},
-    } | more  # fmt: skip
+    found = result(
+        *cases, benchmark=benchmark, environment=environment(), rates=rates(200.0, 3.0, 10.0),
+        noise={"spread": 0.2, "noisy": True, "why": ["times scatter by 20%"]}, **more,
+    )  # fmt: skip
     directory.mkdir(exist_ok=True)
-    (directory / f"{benchmark}.json").write_text(json.dumps(result))
+    (directory / f"{benchmark}.json").write_text(json.dumps(found))
 
 
 def bench_directory(directory: Path) -> Path:
@@ -135,6 +72,13 @@ def test_cases_with_slower_and_faster_providers(tmp_path: Path) -> None:
     assert "| M | fusedacl | 1.50 | 0.00 | 256 |" in text
     assert "- SupContrast: does not fit: about 9 GiB by prediction." in text
     assert "![Roofline of some-machine](../some-machine/roofline.png)" in text
+    opening, _, _ = text.partition("## Machine")
+    assert "Nothing here was measured on a GPU." in opening
+    assert "- Contrastive loss, forward + backward, M=4096 d=64 float32: 40 ms" in opening
+    # The alternative that is faster than ours is named.
+    assert "the fastest alternative with the same result (dense) 0.75 times" in opening
+    assert "fusedacl: time M^1.50, memory M^0.00; dense: time M^2.00" in opening
+    assert "*floor*" in opening and "*Peak memory*" in opening
 
 
 def test_the_command_draws_and_writes(
@@ -179,37 +123,14 @@ def test_the_committed_pages_and_figures_are_current(tmp_path: Path) -> None:
         assert drawn == {file.name for file in directory.iterdir() if file.suffix != ".json"}
 
 
-def test_the_page_opens_with_what_was_found(tmp_path: Path) -> None:
-    directory = bench_directory(tmp_path / "some-machine")
-    opening, _, _ = page(read_directories([directory]), tmp_path).partition("## Machine")
-    assert "Nothing here was measured on a GPU." in opening
-    assert "- Contrastive loss, forward + backward, M=4096 d=64 float32: 40 ms" in opening
-    # The alternative that is faster than ours is named.
-    assert "the fastest alternative with the same result (dense) 0.75 times" in opening
-    assert "fusedacl: time M^1.50, memory M^0.00; dense: time M^2.00" in opening
-    assert "*floor*" in opening and "*Peak memory*" in opening
-
-
-def test_a_foreign_schema_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "loss.json").write_text(json.dumps({"schema": 7, "environment": {}}))
-    output = tmp_path / "performance.md"
-    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path), "--output", str(output)])
-    assert performance.main() == 2
-    assert "has schema 7, this version reads schema 1" in capsys.readouterr().err
-    assert not output.exists()
-
-
 def test_a_point_is_where_its_operations_put_it() -> None:
     """M = 4096, d = 64, float32: 4 M^2 d operations, M d (3 x 4 + 4) bytes."""
-    case = bench_case("c", SUPCON, fusedacl=1000.0)
-    (point,) = roofline.points({"cases": [case]})
+    found = bench_case("c", SUPCON, fusedacl=1000.0)
+    (point,) = roofline.points({"cases": [found]})
     assert point["intensity"] == pytest.approx(4 * 4096**2 * 64 / (4096 * 64 * 16))
     assert point["per_second"] == pytest.approx(4 * 4096**2 * 64)
-    limits = roofline.roofs([{"rates": None, "cases": [case, case | {"rates": {
-        "gigaflops": {"float32": 50.0}, "giga_exponentials_per_second": 4.0,
-        "gigabytes_per_second": 9.0, "overlaps_units": False}}]}])  # fmt: skip
+    cases = [found, found | {"rates": rates(50.0, 4.0, 9.0)}]
+    limits = roofline.roofs([{"rates": None, "cases": cases}])
     assert limits == {"flops": 100e9, "exponentials": 4e9, "bytes": 9e9, "overlaps": False}
     roof, words = roofline.exponential_roof(limits, 64)
     assert roof == pytest.approx(1 / (1 / 100e9 + 1 / (4 * 64 * 4e9))) and "products" in words

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,20 +19,11 @@ from fusedacl.benchmarks.suites.gate import suite as angle
 from fusedacl.benchmarks.suites.loss import case as loss_case
 from fusedacl.benchmarks.suites.loss import providers as loss_providers
 from fusedacl.benchmarks.suites.loss import suite as loss
-from fusedacl.benchmarks.suites.runner import (
-    DeviceLost,
-    Settings,
-    num_input_sets,
-    plan,
-    refuse_what_cannot_fit,
-    rotating,
-    run_case,
-    run_cases,
-)
+from fusedacl.benchmarks.suites.runner import DeviceLost, Settings, plan, run_case
 from fusedacl.benchmarks.suites.suite import Provider, missing, peak_bytes
 
 CPU = torch.device("cpu")
-SETTINGS = Settings(CPU, threads=1, rounds=3, case_seconds=1.0)
+SETTINGS = Settings(CPU, rounds=3, case_seconds=1.0)
 
 
 @dataclass(frozen=True)
@@ -39,50 +31,24 @@ class Case:
     size: int
 
 
-class Sums:
-    """A suite that sums a vector; providers are given."""
-
-    name = "sums"
-
-    def __init__(self, *providers: Provider) -> None:
-        self.given = list(providers)
-
-    def providers(self, case: Case, device: torch.device) -> list[Provider]:
-        return self.given
-
-    def input_bytes(self, case: Case) -> int:
-        return 4 * case.size
-
-    def check_bytes(self, case: Case) -> int:
-        return 0
-
-    def inputs(self, case: Case, device: torch.device, number: int) -> list[torch.Tensor]:
-        return [torch.full((case.size,), float(index + 1)) for index in range(number)]
-
-    def exact(self, formula: str, case: Case, inputs: torch.Tensor) -> float:
-        return float(inputs.double().sum())
-
-    def error(self, call: Any, case: Case, inputs: torch.Tensor, exact: float) -> float:
-        return abs(float(call(inputs)) - exact) / exact
-
-    def max_error(self, provider: Provider, case: Case) -> float:
-        return 1e-5
-
-    def rate_calls(self, case: Case) -> dict[str, Any]:
-        return {"gemm": lambda: torch.ones(8).sum()}
-
-    def rates(self, case: Case, times: Any) -> Rates:
-        assert times["gemm"]["p50_ms"] > 0
-        return Rates("here", {}, 1.0, 1e9)
-
-    def floor(self, rates: Rates, case: Case) -> Floor:
-        return Floor(4 * case.size / rates.bytes, "memory")
-
-    def shrunk(self, case: Case) -> Case | None:
-        return Case(case.size // 2) if case.size > 1 else None
-
-    def words(self, case: Case) -> str:
-        return f"sum of {case.size}"
+def sums(*providers: Provider) -> Any:
+    """A suite that sums a vector, with these providers."""
+    return SimpleNamespace(
+        providers=lambda case, device: list(providers),
+        input_bytes=lambda case: 4 * case.size,
+        check_bytes=lambda case: 0,
+        inputs=lambda case, device, number: [
+            torch.full((case.size,), float(index + 1)) for index in range(number)
+        ],
+        exact=lambda formula, case, inputs: float(inputs.double().sum()),
+        error=lambda call, case, inputs, exact: abs(float(call(inputs)) - exact) / exact,
+        max_error=lambda provider, case: 1e-5,
+        rate_calls=lambda case: {"gemm": lambda: torch.ones(8).sum()},
+        rates=lambda case, times: Rates("here", {}, times["gemm"]["p50_ms"], 1e9),
+        floor=lambda rates, case: Floor(4 * case.size / rates.bytes, "memory"),
+        shrunk=lambda case: Case(case.size // 2) if case.size > 1 else None,
+        words=lambda case: f"sum of {case.size}",
+    )
 
 
 def provider(name: str, function: Any = torch.sum, size: int = 0, **options: Any) -> Provider:
@@ -98,7 +64,7 @@ def broken(x: torch.Tensor) -> torch.Tensor:
 
 
 def test_who_is_right_is_timed_and_the_others_are_named() -> None:
-    suite = Sums(
+    suite = sums(
         provider("ours", is_ours=True),
         provider("wrong", wrong),
         provider("broken", broken),
@@ -111,9 +77,7 @@ def test_who_is_right_is_timed_and_the_others_are_named() -> None:
     assert list(found["providers"]) == ["ours"]
     assert found["left_out"].keys() == {"wrong", "broken", "nan", "elsewhere", "large"}
     reasons = found["left_out"]
-    assert (
-        reasons["wrong"] == "wrong by 1.0e-02 of the largest value, 1e-05 is the limit: not timed"
-    )
+    assert reasons["wrong"].endswith("1.0e-02 of the largest value, 1e-05 is the limit: not timed")
     assert reasons["broken"] == "failed: RuntimeError: no kernel image: not timed"
     assert reasons["nan"].startswith("wrong by nan")
     assert reasons["elsewhere"] == "no-such is not installed. Run: pip install no-such"
@@ -128,7 +92,7 @@ def test_who_is_right_is_timed_and_the_others_are_named() -> None:
 @pytest.mark.parametrize(("function", "words"), [(wrong, "wrong by"), (broken, "RuntimeError")])
 def test_ours_wrong_or_broken_is_a_failure(function: Any, words: str) -> None:
     found, failures = run_case(
-        Sums(provider("ours", function, is_ours=True)), Case(8), SETTINGS, None
+        sums(provider("ours", function, is_ours=True)), Case(8), SETTINGS, None
     )
     assert found["providers"] == {}
     assert len(failures) == 1 and failures[0].startswith("sum of 8: ours") and words in failures[0]
@@ -136,34 +100,32 @@ def test_ours_wrong_or_broken_is_a_failure(function: Any, words: str) -> None:
 
 def test_inputs_take_turns_and_are_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "cache_bytes", lambda device: 1000)
-    number = num_input_sets(Sums(), Case(25), CPU)
+    number = runner.num_input_sets(sums(), Case(25), CPU)
     assert 100 * number > 1000
-    assert num_input_sets(Sums(), Case(10_000), CPU) == 1
+    assert runner.num_input_sets(sums(), Case(10_000), CPU) == 1
     seen: list[float] = []
-    turn = rotating(lambda x: seen.append(float(x[0])), Sums().inputs(Case(2), CPU, 3))
+    turn = runner.rotating(lambda x: seen.append(float(x[0])), sums().inputs(Case(2), CPU, 3))
     for _ in range(4):
         turn()
     assert seen == [1, 2, 3, 1]
 
 
 def test_a_preset_leaves_out_unless_it_is_named() -> None:
-    suite = Sums(provider("ours", is_ours=True), provider("slow"))
+    suite = sums(provider("ours", is_ours=True), provider("slow"))
     settings = replace(SETTINGS, skipped={"slow": "compiling takes long"})
-    fitting, left_out, _ = plan(suite, Case(4), settings)
-    assert [each.name for each in fitting] == ["ours"]
-    assert left_out == {"slow": "compiling takes long"}
-    fitting, left_out, _ = plan(suite, Case(4), replace(settings, providers=("slow",)))
-    assert [each.name for each in fitting] == ["slow"] and left_out == {}
+    for names, name, reasons in (((), "ours", settings.skipped), (("slow",), "slow", {})):
+        fitting, left_out, _ = plan(suite, Case(4), replace(settings, providers=names))
+        assert [each.name for each in fitting] == [name] and left_out == reasons
 
 
 def test_a_size_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    suite = Sums(Provider("ours", lambda case, device: torch.sum, "sum", lambda case: case.size**2))
+    suite = sums(Provider("ours", lambda case, device: torch.sum, "sum", lambda case: case.size**2))
     monkeypatch.setattr(memory, "available_bytes", lambda device: 1100)
     monkeypatch.setattr(memory, "cache_bytes", lambda device: 1)
     with pytest.raises(ValueError, match=r"sum of 100: ours does not fit: .* fit: sum of 25"):
-        refuse_what_cannot_fit(suite, [Case(100), Case(200)], SETTINGS)
+        runner.refuse_what_cannot_fit(suite, [Case(100), Case(200)], SETTINGS)
     # One that fits is enough for the run to go on.
-    refuse_what_cannot_fit(suite, [Case(100), Case(5)], SETTINGS)
+    runner.refuse_what_cannot_fit(suite, [Case(100), Case(5)], SETTINGS)
     found, failures = run_case(suite, Case(100), SETTINGS, None)
     assert found["providers"] == {} and "ours" in found["left_out"] and failures == []
 
@@ -181,8 +143,8 @@ def test_what_is_finished_is_kept_when_the_device_is_lost(
 
     monkeypatch.setattr(runner, "refuse_lost", lost)
     file = ResultFile(tmp_path / "sums.json", "sums", "quick", cases=[])
-    suite = Sums(provider("ours", breaks_later, is_ours=True))
-    (failure,) = run_cases(suite, [Case(8), Case(16), Case(32)], SETTINGS, file, None)
+    suite = sums(provider("ours", breaks_later, is_ours=True))
+    (failure,) = runner.run_cases(suite, [Case(8), Case(16), Case(32)], SETTINGS, file, None)
     assert "unspecified launch failure; 1 of 3 cases are kept" in failure
     found = read_result(file.path)
     assert [case["words"] for case in found["cases"]] == ["sum of 8"]
@@ -202,23 +164,6 @@ def test_a_call_that_failed_on_a_living_device_is_not_a_lost_device(
         runner.refuse_lost(CPU, RuntimeError("x\ny"))
 
 
-def test_slow_calls_get_fewer_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rounds by what they cost: 20 ms of a fast call, 1 s of the slow one, of 5 s in all."""
-    clock = [0.0]
-    monkeypatch.setattr("fusedacl.benchmarks.measuring.clock.time.perf_counter", lambda: clock[0])
-
-    def call(seconds: float) -> None:
-        clock[0] += seconds
-
-    calls = {"fast": lambda: call(0.001), "slow": lambda: call(1.0)}
-    settings = replace(SETTINGS, rounds=15, case_seconds=5.2)
-    assert runner.timed(CPU, calls, settings)["slow"]["samples"] == 5
-    found = runner.timed(CPU, calls, replace(settings, case_seconds=1.0))
-    assert {times["samples"] for times in found.values()} == {runner.MIN_ROUNDS}
-    assert found["fast"]["p50_ms"] == pytest.approx(1)
-    assert runner.timed(CPU, calls, replace(settings, rounds=1))["slow"]["samples"] == 1
-
-
 def test_peaks_of_a_child_tell_dense_from_ours() -> None:
     """4 bytes per pair of 1500 rows are 9 MB; ours holds rows, not pairs."""
     if not memory.HighWaterMark.is_available():
@@ -231,7 +176,7 @@ def test_peaks_of_a_child_tell_dense_from_ours() -> None:
         assert isinstance(ours, int) and isinstance(dense, int)
         assert dense > 4 * 1500**2 and dense > 4 * ours
         answer = child.measure(peak_bytes, loss.SUITE, "nobody", case)
-        assert answer == "ValueError: supcon_loss M=1500 d=8 float32 has no provider 'nobody'."
+        assert answer == "KeyError: 'nobody'"
 
 
 LOSS_CASES = [
@@ -241,6 +186,8 @@ LOSS_CASES = [
     loss_case.LossCase("acl", 12, 8, 3, exits=2, dtype="bfloat16"),
     # More label embeddings than samples: some have no positive.
     loss_case.LossCase("acl", 6, 8, 20, exits=2),
+    loss_case.LossCase("acl_cl", 12, 8, 3),
+    loss_case.LossCase("acl_cl", 12, 8, 3, exits=2),
 ]
 ANGLE_CASES = [
     gate_case.AngleCase(task, 3000, dtype)
@@ -297,23 +244,19 @@ def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
     settings = replace(SETTINGS, providers=("dense torch.compile",))
     reason = plan(loss.SUITE, LOSS_CASES[0], settings)[1]["dense torch.compile"]
-    assert (
-        reason == "torch.compile needs a C++ compiler (install g++ or clang): no working compiler"
-    )
+    assert reason.endswith("a C++ compiler (install g++ or clang): no working compiler")
 
 
 def test_gpu_kernels_name_what_they_need() -> None:
     left_out = plan(loss.SUITE, LOSS_CASES[0], SETTINGS)[1]
+    left_out |= plan(angle.SUITE, ANGLE_CASES[0], SETTINGS)[1]
     assert left_out["inf-cl"] == "inf-cl runs on NVIDIA GPUs only: --device cuda"
     assert left_out["dense autocast"].startswith("float32 has nothing to cast")
-    assert (
-        "NVIDIA GPUs only" in plan(angle.SUITE, ANGLE_CASES[0], SETTINGS)[1]["apex l2norm + dots"]
-    )
+    assert "NVIDIA GPUs only" in left_out["apex l2norm + dots"]
     if not torch.cuda.is_available():
-        on_gpu = loss.SUITE.providers(LOSS_CASES[0], torch.device("cpu"))
-        (cut,) = [each for each in on_gpu if each.name == "cut-cross-entropy"]
-        reason = cut.obstacle(LOSS_CASES[0], torch.device("cuda"))
-        assert reason is not None and "pip install" in reason
+        providers = loss.SUITE.providers(LOSS_CASES[0], CPU)
+        (cut,) = [each for each in providers if each.name == "cut-cross-entropy"]
+        assert "pip install" in str(cut.obstacle(LOSS_CASES[0], torch.device("cuda")))
 
 
 def test_bert_has_as_many_parameters_as_published() -> None:

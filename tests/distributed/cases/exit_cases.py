@@ -7,31 +7,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+from fusedacl.engine import MultiExitForSequenceClassification
 from fusedacl.engine.backends.deepspeed.backend import DeepSpeedBackend
 from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.objectives.large_batches import Chunk, cached_losses
 from fusedacl.engine.runtime import processes
 from fusedacl.engine.training.stages import Stage, plan_stages, prepare, stage_outputs
 from torch import Tensor
-from transformers import BertConfig
-from zero_cases import CPU, LABELS, batch, options, settings_of
+from zero_cases import CPU, batch, compared, exits_model, options, settings_of, weights_of
 
 NUM_STEPS = 4
-
-
-def new_model() -> MultiExitForSequenceClassification:
-    torch.manual_seed(0)
-    encoder = BertConfig(
-        vocab_size=53, hidden_size=24, num_hidden_layers=3, num_attention_heads=2,
-        intermediate_size=40, max_position_embeddings=16,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    config = MultiExitConfig(
-        encoder, exit_layers=[1, 2, 3], exit_head="mha", exit_width=8, exit_attention_heads=2,
-        num_labels=LABELS, exit_dropout=0.0,
-    )  # fmt: skip
-    return MultiExitForSequenceClassification(config)
 
 
 def forward(
@@ -95,8 +80,9 @@ def compare_exits(rank: int, zero: dict[str, Any], strategy: str, together: int)
         numbers = [2 * number, 2 * number + 1]
         return [numbers] if together == 2 else [[n] for n in numbers]
 
-    oracle, model = new_model(), new_model()
-    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    heads = {"exit_layers": [1, 2, 3], "exit_head": "mha", "exit_attention_heads": 2}
+    oracle, model = exits_model(**heads), exits_model(**heads)
+    first = weights_of(model)
 
     def settings(of: MultiExitForSequenceClassification) -> dict[str, Any]:
         groups, independent = prepare(of, stage), not stage.trains_backbone
@@ -112,24 +98,13 @@ def compare_exits(rank: int, zero: dict[str, Any], strategy: str, together: int)
     found = train(model, engine, config, stage, of_rank(rank), share)
     saved = engine.full_state_dict()
     engine.close()
-    final, expected = dict(model.named_parameters()), dict(oracle.named_parameters())
-    # Attention does not depend on the keys' biases: their gradients are rounding, which AdamW
-    # blows up.
-    seen = [name for name in first if not name.endswith(("key.bias", "key_value.bias"))]
-    error = torch.cat([(final[n] - expected[n]).detach().flatten() for n in seen]).norm()
-    moved = torch.cat([(expected[n] - first[n]).detach().flatten() for n in seen]).norm()
+    made = compared(first, weights_of(model), weights_of(oracle), found, wanted)
     # The closed model is an ordinary one: it computes and trains without DeepSpeed.
     ids, labels = batch(0, 0)
     loss = model(input_ids=ids, labels=labels).loss
     loss.backward()
     return {
-        "error": float(error / moved),
-        "kept": [(f.decision.kept.tolist(), w.decision.kept.tolist())
-                 for f, w in zip(found, wanted, strict=True)],
-        "active": [(f.decision.active.tolist(), w.decision.active.tolist())
-                   for f, w in zip(found, wanted, strict=True)],
-        "angles": [(f.decision.angle.tolist(), w.decision.angle.tolist())
-                   for f, w in zip(found, wanted, strict=True)],
+        **made,
         "changed": [n for n, p in model.state_dict().items() if not torch.equal(saved[n], p)],
         "not_plain": [n for n, m in model.named_modules()
                       if type(m._parameters) is not type(torch.nn.Module()._parameters)],

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
-from contrastive_cases import (
-    LABELS,
-    Inputs,
-    make_inputs,
-    run,
-)
+from contrastive_cases import LABELS, Inputs, make_inputs, run, use_implementation
 from torch import Tensor, distributed
 
 GROUPS: dict[int, Any] = {}
@@ -34,17 +30,24 @@ def own_part(inputs: Inputs, labels: Tensor, sizes: Sequence[int], rank: int) ->
     return {**sliced, "labels": labels[own]}
 
 
-def losses_on_rank(rank: int, cases: list[tuple[Any, ...]]) -> list[list[Tensor] | None]:
-    """[loss, gradients] of one rank for every case; None where it is no member of the group."""
+def losses_on_rank(
+    rank: int, cases: list[tuple[Any, ...]], name: str = ""
+) -> list[list[Tensor] | None]:
+    """[loss, gradients] of one rank for every case; None where it is no member of the group.
+
+    name: of `use_implementation`, or the shipped sizes of tiles.
+    """
     results: list[list[Tensor] | None] = []
-    for inputs, labels, sizes, upstreams, options in cases:
-        group = group_of(len(sizes))
-        if rank >= len(sizes):
-            results.append(None)
-            continue
-        own = own_part(inputs, labels, sizes, rank)
-        upstream = None if upstreams is None else upstreams[rank]
-        results.append(run(own, own.pop("labels"), upstream, process_group=group, **options))
+    with pytest.MonkeyPatch.context() as patch:
+        use_implementation(patch, name)
+        for inputs, labels, sizes, upstreams, options in cases:
+            group = group_of(len(sizes))
+            if rank >= len(sizes):
+                results.append(None)
+                continue
+            own = own_part(inputs, labels, sizes, rank)
+            upstream = None if upstreams is None else upstreams[rank]
+            results.append(run(own, own.pop("labels"), upstream, process_group=group, **options))
     return results
 
 

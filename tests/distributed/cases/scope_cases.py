@@ -5,36 +5,25 @@ from __future__ import annotations
 from typing import Any
 
 # First: it tells deepspeed to compute on the CPU.
-from zero_cases import CPU, LABELS, NUM_STEPS, batch, options, settings_of
+from zero_cases import (
+    CPU,
+    NUM_STEPS,
+    batch,
+    compared,
+    exits_model,
+    options,
+    settings_of,
+    weights_of,
+)
 
 # isort: split
 import torch
-from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification, TrainingConfig
+from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig
 from fusedacl.engine.backends.deepspeed.backend import DeepSpeedBackend
 from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.objectives.losses import ExitLosses, exit_losses
 from fusedacl.engine.runtime import processes
 from torch import Tensor
-from transformers import BertConfig
-
-
-def new_model(exit_head: str) -> MultiExitForSequenceClassification:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=53,
-        hidden_size=24,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=40,
-        max_position_embeddings=16,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return MultiExitForSequenceClassification(
-        MultiExitConfig(
-            config, num_labels=LABELS, exit_width=8, exit_dropout=0.0, exit_head=exit_head
-        )
-    )
 
 
 def losses_of(
@@ -80,8 +69,8 @@ def compare_scope(
     world = processes.world_size()
     case = {"accumulation": 1, "max_angle": max_angle, "clip": 0.5}
     changes: dict[str, Any] = {"gate_scope": scope, "impl": "reference"}
-    oracle, model = new_model(exit_head), new_model(exit_head)
-    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    oracle, model = exits_model(exit_head=exit_head), exits_model(exit_head=exit_head)
+    first = weights_of(model)
     config = options(case, **changes)
     local = LocalBackend(oracle, config, NUM_STEPS, CPU, **settings_of(oracle, config))
     wanted = []
@@ -97,25 +86,12 @@ def compare_scope(
         engine.backward(losses.times(1 / world, 1 / world))
         found.append(engine.step())
     engine.close()
-    final, expected = dict(model.named_parameters()), dict(oracle.named_parameters())
-    # Attention does not depend on the keys' biases: their gradients are rounding, which AdamW
-    # blows up.
-    seen = [name for name in first if not name.endswith(("key.bias", "key_value.bias"))]
-    error = torch.cat([(final[n] - expected[n]).detach().flatten() for n in seen]).norm()
-    moved = torch.cat([(expected[n] - first[n]).detach().flatten() for n in seen]).norm()
-    both = list(zip(found, wanted, strict=True))
-    return {
-        "error": float(error / moved),
-        "kept": [(f.decision.kept.tolist(), w.decision.kept.tolist()) for f, w in both],
-        "angles": [(f.decision.angle.item(), w.decision.angle.item()) for f, w in both],
-        "norms": [(float(f.grad_norm), float(w.grad_norm)) for f, w in both],
-        "skipped": [f.skipped for f, _ in both],
-    }
+    return compared(first, weights_of(model), weights_of(oracle), found, wanted)
 
 
 def overflow_scope(rank: int, stage: int) -> dict[str, Any]:
     """Three steps of which the first overflows on one rank, in the contrastive loss."""
-    model = new_model("mha")
+    model = exits_model(exit_head="mha")
     config = options({"accumulation": 1}, gate_scope="head", impl="reference", fp16=True)
     engine = sharded(model, stage, config)
     made: dict[str, Any] = {"skipped": [], "moved": [], "scales": []}
@@ -138,7 +114,7 @@ def refuse_agreement(rank: int) -> str:
     """The refusal of a run that asks for the exact decision too."""
     config = options({"accumulation": 1}, gate_scope="head", gate_agreement_steps=3)
     try:
-        sharded(new_model("mha"), 1, config)
+        sharded(exits_model(exit_head="mha"), 1, config)
     except ValueError as error:
         return str(error)
     return ""

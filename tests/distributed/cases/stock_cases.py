@@ -13,11 +13,14 @@ from torch import Tensor
 from zero_cases import Net, batch
 
 
-def stock(net: torch.nn.Module, stage: int, **settings: Any) -> Any:
-    """An engine without fusedacl: plain SGD with rate 0.1, so that a step shows the gradient."""
+def stock(
+    net: torch.nn.Module, stage: int, optimizer: type = torch.optim.SGD, **settings: Any
+) -> Any:
+    """An engine without fusedacl: SGD with rate 0.1, so that a step shows the gradient."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
     zero = {"stage": stage, "reduce_bucket_size": 10**6, **settings.pop("zero", {})}
+    decay = settings.pop("weight_decay", 0.0)
     config = {
         "train_micro_batch_size_per_gpu": 6,
         "gradient_clipping": 0.0,
@@ -27,7 +30,7 @@ def stock(net: torch.nn.Module, stage: int, **settings: Any) -> Any:
     }
     trained = [p for p in net.parameters() if p.requires_grad]
     engine, *_ = deepspeed.initialize(
-        model=net, optimizer=torch.optim.SGD(trained, lr=0.1), config=config
+        model=net, optimizer=optimizer(trained, lr=0.1, weight_decay=decay), config=config
     )
     return engine
 
@@ -139,17 +142,10 @@ def growth_step(rank: int, stage: int) -> list[float]:
 
 def first_moments(rank: int) -> tuple[float, float]:
     """ZeRO 0 in fp16: steps that AdamW counts, and weight decay done, before the first step."""
-    net = Net()
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.5)
-    config = {
-        "train_micro_batch_size_per_gpu": 6, "gradient_clipping": 0.0,
-        "zero_optimization": {"stage": 0}, "fp16": {"enabled": True, "loss_scale": 1},
-    }  # fmt: skip
-    deepspeed.init_distributed(verbose=False)
-    engine, *_ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    fp16 = {"enabled": True, "loss_scale": 1}
+    engine = stock(Net(), 0, torch.optim.AdamW, weight_decay=0.5, fp16=fp16)
     master = engine.optimizer.fp32_groups[0][0]
-    counted = float(optimizer.state[master]["step"])
+    counted = float(engine.optimizer.optimizer.state[master]["step"])
     given = engine.optimizer.fp16_groups[0][0].float()
     decayed = float(1 - (master.norm() / given.norm()))
     engine.destroy()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import json
 import os
 import signal
 import warnings
@@ -60,6 +60,15 @@ def refused(rank: int, options: dict[str, Any], of_rank_1: dict[str, Any]) -> st
     return "was not refused"
 
 
-def weights_hash(run: Path) -> str:
-    """SHA-256 of the final model's file."""
-    return hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+def model_of(run: Path) -> bytes:
+    """The final model's file."""
+    return (run / "model.safetensors").read_bytes()
+
+
+def deepspeed_file(directory: Path, stage: int | None = None, **values: Any) -> str:
+    """A configuration of DeepSpeed."""
+    if stage is not None:
+        values["zero_optimization"] = {"stage": stage}
+    file = directory / "deepspeed.json"
+    file.write_text(json.dumps(values))
+    return str(file)

@@ -49,7 +49,7 @@ def test_arithmetic_follows_the_gpu(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert expected in doctor._arithmetic()[0]
+    assert expected in doctor._arithmetic()
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 from fusedacl.engine.experiments.results import (
     NotThereError,
+    Seeds,
     SweepRun,
-    mean_and_deviation,
     missing_notes,
     read_sweep,
 )
 
 
-def a_run(results: dict[str, object] | None, problem: str | None = None) -> SweepRun:
+def a_run(results: dict[str, object], problem: str | None = None) -> SweepRun:
     return SweepRun("mrpc", "ACL", 1, (), Path("."), problem, results)
 
 
@@ -68,15 +68,13 @@ def test_scores() -> None:
         with pytest.raises(NotThereError, match=words):
             run.score(*arguments)
     with pytest.raises(NotThereError, match="running"):
-        a_run(None, "running").average("f1")
+        a_run({}, "running").average("f1")
     with pytest.raises(NotThereError, match="it was not evaluated"):
         a_run({"metrics": {}}).score("f1")
 
 
 def test_words() -> None:
-    assert mean_and_deviation([]) == ""
-    assert mean_and_deviation([0.5]) == "50.0"
-    assert mean_and_deviation([0.6, 0.7]) == "65.0 ± 7.1"
+    assert Seeds({1: 0.6, 2: 0.7}).words == "65.0 ± 7.1"
     problems = {1: "waiting", 2: "failed: x", 3: "waiting"}
     assert missing_notes("ACL", "rte", problems) == [
         "Missing: ACL on rte, seeds 1, 3 (waiting); seed 2 (failed: x)."

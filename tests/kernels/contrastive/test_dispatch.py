@@ -1,4 +1,5 @@
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -48,28 +49,44 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert choose("auto", Workload(GPU, dtype, temperature, num_rows)) == name
 
 
+def test_one_launch_never_takes_rows_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 90)
+    workload = Workload(GPU, torch.float16, num_rows=34, num_ranks=2)
+    assert choose("auto", workload) == choose("triton", workload) == "supcon_fused"
+    assert "34 rows on each of 2 ranks" in explain(workload)
+
+
 def test_triton_by_size_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, 90)
     assert choose("triton", Workload(GPU, num_rows=256)) == "supcon_small"
     assert choose("triton", Workload(GPU, num_rows=257)) == "supcon_fused"
+    few, many = ({"num_rows": num_rows} for num_rows in (20, 2000))
     for workload, message in (
-        (Workload(GPU, torch.float64, num_rows=20), "float64"),
-        (Workload(GPU, torch.float64, num_rows=2000), "float64"),
-        (Workload(GPU, temperature=0.02, num_rows=2000), "temperature 0.02"),
-        (Workload(GPU, temperature=0.02, num_rows=20), "temperature 0.02"),
-        (Workload(GPU, num_rows=2000, width=2000), "width"),
+        (Workload(GPU, torch.float64, **few), "float64.*impl='tiled'"),
+        (Workload(GPU, torch.float64, **many), "float64.*impl='tiled'"),
+        (Workload(GPU, temperature=0.0229, **many), "temperature 0.0229 is below 0.023.*'tiled'"),
+        (Workload(GPU, temperature=0.0229, **few), "temperature 0.0229 is below 0.023.*'tiled'"),
+        (Workload(GPU, width=1025, **many), "width 1025 is above 1024.*impl='tiled'"),
     ):
         with pytest.raises(ValueError, match=f"impl='triton' cannot run: .*{message}"):
             choose("triton", workload)
+    pretend(monkeypatch, 75)
+    with pytest.raises(ValueError, match="7.5 has no matrix unit.*impl='tiled'"):
+        choose("triton", Workload(GPU, **many))
+    assert large_batches.obstacle(4096, 1024, torch.bfloat16, 0.023, 80) is None
+    assert small_batches.obstacle(256, 64, torch.float16, 0.023, 70) is None
+    assert "257 rows" in str(small_batches.obstacle(257, 64, torch.float16, 0.5, 90))
 
 
 def test_the_choice_is_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    for module in (reference, tiled, small_batches, large_batches):
-        name = module.__name__.rpartition(".")[2]
-        monkeypatch.setattr(
-            module, "contrastive_loss", lambda *_, name=name: called.append(name) or torch.zeros(())
-        )
+
+    def record(owner: Any, attribute: str, name: str) -> None:
+        monkeypatch.setattr(owner, attribute, lambda _: called.append(name) or torch.zeros(()))
+
+    record(reference, "contrastive_loss", "reference")
+    for module in (tiled, small_batches, large_batches):
+        record(module.implementation, "loss", module.__name__.rpartition(".")[2])
     for impl, temperature, small_rows in (
         ("auto", 0.5, 256), ("auto", 1e-3, 256), ("reference", 0.5, 256), ("tiled", 0.5, 256),
         ("triton", 0.5, 4), ("triton", 0.5, 3),

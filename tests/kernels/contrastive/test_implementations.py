@@ -1,5 +1,6 @@
 """Tests of all implementations: autograd, torch.compile, autocast, strides, special inputs."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -7,14 +8,20 @@ import torch
 from contrastive_cases import (
     DENOMINATORS,
     DEVICE,
+    DTYPES,
+    KINDS,
+    LABELS,
     REDUCTIONS,
+    check_error,
+    combine,
     make_inputs,
-    operator_arguments,
     run,
     use_implementation,
 )
 from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
+from fusedacl.kernels.contrastive import dispatch
 from fusedacl.kernels.contrastive.batch import Batch
+from fusedacl.kernels.contrastive.dispatch import Workload
 from fusedacl.kernels.contrastive.gpu import large_batches, small_batches
 from fusedacl.kernels.contrastive.tiled import loss as tiled
 from torch import Tensor
@@ -22,13 +29,63 @@ from torch import Tensor
 # NumPy, in the interpreter, warns of NaN and infinity.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 
-NAMES = ("reference", "tiled", "tiles of 4 rows", "small", "fused")
 MODULES = {
+    # The compiled loop, except for reduction "none".
     "tiled": tiled,
     "tiles of 4 rows": tiled,
+    "tiles on a GPU": tiled,
     "small": small_batches,
     "fused": large_batches,
 }
+NAMES = ("reference", *MODULES)
+# Numbers of samples around the blocks of each implementation, widths and temperatures.
+GRIDS: dict[str, tuple[tuple[float, ...], ...]] = {
+    "tiled": (
+        (0, 1, 5, 6, 7, 12, 15, 16, 17, 31, 33, 96), (8, 15, 16, 17, 64), (5, 0.5, 0.05, 0.015),
+    ),
+    "tiles of 4 rows": ((0, 1, 2, 4, 5, 8, 9, 40), (6, 32), (0.5, 0.05)),
+    "small": ((0, 1, 2, 3, 17, 33, 64), (2, 3, 16, 33, 64, 70), (0.5, 0.05, 0.023)),
+    # Wide rows come in chunks, and several programs compute a row of the gradient.
+    "fused": ((0, 1, 15, 32, 33), (6, 33, 70, 130, 300), (0.5, 0.05, 0.023)),
+}  # fmt: skip
+if DEVICE == "cuda":
+    GRIDS["fused with the shipped tiles"] = (
+        (1, 2, 17, 33, 61, 130), (3, 20, 64, 70, 130, 256, 768), (0.5, 0.05, 0.023),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", GRIDS)
+def test_error_is_that_of_eager_pytorch(
+    monkeypatch: pytest.MonkeyPatch, poison: None, name: str, reduction: str
+) -> None:
+    """Any two values of size, width, temperature, dtype, labels, exits, inputs and denominator."""
+    impl = use_implementation(monkeypatch, name)
+    if impl == "triton":
+        reason = dispatch.obstacle("supcon_" + name.split()[0], Workload(torch.device(DEVICE)))
+        if reason is not None:
+            pytest.skip(reason)
+    for num_samples, width, temperature, dtype, layout, exits, kind, denominator in combine(
+        *GRIDS[name], DTYPES, tuple(LABELS), (None, 1, 3), KINDS, DENOMINATORS
+    ):
+        inputs = make_inputs(
+            num_samples, width=width, exits=exits, dtype=dtype, device=DEVICE, **kind
+        )
+        labels = LABELS[layout](num_samples, kind["num_labels"] or 3).to(DEVICE)
+        inputs["embeddings"][..., 2:3, :] = 0
+        inputs["embeddings"][..., labels == -100, :] = torch.nan
+        options = {
+            "temperature": temperature, "denominator": denominator, "reduction": reduction,
+        }  # fmt: skip
+        loss, *_ = run(inputs, labels, None, impl="reference", **options)
+        in_float32 = name in ("tiled", "tiles of 4 rows")
+        upstream = torch.randn_like(loss)
+        check_error(inputs, labels, upstream, impl=impl, eager_in_float32=in_float32, **options)
+
+
+@pytest.fixture(params=NAMES)
+def impl(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return use_implementation(monkeypatch, request.param)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -36,9 +93,12 @@ MODULES = {
 def test_operators_pass_opcheck(monkeypatch: pytest.MonkeyPatch, name: str, reduction: str) -> None:
     use_implementation(monkeypatch, name)
     implementation = MODULES[name].implementation
-    arguments = operator_arguments(reduction, DEVICE)
-    torch.library.opcheck(implementation.operator, arguments)
-    batch = Batch(*(x.detach() if isinstance(x, Tensor) else x for x in arguments[:9]))
+    inputs = make_inputs(5, 3, exits=2, teacher=True, dtype=torch.float32, device=DEVICE)
+    labels = torch.tensor([0, 1, -100, 0, 2], device=DEVICE)
+    samples, *others = inputs.values()
+    batch = Batch(samples, labels, *others, 0.5, "all", reduction, -100)
+    trained = samples.clone().requires_grad_(), labels, others[0].clone().requires_grad_()
+    torch.library.opcheck(implementation.operator, (*trained, *batch[3:], True, True))
     loss, saved = implementation.forward(batch, True, True)
     saved += implementation.inputs_to_save(batch)
     arguments = (torch.ones_like(loss), saved, *batch.shape(True, True))
@@ -92,10 +152,8 @@ def test_compiles_without_a_graph_break(
             compiled(*arguments[:2], torch.tensor([0, 1, -100, 7, 2]))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_only_trained_inputs_get_a_gradient(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_only_trained_inputs_get_a_gradient(impl: str) -> None:
     """Frozen samples, frozen label embeddings, and no gradient at all."""
-    impl = use_implementation(monkeypatch, name)
     labels = torch.arange(9, device=DEVICE) % 3
     for reduction in REDUCTIONS:
         options: dict[str, Any] = {"impl": impl, "reduction": reduction}
@@ -114,9 +172,7 @@ def test_only_trained_inputs_get_a_gradient(monkeypatch: pytest.MonkeyPatch, nam
             torch.testing.assert_close(plain, loss)
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_same_bits_when_called_twice(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    impl = use_implementation(monkeypatch, name)
+def test_same_bits_when_called_twice(impl: str) -> None:
     inputs = make_inputs(33, 5, width=20, exits=2, teacher=True, dtype=torch.float32, device=DEVICE)
     labels = torch.randint(5, (33,), device=DEVICE)
     for reduction in REDUCTIONS:
@@ -127,12 +183,10 @@ def test_same_bits_when_called_twice(monkeypatch: pytest.MonkeyPatch, name: str)
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
-@pytest.mark.parametrize("name", NAMES)
 def test_without_an_anchor_loss_and_gradient_are_zero(
-    monkeypatch: pytest.MonkeyPatch, poison: None, name: str, denominator: str
+    poison: None, impl: str, denominator: str
 ) -> None:
     """Only singletons, one row, no row: the gradient exists and is 0."""
-    impl = use_implementation(monkeypatch, name)
     for num, dtype in ((20, torch.float16), (5, torch.float32), (1, torch.bfloat16), (0, None)):
         for reduction in REDUCTIONS:
             inputs = make_inputs(num, dtype=dtype or torch.float32, device=DEVICE)
@@ -146,9 +200,7 @@ def test_without_an_anchor_loss_and_gradient_are_zero(
             assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_nan_and_infinity_are_not_hidden(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    impl = use_implementation(monkeypatch, name)
+def test_nan_and_infinity_are_not_hidden(impl: str) -> None:
     for value, dtype, denominator in zip(
         (torch.nan, torch.inf, torch.nan),
         (torch.float16, torch.bfloat16, torch.float32),
@@ -165,9 +217,8 @@ def test_nan_and_infinity_are_not_hidden(monkeypatch: pytest.MonkeyPatch, name: 
             assert gradient.isnan().any()
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_second_derivative_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    impl = use_implementation(monkeypatch, name)
+@pytest.mark.parametrize("impl", MODULES, indirect=True)
+def test_second_derivative_is_refused(impl: str) -> None:
     embeddings = torch.randn(4, 3, requires_grad=True, device=DEVICE)
     loss = supcon_loss(embeddings, torch.tensor([0, 0, 1, 1], device=DEVICE), impl=impl)
     with pytest.raises(RuntimeError, match="no second derivative.*impl='reference'"):
@@ -175,12 +226,9 @@ def test_second_derivative_is_refused(monkeypatch: pytest.MonkeyPatch, name: str
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
-@pytest.mark.parametrize("name", MODULES)
-def test_strided_inputs(
-    monkeypatch: pytest.MonkeyPatch, poison: None, name: str, layout: str
-) -> None:
+@pytest.mark.parametrize("impl", MODULES, indirect=True)
+def test_strided_inputs(poison: None, impl: str, layout: str) -> None:
     """Inputs, labels and upstream gradients with any strides give the bits of contiguous ones."""
-    impl = use_implementation(monkeypatch, name)
     strided = {
         "transposed": torch.randn(6, 9, device=DEVICE).t(),
         "sliced": torch.randn(18, 12, device=DEVICE)[::2, ::2],
@@ -211,11 +259,10 @@ def test_strided_inputs(
         ([-2, 0, -2, 1, 0, -2], torch.int8),
     ],
 )
-@pytest.mark.parametrize("name", ["tiled", "tiles of 4 rows", "small"])
+@pytest.mark.parametrize("impl", ["tiled", "tiles of 4 rows", "small"], indirect=True)
 def test_only_the_equality_of_labels_matters(
-    monkeypatch: pytest.MonkeyPatch, name: str, values: list[int], dtype: torch.dtype
+    impl: str, values: list[int], dtype: torch.dtype
 ) -> None:
-    impl = use_implementation(monkeypatch, name)
     inputs = make_inputs(6, dtype=torch.float32, device=DEVICE)
     wanted = run(inputs, torch.tensor([0, 1, 0, 2, 1, 0], device=DEVICE), None, impl=impl)
     found = run(inputs, torch.tensor(values, dtype=dtype, device=DEVICE), None, impl=impl)
@@ -235,8 +282,9 @@ def test_mixed_dtypes_under_autocast(monkeypatch: pytest.MonkeyPatch, name: str)
     values = make_inputs(12, 3, width=8, teacher=True, dtype=torch.float32, device=DEVICE).items()
     inputs = {key: x.to(dtype) for (key, x), dtype in zip(values, dtypes, strict=True)}
     floats = {key: tensor.float() for key, tensor in inputs.items()}
-    # The products of large batches are those of float16 numbers.
-    tolerance = {"rtol": 1e-2, "atol": 1e-3} if name == "fused" else {"rtol": 0.0, "atol": 0.0}
+    # The products of large batches on a GPU are those of float16 numbers.
+    in_half = name in ("fused", "tiles on a GPU")
+    tolerance = {"rtol": 1e-2, "atol": 1e-3} if in_half else {"rtol": 0.0, "atol": 0.0}
     for reduction in REDUCTIONS:
         options = {"impl": impl, "reduction": reduction}
         expected = run(floats, labels, None, **options)
@@ -253,3 +301,20 @@ def test_mixed_dtypes_under_autocast(monkeypatch: pytest.MonkeyPatch, name: str)
         ):
             assert got.dtype == dtype
             torch.testing.assert_close(got, wanted.to(dtype), **tolerance)
+
+
+@pytest.mark.parametrize("impl", ["tiles on a GPU", "small", "fused"], indirect=True)
+def test_a_loss_scale_does_not_overflow(impl: str) -> None:
+    """An upstream gradient of 65536 scales a float16 gradient exactly."""
+    inputs = make_inputs(40, 5, width=32, dtype=torch.float16, device=DEVICE)
+    labels = LABELS["random"](40, 5).to(DEVICE)
+    for reduction, factor in itertools.product(("mean", "none"), (2.0**16, 2.0**-3)):
+        upstream = torch.ones((45,) if reduction == "none" else (), device=DEVICE)
+        plain = run(inputs, labels, upstream, impl=impl, reduction=reduction)
+        scaled = run(inputs, labels, upstream * factor, impl=impl, reduction=reduction)
+        for small, large in zip(plain[1:], scaled[1:], strict=True):
+            wanted = small.float() * factor
+            # Below float16's normal numbers a gradient is less precise.
+            inside = (wanted.abs() < 65000) & (wanted.abs() > 1e-4) & (small.abs() > 1e-4)
+            assert inside.any()
+            torch.testing.assert_close(large.float()[inside], wanted[inside])

@@ -12,12 +12,6 @@ X, W = torch.randn(4, 3), torch.randn(2, 3)
 Y = torch.tensor([0, 1, 1, 0])
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
-def test_every_integer_dtype_labels(dtype: torch.dtype) -> None:
-    assert torch.equal(acl_loss(X, Y.to(dtype), W), acl_loss(X, Y, W))
-    assert torch.equal(supcon_loss(X, Y.to(dtype)), supcon_loss(X, Y))
-
-
 def test_shapes_of_the_results() -> None:
     exits_x, exits_w = torch.randn(5, 4, 3), torch.randn(5, 2, 3)
     for impl in ("reference", "tiled", "auto"):
@@ -42,15 +36,6 @@ def test_ignore_index_may_be_any_label() -> None:
         rows = torch.cat([X[Y == 0], W])
         expected = supcon_loss(rows, torch.tensor([0, 0, 0, 1]))
         torch.testing.assert_close(acl_loss(X, labels, W, ignore_index=ignored), expected)
-
-
-def test_teacher_gets_no_gradient() -> None:
-    for impl in ("reference", "tiled"):
-        teacher, teacher_labels = X.clone().requires_grad_(), W.clone().requires_grad_()
-        student = torch.randn(4, 3, requires_grad=True)
-        acl_cl_loss(student, Y, W, teacher, teacher_labels, impl=impl).backward()
-        assert student.grad is not None
-        assert teacher.grad is None and teacher_labels.grad is None
 
 
 Call = Callable[[], Tensor]
@@ -127,8 +112,11 @@ def test_types_that_are_refused(message: str) -> None:
 @pytest.mark.parametrize("impl", ["reference", "tiled", "triton"])
 def test_a_teacher_is_a_constant_even_where_it_asks_for_a_gradient(impl: str) -> None:
     """A loss of a frozen student has no graph, even if the teacher was not detached."""
-    teacher = X.clone().requires_grad_()
-    loss = acl_cl_loss(X, Y, W, teacher, W, impl=impl)
+    teacher, teacher_labels = X.clone().requires_grad_(), W.clone().requires_grad_()
+    loss = acl_cl_loss(X, Y, W, teacher, teacher_labels, impl=impl)
     assert not loss.requires_grad
+    student = X.clone().requires_grad_()
+    loss = acl_cl_loss(student, Y, W, teacher, teacher_labels, impl=impl)
     (loss + teacher.sum()).backward()
-    assert (teacher.grad == 1).all()
+    assert student.grad is not None
+    assert (teacher.grad == 1).all() and teacher_labels.grad is None

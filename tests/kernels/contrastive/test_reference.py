@@ -71,21 +71,15 @@ def test_losses_are_the_definition(labels: list[int], denominator: str, temperat
     own = list(range(num_labels))
     tensor = torch.tensor(labels)
     options = {"temperature": temperature, "denominator": denominator, "impl": "reference"}
-    reductions = ("none", "sum", "mean")
-    check(
-        {r: supcon_loss(samples, tensor, reduction=r, **options) for r in reductions},
-        samples, labels, temperature, denominator,
-    )  # fmt: skip
-    check(
-        {r: acl_loss(samples, tensor, label_rows, reduction=r, **options) for r in reductions},
-        torch.cat([samples, label_rows]), labels + own, temperature, denominator,
-    )  # fmt: skip
-    student = (samples, tensor, label_rows, teacher, teacher_label_rows)
-    check(
-        {r: acl_cl_loss(*student, reduction=r, **options) for r in reductions},
-        torch.cat([samples, label_rows, teacher, teacher_label_rows]),
-        (labels + own) * 2, temperature, denominator,
-    )  # fmt: skip
+    teachers = (teacher, teacher_label_rows)
+    for function, arguments, row_labels in (
+        (supcon_loss, (samples, tensor), labels),
+        (acl_loss, (samples, tensor, label_rows), labels + own),
+        (acl_cl_loss, (samples, tensor, label_rows, *teachers), (labels + own) * 2),
+    ):
+        rows = torch.cat([rows for rows in arguments if rows is not tensor])
+        found = {r: function(*arguments, reduction=r, **options) for r in ("none", "sum", "mean")}
+        check(found, rows, row_labels, temperature, denominator)
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)

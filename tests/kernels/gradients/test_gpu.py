@@ -4,20 +4,18 @@ import itertools
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import DEVICE
+from contrastive_cases import DEVICE, DTYPES
 from fusedacl.kernels import gated_combine_, grad_dot_norm
 from fusedacl.kernels.gradients import angle as gradients
 from fusedacl.kernels.gradients import chunk_tables, gpu
+from gradient_cases import List, check_combination, check_sums, copies, fused
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf
 ONE = pytest.approx(1, abs=1e-5)
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-List = list[Tensor | None]
 
 # NumPy, in the interpreter, warns of the NaN and infinity that some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
@@ -44,65 +42,6 @@ def unaligned(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     view = random(size + 1, dtype=dtype)[1:]
     assert size == 0 or view.data_ptr() % 16 != 0
     return view
-
-
-def copies(gradients: List, dtype: torch.dtype | None = None) -> List:
-    """Copy a list; copies have the same strides unless these leave gaps."""
-    return [None if t is None else t.to(dtype or t.dtype, copy=True) for t in gradients]
-
-
-def fused(a: List, b: List, groups: list[int] | None = None) -> Tensor:
-    return grad_dot_norm(a, b, groups=groups, impl="triton")
-
-
-def check_sums(a: List, b: List, groups: list[int] | None = None) -> Tensor:
-    """Check the sums against float64, within float32 rounding relative to |a| |b|."""
-    double = torch.float64
-    wanted = grad_dot_norm(copies(a, double), copies(b, double), groups=groups, impl="reference")
-    found = fused(a, b, groups)
-    assert found.shape == wanted.shape and found.dtype == torch.float32
-    wanted = wanted.double()
-    size = torch.stack([(wanted[:, 1] * wanted[:, 2]).sqrt(), wanted[:, 1], wanted[:, 2]], dim=1)
-    assert torch.all((found.double() - wanted).abs() <= 4e-7 * size)
-    return found
-
-
-def check_combination(a: List, b: List, stats: Tensor | None = None, **options: Any) -> Tensor:
-    """Check every element, within one rounding of its dtype and of float32 arithmetic.
-
-    Triton's interpreter truncates to bfloat16 instead of rounding.
-    """
-    groups = options.get("groups")
-    if stats is None:
-        stats = fused(a, b, groups)
-    options = {"weight": 0.3, "max_angle": 180.0, **options}
-    double = torch.float64
-    exact, exact_b, found = copies(a, double), copies(b, double), copies(a)
-    for index, (original, copy) in enumerate(zip(a, found, strict=True)):
-        if original is not None and copy is not None and copy.stride() != original.stride():
-            found[index] = same_gaps(original)
-    wanted_used = gated_combine_(exact, exact_b, stats, impl="reference", **options)
-    used = gated_combine_(found, b, stats, impl="triton", **options)
-    torch.testing.assert_close(used, wanted_used, rtol=0, atol=0, equal_nan=True)
-    for got, wanted, x, y in zip(found, exact, a, b, strict=True):
-        if got is None or wanted is None or x is None:
-            assert got is None
-            continue
-        size = x.double().abs() + (0 if y is None else y.double().abs())
-        ulps = 1.01 if x.dtype == torch.bfloat16 and DEVICE == "cpu" else 0.51
-        tolerance = ulps * torch.finfo(x.dtype).eps * wanted.abs() + 5e-7 * size
-        tolerance += torch.finfo(x.dtype).smallest_normal * torch.finfo(x.dtype).eps
-        error = (got.double() - wanted).abs()
-        untouched = (got == x) | (got.isnan() & x.isnan())
-        assert torch.all((error <= tolerance) | (untouched & wanted_used.isnan().any()))
-    return used
-
-
-def same_gaps(tensor: Tensor) -> Tensor:
-    """Copy a tensor with the same strides, also where they leave gaps."""
-    base = tensor.new_empty(tensor.untyped_storage().size() // tensor.element_size())
-    view = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
-    return view.copy_(tensor)
 
 
 def mixed_lists() -> tuple[List, List]:
@@ -282,28 +221,6 @@ def test_decisions_are_those_of_the_angle() -> None:
         torch.testing.assert_close(used, wanted, rtol=0, atol=0, equal_nan=True)
 
 
-def test_gate_per_group() -> None:
-    """Each group decides by itself: kept, dropped, zero gradient, overflow."""
-    x = torch.tensor([1.0, 0.0], device=DEVICE)
-    a: List = [x.clone(), x.clone(), x.clone(), torch.tensor([1.0, INF], device=DEVICE), x[:0]]
-    b: List = [x + x.flip(0), x.flip(0) - x, torch.zeros_like(x), x.clone(), None]
-    groups = [0, 1, 2, 4, 5]
-    stats = fused(a, b, groups)
-    options: dict[str, Any] = {"weight": 0.5, "scale": 2.0, "groups": groups, "impl": "triton"}
-    before = copies(a)
-    # One group overflows: without a common norm no gradient is written.
-    used = gated_combine_(a, b, stats, max_norm=1.0, **options)
-    assert used.nan_to_num(-1).tolist() == [0.5, 0, 0.5, 0.5, -1, 0.5]
-    assert all(torch.equal(x, y) for x, y in zip(a, before, strict=True))
-    clipped = copies(a)
-    gated_combine_(clipped, b, stats, max_norm=1.0, clip_groups=True, **options)
-    combined = [tensor.tolist() for tensor in clipped if tensor is not None]
-    assert combined[1:] == [[ONE, 0], [ONE, 0], [1, INF], []]
-    gated_combine_(a, b, stats, **options)
-    combined = [tensor.tolist() for tensor in a if tensor is not None]
-    assert combined == [[2, 1], [2, 0], [1, 0], [1, INF], []]
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_what_is_not_finite_is_reported(bad: float, dtype: torch.dtype) -> None:
@@ -316,7 +233,15 @@ def test_what_is_not_finite_is_reported(bad: float, dtype: torch.dtype) -> None:
         tensor[position] = bad
         stats = fused(a, b, [0, 1])
         assert stats[0].isfinite().all() and not stats[1].isfinite().all()
-        check_combination(a, b, stats, groups=[0, 1])
+        for clip in ({}, {"max_norm": 1.0, "clip_groups": True}):
+            check_combination(a, b, stats, groups=[0, 1], **clip)
+        # Without a common norm no gradient is written.
+        found = copies(a)
+        used = gated_combine_(
+            found, b, stats, weight=0.5, scale=2.0, max_norm=1.0, groups=[0, 1], impl="triton"
+        )
+        assert used.isnan().tolist() == [False, True]
+        assert all(map(torch.equal, map(torch.nan_to_num, found), map(torch.nan_to_num, a)))
         tensor[position] = kept
 
 
@@ -339,19 +264,15 @@ def test_nothing_at_all() -> None:
 def test_bits_do_not_depend_on_what_was_computed_before() -> None:
     a, b = mixed_lists()
     groups = [index % 3 for index in range(len(a))]
-    stats = fused(a, b, groups)
-    for other in range(20):
-        fused([random(10 + other)], [random(10 + other)])
-    again = fused(a, b, groups)
-    chunk_tables.layouts.clear()
-    assert torch.equal(again, stats)
-    assert torch.equal(fused(a, b, groups), stats)
     present = [None if x is None else y for x, y in zip(a, b, strict=True)]
     results = []
     for _ in range(2):
-        combined = copies(a)
+        stats, combined = fused(a, b, groups), copies(a)
         gated_combine_(combined, present, stats, weight=0.3, groups=groups, impl="triton")
-        results.append(combined)
+        results.append([stats, *combined])
+        for other in range(20):
+            fused([random(10 + other)], [random(10 + other)])
+        chunk_tables.layouts.clear()
     assert all(x is None or torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 

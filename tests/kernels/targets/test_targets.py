@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -157,12 +158,9 @@ def test_pairs_of_properties_are_covered_by_fewer_tasks() -> None:
         )
     ]
 
-    def pairs(chosen: list[Task]) -> set[tuple[str, str]]:
-        found = set()
-        for task in chosen:
-            words = [f"sm_{task.capability}", *task.variant.name.split()]
-            found |= set(itertools.combinations(enumerate(words), 2))
-        return found
+    def pairs(chosen: list[Task]) -> set[Any]:
+        names = ([f"sm_{task.capability}", *task.variant.name.split()] for task in chosen)
+        return {pair for words in names for pair in itertools.combinations(enumerate(words), 2)}
 
     chosen = compilation.choose_pairs(tasks)
     assert pairs(chosen) == pairs(tasks)
@@ -235,15 +233,7 @@ def test_a_gpu_that_the_assembler_does_not_know_is_said_and_no_failure(tmp_path:
 
 
 def test_usage_is_read_from_cuobjdump() -> None:
-    listing = """
-Fatbin elf code:
-================
-Resource usage:
- Common:
-  GLOBAL:0
- Function copy:
-  REG:96 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:944 TEXTURE:0 SURFACE:0 SAMPLER:0
-"""
+    listing = "GLOBAL:0\n Function copy:\n  REG:96 STACK:16 SHARED:1024 LOCAL:8 CONSTANT[0]:944"
     usage = compilation.parse_usage(listing)
     assert (usage["REG"], usage["STACK"], usage["SHARED"], usage["LOCAL"]) == (96, 16, 1024, 8)
     with pytest.raises(ValueError, match="lists no LOCAL, REG, SHARED, STACK"):
@@ -278,24 +268,23 @@ def test_markdown_has_a_row_per_variant_and_a_column_per_gpu() -> None:
         Task("second", 70, copying("a")),
     ]
     page = tables.markdown(tasks, [spilled, sound, sound, "LLVM ERROR"], "Triton 3.7.1.")
-    assert page == "\n".join(
-        [
-            "Triton 3.7.1.",
-            "",
-            "### first",
-            "",
-            "| variant | sm_70 | sm_80 |",
-            "|---|---|---|",
-            "| a | 255 / 0 / 8 / 0, **spills 16 B** | 96 / 32 / 16 / 8 |",
-            "| b |  | 96 / 32 / 16 / 8 |",
-            "",
-            "### second",
-            "",
-            "| variant | sm_70 |",
-            "|---|---|",
-            "| a | **does not compile** |",
-            "",
-        ]
+    assert (
+        page
+        == """Triton 3.7.1.
+
+### first
+
+| variant | sm_70 | sm_80 |
+|---|---|---|
+| a | 255 / 0 / 8 / 0, **spills 16 B** | 96 / 32 / 16 / 8 |
+| b |  | 96 / 32 / 16 / 8 |
+
+### second
+
+| variant | sm_70 |
+|---|---|
+| a | **does not compile** |
+"""
     )
     cells = tables.read_cells(f"text\n{tables.BEGIN}\n{page}\n{tables.END}\n| no | cell |\n")
     assert cells == tables.markdown_cells(tasks, [spilled, sound, sound, "LLVM ERROR"])
@@ -313,41 +302,25 @@ def test_the_table_replaces_what_lies_between_the_markers() -> None:
 @pytest.mark.parametrize("file", targets.KERNEL_FILES)
 def test_variants_name_every_argument_once(file: str) -> None:
     module = importlib.import_module(f"fusedacl.kernels.{targets.KERNEL_FILES[file]}")
+    with_products = ("supcon_small", "row_sums", "pair_gradient")
     for capability in CHIPS:
         variants = module.variants(capability)
         assert bool(variants) == (file != "supcon_fused" or capability >= 80)
-        assert len({variant.name for variant in variants}) == len(variants)
         for variant in variants:
             arguments = [*variant.types, *variant.constants]
             assert sorted(arguments) == sorted(variant.kernel.arg_names)
-            assert variant.divisible_by_16 <= variant.types.keys()
-            assert variant.matrix_unit == (
-                file.startswith("supcon")
-                and capability >= 80
-                and (
-                    file == "supcon_small" or variant.name.startswith(("row_sums", "pair_gradient"))
-                )
-            )
+            has_products = capability >= 80 and variant.name.startswith(with_products)
+            assert variant.matrix_unit == has_products
 
 
-def test_two_variants_of_one_name_are_refused() -> None:
-    class Repeating:
-        @staticmethod
-        def variants(capability: int) -> list[Variant]:
-            return [copying("copy"), copying("copy")]
-
-    with pytest.raises(ValueError, match="two variants 'copy'"):
-        compilation.list_tasks({"file": Repeating}, [80])
-
-
-def test_a_file_that_ships_nothing_is_refused() -> None:
-    class Empty:
-        @staticmethod
-        def variants(capability: int) -> list[Variant]:
-            return []
-
-    with pytest.raises(ValueError, match="ships nothing for any GPU"):
-        compilation.list_tasks({"file": Empty}, [80])
+@pytest.mark.parametrize(
+    "variants, message",
+    [([copying("copy")] * 2, "two variants 'copy'"), ([], "ships nothing for any GPU")],
+)
+def test_wrong_lists_of_variants_are_refused(variants: list[Variant], message: str) -> None:
+    module = SimpleNamespace(variants=lambda capability: variants)
+    with pytest.raises(ValueError, match=message):
+        compilation.list_tasks({"file": module}, [80])
 
 
 @pytest.mark.parametrize(
@@ -369,22 +342,13 @@ def test_wrong_arguments_are_refused_in_words(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "platform, version, message",
-    [
-        ("darwin", (3, 7), "Triton exists for Linux only"),
-        ("linux", None, "Triton is not installed"),
-        ("linux", (3, 2), "Triton 3.2 is too old: 3.3 or newer"),
-    ],
-)
 def test_what_is_missing_is_said(
-    platform: str,
-    version: tuple[int, int] | None,
-    message: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "platform", platform)
-    monkeypatch.setattr(machine, "triton_version", lambda: version)
+    """Other reasons than these are those of test_machine.py."""
+    monkeypatch.setattr(machine, "triton_version", lambda: None)
     assert targets.main([]) == 2
-    assert message in capsys.readouterr().err
+    assert "Triton is not installed" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert targets.main([]) == 2
+    assert "Triton exists for Linux only" in capsys.readouterr().err

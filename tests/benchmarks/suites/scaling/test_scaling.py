@@ -14,7 +14,7 @@ import torch
 from fusedacl.benchmarks import cli
 from fusedacl.benchmarks.measuring.result_file import read_result
 from fusedacl.benchmarks.options import ScalingConfig
-from fusedacl.benchmarks.pages.performance import modelled, page, read_directories
+from fusedacl.benchmarks.pages.performance import modelled, read_directories
 from fusedacl.benchmarks.suites.scaling import cost_model, loopback
 from fusedacl.benchmarks.suites.scaling import ranks as scaling_ranks
 from fusedacl.benchmarks.suites.scaling import suite as scaling
@@ -56,13 +56,13 @@ def single_rank() -> Iterator[None]:
 def test_hand_counts(
     method: str, num_ranks: int, messages: int, sent_bytes: int, flops: int
 ) -> None:
-    cost = METHODS[method](replace(SMALL, num_ranks=num_ranks))
+    cost = METHODS[method](replace(SMALL, num_ranks=num_ranks)).total
     assert (cost.messages, cost.sent_bytes, cost.flops) == (messages, sent_bytes, flops)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_single_rank_sends_nothing(method: str) -> None:
-    cost = METHODS[method](replace(SMALL, num_ranks=1))
+    cost = METHODS[method](replace(SMALL, num_ranks=1)).total
     assert (cost.messages, cost.sent_bytes) == (0, 0)
 
 
@@ -103,11 +103,9 @@ def test_overlap_does_not_pay_for_what_a_ring_adds() -> None:
 
 
 def test_crossover_is_the_first() -> None:
-    def memory(num_ranks: int) -> int:
-        return METHODS["ours"](replace(SMALL, num_ranks=num_ranks)).memory_bytes
-
-    limit = memory(37)
-    first = next(ranks for ranks in range(2, 100) if memory(ranks) > limit)
+    memory = [METHODS["ours"](replace(SMALL, num_ranks=n)).memory_bytes for n in range(1, 100)]
+    limit = memory[36]
+    first = next(ranks for ranks, needed in enumerate(memory, 1) if needed > limit)
     assert cost_model.ranks_beyond("ours", SMALL, limit) == first == 38
     assert cost_model.ranks_beyond("ring", SMALL, limit) is None
 
@@ -134,22 +132,24 @@ def test_what_is_not_counted_raises(single_rank: None) -> None:
     assert distributed.all_reduce is original
 
 
-def test_no_rank_is_left() -> None:
-    with pytest.raises(RuntimeError, match="rank 0 of 1: (?s:.*)ranks.py(?s:.*)random_ expects"):
-        # There is no label to draw.
-        loopback.run_ranks(scaling_ranks.own_inputs, 1, 3, -1, 8, seconds=120)
-    assert not multiprocessing.active_children()
-
-
 def end(rank: int) -> None:
     os._exit(3)
 
 
-def test_silent_and_dead_ranks_are_named() -> None:
-    with pytest.raises(RuntimeError, match=r"ranks \[0, 1\] gave no answer within 0 seconds"):
-        loopback.run_ranks(end, 2, seconds=0)
-    with pytest.raises(RuntimeError, match="rank 0 of 1: process 0 terminated with exit code 3"):
-        loopback.run_ranks(end, 1, seconds=120)
+@pytest.mark.parametrize(
+    ("function", "arguments", "num_ranks", "seconds", "message"),
+    [
+        (end, (), 2, 0, r"ranks \[0, 1\] gave no answer within 0 seconds"),
+        (end, (), 1, 120, "rank 0 of 1: process 0 terminated with exit code 3"),
+        # There is no label to draw.
+        (scaling_ranks.own_inputs, (3, -1, 8), 1, 120, "rank 0 of 1: (?s:.*)random_ expects"),
+    ],
+)
+def test_silent_and_failed_ranks_are_named_and_none_is_left(
+    function: Any, arguments: Any, num_ranks: int, seconds: float, message: str
+) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        loopback.run_ranks(function, num_ranks, *arguments, seconds=seconds)
     assert not multiprocessing.active_children()
 
 
@@ -160,23 +160,20 @@ OTHER_MACHINE = {
 
 
 def test_the_model_predicts_what_two_ranks_send(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The whole command, tiny: bytes, the files that it writes, and the pages made from them."""
     options = {
         "world_sizes": 2, "num_samples": 6, "num_labels": 3, "width": 8, "rounds": 1,
         "timeout": 200, "output_dir": tmp_path, **OTHER_MACHINE,
     }  # fmt: skip
-    threads = torch.get_num_threads()
-    try:
-        words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-        assert cli.main(["scaling", *words]) == 0
-    finally:
-        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    assert cli.main(["scaling", *words]) == 0
     result = read_result(tmp_path / "scaling.json")
     (measured,) = result["measured"]
     for name, method in METHODS.items():
-        cost, found = method(Problem(2, 6, 3, 8, 4)), measured["methods"][name]
+        cost, found = method(Problem(2, 6, 3, 8, 4)).total, measured["methods"][name]
         assert found["sent_bytes"] == found["received_bytes"] == cost.sent_bytes
         assert found["messages"] == cost.messages
         if found["loopback_bytes"] is not None:
@@ -186,20 +183,14 @@ def test_the_model_predicts_what_two_ranks_send(
     assert (tmp_path / "scaling.png").stat().st_size > 10_000
     printed = capsys.readouterr().out
     assert "2 ranks:" in printed and "the machine of the options (numbers given" in printed
-    results = read_directories([tmp_path])
-    text = page(results, tmp_path)
-    assert "### Negatives of all ranks" in text and "[scaling_by_the_model.md](" in text
-    text = modelled(results, tmp_path)
-    assert "# Negatives of all ranks, by the model" in text
+    text = modelled(read_directories([tmp_path]), tmp_path)
     assert "the machine of the options (numbers given as options, not measured); " in text
     assert "312,000.0 GFLOP/s, 3,000.00 Gexp/s, alpha 5 us, beta 25,000 MB/s:" in text
-    assert "](scaling.png)" in text and "| 2 | ring of blocks and their gradients |" in text
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"link_gb_s": 2}, "also needs --matrix_tflops"),
         ({**OTHER_MACHINE, "message_us": None}, "also needs --message_us"),
         ({"world_sizes": "2,1"}, "write ascending numbers"),
         ({"world_sizes": "1"}, "the model needs the link between ranks"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -182,23 +183,15 @@ def test_from_the_command_line(
         (["{mha}", "--exit_layers", "1;2"], "is neither 'all' nor a list"),
         (["{mha}"], "The largest that works is 8"),
         (["{mha}", "--perplexity", "0"], "must be more than 0"),
-        (["{mha}", "--data_dir", "/nowhere"], "its data cannot be read again"),
-        (["{mha}", "--labels", ""], "1 run(s) need as many different names"),
-        (["{mha}x"], "there is no such directory. Did you mean"),
     ],
 )
 def test_mistakes(
     runs: dict[str, Path],
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    refuses: Callable[[list[str], str], None],
     arguments: list[str],
     message: str,
 ) -> None:
-    words = [word.format(**runs) for word in arguments]
-    out = ["--output_dir", str(tmp_path / "out"), "--disable_tqdm"]
-    assert main(["tsne", *words, *out]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    refuses(["tsne", *(word.format(**runs) for word in arguments)], message)
 
 
 def test_what_a_machine_or_a_model_lacks(

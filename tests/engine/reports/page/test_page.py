@@ -96,7 +96,7 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert words in text, words
     assert text.count("<svg ") == 2
-    one = write_page(tmp_path / "one.html", "One", "A sentence.", [])
+    one = write_page(tmp_path / "one.html", "One", ["A sentence."], [])
     assert "<p>A sentence.</p>" in one.read_text() and "<nav" not in one.read_text()
     check_page(one)
 
@@ -104,7 +104,7 @@ def test_a_page_of_everything(tmp_path: Path) -> None:
 def test_rows_that_do_not_fit(tmp_path: Path) -> None:
     section = Section("Scores", tables=[Table(["a", "b"], [["only one"]], "All")])
     with pytest.raises(ValueError, match="'All': a row has 1 cells and the header 2"):
-        write_page(tmp_path / "x.html", "x", "", [section])
+        write_page(tmp_path / "x.html", "x", [], [section])
     assert not (tmp_path / "x.html").exists()
 
 
@@ -150,7 +150,7 @@ def test_no_pictures(tmp_path: Path) -> None:
             inline_svg(tmp_path / name, "", "")
     with pytest.raises(ValueError, match="absent.png' does not exist"):
         figure = Figure(tmp_path / "absent.png")
-        write_page(tmp_path / "x.html", "x", "", [Section("s", figures=[figure])])
+        write_page(tmp_path / "x.html", "x", [], [Section("s", figures=[figure])])
 
 
 def test_captions_beside_pictures(tmp_path: Path) -> None:

@@ -15,10 +15,7 @@ from fusedacl.engine.config.commands import TSNEConfig
 from fusedacl.engine.config.fields import build
 from fusedacl.engine.reports.analyses.angle_report import write_angles
 from fusedacl.engine.reports.analyses.gradient_angles import AngleRecords
-from fusedacl.engine.reports.analyses.representation_report import (
-    alignment_rows,
-    write_representations,
-)
+from fusedacl.engine.reports.analyses.representation_report import write_representations
 from fusedacl.engine.reports.analyses.representations import Representations
 from fusedacl.engine.reports.sweep_report import write_report
 
@@ -97,7 +94,7 @@ def angle_page(directory: Path) -> ProbedPage:
         stats = random.uniform(1, 2, (12, len(groups), 3))
         stats[..., 0] = random.uniform(-1, 1, stats.shape[:2])
         records.append(AngleRecords(label, "rte", "ACL", "batches of 16", groups, stats, 0))
-    page = write_angles(records, directory)[-1]
+    page = write_angles(records, directory)[1][-1]
     rows = len(records[0].names)
     return ProbedPage(page, "gradient-angles", 3, ("ACL",) * rows + ("CE",) * rows, frozenset("0"))
 
@@ -106,18 +103,15 @@ def tsne_page(directory: Path) -> ProbedPage:
     random = np.random.default_rng(0)
     classes, centres = np.repeat(range(3), 8), np.eye(3, 6)
     found = [
-        [
-            Representations(
-                label, "rte, validation", layer, centres[classes] + random.normal(0, 0.3, (24, 6)),
-                centres, classes, ["no", "perhaps", "yes"],
-            )
-            for layer in (1, 2)
-        ]
+        Representations(
+            label, "rte, validation", layer, centres[classes] + random.normal(0, 0.3, (24, 6)),
+            centres, classes, ["no", "perhaps", "yes"],
+        )
         for label in ("CE", "ACL")
+        for layer in (1, 2)
     ]  # fmt: skip
-    rows = alignment_rows([one for exits in found for one in exits])
     options = build(TSNEConfig, {"output_dir": str(directory), "perplexity": 5})
-    page = write_representations(found, rows, options)[-1]
+    page = write_representations(found, options)[1][-1]
     return ProbedPage(page, "representations", 5, ("ACL", "ACL", "CE", "CE"), frozenset())
 
 

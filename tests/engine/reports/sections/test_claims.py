@@ -26,7 +26,7 @@ RECIPE: dict[str, Any] = {
 def run_of(
     task: str, method: str, seed: int, layers: Sequence[float] | None, **grid: Any
 ) -> SweepRun:
-    results = None
+    results: dict[str, Any] = {}
     if layers is not None:
         scores = {str(layer): {"f1": score} for layer, score in enumerate(layers, start=1)}
         results = {"metrics": {"validation": scores}, "options": {}}

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from fusedacl.engine.experiments.results import Seeds
+from fusedacl.engine.experiments.results import Seeds, compare
 from fusedacl.engine.reports.sections.findings import (
-    compare,
     layer_findings,
     overall_finding,
     table_finding,
@@ -17,22 +16,30 @@ def scores(*curves: Curve) -> LayerScores:
     return LayerScores("mrpc, validation", "f1", curves, [])
 
 
-ACL = Curve("ACL", {1: [0.70, 0.72], 2: [0.80, 0.82], 3: [0.85, 0.85], 4: [0.90, 0.90]})
-MHA = Curve("MHA", {1: [0.60, 0.62], 2: [0.70, 0.72], 3: [0.85, 0.87], 4: [0.91, 0.91]})
-CE = Curve("CE", {4: [0.99, 0.99]})
+def seeds(*values: float) -> Seeds:
+    return Seeds(dict(enumerate(values, start=1)))
+
+
+def curve(label: str, scores: dict[int, list[float]]) -> Curve:
+    return Curve(label, {layer: seeds(*values) for layer, values in scores.items()})
+
+
+ACL = curve("ACL", {1: [0.70, 0.72], 2: [0.80, 0.82], 3: [0.85, 0.85], 4: [0.90, 0.90]})
+MHA = curve("MHA", {1: [0.60, 0.62], 2: [0.70, 0.72], 3: [0.85, 0.87], 4: [0.91, 0.91]})
+CE = curve("CE", {4: [0.99, 0.99]})
 
 
 def test_comparisons() -> None:
-    found = compare([0.70, 0.72], [0.60, 0.62])
+    found = compare(seeds(0.70, 0.72), seeds(0.60, 0.62))
     assert found.difference == pytest.approx(10)
     assert found.noise == pytest.approx(100 * 2 * 0.02 / 2**0.5)
     assert found.is_clear
     assert found.words == (
         "+10.0 points (2 and 2 seeds; more than the sum of the standard deviations, 2.8)"
     )
-    assert not compare([0.70, 0.72], [0.69, 0.71]).is_clear
-    assert "within the sum" in compare([0.69, 0.71], [0.70, 0.72]).words
-    single = compare([0.9], [0.1, 0.1])
+    near = compare(seeds(0.69, 0.71), seeds(0.70, 0.72))
+    assert not near.is_clear and "within the sum" in near.words
+    single = compare(seeds(0.9), seeds(0.1, 0.1))
     assert not single.is_clear and single.words == "+80.0 points (1 and 2 seeds: no claim)"
 
 
@@ -51,20 +58,20 @@ def test_one_task() -> None:
 
 
 def test_several_tasks() -> None:
-    tasks = {"mrpc": scores(MHA, ACL), "rte": scores(ACL, Curve("MHA", ACL.scores | {4: [1, 1]}))}
+    leader = Curve("MHA", {**ACL.scores, 4: seeds(1, 1)})
+    tasks = {"mrpc": scores(MHA, ACL), "rte": scores(ACL, leader)}
     assert overall_finding(tasks, "ACL") == (
         "ACL has the highest score averaged over the exits on 1 of 2 tasks (mrpc), by more than "
         "the sum of the standard deviations on mrpc; another method leads on rte (MHA, -2.5 "
         "points)."
     )
-    single = Curve("ACL", {1: [0.7]}), Curve("MHA", {1: [0.6]})
+    single = curve("ACL", {1: [0.7]}), curve("MHA", {1: [0.6]})
     assert overall_finding({"mrpc": scores(*single)}, "ACL").endswith("on none of them.")
     assert overall_finding({"mrpc": scores(MHA)}, "ACL") == ""
 
 
 def test_a_table() -> None:
-    low, high = Seeds({1: 0.60, 2: 0.62}, {}), Seeds({1: 0.70, 2: 0.72}, {})
-    none = Seeds({}, {1: "waiting"})
+    low, high, none = seeds(0.60, 0.62), seeds(0.70, 0.72), seeds()
     rows = {
         "CE": {"mrpc": low, "rte": high},
         "SCL": {"mrpc": high, "rte": low},
@@ -77,7 +84,7 @@ def test_a_table() -> None:
         "more than the sum of the standard deviations."
     )
     assert table_finding("Full models", "absent", rows) == ""
-    single = {"CE": {"mrpc": Seeds({1: 0.5}, {})}, "ACL": {"mrpc": Seeds({1: 0.9}, {})}}
-    some = {"CE": rows["CE"], "ACL": {"mrpc": high, "rte": Seeds({1: 0.5}, {})}}
+    single = {"CE": {"mrpc": seeds(0.5)}, "ACL": {"mrpc": seeds(0.9)}}
+    some = {"CE": rows["CE"], "ACL": {"mrpc": high, "rte": seeds(0.5)}}
     assert "1 clearly higher, 0 clearly lower, 1 with single" in table_finding("x", "CE", some)
     assert "ACL +40.0 (1 task: single seeds, no claim)" in table_finding("x", "CE", single)

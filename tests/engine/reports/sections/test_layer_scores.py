@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fusedacl.engine.cli.main import main
 from fusedacl.engine.experiments.report_plan import Target
-from fusedacl.engine.experiments.results import collect_runs, read_sweep
+from fusedacl.engine.experiments.results import Seeds, collect_runs, read_sweep
 from fusedacl.engine.experiments.runs import run_label
 from fusedacl.engine.reports.sections.layer_scores import (
     LayerScores,
@@ -66,8 +65,11 @@ def test_seeds_are_one_curve(tmp_path: Path) -> None:
     found = read_curves(runs)
     acl, ce = found.curves
     assert (found.data, found.metric, found.notes) == ("mrpc, validation", "f1", [])
-    assert acl.scores == {1: [0.6, 0.7], 2: [0.8, 0.9]}
-    assert acl.averages == pytest.approx([0.7, 0.8])
+    assert [list(seeds.values.values()) for seeds in acl.scores.values()] == [
+        [0.6, 0.7],
+        [0.8, 0.9],
+    ]
+    assert list(acl.average().values.values()) == pytest.approx([0.7, 0.8])
     assert (ce.label, ce.num_seeds) == ("2ST-MHA CE", 1)
     files = write_layer_scores(found, tmp_path / "scores", "Scores").files
     assert [file.suffix for file in files] == [".png", ".svg", ".csv", ".md"]
@@ -78,36 +80,20 @@ def test_seeds_are_one_curve(tmp_path: Path) -> None:
     assert "| 2ST-MHA ACL-CL | 2 | 65.0 ± 7.1 | 85.0 ± 7.1 | 75.0 ± 7.1 |" in files[3].read_text()
 
 
-def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run = str(write_run(tmp_path / "a", {1: 0.6, 2: 0.8}))
-    out = str(tmp_path / "out")
-    assert main(["report", run]) == 2
-    assert "output_dir is missing" in capsys.readouterr().err
-    assert main(["report", run, "--output_dir", out]) == 0
-    assert (tmp_path / "out" / "index.html").is_file()
-    assert "| 2ST-MHA ACL-CL | 1 | 60.0 | 80.0 | 70.0 |" in capsys.readouterr().out
-    assert main(["report", run, str(tmp_path / "absent"), "--output_dir", out]) == 2
-    assert "holds no results.json" in capsys.readouterr().err
-
-
 def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
-    good = write_run(tmp_path / "good", {1: 0.6, 2: 0.8})
-    broken = tmp_path / "broken"
-    broken.mkdir()
+    scores = {1: 0.6, 2: 0.8}
+    good = write_run(tmp_path / "good", scores)
+    broken = write_run(tmp_path / "broken", scores)
     (broken / "results.json").write_text("{}")
-    for name, other, message in (
-        ("data", write_run(tmp_path / "rte", {1: 0.6, 2: 0.8}, data="rte"), "different data"),
-        ("layers", write_run(tmp_path / "layers", {2: 0.8}), "not seeds of one experiment"),
-        (
-            "options",
-            write_run(tmp_path / "options", {1: 0.6, 2: 0.8}, distill_weight=None),
-            "no seed of the same experiment.*distill_weight 0.0 and None",
-        ),
-        ("broken", broken, "is not the results.json of a run"),
+    words = "no seed of the same experiment.*distill_weight 0.0 and None"
+    for other, message in (
+        (write_run(tmp_path / "rte", scores, data="rte"), "different data"),
+        (write_run(tmp_path / "layers", {2: 0.8}), "not seeds of one experiment"),
+        (write_run(tmp_path / "options", scores, distill_weight=None), words),
+        (broken, "is not the results.json of a run"),
     ):
         with pytest.raises(ValueError, match=message):
             read_curves([good, other])
-        assert name
     with pytest.raises(ValueError, match="metric='f2'.*Did you mean 'f1'"):
         report_runs([good], tmp_path / "out", "f2")
     with pytest.raises(ValueError, match="runs is empty"):
@@ -138,7 +124,7 @@ def test_scores_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> No
     endless = write_run(tmp_path / "endless", {1: float("inf"), 2: 0.5}, objective="ce")
     found = read_curves([good, bad, endless])
     assert [(curve.label, curve.scores) for curve in found.curves] == [
-        ("2ST-MHA ACL-CL", {1: [0.6], 2: [0.8]})
+        ("2ST-MHA ACL-CL", {1: Seeds({0: 0.6}), 2: Seeds({0: 0.8})})
     ]
     assert found.notes == [
         "Missing: 2ST-MHA ACL-CL on mrpc, seed 1 (f1 at layer 2 is nan).",
@@ -159,7 +145,7 @@ def test_curves_of_a_sweep(unfinished_sweep: Path, tmp_path: Path) -> None:
     assert [curve.num_seeds for curve in found.curves] == [2, 1]
     results = json.loads((sweep.of("cola", "ACL")[0].directory / "results.json").read_text())
     scores = results["metrics"]["validation"]
-    assert found.curves[1].scores[3] == [scores["3"]["matthews_correlation"]]
+    assert found.curves[1].scores[3] == Seeds({1: scores["3"]["matthews_correlation"]})
     assert found.notes == [
         "Missing: linear on cola, seeds 1, 2 (waiting).",
         "Missing: ours on cola, seed 2 (failed: exit status 1: no memory).",

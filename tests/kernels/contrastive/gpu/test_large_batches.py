@@ -1,35 +1,21 @@
 """The kernels of large batches against float64 and eager PyTorch, with small tiles."""
 
-import itertools
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
 from contrastive_cases import (
     DENOMINATORS,
     DEVICE,
+    DTYPES,
     LABELS,
     REDUCTIONS,
-    Inputs,
     check_error,
-    loss_function,
     make_inputs,
     run,
     use_implementation,
 )
 from fusedacl.kernels.contrastive import dispatch
-from fusedacl.kernels.contrastive.batch import Batch
 from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
 from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
-from torch import Tensor
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-LAYOUTS: dict[str, Callable[[int, int], Tensor]] = {
-    **LABELS,
-    "all singletons": lambda num, num_labels: torch.arange(num),
-}
-
 
 # NumPy, in the interpreter, warns of the NaN and infinity that some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
@@ -40,54 +26,15 @@ def fused_with_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     use_implementation(monkeypatch, "fused")
 
 
-def upstream_for(inputs: Inputs, labels: Tensor, **options: Any) -> Tensor:
-    loss = loss_function(inputs)(labels=labels, **inputs, impl="reference", **options)
-    return torch.randn(loss.shape, device=loss.device)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("denominator", DENOMINATORS)
-def test_error_is_that_of_eager_pytorch(poison: None, denominator: str, reduction: str) -> None:
-    """Every label layout; shapes, dtypes, exits, label embeddings and teachers alternate."""
-    options = {"denominator": denominator, "reduction": reduction}
-    shapes: list[dict[str, Any]] = [
-        {"num_samples": 40, "width": 1},
-        {"num_samples": 33, "num_labels": 5, "width": 6},
-        {"num_samples": 17, "num_labels": 3, "width": 33, "teacher": True, "exits": 3},
-        {"num_samples": 5, "num_labels": 50, "width": 70, "exits": 1},
-        {"num_samples": 31, "width": 16, "exits": 3},
-        {"num_samples": 20, "num_labels": 4, "width": 17, "teacher": True},
-    ]
-    dtypes = itertools.cycle(DTYPES)
-    for shape, (layout, make_labels) in zip(shapes, LAYOUTS.items(), strict=True):
-        num_labels = shape.get("num_labels")
-        if layout == "all singletons" and num_labels is not None:
-            make_labels = LAYOUTS["random"]
-        inputs = make_inputs(**shape, dtype=next(dtypes), device=DEVICE)
-        labels = make_labels(shape["num_samples"], num_labels or 3).to(DEVICE)
-        inputs["embeddings"][..., 2, :] = 0
-        inputs["embeddings"][..., labels == -100, :] = torch.nan
-        check_error(inputs, labels, upstream_for(inputs, labels, **options), **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("width", [130, 300])
-def test_wide_rows_come_in_chunks(poison: None, dtype: torch.dtype, width: int) -> None:
-    """Similarities are summed over chunks; several programs compute a row of the gradient."""
-    inputs = make_inputs(30, 4, width=width, dtype=dtype, device=DEVICE)
-    labels = LABELS["random"](30, 4).to(DEVICE)
-    for denominator, reduction in (("all", "none"), ("others", "mean")):
-        options = {"denominator": denominator, "reduction": reduction}
-        check_error(inputs, labels, upstream_for(inputs, labels, **options), **options)
-
-
 @pytest.mark.parametrize(
     "width, dtype",
-    [(20, torch.float16), (64, torch.bfloat16), (128, torch.float32), (256, torch.float16)],
-)
+    [(20, torch.float16), (64, torch.bfloat16), (128, torch.float32), (256, torch.float16),
+     (300, torch.float16)],
+)  # fmt: skip
 def test_with_the_shipped_tiles(
     monkeypatch: pytest.MonkeyPatch, width: int, dtype: torch.dtype
 ) -> None:
+    """Rows wider than 256 come in chunks; several programs compute a row of the gradient."""
     monkeypatch.undo()
     monkeypatch.setattr(dispatch, "SMALL_ROWS", 0)
     inputs = make_inputs(150, 7, width=width, dtype=dtype, device=DEVICE)
@@ -103,58 +50,6 @@ def test_measured_tiles_go_before_shipped_ones(monkeypatch: pytest.MonkeyPatch) 
         large_batches, "tuned", lambda name, *kind: measured if name == "pair_gradient" else None
     )
     assert large_batches.tiles(z) == Blocks(shipped.forward, measured)
-
-
-@pytest.mark.parametrize("num_samples", [0, 1, 15, 32, 33])
-def test_every_edge_of_a_tile(poison: None, num_samples: int) -> None:
-    labels = (torch.arange(num_samples) % 3).to(DEVICE)
-    for num_labels, denominator in itertools.product((None, 3), DENOMINATORS):
-        inputs = make_inputs(num_samples, num_labels, dtype=torch.float32, device=DEVICE)
-        check_error(inputs, labels, denominator=denominator, reduction="none")
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("temperature", [0.5, 0.05, 0.023])
-def test_temperatures(temperature: float, dtype: torch.dtype) -> None:
-    inputs = make_inputs(40, 5, width=32, dtype=dtype, device=DEVICE)
-    labels = LABELS["random"](40, 5).to(DEVICE)
-    for denominator, reduction in (("all", "mean"), ("others", "none"), ("negatives", "sum")):
-        options = {
-            "temperature": temperature, "denominator": denominator, "reduction": reduction,
-        }  # fmt: skip
-        check_error(inputs, labels, upstream_for(inputs, labels, **options), **options)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_the_smallest_exponentials_do_not_vanish(dtype: torch.dtype) -> None:
-    """Two opposite rows at the lowest temperature: exp(-2 / 0.023) = 1.7e-38, and loss 0."""
-    x = torch.randn(1, 8, device=DEVICE)
-    inputs = {"embeddings": torch.cat([x, -x]).to(dtype)}
-    labels = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    loss, gradient = run(
-        inputs, labels, None, impl="triton", temperature=0.023, denominator="others"
-    )
-    assert abs(loss.item()) < 0.05
-    assert gradient.isfinite().all()
-
-
-def test_a_loss_scale_does_not_overflow() -> None:
-    """An upstream gradient of 65536 scales a float16 gradient exactly."""
-    inputs = make_inputs(40, 5, width=32, dtype=torch.float16, device=DEVICE)
-    labels = LABELS["random"](40, 5).to(DEVICE)
-    for reduction in ("mean", "none"):
-        upstream = torch.ones_like(upstream_for(inputs, labels, reduction=reduction))
-        options = {"impl": "triton", "reduction": reduction}
-        for factor in (2.0**16, 2.0**-3):
-            plain = run(inputs, labels, upstream, **options)
-            scaled = run(inputs, labels, upstream * factor, **options)
-            for small, large in zip(plain[1:], scaled[1:], strict=True):
-                wanted = small.float() * factor
-                inside = (wanted.abs() < 65000) & (wanted.abs() > 1e-4)
-                # Below float16's normal numbers the unscaled gradient is less precise.
-                inside &= small.abs() > 1e-4
-                assert inside.any()
-                torch.testing.assert_close(large.float()[inside], wanted[inside])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -191,52 +86,3 @@ def test_class_sums_in_splits(monkeypatch: pytest.MonkeyPatch, poison: None) -> 
     labels = LABELS["ignored"](60, 3).to(DEVICE)
     for reduction in REDUCTIONS:
         check_error(inputs, labels, reduction=reduction)
-
-
-class NoKernel:
-    """A kernel whose launches do nothing."""
-
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
-        return lambda *_, **__: None
-
-
-@pytest.mark.parametrize("num_labels", [None, 16])
-def test_memory_is_that_of_the_rows(
-    monkeypatch: pytest.MonkeyPatch, num_labels: int | None
-) -> None:
-    """65536 float16 rows of width 64: at most 100 MB beside the inputs, gradients included."""
-    monkeypatch.undo()
-    for module in (pair_sums, row_steps):
-        for name in list(vars(module)):
-            if name.endswith("_kernel"):
-                monkeypatch.setattr(module, name, NoKernel())
-    num_samples = 65536 - (num_labels or 0)
-    inputs = make_inputs(num_samples, num_labels, width=64, dtype=torch.float16)
-    labels = torch.randint(10, (num_samples,))
-    with torch.profiler.profile(profile_memory=True) as profile:
-        batch = Batch(
-            inputs["embeddings"], labels, inputs.get("label_embeddings"), None, None,
-            0.5, "all", "none", -100,
-        )  # fmt: skip
-        trained = True, num_labels is not None
-        _, saved = large_batches.forward(batch, *trained)
-        large_batches.backward(torch.ones(65536), saved, batch.shape(*trained))
-    events = profile.profiler.kineto_results.events()
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
-    assert 30e6 < max(itertools.accumulate(change for _, change in changes)) < 100e6
-
-
-def test_what_cannot_run_is_said_in_words() -> None:
-    for arguments, message in (
-        ((4096, 64, torch.float16, 0.5, 75), "7.5 has no matrix unit.*impl='tiled'"),
-        ((4096, 64, torch.float64, 0.5, 90), "float64.*impl='tiled'"),
-        ((4096, 1025, torch.float16, 0.5, 90), "width 1025 is above 1024.*impl='tiled'"),
-        ((4096, 64, torch.float16, 0.0229, 90), "temperature 0.0229 is below 0.023.*'tiled'"),
-    ):
-        reason = large_batches.obstacle(*arguments)
-        assert reason is not None
-        with pytest.raises(ValueError, match=message):
-            raise ValueError(reason)
-    assert large_batches.obstacle(4096, 1024, torch.bfloat16, 0.023, 80) is None

@@ -5,21 +5,12 @@ import itertools
 import shutil
 import subprocess
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import (
-    DENOMINATORS,
-    KINDS,
-    LABELS,
-    check_error,
-    combine,
-    make_inputs,
-    run,
-)
+from contrastive_cases import DENOMINATORS, KINDS, check_error, make_inputs, run
 from fusedacl.kernels import acl_loss
 from fusedacl.kernels.contrastive.batch import Batch
 from fusedacl.kernels.contrastive.tiled import cpu_loop
@@ -49,44 +40,11 @@ def set_threads(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
 
 
-@pytest.mark.parametrize("num_threads", [1, 3])
-def test_error_is_that_of_eager_pytorch(monkeypatch: pytest.MonkeyPatch, num_threads: int) -> None:
-    """Any three of label layout, exits, kind of inputs, denominator and reduction."""
-    set_threads(monkeypatch, num_threads)
-    for layout, exits, kind, denominator, reduction in combine(
-        list(LABELS), (None, 2, 5), KINDS, DENOMINATORS, ("mean", "sum"), strength=3
-    ):
-        inputs = make_inputs(19, exits=exits, width=20, dtype=torch.float32, **kind)
-        labels = LABELS[layout](19, kind["num_labels"] or 3)
-        inputs["embeddings"][..., 2, :] = 0
-        inputs["embeddings"][..., labels == -100, :] = torch.nan
-        check_error(inputs, labels, impl="tiled", denominator=denominator, reduction=reduction)
-
-
-@pytest.mark.parametrize("num_samples", [0, 1, 5, 6, 7, 12, 15, 16, 17, 31, 33, 96])
-def test_every_edge_of_a_block(num_samples: int) -> None:
-    """Blocks have 6 rows and 16 columns; rows beyond the inputs' memory must not count."""
-    for width, kind, denominator in combine((8, 15, 16, 17, 64), KINDS, DENOMINATORS):
-        inputs = make_inputs(num_samples, width=width, dtype=torch.float32, **kind)
-        labels = torch.arange(num_samples) % 3
-        check_error(inputs, labels, impl="tiled", denominator=denominator)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("temperature", [5.0, 0.05, 0.015])
-def test_dtypes_and_temperatures(temperature: float, dtype: torch.dtype) -> None:
-    inputs = make_inputs(40, 5, width=32, teacher=True, dtype=dtype)
-    check_error(inputs, torch.arange(40) % 5, impl="tiled", temperature=temperature)
-
-
 def test_up_to_the_most_rows(counted: list[int]) -> None:
-    num_samples = cpu_loop.MAX_ROWS - 7
-    inputs = make_inputs(num_samples, 7, width=24, dtype=torch.float32)
-    check_error(inputs, torch.randint(7, (num_samples,)), impl="tiled")
-    assert len(counted) == 1
-    inputs = make_inputs(num_samples + 1, 7, width=24, dtype=torch.float32)
-    check_error(inputs, torch.randint(7, (num_samples + 1,)), impl="tiled")
-    assert len(counted) == 1
+    for num_samples in (cpu_loop.MAX_ROWS - 7, cpu_loop.MAX_ROWS - 6):
+        inputs = make_inputs(num_samples, 7, width=24, dtype=torch.float32)
+        check_error(inputs, torch.randint(7, (num_samples,)), impl="tiled")
+        assert len(counted) == 1
 
 
 @pytest.mark.parametrize("exits", [None, 2, 5])
@@ -102,19 +60,6 @@ def test_bits_do_not_depend_on_the_number_of_threads(
             assert torch.equal(wanted, got)
 
 
-def test_strided_inputs_and_small_integers() -> None:
-    inputs = {
-        "embeddings": torch.randn(20, 18)[::2, ::2],
-        "label_embeddings": torch.randn(9, 3).t(),
-    }
-    dense = {name: tensor.contiguous() for name, tensor in inputs.items()}
-    labels = torch.arange(10) % 3
-    expected = run(dense, labels, None, impl="tiled")
-    for strided in (labels.to(torch.uint8), labels.repeat_interleave(2)[::2]):
-        for wanted, got in zip(expected, run(inputs, strided, None, impl="tiled"), strict=True):
-            assert torch.equal(wanted, got)
-
-
 @pytest.mark.parametrize("exits", [None, 3])
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_a_label_out_of_range_is_named(
@@ -126,22 +71,13 @@ def test_a_label_out_of_range_is_named(
         acl_loss(labels=torch.tensor([0, -100, 9, -5]), **inputs)
 
 
-def test_nan_and_infinity_are_not_hidden() -> None:
-    for value in (torch.nan, torch.inf):
-        inputs = make_inputs(9, dtype=torch.float32)
-        inputs["embeddings"][4, 2] = value
-        loss, gradient = run(inputs, torch.arange(9) % 3, None, impl="tiled")
-        assert loss.isnan()
-        assert gradient.isnan().any()
-
-
 def test_what_it_does_not_take(monkeypatch: pytest.MonkeyPatch, counted: list[int]) -> None:
     batch = Batch(torch.randn(4, 3), torch.zeros(4), None, None, None, 0.5, "all", "mean", -100)
     takes = cpu_loop.takes
     assert takes(batch, torch.float32)
-    assert not takes(replace(batch, reduction="none"), torch.float32)
+    assert not takes(batch._replace(reduction="none"), torch.float32)
     assert not takes(batch, torch.float64)
-    assert not takes(replace(batch, embeddings=batch.embeddings.to("meta")), torch.float32)
+    assert not takes(batch._replace(embeddings=batch.embeddings.to("meta")), torch.float32)
     inputs = make_inputs(19, 3, width=20, dtype=torch.float32)
     at_once = run(inputs, torch.arange(19) % 3, None, impl="tiled")
     assert len(counted) == 1

@@ -5,51 +5,36 @@ import torch
 from contrastive_cases import (
     DENOMINATORS,
     DEVICE,
+    DTYPES,
+    KINDS,
     LABELS,
     REDUCTIONS,
     check_error,
     combine,
     make_inputs,
     run,
+    use_implementation,
 )
-from fusedacl.kernels.contrastive.tiled import cpu_loop
 from fusedacl.kernels.contrastive.tiled import loss as tiled
-
-KINDS = ({"num_labels": None}, {"num_labels": 5}, {"num_labels": 3, "teacher": True, "exits": 2})
 
 
 @pytest.fixture(autouse=True)
 def small_gpu_tiles(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
-    """Use several tiles, also incomplete ones, each of several blocks."""
-    monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
-    monkeypatch.setattr(tiled, "TILE", 48)
-    monkeypatch.setattr(tiled, "GPU_TILE", 48)
-    monkeypatch.setattr(tiled, "ONE_TILE", 0)
-    monkeypatch.setattr(tiled, "FEW_ROWS", 0)
-    monkeypatch.setattr(tiled, "has_epilogue", lambda tensor: tensor.dtype != torch.float64)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_error_is_that_of_eager_pytorch(dtype: torch.dtype) -> None:
-    for kind, denominator, reduction, temperature in combine(
-        KINDS, DENOMINATORS, REDUCTIONS, (0.5, 0.05)
-    ):
-        inputs = make_inputs(61, width=20, dtype=dtype, device=DEVICE, **kind)
-        labels = torch.randint(kind["num_labels"] or 4, (61,), device=DEVICE)
-        check_error(
-            inputs, labels, impl="tiled",
-            denominator=denominator, reduction=reduction, temperature=temperature,
-        )  # fmt: skip
+    use_implementation(monkeypatch, "tiles on a GPU")
 
 
 @pytest.mark.parametrize("layout", LABELS)
 def test_label_layouts(layout: str) -> None:
-    for dtype, num_samples, denominator in combine(
-        (torch.float16, torch.float32), (1, 2, 49), DENOMINATORS
+    """Any two of dtype, size, kind of inputs, options and temperature; also run as PTX."""
+    for dtype, num_samples, kind, denominator, reduction, temperature in combine(
+        DTYPES, (1, 2, 49, 61), KINDS, DENOMINATORS, REDUCTIONS, (0.5, 0.05)
     ):
-        inputs = make_inputs(num_samples, 4, width=7, dtype=dtype, device=DEVICE)
-        labels = LABELS[layout](num_samples, 4).to(DEVICE)
-        check_error(inputs, labels, impl="tiled", denominator=denominator)
+        inputs = make_inputs(num_samples, width=7, dtype=dtype, device=DEVICE, **kind)
+        labels = LABELS[layout](num_samples, kind["num_labels"] or 4).to(DEVICE)
+        check_error(
+            inputs, labels, impl="tiled",
+            denominator=denominator, reduction=reduction, temperature=temperature,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -95,26 +80,9 @@ def test_a_rare_class_that_is_the_negative_of_all_others(monkeypatch: pytest.Mon
         assert gradient.isfinite().all()
 
 
-def test_loss_scale_does_not_overflow_in_float16() -> None:
-    inputs = make_inputs(60, 3, width=16, dtype=torch.float16, device=DEVICE)
-    labels = torch.randint(3, (60,), device=DEVICE)
-    for reduction in ("mean", "none"):
-        upstream = torch.full((63,) if reduction == "none" else (), 2.0**15, device=DEVICE)
-        upstream = upstream / 63 if reduction == "none" else upstream
-        check_error(inputs, labels, upstream, impl="tiled", reduction=reduction)
-
-
 def test_a_row_close_to_all_others() -> None:
     """Its weights sum to the number of rows: the scaled float16 sum must not overflow."""
     hub = torch.randn(1, 16)
     samples = (hub + 0.01 * torch.randn(100, 16)).half()
     labels = torch.arange(100, device=DEVICE) % 50
     check_error({"embeddings": samples.to(DEVICE)}, labels, impl="tiled", temperature=0.05)
-
-
-def test_nan_is_not_hidden() -> None:
-    inputs = make_inputs(60, dtype=torch.float32, device=DEVICE)
-    inputs["embeddings"][4, 2] = torch.nan
-    loss, gradient = run(inputs, torch.arange(60, device=DEVICE) % 3, None, impl="tiled")
-    assert loss.isnan()
-    assert gradient.isnan().any()

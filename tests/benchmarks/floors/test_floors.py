@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from fusedacl.benchmarks.floors.loss_and_gate import combine_floor, dot_norm_floor, loss_floor
-from fusedacl.benchmarks.floors.rates import Rates
+from fusedacl.benchmarks.floors.loss import loss_floor, pass_seconds
+from fusedacl.benchmarks.floors.rates import Floor, Rates
+from fusedacl.benchmarks.suites.gate.case import BERT_BASE, AngleCase
+from fusedacl.benchmarks.suites.gate.suite import SUITE
 
-BERT_BASE = 109_482_240
 # NVIDIA's figures; exponentials: 16 per clock and multiprocessor.
 V100 = Rates("V100", {torch.float16: 125e12, torch.float32: 15.7e12}, 80 * 16 * 1.53e9, 900e9)
 H200 = Rates(
@@ -20,31 +23,29 @@ H200 = Rates(
 
 def test_the_angle_check_reads_both_lists_once() -> None:
     """BERT-base in float32: 0.97 ms on a V100, 0.2 ms on an H200."""
-    assert dot_norm_floor(V100, BERT_BASE, 4) == pytest.approx(0.97e-3, rel=0.05)
-    assert round(dot_norm_floor(H200, BERT_BASE, 4) * 1e3, 1) == 0.2
-    assert dot_norm_floor(V100, BERT_BASE, 2) == pytest.approx(0.97e-3 / 2, rel=0.05)
-    assert combine_floor(V100, BERT_BASE, 4) == pytest.approx(
-        1.5 * dot_norm_floor(V100, BERT_BASE, 4)
+    case = AngleCase("dot_norm", BERT_BASE)
+    on_v100 = SUITE.floor(V100, case).seconds
+    assert on_v100 == pytest.approx(0.97e-3, rel=0.05)
+    assert round(SUITE.floor(H200, case).seconds * 1e3, 1) == 0.2
+    assert SUITE.floor(V100, replace(case, dtype="float16")).seconds == on_v100 / 2
+    combined, both = (
+        SUITE.floor(V100, replace(case, task=task)).seconds for task in ("combine", "gate")
     )
+    assert combined == pytest.approx(1.5 * on_v100)
+    assert both == pytest.approx(on_v100 + combined)
 
 
 def test_exp_binds_narrow_rows_on_a_fast_matrix_unit() -> None:
     """H200: 16 exp and 4096 FLOP per clock and multiprocessor, 2 d FLOP per exp forward."""
-    for width, forward, backward in (
-        (64, "exp", "matrix unit"),
-        (128, "matrix unit", "matrix unit"),
-        (32, "exp", "exp"),
-    ):
-        floor = loss_floor(H200, 16384, width, torch.float16)
-        assert floor is not None
-        assert (floor.forward.bound_by, floor.backward.bound_by) == (forward, backward)
-    floor = loss_floor(H200, 65536, 64, torch.bfloat16)
-    assert floor is not None
+    for width, binds in ((64, (False, True)), (128, (True, True)), (32, (False, False))):
+        passes = pass_seconds(H200, 16384, width, torch.float16)
+        assert tuple(matrix > exponential for matrix, exponential in passes) == binds
     pairs, clocks = 65536**2, 132 * 1.98e9
-    assert floor.forward.seconds == pytest.approx(pairs / 2 / 16 / clocks)
-    assert floor.backward.seconds == pytest.approx(4 * pairs * 64 / 989.4e12)
-    assert floor.memory == pytest.approx(65536 * 64 * (3 * 2 + 4) / 4.8e12)
-    assert floor.seconds == pytest.approx(floor.forward.seconds + floor.backward.seconds)
+    forward, backward = pass_seconds(H200, 65536, 64, torch.bfloat16)
+    assert max(forward) == pytest.approx(pairs / 2 / 16 / clocks)
+    assert max(backward) == pytest.approx(4 * pairs * 64 / 989.4e12)
+    floor = loss_floor(H200, 65536, 64, torch.bfloat16)
+    assert floor == Floor(max(forward) + max(backward), "exp")
 
 
 def test_a_cpu_adds_both_units_and_recomputes_half_of_the_pairs() -> None:
@@ -52,15 +53,12 @@ def test_a_cpu_adds_both_units_and_recomputes_half_of_the_pairs() -> None:
     floor = loss_floor(cpu, 4096, 64, torch.float32)
     assert floor is not None
     pairs = 4096**2
-    assert floor.forward.seconds == pytest.approx(pairs * 64 / 100e9 + pairs / 2 / 1e9)
-    assert floor.backward.seconds == pytest.approx(3 * pairs * 64 / 100e9 + pairs / 2 / 1e9)
+    assert floor.seconds == pytest.approx(4 * pairs * 64 / 100e9 + pairs / 1e9)
 
 
 def test_memory_binds_a_batch_of_few_rows() -> None:
-    floor = loss_floor(V100, 16, 64, torch.float16)
-    assert floor is not None
-    assert floor.seconds == floor.memory
-    assert floor.bound_by == "memory"
+    memory = 16 * 64 * (3 * 2 + 4) / 900e9
+    assert loss_floor(V100, 16, 64, torch.float16) == Floor(pytest.approx(memory), "memory")
 
 
 def test_a_machine_without_bfloat16_has_no_floor_for_it() -> None:
