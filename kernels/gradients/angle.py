@@ -266,7 +266,14 @@ def _is_gradient(tensor: Tensor | None, device: torch.device) -> bool:
         and tensor.layout is torch.strided
         and tensor.is_floating_point()
         and tensor.device == device
+        and _has_memory(tensor)
     )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    """False for tensors that stand for others, such as DTensor and FakeTensor: their address means
+    nothing."""
+    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _refuse(name: str, tensor: Any, device: torch.device) -> NoReturn:
@@ -279,6 +286,11 @@ def _refuse(name: str, tensor: Any, device: torch.device) -> NoReturn:
         )
     if not tensor.is_floating_point():
         raise TypeError(f"{name} is {tensor.dtype}: a gradient must be a floating-point tensor")
+    if not _has_memory(tensor):
+        raise TypeError(
+            f"{name} is a {type(tensor).__name__}, which has no memory of its own: pass plain "
+            "tensors (of a DTensor its part, .to_local(), and sum the stats over the ranks)"
+        )
     raise ValueError(
         f"{name} is on {tensor.device} and the first gradient on {device}: all gradients must be "
         "on one device"

@@ -8,6 +8,8 @@ from fusedacl.kernels import angle_degrees, combined_squared_norm, gated_combine
 from fusedacl.kernels.gradients import angle as gradients
 from fusedacl.kernels.gradients import cpu
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 NAN, INF = math.nan, math.inf
 List = list[Tensor | None]
@@ -260,6 +262,9 @@ def combine(a: Any = None, b: Any = None, stats: Tensor = STATS, **options: Any)
 
 
 SPARSE, META = torch.ones(3).to_sparse(), X.to("meta")
+with FakeTensorMode():
+    FAKE = torch.ones(3)
+TWO = TwoTensor(torch.ones(3), torch.ones(3))
 VALUE_ERRORS = {
     "a has 1 entries and b 2": sums([X], [X, X]),
     "a and b are empty": sums([], []),
@@ -282,6 +287,8 @@ TYPE_ERRORS = {
     r"a\[0\] is sparse .*to_dense": sums([SPARSE], [X]),
     r"b\[0\] is torch.int64": sums([X], [X.long()]),
     r"a\[0\] must be a torch.Tensor or None, not list": sums([[1.0]], [X]),
+    r"a\[0\] is a FakeTensor, which has no memory": sums([FAKE], [FAKE]),
+    r"a\[0\] is a TwoTensor, .*plain tensors": combine(a=[TWO], b=[TWO]),
 }
 
 
