@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 pytest.importorskip("deepspeed")
 
 from fusedacl.engine import TrainingConfig, train
+from fusedacl.engine.config.fields import write_yaml
 from fusedacl.engine.runtime import processes
 from fusedacl.engine.training.builder import build_run
 from rank_pool import Ranks
@@ -150,3 +154,19 @@ def test_the_first_process_profiles_its_exchanges(
     assert sum(shares.values()) == pytest.approx(1)
     assert {name for name, share in shares.items() if share > 0} == set(shares)
     assert model_of(profiled) == model_of(plain)
+
+
+def test_zero_3_without_a_launcher(options: dict[str, Any], tmp_path: Path) -> None:
+    """In a process of its own, which has none of a launcher's variables."""
+    options |= {
+        "max_steps": 2,
+        "strategy": "single",
+        "deepspeed_config": deepspeed_file(tmp_path, 3),
+    }
+    write_yaml(TrainingConfig.create(**options), tmp_path / "options.yaml")
+    command = [sys.executable, "-m", "fusedacl.engine", "train", str(tmp_path / "options.yaml")]
+    launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in launchers}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "validation, exit at layer 2: accuracy" in done.stdout

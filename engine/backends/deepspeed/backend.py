@@ -102,6 +102,9 @@ class DeepSpeedBackend(Backend):
             self._frozen = {id(p): p.detach().cpu().clone() for p in frozen}
         # ZeRO 3 replaces it, for every model of the process, by one that rounds differently.
         self._linear = functional.linear
+        # DeepSpeed reads it without a launcher too, ZeRO 3 in every step.
+        self._sets_local_rank = "LOCAL_RANK" not in os.environ
+        os.environ.setdefault("LOCAL_RANK", "0")
         self.engine = _initialize(
             self.settings.config, model=self.model, optimizer=base, lr_scheduler=self.scheduler
         )
@@ -309,6 +312,8 @@ class DeepSpeedBackend(Backend):
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         functional.linear = self._linear
+        if self._sets_local_rank:
+            del os.environ["LOCAL_RANK"]  # other libraries take it for a launcher's
         _make_plain(self.model, full, self.device)
 
 
@@ -332,14 +337,7 @@ def _initialize(config: dict[str, Any], **arguments: Any) -> Any:
     # Used on a CPU only, where compiling it takes minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(verbose=False)
-    # DeepSpeed needs it without a launcher too. Left set, it would be taken for a launcher's.
-    has_rank = "LOCAL_RANK" in os.environ
-    os.environ.setdefault("LOCAL_RANK", "0")
-    try:
-        engine, *_ = deepspeed.initialize(config=config, **arguments)
-    finally:
-        if not has_rank:
-            del os.environ["LOCAL_RANK"]
+    engine, *_ = deepspeed.initialize(config=config, **arguments)
     return engine
 
 
