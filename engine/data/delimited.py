@@ -119,7 +119,7 @@ def _tsv_reading(text: str, where: str, notes: list[str]) -> _Reading:
     quoted = _read(text, _CSV_REMEDY.replace("comma", "tab"), delimiter="\t", strict=True)
     fields = [cell for row in (plain.names, *plain.rows) for cell in row if '"' in cell]
     in_quotes = [cell for cell in fields if _IN_QUOTES.fullmatch(cell)]
-    is_quoted = _is_quoted(plain, quoted, fields, in_quotes, where)
+    is_quoted = _is_quoted(plain, quoted, fields, in_quotes, text, where)
     if is_quoted:
         if quoted.problem and any('\\"' in cell for cell in fields):
             quoted.problem += " (in csv a backslash before a quote means nothing)"
@@ -132,10 +132,15 @@ def _tsv_reading(text: str, where: str, notes: list[str]) -> _Reading:
 
 
 def _is_quoted(
-    plain: _Reading, quoted: _Reading, fields: list[str], in_quotes: list[str], where: str
+    plain: _Reading,
+    quoted: _Reading,
+    fields: list[str],
+    in_quotes: list[str],
+    text: str,
+    where: str,
 ) -> bool:
     """Decide by the rule of `_tsv_reading`; `fields` hold a quote, `in_quotes` are well-formed."""
-    num_doubled = sum('""' in cell[1:-1] for cell in in_quotes)
+    num_doubled = sum(map(_is_doubled, in_quotes))
     num_plain = len(fields) - len(in_quotes)
     one_sided = max(num_doubled, num_plain) >= _PREVAILS * min(num_doubled, num_plain)
     header_in_quotes = all(_IN_QUOTES.fullmatch(name) for name in plain.names if name)
@@ -143,16 +148,19 @@ def _is_quoted(
     if plain.problem and quoted.problem:
         if not one_sided or num_doubled == num_plain:
             in_doubt = f"As in csv: {quoted.problem}. As characters: {plain.problem}."
-    elif plain.problem:
+    elif plain.problem or header_in_quotes:
+        # Nobody writes a header in quotes that are part of the names.
         return True
-    elif not quoted.problem and len(quoted.rows) < len(plain.rows) and len(plain.names) > 1:
+    elif not quoted.problem and len(quoted.rows) < len(plain.rows):
+        if len(plain.names) == 1 and _rewrites(quoted, text):
+            return True
         in_doubt = (
             f"As in csv there are {len(quoted.rows)} rows, of which some hold line breaks; as "
             f"characters there are {len(plain.rows)} rows."
         )
-    elif _is_glue_qqp(plain, quoted):
+    elif _is_glue_qqp(plain, quoted, in_quotes):
         return False
-    elif not one_sided and not header_in_quotes:
+    elif not one_sided:
         example = next(cell for cell in fields if cell not in in_quotes)
         in_doubt = (
             f"{num_doubled} fields stand in quotes with doubled quotes inside, as in csv; "
@@ -163,24 +171,34 @@ def _is_quoted(
             f"{where}: are quotes those of csv or ordinary characters? {in_doubt} Write the file "
             "as csv or jsonl, which leave no doubt."
         )
-    # Nobody writes a header in quotes that are part of the names.
-    if header_in_quotes or num_doubled > num_plain:
+    if num_doubled > num_plain:
         return True
     if num_plain:
         return all(_WITH_BACKSLASHES.fullmatch(cell) for cell in fields)
     return _writer_explains(plain)
 
 
-def _is_glue_qqp(plain: _Reading, quoted: _Reading) -> bool:
+def _rewrites(quoted: _Reading, text: str) -> bool:
+    """True if a csv writer makes this text of the rows."""
+    written = io.StringIO(newline="")
+    csv.writer(written, delimiter="\t").writerows([quoted.names, *quoted.rows])
+    return written.getvalue().splitlines() == text.splitlines()
+
+
+def _is_doubled(cell: str) -> bool:
+    """True for a field in quotes with doubled quotes inside."""
+    return '""' in cell[1:-1] and _IN_QUOTES.fullmatch(cell) is not None
+
+
+def _is_glue_qqp(plain: _Reading, quoted: _Reading, in_quotes: list[str]) -> bool:
     """True for GLUE's QQP, whose texts keep the quotes that a csv writer once put around them.
 
-    Written by a csv writer again, its texts are in quotes even after those of csv are taken off.
+    If a csv writer wrote those texts again, they are in quotes still when its own are taken off.
     """
-    return (
-        not quoted.problem
-        and set(GLUE_TASKS["qqp"].text_columns) <= set(plain.names)
-        and not any(_IN_QUOTES.fullmatch(cell) for row in quoted.rows for cell in row)
-    )
+    if not set(GLUE_TASKS["qqp"].text_columns) <= set(plain.names):
+        return False
+    twice = sum(_is_doubled(cell) for row in quoted.rows for cell in row)
+    return bool(quoted.problem) or twice < sum(map(_is_doubled, in_quotes)) / 2
 
 
 def _writer_explains(plain: _Reading) -> bool:
