@@ -235,7 +235,8 @@ def _refuse_header(reading: _Reading, separator: str, where: str) -> None:
     if len(names) == 1:
         _offer_separator(names[0], separator, where)
     refuse_repeated(names[: reading.named], where)
-    if usual and names in reading.rows:
+    # A single word may well be a text.
+    if usual and len(names) > 1 and names in reading.rows:
         raise ValueError(
             f"{where}: data row {reading.rows.index(names) + 1} repeats the header, as in files "
             "that were joined: take that line out."

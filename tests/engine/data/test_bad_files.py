@@ -145,8 +145,8 @@ BAD_FILES: dict[str, tuple[str, bytes | str, tuple[str, ...]]] = {
     ),
     "broken in both": (
         "a.tsv",
-        'text\tlabel\n"a\tb\n"c"\t0\tx\n',
-        ("As in csv: data row 1", "As characters: data row 2", "csv or jsonl"),
+        'text\tlabel\n"a ""b"""\t0\n"c" d\t1\ne\tf\tg\n',
+        ("As in csv: data row 2", "As characters: data row 3", "csv or jsonl"),
     ),
     "backslashes": (
         "a.tsv",

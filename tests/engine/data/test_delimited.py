@@ -67,7 +67,7 @@ def test_quotes_that_a_writer_explains_are_taken_off(
         ('"Yes."', 'She said "no".', True),
         ('"Yes."', "No, she said.", True),
         ('"A', "B", False),
-        ('"', 'b"', False),
+        ('"', 'b" c', False),
         ('an 5" disk', "B", False),
     ],
 )
@@ -152,6 +152,7 @@ def test_headers_that_are_no_data(tmp_path: Path, header: str) -> None:
 def test_a_repeated_row_is_no_second_header(tmp_path: Path) -> None:
     columns, _ = read(tmp_path / "a.csv", "text,label\ntext,0\ntext,0\n")
     assert columns == [["text", "text"], ["0", "0"]]
+    assert read(tmp_path / "a.csv", "text\ntext\nword\n")[0] == [["text", "word"]]
 
 
 def test_load_splits_takes_options_or_names(tmp_path: Path) -> None:
