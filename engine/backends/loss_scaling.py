@@ -1,7 +1,5 @@
 """Dynamic loss scaling for float16: on the device, or on the host for DeepSpeed."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
@@ -114,22 +112,16 @@ class DeepSpeedLossScaler:
                 )
             self.scale = max(self.scale / 2, options.min_loss_scale)
             return
-        if options.consecutive_hysteresis:
-            self.patience = options.hysteresis
         self.num_good_steps += 1
-        if self.num_good_steps == options.loss_scale_window:
+        grows = self.num_good_steps == options.loss_scale_window
+        if grows:
             self.scale *= 2
             self.num_good_steps = 0
+        if grows or options.consecutive_hysteresis:
             self.patience = options.hysteresis
 
     def state_dict(self) -> dict[str, float]:
-        return {
-            "scale": self.scale,
-            "num_good_steps": self.num_good_steps,
-            "patience": self.patience,
-        }
+        return {name: getattr(self, name) for name in ("scale", "num_good_steps", "patience")}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.scale = state["scale"]
-        self.num_good_steps = int(state["num_good_steps"])
-        self.patience = int(state["patience"])
+        vars(self).update(state)

@@ -1,8 +1,7 @@
 """AdamW, PyTorch's or NVIDIA apex's fused one, and its learning-rate schedule."""
 
-from __future__ import annotations
-
 import importlib.util
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from transformers import get_linear_schedule_with_warmup
 
 from ..config.sections import OptimizationOptions
 
-OPTIMIZERS = ("adamw", "apex_fused_adam")
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
 
 
@@ -21,13 +19,14 @@ def new_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW over parameter groups, each with its own weight_decay.
 
+    Args:
+        name: the option `optimizer`.
+
     Raises:
-        ValueError: the name is unknown, or apex's FusedAdam cannot run here.
+        ValueError: apex's FusedAdam cannot run here.
     """
     if name == "adamw":
         return torch.optim.AdamW(parameter_groups, lr=learning_rate, fused=True)
-    if name != "apex_fused_adam":
-        raise ValueError(f"optimizer={name!r} is not one of {', '.join(OPTIMIZERS)}.")
     return apex_fused_adam(device)(parameter_groups, lr=learning_rate, adam_w_mode=True)
 
 
@@ -38,28 +37,29 @@ def apex_fused_adam(device: torch.device) -> Any:
         ValueError: there is no GPU, apex is missing or built without its kernels, or another
             project of that name is installed.
     """
+    name = "optimizer=apex_fused_adam"
     remedy = "Use optimizer=adamw (fused in PyTorch), or build NVIDIA apex from " + APEX_SOURCE
     if device.type != "cuda":
-        raise ValueError(f"optimizer=apex_fused_adam needs a GPU, not {device.type}. {remedy}.")
+        raise ValueError(f"{name} needs a GPU, not {device.type}. {remedy}.")
     if importlib.util.find_spec("apex") is None:
-        raise ValueError(f"optimizer=apex_fused_adam: apex is not installed. {remedy}.")
+        raise ValueError(f"{name}: apex is not installed. {remedy}.")
     try:
         optimizers = importlib.import_module("apex.optimizers")
     except ImportError:
         raise ValueError(
-            "optimizer=apex_fused_adam: the installed package 'apex' is not NVIDIA's; the one of "
-            f"that name on PyPI is another project. pip uninstall apex. {remedy}."
+            f"{name}: the installed package 'apex' is not NVIDIA's; the one of that name on PyPI "
+            f"is another project. pip uninstall apex. {remedy}."
         ) from None
     # apex imports without its kernels, and fails at the first step.
     if importlib.util.find_spec("amp_C") is None:
         raise ValueError(
-            "optimizer=apex_fused_adam: apex was built without its CUDA extensions (amp_C is "
-            f"missing). {remedy}, with --cpp_ext --cuda_ext."
+            f"{name}: apex was built without its CUDA extensions (amp_C is missing). {remedy}, "
+            "with --cpp_ext --cuda_ext."
         )
     return optimizers.FusedAdam
 
 
-def decay_groups(parameters: list[Parameter], weight_decay: float) -> list[dict[str, Any]]:
+def decay_groups(parameters: Sequence[Parameter], weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's parameter groups: matrices decay; biases and norms, which are vectors, do not."""
     matrices = [parameter for parameter in parameters if parameter.ndim >= 2]
     vectors = [parameter for parameter in parameters if parameter.ndim < 2]

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .fields import option
-from .sections import MAX_SEED, DataOptions, device_option, disable_tqdm_option
+from .sections import (
+    MAX_SEED,
+    DataOptions,
+    EvaluationDataOptions,
+    device_option,
+    disable_tqdm_option,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class EvaluationConfig:
     """All options of `fusedacl evaluate`."""
 
     model: InferenceOptions = field(default_factory=InferenceOptions)
-    data: DataOptions = field(default_factory=DataOptions)
+    data: EvaluationDataOptions = field(default_factory=EvaluationDataOptions)
     output: EvaluationOutputOptions = field(default_factory=EvaluationOutputOptions)
 
 
@@ -42,7 +48,7 @@ class PredictionOptions:
         " spreadsheet would run as a formula (=, +, -, @, tab or line break first; not numbers)",
     )
     text_column: str | None = option(
-        None, "column of the text, or of the first text of a pair; unset: found by its name"
+        None, "column of the text, or of the first text of a pair; unset: that of the training data"
     )
     text_pair_column: str | None = option(
         None, "column of the second text of a pair; needs --text_column"

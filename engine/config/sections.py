@@ -66,6 +66,15 @@ class DataOptions:
     )
     dataset_config_name: str | None = option(None, "configuration (subset) of --dataset_name")
     validation_file: str | None = option(None, "validation file: csv, tsv, jsonl or parquet")
+    text_column: str | None = option(
+        None,
+        "column of the text, or of the first text of a pair. Unset: that of the trained model, else"
+        " found by its name",
+    )
+    text_pair_column: str | None = option(
+        None, "column of the second text of a pair; needs --text_column"
+    )
+    label_column: str | None = option(None, "column of the labels; unset: 'label' or 'labels'")
     max_seq_length: int | None = option(
         None,
         "maximum tokens per text or pair; longer ones are truncated. Unset: 128 in training,"
@@ -74,6 +83,13 @@ class DataOptions:
     )
     max_eval_samples: int | None = option(
         None, "evaluate on the first samples of the split only", at_least=1
+    )
+
+
+@dataclass(frozen=True)
+class EvaluationDataOptions(DataOptions):
+    split: str | None = option(
+        None, "split to evaluate on, such as test; unset: validation, or test where there is none"
     )
 
 

@@ -1,5 +1,6 @@
 """Tokenised texts in flat arrays, the batches of an epoch, and padded batches as tensors."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -13,6 +14,8 @@ from .columns import TextSplit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger("fusedacl")
 
 _TEXTS_PER_CHUNK = 1000
 # A tokenizer needs some 300 bytes per character while it works.
@@ -113,6 +116,18 @@ def encode(
         num_truncated=num_truncated,
         max_length=max_length,
     )
+
+
+def log_truncation(name: str, encoded: EncodedSplit) -> None:
+    """Log how many texts of a split are longer than the model reads."""
+    if encoded.num_truncated:
+        logger.info(
+            "%s: %d of %d texts are longer than max_seq_length=%d and lose their ends.",
+            name,
+            encoded.num_truncated,
+            len(encoded),
+            encoded.max_length,
+        )
 
 
 def epoch_batches(

@@ -1,4 +1,4 @@
-"""Texts and class indices from the columns of a table, with checks of every row.
+"""Texts and labels in the columns of a table, with checks of every row.
 
 Messages count rows from 1, without the header of a csv file.
 """
@@ -12,10 +12,8 @@ import pyarrow.compute
 
 from ..runtime.text import did_you_mean
 
-LABEL_COLUMNS = ("label", "labels")
 # Label of every row of GLUE's test splits.
 UNLABELLED = -1
-_CONVENTIONAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
 # Eighteen digits always fit into 64 bits; codes such as 007 are names, not numbers.
 _INTEGER = r"^-?(0|[1-9]\d{0,17})$"
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
@@ -48,73 +46,6 @@ class TextSplit:
         )
 
 
-@dataclass(frozen=True)
-class Classes:
-    """The names of the classes in order, and the meaning of integer labels.
-
-    origin: source of the names, for messages. by_index: True if an integer label is an index into
-    `names` (the names came from a list beside the data), False if it is itself a name.
-    """
-
-    names: list[str]
-    origin: str
-    by_index: bool
-
-    def __post_init__(self) -> None:
-        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
-        if repeated:
-            raise ValueError(f"{self.origin}: the class {repeated[0]!r} is listed twice.")
-        if len(self.names) < 2:
-            raise ValueError(
-                f"{self.origin}: a classifier needs at least two classes, got {self.names}."
-            )
-
-
-def label_column(table: pa.Table) -> str | None:
-    """Return the name of the label column, None if the table has none."""
-    return next((name for name in LABEL_COLUMNS if name in table.column_names), None)
-
-
-def required_label_column(table: pa.Table, where: str) -> str:
-    """Return the name of the label column.
-
-    Raises:
-        ValueError: there is none (the most similar name is offered).
-    """
-    name = label_column(table)
-    if name is None:
-        raise ValueError(
-            f"{where}: no label column; call it 'label'.{_nearest_column('label', table)}"
-        )
-    return name
-
-
-def choose_text_columns(
-    table: pa.Table, where: str, preferred: Sequence[str] = ()
-) -> tuple[list[str], str | None]:
-    """Choose the one or two text columns of a table; return them and a note on the choice.
-
-    In this order: `preferred` (those of a GLUE task), `sentence1` and `sentence2`, `sentence`,
-    `text`, the first one or two columns that hold text other than numbers. The note is None if the
-    choice was by name and ignores no text column.
-    """
-    names = table.column_names
-    if preferred and all(name in names for name in preferred):
-        return list(preferred), None
-    candidates = [name for name in names if name not in LABEL_COLUMNS and _holds_texts(table[name])]
-    for convention in _CONVENTIONAL_TEXTS:
-        if all(name in names for name in convention):
-            ignored = [name for name in candidates if name not in convention]
-            note = f"reads {_quoted(convention)}, not {_quoted(ignored)}" if ignored else None
-            return list(convention), note and f"{where}: {note}"
-    if not candidates:
-        raise ValueError(
-            f"{where}: no text column; call it 'sentence' (pairs: 'sentence1' and 'sentence2'). "
-            f"The columns are {_quoted(names)}."
-        )
-    return candidates[:2], f"{where}: takes {_quoted(candidates[:2])} for the text"
-
-
 def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit:
     """Read the texts of one or two columns, without labels.
 
@@ -126,9 +57,11 @@ def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit
     empty = None
     for name in columns:
         if name not in table.column_names:
-            raise ValueError(f"{where}: no column {name!r}.{_nearest_column(name, table)}")
+            raise ValueError(
+                f"{where}: no column {name!r}.{nearest_column(name, table.column_names)}"
+            )
         column = _plain(table[name])
-        _refuse(pa.compute.is_null(column), f"text in column {name!r} is null", where)
+        refuse_rows(pa.compute.is_null(column), f"text in column {name!r} is null", where)
         if not pa.types.is_string(column.type):
             raise ValueError(
                 f"{where}: column {name!r} holds {column.type}, not text; write the texts as "
@@ -138,71 +71,15 @@ def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit
         empty = blank if empty is None else pa.compute.and_(empty, blank)
         values.append(column.to_pylist())
     wording = "text is empty" if len(values) == 1 else "pair is empty on both sides"
-    _refuse(empty, f"{wording} ({_quoted(columns)})", where)
+    refuse_rows(empty, f"{wording} ({quoted(columns)})", where)
     return TextSplit(values[0], values[1] if len(values) == 2 else None)
 
 
-def learn_classes(column: pa.ChunkedArray, where: str) -> tuple[Classes, str | None]:
-    """Return the distinct labels of a training column, sorted, and a note if they are renumbered.
-
-    Raises:
-        ValueError: a label is missing, negative or not an integer; there is one class only.
-    """
-    values = _label_values(column, where)
-    if pa.types.is_integer(values.type):
-        if _all_unlabelled(values):
-            raise unlabelled(where)
-        _refuse_negative(values, where)
-    distinct = sorted(pa.compute.unique(values).to_pylist())
-    if len(distinct) < 2:
-        raise ValueError(
-            f"{where}: every label is {distinct[0]!r}; training needs at least two classes."
-        )
-    note = None
-    if pa.types.is_integer(values.type) and distinct != list(range(len(distinct))):
-        note = f"{where}: the integer labels {distinct} become the classes 0..{len(distinct) - 1}"
-    return Classes([str(value) for value in distinct], where, by_index=False), note
-
-
-def class_indices(column: pa.ChunkedArray, classes: Classes, where: str) -> list[int] | None:
-    """Return the class index of each label; None if every label is -1 (unlabelled).
-
-    Raises:
-        ValueError: a label is missing, negative, not an integer, out of range, or not among the
-            names; with the count and the first row.
-    """
-    values = _label_values(column, where)
-    if pa.types.is_integer(values.type):
-        if _all_unlabelled(values):
-            return None
-        _refuse_negative(values, where)
-        if classes.by_index:
-            _refuse(
-                pa.compute.greater_equal(values, len(classes.names)),
-                f"label is out of range: {classes.origin} lists {len(classes.names)} classes, so "
-                f"labels go from 0 to {len(classes.names) - 1}",
-                where,
-                values,
-            )
-            return values.to_pylist()
-    index_of = {name: index for index, name in enumerate(classes.names)}
-    labels = values.to_pylist()
-    try:
-        return [index_of[str(label)] for label in labels]
-    except KeyError as error:
-        unknown = error.args[0]
-        row = [str(label) for label in labels].index(unknown) + 1
-        raise ValueError(
-            f"{where}: data row {row} has the label {unknown!r}, which {classes.origin} does not "
-            f"have.{did_you_mean(unknown, classes.names)}"
-        ) from None
-
-
-def _label_values(column: pa.ChunkedArray, where: str) -> pa.Array:
+def label_values(column: pa.ChunkedArray, where: str) -> pa.Array:
     """Return labels as int64, or as trimmed strings if they are not all integers."""
     values = _plain(column)
     missing = "label is missing"
-    _refuse(pa.compute.is_null(values, nan_is_null=True), missing, where)
+    refuse_rows(pa.compute.is_null(values, nan_is_null=True), missing, where)
     if pa.types.is_integer(values.type):
         return values.cast(pa.int64())
     if pa.types.is_floating(values.type):
@@ -218,7 +95,7 @@ def _label_values(column: pa.ChunkedArray, where: str) -> pa.Array:
             "the two."
         )
     values = pa.compute.utf8_trim_whitespace(values)
-    _refuse(pa.compute.equal(values, ""), missing, where)
+    refuse_rows(pa.compute.equal(values, ""), missing, where)
     integers = pa.compute.match_substring_regex(values, _INTEGER)
     if pa.compute.all(integers).as_py():
         return values.cast(pa.int64())
@@ -230,17 +107,22 @@ def _label_values(column: pa.ChunkedArray, where: str) -> pa.Array:
     return values
 
 
+def is_integer_name(name: str) -> bool:
+    """True if a class name looks like an integer label."""
+    return re.match(_INTEGER, name) is not None
+
+
 def unlabelled(where: str) -> ValueError:
     """The error for training data without labels."""
     return ValueError(f"{where}: every label is -1 (unlabelled); training needs labels.")
 
 
-def _all_unlabelled(values: pa.Array) -> bool:
+def all_unlabelled(values: pa.Array) -> bool:
     return pa.compute.all(pa.compute.equal(values, UNLABELLED)).as_py()
 
 
 def _refuse_fractions(broken: pa.Array, values: pa.Array, where: str) -> None:
-    _refuse(
+    refuse_rows(
         broken,
         "label is not an integer: write classes as 0, 1, … or as names (regression is not "
         "supported)",
@@ -249,16 +131,33 @@ def _refuse_fractions(broken: pa.Array, values: pa.Array, where: str) -> None:
     )
 
 
-def _refuse_negative(values: pa.Array, where: str) -> None:
-    _refuse(
+def refuse_negative(values: pa.Array, where: str) -> None:
+    distinct = sorted(pa.compute.unique(values).to_pylist())
+    remedy = None
+    if distinct[0] == UNLABELLED and len(distinct) <= 3:
+        # Labels such as -1, 0, 1 are three classes; nobody should drop their rows.
+        codes = ", ".join(map(str, distinct))
+        remedy = (
+            f"If {codes} are the classes, write them as names (such as 'negative') or as "
+            f"{', '.join(map(str, range(len(distinct))))}; if -1 means unlabelled, take those rows "
+            "out."
+        )
+    refuse_rows(
         pa.compute.less(values, 0),
         "label is negative: classes start at 0 (-1 means unlabelled, for a whole split only)",
         where,
         values,
+        remedy,
     )
 
 
-def _refuse(broken: pa.Array, problem: str, where: str, values: pa.Array | None = None) -> None:
+def refuse_rows(
+    broken: pa.Array,
+    problem: str,
+    where: str,
+    values: pa.Array | None = None,
+    remedy: str | None = None,
+) -> None:
     """Raise ValueError, with the first row and the count, if any entry of `broken` is true."""
     count = pa.compute.sum(broken).as_py()
     if not count:
@@ -266,7 +165,8 @@ def _refuse(broken: pa.Array, problem: str, where: str, values: pa.Array | None 
     row = pa.compute.index(broken, True).as_py()
     value = "" if values is None else f" = {values[row].as_py()!r}"
     others = f" ({count} such rows)" if count > 1 else ""
-    remedy = "Correct the row or take it out." if count == 1 else "Correct the rows or drop them."
+    if remedy is None:
+        remedy = "Correct the row or take it out." if count == 1 else "Correct or drop the rows."
     raise ValueError(f"{where}: data row {row + 1}{value}: the {problem}{others}. {remedy}")
 
 
@@ -282,7 +182,7 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
     return array
 
 
-def _holds_texts(column: pa.ChunkedArray) -> bool:
+def holds_texts(column: pa.ChunkedArray) -> bool:
     array = _plain(column)
     if not pa.types.is_string(array.type):
         return False
@@ -290,9 +190,10 @@ def _holds_texts(column: pa.ChunkedArray) -> bool:
     return not pa.compute.all(pa.compute.match_substring_regex(array, _NUMBER)).as_py()
 
 
-def _quoted(names: Sequence[str]) -> str:
+def quoted(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names))
 
 
-def _nearest_column(name: str, table: pa.Table) -> str:
-    return did_you_mean(name, table.column_names) if table.column_names else ""
+def nearest_column(name: str, names: Sequence[str]) -> str:
+    """Return ' Did you mean …?' for a column, '' for a table without columns."""
+    return did_you_mean(name, names) if names else ""

@@ -1,24 +1,25 @@
 """The data of a run: texts and class indices from any source, ready to be tokenised."""
 
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import pyarrow as pa
 
-from ..config.sections import DataOptions, TrainingDataOptions
+from ..config.sections import DataOptions, EvaluationDataOptions, TrainingDataOptions
 from ..runtime.text import did_you_mean
-from .columns import (
+from .columns import TextSplit, read_texts, unlabelled
+from .record import (
     Classes,
-    TextSplit,
+    DataRecord,
     choose_text_columns,
     class_indices,
+    content,
     label_column,
     learn_classes,
-    read_texts,
     required_label_column,
-    unlabelled,
+    written_as,
 )
 from .sources import DataSource, open_directory, open_files, open_hub, open_task
 from .tables import read_table
@@ -31,22 +32,31 @@ logger = logging.getLogger("fusedacl")
 class TextData:
     """A labelled data set in memory.
 
-    columns: the one or two text columns; label_names: class names in index order;
-    evaluation_splits: the names in `splits` to evaluate on; metrics: those of the task, the main
-    one first; notes: sentences about every choice that the options left open.
+    record: what a model trained on it has to remember; evaluation_splits: the names in `splits` to
+    evaluate on; metrics: those of the task, the main one first; notes: sentences about every choice
+    that the options left open.
     """
 
     name: str
-    columns: list[str]
-    label_names: list[str]
+    record: DataRecord
     splits: dict[str, TextSplit]
     evaluation_splits: list[str]
     metrics: list[str]
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def columns(self) -> list[str]:
+        """The one or two text columns."""
+        return self.record.text_columns or []
+
+    @property
+    def label_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits."""
+        return self.record.label_names
+
 
 def load_splits(
-    options: DataOptions, *, needs_train: bool = True, label_names: Sequence[str] | None = None
+    options: DataOptions, *, needs_train: bool = True, model: DataRecord | None = None
 ) -> TextData:
     """Read the training and evaluation splits of the source that `options` name.
 
@@ -56,16 +66,18 @@ def load_splits(
     GLUE), else the sorted distinct labels of the train split. Without a validation split the test
     split is evaluated, and a note says so; a split whose labels are all -1 is not evaluated.
 
-    needs_train: if False, no training texts are read. label_names: the classes of a trained model;
-    they must equal the source's own if it has any, and replace those of the train split otherwise.
+    needs_train: if False, no training texts are read. model: the record of a trained model; the
+    data must have its columns and classes.
 
     Raises:
         ValueError: anything is missing, contradictory or damaged; the message names the option or
             file, the row and the remedy.
         ConnectionError: the hub is out of reach and the data set is not in the local cache.
     """
+    only = options.split if isinstance(options, EvaluationDataOptions) else None
     if not isinstance(options, TrainingDataOptions):
-        options = TrainingDataOptions(**vars(options))
+        shared = {entry.name: getattr(options, entry.name) for entry in fields(DataOptions)}
+        options = TrainingDataOptions(**shared)
     source = _open_source(options)
     if needs_train and "train" not in source.splits:
         if options.validation_file is not None:
@@ -76,18 +88,18 @@ def load_splits(
             f"{source.name} has no train split."
             f"{did_you_mean('train', source.splits) if source.splits else ''}"
         )
-    reader = _Reader(source, label_names)
+    reader = _Reader(source, options, model)
     splits = {}
     if needs_train:
-        train = reader.read("train").head(options.max_train_samples)
-        _check_two_classes(train, source.splits["train"].where, options.max_train_samples)
+        limit = options.max_train_samples
+        train = reader.read("train").head(limit)
+        _check_two_classes(train, source.splits["train"].where, limit)
         splits["train"] = train
-    evaluated = reader.read_evaluation_splits()
+    evaluated = reader.read_evaluation_splits(only)
     splits |= {name: split.head(options.max_eval_samples) for name, split in evaluated.items()}
     return TextData(
         name=source.name,
-        columns=reader.columns,
-        label_names=reader.classes.names,
+        record=reader.record(splits),
         splits=splits,
         evaluation_splits=list(evaluated),
         metrics=list(source.metrics),
@@ -95,23 +107,29 @@ def load_splits(
     )
 
 
-def read_unlabelled(path: str | Path, columns: Sequence[str] | None = None) -> TextSplit:
+def read_unlabelled(
+    path: str | Path,
+    columns: Sequence[str | None] | None = None,
+    model: DataRecord | None = None,
+) -> TextSplit:
     """Read the texts of one file, to be labelled by a model.
 
-    columns: its one or two text columns; None: found as in training.
+    columns: its one or two text columns; None: those that the `model` was trained on, or, without
+    a record of them, found as in training.
 
     Raises:
         ValueError: as `load_splits`.
     """
     table = read_table(path, "input_file")
     where = f"input_file={str(path)!r}"
-    if columns is None:
-        columns, note = choose_text_columns(table, where)
-        if note is not None:
-            logger.info(note)
-    elif not 1 <= len(columns) <= 2:
+    if columns is not None and not 1 <= len(columns) <= 2:
         raise ValueError(f"columns={list(columns)}: name one text column, or two for pairs.")
-    return read_texts(table, columns, where)
+    chosen, note = choose_text_columns(
+        table, where, options=columns or (), model=None if model is None else model.text_columns
+    )
+    if note is not None:
+        logger.info(note)
+    return read_texts(table, chosen, where)
 
 
 def _open_source(options: TrainingDataOptions) -> DataSource:
@@ -134,7 +152,9 @@ def _open_source(options: TrainingDataOptions) -> DataSource:
     if task_name is not None:
         return open_task(task_name) if data_dir is None else open_directory(data_dir, task_name)
     if options.dataset_name is not None:
-        return open_hub(options.dataset_name, options.dataset_config_name)
+        return open_hub(
+            options.dataset_name, options.dataset_config_name, label_column=options.label_column
+        )
     if not given:
         raise ValueError(
             "No data: give task_name (with data_dir for local files), dataset_name, or train_file."
@@ -143,66 +163,122 @@ def _open_source(options: TrainingDataOptions) -> DataSource:
 
 
 class _Reader:
-    """Reader of the splits of one source, with the same text columns and classes for all."""
+    """Reader of the splits of one source, with the same columns and classes for all."""
 
-    def __init__(self, source: DataSource, label_names: Sequence[str] | None) -> None:
-        self.source = source
+    def __init__(self, source: DataSource, options: DataOptions, model: DataRecord | None) -> None:
+        self.source, self.options, self.model = source, options, model
         self.notes: list[str] = []
         self.columns: list[str] = []
-        classes = source.classes
-        if label_names is not None:
-            given = _classes_of_model(label_names)
-            if classes is not None and classes.names != given.names:
-                raise ValueError(
-                    f"label_names={given.names} of the model are not the classes of "
-                    f"{classes.origin}: {classes.names}; evaluate it on the task it was trained on."
-                )
-            classes = classes or given
-        self._classes = classes
+        self.label_column: str | None = None
+        self._labels_as: str | None = None
+        self._classes = source.classes
+        if model is not None:
+            self._classes = self._classes_of_model(model)
 
-    @property
-    def classes(self) -> Classes:
+    def _classes_of_model(self, model: DataRecord) -> Classes:
+        listed, known = self.source.classes, model.classes
+        if listed is None:
+            return known
+        if listed.names != known.names:
+            raise ValueError(
+                f"label_names={known.names} of the model are not the classes of {listed.origin}: "
+                f"{listed.names}; evaluate it on the task it was trained on."
+            )
+        if listed.by_index is None and model.labels_as is not None:
+            return replace(listed, by_index=known.by_index)
+        return listed
+
+    def _label_column(self, table: pa.Table, where: str, required: bool) -> str | None:
+        """The label column of a table: that of the options, of the model, or a usual name."""
+        chosen = self.options.label_column
+        recorded = None if self.model is None else self.model.label_column
+        if chosen is None and recorded in table.column_names:
+            chosen = recorded
+        if required:
+            return required_label_column(table, where, chosen)
+        return label_column(table, chosen)
+
+    def _decided_classes(self, column: pa.ChunkedArray, where: str) -> Classes:
+        """The classes; the first labels that are read, those of train, decide what they mean."""
         if self._classes is None:
-            train = self.source.splits.get("train")
-            if train is None:
-                raise ValueError(
-                    f"{self.source.name} has neither a list of class names nor a train split: "
-                    "label_names must say which classes the model has."
-                )
-            self._classes = self._learn(train.read(), train.where)
+            self._classes, notes = learn_classes(column, where)
+            self.notes += notes
+        self._classes = self._classes.decided(column, where)
         return self._classes
 
-    def _learn(self, table: pa.Table, where: str) -> Classes:
-        classes, note = learn_classes(table[required_label_column(table, where)], where)
-        self._note(note)
-        return classes
+    def _learn_from_train(self) -> None:
+        train = self.source.splits.get("train")
+        if train is None:
+            raise ValueError(
+                f"{self.source.name} has neither a list of class names nor a train split: "
+                "label_names must say which classes the model has."
+            )
+        table = train.read()
+        name = self._label_column(table, train.where, required=True)
+        self._decided_classes(table[name], train.where)
 
     def _note(self, note: str | None) -> None:
         if note is not None:
             self.notes.append(note)
 
+    def record(self, splits: Mapping[str, TextSplit]) -> DataRecord:
+        """What a model that is trained on these splits has to remember."""
+        if self._classes is None:
+            self._learn_from_train()
+        assert self._classes is not None
+        names = self._classes.names
+        if self.model is not None and self.model.is_complete:
+            return replace(self.model, splits={})
+        f1_class, note = self.source.f1_class(names)
+        self._note(note)
+        return DataRecord(
+            names,
+            labels_as=self._labels_as or "names",
+            text_columns=self.columns,
+            label_column=self.label_column,
+            f1_class=f1_class,
+            splits={name: content(split) for name, split in splits.items()},
+        )
+
     def read(self, name: str, labels_required: bool = True) -> TextSplit:
         """Read the texts and labels of one split; labels are None where all are missing or -1."""
         split = self.source.splits[name]
         table = split.read()
-        if name == "train" and self._classes is None:
-            self._classes = self._learn(table, split.where)
+        label = self._label_column(table, split.where, labels_required)
+        if name != "train" and self._classes is None:
+            self._learn_from_train()
+        if label is not None:
+            classes = self._decided_classes(table[label], split.where)
         if not self.columns:
-            self.columns, note = choose_text_columns(table, split.where, self.source.text_columns)
+            self.columns, note = choose_text_columns(
+                table,
+                split.where,
+                self.source.text_columns,
+                options=(self.options.text_column, self.options.text_pair_column),
+                model=None if self.model is None else self.model.text_columns,
+                label=label,
+            )
             self._note(note)
-        label = label_column(table)
-        if labels_required:
-            label = required_label_column(table, split.where)
+            self.label_column = label
+            if label == "label" and "labels" in table.column_names:
+                self._note(f"{split.where}: takes 'label' for the labels, not 'labels'")
         texts = read_texts(table, self.columns, split.where)
-        labels = None if label is None else class_indices(table[label], self.classes, split.where)
+        labels = None if label is None else class_indices(table[label], classes, split.where)
         if name == "train" and labels is None:
             raise unlabelled(split.where)
+        if self._labels_as is None and label is not None and labels is not None:
+            self._labels_as = written_as(table[label], classes)
         return TextSplit(texts.first, texts.second, labels)
 
-    def read_evaluation_splits(self) -> dict[str, TextSplit]:
-        """Read the labelled validation splits, or the labelled test split if there are none."""
+    def read_evaluation_splits(self, only: str | None = None) -> dict[str, TextSplit]:
+        """Read the labelled validation splits, or the labelled test split if there are none.
+
+        only: the one split to read instead.
+        """
         name = self.source.name
         available = self.source.splits
+        if only is not None:
+            return {only: self._named_split(only)}
         # MNLI has two validation splits and none called validation.
         validation = (
             ["validation"]
@@ -228,11 +304,16 @@ class _Reader:
         self.notes.append(f"{name} comes without a labelled validation split: no evaluation")
         return {}
 
-
-def _classes_of_model(label_names: Sequence[str]) -> Classes:
-    # The classes "1".."5" of a model trained on the integer labels 1..5 are values, not indices.
-    values = all(name.lstrip("-").isdigit() for name in label_names)
-    return Classes(list(label_names), "label_names", by_index=not values)
+    def _named_split(self, name: str) -> TextSplit:
+        if name not in self.source.splits:
+            raise ValueError(
+                f"split={name!r}: {self.source.name} has no such split."
+                f"{did_you_mean(name, self.source.splits)}"
+            )
+        split = self.read(name)
+        if split.labels is None:
+            raise ValueError(f"split={name!r}: every label is -1 (unlabelled); name another split.")
+        return split
 
 
 def _check_two_classes(train: TextSplit, where: str, max_train_samples: int | None) -> None:

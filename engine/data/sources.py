@@ -6,7 +6,7 @@ Opening a source reads no rows; the rows of a split are read on request.
 import difflib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,8 +16,8 @@ import pyarrow as pa
 
 from ..runtime.files import kind_of_file
 from ..runtime.text import did_you_mean
-from .columns import LABEL_COLUMNS, Classes
 from .quickstart import LABEL_NAMES, quickstart_splits
+from .record import LABEL_COLUMNS, Classes
 from .tables import COMPRESSED, EXTENSIONS, check_file_exists, read_table, split_extension
 from .tasks import (
     GLUE_REPOSITORY,
@@ -73,6 +73,18 @@ class DataSource:
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics, the main one first."""
         return task_metrics(self.task_name)
+
+    def f1_class(self, label_names: Sequence[str]) -> tuple[str | None, str | None]:
+        """The class that the metric f1 is of, and a note where the task does not say it."""
+        glue = GLUE_TASKS.get(self.task_name or "")
+        if glue is None or glue.f1_class is None:
+            return None, None
+        if glue.f1_class in label_names:
+            return glue.f1_class, None
+        return label_names[1], (
+            f"{self.name}: f1 is of the second class, {label_names[1]!r}, as none is called "
+            f"{glue.f1_class!r}"
+        )
 
 
 def open_files(train_file: str | None, validation_file: str | None) -> DataSource:
@@ -135,9 +147,14 @@ def open_directory(data_dir: str, task_name: str) -> DataSource:
 
 
 def open_hub(
-    dataset_name: str, dataset_config_name: str | None, task_name: str | None = None
+    dataset_name: str,
+    dataset_config_name: str | None,
+    task_name: str | None = None,
+    label_column: str | None = None,
 ) -> DataSource:
     """Open a data set of the hub, or of a local directory in hub layout, with `datasets`.
+
+    label_column: name of the label column; None: 'label' or 'labels'.
 
     Raises:
         ValueError: no such data set or configuration, damaged files.
@@ -154,7 +171,7 @@ def open_hub(
     for split, dataset in loaded.items():
         where = f"split {split!r} of {dataset_name}"
         splits[split] = SplitSource(where, partial(_rows_of, dataset, where))
-        for column in LABEL_COLUMNS:
+        for column in LABEL_COLUMNS if label_column is None else (label_column,):
             # Only features of type datasets.ClassLabel have names.
             names = getattr(dataset.features.get(column), "names", None)
             if names and classes is None:
@@ -235,7 +252,7 @@ def _labels_json(path: Path) -> Classes | None:
         raise ValueError(f"{path}: not JSON ({error}); write a list of class names.") from error
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{path}: expected a list of class names such as ["no", "yes"].')
-    return Classes(names, str(path), by_index=True)
+    return Classes(names, str(path), by_index=None)
 
 
 def _checked_against_glue(classes: Classes | None, glue: GlueTask, task_name: str) -> Classes:

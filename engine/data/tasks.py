@@ -10,20 +10,31 @@ DEFAULT_METRICS = ("accuracy", "macro_f1")
 
 @dataclass(frozen=True)
 class GlueTask:
-    """A GLUE task: text columns, class names as in `nyu-mll/glue`, metrics, the main one first."""
+    """A GLUE task: text columns, class names as in `nyu-mll/glue`, metrics, the main one first.
+
+    f1_class: the class that the metric f1 is of.
+    """
 
     text_columns: tuple[str, ...]
     label_names: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
+    f1_class: str | None = None
 
 
 _SENTENCES = ("sentence1", "sentence2")
 GLUE_TASKS = {
     "cola": GlueTask(("sentence",), ("unacceptable", "acceptable"), ("matthews_correlation",)),
     "mnli": GlueTask(("premise", "hypothesis"), ("entailment", "neutral", "contradiction")),
-    "mrpc": GlueTask(_SENTENCES, ("not_equivalent", "equivalent"), ("f1", "accuracy")),
+    "mrpc": GlueTask(
+        _SENTENCES, ("not_equivalent", "equivalent"), ("f1", "accuracy"), "equivalent"
+    ),
     "qnli": GlueTask(("question", "sentence"), ("entailment", "not_entailment")),
-    "qqp": GlueTask(("question1", "question2"), ("not_duplicate", "duplicate"), ("f1", "accuracy")),
+    "qqp": GlueTask(
+        ("question1", "question2"),
+        ("not_duplicate", "duplicate"),
+        ("f1", "accuracy"),
+        "duplicate",
+    ),
     "rte": GlueTask(_SENTENCES, ("entailment", "not_entailment")),
     "sst2": GlueTask(("sentence",), ("negative", "positive")),
 }

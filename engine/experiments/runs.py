@@ -13,6 +13,7 @@ from ..config.fields import build, flatten
 from ..config.sections import TrainingDataOptions
 from ..config.training import TrainingConfig
 from ..data.dataset import TextData, load_splits
+from ..data.record import DataRecord
 from ..model.saved import TrainedModel
 from ..runtime.files import read_file
 from ..runtime.text import nearest_directory
@@ -109,12 +110,12 @@ def load_model(run: Path, device: str) -> TrainedModel:
 def load_data(
     run: Path,
     config: TrainingConfig,
-    label_names: Sequence[str],
+    model: DataRecord,
     moved: Mapping[str, Any],
     *,
     needs_train: bool,
 ) -> TextData:
-    """The data of a run, with the classes of its model.
+    """The data of a run, with the columns and classes of its model.
 
     moved: options of `TrainingDataOptions` that replace those of the run, unless they are None.
 
@@ -125,7 +126,7 @@ def load_data(
     replaced = {name: value for name, value in moved.items() if value is not None}
     data: TrainingDataOptions = dataclasses.replace(config.data, **replaced)
     try:
-        return load_splits(data, needs_train=needs_train, label_names=label_names)
+        return load_splits(data, needs_train=needs_train, model=model)
     except ValueError as error:
         raise ValueError(
             f"run {str(run)!r}: its data cannot be read again: {error} If they have moved, "

@@ -16,7 +16,7 @@ from ..config.sections import DataOptions
 from ..data.batching import EncodedSplit
 from ..data.dataset import TextData, load_splits
 from ..model.multi_exit import MultiExitForSequenceClassification
-from ..model.saved import TrainedModel
+from ..model.saved import TrainedModel, record_of
 from ..runtime.files import write_json
 from ..runtime.text import did_you_mean
 from .logits import check_finite, predict_logits_together
@@ -24,10 +24,12 @@ from .logits import check_finite, predict_logits_together
 logger = logging.getLogger("fusedacl")
 
 
-def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def score(
+    metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray, f1_class: int = 1
+) -> dict[str, float]:
     """Metrics of predicted classes [n] against true classes [n], as fractions.
 
-    accuracy; f1 (of class 1, as in GLUE); macro_f1 (mean over the classes that occur);
+    accuracy; f1 (of the class `f1_class`); macro_f1 (mean over the classes that occur);
     matthews_correlation.
     """
     from sklearn import metrics as sklearn_metrics
@@ -35,7 +37,8 @@ def score(metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray) -
     f1 = partial(sklearn_metrics.f1_score, zero_division=0.0)
     known: dict[str, Callable[..., float]] = {
         "accuracy": sklearn_metrics.accuracy_score,
-        "f1": f1,
+        # Not pos_label: it is for two classes only.
+        "f1": partial(f1, labels=[f1_class], average="macro"),
         "macro_f1": partial(f1, average="macro"),
         "matthews_correlation": sklearn_metrics.matthews_corrcoef,
     }
@@ -78,7 +81,8 @@ def evaluate_split(
     check_finite(logits, layers)
     results = {}
     for layer, exit_logits in zip(layers, logits, strict=True):
-        scores = score(metrics, exit_logits.argmax(dim=-1).numpy(), labels.numpy())
+        predictions = exit_logits.argmax(dim=-1).numpy()
+        scores = score(metrics, predictions, labels.numpy(), record_of(model).f1_index)
         loss = torch.nn.functional.cross_entropy(exit_logits, labels)
         results[layer] = {**scores, "loss": float(loss)}
     return results
@@ -95,7 +99,7 @@ def load_labelled(
         ValueError: a mistake in the options, the data or the model directory.
     """
     trained = TrainedModel(model, data.max_seq_length)
-    found = load_splits(data, needs_train=False, label_names=trained.label_names)
+    found = load_splits(data, needs_train=False, model=trained.record)
     for note in found.notes:
         logger.info(note)
     if not found.evaluation_splits:
@@ -117,7 +121,7 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     results = {
         name: evaluate_split(
             trained.model,
-            trained.encode(data.splits[name]),
+            trained.encode(data.splits[name], name),
             data.metrics,
             config.model.per_device_eval_batch_size,
             pad_token_id=trained.tokenizer.pad_token_id,

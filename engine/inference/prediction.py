@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config.commands import PredictionConfig
-from ..data.dataset import TextSplit, read_unlabelled
+from ..data.dataset import read_unlabelled
 from ..model.early_exit import EarlyExit
 from ..model.exit_policies import calibration_mismatch, parse_policy
 from ..model.saved import TrainedModel
@@ -48,11 +48,10 @@ def predict(config: PredictionConfig) -> Path:
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
     if output_file.resolve() == Path(options.input_file).resolve():
         raise ValueError(f"output_file={str(output_file)!r} is the input_file: name another file.")
-    if options.text_pair_column is not None and options.text_column is None:
-        raise ValueError("text_pair_column needs text_column: name both columns.")
-    columns = [name for name in (options.text_column, options.text_pair_column) if name is not None]
-    texts: TextSplit = read_unlabelled(options.input_file, columns=columns or None)
     trained = TrainedModel(config.model, options.max_seq_length)
+    texts = read_unlabelled(
+        options.input_file, (options.text_column, options.text_pair_column), trained.record
+    )
     engine = None
     if options.policy is not None:
         stored = options.policy == "stored"
@@ -66,7 +65,7 @@ def predict(config: PredictionConfig) -> Path:
                 logger.warning(mismatch)
     elif options.repack:
         raise ValueError("repack belongs to early exit: name a policy, or leave it out.")
-    encoded = trained.encode(texts)
+    encoded = trained.encode(texts, Path(options.input_file).name)
     inference: dict[str, Any] = {
         "pad_token_id": trained.tokenizer.pad_token_id,
         "progress": not config.model.disable_tqdm,

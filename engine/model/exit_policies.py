@@ -122,7 +122,9 @@ class MaximumProbability(ThresholdPolicy):
 
 @dataclass(frozen=True)
 class Entropy(ThresholdPolicy):
-    """Leave when the entropy of the class probabilities is below the threshold; with 0 none does.
+    """Leave when the entropy of the class probabilities is below the threshold.
+
+    With 0 no text leaves, with 1 every text does.
 
     H = -sum_k p_k log p_k, divided by log K so that thresholds are comparable between tasks.
     After BranchyNet (arXiv 1709.01686) and DeeBERT (arXiv 2004.12993), which use nats.
@@ -137,7 +139,9 @@ class Entropy(ThresholdPolicy):
         return entropy.mul_(1 / math.log(reading.logits.shape[-1]))
 
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
-        return self.signal(reading) < self.threshold, memory
+        signal = self.signal(reading)
+        # Equal probabilities have the entropy 1, or a little more by rounding.
+        return signal.isfinite() if self.threshold == 1 else signal < self.threshold, memory
 
 
 @dataclass(frozen=True)

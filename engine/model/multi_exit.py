@@ -40,6 +40,8 @@ class MultiExitConfig(PretrainedConfig):
         max_seq_length: maximum tokens per text in training; evaluation and serving use it too.
         exit_policy: the calibrated early-exit policy, as written by `calibration_record`.
         learned_exit: whether the model has the layer that the policy "learned" reads.
+        data_record: `DataRecord.to_dict()` of the training data; None for a model that an earlier
+            version saved, or that was not trained by `fusedacl train`.
 
     Raises:
         ValueError: an unknown head, a layer that the backbone does not have, or repeated layers.
@@ -58,6 +60,7 @@ class MultiExitConfig(PretrainedConfig):
         max_seq_length: int | None = None,
         exit_policy: dict[str, Any] | None = None,
         learned_exit: bool = False,
+        data_record: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         if isinstance(backbone_config, dict):
@@ -72,6 +75,7 @@ class MultiExitConfig(PretrainedConfig):
         self.max_seq_length = max_seq_length
         self.exit_policy = exit_policy
         self.learned_exit = learned_exit
+        self.data_record = data_record
         self.exit_layers = list(exit_layers) if exit_layers is not None else None
         if exit_head not in EXIT_HEADS:
             raise ValueError(f"exit_head={exit_head!r}.{did_you_mean(exit_head, EXIT_HEADS)}")

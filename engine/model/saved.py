@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config.commands import InferenceOptions
-from ..data.batching import EncodedSplit, encode
+from ..data.batching import EncodedSplit, encode, log_truncation
 from ..data.columns import TextSplit
+from ..data.record import DataRecord
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.text import nearest_directory
 from .multi_exit import MultiExitConfig, MultiExitForSequenceClassification, label_names
 
+logger = logging.getLogger("fusedacl")
 DEFAULT_MAX_LENGTH = 128
 
 
@@ -84,15 +87,32 @@ class TrainedModel:
         self.limit = length_limit(self.model, self.tokenizer)
         trained = self.model.config.max_seq_length
         self.max_length = max_length or trained or min(DEFAULT_MAX_LENGTH, self.limit)
+        self.record = record_of(self.model)
+        if not self.record.is_complete:
+            logger.info(
+                f"{path} was saved without a record of its data (columns, how labels are written): "
+                "they are found in the data anew."
+            )
 
-    def encode(self, split: TextSplit) -> EncodedSplit:
-        """Tokenise a split for this model."""
-        return encode(split, self.tokenizer, self.max_length, model_limit=self.limit)
+    def encode(self, split: TextSplit, name: str) -> EncodedSplit:
+        """Tokenise a split for this model, and log how many of its texts are truncated."""
+        encoded = encode(split, self.tokenizer, self.max_length, model_limit=self.limit)
+        log_truncation(name, encoded)
+        return encoded
 
     @property
     def label_names(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
         return label_names(self.model.config)
+
+
+def record_of(model: MultiExitForSequenceClassification) -> DataRecord:
+    """The record of the data that a model was trained on.
+
+    Raises:
+        ValueError: the record in the model's configuration is damaged.
+    """
+    return DataRecord.from_dict(model.config.data_record, label_names(model.config))
 
 
 def load_trained(

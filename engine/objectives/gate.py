@@ -1,7 +1,5 @@
 """ACL-Grad: drop the auxiliary gradient if it points away from the main one (paper eq. 2, 4)."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -74,6 +72,16 @@ def scope_gradients(loss: Tensor, scope: Sequence[Tensor]) -> Sequence[Tensor | 
     if not loss.requires_grad:
         return [None] * len(scope)
     return torch.autograd.grad(loss, list(scope), retain_graph=True, allow_unused=True)
+
+
+def main_gradients(
+    tensors: Sequence[Tensor], auxiliary: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The `.grad` of some tensors, made of zeros where only the auxiliary loss has a gradient."""
+    for tensor, gradient in zip(tensors, auxiliary, strict=True):
+        if tensor.grad is None and gradient is not None:
+            tensor.grad = torch.zeros_like(gradient)
+    return [tensor.grad for tensor in tensors]
 
 
 class GradientGate:
@@ -165,10 +173,7 @@ class GradientGate:
             max_norm: clip the combined gradient, or that of each group if they are independent, to
                 this norm; None: do not clip.
         """
-        for parameter, gradient in zip(self.parameters, self._auxiliary, strict=True):
-            if parameter.grad is None and gradient is not None:
-                parameter.grad = torch.zeros_like(gradient)
-        main = [parameter.grad for parameter in self.parameters]
+        main = main_gradients(self.parameters, self._auxiliary)
         stats = grad_dot_norm(main, self._auxiliary, groups=self.groups, impl=self.impl)  # [G, 3]
         used = gated_combine_(
             main,

@@ -5,10 +5,9 @@ for the parameters above the cut and for the leaf. The decision combines them, a
 gradient of the leaf is back-propagated through the part below. Given the decision, this is exact.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -16,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ...kernels import gated_combine_, grad_dot_norm
-from ...kernels.gradients.angle import angle_degrees, choose, within_angle
+from ...kernels.gradients.angle import angle_degrees, within_angle
 from ..config.gate_scope import parse_scope
 from ..model.encoder_layers import layer_modules
 from ..model.exits import ExitOutput
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..runtime.profiler_marks import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, part
-from .gate import GateDecision, decision_of, scope_gradients
+from .gate import GateDecision, GradientGate, decision_of, main_gradients, scope_gradients
 
 
 class Pass(NamedTuple):
@@ -33,7 +32,7 @@ class Pass(NamedTuple):
 
     below: Tensor
     leaf: Tensor
-    states: Tensor | None
+    states: Tensor | None = None
 
 
 class HeadInputs:
@@ -77,17 +76,15 @@ class Cut:
     """
 
     def __init__(self, model: MultiExitForSequenceClassification, scope: str) -> None:
-        self._below: Tensor | None = None
-        self._leaf: Tensor | None = None
-        self._head: HeadInputs | None = None
+        self._pass: Pass | None = None
         num_top = parse_scope(scope)
         if num_top is None:
             raise ValueError("gate_scope=all has no cut: use GradientGate.")
         exit_: Any = model.exits[-1]
         module = top_layers(model, num_top)[0] if num_top else exit_.classifier
         self._handles = [module.register_forward_pre_hook(self._replace_input, with_kwargs=True)]
+        self._head = None if num_top else HeadInputs(model)
         if not num_top:
-            self._head = HeadInputs(model)
             self._handles.append(exit_.register_forward_hook(self._replace_embeddings))
 
     def take(self) -> Pass:
@@ -96,51 +93,55 @@ class Cut:
         Raises:
             RuntimeError: there was none since the last call, or it was not cut.
         """
-        if self._below is None or self._leaf is None:
+        if self._pass is None:
             raise RuntimeError(
                 "gate_scope: there was no forward pass with a graph below the cut. Where nothing "
                 "below it is trained, use all."
             )
-        found = Pass(self._below, self._leaf, None if self._head is None else self._head.states)
-        self._below = self._leaf = None
+        found, self._pass = self._pass, None
         if self._head is not None:
+            found = found._replace(states=self._head.states)
             self._head.forget()
         return found
 
     def remove(self) -> None:
         """Restore the model."""
-        for handle in self._handles:
-            handle.remove()
-        if self._head is not None:
-            self._head.remove()
+        for hook in (*self._handles, *([self._head] if self._head else [])):
+            hook.remove()
 
     def _replace_input(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        below = hidden_states(module, args, kwargs)
-        self._below = self._leaf = None
+        below = args[0] if args else kwargs.get("hidden_states")
+        if not isinstance(below, Tensor):
+            raise ValueError(
+                f"gate_scope: {type(module).__name__} is not called with hidden states. Use all "
+                "or head."
+            )
+        self._pass = None
         if not (torch.is_grad_enabled() and below.requires_grad):
             return None
-        self._below, self._leaf = below, below.detach().requires_grad_()
+        leaf = below.detach().requires_grad_()
+        self._pass = Pass(below, leaf)
         if args:
-            return (self._leaf, *args[1:]), kwargs
-        return args, {**kwargs, "hidden_states": self._leaf}
+            return (leaf, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": leaf}
 
     def _replace_embeddings(
         self, module: nn.Module, args: tuple[Any, ...], output: ExitOutput
     ) -> ExitOutput:
         """Give the contrastive loss the leaf that the classifier has read."""
-        return output if self._leaf is None else output._replace(embeddings=self._leaf)
+        return output if self._pass is None else output._replace(embeddings=self._pass.leaf)
 
 
-class ScopedGate:
+class ScopedGate(GradientGate):
     """`GradientGate` with the angle over a part of the model, for one batch per optimizer step.
 
     Args:
         model: its last exit is what both losses read; it is cut until `close`.
         parameters: all trained parameters.
         scope: "top:K" or "head", as `parse_scope` reads it.
-        weight, max_angle, impl: as for `GradientGate`.
+        settings: weight, max_angle and impl of `GradientGate`.
 
     Raises:
         ValueError: as for `top_layers` and `GradientGate`.
@@ -151,21 +152,13 @@ class ScopedGate:
         model: MultiExitForSequenceClassification,
         parameters: Iterable[Parameter],
         scope: str,
-        *,
-        weight: float = 0.02,
-        max_angle: float = 90.0,
-        impl: str = "auto",
+        **settings: Any,
     ) -> None:
-        self.parameters = list(parameters)
-        choose(impl, self.parameters[0].device)
-        self.weight = weight
-        self.max_angle = max_angle
-        self.impl = impl
+        super().__init__(parameters, **settings)
         num_top = parse_scope(scope)
         deciding = {id(p) for p in top_parameters(model, num_top)} if num_top else set()
         self._deciding = [id(p) in deciding for p in self.parameters]
         self.cut = Cut(model, scope)
-        self._auxiliary: Sequence[Tensor | None] | None = None
         self._pass: Pass | None = None
 
     def accumulate(self, main_loss: Tensor, auxiliary_loss: Tensor) -> None:
@@ -174,11 +167,12 @@ class ScopedGate:
         Raises:
             RuntimeError: it is the second batch since `combine`.
         """
-        if self._auxiliary is not None:
+        if self._pass is not None:
             raise RuntimeError("A gate with a scope takes one batch a step: call combine() first.")
         self._pass = self.cut.take()
         with part(CONTRASTIVE_BACKWARD):
-            self._auxiliary = scope_gradients(auxiliary_loss, [self._pass.leaf, *self.parameters])
+            leaf_and_rest = [self._pass.leaf, *self.parameters]
+            self._auxiliary = list(scope_gradients(auxiliary_loss, leaf_and_rest))
         # The pass below the cut may meet parts of this graph again: some encoders share a bias or a
         # norm of relative positions between layers.
         with part(CE_BACKWARD):
@@ -199,18 +193,18 @@ class ScopedGate:
             compare: find the exact decision too, by two more passes below the cut; this does not
                 change the gradient.
         """
-        assert self._pass is not None and self._auxiliary is not None, "accumulate comes first"
+        assert self._pass is not None, "accumulate comes first"
         below, leaf, states = self._pass
         auxiliary = self._auxiliary
-        tensors: list[Tensor] = [leaf, *self.parameters]
-        for tensor, gradient in zip(tensors, auxiliary, strict=True):
-            if tensor.grad is None and gradient is not None:
-                tensor.grad = torch.zeros_like(gradient)
-        main = [tensor.grad for tensor in tensors]
+        main = main_gradients([leaf, *self.parameters], auxiliary)
         stats = grad_dot_norm(
             self._decisive(main, states), self._decisive(auxiliary, states), impl=self.impl
         )
-        exact = self._exact_stats(main, auxiliary) if compare else None
+        exact = None
+        if compare:
+            exact = grad_dot_norm(
+                self._whole(below, main), self._whole(below, auxiliary), impl=self.impl
+            )
         used = gated_combine_(
             main, auxiliary, stats, weight=self.weight, max_angle=self.max_angle, impl=self.impl
         )
@@ -231,23 +225,15 @@ class ScopedGate:
         leaf, *rest = gradients
         if states is not None:
             return [None if leaf is None else map_gradient(leaf, states)]
-        return [found for found, decides in zip(rest, self._deciding, strict=True) if decides]
+        return list(compress(rest, self._deciding))
 
-    def _exact_stats(
-        self, main: Sequence[Tensor | None], auxiliary: Sequence[Tensor | None]
-    ) -> Tensor:
-        """`grad_dot_norm` of the two losses' gradients of all parameters, [1, 3]."""
-        whole = [self._whole(gradients) for gradients in (main, auxiliary)]
-        return grad_dot_norm(whole[0], whole[1], impl=self.impl)
-
-    def _whole(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    def _whole(self, below: Tensor, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
         """Gradients of a loss for all parameters, from the leaf's and those above the cut."""
         cotangent, *above = gradients
         if cotangent is None:
             return above
-        assert self._pass is not None
         rest = torch.autograd.grad(
-            self._pass.below, self.parameters, cotangent, retain_graph=True, allow_unused=True
+            below, self.parameters, cotangent, retain_graph=True, allow_unused=True
         )
         return [
             held if found is None else found if held is None else held + found
@@ -259,20 +245,13 @@ class ScopedGate:
         gradients = [parameter.grad for parameter in self.parameters]
         nothing = [None] * len(gradients)
         stats = grad_dot_norm(gradients, nothing, impl=self.impl)
-        gated_combine_(
-            gradients,
-            nothing,
-            stats,
-            weight=0.0,
-            scale=1.0 / loss_scale,
-            max_norm=max_norm,
-            impl=self.impl,
-        )
+        settings: dict[str, Any] = {"max_norm": max_norm, "impl": self.impl}
+        gated_combine_(gradients, nothing, stats, weight=0.0, scale=1.0 / loss_scale, **settings)
         return stats[0, 1].sqrt() / loss_scale
 
     def reset(self) -> None:
         """Forget the current batch."""
-        self._auxiliary = None
+        super().reset()
         self._pass = None
 
     def close(self) -> None:
@@ -328,18 +307,3 @@ def top_parameters(model: MultiExitForSequenceClassification, num_top: int) -> l
     modules = [*top_layers(model, num_top), model.exits[-1]]
     modules += [] if after is None else [after]
     return [p for module in modules for p in module.parameters() if p.requires_grad]
-
-
-def hidden_states(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The hidden states among the arguments of a call of a layer.
-
-    Raises:
-        ValueError: they are neither the first argument nor called hidden_states.
-    """
-    found = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(found, Tensor):
-        raise ValueError(
-            f"gate_scope: {type(module).__name__} is not called with hidden states. Use all or "
-            "head."
-        )
-    return found

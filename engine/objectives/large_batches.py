@@ -9,8 +9,6 @@ same. This takes the memory of one chunk, and the time of one more forward pass.
 Source: Gao et al. 2021, arXiv 2101.06983.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from torch.distributed import ProcessGroup
 from ..config.sections import ObjectiveOptions
 from ..model.multi_exit import MultiExitOutput
 from ..runtime.profiler_marks import CONTRASTIVE_BACKWARD, part
-from .losses import ExitLosses, Teacher, contrastive_loss, main_losses
+from .losses import ExitLosses, Teacher, contrastive_loss, exit_losses, main_losses
 
 
 @dataclass(frozen=True)
@@ -50,10 +48,11 @@ def cached_losses(
     """The losses of each chunk of one contrastive batch, to be back-propagated one after another.
 
     Summed over the chunks, the auxiliary losses and their gradients are `weight` times the
-    contrastive loss of the whole batch and its gradient.
+    contrastive loss of the whole batch and its gradient. A single chunk needs no second pass.
 
     Args:
-        forwards: one per chunk, runs the model on it; called twice with the same random numbers.
+        forwards: one per chunk, runs the model on it; several are called twice each, with the same
+            random numbers.
         label_embeddings: returns the weights of the classifiers [E, K, d].
         shares: factors of the chunks' main losses.
         weight: factor of the contrastive loss.
@@ -62,6 +61,13 @@ def cached_losses(
         context: for the contrastive loss, and to read the weights of the model.
         process_group: as for `exit_losses`.
     """
+    if len(forwards) == 1:
+        chunk = forwards[0]()
+        with context():
+            weights, labels, teacher = label_embeddings(), chunk.labels, chunk.teacher
+            losses = exit_losses(options, chunk.output, weights, labels, teacher, process_group)
+        yield losses.times(shares[0], weight)
+        return
     before, seen = [], []
     with torch.no_grad():
         for forward in forwards:
@@ -114,11 +120,11 @@ def _join(teachers: Sequence[Teacher | None]) -> Teacher | None:
     found = [teacher for teacher in teachers if teacher is not None]
     if not found:
         return None
-    return Teacher(
-        torch.cat([teacher.embeddings for teacher in found]),
-        found[0].label_embeddings,
-        torch.cat([teacher.logits for teacher in found]),
+    embeddings, logits = (
+        torch.cat([t.embeddings for t in found]),
+        torch.cat([t.logits for t in found]),
     )
+    return Teacher(embeddings, found[0].label_embeddings, logits)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

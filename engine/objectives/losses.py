@@ -1,7 +1,5 @@
 """The losses of a batch: cross-entropy, distillation, and the contrastive term beside them."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +30,7 @@ class ExitLosses:
     auxiliary: Tensor | None
     cross_entropy: Tensor | None = None
 
-    def times(self, main: float, auxiliary: float) -> ExitLosses:
+    def times(self, main: float, auxiliary: float) -> "ExitLosses":
         """Each loss multiplied by its factor."""
         return ExitLosses(
             main * self.main,
@@ -42,11 +40,9 @@ class ExitLosses:
 
     def values(self) -> Tensor:
         """main, cross_entropy and auxiliary (0 if there is none), without their graph: [3, E]."""
-        main = self.main.detach()
-        rest = (self.cross_entropy, self.auxiliary)
-        return torch.stack(
-            [main, *(torch.zeros_like(main) if x is None else x.detach() for x in rest)]
-        )
+        zeros = torch.zeros_like(self.main)
+        found = (self.main, self.cross_entropy, self.auxiliary)
+        return torch.stack([zeros if values is None else values.detach() for values in found])
 
     def weighted(self, weight: float) -> Tensor:
         """(1 - weight) main + weight auxiliary, summed over the exits; weight is lambda."""

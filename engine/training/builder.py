@@ -3,11 +3,9 @@
 Whatever can be refused before the first step is refused here, or by the constructor of `Trainer`.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +15,23 @@ from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
 from ...kernels.contrastive.dispatch import Workload, choose
+from ..backends.deepspeed.settings import read_deepspeed_config
 from ..backends.interface import Backend
 from ..backends.local import LocalBackend
 from ..config.training import TrainingConfig
-from ..data.batching import EncodedSplit, encode
+from ..data.batching import EncodedSplit, encode, log_truncation
 from ..data.dataset import TextData, load_splits
 from ..data.quickstart import minilm_path
+from ..data.record import DataRecord
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
-from ..model.saved import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained
+from ..model.saved import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained, record_of
 from ..runtime import processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.lock import RunLock
 from .feature_cache import FeatureCache, check_directory
 from .metrics_log import require_reporting
 from .stages import Stage, StepPlan, check_exits, needed_exits, plan_steps
-from .storage.best_model import BestModel, scored_layers
+from .storage.best_model import BestModel
 from .storage.output_dir import check_output_dir
 
 logger = logging.getLogger("fusedacl")
@@ -84,9 +84,11 @@ def build_run(given: TrainingConfig) -> RunParts:
     check_output_dir(config)
     require_reporting(config.run.report_to)
     device, dtype = _device_and_dtype(config)
-    deepspeed_config = _deepspeed_config(config)
-    data = _load_data(config)
     options = config.optimization
+    deepspeed_config: dict[str, Any] | None = {} if uses_deepspeed(config) else None
+    if options.deepspeed_config is not None:
+        deepspeed_config = read_deepspeed_config(options.deepspeed_config)
+    data = _load_data(config)
     torch.manual_seed(options.seed)
     base_model = options.stage1_model or config.model.model_name_or_path or str(minilm_path())
     model = _new_model(config, base_model, data, device)
@@ -94,7 +96,13 @@ def build_run(given: TrainingConfig) -> RunParts:
     tokenizer = load_tokenizer(base_model, "stage1_model" if from_stage1 else "model_name_or_path")
     encoded = _encode(config, data, model, tokenizer)
     plan = plan_steps(config, len(model.exit_layers), len(encoded["train"]))
-    best = _new_best(config, data, model, plan)
+    best = None
+    if config.run.load_best_model_at_end:
+        if not data.evaluation_splits:
+            raise ValueError(
+                f"load_best_model_at_end: {data.name} has no labelled split to choose by."
+            )
+        best = BestModel(config.run, data.metrics, model.exit_layers, plan.stages[-1].exits)
     if options.feature_cache is not None:
         check_directory(Path(options.feature_cache), encoded["train"])
     return RunParts(
@@ -115,24 +123,11 @@ def _device_and_dtype(config: TrainingConfig) -> tuple[torch.device, torch.dtype
     else:
         device = choose_device(config.run.device)
     dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
-    workload = Workload(
-        device,
-        dtype,
-        temperature=config.objective.temperature,
-        num_rows=options.per_device_train_batch_size,
-    )
+    objective, num_rows = config.objective, options.per_device_train_batch_size
+    workload = Workload(device, dtype, temperature=objective.temperature, num_rows=num_rows)
     # Refuses an implementation that cannot run here.
-    choose(config.objective.impl, workload)
+    choose(objective.impl, workload)
     return device, dtype
-
-
-def _deepspeed_config(config: TrainingConfig) -> dict[str, Any] | None:
-    name = config.optimization.deepspeed_config
-    if name is not None:
-        from ..backends.deepspeed.settings import read_deepspeed_config
-
-        return read_deepspeed_config(name)
-    return {} if uses_deepspeed(config) else None
 
 
 def _load_data(config: TrainingConfig) -> TextData:
@@ -140,11 +135,9 @@ def _load_data(config: TrainingConfig) -> TextData:
     for note in data.notes:
         logger.info(note)
     if config.without_effect:
+        objective, names = config.objective, ", ".join(config.without_effect)
         logger.info(
-            "no effect with objective=%s, gate=%s: %s.",
-            config.objective.objective,
-            config.objective.gate,
-            ", ".join(config.without_effect),
+            f"no effect with objective={objective.objective}, gate={objective.gate}: {names}."
         )
     return data
 
@@ -166,10 +159,25 @@ def _new_model(
         exit_attention_heads=options.exit_attention_heads,
     )
     if stage1 is not None and trained is not None:
+        _check_stage1_data(data.record, record_of(trained), stage1)
         take_last_exit(model, trained, stage1)
     check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
     nn.Module.to(model, device)
     return model
+
+
+def _check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None:
+    """Refuse a first stage that has read other columns; log if it has read other texts."""
+    if (
+        None not in (ours.text_columns, trained.text_columns)
+        and ours.text_columns != trained.text_columns
+    ):
+        raise ValueError(
+            f"stage1_model={name!r} was trained on the columns {trained.text_columns}, this run "
+            f"reads {ours.text_columns}: name them with text_column (and text_pair_column)."
+        )
+    for difference in ours.differences(trained):
+        logger.info(f"stage1_model={name!r} was trained on other data: {difference}.")
 
 
 def take_last_exit(
@@ -183,25 +191,27 @@ def take_last_exit(
         ValueError: it has other classes, another kind of exit, or none on the last layer.
     """
     ours, theirs = model.config, trained.config
-    for what, mine, other in (
-        ("classes", label_names(ours), label_names(theirs)),
-        ("exit_head", ours.exit_head, theirs.exit_head),
-        ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1]),
-    ):
+    first = (
+        "the second stage needs a first one on the same data, with the same kind of exit on the "
+        "last layer"
+    )
+    pairs = [
+        ("classes", label_names(ours), label_names(theirs), first),
+        ("exit_head", ours.exit_head, theirs.exit_head, first),
+        ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1], first),
+    ]
+    if ours.exit_head == "mha":
+        mine, other = (
+            f"{o.exit_width} with {o.exit_attention_heads} heads" for o in (ours, theirs)
+        )
+        pairs.append(
+            ("exits of width", mine, other, "set exit_width and exit_attention_heads alike")
+        )
+    for what, mine, other, remedy in pairs:
         if mine != other:
             raise ValueError(
-                f"stage1_model={name!r} has {what} {other}, this run {mine}: the second stage "
-                "needs a first one on the same data, with the same kind of exit on the last layer."
+                f"stage1_model={name!r} has {what} {other}, this run {mine}: {remedy}."
             )
-    if ours.exit_head == "mha" and (
-        ours.exit_width != theirs.exit_width
-        or ours.exit_attention_heads != theirs.exit_attention_heads
-    ):
-        raise ValueError(
-            f"stage1_model={name!r} has exits of width {theirs.exit_width} with "
-            f"{theirs.exit_attention_heads} heads, this run of {ours.exit_width} with "
-            f"{ours.exit_attention_heads}: set exit_width and exit_attention_heads alike."
-        )
     model.exits[-1].load_state_dict(trained.exits[-1].state_dict())
 
 
@@ -219,29 +229,10 @@ def _encode(
         for name, split in data.splits.items()
     }
     for name, split in encoded.items():
-        if split.num_truncated:
-            logger.info(
-                "%s: %d of %d texts are longer than max_seq_length=%d and lose their ends.",
-                name,
-                split.num_truncated,
-                len(split),
-                max_length,
-            )
+        log_truncation(name, split)
+    record = replace(data.record, token_types=encoded["train"].token_types is not None)
+    model.config.data_record = record.to_dict()
     return encoded
-
-
-def _new_best(
-    config: TrainingConfig,
-    data: TextData,
-    model: MultiExitForSequenceClassification,
-    plan: StepPlan,
-) -> BestModel | None:
-    if not config.run.load_best_model_at_end:
-        return None
-    if not data.evaluation_splits:
-        raise ValueError(f"load_best_model_at_end: {data.name} has no labelled split to choose by.")
-    layers = scored_layers(model.exit_layers, plan.stages[-1].exits)
-    return BestModel(config.run, data.metrics, layers)
 
 
 def open_features(parts: RunParts, stage: Stage) -> FeatureCache | None:
@@ -277,10 +268,9 @@ def new_backend(
         # Exits alone are small and close to the losses: the exact decision is cheap.
         "gate_scope": parts.config.objective.gate_scope if stage.trains_backbone else "all",
     }
-    model, config, device = parts.model, parts.config, parts.device
-    if parts.deepspeed_config is None:
-        return LocalBackend(model, config, num_steps, device, **settings)
-    from ..backends.deepspeed.backend import DeepSpeedBackend
+    kind: type[Backend] = LocalBackend
+    if parts.deepspeed_config is not None:
+        from ..backends.deepspeed.backend import DeepSpeedBackend
 
-    settings["deepspeed_config"] = parts.deepspeed_config
-    return DeepSpeedBackend(model, config, num_steps, device, **settings)
+        kind, settings["deepspeed_config"] = DeepSpeedBackend, parts.deepspeed_config
+    return kind(parts.model, parts.config, num_steps, parts.device, **settings)

@@ -1,7 +1,5 @@
 """The model card (README.md) of a final model, from the configuration and results of its run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,14 +29,20 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
         objective += f", gated at {config.objective.max_angle:g} degrees (ACL-Grad)"
         if config.objective.gate_scope != "all":
             objective += f", the angle over {scope_words(config.objective.gate_scope)}"
-    names = {name for scores in _scores(results) for name in scores if name != "loss"}
+    splits = results["metrics"].values()
+    names = {name for by_layer in splits for scores in by_layer.values() for name in scores}
     is_local = Path(base_model).exists()
     title = Path(base_model).name if is_local else base_model
     # The hub knows a model by its name, not by a path.
-    lines = front_matter(base_model=None if is_local else base_model, metrics=sorted(names))
+    lines = front_matter(
+        base_model=None if is_local else base_model, metrics=sorted(names - {"loss"})
+    )
     lines += [f"# {title} fine-tuned on {results['data']}", ""]
     lines += [f"- Base model: {base_model}", f"- Data: {results['data']}"]
-    lines += [f"- Objective: {objective}", *_strategy(config)]
+    lines += [f"- Objective: {objective}"]
+    lines += [f"- Strategy: {_STRATEGIES[config.optimization.strategy]}"]
+    if config.optimization.stage1_model is not None:
+        lines += [f"- First stage: taken from {config.optimization.stage1_model}"]
     lines += [_terms(config), *_exits(config), _optimizer(config)]
     lines += [f"- Steps: {results['num_steps']}, seed {config.optimization.seed}", ""]
     best = results.get("best", {})
@@ -56,28 +60,23 @@ def _score_lines(results: Mapping[str, Any]) -> list[str]:
     """The scores of one exit as a list, those of several exits as a table."""
     if not results["metrics"]:
         return ["There was no labelled split to evaluate on."]
-    if all(len(by_layer) == 1 for by_layer in results["metrics"].values()):
-        return [
-            f"- {split}, exit at layer {layer}: "
-            + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
-            for split, by_layer in results["metrics"].items()
-            for layer, scores in by_layer.items()
-        ]
-    names = list(dict.fromkeys(name for scores in _scores(results) for name in scores))
     rows = [
-        [split, str(layer), *(f"{scores[name]:.4f}" for name in names)]
+        (split, layer, scores)
         for split, by_layer in results["metrics"].items()
         for layer, scores in by_layer.items()
     ]
-    return [markdown_table(["split", "exit at layer", *names], rows)]
-
-
-def _strategy(config: TrainingConfig) -> list[str]:
-    options = config.optimization
-    lines = [f"- Strategy: {_STRATEGIES[options.strategy]}"]
-    if options.stage1_model is not None:
-        lines.append(f"- First stage: taken from {options.stage1_model}")
-    return lines
+    if len(rows) == len(results["metrics"]):
+        return [
+            f"- {split}, exit at layer {layer}: "
+            + ", ".join(f"{name} {value:.4f}" for name, value in scores.items())
+            for split, layer, scores in rows
+        ]
+    names = list(dict.fromkeys(name for _, _, scores in rows for name in scores))
+    cells = [
+        [split, str(layer), *(f"{scores[name]:.4f}" for name in names)]
+        for split, layer, scores in rows
+    ]
+    return [markdown_table(["split", "exit at layer", *names], cells)]
 
 
 def _optimizer(config: TrainingConfig) -> str:
@@ -119,7 +118,3 @@ def _exits(config: TrainingConfig) -> list[str]:
             f"temperature {config.objective.distill_temperature:g}"
         )
     return lines
-
-
-def _scores(results: Mapping[str, Any]) -> list[dict[str, float]]:
-    return [scores for by_layer in results["metrics"].values() for scores in by_layer.values()]

@@ -4,17 +4,17 @@ They are one float16 array [tokens, layers, H] in a memory-mapped file, so that 
 are one contiguous read. For linear exits only the first token is kept, as they read no other.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib
 import json
 import logging
+import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -62,55 +62,53 @@ class FeatureCache:
         dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ) -> None:
-        self.first_only = model.config.exit_head == "linear"
-        num_texts = len(encoded)
-        self.offsets = np.arange(num_texts + 1) if self.first_only else encoded.offsets
+        first_only = model.config.exit_head == "linear"
+        self.directory = directory
+        self.offsets = np.arange(len(encoded) + 1) if first_only else encoded.offsets
         width = model.config.backbone_config.hidden_size
         self.shape = (int(self.offsets[-1]), len(positions), width)
+        self.num_bytes = 2 * math.prod(self.shape)
         meta = {
             "texts": texts_hash(encoded),
             "weights": weights_hash(model),
             "layers": [model.exit_layers[position] for position in positions],
-            "first_token_only": self.first_only,
+            "first_token_only": first_only,
             "backbone_dtype": str(dtype),
             "shape": list(self.shape),
         }
+        batches = evaluation_batches(
+            encoded,
+            batch_size,
+            pad_token_id,
+            device=model.device,
+            # Each process of the run writes a part.
+            part=slice(processes.rank(), None, processes.world_size()),
+            progress="features" if progress else None,
+        )
         with contextlib.ExitStack() as held:
-            if collectives.from_first(lambda: self._is_there_alone(directory, meta, held)):
+            if collectives.from_first(lambda: self._is_there_alone(meta, held)):
                 logger.info("Feature cache: reading %s.", directory)
             else:
-                collectives.from_first(lambda: self._make(directory))
-                # Each process of the run writes a part.
-                collectives.together(
-                    lambda: self._write(
-                        directory, model, encoded, positions, batch_size, pad_token_id, dtype,
-                        progress,
-                    )
-                )  # fmt: skip
+                collectives.from_first(self._make)
+                collectives.together(lambda: self._write(model, positions, dtype, batches))
                 collectives.from_first(lambda: write_json(directory / META_FILE, meta))
-        self.states = np.memmap(
-            directory / STATES_FILE, dtype=np.float16, mode="r", shape=self.shape
-        )
+        self.states = self._open("r")
 
-    def _is_there_alone(
-        self, directory: Path, meta: dict[str, Any], held: contextlib.ExitStack
-    ) -> bool:
-        """`_is_there`, behind a lock that `held` keeps.
+    def _open(self, mode: Literal["r", "r+"]) -> np.memmap:
+        file = self.directory / STATES_FILE
+        return np.memmap(file, dtype=np.float16, mode=mode, shape=self.shape)
+
+    def _is_there_alone(self, meta: dict[str, Any], held: contextlib.ExitStack) -> bool:
+        """Whether the states are on the disk already, behind a lock that `held` keeps.
 
         Without it, two runs that both find nothing would overwrite each other's file.
         """
+        directory = self.directory
         waiting = f"Feature cache: waiting for the run that writes {directory}."
         held.enter_context(DirectoryLock(directory).held(waiting))
-        return self._is_there(directory, meta)
-
-    def _is_there(self, directory: Path, meta: dict[str, Any]) -> bool:
-        try:
-            found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        found = _read_meta(directory)
+        if found is None:
             return False
-        except (json.JSONDecodeError, UnicodeDecodeError):
-            found = {}
-        found = found if isinstance(found, dict) else {}
         differing = [name for name in meta if found.get(name) != meta[name]]
         if differing:
             raise ValueError(
@@ -126,65 +124,49 @@ class FeatureCache:
             )
         return True
 
-    @property
-    def num_bytes(self) -> int:
-        return 2 * int(np.prod(self.shape))
-
-    def _make(self, directory: Path) -> None:
+    def _make(self) -> None:
         """Create the file at its full size, and log that."""
-        directory.mkdir(parents=True, exist_ok=True)
-        file = directory / STATES_FILE
+        self.directory.mkdir(parents=True, exist_ok=True)
+        file = self.directory / STATES_FILE
         # The file of a killed run takes room that the new one needs.
         file.unlink(missing_ok=True)
-        free = shutil.disk_usage(directory).free
+        free = shutil.disk_usage(self.directory).free
         logger.info(
             "Feature cache: writing %.2f GB (%d tokens, %d layers, width %d, float16) to %s.",
-            self.num_bytes / 1e9, *self.shape, directory,
+            self.num_bytes / 1e9, *self.shape, self.directory,
         )  # fmt: skip
         if self.num_bytes > free:
-            raise self._no_room(directory, f"{free / 1e9:.2f} GB are free")
+            raise self._no_room(f"{free / 1e9:.2f} GB are free")
         try:
             _reserve(file, self.num_bytes)
         except OSError as error:
             file.unlink(missing_ok=True)
             if error.errno not in _NO_ROOM:
                 raise
-            raise self._no_room(directory, f"the disk has no room: {error.strerror}") from None
+            raise self._no_room(f"the disk has no room: {error.strerror}") from None
 
-    def _no_room(self, directory: Path, why: str) -> ValueError:
+    def _no_room(self, why: str) -> ValueError:
         return ValueError(
-            f"feature_cache={str(directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and {why}."
-            " Name a directory on a larger disk, or leave feature_cache out."
+            f"feature_cache={str(self.directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and "
+            f"{why}. Name a directory on a larger disk, or leave feature_cache out."
         )
 
     @torch.inference_mode()
     def _write(
         self,
-        directory: Path,
         model: MultiExitForSequenceClassification,
-        encoded: EncodedSplit,
         positions: list[int],
-        batch_size: int,
-        pad_token_id: int,
         dtype: torch.dtype,
-        progress: bool,
+        batches: Iterable[tuple[np.ndarray, dict[str, Tensor]]],
     ) -> None:
-        states = np.memmap(directory / STATES_FILE, dtype=np.float16, mode="r+", shape=self.shape)
-        batches = evaluation_batches(
-            encoded,
-            batch_size,
-            pad_token_id,
-            device=model.device,
-            part=slice(processes.rank(), None, processes.world_size()),
-            progress="features" if progress else None,
-        )
+        states = self._open("r+")
         for indices, batch in batches:
             with autocast(model.device, dtype):
                 layers = model.exit_states(**batch, positions=positions)
             half = torch.stack(layers, dim=2).half()  # [N, T, L, H]
             if not torch.isfinite(half).all():
                 raise ValueError(
-                    f"feature_cache={str(directory)!r}: this backbone's states are beyond "
+                    f"feature_cache={str(self.directory)!r}: this backbone's states are beyond "
                     "float16's 65504, or not finite. Leave feature_cache out."
                 )
             stacked = half.cpu().numpy()
@@ -193,8 +175,13 @@ class FeatureCache:
                 states[start:stop] = stacked[row, : stop - start]
         states.flush()
 
-    def batch(self, indices: np.ndarray, device: torch.device) -> tuple[list[Tensor], Tensor]:
-        """States [N, T, H] float32 of each layer, zero where padded, and the mask [N, T]."""
+    def batch(
+        self, indices: np.ndarray, device: torch.device, dtype: torch.dtype
+    ) -> tuple[list[Tensor], Tensor]:
+        """States [N, T, H] of each layer, zero where padded, and the mask [N, T].
+
+        dtype: of the exits' weights, which DeepSpeed keeps in half precision.
+        """
         starts, stops = self.offsets[indices], self.offsets[indices + 1]
         lengths = stops - starts
         _, num_layers, width = self.shape
@@ -202,7 +189,7 @@ class FeatureCache:
         for row, (start, stop) in enumerate(zip(starts, stops, strict=True)):
             padded[row, : stop - start] = self.states[start:stop]
         mask = torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
-        layers = to_device(torch.from_numpy(padded), device).float().unbind(dim=2)
+        layers = to_device(torch.from_numpy(padded), device).to(dtype).unbind(dim=2)
         return list(layers), to_device(mask, device)
 
 
@@ -248,12 +235,20 @@ def check_directory(directory: Path, encoded: EncodedSplit) -> None:
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"feature_cache={str(directory)!r} is a file; name a directory.")
-    try:
-        found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError):
-        return
-    if not isinstance(found, dict) or found.get("texts") != texts_hash(encoded):
+    found = _read_meta(directory)
+    if found is not None and found.get("texts") != texts_hash(encoded):
         raise ValueError(
             f"feature_cache={str(directory)!r} holds the states of other texts. Delete it, or name "
             "another directory."
         )
+
+
+def _read_meta(directory: Path) -> dict[str, Any] | None:
+    """What a complete cache says of itself: None if there is none, nothing if it is damaged."""
+    try:
+        found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return {}
+    return found if isinstance(found, dict) else {}

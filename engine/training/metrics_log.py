@@ -1,15 +1,15 @@
 """The logs of a run while it trains: metrics.jsonl and TensorBoard."""
 
-from __future__ import annotations
-
 import json
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
 from ..runtime.files import write_whole
 
 
-class MetricsLog:
+class MetricsLog(AbstractContextManager["MetricsLog"]):
     """Appends records to `metrics.jsonl`, one JSON object per line, and to TensorBoard if asked.
 
     Args:
@@ -35,9 +35,18 @@ class MetricsLog:
             return
         path = output_dir / "metrics.jsonl"
         if resume_step is not None and path.exists():
-            _keep_until(path, resume_step, keep_evaluations)
+            last_evaluated = resume_step if keep_evaluations else resume_step - 1
+            kept = [
+                json.dumps(record) + "\n"
+                for record in read_records(path)
+                if record["step"] <= (last_evaluated if "exit" in record else resume_step)
+            ]
+            write_whole(path, "".join(kept))
         if report_to == "tensorboard":
-            self._writer = _tensorboard_writer(output_dir, resume_step)
+            from torch.utils.tensorboard import SummaryWriter
+
+            purge_step = None if resume_step is None else resume_step + 1
+            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
         self._file = path.open("a", encoding="utf-8")
 
     def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
@@ -62,16 +71,10 @@ class MetricsLog:
             ) from error
         if self._writer is None:
             return
-        place = (
-            record["split"] if "exit" not in record else f"{record['split']}/exit{record['exit']}"
-        )
-        numbers = {**record, **record.get("metrics", {})}
-        for name, value in numbers.items():
+        place = record["split"] + (f"/exit{record['exit']}" if "exit" in record else "")
+        for name, value in (record | record.get("metrics", {})).items():
             if isinstance(value, (int, float)) and name not in ("step", "exit"):
                 self._writer.add_scalar(f"{place}/{name}", value, record["step"])
-
-    def __enter__(self) -> MetricsLog:
-        return self
 
     def __exit__(self, *exception: object) -> None:
         for opened in (self._file, self._writer):
@@ -90,35 +93,14 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_until(path: Path, step: int, keep_evaluations: bool) -> None:
-    """Drop the records after `step`, which the resumed run writes again."""
-    kept = [
-        record
-        for record in read_records(path)
-        if record["step"] < step
-        or (record["step"] == step and (keep_evaluations or "exit" not in record))
-    ]
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
 def require_reporting(report_to: str) -> None:
     """Check, before any work, that the package named by `report_to` is installed.
 
     Raises:
         ValueError: it is not.
     """
-    if report_to == "tensorboard":
-        try:
-            import tensorboard  # noqa: F401
-        except ImportError:
-            raise ValueError(
-                "report_to=tensorboard: the package is not installed. "
-                "Run: pip install 'fusedacl[tensorboard]'"
-            ) from None
-
-
-def _tensorboard_writer(output_dir: Path, resume_step: int | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    purge_step = None if resume_step is None else resume_step + 1
-    return SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
+    if report_to == "tensorboard" and find_spec("tensorboard") is None:
+        raise ValueError(
+            "report_to=tensorboard: the package is not installed. "
+            "Run: pip install 'fusedacl[tensorboard]'"
+        )

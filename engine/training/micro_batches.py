@@ -4,50 +4,26 @@ A micro-batch has `per_device_train_batch_size` texts per process. W processes s
 one process would see with W times that size, so they train alike.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..backends.interface import Backend
-from ..config.training import TrainingConfig
-from ..data.batching import EncodedSplit, collate
-from ..model.multi_exit import MultiExitForSequenceClassification
+from ..data.batching import collate
 from ..objectives.large_batches import Chunk, cached_losses
-from ..objectives.losses import IGNORED, ExitLosses, count_not_finite, exit_losses
+from ..objectives.losses import IGNORED, ExitLosses, count_not_finite
 from ..runtime import collectives, processes
 from ..runtime.profiler_marks import DATA, FORWARD, part
+from .builder import RunParts
 from .feature_cache import FeatureCache
 from .padding import KnownPadding
-from .stages import Stage, stage_outputs, stage_states
+from .stages import Stage, stage_outputs
 from .transfers import to_device
-
-
-@dataclass(frozen=True)
-class Part:
-    """Rows of the training split that are the part of this process in a micro-batch.
-
-    If a micro-batch has fewer texts than there are processes, some have none. They take part with
-    a stand-in text whose label is `IGNORED`, because every process must exchange gradients as
-    often as the others.
-    """
-
-    rows: np.ndarray
-    is_stand_in: bool
-
-    def __len__(self) -> int:
-        return 0 if self.is_stand_in else len(self.rows)
-
-
-def own_part(rows: np.ndarray) -> Part:
-    """Every W-th text, so that all parts of texts sorted by length take equally long."""
-    own = rows[processes.rank() :: processes.world_size()]
-    return Part(own, False) if len(own) else Part(rows[:1], True)
 
 
 class StepLosses:
@@ -63,24 +39,15 @@ class StepLosses:
     """
 
     def __init__(
-        self,
-        model: MultiExitForSequenceClassification,
-        stage: Stage,
-        config: TrainingConfig,
-        encoded: EncodedSplit,
-        backend: Backend,
-        *,
-        pad_token_id: int,
-        device: torch.device,
-        features: FeatureCache | None,
+        self, parts: RunParts, stage: Stage, backend: Backend, features: FeatureCache | None
     ) -> None:
-        self.model = model
+        self.model = parts.model
         self.stage = stage
-        self.config = config
-        self.encoded = encoded
+        self.config = parts.config
+        self.encoded = parts.train_split
         self.backend = backend
-        self.pad_token_id = pad_token_id
-        self.device = device
+        self.pad_token_id = parts.tokenizer.pad_token_id
+        self.device = parts.device
         self.features = features
         # Representations that were not finite in the step so far, per exit, and their number.
         self.num_not_finite: list[Tensor] = []
@@ -93,95 +60,63 @@ class StepLosses:
         """
         self.num_not_finite, self.num_samples = [], 0
         positions = self.stage.exits_in_epoch(epoch)
+        is_global = self.config.optimization.negatives == "global"
         num_texts = sum(map(len, window))
         together = self.config.chunks_together
         for start in range(0, len(window), together):
             chunks = window[start : start + together]
-            parts = [own_part(rows) for rows in chunks]
-            yield from self._contrasted(
-                positions,
-                [partial(self._forward, positions, own) for own in parts],
-                [len(own) / num_texts for own in parts],
-                sum(map(len, chunks)) / num_texts,
-            )
-
-    def _contrasted(
-        self,
-        positions: tuple[int, ...],
-        forwards: Sequence[partial[Chunk]],
-        shares: Sequence[float],
-        share: float,
-    ) -> Iterator[ExitLosses]:
-        """The losses of the chunks of one contrastive batch.
-
-        Args:
-            shares: of the texts of the step, those in each chunk of this process.
-            share: of the texts of the step, those in the chunks of all processes.
-        """
-        objective, backend = self.config.objective, self.backend
-        is_global = self.config.optimization.negatives == "global"
-        process_group = collectives.group() if is_global else None
-        # With global negatives each process has the whole loss of the batch, else that of its part.
-        weight = share / processes.world_size() if is_global else sum(shares)
-        label_embeddings = partial(self.model.label_embeddings_of, positions)
-        if len(forwards) > 1:
+            # Every W-th text, so that all parts of texts sorted by length take equally long.
+            parts = [rows[processes.rank() :: processes.world_size()] for rows in chunks]
+            shares = [len(own) / num_texts for own in parts]
+            # If a micro-batch has fewer texts than there are processes, some have none. They take
+            # part with a stand-in text that counts in no loss, because every process must exchange
+            # gradients as often as the others.
+            forwards = [
+                partial(self._forward, positions, own if len(own) else rows[:1], len(own) == 0)
+                for own, rows in zip(parts, chunks, strict=True)
+            ]
+            # With global negatives each process has the whole loss of the contrastive batch, else
+            # that of its part.
+            weight = sum(shares)
+            if is_global:
+                weight = sum(map(len, chunks)) / num_texts / processes.world_size()
             yield from cached_losses(
                 forwards,
-                label_embeddings,
-                objective,
+                partial(self.model.label_embeddings_of, positions),
+                self.config.objective,
                 shares=shares,
                 weight=weight,
-                loss_scale=backend.loss_scale,
+                loss_scale=self.backend.loss_scale,
                 device=self.device,
-                context=backend.forward_context,
-                process_group=process_group,
+                context=self.backend.forward_context,
+                process_group=collectives.group() if is_global else None,
             )
-            return
-        chunk = forwards[0]()
-        with backend.forward_context():
-            losses = exit_losses(
-                objective,
-                chunk.output,
-                label_embeddings(),
-                chunk.labels,
-                chunk.teacher,
-                process_group=process_group,
-            )
-        yield losses.times(shares[0], weight)
 
     @part(FORWARD)
-    def _forward(self, positions: tuple[int, ...], own: Part) -> Chunk:
+    def _forward(self, positions: tuple[int, ...], rows: np.ndarray, is_stand_in: bool) -> Chunk:
         """Outputs of the trained exits, and of their teacher, for some training texts."""
-        context = self.backend.forward_context
+        states = None
+        known_padding: AbstractContextManager[Any] = nullcontext()
         with part(DATA):
-            batch = self._batch(own)
-        labels = batch.pop("labels")
-        if self.features is None:
-            mask = batch["attention_mask"]
-            with context(), KnownPadding(mask, self._same_length(own)):
-                states = stage_states(self.model, self.stage, positions, batch)
-        else:
-            with part(DATA):
-                states, mask = self.features.batch(own.rows, self.device)
-        with context():
-            output, teacher = stage_outputs(self.model, self.stage, positions, states, mask)
+            if self.features is None:
+                batch = collate(self.encoded, rows, self.pad_token_id)
+                batch = {name: to_device(value, self.device) for name, value in batch.items()}
+                labels = batch.pop("labels")
+                offsets = self.encoded.offsets
+                is_full = len(set(offsets[rows + 1] - offsets[rows])) == 1
+                known_padding = KnownPadding(batch["attention_mask"], is_full)
+            else:
+                assert self.encoded.labels is not None
+                labels = to_device(self.encoded.labels[rows], self.device)
+                dtype = next(self.model.exits.parameters()).dtype
+                states, mask = self.features.batch(rows, self.device, dtype)
+                batch = {"attention_mask": mask}
+        with self.backend.forward_context(), known_padding:
+            output, teacher = stage_outputs(self.model, self.stage, positions, batch, states)
         # A large batch runs the model twice on each chunk, the first time without a graph.
         if torch.is_grad_enabled():
             self.num_not_finite.append(count_not_finite(output))
-            self.num_samples += len(own.rows)
-        if own.is_stand_in:
+            self.num_samples += len(rows)
+        if is_stand_in:
             labels = torch.full_like(labels, IGNORED)
         return Chunk(output, labels, teacher)
-
-    def _batch(self, own: Part) -> dict[str, Tensor]:
-        """Labels [N] and, unless the features are cached, what the encoder reads, on the device."""
-        if self.features is not None:
-            assert self.encoded.labels is not None
-            batch = {"labels": self.encoded.labels[own.rows]}
-        else:
-            batch = collate(self.encoded, own.rows, self.pad_token_id)
-        return {name: to_device(value, self.device) for name, value in batch.items()}
-
-    def _same_length(self, own: Part) -> bool:
-        offsets = self.encoded.offsets
-        return len(np.unique(offsets[own.rows + 1] - offsets[own.rows])) == 1

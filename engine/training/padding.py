@@ -1,7 +1,5 @@
 """An answer from the host to a question that encoders ask the device in every forward pass."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

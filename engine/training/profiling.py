@@ -5,16 +5,13 @@ run. Parts may be nested: an instant belongs to the part that began last, so tha
 twice and the shares add up to 1.
 """
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import os
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
@@ -35,8 +32,7 @@ SCHEMA = 1
 _EXCHANGES = ("gloo:", "nccl:")
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """A part of a step, from `start` to `end` in microseconds."""
 
     name: str
@@ -53,8 +49,7 @@ class Timeline:
     def __init__(self, intervals: Iterable[Interval]) -> None:
         # If several begin together, the shorter ones are nested in the longer ones.
         ordered = sorted(intervals, key=lambda interval: (interval.start, -interval.end))
-        changes = [(interval.start, index) for index, interval in enumerate(ordered)]
-        changes += [(interval.end, index) for index, interval in enumerate(ordered)]
+        changes = [(time, i) for i, (_, *ends) in enumerate(ordered) for time in ends]
         open_ones: set[int] = set()
         self._starts: list[float] = []
         self._parts: list[str | None] = []
@@ -82,14 +77,9 @@ class Timeline:
 def find_intervals(events: Iterable[Any]) -> Iterator[Interval]:
     """The marked parts and the collectives among the events of a profiler."""
     for event in events:
-        if event.device_type != DeviceType.CPU:
-            continue
-        name = None
-        if event.name.startswith(PREFIX):
-            name = event.name.removeprefix(PREFIX)
-        elif event.name.startswith(_EXCHANGES):
-            name = COMMUNICATION
-        if name is not None:
+        if event.device_type == DeviceType.CPU and event.name.startswith((PREFIX, *_EXCHANGES)):
+            is_mark = event.name.startswith(PREFIX)
+            name = event.name.removeprefix(PREFIX) if is_mark else COMMUNICATION
             yield Interval(name, event.time_range.start, event.time_range.end)
 
 
@@ -122,42 +112,31 @@ def summarize(events: Iterable[Any], device: torch.device) -> dict[str, Any]:
     timeline = Timeline(intervals)
     on_host = timeline.seconds()
     total = sum(on_host.values())
-    found: dict[str, Any] = {
-        "num_steps": num_steps,
-        "step_ms": total / num_steps * 1e3,
-        "time_of": "host",
-        "shares": _shares(on_host),
+    shares = {name: value / total for name, value in on_host.items()}
+    found = {"num_steps": num_steps, "step_ms": total / num_steps * 1e3}
+    on_device = device_seconds(events, timeline) if device.type == "cuda" else {}
+    busy = sum(on_device.values())
+    # Some drivers do not let the profiler see the device.
+    if busy == 0:
+        return {**found, "time_of": "host", "shares": shares}
+    return {
+        **found,
+        "time_of": "device",
+        "shares": {name: value / busy for name, value in on_device.items()},
+        "host_shares": shares,
+        "device_busy": busy / total,
     }
-    if device.type == "cuda":
-        on_device = device_seconds(events, timeline)
-        busy = sum(on_device.values())
-        # Some drivers do not let the profiler see the device.
-        if busy > 0:
-            found |= {
-                "time_of": "device",
-                "shares": _shares(on_device),
-                "host_shares": _shares(on_host),
-                "device_busy": busy / total,
-            }
-    return found
-
-
-def _shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    total = sum(seconds.values())
-    return {name: value / total for name, value in seconds.items()}
 
 
 def table(profile: Mapping[str, Any]) -> str:
     """A text table of the parts of a step, with their shares and milliseconds."""
-    step_ms, shares = profile["step_ms"], profile["shares"]
+    step_ms = profile["step_ms"]
     on_device = profile["time_of"] == "device"
     busy_ms = step_ms * profile.get("device_busy", 1.0)
+    shares = [(WORDS[name], share) for name, share in profile["shares"].items() if share > 0]
     rows = [
-        [WORDS[name], f"{share:.1%}", f"{share * busy_ms:.2f}"]
-        for name, share in shares.items()
-        if share > 0
+        [name, f"{share:.1%}", f"{share * busy_ms:.2f}"] for name, share in [*shares, ("all", 1.0)]
     ]
-    rows.append(["all", "100.0%", f"{busy_ms:.2f}"])
     words = f"{profile['num_steps']} steps, {step_ms:.1f} ms each with the profiler on"
     if on_device:
         words += f"; the device is busy {profile['device_busy']:.0%} of it"
@@ -180,7 +159,7 @@ def check_steps(num_steps: int, left: int, what: str) -> None:
         )
 
 
-class StepProfiler:
+class StepProfiler(contextlib.AbstractContextManager["StepProfiler"]):
     """Profiles `num_steps` steps after `WARM_UP`, then writes profile.json and logs its table.
 
     Every step of the run is wrapped in `step`, and the run in the profiler itself. Profiling does
@@ -203,9 +182,6 @@ class StepProfiler:
         self._seen = 0
         self._profiler: profile | None = None
 
-    def __enter__(self) -> StepProfiler:
-        return self
-
     def __exit__(self, *exception: object) -> None:
         # A run that ends early leaves no profile.
         self._stop()
@@ -219,10 +195,7 @@ class StepProfiler:
         self._seen += 1
         if self._seen == WARM_UP:
             self._start()
-        if self._seen <= WARM_UP:
-            yield
-            return
-        with part(STEP):
+        with part(STEP) if self._seen > WARM_UP else contextlib.nullcontext():
             yield
         if self._seen == WARM_UP + self.num_steps:
             self._finish()
@@ -249,9 +222,10 @@ class StepProfiler:
     def _finish(self) -> None:
         profiler = self._stop()
         assert profiler is not None
+        is_gpu = self.device.type == "cuda"
         self.profile = {
             "schema": SCHEMA,
-            "device": _device_name(self.device),
+            "device": torch.cuda.get_device_name(self.device) if is_gpu else self.device.type,
             "warm_up_steps": WARM_UP,
             **summarize(profiler.events(), self.device),
         }
@@ -262,7 +236,3 @@ class StepProfiler:
             profiler.export_chrome_trace(str(self.directory / TRACE_FILE))
             written += f" and {TRACE_FILE}"
         logger.info("%s\nwritten: %s", table(self.profile), written)
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

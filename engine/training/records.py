@@ -1,10 +1,8 @@
 """Records of the steps of a run, made when a step's values have come from the device."""
 
-from __future__ import annotations
-
 import math
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,29 +23,19 @@ Record = dict[str, Any]
 class GateHistory:
     """The angle and the decision of every optimizer step and group, and their summary by epoch."""
 
+    _COLUMNS = ("epochs", "groups", "angles", "dropped", "agreed")
+
     def __init__(self) -> None:
-        self.epochs: list[int] = []
-        self.groups: list[str] = []
-        self.angles: list[float] = []
-        self.dropped: list[bool] = []
-        # None for steps without the exact decision.
-        self.agreed: list[bool | None] = []
+        self.rows: list[tuple[Any, ...]] = []
 
     def add(
         self, epoch: int, group: str, angle: float, dropped: bool, agreed: bool | None = None
     ) -> None:
-        """Add the decision of one step for one group of parameters.
+        """Add the decision of one step for one group of parameters; the angle is in degrees.
 
-        Args:
-            epoch: 1 is the first.
-            angle: in degrees.
-            agreed: whether the exact decision was the same, where `gate_scope` is not all.
+        agreed: whether the exact decision was the same, where `gate_scope` is not all.
         """
-        self.epochs.append(epoch)
-        self.groups.append(group)
-        self.angles.append(angle)
-        self.dropped.append(dropped)
-        self.agreed.append(agreed)
+        self.rows.append((epoch, group, angle, dropped, agreed))
 
     def summary(self) -> list[dict[str, Any]]:
         """Per epoch and group: steps, share of dropped terms, deciles and median of the angle.
@@ -55,39 +43,39 @@ class GateHistory:
         Angles are in degrees. Where exact decisions were compared, also the number of those steps
         and the share of them with the same decision.
         """
-        epochs, angles = np.array(self.epochs), np.array(self.angles)
-        groups, dropped = np.array(self.groups), np.array(self.dropped)
-        rows = []
-        for epoch, group in dict.fromkeys(zip(self.epochs, self.groups, strict=True)):
-            here = (epochs == epoch) & (groups == group)
-            low, median, high = np.percentile(angles[here], [10, 50, 90])
-            compared = [self.agreed[place] for place in np.flatnonzero(here)]
-            agreed = [same for same in compared if same is not None]
-            rows.append(
-                {
-                    "epoch": epoch,
-                    "group": group,
-                    "steps": int(here.sum()),
-                    "dropped_share": float(dropped[here].mean()),
-                    "angle_p10": float(low),
-                    "angle_median": float(median),
-                    "angle_p90": float(high),
+        by_place = defaultdict(list)
+        for epoch, group, *decision in self.rows:
+            by_place[epoch, group].append(decision)
+        summary = []
+        for (epoch, group), decisions in by_place.items():
+            angles, dropped, agreed = zip(*decisions, strict=True)
+            low, median, high = np.percentile(angles, [10, 50, 90])
+            row = {
+                "epoch": epoch,
+                "group": group,
+                "steps": len(decisions),
+                "dropped_share": float(np.mean(dropped)),
+                "angle_p10": float(low),
+                "angle_median": float(median),
+                "angle_p90": float(high),
+            }
+            compared = [same for same in agreed if same is not None]
+            if compared:
+                row |= {
+                    "compared_steps": len(compared),
+                    "agreement_share": float(np.mean(compared)),
                 }
-            )
-            if agreed:
-                rows[-1] |= {
-                    "compared_steps": len(agreed),
-                    "agreement_share": np.mean(agreed).item(),
-                }
-        return rows
+            summary.append(row)
+        return summary
 
     def state_dict(self) -> dict[str, list[Any]]:
-        return {name: list(values) for name, values in vars(self).items()}
+        return {name: [row[i] for row in self.rows] for i, name in enumerate(self._COLUMNS)}
 
     def load_state_dict(self, state: dict[str, list[Any]]) -> None:
-        for name in vars(self):
-            # A checkpoint of an earlier version has no `agreed`.
-            setattr(self, name, list(state.get(name, [None] * len(state["epochs"]))))
+        # A checkpoint of an earlier version has no `agreed`.
+        absent = [None] * len(state["epochs"])
+        columns = (state.get(name, absent) for name in self._COLUMNS)
+        self.rows = list(zip(*columns, strict=True))
 
 
 class StepRecords:
@@ -124,27 +112,28 @@ class StepRecords:
             place: "step", and "gate_epoch", the epoch of the run for `history`.
             not_finite: counts [E] of representations, out of `num_samples`.
         """
+
+        def check(values: Record) -> None:
+            step = place["step"]
+            check_finite(values["not_finite"], num_samples, step)
+            try:
+                backend.check(values["loss_scale"], bool(values["skipped"]))
+            except FloatingPointError as error:
+                raise FloatingPointError(f"Step {step}: {error}") from None
+            if "angle" not in values or values["skipped"]:
+                return
+            columns = (values["active"], values["angle"], values["kept"], _agreed(values))
+            for group, active, angle, kept, agreed in zip(backend.groups, *columns, strict=True):
+                if active:
+                    self.history.add(place["gate_epoch"], group, angle, not kept, agreed)
+
         values = {
             "not_finite": torch.stack(list(not_finite)).sum(0),
             "skipped": report.skipped,
             "loss_scale": report.loss_scale,
             **_decision_values(report.decision),
         }
-        self.pending.send(values, partial(self._check, place, backend, num_samples))
-
-    def _check(self, place: Record, backend: Backend, num_samples: int, values: Record) -> None:
-        step = place["step"]
-        check_finite(values["not_finite"], num_samples, step)
-        try:
-            backend.check(values["loss_scale"], bool(values["skipped"]))
-        except FloatingPointError as error:
-            raise FloatingPointError(f"Step {step}: {error}") from None
-        if "angle" not in values or values["skipped"]:
-            return
-        rows = zip(values["active"], values["angle"], values["kept"], _agreed(values), strict=True)
-        for group, (active, angle, kept, agreed) in zip(backend.groups, rows, strict=True):
-            if active:
-                self.history.add(place["gate_epoch"], group, angle, not kept, agreed)
+        self.pending.send(values, check)
 
     def log(
         self,
@@ -165,18 +154,17 @@ class StepRecords:
             losses: `ExitLosses.values` of the step [3, E], the part of this process in it.
         """
         main, cross_entropy, auxiliary = collectives.total(losses)  # [E] each
-        values: Record = {}
+        shown: Record = {}
         loss = main
         if self.options.objective != "ce":
             weight = torch.full_like(main, self.options.aux_weight)
             if report.decision is not None:
-                values |= _decision_values(report.decision)
                 used = weight * _kept(stage, epoch, report.decision).to(weight)
                 skipped = torch.as_tensor(report.skipped, device=weight.device)
                 weight = torch.where(skipped, weight, used)
             loss = (1 - weight) * main + weight * auxiliary
-            values |= {"loss_aux": auxiliary.sum(), "aux_weight": weight.mean()}
-        values |= {
+            shown = {"loss_aux": auxiliary.sum(), "aux_weight": weight.mean()}
+        shown |= {
             "loss": loss.sum(),
             "loss_ce": cross_entropy.sum(),
             "grad_norm": report.grad_norm,
@@ -185,37 +173,24 @@ class StepRecords:
             "skipped": report.skipped,
         }
         stopwatch.stop()
-        self.pending.send(values, partial(self._log, place, groups, num_texts, stopwatch))
 
-    def _log(
-        self,
-        place: Record,
-        groups: Sequence[str],
-        num_texts: int,
-        stopwatch: Stopwatch,
-        values: Record,
-    ) -> None:
-        record = {**place, **_angles(groups, values)}
-        names = ("loss_aux", "aux_weight", "loss", "loss_ce", "grad_norm", "learning_rate")
-        record |= {name: values[name] for name in names if name in values}
-        record |= {"loss_scale": values["loss_scale"], "skipped": bool(values["skipped"])}
-        speed = {"samples_per_second": round(num_texts / stopwatch.seconds(), 2)}
-        # JSON has no NaN: an overflow leaves no angle and no norm.
-        self.write(
-            {
-                name: None if isinstance(value, float) and not math.isfinite(value) else value
-                for name, value in record.items()
-            }
-            | speed
-        )
+        def write(values: Record) -> None:
+            record = {**place, **_angles(groups, values), **{name: values[name] for name in shown}}
+            record["skipped"] = bool(values["skipped"])
+            record["samples_per_second"] = round(num_texts / stopwatch.seconds(), 2)
+            # JSON has no NaN: an overflow leaves no angle and no norm.
+            for name, value in record.items():
+                if isinstance(value, float) and not math.isfinite(value):
+                    record[name] = None
+            self.write(record)
+
+        self.pending.send(shown | _decision_values(report.decision), write)
 
 
 def _decision_values(decision: GateDecision | None) -> Record:
     """Those parts of a decision that are recorded."""
-    if decision is None:
-        return {}
     names = ("active", "angle", "kept", "exact_angle", "agrees")
-    values = {name: getattr(decision, name) for name in names}
+    values = {name: getattr(decision, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,7 +1,6 @@
 """A training run from its configuration to its results."""
 
-from __future__ import annotations
-
+import contextlib
 import logging
 from typing import Any
 
@@ -10,7 +9,7 @@ from ..config.training import TrainingConfig
 from ..runtime import collectives, processes
 from ..runtime.failures import Peers
 from ..runtime.machine import versions
-from .builder import RunParts, build_run, uses_deepspeed
+from .builder import build_run, uses_deepspeed
 from .trainer import Trainer
 
 logger = logging.getLogger("fusedacl")
@@ -30,33 +29,21 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     config.resolved()
     if uses_deepspeed(config):
         processes.join(config.run.device, config.run.ddp_timeout)
-        check_alike(config)
+        alike = flatten(config) | {f"version of {name}": v for name, v in versions().items()}
+        for name, value in alike.items():
+            collectives.check_alike(name, value)
     if processes.rank() > 0:
         logger.setLevel(logging.WARNING)
     peers = Peers()
-    parts: RunParts | None = None
     trainer: Trainer | None = None
-    try:
-        parts = built = collectives.together(lambda: build_run(config))
-        trainer = collectives.together(lambda: Trainer(built))
-        return trainer.run(peers)
-    except RuntimeError as error:
-        explained = peers.explain(error, 0 if trainer is None else trainer.step)
-        if explained is None:
-            raise
-        raise explained from error
-    finally:
-        if parts is not None:
-            parts.lock.release()
-
-
-def check_alike(config: TrainingConfig) -> None:
-    """Refuse processes that differ in their options or in versions of packages. Collective.
-
-    Raises:
-        ValueError: naming the process and what differs.
-    """
-    for name, value in flatten(config).items():
-        collectives.check_alike(name, value)
-    for name, number in versions().items():
-        collectives.check_alike(f"version of {name}", number)
+    with contextlib.ExitStack() as held:
+        try:
+            parts = collectives.together(lambda: build_run(config))
+            held.callback(parts.lock.release)
+            trainer = collectives.together(lambda: Trainer(parts))
+            return trainer.run(peers)
+        except RuntimeError as error:
+            explained = peers.explain(error, 0 if trainer is None else trainer.step)
+            if explained is None:
+                raise
+            raise explained from error

@@ -6,8 +6,6 @@ two_stage    single, then the other exits on the frozen backbone, the last exit 
 alternating  joint, but the last exit alone in odd epochs (eq. 7, 8)
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from torch.nn import Parameter
 
 from ..config.training import TrainingConfig
 from ..model.multi_exit import MultiExitForSequenceClassification, MultiExitOutput
-from ..objectives.losses import ExitLosses, Teacher, exit_losses
+from ..objectives.losses import Teacher
 from ..runtime import processes
 
 SHARED = "backbone"
@@ -58,9 +56,9 @@ def plan_stages(config: TrainingConfig, num_exits: int) -> list[Stage]:
         return [Stage("joint", every, epochs, learning_rate)]
     if options.strategy == "alternating":
         return [Stage("alternating", every, epochs, learning_rate, alternates=True)]
-    single = Stage("single", last, epochs, learning_rate)
+    single = [Stage("single", last, epochs, learning_rate)]
     if options.strategy == "single":
-        return [single]
+        return single
     second = Stage(
         "exits",
         every[:-1],
@@ -69,7 +67,7 @@ def plan_stages(config: TrainingConfig, num_exits: int) -> list[Stage]:
         trains_backbone=False,
         has_teacher=True,
     )
-    return [single, second]
+    return [*single, second]
 
 
 def check_exits(strategy: str, exit_layers: Sequence[int], num_layers: int) -> None:
@@ -194,48 +192,26 @@ def needed_exits(
     return [*positions, len(model.exits) - 1] if stage.has_teacher else list(positions)
 
 
-def stage_states(
-    model: MultiExitForSequenceClassification,
-    stage: Stage,
-    positions: Sequence[int],
-    batch: dict[str, Tensor],
-) -> list[Tensor]:
-    """Hidden states [N, T, H] of `needed_exits`, from one pass through the backbone."""
-    with torch.set_grad_enabled(stage.trains_backbone):
-        return model.exit_states(**batch, positions=needed_exits(model, stage, positions))
-
-
 def stage_outputs(
     model: MultiExitForSequenceClassification,
     stage: Stage,
     positions: Sequence[int],
-    states: Sequence[Tensor],
-    attention_mask: Tensor,
+    batch: dict[str, Tensor],
+    states: Sequence[Tensor] | None = None,
 ) -> tuple[MultiExitOutput, Teacher | None]:
-    """Outputs of the exits at `positions`, and of their teacher, from their `stage_states`."""
-    teacher = None
+    """Outputs of the exits at `positions`, and of their teacher.
+
+    states: hidden states [N, T, H] of `needed_exits`; None: the backbone computes them.
+    """
+    if states is None:
+        with torch.set_grad_enabled(stage.trains_backbone):
+            states = model.exit_states(**batch, positions=needed_exits(model, stage, positions))
+    mask, teacher = batch["attention_mask"], None
     if stage.has_teacher:
         with torch.no_grad():
-            frozen = model.classify(states[-1:], attention_mask, positions=[-1])
+            frozen = model.classify(states[-1:], mask, positions=[-1])
             teacher = Teacher(
                 frozen.exit_embeddings[0], model.label_embeddings_of([-1])[0], frozen.logits
             )
         states = states[:-1]
-    return model.classify(states, attention_mask, positions=positions), teacher
-
-
-def stage_losses(
-    model: MultiExitForSequenceClassification,
-    stage: Stage,
-    positions: Sequence[int],
-    states: Sequence[Tensor],
-    attention_mask: Tensor,
-    config: TrainingConfig,
-    labels: Tensor,
-) -> tuple[MultiExitOutput, ExitLosses]:
-    """`stage_outputs` and the losses of the exits at `positions`."""
-    output, teacher = stage_outputs(model, stage, positions, states, attention_mask)
-    losses = exit_losses(
-        config.objective, output, model.label_embeddings_of(positions), labels, teacher
-    )
-    return output, losses
+    return model.classify(states, mask, positions=positions), teacher

@@ -1,7 +1,5 @@
 """The loop of a training run, and what the run leaves on the disk."""
 
-from __future__ import annotations
-
 import logging
 import signal
 import time
@@ -62,7 +60,6 @@ class Trainer:
         self.tokenizer = parts.tokenizer
         self.plan = parts.plan
         self.best = parts.best
-        self.train_split = parts.train_split
         self.step = 0
         self.history = GateHistory()
         self.signals = SignalsNoted()
@@ -72,7 +69,7 @@ class Trainer:
         if self.config.run.resume_from_checkpoint is None:
             self._start_stage(0)
         else:
-            self._resume(self.config.run.resume_from_checkpoint)
+            self._resume()
         num_profiled = self.config.run.profile
         left = self.plan.ends[self.stage_index] - self.step
         check_steps(num_profiled, left, "stage" if len(self.plan.stages) > 1 else "run")
@@ -103,16 +100,7 @@ class Trainer:
         features = open_features(self.parts, stage)
         num_steps = self.plan.ends[index] - self.plan.start(index)
         self.backend = new_backend(self.parts, stage, groups, num_steps)
-        self.losses = StepLosses(
-            self.model,
-            stage,
-            self.config,
-            self.train_split,
-            self.backend,
-            pad_token_id=self.tokenizer.pad_token_id,
-            device=self.parts.device,
-            features=features,
-        )
+        self.losses = StepLosses(self.parts, stage, self.backend, features)
 
     def _take_output_dir(self) -> Path:
         self.parts.lock.take()
@@ -122,10 +110,8 @@ class Trainer:
             set_aside(directory, self.resume_step)
         return directory
 
-    def _resume(self, name: str) -> None:
-        checkpoint, state = load_checkpoint(
-            name, self.config, self.model, self.best, self.parts.lock
-        )
+    def _resume(self) -> None:
+        checkpoint, state = load_checkpoint(self.parts)
         self._start_stage(state["stage_index"])
         self.backend.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
@@ -135,21 +121,15 @@ class Trainer:
         self.step = self.resume_step = state["step"]
         self.seconds = state["seconds"]
         self.resume_evaluated = state["evaluated"]
-        num_steps = self.plan.num_steps
-        logger.info("Resuming from %s at step %d of %d.", checkpoint, self.step, num_steps)
+        logger.info(f"Resuming from {checkpoint} at step {self.step} of {self.plan.num_steps}.")
 
     def run(self, peers: Peers | None = None) -> dict[str, Any]:
         """Train, evaluate and save; see `train`. peers: tell when the launcher has ended."""
         options, data = self.config.run, self.parts.data
         logger.info(
-            "%s: %d training texts, %d classes; %d steps (%d an epoch) on %s in %s.",
-            data.name,
-            len(self.train_split),
-            len(data.label_names),
-            self.plan.num_steps,
-            self.plan.steps_per_epoch,
-            self.parts.device.type,
-            str(self.parts.dtype).removeprefix("torch."),
+            f"{data.name}: {len(self.parts.train_split)} training texts, {len(data.label_names)} "
+            f"classes; {self.plan.num_steps} steps ({self.plan.steps_per_epoch} an epoch) on "
+            f"{self.parts.device.type} in {str(self.parts.dtype).removeprefix('torch.')}."
         )
         self.started = time.monotonic()
         bar = tqdm(
@@ -160,14 +140,8 @@ class Trainer:
             disable=None if self.parts.shows_progress else True,
         )
         directory = self.output_dir if processes.rank() == 0 else None
-        with (
-            MetricsLog(
-                directory, options.report_to, self.resume_step, self.resume_evaluated
-            ) as log,
-            self.profiler,
-            self.signals,
-            bar,
-        ):
+        log = MetricsLog(directory, options.report_to, self.resume_step, self.resume_evaluated)
+        with log, self.profiler, self.signals, bar:
             # A checkpoint is saved after the evaluation of the same step.
             evaluations = collectives.from_first(lambda: log.evaluations(self.step))
             evaluated = self.step if evaluations else -1
@@ -199,7 +173,7 @@ class Trainer:
             processes.barrier()
         return results
 
-    def steps(self, log: MetricsLog, bar: tqdm[Any]) -> Iterator[None]:
+    def steps(self, log: MetricsLog, bar: "tqdm[Any]") -> Iterator[None]:
         """Take the optimizer steps that are left, one per iteration."""
 
         def write(record: dict[str, Any]) -> None:
@@ -227,7 +201,7 @@ class Trainer:
                 self._start_stage(self.stage_index + 1)
             epoch, first = divmod(self.step - plan.start(self.stage_index), plan.steps_per_epoch)
             batches = epoch_batches(
-                self.train_split.lengths,
+                self.parts.train_split.lengths,
                 plan.batch_size,
                 seed=options.seed,
                 # Each stage has an order of its own.
@@ -282,8 +256,13 @@ class Trainer:
         return self.plan.is_due(self.step, self.stage_index, every)
 
     def _consider(self, evaluations: dict[str, Any]) -> None:
-        """Compare an evaluation of the last stage with the best one so far."""
-        if self.best is not None and self.stage is self.plan.stages[-1]:
+        """Compare an evaluation of the last stage with the best one so far.
+
+        In the first epoch of an alternating stage, the exits that rest still have random weights.
+        """
+        stage_step = self.step - self.plan.start(self.stage_index)
+        is_trained = not self.stage.alternates or stage_step > self.plan.steps_per_epoch
+        if self.best is not None and self.stage is self.plan.stages[-1] and is_trained:
             first_split = self.parts.data.evaluation_splits[0]
             self.best.consider(self.step, evaluations[first_split])
 
@@ -360,7 +339,7 @@ class Trainer:
         )
 
     def _results(self, evaluations: dict[str, Any]) -> dict[str, Any]:
-        samples = self.step * len(self.train_split) / self.plan.steps_per_epoch
+        samples = self.step * len(self.parts.train_split) / self.plan.steps_per_epoch
         best = {} if self.best is None else {"best": self.best.result()}
         return {
             "data": self.parts.data.name,

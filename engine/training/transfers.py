@@ -1,7 +1,5 @@
 """Copies between the host and the device for which neither waits, and the time of the device."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -28,11 +26,9 @@ class _Parcel:
     def open(self) -> None:
         if self.arrival is not None:
             self.arrival.synchronize()
-        numbers = iter(self.packed.tolist())
-        values = {
-            name: next(numbers) if not shape else [next(numbers) for _ in range(shape[0])]
-            for name, shape in self.shapes.items()
-        }
+        pieces = self.packed.split([shape.numel() for shape in self.shapes.values()])
+        shapes = zip(pieces, self.shapes.items(), strict=True)
+        values = {name: piece.view(shape).tolist() for piece, (name, shape) in shapes}
         self.use(values | self.others)
 
 

@@ -1,7 +1,5 @@
 """The directory of a sweep without training: sweep.json and the files of its runs."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """The public names resolve, and naming them costs nothing before they are used."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 

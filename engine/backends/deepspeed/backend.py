@@ -1,7 +1,5 @@
 """The DeepSpeed backend: several processes, ZeRO 0 to 3."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import math
@@ -9,7 +7,8 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, cast
+from dataclasses import KW_ONLY, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,9 @@ from torch.nn import Parameter, functional
 
 from ....kernels import gated_combine_, grad_dot_norm
 from ....kernels.gradients.angle import choose, combined_squared_norm
-from ...config.training import TrainingConfig
-from ...model.multi_exit import MultiExitForSequenceClassification
 from ...objectives.gate import decision_of, used_weight, weighted_sum
 from ...objectives.losses import ExitLosses
 from ...runtime import processes
-from ...runtime.device import choose_dtype
 from ...runtime.profiler_marks import (
     CE_BACKWARD,
     COMMUNICATION,
@@ -31,7 +27,7 @@ from ...runtime.profiler_marks import (
     OPTIMIZER,
     part,
 )
-from ..interface import StepReport
+from ..interface import Backend, StepReport
 from ..loss_scaling import NOT_FINITE, DeepSpeedLossScaler
 from ..optimizers import decay_groups, new_optimizer, new_schedule
 from .gate_scope import SharedScope
@@ -42,67 +38,50 @@ from .settings import complete
 MAIN, AUXILIARY = 0, 1
 
 
-class DeepSpeedBackend:
+@dataclass(eq=False, repr=False)
+class DeepSpeedBackend(Backend):
     """Forward context, backward passes and one optimizer step, on all processes alike.
 
     Every process calls the same methods in the same order and with as many micro-batches per step,
     because each of them exchanges gradients. The model's weights are in the precision of the run
     until `close`, which gives them back whole and in float32.
 
-    Args:
-        model, num_steps, device, groups, independent, learning_rate, gate_scope: as for
-            `LocalBackend`.
+    Args: as for `Backend`, and
         deepspeed_config: the JSON object; see `settings.complete`.
 
     Raises:
         ValueError: DeepSpeed is missing or another version, or a setting that cannot work.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        config: TrainingConfig,
-        num_steps: int,
-        device: torch.device,
-        *,
-        deepspeed_config: Mapping[str, Any],
-        groups: Mapping[str, Sequence[Parameter]],
-        independent: bool,
-        learning_rate: float,
-        gate_scope: str,
-    ) -> None:
-        options = config.optimization
-        self.device = device
-        self.model = model
-        self.weight = config.objective.aux_weight
-        self.max_angle = config.objective.max_angle
-        self.impl = config.objective.impl
+    _: KW_ONLY
+    deepspeed_config: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        options, objective = self.config.optimization, self.config.objective
         # Whether two gradients of all parameters are kept; a scope decides before there are any.
-        self.gated = config.gated and gate_scope == "all"
+        self.gated = self.config.gated and self.gate_scope == "all"
         self.scope: SharedScope | None = None
         self._scope_stats: Tensor | None = None
-        if config.objective.gate_agreement_steps:
+        if objective.gate_agreement_steps:
             raise ValueError(
-                f"gate_agreement_steps={config.objective.gate_agreement_steps}: under DeepSpeed "
+                f"gate_agreement_steps={objective.gate_agreement_steps}: under DeepSpeed "
                 "there is no exact decision beside that of gate_scope. Compare them in a run of "
                 "one process without deepspeed_config, and leave it out here."
             )
-        self.independent = independent
-        self.max_norm = options.max_grad_norm or None
-        self.dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
         check_version()
-        choose(self.impl, device)
-        self.groups = {name: list(parameters) for name, parameters in groups.items()}
-        self.parameters = [p for parameters in self.groups.values() for p in parameters]
-        _check_groups(model, self.parameters)
+        choose(self.impl, self.device)
+        _check_groups(self.model, self.parameters)
         self.settings = complete(
-            deepspeed_config,
-            config,
+            self.deepspeed_config,
+            self.config,
             world_size=processes.world_size(),
             num_trained=sum(p.numel() for p in self.parameters),
-            clips=not independent,
+            clips=not self.independent,
         )
-        self.scaler = DeepSpeedLossScaler(self.dtype == torch.float16, self.settings.loss_scale)
+        self.scaler: DeepSpeedLossScaler = DeepSpeedLossScaler(
+            self.dtype == torch.float16, self.settings.loss_scale
+        )
         # Groups of the optimizer hold parameters of one gate group only: a gate group that rests
         # must not have its steps counted with those of the others.
         parts = [
@@ -111,38 +90,31 @@ class DeepSpeedBackend:
             for part in decay_groups(group, options.weight_decay)
             if part["params"]
         ]
-        base = new_optimizer(options.optimizer, parts, learning_rate, device)
-        self.scheduler = new_schedule(base, options, num_steps)
-        if config.gated and gate_scope != "all":
-            self.scope = SharedScope(cast(MultiExitForSequenceClassification, model), gate_scope)
+        base = new_optimizer(options.optimizer, parts, self.learning_rate, self.device)
+        self.scheduler = new_schedule(base, options, self.num_steps)
+        if self.config.gated and self.gate_scope != "all":
+            self.scope = SharedScope(self.model, self.gate_scope)
         # DeepSpeed rounds the weights to half precision, and would make its masters from that.
         before = {id(p): p.detach().clone() for p in self.parameters}
         self._frozen: dict[int, Tensor] = {}
         if self.dtype != torch.float32:
-            self._frozen = {
-                id(p): p.detach().cpu().clone() for p in model.parameters() if not p.requires_grad
-            }
+            frozen = (p for p in self.model.parameters() if not p.requires_grad)
+            self._frozen = {id(p): p.detach().cpu().clone() for p in frozen}
         # ZeRO 3 replaces it, for every model of the process, by one that rounds differently.
         self._linear = functional.linear
-        self.engine = _initialize(model, base, self.scheduler, self.settings.config)
+        self.engine = _initialize(
+            self.settings.config, model=self.model, optimizer=base, lr_scheduler=self.scheduler
+        )
         self.gradients: ZeroGradients = zero_gradients(
             self.engine, 2 if self.gated else 1, offloads=self.settings.offloads
         )
         self.gradients.start_from(before)
         self.gradients.set_loss_scale(self.scaler.scale)
-        positions = {
-            id(p): index for index, group in enumerate(self.groups.values()) for p in group
-        }
-        self._piece_groups = [positions[id(piece.parameter)] for piece in self.gradients.pieces]
+        group_of = {id(p): i for i, group in enumerate(self.groups.values()) for p in group}
+        self._piece_groups = [group_of[id(piece.parameter)] for piece in self.gradients.pieces]
         self._in_forward = False
 
-    @property
-    def loss_scale(self) -> float:
-        """The factor that both losses carry in their backward passes."""
-        return self.scaler.scale
-
     def forward_context(self) -> AbstractContextManager[Any]:
-        """The context in which the model is called and its weights are read."""
         return self._forward() if self.settings.stage == 3 else contextlib.nullcontext()
 
     @contextlib.contextmanager
@@ -158,11 +130,6 @@ class DeepSpeedBackend:
 
     @part(CE_BACKWARD)
     def backward(self, losses: ExitLosses) -> None:
-        """Accumulate the gradients of one micro-batch.
-
-        The losses are weighted by the share of their texts among those of the step, of all
-        processes.
-        """
         self._in_forward = False
         # DeepSpeed takes the mean over the processes.
         factor = float(processes.world_size())
@@ -170,19 +137,14 @@ class DeepSpeedBackend:
             factor *= self.scaler.scale
         if self.scope is not None and losses.auxiliary is not None:
             loss = self._decided(losses, processes.world_size())
-            self.gradients.accumulate(MAIN, factor * loss, retain_graph=False)
-            return
-        if not self.gated or losses.auxiliary is None:
-            self.gradients.accumulate(
-                MAIN, factor * losses.weighted(self.weight), retain_graph=False
-            )
-            return
-        if losses.auxiliary.requires_grad:
-            with part(CONTRASTIVE_BACKWARD):
-                self.gradients.accumulate(
-                    AUXILIARY, factor * losses.auxiliary.sum(), retain_graph=True
-                )
-        self.gradients.accumulate(MAIN, factor * losses.main.sum(), retain_graph=False)
+        elif not self.gated or losses.auxiliary is None:
+            loss = losses.weighted(self.weight)
+        else:
+            loss, auxiliary = losses.main.sum(), losses.auxiliary.sum()
+            if auxiliary.requires_grad:
+                with part(CONTRASTIVE_BACKWARD):
+                    self.gradients.accumulate(AUXILIARY, factor * auxiliary, retain_graph=True)
+        self.gradients.accumulate(MAIN, factor * loss, retain_graph=False)
 
     @part(GATE)
     def _decided(self, losses: ExitLosses, factor: float) -> Tensor:
@@ -214,22 +176,20 @@ class DeepSpeedBackend:
         scale = self.scaler.scale
         gradients = self.gradients
         # A process may hold no part of a group; a zero in its place gives it all groups.
-        stand_ins: list[Tensor | None] = [
-            torch.zeros(1, device=gradients.device) for _ in self.groups
-        ]
+        stand_ins = [torch.zeros(1, device=gradients.device) for _ in self.groups]
         groups = [*self._piece_groups, *range(len(self.groups))]
         auxiliary: list[Tensor | None] = [None] * len(groups)
         with part(COMMUNICATION):
             if self.gated:
                 auxiliary = [*gradients.reduced(AUXILIARY), *stand_ins]
-            main = [*gradients.reduced(MAIN), *stand_ins]
+            main: list[Tensor | None] = [*gradients.reduced(MAIN), *stand_ins]
         # Without the gate this is the norm to clip by.
         with part(GATE if self.gated else OPTIMIZER):
             own_stats = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
         stats, reached, finite = self._totals(own_stats)
         if not finite and not self.scaler.enabled:
             raise FloatingPointError(NOT_FINITE)
-        used = torch.zeros(len(self.groups), device=gradients.device)
+        used = torch.full((len(self.groups),), torch.nan, device=gradients.device)
         if finite:
             with part(GATE if self.gated else OPTIMIZER):
                 used = gated_combine_(
@@ -243,8 +203,6 @@ class DeepSpeedBackend:
                     groups=groups,
                     impl=self.impl,
                 )
-        else:
-            used.fill_(torch.nan)
         grad_norm = combined_squared_norm(stats, used).sum().sqrt() / scale
         decision = None
         if self.gated:
@@ -255,9 +213,6 @@ class DeepSpeedBackend:
             self._scope_stats = None
         self._update(main[: len(gradients.pieces)], reached, finite)
         return StepReport(grad_norm, learning_rate, scale, not finite, decision)
-
-    def check(self, loss_scale: float, skipped: bool) -> None:
-        """Nothing is left to check: `step` has raised already."""
 
     def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool], bool]:
         """Sums over the processes, which parameters a gradient reached, whether all is finite.
@@ -279,24 +234,24 @@ class DeepSpeedBackend:
     def _update(self, combined: Sequence[Tensor | None], reached: list[bool], finite: bool) -> None:
         gradients = self.gradients
         given = [gradient for gradient in combined if gradient is not None]
-        kept = gradients.keep(reached)
-        gradients.put(given, finite)
-        self.engine.step()
+        with gradients.resting(reached):
+            gradients.put(given, finite)
+            self.engine.step()
         if self.engine.was_step_applied() != finite:
             raise RuntimeError(
                 f"deepspeed {'skipped a good' if finite else 'took a bad'} step: this version "
                 "decides differently than fusedacl expects. Please report it."
             )
-        gradients.restore(kept)
         gradients.reset()
         self.scaler.update(overflow=not finite)
         gradients.set_loss_scale(self.scaler.scale)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state that this process needs to continue; each process has its own."""
+        with self.gradients.wrapped_optimizer() as optimizer:
+            optimizer_state = optimizer.state_dict()
         return {
             "masters": [master.detach().clone() for master in self.gradients.masters()],
-            "optimizer": self.gradients.optimizer_state(),
+            "optimizer": optimizer_state,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "layout": self._layout(),
@@ -310,7 +265,8 @@ class DeepSpeedBackend:
         """
         layout = self._layout()
         if state["layout"] != layout:
-            was, now = (_words(which) for which in (state["layout"], layout))
+            words = "process {rank} of {world_size} under ZeRO {stage} in {dtype}"
+            was, now = (words.format(**which) for which in (state["layout"], layout))
             raise ValueError(
                 f"The checkpoint's optimizer belongs to {was}; this is {now}. Resume with as many "
                 "processes and the same ZeRO stage."
@@ -318,7 +274,8 @@ class DeepSpeedBackend:
         with torch.no_grad():
             for master, saved in zip(self.gradients.masters(), state["masters"], strict=True):
                 master.data.copy_(saved)
-        self.gradients.load_optimizer_state(state["optimizer"])
+        with self.gradients.wrapped_optimizer() as optimizer:
+            optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.gradients.publish()
@@ -334,14 +291,11 @@ class DeepSpeedBackend:
         }
 
     def full_state_dict(self) -> dict[str, Tensor]:
-        """The model's `state_dict`, whole and in float32, on the CPU of every process. Collective.
-
-        Trained weights come from the optimizer's masters, frozen ones from before their rounding.
-        """
+        # Trained weights come from the optimizer's masters, frozen ones from before their rounding.
         return self.gradients.full_state_dict(self._frozen)
 
     def close(self) -> None:
-        """End training and give the model its weights back, whole and in float32. Collective.
+        """End training and give the model its weights back, whole, in float32. Collective.
 
         A new backend may then be made for other trained parameters. Those that are frozen while
         DeepSpeed still has them would go on moving.
@@ -358,12 +312,7 @@ class DeepSpeedBackend:
         _make_plain(self.model, full, self.device)
 
 
-def _initialize(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-    config: dict[str, Any],
-) -> Any:
+def _initialize(config: dict[str, Any], **arguments: Any) -> Any:
     """`deepspeed.initialize`, kept from compiling an extension on a machine without GPUs."""
     import deepspeed
     import deepspeed.ops
@@ -387,9 +336,7 @@ def _initialize(
     has_rank = "LOCAL_RANK" in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")
     try:
-        engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config
-        )
+        engine, *_ = deepspeed.initialize(config=config, **arguments)
     finally:
         if not has_rank:
             del os.environ["LOCAL_RANK"]
@@ -408,13 +355,14 @@ def _check_groups(model: nn.Module, parameters: Sequence[Parameter]) -> None:
 def _make_plain(model: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> None:
     """Replace every parameter of a model by an ordinary one with these values."""
     made: dict[int, Parameter] = {}
-    for prefix, module in model.named_modules():
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
         # ZeRO 3 replaces the dictionary of parameters and keeps the original one.
         plain = getattr(module, "_original_parameters", None)
         parameters = {} if plain is None else plain
         for name, old in list(module._parameters.items()):
             if old is not None and id(old) not in made:
-                value = weights[f"{prefix}.{name}" if prefix else name]
+                value = weights[prefix + name]
                 # A copy, because the caller may keep the state dict while the model trains on.
                 made[id(old)] = Parameter(
                     value.to(device, copy=True), requires_grad=old.requires_grad
@@ -426,15 +374,6 @@ def _make_plain(model: nn.Module, weights: Mapping[str, Tensor], device: torch.d
             module._parameters = parameters
             del module._original_parameters
         for name, buffer in module._buffers.items():
-            full = f"{prefix}.{name}" if prefix else name
             if buffer is not None and buffer.is_floating_point():
-                module._buffers[name] = (
-                    weights[full].to(device) if full in weights else buffer.float()
-                )
-
-
-def _words(layout: Mapping[str, Any]) -> str:
-    return (
-        f"process {layout['rank']} of {layout['world_size']} under ZeRO {layout['stage']} in "
-        f"{str(layout['dtype']).removeprefix('torch.')}"
-    )
+                saved = weights.get(prefix + name)
+                module._buffers[name] = buffer.float() if saved is None else saved.to(device)

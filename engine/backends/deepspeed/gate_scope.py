@@ -1,7 +1,5 @@
 """The angle over a part of the model, of all processes together, before the one backward pass."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

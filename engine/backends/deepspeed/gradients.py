@@ -5,11 +5,11 @@ two, so each is reduced by DeepSpeed and then taken out. This is what all ZeRO s
 common; `stages` knows the attributes of each, in the versions of DeepSpeed named here.
 """
 
-from __future__ import annotations
-
+import contextlib
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,19 +45,16 @@ def check_version() -> None:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """The part [start, start + length) of a flattened gradient that this rank holds."""
+    """The part [start, start + length) of a flattened gradient that this rank holds.
+
+    Its weights lie at `offset` in the flattened `masters()[group]`.
+    """
 
     parameter: Parameter
     start: int
     length: int
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Values that a step must not change; `fresh` masters have no AdamW state yet."""
-
-    values: list[tuple[Tensor, Tensor]]
-    fresh: list[Tensor]
+    group: int
+    offset: int = 0
 
 
 class ZeroGradients(ABC):
@@ -78,8 +75,6 @@ class ZeroGradients(ABC):
         self.optimizer = engine.optimizer
         self.num_kinds = num_kinds
         self.trained = [p for p in engine.module.parameters() if p.requires_grad]
-        # Whether a gradient has reached each parameter in this step, and the hooks that note it.
-        self.reached = [False] * len(self.trained)
         self.handles: list[RemovableHandle] = []
         engine.set_gradient_accumulation_boundary(True)
         self.pieces = self._find_pieces()
@@ -101,17 +96,20 @@ class ZeroGradients(ABC):
     def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
         """Hand `engine.step()` a gradient, one tensor per piece; not finite: make it skip."""
 
-    @abstractmethod
     def set_loss_scale(self, scale: float) -> None:
         """Set the factor that the gradients will carry, which `engine.step()` divides out."""
+        self.optimizer.override_loss_scale(scale)
 
-    @abstractmethod
-    def master_of(self, piece: Piece) -> Tensor:
-        """The one of the `masters` that holds the piece."""
-
-    @abstractmethod
     def states(self, piece: Piece) -> list[Tensor]:
         """Master weights and moments of a piece, as views: all that a step changes on this rank."""
+        master = self.masters()[piece.group]
+        moments = [
+            value
+            for value in self.base_optimizer.state.get(master, {}).values()
+            if torch.is_tensor(value) and value.shape == master.shape
+        ]
+        span = slice(piece.offset, piece.offset + piece.length)
+        return [tensor.view(-1)[span] for tensor in (master.data, *moments)]
 
     @abstractmethod
     def _find_pieces(self) -> list[Piece]: ...
@@ -120,9 +118,11 @@ class ZeroGradients(ABC):
     def _take(self) -> list[Tensor]:
         """Take out the pieces that DeepSpeed has just reduced."""
 
-    @abstractmethod
     def reset(self) -> None:
         """Clear the accumulated gradients."""
+        self.sums: list[list[Any] | None] = [None] * self.num_kinds
+        # Whether a gradient has reached each parameter in this step.
+        self.reached = [False] * len(self.trained)
 
     @property
     def device(self) -> torch.device:
@@ -148,45 +148,42 @@ class ZeroGradients(ABC):
         for piece in self.pieces:
             span = slice(piece.start, piece.start + piece.length)
             value = weights[id(piece.parameter)].flatten()[span]
-            master = self.states(piece)[0].view(-1)
             # Shorter if the parameter ends within its part.
-            master[: value.numel()].copy_(value)
+            self.states(piece)[0][: value.numel()].copy_(value)
 
-    def keep(self, reached: Sequence[bool]) -> Kept:
-        """State that `restore` needs to undo the next step for parameters without a gradient.
+    @contextlib.contextmanager
+    def resting(self, reached: Sequence[bool]) -> Iterator[None]:
+        """Undo the optimizer step within the block for parameters that no gradient has reached.
 
         Plain AdamW skips parameters without a gradient. Here their gradient is zero, with which
         they would decay and drift.
         """
         idle = {id(p) for p, seen in zip(self.trained, reached, strict=True) if not seen}
-        tensors: list[Tensor] = []
-        fresh: list[Tensor] = []
-        if not idle:
-            return Kept([], [])
+        at_rest = [piece for piece in self.pieces if id(piece.parameter) in idle]
         # A master that holds several parameters counts its steps once for all of them.
-        busy = {id(self.master_of(p)) for p in self.pieces if id(p.parameter) not in idle}
-        state = self.base_optimizer.state
-        for piece in self.pieces:
-            if id(piece.parameter) not in idle:
-                continue
-            master = self.master_of(piece)
-            tensors += self.states(piece)
-            if id(master) not in busy:
-                count = state.get(master, {}).get("step")
-                if count is None:
-                    fresh.append(master)
-                else:
-                    tensors.append(count)
-        return Kept([(tensor, tensor.clone()) for tensor in tensors], fresh)
-
-    def restore(self, kept: Kept) -> None:
-        """Undo the step for what was kept."""
-        for tensor, value in kept.values:
+        busy = {piece.group for piece in self.pieces if id(piece.parameter) not in idle}
+        masters, state = self.masters(), self.base_optimizer.state
+        tensors = [tensor for piece in at_rest for tensor in self.states(piece)]
+        fresh = []
+        for group in {piece.group for piece in at_rest} - busy:
+            count = state.get(masters[group], {}).get("step")
+            if count is None:
+                # AdamW has no state of it yet.
+                fresh.append(masters[group])
+            else:
+                tensors.append(count)
+        kept = [(tensor, tensor.clone()) for tensor in tensors]
+        yield
+        for tensor, value in kept:
             tensor.copy_(value)
-        for master in kept.fresh:
+        for master in fresh:
             # A skipped step leaves no state.
-            for value in self.base_optimizer.state.get(master, {}).values():
+            for value in state.get(master, {}).values():
                 value.zero_()
+        if idle:
+            # The step has spread the weights that were just put back; a rank without their part
+            # would keep them.
+            self.publish()
 
     def begin_forward(self) -> None:  # noqa: B027 (stage 3 alone has something to do)
         """Prepare for the first call of the model on a (micro-)batch."""
@@ -210,11 +207,8 @@ class ZeroGradients(ABC):
                 gathered[id(parameter)] = frozen[id(parameter)]
                 continue
             full = safe_get_full_fp32_param(parameter) if id(parameter) in trained else None
-            gathered[id(parameter)] = (
-                self._whole(parameter)
-                if full is None
-                else full.detach().to("cpu", torch.float32, copy=True)
-            )
+            whole = self._whole(parameter) if full is None else full
+            gathered[id(parameter)] = whole.detach().to("cpu", torch.float32, copy=True)
         named = dict(self.engine.module.named_parameters(remove_duplicate=False))
         return {
             name: gathered[id(named[name])] if name in named else value.detach().cpu()
@@ -222,13 +216,9 @@ class ZeroGradients(ABC):
         }
 
     def _whole(self, parameter: Parameter) -> Tensor:
-        """A parameter that has no master, in float32 on the CPU."""
-        return parameter.detach().to("cpu", torch.float32, copy=True)
+        """The whole value of a parameter for which DeepSpeed knows no master."""
+        return parameter
 
-    def optimizer_state(self) -> dict[str, Any]:
-        """`state_dict` of the optimizer that DeepSpeed wraps."""
-        return self.base_optimizer.state_dict()
-
-    def load_optimizer_state(self, state: dict[str, Any]) -> None:
-        """Restore `optimizer_state`."""
-        self.base_optimizer.load_state_dict(state)
+    def wrapped_optimizer(self) -> AbstractContextManager[torch.optim.Optimizer]:
+        """Context with the optimizer that DeepSpeed wraps, whose state can be read and set."""
+        return contextlib.nullcontext(self.base_optimizer)

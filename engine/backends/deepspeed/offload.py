@@ -5,15 +5,13 @@ notes norms and overflow while it copies to the host, so both must be set when g
 back. Also chooses the class for a stage.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from .gradients import ZeroGradients, check_version
+from .gradients import ZeroGradients
 from .stages import Stage0, Stage1, Stage2, Stage3
 
 
@@ -25,22 +23,14 @@ class _OnHost(ZeroGradients):
         return torch.device("cpu")
 
     def _spans(self) -> list[Tensor]:
-        """Views of the pieces of a gradient."""
-        spans = []
-        for piece in self.pieces:
-            master = self.master_of(piece)
-            gradient = master.grad
-            assert gradient is not None, "DeepSpeed makes it once for the whole run"
-            weights = self.states(piece)[0]
-            offset = weights.storage_offset() - master.storage_offset()
-            spans.append(gradient.view(-1)[offset : offset + weights.numel()])
-        return spans
+        """Views of the pieces of a gradient; DeepSpeed makes them once for the whole run."""
+        gradients = [cast(Tensor, master.grad).view(-1) for master in self.masters()]
+        return [gradients[p.group][p.offset : p.offset + p.length] for p in self.pieces]
 
     def _forget(self) -> None:
         """Clear the gradients, since a parameter that a loss does not reach would keep its last."""
         for master in self.masters():
-            assert master.grad is not None
-            master.grad.zero_()
+            cast(Tensor, master.grad).zero_()
 
     def _take(self) -> list[Tensor]:
         # The copies to the host may still be under way.
@@ -54,6 +44,10 @@ class _OnHost(ZeroGradients):
             span.copy_(gradient.reshape(-1))
             number = optimizer.get_param_id(piece.parameter)
             optimizer.norm_for_param_grads[number] = torch.linalg.vector_norm(span)
+        self._note_overflow(finite)
+
+    def _note_overflow(self, finite: bool) -> None:
+        self.optimizer.local_overflow = not finite
 
 
 class _FlatOnHost(_OnHost):
@@ -62,10 +56,6 @@ class _FlatOnHost(_OnHost):
         # Makes this the first backward pass of a step: earlier gradients have been taken out.
         self.optimizer.micro_step_id = -1
         self.optimizer.norm_for_param_grads = {}
-
-    def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
-        super().put(gradients, finite)
-        self.optimizer.local_overflow = not finite
 
 
 class OffloadedStage1(_FlatOnHost, Stage1):
@@ -91,22 +81,7 @@ class OffloadedStage3(_OnHost, Stage3):
         self._forget()
         super()._backward(loss, retain_graph)
 
-    def _take(self) -> list[Tensor]:
-        self.optimizer.micro_step_id = 0
-        return super()._take()
-
-    def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
-        super().put(gradients, finite)
-        # The overflow check reads this buffer, not the gradients that were just put.
-        self.optimizer.grad_partitions_flat_buffer.fill_(0.0 if finite else torch.inf)
-
-
-_STAGES: Mapping[int, type[ZeroGradients]] = {0: Stage0, 1: Stage1, 2: Stage2, 3: Stage3}
-_OFFLOADED: Mapping[int, type[ZeroGradients]] = {
-    1: OffloadedStage1,
-    2: OffloadedStage2,
-    3: OffloadedStage3,
-}
+    _note_overflow = Stage3._note_overflow
 
 
 def zero_gradients(engine: Any, num_kinds: int, *, offloads: bool) -> ZeroGradients:
@@ -114,6 +89,7 @@ def zero_gradients(engine: Any, num_kinds: int, *, offloads: bool) -> ZeroGradie
 
     offloads: whether its optimizer lies in host memory.
     """
-    check_version()
-    stages = _OFFLOADED if offloads else _STAGES
+    stages: Sequence[type[ZeroGradients]] = [Stage0, Stage1, Stage2, Stage3]
+    if offloads:
+        stages = [Stage0, OffloadedStage1, OffloadedStage2, OffloadedStage3]
     return stages[int(engine.zero_optimization_stage())](engine, num_kinds)

@@ -5,8 +5,6 @@ entry, takes the option's value. Keys that DeepSpeed would ignore, or that would
 gradients of ACL-Grad, are refused.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -94,10 +92,8 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
         ) from None
     try:
         value = json.loads(text, object_pairs_hook=_once)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"deepspeed_config={path} is not JSON: {error}.") from None
     except ValueError as error:
-        raise ValueError(f"deepspeed_config={path}: {error}") from None
+        raise ValueError(f"deepspeed_config={path} is not JSON: {error}.") from None
     if not isinstance(value, dict):
         raise ValueError(f"deepspeed_config={path} holds {type(value).__name__}, not an object.")
     return value
@@ -128,14 +124,10 @@ def complete(
         ValueError: an unknown key, one that contradicts an option, or one that cannot work.
     """
     options = config.optimization
-    for key in given:
-        if key in _REFUSED:
-            raise ValueError(f"deepspeed_config: {key!r} is not supported: {_REFUSED[key]}")
-        if key not in (*_OURS, *_PASSED_ON):
-            raise ValueError(
-                f"deepspeed_config: unknown or unsupported key {key!r}."
-                f"{did_you_mean(key, [*_OURS, *_PASSED_ON])}"
-            )
+    for key, reason in _REFUSED.items():
+        if key in given:
+            raise ValueError(f"deepspeed_config: {key!r} is not supported: {reason}")
+    _check_keys(given, (*_OURS, *_PASSED_ON))
     micro, steps = options.per_device_train_batch_size, options.gradient_accumulation_steps
     made = {key: given[key] for key in _PASSED_ON if given.get(key, AUTO) != AUTO}
     for key, value, option in (
@@ -150,13 +142,18 @@ def complete(
     loss_scale = _precision(given, config, made)
     # With one process there is nothing to partition: ZeRO would only copy.
     default = DEFAULT_STAGE if world_size > 1 else 0
-    made["zero_optimization"] = _zero(given.get("zero_optimization", {}), num_trained, default)
+    made["zero_optimization"] = _zero(given, num_trained, default)
     if "offload_optimizer" in made["zero_optimization"]:
         _check_offload(made["zero_optimization"], config)
         # DeepSpeed's own AdamW for the host needs a compiler; PyTorch's fused one does not.
         made["zero_force_ds_cpu_optimizer"] = False
     _check_optimizer(given, config)
-    _check_data_types(given)
+    sums = _block(given, "data_types", ("grad_accum_dtype",)).get("grad_accum_dtype")
+    if sums not in (None, AUTO, "fp32"):
+        raise ValueError(
+            f"deepspeed_config: data_types.grad_accum_dtype={sums!r}: fusedacl sums the gradients "
+            "of micro-batches in float32. Leave it out."
+        )
     return DeepSpeedSettings(made, loss_scale)
 
 
@@ -164,7 +161,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"the key {key!r} is there twice.")
+            raise ValueError(f"the key {key!r} is there twice")
     return dict(pairs)
 
 
@@ -183,13 +180,17 @@ def _block(given: Mapping[str, Any], name: str, known: tuple[str, ...]) -> Mappi
     block = given.get(name, {})
     if not isinstance(block, Mapping):
         raise ValueError(f"deepspeed_config: {name} must be an object, not {block!r}.")
+    _check_keys(block, known, f"{name}.")
+    return block
+
+
+def _check_keys(block: Mapping[str, Any], known: tuple[str, ...], place: str = "") -> None:
     for key in block:
         if key not in known:
             raise ValueError(
-                f"deepspeed_config: unknown or unsupported key {name}.{key}."
+                f"deepspeed_config: unknown or unsupported key '{place}{key}'."
                 f"{did_you_mean(key, known)}"
             )
-    return block
 
 
 def _precision(
@@ -198,17 +199,15 @@ def _precision(
     names = tuple(field.name for field in fields(LossScaleOptions))
     fp16 = _block(given, "fp16", ("enabled", *names))
     bf16 = _block(given, "bf16", ("enabled",))
-    for block, name, on in (
-        (fp16, "fp16", config.optimization.fp16),
-        (bf16, "bf16", config.optimization.bf16),
-    ):
+    options = config.optimization
+    for block, name, on in ((fp16, "fp16", options.fp16), (bf16, "bf16", options.bf16)):
         if name in given:
             _agreed({"enabled": False, **block}, "enabled", on, f"the option {name}", f"{name}.")
-    if config.optimization.fp16:
+        if on:
+            made[name] = {"enabled": True}
+    if options.fp16:
         # fusedacl scales the losses and decides which steps to skip, alike for every stage.
-        made["fp16"] = {"enabled": True, "loss_scale": 1.0}
-    if config.optimization.bf16:
-        made["bf16"] = {"enabled": True}
+        made["fp16"]["loss_scale"] = 1.0
     values = {key: fp16[key] for key in names if fp16.get(key, AUTO) != AUTO}
     for key, value in values.items():
         if isinstance(value, str) or value < 0:
@@ -219,24 +218,19 @@ def _precision(
     return LossScaleOptions(**values)
 
 
-def _zero(given: Any, num_trained: int, default_stage: int) -> dict[str, Any]:
-    if not isinstance(given, Mapping):
-        raise ValueError(f"deepspeed_config: zero_optimization must be an object, not {given!r}.")
+def _zero(given: Mapping[str, Any], num_trained: int, default_stage: int) -> dict[str, Any]:
+    place = "deepspeed_config: zero_optimization"
+    block = _block(given, "zero_optimization", (*_ZERO, "offload_optimizer", *_NOT_OFFLOADED))
     for key, reason in _NOT_OFFLOADED.items():
-        if given.get(key) and given[key] != {"device": "none"}:
-            raise ValueError(
-                f"deepspeed_config: zero_optimization.{key} is not supported: {reason}"
-            )
-    left_out = ("offload_optimizer", *_NOT_OFFLOADED)
-    rest = {"zero_optimization": {k: v for k, v in given.items() if k not in left_out}}
-    block = _block(rest, "zero_optimization", _ZERO)
-    made = {key: value for key, value in block.items() if value != AUTO}
+        if block.get(key) and block[key] != {"device": "none"}:
+            raise ValueError(f"{place}.{key} is not supported: {reason}")
+    made = {key: block[key] for key in _ZERO if block.get(key, AUTO) != AUTO}
     stage = made.setdefault("stage", default_stage)
     if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-        raise ValueError(f"deepspeed_config: zero_optimization.stage={stage!r} must be 0 to 3.")
+        raise ValueError(f"{place}.stage={stage!r} must be 0 to 3.")
     # DeepSpeed's default of 500 million elements is larger than encoders are.
     made.setdefault("reduce_bucket_size", max(1, min(num_trained, LARGEST_BUCKET)))
-    offload = _block(given, "offload_optimizer", _OFFLOAD)
+    offload = _block(block, "offload_optimizer", _OFFLOAD)
     if offload.get("device", "none") != "none":
         made["offload_optimizer"] = {k: v for k, v in offload.items() if v != AUTO}
     return made
@@ -270,13 +264,15 @@ def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:
             )
         known = ("lr", "weight_decay", "betas", "eps", "torch_adam", "adam_w_mode")
         params = _block(block, "params", known)
-        place = "optimizer.params."
         options = config.optimization
-        _agreed(params, "lr", options.learning_rate, "learning_rate", place)
-        _agreed(params, "weight_decay", options.weight_decay, "weight_decay", place)
-        _agreed(params, "betas", [0.9, 0.999], "AdamW of fusedacl", place)
-        _agreed(params, "eps", 1e-8, "AdamW of fusedacl", place)
-        _agreed(params, "adam_w_mode", True, "AdamW of fusedacl", place)
+        for key, value, option in (
+            ("lr", options.learning_rate, "learning_rate"),
+            ("weight_decay", options.weight_decay, "weight_decay"),
+            ("betas", [0.9, 0.999], "AdamW of fusedacl"),
+            ("eps", 1e-8, "AdamW of fusedacl"),
+            ("adam_w_mode", True, "AdamW of fusedacl"),
+        ):
+            _agreed(params, key, value, option, "optimizer.params.")
     if "scheduler" in given:
         block = _block(given, "scheduler", ("type", "params"))
         params = block.get("params", {})
@@ -285,12 +281,3 @@ def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:
                 "deepspeed_config: the schedule is fusedacl's, linear after warmup_ratio of the "
                 'steps. Leave "scheduler" out (or WarmupDecayLR with every parameter "auto").'
             )
-
-
-def _check_data_types(given: Mapping[str, Any]) -> None:
-    block = _block(given, "data_types", ("grad_accum_dtype",))
-    if block.get("grad_accum_dtype", AUTO) not in (None, AUTO, "fp32"):
-        raise ValueError(
-            f"deepspeed_config: data_types.grad_accum_dtype={block['grad_accum_dtype']!r}: fusedacl"
-            " sums the gradients of micro-batches in float32. Leave it out."
-        )

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...data.batching import EncodedSplit
 from ...model.early_exit import certainty_of, check_has_earlier_exits
 from ...model.exit_policies import ExitReading
+from ...model.saved import record_of
 from ..evaluation import score
 from ..logits import check_finite, exit_outputs
 
@@ -65,7 +66,8 @@ class ExitReadings:
         """The metric of predicted classes [n]; None: the predictions of the full model."""
         if predictions is None:
             predictions = self.logits[-1].argmax(dim=-1)
-        return score([metric], predictions.numpy(), self.labels.numpy())[metric]
+        f1_index = record_of(self.model).f1_index
+        return score([metric], predictions.numpy(), self.labels.numpy(), f1_index)[metric]
 
 
 @torch.no_grad()

@@ -94,7 +94,7 @@ class ExitStudy:
             raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
         split = data.evaluation_splits[0]
         self.data_name = f"{data.name}, {split}"
-        self.encoded = self.trained.encode(data.splits[split])
+        self.encoded = self.trained.encode(data.splits[split], split)
         self.curves: dict[str, list[SweepRow]] = {}
         self.chosen: dict[str, SweepRow] = {}
         self.to_time: dict[str, list[SweepRow]] = {}

@@ -28,8 +28,8 @@ from ...data.batching import EncodedSplit, collate, epoch_batches
 from ...experiments.runs import load_data, load_model, method_of, run_config
 from ...model.encoder_layers import layer_modules
 from ...model.multi_exit import MultiExitForSequenceClassification
-from ...objectives.losses import ExitLosses
-from ...training.stages import Stage, plan_stages, prepare, stage_losses, stage_states
+from ...objectives.losses import ExitLosses, exit_losses
+from ...training.stages import Stage, plan_stages, prepare, stage_outputs
 
 ALL = "all parameters"
 BACKBONE = "backbone"
@@ -126,8 +126,8 @@ def measure_angles(
     model, tokenizer = trained.model, trained.tokenizer
     stage = choose_stage(given, model, options.exit_layer, run)
     contrasted = contrastive_config(given, stage, options.contrastive)
-    data = load_data(run, given, trained.label_names, vars(config.data), needs_train=True)
-    split = trained.encode(data.splits["train"])
+    data = load_data(run, given, trained.record, vars(config.data), needs_train=True)
+    split = trained.encode(data.splits["train"], "train")
     # The number of samples that are contrasted in a step.
     batch_size = (
         options.per_device_train_batch_size
@@ -285,10 +285,9 @@ def _batch_losses(
     batch: dict[str, Tensor],
 ) -> ExitLosses:
     labels = batch.pop("labels")
-    states = stage_states(model, stage, stage.exits, batch)
-    mask = batch["attention_mask"]
-    _, losses = stage_losses(model, stage, stage.exits, states, mask, config, labels)
-    return losses
+    output, teacher = stage_outputs(model, stage, stage.exits, batch)
+    label_embeddings = model.label_embeddings_of(stage.exits)
+    return exit_losses(config.objective, output, label_embeddings, labels, teacher)
 
 
 def _both_gradients(

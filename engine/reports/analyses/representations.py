@@ -88,7 +88,7 @@ def read_representations(
             )
     # Texts are drawn from the whole split, even if the run was evaluated on a part of it.
     whole = dataclasses.replace(given, data=dataclasses.replace(given.data, max_eval_samples=None))
-    data = load_data(run, whole, trained.label_names, vars(config.data), needs_train=False)
+    data = load_data(run, whole, trained.record, vars(config.data), needs_train=False)
     encoded, split = _drawn_texts(data, trained, config)
     assert encoded.labels is not None  # `load_splits` evaluates labelled splits only.
     positions = [model.exit_layers.index(layer) for layer in exit_layers]
@@ -186,7 +186,7 @@ def _drawn_texts(
         None if split.second is None else [split.second[row] for row in rows],
         [split.labels[row] for row in rows],
     )
-    return trained.encode(drawn), name
+    return trained.encode(drawn, name), name
 
 
 def _embeddings(

@@ -1,7 +1,5 @@
 """The choice of the best checkpoint of a run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,13 +14,21 @@ class BestModel:
     Args:
         options: with load_best_model_at_end.
         metrics: names of the metrics that evaluations report besides `loss`.
-        layers: layers of the exits whose mean score counts.
+        exit_layers: the layer of each exit.
+        trained: positions in `exit_layers` of the exits that the last stage trains. The last exit
+            chooses the model if it is trained, else the mean score of all that are.
 
     Raises:
         ValueError: metric_for_best_model is not among the metrics.
     """
 
-    def __init__(self, options: RunOptions, metrics: Sequence[str], layers: Sequence[int]) -> None:
+    def __init__(
+        self,
+        options: RunOptions,
+        metrics: Sequence[str],
+        exit_layers: Sequence[int],
+        trained: Sequence[int],
+    ) -> None:
         # transformers accepts both spellings.
         self.metric = (options.metric_for_best_model or "loss").removeprefix("eval_")
         known = [*metrics, "loss"]
@@ -33,7 +39,8 @@ class BestModel:
             )
         greater = options.greater_is_better
         self.greater = self.metric != "loss" if greater is None else greater
-        self.layers = list(layers)
+        last = len(exit_layers) - 1
+        self.layers = [exit_layers[p] for p in ([last] if last in trained else trained)]
         self.step: int | None = None
         self.value: float | None = None
 
@@ -57,15 +64,3 @@ class BestModel:
         order = (self.metric, self.greater)
         if state is not None and (state["metric"], state["greater"]) == order:
             self.step, self.value = state["step"], state["value"]
-
-
-def scored_layers(exit_layers: Sequence[int], trained: Sequence[int]) -> list[int]:
-    """Layers whose scores choose the best model: that of the last exit if it is trained, else all.
-
-    Args:
-        exit_layers: the layer of each exit.
-        trained: positions in `exit_layers` of the exits that the last stage trains.
-    """
-    last = len(exit_layers) - 1
-    positions = [last] if last in trained else trained
-    return [exit_layers[position] for position in positions]

@@ -1,7 +1,5 @@
 """Checkpoints that are complete or absent, and what a run's directory holds."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import shutil
@@ -27,36 +25,14 @@ from ...runtime.manifest import (
 )
 
 CONFIG_FILE = "config.yaml"
-STATE_FILE = "training_state.pt"
+_STATES = "training_state"
+STATE_FILE = f"{_STATES}.pt"
 PARTIAL = ".partial"
 _REPLACED = ".replaced"
 # Suffix of checkpoints later than the one from which the run was resumed.
 _ASIDE = ".superseded"
 
 logger = logging.getLogger("fusedacl")
-
-
-def write_atomically(directory: Path, write: Callable[[Path], None]) -> None:
-    """Fill `directory` by `write(temporary directory)`, so that it exists complete or not at all.
-
-    Raises:
-        OSError: the disk is full or not writable; earlier contents are intact.
-    """
-    partial = _partial(directory)
-    try:
-        with _told(directory):
-            _begin(partial)
-            write(partial)
-            for file in partial.iterdir():
-                flush(file)
-            _publish(partial, directory)
-    except Exception:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _partial(directory: Path) -> Path:
-    return directory.with_name(directory.name + PARTIAL)
 
 
 def _begin(partial: Path) -> None:
@@ -119,15 +95,19 @@ def save_final(
     """Save the final model and its card, then results.json, at the top of the output directory.
 
     Raises:
-        OSError: see `write_atomically`.
+        OSError: the disk is full or not writable; checkpoints are intact.
     """
     directory = output_dir / "model"
-
-    def write(partial: Path) -> None:
-        save_model(partial, model, tokenizer)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-
-    write_atomically(directory, write)
+    try:
+        with _told(directory):
+            _begin(directory)
+            save_model(directory, model, tokenizer)
+            (directory / "README.md").write_text(card, encoding="utf-8")
+            for file in directory.iterdir():
+                flush(file)
+    except Exception:
+        shutil.rmtree(directory, ignore_errors=True)
+        raise
     for file in directory.iterdir():
         file.replace(output_dir / file.name)
     directory.rmdir()
@@ -153,42 +133,40 @@ def save_checkpoint(
             None: all.
 
     Raises:
-        OSError: see `write_atomically`.
+        OSError: the disk is full or not writable; earlier checkpoints are intact.
     """
     directory = checkpoint_of(output_dir, step)
-    partial = _partial(directory)
+    partial = directory.with_name(directory.name + PARTIAL)
     rank = processes.rank()
 
-    def begin() -> None:
-        if rank == 0:
-            with _told(directory):
-                _begin(partial)
-
     def write_own() -> dict[str, dict[str, str | int]]:
-        with _told(directory):
-            if rank == 0:
-                save_model(partial, model, tokenizer, weights)
-            # An open file, because for a path torch reports a full disk as an internal error.
-            with (partial / state_file(rank)).open("wb") as file:
-                torch.save(state, file)
-            own = {state_file(rank)}
-            if rank == 0:
-                own |= {file.name for file in partial.iterdir() if not _is_state(file)}
-            return {name: sealed(partial / name) for name in sorted(own)}
+        if rank == 0:
+            save_model(partial, model, tokenizer, weights)
+        # An open file, because for a path torch reports a full disk as an internal error.
+        with (partial / state_file(rank)).open("wb") as file:
+            torch.save(state, file)
+        files = [partial / state_file(rank)]
+        if rank == 0:
+            files += [file for file in partial.iterdir() if not file.name.startswith(_STATES)]
+        return {file.name: sealed(file) for file in sorted(files)}
 
     def publish() -> None:
-        if rank == 0:
+        write_manifest(partial, {name: seal for part in parts for name, seal in part.items()})
+        _publish(partial, directory)
+
+    def together(action: Callable[[], Any], by_all: bool = False) -> Any:
+        """Each action ends on all processes before the next begins on any."""
+
+        def told() -> Any:
             with _told(directory):
-                write_manifest(
-                    partial, {name: seal for part in parts for name, seal in part.items()}
-                )
-                _publish(partial, directory)
+                return action() if by_all or rank == 0 else None
+
+        return collectives.together(told)
 
     try:
-        # Each of these ends on all processes before the next begins on any.
-        collectives.together(begin)
-        parts = collectives.gathered(collectives.together(write_own))
-        collectives.together(publish)
+        together(lambda: _begin(partial))
+        parts = collectives.gathered(together(write_own, by_all=True))
+        together(publish)
     except Exception:
         if rank == 0:
             shutil.rmtree(partial, ignore_errors=True)
@@ -201,14 +179,11 @@ def save_checkpoint(
 def _forget(output_dir: Path, step: int, keep: int, best: int | None) -> None:
     """Delete the surplus of checkpoints before `step`, and those that were set aside."""
     older = [path for path in checkpoints(output_dir) if step_of(path) < step]
-    spared = [path for path in older if step_of(path) == best]
     others = [path for path in older if step_of(path) != best]
-    num_kept = max(0, keep - 1 - len(spared))
+    num_kept = max(0, keep - 1 - (len(older) - len(others)))
+    aside = output_dir.glob(f"{CHECKPOINT_PREFIX}*{_ASIDE}")
     too_many = others[: len(others) - num_kept]
-    aside = [
-        path for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*{_ASIDE}") if step_of(path) <= step
-    ]
-    for path in (*too_many, *aside):
+    for path in (*too_many, *(path for path in aside if step_of(path) <= step)):
         # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint.
         partial = output_dir / f"{CHECKPOINT_PREFIX}{step_of(path)}{PARTIAL}"
         shutil.rmtree(partial, ignore_errors=True)
@@ -218,11 +193,7 @@ def _forget(output_dir: Path, step: int, keep: int, best: int | None) -> None:
 
 def state_file(rank: int) -> str:
     """The name of the file with the state of a process."""
-    return STATE_FILE if rank == 0 else f"training_state-process{rank}.pt"
-
-
-def _is_state(file: Path) -> bool:
-    return file.name.startswith("training_state")
+    return STATE_FILE if rank == 0 else f"{_STATES}-process{rank}.pt"
 
 
 def checkpoint_of(output_dir: Path, step: int) -> Path:
@@ -232,9 +203,8 @@ def checkpoint_of(output_dir: Path, step: int) -> Path:
 
 def checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, by the names and sizes of their files."""
-    return [
-        path for path in checkpoint_directories(output_dir) if fault(path, thorough=False) is None
-    ]
+    found = checkpoint_directories(output_dir)
+    return [path for path in found if fault(path, thorough=False) is None]
 
 
 def find_checkpoint(output_dir: Path, name: str) -> Path:
@@ -267,9 +237,8 @@ def find_checkpoint(output_dir: Path, name: str) -> Path:
 
 def _complete(output_dir: Path) -> str:
     names = ", ".join(path.name for path in checkpoints(output_dir))
-    if not names:
-        return "There: none; --overwrite_output_dir starts anew."
-    return f"There: {names}; 'latest' takes the newest that is whole."
+    none = "There: none; --overwrite_output_dir starts anew."
+    return f"There: {names}; 'latest' takes the newest that is whole." if names else none
 
 
 def tidy(output_dir: Path) -> None:
@@ -315,35 +284,6 @@ def _load(path: Path) -> dict[str, Any]:
         raise ValueError(f"{str(path)!r} is damaged and cannot be resumed from: {error}") from None
 
 
-def check_same_run(output_dir: Path, config: TrainingConfig) -> None:
-    """Refuse to resume with other options than the run had, except those of the section `run`.
-
-    Raises:
-        ValueError: naming the options that differ.
-    """
-    changed = changed_options(output_dir, config)
-    if changed:
-        raise ValueError(
-            f"resume_from_checkpoint: the options differ from those in "
-            f"{str(output_dir / CONFIG_FILE)!r} ({'; '.join(changed)}). "
-            "Resume with the same options, or start a new run."
-        )
-
-
-def check_own(checkpoint: Path, state: Mapping[str, Any], config: TrainingConfig) -> None:
-    """Refuse a checkpoint that was saved by another run.
-
-    Raises:
-        ValueError: naming the options that differ.
-    """
-    changed = _differences(state["options"], lasting_options(config))
-    if changed:
-        raise ValueError(
-            f"{str(checkpoint)!r} was saved by a run with other options ({'; '.join(changed)}). "
-            "Take it out of this run's directory; 'latest' then finds this run's own."
-        )
-
-
 def changed_options(
     output_dir: Path, config: TrainingConfig, free: Collection[str] = ()
 ) -> list[str]:
@@ -352,12 +292,13 @@ def changed_options(
     Options of the section `run` and those named in `free` are ignored.
     """
     saved = build(TrainingConfig, read_file(output_dir / CONFIG_FILE)).resolved()
-    return _differences(lasting_options(saved), lasting_options(config), free)
+    return differences(lasting_options(saved), lasting_options(config), free)
 
 
-def _differences(
+def differences(
     saved: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()
 ) -> list[str]:
+    """Each option, except those in `free`, whose value has changed."""
     return [
         f"{name}: {saved[name]!r} then, {now[name]!r} now"
         for name in now

@@ -1,7 +1,5 @@
 """The output directory of a run: checks of its contents, and emptying it if that was asked."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,62 +1,71 @@
 """The checkpoint from which a run continues."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
-from ...config.training import TrainingConfig
-from ...model.multi_exit import MultiExitForSequenceClassification
-from ...model.saved import load_trained
+from ...model.saved import load_trained, record_of
 from ...runtime import collectives, processes
-from ...runtime.lock import RunLock
 from ...runtime.manifest import fault
-from .best_model import BestModel
+from ..builder import RunParts
 from .checkpoint import (
-    check_own,
-    check_same_run,
+    CONFIG_FILE,
+    changed_options,
     checkpoint_of,
+    differences,
     find_checkpoint,
+    lasting_options,
     load_state,
     tidy,
 )
 
 
-def load_checkpoint(
-    name: str,
-    config: TrainingConfig,
-    model: MultiExitForSequenceClassification,
-    best: BestModel | None,
-    lock: RunLock,
-) -> tuple[Path, dict[str, Any]]:
-    """Load a checkpoint's weights into the model; return its path and state. Collective.
+def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
+    """Load the weights of the checkpoint to resume from; return its path and state. Collective.
 
-    Args:
-        name: as `find_checkpoint` takes it.
-        best: gets what the checkpoint knows of the best step.
-        lock: of the output directory, taken here.
+    The lock of the output directory is taken, and `best` gets what the checkpoint knows of it.
 
     Raises:
         ValueError: there is no such checkpoint, it is damaged or of another run, or the best
-            checkpoint so far is lost.
+            checkpoint so far is lost; or the run was started with other texts, labels, classes
+            or columns.
     """
+    config, best = parts.config, parts.best
     output_dir = Path(str(config.run.output_dir))
 
     def find() -> Path:
         if output_dir.is_dir():
-            lock.take()
+            parts.lock.take()
             tidy(output_dir)
-        return find_checkpoint(output_dir, name)
+        return find_checkpoint(output_dir, str(config.run.resume_from_checkpoint))
 
     # One process looks for all: a checkpoint is gigabytes, and they must agree on it.
     checkpoint = collectives.from_first(find)
 
     def load() -> dict[str, Any]:
-        check_same_run(output_dir, config)
+        changed = changed_options(output_dir, config)
+        if changed:
+            raise ValueError(
+                f"resume_from_checkpoint: the options differ from those in "
+                f"{str(output_dir / CONFIG_FILE)!r} ({'; '.join(changed)}). "
+                "Resume with the same options, or start a new run."
+            )
         state = load_state(checkpoint, processes.rank(), processes.world_size())
-        check_own(checkpoint, state, config)
+        changed = differences(state["options"], lasting_options(config))
+        if changed:
+            raise ValueError(
+                f"{str(checkpoint)!r} was saved by a run with other options ({'; '.join(changed)})."
+                " Take it out of this run's directory; 'latest' then finds this run's own."
+            )
+        trained = load_trained(str(checkpoint))
+        changed = record_of(trained).differences(record_of(parts.model))
+        if changed:
+            raise ValueError(
+                f"{str(checkpoint)!r} was trained on other data: now {'; '.join(changed)}. Resume "
+                "with the data that the run was started with, or start a new run in another "
+                "output_dir."
+            )
         try:
-            model.load_state_dict(load_trained(str(checkpoint)).state_dict())
+            parts.model.load_state_dict(trained.state_dict())
         except RuntimeError as error:
             raise ValueError(f"{str(checkpoint)!r} holds another model: {error}") from None
         return state
@@ -64,15 +73,12 @@ def load_checkpoint(
     state = collectives.together(load)
     if best is not None:
         best.load_state_dict(state["best"])
-        collectives.from_first(lambda: _check_best(output_dir, best.step))
+        if best.step is not None:
+            kept = checkpoint_of(output_dir, best.step)
+            problem = collectives.from_first(lambda: fault(kept))
+            if problem is not None:
+                raise ValueError(
+                    f"load_best_model_at_end: the best checkpoint so far is lost ({problem}). "
+                    "Resume without load_best_model_at_end, or from a checkpoint before it."
+                )
     return checkpoint, state
-
-
-def _check_best(output_dir: Path, step: int | None) -> None:
-    """Refuse to continue if the best checkpoint so far, which the end may need, is lost."""
-    problem = None if step is None else fault(checkpoint_of(output_dir, step))
-    if problem is not None:
-        raise ValueError(
-            f"load_best_model_at_end: the best checkpoint so far is lost ({problem}). Resume "
-            "without load_best_model_at_end, or from a checkpoint before it."
-        )

@@ -11,9 +11,8 @@ from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
 from fusedacl.engine.backends.deepspeed.backend import DeepSpeedBackend
 from fusedacl.engine.backends.local import LocalBackend
 from fusedacl.engine.objectives.large_batches import Chunk, cached_losses
-from fusedacl.engine.objectives.losses import exit_losses
 from fusedacl.engine.runtime import processes
-from fusedacl.engine.training.stages import Stage, plan_stages, prepare, stage_outputs, stage_states
+from fusedacl.engine.training.stages import Stage, plan_stages, prepare, stage_outputs
 from torch import Tensor
 from transformers import BertConfig
 from zero_cases import CPU, LABELS, batch, options, settings_of
@@ -43,12 +42,9 @@ def forward(
     ids: Tensor,
     labels: Tensor,
 ) -> Chunk:
-    mask = torch.ones_like(ids)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with engine.forward_context():
-        inputs = {"input_ids": ids, "attention_mask": mask}
-        states = stage_states(model, stage, positions, inputs)
-    with engine.forward_context():
-        output, teacher = stage_outputs(model, stage, positions, states, mask)
+        output, teacher = stage_outputs(model, stage, positions, inputs)
     return Chunk(output, labels, teacher)
 
 
@@ -69,16 +65,6 @@ def train(
                 partial(forward, model, engine, stage, positions, *batch(step, number))
                 for number in numbers
             ]
-            if len(forwards) == 1:
-                chunk = forwards[0]()
-                with engine.forward_context():
-                    weights = model.label_embeddings_of(positions)
-                    losses = exit_losses(
-                        config.objective, chunk.output, weights, chunk.labels, chunk.teacher
-                    )
-                engine.backward(losses.times(share, share))
-                continue
-
             for losses in cached_losses(
                 forwards,
                 partial(model.label_embeddings_of, positions),

@@ -1,7 +1,5 @@
 """The local backend: accumulation, mixed precision, clipping, schedule, and skipped steps."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The loss scale after overflows and good steps, on the device and in a checkpoint."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from fusedacl.engine.backends import loss_scaling

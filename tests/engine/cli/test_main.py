@@ -101,6 +101,9 @@ def test_train_evaluate_predict(
 
     (tmp_path / "texts.csv").write_text("text\na good dog\n")
     files = ["--input_file", str(tmp_path / "texts.csv"), "--output_file", str(tmp_path / "o.csv")]
+    assert main(["predict", *model, *files]) == 2
+    assert "the model reads 'sentence', the columns are 'text'" in capsys.readouterr().err
+    files += ["--text_column", "text"]
     assert main(["predict", *model, *files]) == 0
     assert (tmp_path / "o.csv").read_text().startswith("label,probability_negative,probability_")
 

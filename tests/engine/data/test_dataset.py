@@ -8,13 +8,15 @@ from fusedacl.engine import TrainingConfig
 from fusedacl.engine.config.sections import DataOptions
 from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.data.dataset import TextData, load_splits, read_unlabelled
+from fusedacl.engine.data.record import DataRecord
 
 
 def load(
     needs_train: bool = True, label_names: list[str] | None = None, **options: Any
 ) -> TextData:
     data = TrainingConfig.create(**options).data
-    return load_splits(data, needs_train=needs_train, label_names=label_names)
+    model = None if label_names is None else DataRecord(label_names)
+    return load_splits(data, needs_train=needs_train, model=model)
 
 
 def write_csv(path: Path, *labels: Any) -> str:
@@ -211,7 +213,7 @@ def test_integer_labels_for_a_model_are_indices_unless_its_classes_are_numbers(
 
     def read(names: list[str]) -> list[int] | None:
         options = DataOptions(validation_file=validation)  # as `fusedacl evaluate` has them
-        data = load_splits(options, needs_train=False, label_names=names)
+        data = load_splits(options, needs_train=False, model=DataRecord(names))
         return data.splits["validation"].labels
 
     assert read(["neg", "mixed", "pos"]) == [2, 1]

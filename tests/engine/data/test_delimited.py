@@ -163,7 +163,8 @@ def test_load_splits_takes_options_or_names(tmp_path: Path) -> None:
     by_name = load_splits(train_file=str(path), max_train_samples=2)
     options = TrainingDataOptions(train_file=str(path), max_train_samples=2)
     assert by_name == load_splits(options) and by_name.splits["train"].first == ["a", "b"]
-    assert load_splits(options, needs_train=False).splits == {}
+    known = load_splits(options, needs_train=False, label_names=["x", "y"])
+    assert (known.splits, known.label_names) == ({}, ["x", "y"])
     with pytest.raises(TypeError, match="set train_file there"):
         load_splits(options, train_file="b.csv")
     with pytest.raises(TypeError, match="trian_file"):

@@ -63,7 +63,7 @@ def test_a_directory_gives_its_splits_and_labels(tmp_path: Path) -> None:
     assert source.splits["train"].read()["text"].to_pylist() == ["a", "b"]
     assert source.splits["train"].where == str(tmp_path / "mine" / "train.csv")
     assert source.classes is not None
-    assert (source.classes.names, source.classes.by_index) == (["no", "yes"], True)
+    assert (source.classes.names, source.classes.by_index) == (["no", "yes"], None)
     assert source.metrics == ("accuracy", "macro_f1")
 
 

@@ -173,3 +173,14 @@ def test_policies_on_the_command_line() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             parse_policy(text)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_entropy_lets_nobody_leave_at_0_and_everybody_at_1(classes: int) -> None:
+    # Sure answers have the entropy 0, equal probabilities 1 or a little more.
+    logits = torch.zeros(3, classes)
+    logits[0, 0], logits[1, 0] = 200.0, float("nan")
+    reading = ExitReading(1, logits)
+    for threshold, leaving in ((0.0, [False, False, False]), (1.0, [True, False, True])):
+        found, _ = make_policy("entropy", threshold=threshold).leaves(reading, None)
+        assert found.tolist() == leaving

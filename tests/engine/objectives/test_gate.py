@@ -1,7 +1,5 @@
 """The gate against two backward passes written by hand, in float64."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 

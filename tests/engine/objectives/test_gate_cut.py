@@ -1,7 +1,5 @@
 """The gate with a cut, beside both losses' whole gradients and beside the exact gate."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Whole runs with `gate_scope`: what they log and leave, how they stop, go on and overflow."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

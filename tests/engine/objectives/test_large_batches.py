@@ -1,7 +1,5 @@
 """Large contrastive batches: the gradients of one batch, from chunks, with the same dropout."""
 
-from __future__ import annotations
-
 from itertools import islice
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The losses of a batch against the formulas they are composed of."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from fusedacl.engine.config.sections import ObjectiveOptions

@@ -1,7 +1,5 @@
 """The card: what it says of a run and of early exit, and that the hub can read it."""
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The second stage from states on disk: the same training, and caches that do not belong."""
 
-from __future__ import annotations
-
 import errno
 import json
 import logging
@@ -53,7 +51,7 @@ def test_holds_what_the_backbone_computes(parts: tuple[Any, Any, Any], tmp_path:
     model, encoded, tokenizer = parts
     cache = open_cache(tmp_path / "cache", parts)
     indices = np.array([2, 0])
-    states, mask = cache.batch(indices, torch.device("cpu"))
+    states, mask = cache.batch(indices, torch.device("cpu"), torch.float32)
     batch = collate(encoded, indices, tokenizer.pad_token_id)
     batch.pop("labels")
     with torch.no_grad():

@@ -1,13 +1,11 @@
 """metrics.jsonl across a resume, TensorBoard, and the gate's summary."""
 
-from __future__ import annotations
-
-import builtins
 import io
 import json
 from pathlib import Path
 
 import pytest
+from fusedacl.engine.training import metrics_log
 from fusedacl.engine.training.metrics_log import MetricsLog, require_reporting
 from fusedacl.engine.training.records import GateHistory
 
@@ -65,15 +63,8 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
 
 
 def test_tensorboard_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    imported = builtins.__import__
-
-    def without(name: str, *arguments: object, **options: object) -> object:
-        if name == "tensorboard":
-            raise ImportError(name)
-        return imported(name, *arguments, **options)
-
     require_reporting("none")
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr(metrics_log, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'fusedacl\[tensorboard\]'"):
         require_reporting("tensorboard")
 

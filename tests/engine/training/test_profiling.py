@@ -1,7 +1,5 @@
 """Shares of the parts of a step; profiling does not change the training."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import logging

@@ -1,7 +1,5 @@
 """Strategies: what each stage trains, that exits do not disturb each other, and whole runs."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
@@ -30,8 +28,7 @@ from fusedacl.engine.training.stages import (
     plan_stages,
     plan_steps,
     prepare,
-    stage_losses,
-    stage_states,
+    stage_outputs,
 )
 from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import acl_cl_loss, acl_loss
@@ -97,9 +94,9 @@ def losses_of(
     batch: dict[str, Tensor],
     labels: Tensor,
 ) -> tuple[MultiExitOutput, ExitLosses]:
-    states = stage_states(model, stage, stage.exits, batch)
-    mask = batch["attention_mask"]
-    return stage_losses(model, stage, stage.exits, states, mask, config, labels)
+    output, teacher = stage_outputs(model, stage, stage.exits, batch)
+    label_embeddings = model.label_embeddings_of(stage.exits)
+    return output, exit_losses(config.objective, output, label_embeddings, labels, teacher)
 
 
 def train_stage(
@@ -293,7 +290,7 @@ def test_second_stage_on_an_existing_model(options, tiny_data: Path, tmp_path: P
     for changes, message in (
         (other, r"has classes \['negative', 'positive'\], this run \['glad', 'sad'\]"),
         ({"exit_head": "linear"}, "stage1_model=.*has exit_head mha, this run linear"),
-        ({"exit_width": 32}, "exits of width 64 with 4 heads, this run of 32"),
+        ({"exit_width": 32}, "exits of width 64 with 4 heads, this run 32"),
         ({"exit_layers": "1"}, "has last exit layer 2, this run 1"),
         ({"model_name_or_path": "x"}, "leave model_name_or_path out"),
         ({"stage1_model": "./absent"}, "^stage1_model='./absent' cannot be loaded"),

@@ -1,7 +1,5 @@
 """Whole runs on tiny models: what they learn and leave, how they stop and go on."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

@@ -1,7 +1,5 @@
 """Values on their way to the host, time on the device, and masks that the host knows."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

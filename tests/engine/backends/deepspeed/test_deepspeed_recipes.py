@@ -1,7 +1,5 @@
 """The DeepSpeed files that come with the package fit the options that they are meant for."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

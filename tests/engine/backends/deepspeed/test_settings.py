@@ -1,7 +1,5 @@
 """DeepSpeed's JSON file: what is filled in, and what is refused, before DeepSpeed is loaded."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

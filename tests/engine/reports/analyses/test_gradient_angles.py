@@ -65,7 +65,7 @@ def options(**values: Any) -> AngleConfig:
 def first_batch(run: Path) -> tuple[MultiExitForSequenceClassification, dict[str, torch.Tensor]]:
     """The model in float64, and the first training batch, tokenised again."""
     config, trained = run_config(run), load_model(run, "cpu")
-    texts = load_data(run, config, trained.label_names, {}, needs_train=True).splits["train"]
+    texts = load_data(run, config, trained.record, {}, needs_train=True).splits["train"]
     order = np.random.default_rng([config.optimization.seed, 0]).permutation(len(texts))[:16]
     batch = trained.tokenizer(
         [texts.first[row] for row in order], truncation=True, max_length=16, padding=True,
@@ -179,7 +179,7 @@ def test_batches_are_those_training_begins_with(runs: dict[str, Path], tmp_path:
     config, trained = run_config(runs["ce"]), load_model(runs["ce"], "cpu")
     from fusedacl.engine.data.batching import encode, epoch_batches
 
-    data = load_data(runs["ce"], config, trained.label_names, {}, needs_train=True)
+    data = load_data(runs["ce"], config, trained.record, {}, needs_train=True)
     split = encode(data.splits["train"], trained.tokenizer, 16)
     epochs = [epoch_batches(split.lengths, 16, seed=5, epoch=epoch) for epoch in (0, 1)]
     found = list(training_batches(split, 16, 5, 6))

@@ -1,7 +1,5 @@
 """Directories that are whole or absent, and the refusals around output_dir and resuming."""
 
-from __future__ import annotations
-
 import errno
 import shutil
 from pathlib import Path
@@ -14,12 +12,11 @@ from fusedacl.engine.runtime.manifest import check_not_sealed
 from fusedacl.engine.training.storage.checkpoint import (
     CONFIG_FILE,
     STATE_FILE,
-    check_same_run,
+    changed_options,
     checkpoints,
     find_checkpoint,
     load_state,
     save_checkpoint,
-    write_atomically,
 )
 from fusedacl.engine.training.storage.output_dir import make_output_dir
 
@@ -52,6 +49,11 @@ def test_saved_state_comes_back(tmp_path: Path) -> None:
     state = load_state(checkpoint)
     assert state["step"] == 5
     assert torch.equal(state["tensor"], torch.arange(3))
+    # One of the same step replaces it whole.
+    (checkpoint / "old").touch()
+    assert save(tmp_path, 5) == checkpoint
+    assert not (checkpoint / "old").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -100,16 +102,6 @@ def test_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-5"
     save(tmp_path, 10)
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
-
-
-def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
-    target = tmp_path / "target"
-    write_atomically(target, lambda path: (path / "old").write_text("old") and None)
-    with pytest.raises(KeyError):
-        write_atomically(target, lambda path: {}["no"])
-    assert (target / "old").exists()
-    write_atomically(target, lambda path: (path / "new").write_text("new") and None)
-    assert [path.name for path in target.iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
@@ -161,9 +153,9 @@ def test_output_dir_is_a_file(tmp_path: Path) -> None:
         make_output_dir(config_of(tmp_path / "file"))
 
 
-def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
+def test_options_that_differ_are_named(tmp_path: Path) -> None:
     write_yaml(config_of(tmp_path, seed=1), tmp_path / CONFIG_FILE)
     resumed = {"resume_from_checkpoint": "latest", "logging_steps": 3}
-    check_same_run(tmp_path, config_of(tmp_path, seed=1, **resumed))
-    with pytest.raises(ValueError, match="seed: 1 then, 2 now"):
-        check_same_run(tmp_path, config_of(tmp_path, seed=2, **resumed))
+    assert changed_options(tmp_path, config_of(tmp_path, seed=1, **resumed)) == []
+    changed = changed_options(tmp_path, config_of(tmp_path, seed=2, **resumed))
+    assert changed == ["seed: 1 then, 2 now"]

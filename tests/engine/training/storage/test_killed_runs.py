@@ -1,7 +1,5 @@
 """Runs that are killed or stopped go on as if nothing had happened."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

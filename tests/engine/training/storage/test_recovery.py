@@ -1,7 +1,5 @@
 """Damaged checkpoints are named and passed over; the best one is kept; one run per directory."""
 
-from __future__ import annotations
-
 import logging
 import os
 import socket
@@ -14,7 +12,7 @@ from fusedacl.engine import TrainingConfig
 from fusedacl.engine.config.sections import RunOptions
 from fusedacl.engine.runtime.lock import RunLock
 from fusedacl.engine.runtime.manifest import MANIFEST_FILE, fault, sealed, step_of, write_manifest
-from fusedacl.engine.training.storage.best_model import BestModel, scored_layers
+from fusedacl.engine.training.storage.best_model import BestModel
 from fusedacl.engine.training.storage.checkpoint import (
     STATE_FILE,
     checkpoints,
@@ -160,24 +158,23 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     ],
 )
 def test_best(options: dict[str, Any], values: list[float], best: int | None) -> None:
-    made = BestModel(RunOptions(**options), ["accuracy", "f1"], [2])
+    made = BestModel(RunOptions(**options), ["accuracy", "f1"], [1, 2], [1])
     for step, value in enumerate(values, start=1):
         made.consider(step, {1: {made.metric: 0.0}, 2: {made.metric: value}})
     assert made.step == best
-    again = BestModel(RunOptions(**options), ["accuracy", "f1"], [2])
+    again = BestModel(RunOptions(**options), ["accuracy", "f1"], [1, 2], [1])
     again.load_state_dict(made.state_dict())
     assert again.result() == made.result()
-    other = BestModel(RunOptions(metric_for_best_model="macro_f1"), ["macro_f1"], [2])
+    other = BestModel(RunOptions(metric_for_best_model="macro_f1"), ["macro_f1"], [2], [0])
     other.load_state_dict(made.state_dict())
     assert other.step is None
 
 
 def test_which_exits_choose_the_best() -> None:
-    assert scored_layers([2, 4, 6], [2]) == [6]
-    assert scored_layers([2, 4, 6], [0, 1, 2]) == [6]
+    assert BestModel(RunOptions(), [], [2, 4, 6], [2]).layers == [6]
+    assert BestModel(RunOptions(), [], [2, 4, 6], [0, 1, 2]).layers == [6]
     # The second stage of two_stage leaves the last exit as it is.
-    assert scored_layers([2, 4, 6], [0, 1]) == [2, 4]
-    made = BestModel(RunOptions(), [], [2, 4])
+    made = BestModel(RunOptions(), [], [2, 4, 6], [0, 1])
     made.consider(1, {2: {"loss": 1.0}, 4: {"loss": 2.0}, 6: {"loss": 9.0}})
     assert made.value == 1.5
 
