@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from .tasks import GLUE_TASKS
 
@@ -68,11 +69,11 @@ def read_delimited(
     return names, reading.rows
 
 
-def _read(text: str, remedy: str, **dialect: object) -> _Reading:
+def _read(text: str, remedy: str, **dialect: Any) -> _Reading:
     # Python's strict reader, because Arrow's reads all rows after a stray quote as one text. The
     # limit on the length of a field is global, so it is never lowered.
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), **dialect)  # type: ignore[call-overload]
+    reader = csv.reader(io.StringIO(text, newline=""), **dialect)
     reading = _Reading()
     first_line = 1
     try:
