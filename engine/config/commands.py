@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .fields import option
-from .sections import DataOptions, EvaluationDataOptions, device_option, disable_tqdm_option
+from .sections import (
+    MAX_SEED,
+    DataOptions,
+    EvaluationDataOptions,
+    device_option,
+    disable_tqdm_option,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,11 @@ class EvaluationConfig:
 @dataclass(frozen=True)
 class PredictionOptions:
     input_file: str | None = option(None, "texts to label: csv, tsv, jsonl or parquet")
-    output_file: str | None = option(None, "file for labels and probabilities: csv or jsonl")
+    output_file: str | None = option(
+        None,
+        "file for labels and probabilities: csv or jsonl. In csv a ' is put before a label that a"
+        " spreadsheet would run as a formula (=, +, -, @, tab or line break first; not numbers)",
+    )
     text_column: str | None = option(
         None, "column of the text, or of the first text of a pair; unset: that of the training data"
     )
@@ -162,7 +172,10 @@ class AngleOptions(ReportOptions):
         at_least=1,
     )
     seed: int | None = option(
-        None, "seed of the order of the batches; unset: that of the run", at_least=0
+        None,
+        "seed of the order of the batches; unset: that of the run",
+        at_least=0,
+        at_most=MAX_SEED,
     )
 
 
@@ -186,7 +199,8 @@ class TSNEOptions(ReportOptions):
     perplexity: float = option(
         30.0, "perplexity of t-SNE: effective number of neighbours of a point", above=0
     )
-    seed: int = option(42, "seed of the drawn texts and of t-SNE", at_least=0)
+    # scikit-learn takes 32 bits.
+    seed: int = option(42, "seed of the drawn texts and of t-SNE", at_least=0, at_most=2**32 - 1)
     per_device_eval_batch_size: int = option(64, "samples per forward pass", at_least=1)
 
 

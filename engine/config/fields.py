@@ -68,6 +68,8 @@ def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> 
         return str(value)
     if isinstance(value, bool):
         raise ValueError(problem)
+    if kind is int and isinstance(value, int):
+        return value  # A float has room for 53 bits only.
     try:
         number = float(value)
         if kind is int:

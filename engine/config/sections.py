@@ -7,6 +7,9 @@ from typing import Any
 
 from .fields import option
 
+# PyTorch takes 64 bits; what each process adds to its seed has to fit as well.
+MAX_SEED = 2**63 - 1
+
 
 def device_option() -> Any:
     return option(
@@ -247,7 +250,9 @@ class OptimizationOptions:
         'DeepSpeed\'s JSON file; values that are "auto" are filled in from these options. Runs of'
         " several processes use DeepSpeed with or without this file",
     )
-    seed: int = option(42, "seed of weights, order of the data and dropout", at_least=0)
+    seed: int = option(
+        42, "seed of weights, order of the data and dropout", at_least=0, at_most=MAX_SEED
+    )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fusedacl")
 
 _TEXTS_PER_CHUNK = 1000
+# A tokenizer needs some 300 bytes per character while it works.
+_CHARACTERS_PER_CHUNK = 10**6
+# A text is cut only behind this many tokens more than are kept: what a cut changes, such as the
+# pieces of the word that it divides, does not reach that far.
+_SPARE_TOKENS = 1000
+_CHARACTERS_PER_TOKEN = 16
 # A tokenizer without a limit reports 10^30.
 _NO_LIMIT = 10**6
 _BATCHES_PER_MEGABATCH = 50
@@ -81,8 +87,12 @@ def encode(
     has_token_types = "token_type_ids" in tokenizer.model_input_names
     tokens, token_types, lengths = [], [], []
     num_truncated = 0
-    for start in range(0, len(split), _TEXTS_PER_CHUNK):
-        rows = range(start, min(start + _TEXTS_PER_CHUNK, len(split)))
+    split = TextSplit(
+        _without_far_ends(split.first, tokenizer, max_length),
+        None if split.second is None else _without_far_ends(split.second, tokenizer, max_length),
+        split.labels,
+    )
+    for rows in _chunks(split):
         encoded = _tokenize(split, rows, tokenizer, max_length)
         num_tokens = np.fromiter(map(len, encoded["input_ids"]), dtype=np.int64, count=len(rows))
         tokens.append(_flat(encoded["input_ids"], np.int32, num_tokens.sum()))
@@ -237,6 +247,47 @@ def _check_max_length(
             f"max_seq_length={max_length} leaves no room for text beside the special tokens: use "
             f"{least} or more."
         )
+
+
+def _without_far_ends(
+    texts: list[str], tokenizer: "PreTrainedTokenizerBase", max_length: int
+) -> list[str]:
+    """The texts, of which very long ones lose the end that truncation would cut anyway.
+
+    So 10 MB on one line need no memory for millions of tokens. The part of a text that is kept has
+    far more tokens than `max_length`; it grows until it does.
+    """
+    num_tokens = max_length + 1 + _SPARE_TOKENS
+    limit = _CHARACTERS_PER_TOKEN * num_tokens
+    long = [row for row, text in enumerate(texts) if len(text) > limit]
+    if not long:
+        return texts
+    texts = list(texts)
+    keeps_start = tokenizer.truncation_side == "right"
+    for row in long:
+        text, length = texts[row], limit
+        while length < len(text):
+            part = text[:length] if keeps_start else text[-length:]
+            found = _tokenize(TextSplit([part]), [0], tokenizer, num_tokens)["input_ids"]
+            if len(found[0]) == num_tokens:
+                texts[row] = part
+                break
+            length *= 4
+    return texts
+
+
+def _chunks(split: TextSplit) -> Iterator[range]:
+    """Ranges of rows that are tokenised together."""
+    start = num_characters = 0
+    for row, text in enumerate(split.first):
+        size = len(text) + (0 if split.second is None else len(split.second[row]))
+        num_characters += size
+        is_full = num_characters > _CHARACTERS_PER_CHUNK or row - start == _TEXTS_PER_CHUNK
+        if is_full and row > start:
+            yield range(start, row)
+            start, num_characters = row, size
+    if start < len(split):
+        yield range(start, len(split))
 
 
 def _tokenize(

@@ -7,17 +7,18 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
+from ..runtime.files import kind_of_file
 from ..runtime.text import did_you_mean
 from .quickstart import LABEL_NAMES, quickstart_splits
 from .record import LABEL_COLUMNS, Classes
-from .tables import EXTENSIONS, check_file_exists, read_table, read_utf8
+from .tables import COMPRESSED, EXTENSIONS, check_file_exists, read_table, split_extension
 from .tasks import (
     GLUE_REPOSITORY,
     GLUE_TASKS,
@@ -26,6 +27,7 @@ from .tasks import (
     check_not_excluded,
     task_metrics,
 )
+from .text_files import read_utf8
 
 SPLIT_NAMES = ("train", "validation", "test", "validation_matched", "validation_mismatched")
 # Names of the same splits in other collections.
@@ -40,10 +42,16 @@ _OTHER_SPLIT_NAMES = {
 
 @dataclass(frozen=True)
 class SplitSource:
-    """A split that is read on request; `where` names it in messages."""
+    """A split that is read on request; `notes` tell how, once it has been read."""
 
-    where: str
+    name: str
     read: Callable[[], pa.Table]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def where(self) -> str:
+        """Name of the split in messages, with the notes."""
+        return " ".join([self.name, *(f"({note})" for note in self.notes)])
 
 
 @dataclass(frozen=True)
@@ -89,8 +97,14 @@ def open_files(train_file: str | None, validation_file: str | None) -> DataSourc
     for split, (argument, path) in given.items():
         if path is not None:
             check_file_exists(Path(path), argument)
-            splits[split] = SplitSource(f"{argument}={path!r}", partial(read_table, path, argument))
-    return DataSource(Path(train_file or validation_file or "").stem, splits)
+            splits[split] = _file_split(f"{argument}={path!r}", path, argument)
+    name, _ = split_extension(Path(train_file or validation_file or ""))
+    return DataSource(name, splits)
+
+
+def _file_split(name: str, path: str | Path, argument: str) -> SplitSource:
+    notes: list[str] = []
+    return SplitSource(name, partial(read_table, path, argument, notes), notes)
 
 
 def open_directory(data_dir: str, task_name: str) -> DataSource:
@@ -103,6 +117,9 @@ def open_directory(data_dir: str, task_name: str) -> DataSource:
     check_not_excluded(task_name)
     directory = Path(data_dir)
     if not directory.is_dir():
+        kind = kind_of_file(directory)
+        if kind is not None:
+            raise ValueError(f"data_dir={data_dir!r} is {kind}; name a directory.")
         siblings = directory.absolute().parent
         names = [e.name for e in siblings.iterdir() if e.is_dir()] if siblings.is_dir() else []
         hint = did_you_mean(directory.name, names) if names else ""
@@ -123,10 +140,7 @@ def open_directory(data_dir: str, task_name: str) -> DataSource:
         classes = _checked_against_glue(classes, glue, task_name)
     return DataSource(
         task_name,
-        {
-            split: SplitSource(str(path), partial(read_table, path, f"{split} split"))
-            for split, path in splits.items()
-        },
+        {split: _file_split(str(path), path, f"{split} split") for split, path in splits.items()},
         classes,
         task_name,
     )
@@ -198,38 +212,40 @@ def _open_quickstart() -> DataSource:
 
 
 def _split_files(folder: Path) -> dict[str, Path]:
-    files = sorted(f for f in folder.iterdir() if f.suffix.lower() in EXTENSIONS and f.is_file())
+    files = {f: split_extension(f)[0] for f in sorted(folder.iterdir()) if split_extension(f)[1]}
     splits: dict[str, Path] = {}
-    for file in files:
-        if file.stem not in SPLIT_NAMES:
+    for file, name in files.items():
+        if name not in SPLIT_NAMES:
             continue
-        if file.stem in splits:
+        check_file_exists(file, f"{name} split")
+        if name in splits:
             raise ValueError(
-                f"{folder} has two files for the split {file.stem!r}: {splits[file.stem].name} and "
+                f"{folder} has two files for the split {name!r}: {splits[name].name} and "
                 f"{file.name}; keep one."
             )
-        splits[file.stem] = file
-    for file in files:
-        near = difflib.get_close_matches(file.stem, SPLIT_NAMES, n=1, cutoff=0.85)
-        meant = _OTHER_SPLIT_NAMES.get(file.stem) or (near[0] if near else None)
+        splits[name] = file
+    for file, name in files.items():
+        near = difflib.get_close_matches(name, SPLIT_NAMES, n=1, cutoff=0.85)
+        meant = _OTHER_SPLIT_NAMES.get(name) or (near[0] if near else None)
         # Other files beside a complete set (oos_validation, train_small) are ignored.
         if meant is not None and not any(split.startswith(meant) for split in splits):
             raise ValueError(
-                f"{file}: {file.stem!r} is not a split name. Did you mean {meant!r}? Rename the "
-                f"file to {meant}{file.suffix}."
+                f"{file}: {name!r} is not a split name. Did you mean {meant!r}? Rename the "
+                f"file to {meant}{file.name.removeprefix(name)}."
             )
     if not splits:
         raise ValueError(
             f"{folder} holds no split; put {'|'.join(SPLIT_NAMES[:3])} there, each as "
-            f"{', '.join(EXTENSIONS)}. Its data files are: "
-            f"{', '.join(file.name for file in files) or 'none'}."
+            f"{', '.join(EXTENSIONS)} (text formats also with {COMPRESSED}). Its files are: "
+            f"{', '.join(sorted(file.name for file in folder.iterdir())) or 'none':.500}."
         )
     return splits
 
 
 def _labels_json(path: Path) -> Classes | None:
-    if not path.is_file():
+    if not (path.exists() or path.is_symlink()):
         return None
+    check_file_exists(path, "labels.json")
     try:
         names = json.loads(read_utf8(path, str(path)))
     except json.JSONDecodeError as error:
@@ -272,7 +288,9 @@ def _load_dataset(
         raise ValueError(f"{argument}: no such data set ({error}); check the name.") from error
     except (pa.ArrowException, UnicodeError, datasets.exceptions.DatasetsError) as error:
         cause = error.__cause__ or error
-        raise ValueError(f"{argument}: a file cannot be read ({cause}); copy it again.") from error
+        raise ValueError(
+            f"{argument}: a file cannot be read ({cause}); correct it, or copy it again."
+        ) from error
     except ValueError as error:
         # Such as "BuilderConfig 'x' not found. Available: ['a', 'b']".
         reason, *available = re.split("[Aa]vailable", str(error), maxsplit=1)

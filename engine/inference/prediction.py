@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from .logits import BROKEN_MODEL, predict_logits
 
 logger = logging.getLogger("fusedacl")
 OUTPUT_EXTENSIONS = (".csv", ".jsonl")
+# The last four are the wide forms that spreadsheets in East Asia take for =, +, - and @.
+_FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
+_NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 
 
 def predict(config: PredictionConfig) -> Path:
@@ -97,6 +101,11 @@ def _check_finite(probabilities: torch.Tensor) -> None:
         )
 
 
+def _is_formula(label: str) -> bool:
+    """True if a spreadsheet runs a cell of this content; a signed number is none."""
+    return label[:1] in _FORMULA_STARTS and not re.fullmatch(_NUMBER, label)
+
+
 def _write(
     path: Path,
     names: list[str],
@@ -113,6 +122,14 @@ def _write(
     ]
     if exit_layers is not None:
         rows = [[*row, layer] for row, layer in zip(rows, exit_layers, strict=True)]
+    if path.suffix == ".csv":
+        guarded = {label: f"'{label}" for label in names if _is_formula(label)}
+        rows = [[guarded.get(label, label), *values] for label, *values in rows]
+        if guarded:
+            logger.info(
+                f"{path.name}: a ' stands before the labels {', '.join(map(repr, guarded))}, which "
+                "a spreadsheet would run as formulas; jsonl holds them as they are"
+            )
     with path.open("w", encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             csv.writer(file).writerows([fields, *rows])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,19 +27,69 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def kind_of_file(path: Path) -> str | None:
+    """Name what is at `path` if it can be no ordinary file or directory; None if it can."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno == errno.ELOOP:
+            return "a symbolic link that leads in a circle"
+        if path.is_symlink():
+            return f"a symbolic link to {os.readlink(path)!r}, which does not exist"
+        return None
+    if stat.S_ISFIFO(mode):
+        return "a named pipe (FIFO), which can be read only once"
+    if stat.S_ISSOCK(mode):
+        return "a socket"
+    return "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
+
+
+def unique_keys(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Make a mapping of names and values.
+
+    Raises:
+        ValueError: a name is given twice.
+    """
+    values: dict[Any, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{name!r} is given twice")
+        values[name] = value
+    return values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML loader that refuses a key that is given twice, also through `<<`."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        given = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        try:
+            unique_keys((self.construct_object(key, deep=True), None) for key in given)
+        except ValueError as error:
+            mark = node.start_mark
+            raise yaml.constructor.ConstructorError(None, None, str(error), mark) from None
+        return super().construct_mapping(node, deep=deep)
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """Read option names and values from a YAML or JSON file.
 
     Raises:
-        ValueError: the file is missing, unreadable, or not a mapping of names to values.
+        ValueError: the file is missing, unreadable, not a mapping of names to values, or gives a
+            name twice.
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"Configuration file {str(path)!r} does not exist.")
+        kind = "a directory" if path.is_dir() else kind_of_file(path)
+        problem = "does not exist" if kind is None else f"is {kind}: name a YAML or JSON file"
+        raise ValueError(f"Configuration file {str(path)!r} {problem}.")
     try:
-        text = path.read_text(encoding="utf-8")
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            values = json.loads(text, object_pairs_hook=unique_keys)
+        else:
+            values = yaml.load(text, _Loader)
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"Configuration file {str(path)!r} cannot be read: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"Configuration file {str(path)!r} must hold `option: value` lines.")

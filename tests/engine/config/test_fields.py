@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from fusedacl.engine.config.commands import AngleConfig, TSNEConfig
 from fusedacl.engine.config.fields import build, command_line, flatten, option, parse, write_yaml
+from fusedacl.engine.config.training import TrainingConfig
 from fusedacl.engine.runtime.files import read_file
 
 
@@ -123,10 +126,51 @@ def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_pa
         ("width: [", "cannot be read"),
         ("loud: 3", "Write true or false"),
         ("width: true", "width: expected int, got True"),
+        ("width: 3\nname: x\nwidth: 4", "'width' is given twice"),
+        ("width: 3\n'width': 4", "'width' is given twice"),
+        ("width: {a: 1, b: 2, a: 1}", "'a' is given twice"),
+        ('{"width": 3, "width": 3}', "'width' is given twice"),
+        ('[{"a": 1, "a": 2}]', "'a' is given twice"),
     ],
 )
 def test_mistakes_in_a_file(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    file = tmp_path / ("config.json" if text[0] in "{[" else "config.yaml")
+    file.write_text(text, encoding="utf-8")
     with pytest.raises(ValueError) as error:
-        parsed(str(tmp_path / "config.yaml"))
+        parsed(str(file))
     assert message in str(error.value)
+
+
+def test_yaml_may_override_what_it_merges(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("base: &base {width: 3, speed: 1}\nmine:\n  <<: *base\n  width: 4\n")
+    assert read_file(file)["mine"] == {"width": 4, "speed": 1}
+
+
+def test_what_is_no_configuration_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "loop.json").symlink_to("loop.json")
+    for name, words in {
+        "pipe.yaml": "is a named pipe",
+        "loop.json": "is a symbolic link that leads in a circle",
+        ".": "is a directory",
+    }.items():
+        with pytest.raises(ValueError, match=f"{words}.*name a YAML or JSON file"):
+            read_file(tmp_path / name)
+
+
+def test_whole_numbers_keep_all_digits(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(f"width: {2**60 + 1}\n", encoding="utf-8-sig")
+    assert parsed(str(file)).shape.width == 2**60 + 1
+
+
+@pytest.mark.parametrize(
+    ("config", "largest"),
+    [(TrainingConfig, 2**63 - 1), (AngleConfig, 2**63 - 1), (TSNEConfig, 2**32 - 1)],
+)
+def test_seeds_that_no_generator_takes(config: type, largest: int) -> None:
+    assert flatten(build(config, {"seed": str(largest)}))["seed"] == largest
+    for value in (largest + 1, str(largest + 1), 1e30):
+        with pytest.raises(ValueError, match=f"seed=.* must be at most {largest}"):
+            build(config, {"seed": value})

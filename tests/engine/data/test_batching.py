@@ -1,8 +1,11 @@
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fusedacl.engine.data import batching
 from fusedacl.engine.data.batching import (
     EncodedSplit,
     collate,
@@ -11,6 +14,15 @@ from fusedacl.engine.data.batching import (
     evaluation_batches,
 )
 from fusedacl.engine.data.columns import TextSplit
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import (
     AutoTokenizer,
     BertTokenizerFast,
@@ -134,6 +146,99 @@ def test_real_tokenizer_counts_what_it_cuts(minilm: Path) -> None:
     assert rows_of(encoded, 0) == tokenizer(texts[0])["input_ids"]
     with pytest.raises(ValueError, match=r"max_seq_length=1024 is beyond the model.*512"):
         encode(TextSplit(texts), tokenizer, 1024)
+
+
+def small_tokenizers() -> dict[str, PreTrainedTokenizerBase]:
+    """Tokenizers of each kind, trained on a few words: pieces of words, of bytes, of segments."""
+    corpus = [
+        "the quick brown fox jumps over the lazy dog, again and again",
+        "caf\u00e9 \u4e2d\u6587",
+    ]
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer()
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    bytes_ = Tokenizer(models.BPE())
+    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    segments = Tokenizer(models.Unigram())
+    segments.normalizer = normalizers.NFKC()
+    segments.pre_tokenizer = pre_tokenizers.Metaspace()
+    made = {}
+    for name, tokenizer, trainer in (
+        ("wordpiece", wordpiece, trainers.WordPieceTrainer(vocab_size=80)),
+        ("bytes", bytes_, trainers.BpeTrainer(vocab_size=300)),
+        ("segments", segments, trainers.UnigramTrainer(vocab_size=60, unk_token="[UNK]")),
+    ):
+        trainer.special_tokens = [AddedToken(token) for token in SPECIAL_TOKENS]
+        tokenizer.train_from_iterator(corpus, trainer)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+        made[name] = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]")
+    return made
+
+
+ALPHABET = [
+    "the ",
+    "quick",
+    "fox",
+    " ",
+    "\n",
+    "\t ",
+    ",",
+    "caf\u00e9",
+    "e\u0301",
+    "\u4e2d",
+    "\u0000",
+    "q" * 30,
+]
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("name", ["wordpiece", "bytes", "segments"])
+def test_texts_that_are_cut_before_have_the_same_tokens(
+    monkeypatch: pytest.MonkeyPatch, name: str, side: str
+) -> None:
+    monkeypatch.setattr(batching, "_SPARE_TOKENS", 120)
+    monkeypatch.setattr(batching, "_CHARACTERS_PER_CHUNK", 20_000)
+    tokenizer = small_tokenizers()[name]
+    tokenizer.truncation_side = side
+    random = np.random.default_rng(0)
+    texts = [
+        "".join(random.choice(ALPHABET, size=size, p=random.dirichlet([0.3] * len(ALPHABET))))
+        for size in (3, 1000, 4000)
+        for _ in range(4)
+    ]
+    # No token for a long time, one word, and a word that is cut after less than its whole.
+    limit = batching._CHARACTERS_PER_TOKEN * (24 + 1 + 120)
+    texts += [" " * 9000 + "fox", "q" * 9000, "the fox" + " " * (limit - 90) + "j" + "ups" * 999]
+    short = ["the dog"] * len(texts)
+    for split in (TextSplit(texts), TextSplit(texts, short), TextSplit(short, texts)):
+        encoded = encode(split, tokenizer, 24)
+        second = [None] * len(texts) if split.second is None else split.second
+        num_longer = 0
+        for row, pair in enumerate(zip(split.first, second, strict=True)):
+            whole = tokenizer(*pair, truncation=True, max_length=24)["input_ids"]
+            assert rows_of(encoded, row) == whole
+            num_longer += len(tokenizer(*pair)["input_ids"]) > 24
+        assert encoded.num_truncated == num_longer
+
+
+def test_the_tokenizer_gets_little_of_a_long_text(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+    tokenize = batching._tokenize
+
+    def measured(split: TextSplit, rows: Sequence[int], *arguments: Any) -> Any:
+        sizes.append(sum(len(split.first[row]) for row in rows))
+        return tokenize(split, rows, *arguments)
+
+    monkeypatch.setattr(batching, "_tokenize", measured)
+    texts = ["w1 " * 1_000_000, *["w2 " * 3000] * 150]
+    assert encode(TextSplit(texts), tokenizer, 32).num_truncated == 151
+    assert max(sizes) <= 10**6
 
 
 LENGTHS = np.random.default_rng(1).integers(3, 128, size=1003)

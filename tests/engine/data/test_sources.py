@@ -1,3 +1,4 @@
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,8 @@ def test_unknown_directories_and_tasks_offer_the_nearest(tmp_path: Path) -> None
 
 
 BAD_FOLDERS = {
+    "packed twice": (["train.csv", "train.tsv.gz"], "two files for the split 'train'.*keep one"),
+    "packed dev": (["train.csv", "dev.csv.gz"], r"Rename the file to validation\.csv\.gz"),
     "two files": (["train.csv", "train.tsv"], "two files for the split 'train'.*keep one"),
     "misspelt": (["train.csv", "validaton.csv"], "'validaton' is not a split.*'validation'"),
     "dev": (["train.csv", "dev.csv"], r"Rename the file to validation\.csv"),
@@ -116,6 +119,34 @@ def test_bad_folders(tmp_path: Path, name: str) -> None:
     write_task(tmp_path / "mine", *files)
     with pytest.raises(ValueError, match=message):
         open_directory(str(tmp_path), "mine")
+
+
+def test_packed_files_of_a_directory(tmp_path: Path) -> None:
+    write_task(tmp_path / "mine")
+    for name in ("train.csv.gz", "validation.CSV.GZ"):
+        (tmp_path / "mine" / name).write_bytes(gzip.compress(CSV.encode()))
+    source = open_directory(str(tmp_path), "mine")
+    assert sorted(source.splits) == ["train", "validation"]
+    assert source.splits["validation"].read()["text"].to_pylist() == ["a", "b"]
+    assert open_files(str(tmp_path / "mine" / "train.csv.gz"), None).name == "train"
+
+
+@pytest.mark.parametrize("name", ["train.csv", "test.jsonl.gz", "labels.json"])
+def test_links_that_lead_nowhere_are_named(tmp_path: Path, name: str) -> None:
+    write_task(tmp_path / "mine", "validation.csv")
+    (tmp_path / "mine" / name).symlink_to(name)
+    with pytest.raises(ValueError, match=rf"{name}' is a symbolic link that leads in a circle"):
+        open_directory(str(tmp_path), "mine")
+    (tmp_path / "mine" / name).unlink()
+    (tmp_path / "mine" / name).symlink_to("elsewhere")
+    with pytest.raises(ValueError, match=rf"{name}' is a symbolic link to 'elsewhere'"):
+        open_directory(str(tmp_path), "mine")
+
+
+def test_a_directory_that_is_a_link_in_a_circle(tmp_path: Path) -> None:
+    (tmp_path / "data").symlink_to("data")
+    with pytest.raises(ValueError, match="data_dir=.* leads in a circle; name a directory"):
+        open_directory(str(tmp_path / "data"), "mine")
 
 
 def test_files_beside_a_complete_set_are_left_alone(tmp_path: Path) -> None:
@@ -247,9 +278,11 @@ def test_damaged_and_missing_local_directories(tmp_path: Path) -> None:
         open_hub(str(tmp_path / "empty"), None)
     (tmp_path / "truncated").mkdir()
     (tmp_path / "truncated" / "train.parquet").write_bytes(b"PAR1 and nothing else")
+    (tmp_path / "twice").mkdir()
+    (tmp_path / "twice" / "train.jsonl").write_text('{"text": "a", "text": "b"}')
     (tmp_path / "latin").mkdir()
     (tmp_path / "latin" / "train.csv").write_bytes(b"text,label\ncaf\xe9,0\n")
-    for name in ("truncated", "latin"):
+    for name in ("truncated", "latin", "twice"):
         with pytest.raises(ValueError, match=r"dataset_name=.*cannot be read.*copy it again"):
             open_hub(str(tmp_path / name), None)
 

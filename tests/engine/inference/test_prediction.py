@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fusedacl.engine import MultiExitForSequenceClassification, PredictionConfig, predict
-from fusedacl.engine.config.fields import build
+from fusedacl.engine.config.fields import build, parser
+from fusedacl.engine.inference.prediction import _write
 from fusedacl.engine.model.saved import load_tokenizer
 
 TEXTS = ["a good dog", "the bad bird sings near the river", "a house"]
@@ -43,6 +45,25 @@ def csv_file(tmp_path: Path) -> Path:
     path = tmp_path / "texts.csv"
     path.write_text("".join(f"{text}\n" for text in ["sentence", *TEXTS]), encoding="utf-8")
     return path
+
+
+def test_labels_that_a_spreadsheet_would_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "fusedacl")
+    labels = ["=1+1", "-2", "+3.5e1", "@a", "-b", "plain", "\tc", "a=b"]
+    probabilities = [[1 / 8] * 8] * 8
+    for name in ("out.csv", "out.jsonl"):
+        _write(tmp_path / name, labels, labels, probabilities, None)
+    with (tmp_path / "out.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    guarded = ["'=1+1", "-2", "+3.5e1", "'@a", "'-b", "plain", "'\tc", "a=b"]
+    assert [row["label"] for row in rows] == guarded
+    assert rows[0]["probability_-2"] == "0.125"
+    assert "a ' stands before the labels '=1+1', '@a', '-b', '\\tc'" in caplog.text
+    lines = (tmp_path / "out.jsonl").read_text().splitlines()
+    assert [json.loads(line)["label"] for line in lines] == labels
+    assert "spreadsheet" in parser(PredictionConfig, "predict", "").format_help()
 
 
 def expected_probabilities(model_dir: Path) -> torch.Tensor:
