@@ -78,7 +78,6 @@ def test_absent_packages_are_left_out_of_versions(monkeypatch: pytest.MonkeyPatc
         return "1.2"
 
     monkeypatch.setattr(machine, "version", version)
-    monkeypatch.setattr(doctor, "version", version)
     assert "deepspeed" not in machine.versions()
     assert machine.versions()["torch"] == "1.2"
     monkeypatch.setattr(importlib.metadata, "version", version)
@@ -89,5 +88,5 @@ def test_absent_packages_are_left_out_of_versions(monkeypatch: pytest.MonkeyPatc
 
 def test_another_deepspeed_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.9.1")
-    monkeypatch.setattr(doctor, "version", lambda package: "0.9.1")
+    monkeypatch.setattr(machine, "version", lambda package: "0.9.1")
     assert doctor._deepspeed().startswith("DeepSpeed: 0.9.1, which is not supported.")

@@ -11,7 +11,6 @@ from fusedacl.engine.experiments.results import (
     NotThereError,
     Seeds,
     SweepRun,
-    missing_notes,
     read_sweep,
 )
 
@@ -75,11 +74,9 @@ def test_scores() -> None:
 
 def test_words() -> None:
     assert Seeds({1: 0.6, 2: 0.7}).words == "65.0 ± 7.1"
-    problems = {1: "waiting", 2: "failed: x", 3: "waiting"}
-    assert missing_notes("ACL", "rte", problems) == [
-        "Missing: ACL on rte, seeds 1, 3 (waiting); seed 2 (failed: x)."
-    ]
-    assert missing_notes("ACL", "rte", {}) == []
+    lacking = Seeds(problems={1: "waiting", 2: "failed: x", 3: "waiting"})
+    words = "Missing: ACL on rte, seeds 1, 3 (waiting); seed 2 (failed: x)."
+    assert lacking.missing("ACL", "rte") == [words] and Seeds().missing("ACL", "rte") == []
 
 
 def test_done_runs_without_results(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
