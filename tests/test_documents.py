@@ -24,8 +24,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fusedacl.engine
+import fusedacl.kernels
 import pytest
 import yaml
+from fusedacl.benchmarks.cli import main as run_benchmark
+from fusedacl.engine import TrainingConfig
+from fusedacl.engine.cli.main import main
+from fusedacl.engine.experiments.recipe import plan_cells
+from fusedacl.engine.experiments.report_plan import plan_report
 
 ROOT = Path(__file__).parents[1]
 GENERATED = (
@@ -48,7 +55,6 @@ MAX_README_LINES = 130
 
 
 class Block(NamedTuple):
-    page: Path
     line: int
     language: str
     code: str
@@ -57,7 +63,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text.count("\n", 0, found.start()) + 1, found[1], found[2])
+        Block(text.count("\n", 0, found.start()) + 1, found[1], found[2])
         for found in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ]
 
@@ -81,12 +87,7 @@ def id_of(page: Path) -> str:
 def options(command: str) -> dict[str, str | None]:
     """Option -> printed default, of `fusedacl <command>`, as its --help lists them."""
     words = [*command.split(), "--help"]
-    if words[0] == "bench":
-        from fusedacl.benchmarks.cli import main
-
-        words = words[1:]
-    else:
-        from fusedacl.engine.cli.main import main
+    run, words = (run_benchmark, words[1:]) if words[0] == "bench" else (main, words)
     output = io.StringIO()
     with (
         contextlib.redirect_stdout(output),
@@ -94,7 +95,7 @@ def options(command: str) -> dict[str, str | None]:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("COLUMNS", "2000")  # no line breaks within an option's text
-        main(words)
+        run(words)
     found: dict[str, str | None] = {}
     for text in re.split(r"\n(?=  --)", output.getvalue())[1:]:
         name = text.split()[0]
@@ -126,8 +127,6 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_data
 def test_blocks_run(
     page: Path, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusedacl.engine.cli.main import main
-
     shutil.copytree(sandbox, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -179,10 +178,6 @@ def check_command(words: list[str], where: str) -> None:
 
 
 def check_yaml(code: str, where: str) -> None:
-    from fusedacl.engine import TrainingConfig
-    from fusedacl.engine.experiments.recipe import plan_cells
-    from fusedacl.engine.experiments.report_plan import plan_report
-
     assert re.match(r"# \S+\.yaml\n", code), f"{where}: no file name"
     values = yaml.safe_load(code)
     if "methods" in values:
@@ -233,18 +228,20 @@ def test_tables_of_options(verb: str) -> None:
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=id_of)
-def test_options_in_the_text_exist(page: Path) -> None:
+def test_options_and_files_in_the_text_exist(page: Path) -> None:
     known = set(LAUNCHERS)
-    for verb in VERBS:
-        known |= options(verb).keys()
-    for suite in SUITES:
-        known |= options(f"bench {suite}").keys()
+    for command in (*VERBS, *(f"bench {suite}" for suite in SUITES)):
+        known |= options(command).keys()
     for source in ("kernels", "benchmarks"):
         for path in (ROOT / source).rglob("*.py"):
             known.update(re.findall(r'"(--[a-z]\w*)"', path.read_text()))
     for span in re.findall(r"`[^`\n]*`", text_of(page)):
         for name in re.findall(r"(?<!\S)--[a-z]\w*", span.strip("`")):
             assert name in known, f"{id_of(page)}: {name}"
+    # Paths of this repository, such as `kernels/contrastive/reference.py`.
+    named = r"`((?:kernels|engine|benchmarks|tests|docs)/[\w./]*)`"
+    for name in re.findall(named, text_of(page)):
+        assert (ROOT / name).exists(), f"{id_of(page)}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=id_of)
@@ -261,14 +258,6 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in slugs, f"{id_of(page)}: {target}"
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
-def test_named_files_exist(page: Path) -> None:
-    """Paths of this repository in code spans, such as `kernels/contrastive/reference.py`."""
-    named = r"`((?:kernels|engine|benchmarks|tests|docs)/[\w./]*)`"
-    for name in re.findall(named, text_of(page)):
-        assert (ROOT / name).exists(), f"{id_of(page)}: {name}"
-
-
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert (ROOT / "README.md").read_text().count("\n") <= MAX_README_LINES
     found, left = set(), [ROOT / "README.md"]
@@ -281,9 +270,6 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    import fusedacl.engine
-    import fusedacl.kernels
-
     text = (ROOT / "docs" / "python.md").read_text()
     for name in (*fusedacl.kernels.__all__, *fusedacl.engine.__all__):
         assert re.search(rf"\b{name}\b", text), name
@@ -291,16 +277,12 @@ def test_every_public_name_is_documented() -> None:
 
 def test_the_numbers_of_the_readme() -> None:
     """The table of CE beside ACL is that of the committed result files."""
-    rows = next(
-        rows for header, *rows in tables(ROOT / "README.md") if header[-1] == "memory of a step"
-    )
+    shown = tables(ROOT / "README.md")
+    (rows,) = [rows for header, *rows in shown if header[-1] == "memory of a step"]
     step = json.loads((ROOT / "benchmarks/results/amd-epyc-2core/step.json").read_text())
     providers = step["cases"][0]["providers"]
-    names = {
-        "CE": ("ce", "fusedacl_ce"),
-        "CE+SCL": ("ce-scl", "fusedacl_scl"),
-        "ACL": ("acl-backbone", "fusedacl_acl"),
-    }
+    names = {"CE": ("ce", "fusedacl_ce"), "CE+SCL": ("ce-scl", "fusedacl_scl")}
+    names["ACL"] = "acl-backbone", "fusedacl_acl"
     assert [row[0] for row in rows] == list(names)
     for label, *cells, milliseconds, mebibytes in rows:
         method, provider = names[label]

@@ -77,16 +77,12 @@ def test_absent_packages_are_left_out_of_versions(monkeypatch: pytest.MonkeyPatc
             raise PackageNotFoundError(package)
         return "1.2"
 
-    monkeypatch.setattr(machine, "version", version)
-    assert "deepspeed" not in machine.versions()
-    assert machine.versions()["torch"] == "1.2"
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert doctor._deepspeed().startswith(
-        "DeepSpeed: absent. Several processes need it: pip install"
-    )
-
-
-def test_another_deepspeed_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.9.1")
-    monkeypatch.setattr(machine, "version", lambda package: "0.9.1")
-    assert doctor._deepspeed().startswith("DeepSpeed: 0.9.1, which is not supported.")
+    for number, words in (
+        (version, "absent. Several processes need it: pip install"),
+        (lambda package: "0.9.1", "0.9.1, which is not supported."),
+    ):
+        monkeypatch.setattr(machine, "version", number)
+        monkeypatch.setattr(importlib.metadata, "version", number)
+        assert doctor._deepspeed().startswith(f"DeepSpeed: {words}")
+        assert ("deepspeed" in machine.versions()) == (number is not version)
+        assert machine.versions()["torch"] == number("torch")

@@ -53,6 +53,7 @@ def test_what_suits_a_recipe_that_asks_for_nothing() -> None:
         ({"ablation": {"methods": {"x": "ACL"}, "metrics": "all"}}, "expected `methods:"),
         ({"full_model": {"methods": {"x": "ACL"}, "metrics": "f1"}}, "metrics='f1': write `all`"),
         ({"grid": {"option": "x"}}, "report.grid: expected a list of tables"),
+        ({"claims": {"x": {}}}, "report.claims: expected a list"),
         ({"grid": [{"option": "x"}]}, "report.grid: expected `option` and `methods`"),
         (
             {"grid": [{"option": "aux_weight", "methods": {"ACL": "ACL"}}]},

@@ -18,12 +18,7 @@ from fusedacl.engine.runtime.text import text_table
 
 def test_text_table() -> None:
     table = text_table(["name", "score"], [["a", "1.0"], ["longer", "10.0"]])
-    assert table.splitlines() == [
-        "name    score",
-        "------  -----",
-        "a         1.0",
-        "longer   10.0",
-    ]
+    assert table == "name    score\n------  -----\na         1.0\nlonger   10.0"
 
 
 @pytest.fixture

@@ -18,12 +18,8 @@ def test_angles_of_a_sweep(make_sweep: Callable[..., Path], tmp_path: Path) -> N
     # The gate of a run saw 80 more steps at layer 1 and dropped half of them.
     run = sweep.of("mrpc", "ACL")[0].directory / "results.json"
     results = json.loads(run.read_text())
-    results["gate"].append(
-        {
-            "epoch": 3, "group": "exit 1", "steps": 80, "dropped_share": 0.5,
-            "angle_p10": 60.0, "angle_median": 90.0, "angle_p90": 100.0,
-        }
-    )  # fmt: skip
+    row = {"epoch": 3, "group": "exit 1", "steps": 80, "dropped_share": 0.5}
+    results["gate"].append(row | {"angle_p10": 60.0, "angle_median": 90.0, "angle_p90": 100.0})
     run.write_text(json.dumps(results))
     runs = {method: read_sweep(directory).of("mrpc", method) for method in sweep.methods}
     section = gate_section(runs, "mrpc", tmp_path / "angles", "Angles")
