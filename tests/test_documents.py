@@ -19,8 +19,7 @@ import json
 import re
 import shlex
 import shutil
-import statistics
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,15 +32,14 @@ from fusedacl.engine import TrainingConfig
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.experiments.recipe import plan_cells
 from fusedacl.engine.experiments.report_plan import plan_report
+from fusedacl.engine.experiments.results import SweepRun, read_sweep
 
 ROOT = Path(__file__).parents[1]
 GENERATED = (
     "docs/performance.md", "docs/results.md", "docs/kernel_resources.md",
     "docs/scaling_by_the_model.md",
 )  # fmt: skip
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
 LANGUAGES = {"python", "sh", "console", "yaml", "text"}
 VERBS = ("train", "evaluate", "predict", "exits", "sweep", "angles", "tsne", "report")
@@ -98,9 +96,8 @@ def options(command: str) -> dict[str, str | None]:
         run(words)
     found: dict[str, str | None] = {}
     for text in re.split(r"\n(?=  --)", output.getvalue())[1:]:
-        name = text.split()[0]
         default = re.search(r"\(default: (.*?)\)\s*(\n\n|$)", text, re.DOTALL)
-        found[name] = default and default[1]
+        found[text.split()[0]] = default and default[1]
     assert found, f"fusedacl {command} --help lists no option"
     return found
 
@@ -202,12 +199,11 @@ def documented() -> dict[str, dict[str, tuple[str, str]]]:
     found: dict[str, dict[str, tuple[str, str]]] = {verb: {} for verb in VERBS}
     for page in WRITTEN:
         for header, *rows in tables(page):
-            verb = re.match(r"option of `fusedacl (\w+)`", header[0])
-            for row in rows if verb else ():
-                assert verb is not None
-                for name in re.findall(r"`(--\w+)`", row[0]):
+            for verb in re.findall(r"^option of `fusedacl (\w+)`", header[0]):
+                for row in rows:
                     default = row[header.index("default")]
-                    found[verb[1]][name] = (id_of(page), default)
+                    names = re.findall(r"`(--\w+)`", row[0])
+                    found[verb] |= dict.fromkeys(names, (id_of(page), default))
     return found
 
 
@@ -281,32 +277,18 @@ def test_the_numbers_of_the_readme() -> None:
     (rows,) = [rows for header, *rows in shown if header[-1] == "memory of a step"]
     step = json.loads((ROOT / "benchmarks/results/amd-epyc-2core/step.json").read_text())
     providers = step["cases"][0]["providers"]
-    names = {"CE": ("ce", "fusedacl_ce"), "CE+SCL": ("ce-scl", "fusedacl_scl")}
-    names["ACL"] = "acl-backbone", "fusedacl_acl"
+    names = {"CE": ("CE", "ce"), "CE+SCL": ("CE+SCL", "scl"), "ACL": ("ACL backbone", "acl")}
+    sweep = read_sweep(ROOT / "docs/results/minilm_all")
+    metrics = {task: str(sweep.metric(task)) for task in sweep.tasks}
     assert [row[0] for row in rows] == list(names)
     for label, *cells, milliseconds, mebibytes in rows:
-        method, provider = names[label]
-        assert cells == [score(task, method) for task in TASKS]
-        assert milliseconds == f"{providers[provider]['p50_ms']:,.0f} ms"
-        assert mebibytes == f"{providers[provider]['peak_bytes'] / 2**20:.0f} MiB"
-
-
-TASKS = {
-    "trec6": "accuracy", "mrpc": "f1", "rte": "accuracy", "cola": "matthews_correlation",
-    "sst2": "accuracy", "banking77": "accuracy",
-}  # fmt: skip
-
-
-def score(task: str, method: str) -> str:
-    """Mean over the seeds, in percent, with the standard deviation where there are several."""
-    runs = (ROOT / "docs/results/minilm_all/cells" / task / method).glob("seed-*/results.json")
-    scores = []
-    for run in runs:
-        by_layer = next(iter(json.loads(run.read_text())["metrics"].values()))
-        scores.append(100 * by_layer[max(by_layer, key=int)][TASKS[task]])
-    if len(scores) < 2:
-        return f"{scores[0]:.1f}" if scores else "-"
-    return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}"
+        method, objective = names[label]
+        for (task, metric), cell in zip(metrics.items(), cells, strict=True):
+            scores = sweep.seeds(task, method, (), partial(SweepRun.score, metric=metric))
+            assert cell == (scores.words or "-"), f"{label} on {task}"
+        measured = providers[f"fusedacl_{objective}"]
+        assert milliseconds == f"{measured['p50_ms']:,.0f} ms"
+        assert mebibytes == f"{measured['peak_bytes'] / 2**20:.0f} MiB"
 
 
 def test_the_citation() -> None:

@@ -155,8 +155,7 @@ def _sweep(arguments: list[str]) -> int:
     )
     made.add_argument("--status", action="store_true", help="show the progress, run nothing")
     options, rest = made.parse_known_args(arguments)
-    replaced = given(TrainingConfig, rest)
-    recipe = read_recipe(options.recipe)
+    replaced, recipe = given(TrainingConfig, rest), read_recipe(options.recipe)
     recipe["defaults"] = {**(recipe.get("defaults") or {}), **replaced}
     directory = options.output_dir or Path("runs") / Path(options.recipe).stem
     from ..experiments.sweep import Sweep, SweepStopped

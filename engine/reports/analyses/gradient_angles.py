@@ -173,9 +173,9 @@ def measure_angles(run: Path, config: AngleConfig, label: str | None = None) -> 
         f"denominator {objective.denominator}, reduction {objective.contrastive_reduction}"
     )
     label = method_of(given) if label is None else label
-    groups_of_rows, stats = tuple(names[index] for index in kept), np.stack(rows)[:, kept]
+    kept_names, stats = tuple(names[index] for index in kept), np.stack(rows)[:, kept]
     return AngleRecords(
-        label, data.name, contrastive, settings, groups_of_rows, stats, num_single_class
+        label, data.name, contrastive, settings, kept_names, stats, num_single_class
     )
 
 

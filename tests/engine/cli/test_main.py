@@ -40,9 +40,7 @@ def test_mistakes_are_one_line_and_status_2(
 ) -> None:
     assert main(arguments) == 2
     shown = capsys.readouterr().err
-    assert message in shown
-    assert shown.count("\n") == 1
-    assert "Traceback" not in shown
+    assert message in shown and shown.count("\n") == 1 and "Traceback" not in shown
 
 
 def test_bench_is_found_through_its_entry_point(

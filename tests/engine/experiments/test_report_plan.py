@@ -33,10 +33,9 @@ def test_what_is_asked_for() -> None:
 
 def test_what_suits_a_recipe_that_asks_for_nothing() -> None:
     plan = plan_report({"methods": METHODS})
-    assert plan.layer_scores == {"ACL": Target("ACL")}
+    assert plan.layer_scores == {"ACL": Target("ACL")} and plan.ablation == {}
     assert plan.full_model == {"CE": Target("CE"), "ACL": Target("ACL")}
     assert [grid.option for grid in plan.grids] == ["aux_weight", "seed_of"]
-    assert plan.ablation == {}
 
 
 @pytest.mark.parametrize(

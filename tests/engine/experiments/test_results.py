@@ -21,13 +21,10 @@ def a_run(results: dict[str, object], problem: str | None = None) -> SweepRun:
 
 def test_cells_in_the_recipes_order(unfinished_sweep: Path) -> None:
     sweep = read_sweep(unfinished_sweep)
-    assert sweep.tasks == ["mrpc", "cola"]
-    assert sweep.methods[:2] == ["CE", "ACL backbone"]
+    assert sweep.tasks == ["mrpc", "cola"] and sweep.methods[:2] == ["CE", "ACL backbone"]
     assert sweep.grids("ACL sweep") == [(("aux_weight", v),) for v in (0.005, 0.02, 0.1)]
-    assert sweep.grids("ACL") == [()]
-    assert len(sweep.done) == len(sweep.runs) - 3
-    assert sweep.metric("cola") == "matthews_correlation"
-    assert sweep.splits("cola") == ["validation"]
+    assert sweep.grids("ACL") == [()] and len(sweep.done) == len(sweep.runs) - 3
+    assert (sweep.metric("cola"), sweep.splits("cola")) == ("matthews_correlation", ["validation"])
     (first, _) = sweep.of("mrpc", "ACL sweep", (("aux_weight", 0.02),))
     assert first.label == "ACL sweep, aux_weight 0.02"
     with pytest.raises(ValueError, match="metric='f2' is not among the metrics of mrpc.*'f1'"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -49,8 +48,7 @@ def test_every_analysis_is_there(report: Report) -> None:
 
 def test_what_is_missing_is_named(report: Report) -> None:
     missing = next(section for section in report.sections if section.title == "Missing runs")
-    (table,) = missing.tables
-    assert list(table.rows) == [
+    assert list(missing.tables[0].rows) == [
         ["cola", "2ST-linear", "1, 2", "waiting"],
         ["cola", "ACL", "2", "failed: exit status 1: no memory"],
     ]
@@ -75,10 +73,8 @@ def test_a_sweep_from_the_command_line(
     run = next(sweep.glob("cells/rte/JT/*/seed-1"))
     assert main(["report", str(sweep), str(run)]) == 2
     assert "is a sweep, whose report stands alone" in capsys.readouterr().err
-    record = json.loads((sweep / "sweep.json").read_text())
-    for cell in record["cells"]:
-        cell["status"] = "waiting"
-    (sweep / "sweep.json").write_text(json.dumps(record))
+    record = (sweep / "sweep.json").read_text()
+    (sweep / "sweep.json").write_text(record.replace('"done"', '"waiting"'))
     assert main(["report", str(sweep)]) == 2
     assert "no run is done yet" in capsys.readouterr().err
 

@@ -19,8 +19,8 @@ def luminance(color: str) -> float:
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
-def contrast(first: str, second: str) -> float:
-    light, dark = sorted((luminance(first), luminance(second)), reverse=True)
+def contrast(*colors: str) -> float:
+    dark, light = sorted(map(luminance, colors))
     return (light + 0.05) / (dark + 0.05)
 
 

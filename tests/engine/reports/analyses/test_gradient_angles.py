@@ -157,9 +157,8 @@ def test_batches_are_those_training_begins_with(runs: dict[str, Path], tmp_path:
     data = load_data(runs["ce"], config, trained.label_names, {}, needs_train=True)
     split = encode(data.splits["train"], trained.tokenizer, 16)
     epochs = [epoch_batches(split.lengths, 16, seed=5, epoch=epoch) for epoch in (0, 1)]
-    found = list(training_batches(split, 16, 5, 6))
-    wanted = [*epochs[0], *epochs[1][:2]]
-    assert [rows.tolist() for rows in found] == [rows.tolist() for rows in wanted]
+    wanted = [rows.tolist() for rows in (*epochs[0], *epochs[1][:2])]
+    assert [rows.tolist() for rows in training_batches(split, 16, 5, 6)] == wanted
     assert len(list(training_batches(split, 16, 5, None))) == 4
     assert len(list(training_batches(split, 1, 5, None))) == 64
 
@@ -169,9 +168,9 @@ def test_batches_are_those_training_begins_with(runs: dict[str, Path], tmp_path:
     text = (contrasted / "config.yaml").read_text().replace("contrastive_batch_size: null\n", "")
     (contrasted / "config.yaml").write_text(f"{text}contrastive_batch_size: 32\n")
     assert measure_angles(contrasted, options()).num_batches == 2
-    again = [measure_angles(runs["ce"], options(num_batches=2, seed=seed)) for seed in (5, 5, 6)]
-    assert np.array_equal(again[0].stats, again[1].stats)
-    assert not np.allclose(again[0].stats, again[2].stats)
+    found = [measure_angles(runs["ce"], options(num_batches=2, seed=seed)) for seed in (5, 5, 6)]
+    first, again, other = (record.stats for record in found)
+    assert np.array_equal(first, again) and not np.allclose(first, other)
 
 
 def test_contrastive_loss_is_the_runs_own(runs: dict[str, Path]) -> None:

@@ -42,12 +42,11 @@ def make_run(
         words.copy_(torch.randn_like(words))
     model.save_pretrained(directory)
     load_tokenizer(str(tiny_bert)).save_pretrained(directory)
-    options: dict[str, Any] = {
-        "task_name": "opinions", "data_dir": str(tiny_data), "exit_head": head,
-        "model_name_or_path": str(tiny_bert), "output_dir": str(directory), "strategy": "joint",
-        "max_eval_samples": 5,
-    }  # fmt: skip
-    write_yaml(TrainingConfig.create(**options), directory / "config.yaml")
+    config = TrainingConfig.create(
+        task_name="opinions", data_dir=str(tiny_data), exit_head=head, strategy="joint",
+        model_name_or_path=str(tiny_bert), output_dir=str(directory), max_eval_samples=5,
+    )  # fmt: skip
+    write_yaml(config, directory / "config.yaml")
     return directory
 
 
@@ -56,11 +55,9 @@ def runs(
     tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("runs")
-    return {
-        "mha": make_run(tiny_bert, tiny_data, home / "mha", "mha", [1, 2]),
-        "linear": make_run(tiny_bert, tiny_data, home / "linear", "linear", [1, 2]),
-        "last": make_run(tiny_bert, tiny_data, home / "last", "mha", [2]),
-    }
+    kinds: dict[str, Any] = {"mha": ("mha", [1, 2]), "linear": ("linear", [1, 2])}
+    kinds["last"] = "mha", [2]
+    return {name: make_run(tiny_bert, tiny_data, home / name, *kinds[name]) for name in kinds}
 
 
 def options(**values: Any) -> TSNEConfig:
@@ -85,8 +82,8 @@ def test_representations_are_what_the_classifier_reads(
         [text["sentence"] for text in texts], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
-        logits = model(**tokens).exit_logits[1]
-        h = model(**tokens).exit_embeddings[1]
+        output = model(**tokens)
+    logits, h = output.exit_logits[1], output.exit_embeddings[1]
     assert one.samples == pytest.approx(functional.normalize(h, dim=-1).numpy(), abs=1e-5)
     # Scaled to their lengths, and with the bias of a linear exit, they give the logits.
     weight = model.exits[1].classifier.weight.detach()

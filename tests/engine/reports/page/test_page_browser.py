@@ -116,12 +116,8 @@ def tsne_page(directory: Path) -> ProbedPage:
 
 
 def run(browser: str, *arguments: str, profile: Path) -> str:
-    made = subprocess.run(
-        [browser, *_FLAGS, f"--user-data-dir={profile}", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [browser, *_FLAGS, f"--user-data-dir={profile}", *arguments]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     return made.stdout
 
@@ -130,8 +126,7 @@ def test_the_script_runs(browser: str, probed_page: ProbedPage, tmp_path: Path) 
     html = run(browser, "--dump-dom", probed_page.path.as_uri(), profile=tmp_path / "profile")
     root = html[html.index("<html") : html.index("<head")]
     notes = dict(re.findall(r'data-([\w-]+)="([^"]*)"', root))
-    assert notes["ready"] == "true"
-    assert "error" not in notes
+    assert notes["ready"] == "true" and "error" not in notes
     scores = sorted(notes["before"].split("|"), key=lambda words: float(words.split()[0]))
     assert notes["up"].split("|") == scores
     assert notes["down"].split("|") == scores[::-1]
