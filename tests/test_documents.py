@@ -19,22 +19,27 @@ import json
 import re
 import shlex
 import shutil
-import statistics
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fusedacl.engine
+import fusedacl.kernels
 import pytest
 import yaml
+from fusedacl.benchmarks.cli import main as run_benchmark
+from fusedacl.engine import TrainingConfig
+from fusedacl.engine.cli.main import main
+from fusedacl.engine.experiments.recipe import plan_cells
+from fusedacl.engine.experiments.report_plan import plan_report
+from fusedacl.engine.experiments.results import SweepRun, read_sweep
 
 ROOT = Path(__file__).parents[1]
 GENERATED = (
     "docs/performance.md", "docs/results.md", "docs/kernel_resources.md",
     "docs/scaling_by_the_model.md",
 )  # fmt: skip
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md")] + sorted(
-    (ROOT / "docs").glob("*.md")
-)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
 LANGUAGES = {"python", "sh", "console", "yaml", "text"}
 VERBS = ("train", "evaluate", "predict", "exits", "sweep", "angles", "tsne", "report")
@@ -48,7 +53,6 @@ MAX_README_LINES = 130
 
 
 class Block(NamedTuple):
-    page: Path
     line: int
     language: str
     code: str
@@ -57,7 +61,7 @@ class Block(NamedTuple):
 def blocks(page: Path) -> list[Block]:
     text = page.read_text(encoding="utf-8")
     return [
-        Block(page, text.count("\n", 0, found.start()) + 1, found[1], found[2])
+        Block(text.count("\n", 0, found.start()) + 1, found[1], found[2])
         for found in re.finditer(r"^```(\S*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     ]
 
@@ -81,12 +85,7 @@ def id_of(page: Path) -> str:
 def options(command: str) -> dict[str, str | None]:
     """Option -> printed default, of `fusedacl <command>`, as its --help lists them."""
     words = [*command.split(), "--help"]
-    if words[0] == "bench":
-        from fusedacl.benchmarks.cli import main
-
-        words = words[1:]
-    else:
-        from fusedacl.engine.cli.main import main
+    run, words = (run_benchmark, words[1:]) if words[0] == "bench" else (main, words)
     output = io.StringIO()
     with (
         contextlib.redirect_stdout(output),
@@ -94,12 +93,11 @@ def options(command: str) -> dict[str, str | None]:
         pytest.MonkeyPatch.context() as patch,
     ):
         patch.setenv("COLUMNS", "2000")  # no line breaks within an option's text
-        main(words)
+        run(words)
     found: dict[str, str | None] = {}
     for text in re.split(r"\n(?=  --)", output.getvalue())[1:]:
-        name = text.split()[0]
         default = re.search(r"\(default: (.*?)\)\s*(\n\n|$)", text, re.DOTALL)
-        found[name] = default and default[1]
+        found[text.split()[0]] = default and default[1]
     assert found, f"fusedacl {command} --help lists no option"
     return found
 
@@ -126,8 +124,6 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_data
 def test_blocks_run(
     page: Path, sandbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fusedacl.engine.cli.main import main
-
     shutil.copytree(sandbox, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
@@ -179,10 +175,6 @@ def check_command(words: list[str], where: str) -> None:
 
 
 def check_yaml(code: str, where: str) -> None:
-    from fusedacl.engine import TrainingConfig
-    from fusedacl.engine.experiments.recipe import plan_cells
-    from fusedacl.engine.experiments.report_plan import plan_report
-
     assert re.match(r"# \S+\.yaml\n", code), f"{where}: no file name"
     values = yaml.safe_load(code)
     if "methods" in values:
@@ -207,12 +199,11 @@ def documented() -> dict[str, dict[str, tuple[str, str]]]:
     found: dict[str, dict[str, tuple[str, str]]] = {verb: {} for verb in VERBS}
     for page in WRITTEN:
         for header, *rows in tables(page):
-            verb = re.match(r"option of `fusedacl (\w+)`", header[0])
-            for row in rows if verb else ():
-                assert verb is not None
-                for name in re.findall(r"`(--\w+)`", row[0]):
+            for verb in re.findall(r"^option of `fusedacl (\w+)`", header[0]):
+                for row in rows:
                     default = row[header.index("default")]
-                    found[verb[1]][name] = (id_of(page), default)
+                    names = re.findall(r"`(--\w+)`", row[0])
+                    found[verb] |= dict.fromkeys(names, (id_of(page), default))
     return found
 
 
@@ -233,18 +224,20 @@ def test_tables_of_options(verb: str) -> None:
 
 
 @pytest.mark.parametrize("page", WRITTEN, ids=id_of)
-def test_options_in_the_text_exist(page: Path) -> None:
+def test_options_and_files_in_the_text_exist(page: Path) -> None:
     known = set(LAUNCHERS)
-    for verb in VERBS:
-        known |= options(verb).keys()
-    for suite in SUITES:
-        known |= options(f"bench {suite}").keys()
+    for command in (*VERBS, *(f"bench {suite}" for suite in SUITES)):
+        known |= options(command).keys()
     for source in ("kernels", "benchmarks"):
         for path in (ROOT / source).rglob("*.py"):
             known.update(re.findall(r'"(--[a-z]\w*)"', path.read_text()))
     for span in re.findall(r"`[^`\n]*`", text_of(page)):
         for name in re.findall(r"(?<!\S)--[a-z]\w*", span.strip("`")):
             assert name in known, f"{id_of(page)}: {name}"
+    # Paths of this repository, such as `kernels/contrastive/reference.py`.
+    named = r"`((?:kernels|engine|benchmarks|tests|docs)/[\w./]*)`"
+    for name in re.findall(named, text_of(page)):
+        assert (ROOT / name).exists(), f"{id_of(page)}: {name}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=id_of)
@@ -261,14 +254,6 @@ def test_links_resolve(page: Path) -> None:
             assert anchor in slugs, f"{id_of(page)}: {target}"
 
 
-@pytest.mark.parametrize("page", WRITTEN, ids=id_of)
-def test_named_files_exist(page: Path) -> None:
-    """Paths of this repository in code spans, such as `kernels/contrastive/reference.py`."""
-    named = r"`((?:kernels|engine|benchmarks|tests|docs)/[\w./]*)`"
-    for name in re.findall(named, text_of(page)):
-        assert (ROOT / name).exists(), f"{id_of(page)}: {name}"
-
-
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     assert (ROOT / "README.md").read_text().count("\n") <= MAX_README_LINES
     found, left = set(), [ROOT / "README.md"]
@@ -281,9 +266,6 @@ def test_the_readme_is_short_and_leads_to_every_page() -> None:
 
 
 def test_every_public_name_is_documented() -> None:
-    import fusedacl.engine
-    import fusedacl.kernels
-
     text = (ROOT / "docs" / "python.md").read_text()
     for name in (*fusedacl.kernels.__all__, *fusedacl.engine.__all__):
         assert re.search(rf"\b{name}\b", text), name
@@ -291,40 +273,22 @@ def test_every_public_name_is_documented() -> None:
 
 def test_the_numbers_of_the_readme() -> None:
     """The table of CE beside ACL is that of the committed result files."""
-    rows = next(
-        rows for header, *rows in tables(ROOT / "README.md") if header[-1] == "memory of a step"
-    )
+    shown = tables(ROOT / "README.md")
+    (rows,) = [rows for header, *rows in shown if header[-1] == "memory of a step"]
     step = json.loads((ROOT / "benchmarks/results/amd-epyc-2core/step.json").read_text())
     providers = step["cases"][0]["providers"]
-    names = {
-        "CE": ("ce", "fusedacl_ce"),
-        "CE+SCL": ("ce-scl", "fusedacl_scl"),
-        "ACL": ("acl-backbone", "fusedacl_acl"),
-    }
+    names = {"CE": ("CE", "ce"), "CE+SCL": ("CE+SCL", "scl"), "ACL": ("ACL backbone", "acl")}
+    sweep = read_sweep(ROOT / "docs/results/minilm_all")
+    metrics = {task: str(sweep.metric(task)) for task in sweep.tasks}
     assert [row[0] for row in rows] == list(names)
     for label, *cells, milliseconds, mebibytes in rows:
-        method, provider = names[label]
-        assert cells == [score(task, method) for task in TASKS]
-        assert milliseconds == f"{providers[provider]['p50_ms']:,.0f} ms"
-        assert mebibytes == f"{providers[provider]['peak_bytes'] / 2**20:.0f} MiB"
-
-
-TASKS = {
-    "trec6": "accuracy", "mrpc": "f1", "rte": "accuracy", "cola": "matthews_correlation",
-    "sst2": "accuracy", "banking77": "accuracy",
-}  # fmt: skip
-
-
-def score(task: str, method: str) -> str:
-    """Mean over the seeds, in percent, with the standard deviation where there are several."""
-    runs = (ROOT / "docs/results/minilm_all/cells" / task / method).glob("seed-*/results.json")
-    scores = []
-    for run in runs:
-        by_layer = next(iter(json.loads(run.read_text())["metrics"].values()))
-        scores.append(100 * by_layer[max(by_layer, key=int)][TASKS[task]])
-    if len(scores) < 2:
-        return f"{scores[0]:.1f}" if scores else "-"
-    return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}"
+        method, objective = names[label]
+        for (task, metric), cell in zip(metrics.items(), cells, strict=True):
+            scores = sweep.seeds(task, method, (), partial(SweepRun.score, metric=metric))
+            assert cell == (scores.words or "-"), f"{label} on {task}"
+        measured = providers[f"fusedacl_{objective}"]
+        assert milliseconds == f"{measured['p50_ms']:,.0f} ms"
+        assert mebibytes == f"{measured['peak_bytes'] / 2**20:.0f} MiB"
 
 
 def test_the_citation() -> None:

@@ -6,7 +6,6 @@ import importlib.util
 import os
 import platform
 import sys
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -41,11 +40,9 @@ def _device() -> list[str]:
         f"vector instructions {torch.backends.cpu.get_cpu_capability()}."
     ]
     if not torch.cuda.is_available():
-        why = (
-            "this torch is a CPU build"
-            if torch.version.cuda is None
-            else f"torch is built for CUDA {torch.version.cuda} and finds no usable GPU"
-        )
+        why = "this torch is a CPU build"
+        if torch.version.cuda is not None:
+            why = f"torch is built for CUDA {torch.version.cuda} and finds no usable GPU"
         return [*lines, f"  GPU: none ({why}). Training runs on the CPU."]
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
@@ -57,7 +54,6 @@ def _device() -> list[str]:
 
 
 def _arithmetic() -> str:
-    """Describe the fast choice of precision."""
     if torch.cuda.is_available():
         if torch.cuda.get_device_capability()[0] >= 8:
             return (
@@ -80,22 +76,20 @@ def _arithmetic() -> str:
 
 def _kernels() -> list[str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
-    small, large = (explain(Workload(device, dtype, num_rows=rows)) for rows in (34, 16384))
-    lines = [small, large] if device.type == "cuda" else [explain(Workload(device))]
-    return [f"  {line}" for line in [*lines, explain_gradients(device)]]
+    loads = [Workload(device)]
+    if device.type == "cuda":
+        loads = [Workload(device, torch.float16, num_rows=rows) for rows in (34, 16384)]
+    return [f"  {line}" for line in [*map(explain, loads), explain_gradients(device)]]
 
 
 def _deepspeed() -> str:
     try:
         check_version()
     except ValueError as error:
-        try:
-            found = f"{version('deepspeed')}, which is not supported"
-        except PackageNotFoundError:
-            found = "absent"
+        number = versions().get("deepspeed")
+        found = "absent" if number is None else f"{number}, which is not supported"
         return f"DeepSpeed: {found}. Several processes need it: {str(error).split(': ')[-1]}"
-    return f"DeepSpeed {version('deepspeed')}: installed (runs of several processes)."
+    return f"DeepSpeed {versions()['deepspeed']}: installed (runs of several processes)."
 
 
 def _apex() -> str:

@@ -58,7 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _find(verb)(rest)
     except ValueError as error:
-        print(f"fusedacl {verb}: {_after_the_first_process()}{error}", file=sys.stderr)
+        rank, place = os.environ.get("RANK", "0"), ""
+        if rank != "0":
+            # Processes mostly fail for the same reason, which process 0 should report; the launcher
+            # ends all of them as soon as one has ended, so the others wait.
+            time.sleep(_PATIENCE_SECONDS)
+            place = f"process {rank} on {socket.gethostname()}: "
+        print(f"fusedacl {verb}: {place}{error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
         print(f"fusedacl {verb}: {error}", file=sys.stderr)
@@ -68,21 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _after_the_first_process() -> str:
-    """Name this process, unless it is process 0, which gets time to report first.
-
-    Processes mostly fail for the same reason, which one of them should report; the launcher ends
-    all of them as soon as one has ended, so the others wait.
-    """
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        return ""
-    time.sleep(_PATIENCE_SECONDS)
-    return f"process {rank} on {socket.gethostname()}: "
-
-
 def _find(verb: str) -> Callable[[list[str]], int]:
-    """Return the function of a verb, of this package or of another one's entry point."""
     if verb in _VERBS:
         return _VERBS[verb]
     installed = {point.name: point for point in entry_points(group=ENTRY_POINT_GROUP)}
@@ -99,10 +91,9 @@ def _find(verb: str) -> Callable[[list[str]], int]:
 
 
 def _run(verb: str, arguments: list[str]) -> int:
-    """Run a verb of `_COMMANDS`."""
     description, config_class, module, name, show = _COMMANDS[verb]
     program, before = f"fusedacl {verb}", []
-    if verb in _VERBS_ON_RUNS:
+    if verb in ("angles", "tsne"):
         program += " RUN [RUN ...]"
         runs, arguments = _runs_first(arguments)
         before = [runs]
@@ -164,8 +155,7 @@ def _sweep(arguments: list[str]) -> int:
     )
     made.add_argument("--status", action="store_true", help="show the progress, run nothing")
     options, rest = made.parse_known_args(arguments)
-    replaced = given(TrainingConfig, rest)
-    recipe = read_recipe(options.recipe)
+    replaced, recipe = given(TrainingConfig, rest), read_recipe(options.recipe)
     recipe["defaults"] = {**(recipe.get("defaults") or {}), **replaced}
     directory = options.output_dir or Path("runs") / Path(options.recipe).stem
     from ..experiments.sweep import Sweep, SweepStopped
@@ -320,7 +310,6 @@ _COMMANDS: dict[str, tuple[str, type, str, str, Callable[[Any], int]]] = {
         *("reports.analyses.representation_report", "report_representations", _print_report),
     ),
 }
-_VERBS_ON_RUNS = ("angles", "tsne")
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     **{verb: partial(_run, verb) for verb in _COMMANDS},
     **{"train": _train, "sweep": _sweep, "report": _report, "doctor": _doctor},

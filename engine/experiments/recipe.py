@@ -71,11 +71,9 @@ class Cell:
 
     def config(self, sweep_dir: Path) -> TrainingConfig:
         """The configuration of the run, for a sweep in that directory."""
-        paths = {"output_dir": str(sweep_dir / self.directory)}
-        if self.stage1 is not None:
-            paths["stage1_model"] = str(sweep_dir / self.stage1)
-        if self.features is not None:
-            paths["feature_cache"] = str(sweep_dir / self.features)
+        names = "output_dir", "stage1_model", "feature_cache"
+        places = zip(names, (self.directory, self.stage1, self.features), strict=True)
+        paths = {name: str(sweep_dir / place) for name, place in places if place is not None}
         return TrainingConfig.create(**self.options, **paths, seed=self.seed, disable_tqdm=True)
 
 
@@ -111,7 +109,7 @@ def plan_cells(recipe: Mapping[str, Any]) -> list[Cell]:
             contradict each other; the message names the cell.
     """
     check_keys(recipe, _KEYS, "the recipe")
-    tasks, methods = (_mapping(recipe, key) for key in ("tasks", "methods"))
+    tasks, methods = _mapping(recipe, "tasks"), _mapping(recipe, "methods")
     if not isinstance(recipe.get("share_features", False), bool):
         raise ValueError(f"share_features={recipe['share_features']!r}: write true or false.")
     for name, method in methods.items():
@@ -179,12 +177,10 @@ def _cells(
 
 def listed_options(method: Mapping[str, Any]) -> list[str]:
     """The options with a list of values; a list of exit layers is a single value."""
-    return [
-        option
-        for option, value in method.items()
-        if isinstance(value, list)
-        and not (option == "exit_layers" and all(type(layer) is int for layer in value))
-    ]
+    lists = {option: value for option, value in method.items() if isinstance(value, list)}
+    if all(type(layer) is int for layer in lists.get("exit_layers", ())):
+        lists.pop("exit_layers", None)
+    return list(lists)
 
 
 def _one_value(value: Any) -> Any:
@@ -193,7 +189,6 @@ def _one_value(value: Any) -> Any:
 
 
 def _check_cells(cells: Sequence[Cell]) -> None:
-    """Check the options of every run, and that no two runs are the same."""
     configs: dict[str, TrainingConfig] = {}
     seen: dict[Any, Cell] = {}
     for cell in cells:
@@ -216,7 +211,6 @@ def _check_cells(cells: Sequence[Cell]) -> None:
 
 
 def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
-    """Check that a second stage has the same kind of exits as its teacher."""
     for name in _EXIT_OPTIONS if config.model.exit_head == "mha" else _EXIT_OPTIONS[:1]:
         ours, theirs = getattr(config.model, name), getattr(first.model, name)
         if ours != theirs:
@@ -227,7 +221,6 @@ def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
 
 
 def _check_stage1(name: str, methods: Mapping[str, Any]) -> None:
-    """Check that the first stage of a method is a method of a single run."""
     first = methods[name].get("stage1")
     if first is None:
         return
@@ -244,14 +237,14 @@ def _names(names: Any, methods: Mapping[str, Any], where: str) -> list[str]:
     """The methods of a task, preceded by the first stages that they need."""
     if not isinstance(names, list) or not names:
         raise ValueError(f"{where}: expected a list of methods, got {names!r}.")
-    wanted: list[str] = []
+    wanted: dict[str, None] = {}
     for name in map(str, names):
         if name not in methods:
             raise ValueError(
                 f"{where}: {name!r} is no method of the recipe.{did_you_mean(name, methods)}"
             )
-        wanted += [methods[name]["stage1"], name] if "stage1" in methods[name] else [name]
-    return list(dict.fromkeys(wanted))
+        wanted |= dict.fromkeys([methods[name].get("stage1", name), name])
+    return list(wanted)
 
 
 def _seeds(seeds: Any, task: str) -> list[int]:

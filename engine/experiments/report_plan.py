@@ -60,10 +60,9 @@ class ClaimPlan:
     def measure(self) -> str:
         """The quantity that is compared, as a sentence."""
         exits = "the lower half of the exits" if self.shallow else "the exits"
-        mean = f"the mean score over {exits}"
-        if self.spread_over is None:
-            return f"{mean}."
-        return f"{mean}, the highest less the lowest over the values of {self.spread_over}."
+        option = self.spread_over
+        spread = f", the highest less the lowest over the values of {option}" if option else ""
+        return f"the mean score over {exits}{spread}."
 
 
 @dataclass(frozen=True)

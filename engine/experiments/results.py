@@ -98,34 +98,6 @@ class SweepRun:
 
 
 @dataclass(frozen=True)
-class Seeds:
-    """Scores of a method on a task: seed -> score as a fraction, seed -> reason for none."""
-
-    values: Mapping[int, float] = field(default_factory=dict)
-    problems: Mapping[int, str] = field(default_factory=dict)
-
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.values.values())
-
-    @property
-    def deviation(self) -> float | None:
-        """Sample standard deviation (n - 1); None for a single seed."""
-        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
-
-    @property
-    def words(self) -> str:
-        """Mean and deviation in percent: "65.0 ± 7.1"; "65.0" for a single seed; else empty."""
-        percent = [100 * value for value in self.values.values()]
-        if len(percent) > 1:
-            return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
-        return "".join(f"{value:.1f}" for value in percent)
-
-    def __len__(self) -> int:
-        return len(self.values)
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A difference of two means in points; noise: the sum of both standard deviations (n - 1).
 
@@ -155,12 +127,50 @@ class Comparison:
         )
 
 
-def compare(first: Seeds, second: Seeds) -> Comparison:
-    """The difference of the first to the second, which both have scores."""
-    noise = None
-    if first.deviation is not None and second.deviation is not None:
-        noise = 100 * (first.deviation + second.deviation)
-    return Comparison(100 * (first.mean - second.mean), noise, (len(first), len(second)))
+@dataclass(frozen=True)
+class Seeds:
+    """Scores of a method on a task: seed -> score as a fraction, seed -> reason for none."""
+
+    values: Mapping[int, float] = field(default_factory=dict)
+    problems: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.values.values())
+
+    @property
+    def deviation(self) -> float | None:
+        """Sample standard deviation (n - 1); None for a single seed."""
+        return statistics.stdev(self.values.values()) if len(self.values) > 1 else None
+
+    @property
+    def words(self) -> str:
+        """Mean and deviation in percent: "65.0 ± 7.1"; "65.0" for a single seed; else empty."""
+        percent = [100 * value for value in self.values.values()]
+        if len(percent) > 1:
+            return f"{statistics.mean(percent):.1f} ± {statistics.stdev(percent):.1f}"
+        return "".join(f"{value:.1f}" for value in percent)
+
+    def compare(self, other: Seeds) -> Comparison:
+        """The difference to other scores; both must have a mean."""
+        noise = None
+        if self.deviation is not None and other.deviation is not None:
+            noise = 100 * (self.deviation + other.deviation)
+        return Comparison(100 * (self.mean - other.mean), noise, (len(self), len(other)))
+
+    def missing(self, label: str, task: str) -> list[str]:
+        """A sentence on the seeds of a method that have no score, if there are any."""
+        by_reason: dict[str, list[str]] = {}
+        for seed, reason in self.problems.items():
+            by_reason.setdefault(reason, []).append(str(seed))
+        words = "; ".join(
+            f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)} ({reason})"
+            for reason, seeds in by_reason.items()
+        )
+        return [f"Missing: {label} on {task}, {words}."] if words else []
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 @dataclass(frozen=True)
@@ -252,20 +262,6 @@ def grid_label(name: str, grid: Grid) -> str:
     return ", ".join([name, *(f"{option} {value}" for option, value in grid)])
 
 
-def missing_notes(label: str, task: str, problems: Mapping[int, str]) -> list[str]:
-    """A sentence on the seeds of a method without a score (seed -> reason), if there are any."""
-    if not problems:
-        return []
-    by_reason: dict[str, list[str]] = {}
-    for seed, reason in problems.items():
-        by_reason.setdefault(reason, []).append(str(seed))
-    words = "; ".join(
-        f"seed{'s' if len(seeds) > 1 else ''} {', '.join(seeds)} ({reason})"
-        for reason, seeds in by_reason.items()
-    )
-    return [f"Missing: {label} on {task}, {words}."]
-
-
 def is_sweep(path: Path) -> bool:
     """Return whether a directory is that of a sweep."""
     return (path / SWEEP_FILE).is_file()
@@ -345,12 +341,10 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
         method, seed = run_label(results["options"]), int(results["options"].get("seed", number))
         directory = path if path.is_dir() else path.parent
         runs.append(SweepRun(str(results["data"]), method, seed, (), directory, None, results))
-    data = {f"{run.task}, {', '.join(list(run.evaluated)[:1])}" for run in runs}
+    data = sorted({f"{run.task}, {', '.join(list(run.evaluated)[:1])}" for run in runs})
     if len(data) > 1:
-        raise ValueError(
-            f"runs on different data cannot share a figure: {'; '.join(sorted(data))}. Make one "
-            "report for each."
-        )
+        words = "runs on different data cannot share a figure"
+        raise ValueError(f"{words}: {'; '.join(data)}. Make one report for each.")
     first: dict[str, SweepRun] = {}
     of_seed: dict[tuple[str, int], SweepRun] = {}
     for run in runs:
@@ -365,11 +359,12 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
 
 
 def _check_same_method(first: SweepRun, run: SweepRun) -> None:
+    who = f"{str(run.directory)!r} ({run.method})"
     layers, others = (list(of.layers()) if of.evaluated else [] for of in (run, first))
     if layers != others:
         raise ValueError(
-            f"{str(run.directory)!r} ({run.method}) has exits on layers {layers}, another run with "
-            f"that name on {others}: they are not seeds of one experiment."
+            f"{who} has exits on layers {layers}, another run with that name on {others}: they are "
+            "not seeds of one experiment."
         )
     differing = [
         f"{name} {first.options[name]!r} and {value!r}"
@@ -378,6 +373,6 @@ def _check_same_method(first: SweepRun, run: SweepRun) -> None:
     ]
     if differing:
         raise ValueError(
-            f"{str(run.directory)!r} ({run.method}) is no seed of the same experiment as another "
-            f"run with that name: {', '.join(differing)}."
+            f"{who} is no seed of the same experiment as another run with that name: "
+            f"{', '.join(differing)}."
         )

@@ -171,8 +171,8 @@ def named_runs(runs: Sequence[Path], labels: str | None) -> list[tuple[str, Trai
     if not runs:
         raise ValueError("runs is empty: name the output directory of at least one run.")
     found = [run.resolve() for run in runs]
-    for run, path in zip(runs, found, strict=True):
-        if found.count(path) > 1:
+    for run in runs:
+        if found.count(run.resolve()) > 1:
             raise ValueError(f"run {str(run)!r} is named twice: name it once.")
     configs = [run_config(run) for run in runs]
     data = [str(config.data.task_name or config.data.dataset_name) for config in configs]
@@ -191,12 +191,9 @@ def _tail(run: Path, runs: Sequence[Path]) -> str:
 
 def run_label(options: Mapping[str, Any]) -> str:
     """A method in the paper's abbreviations: "2ST-MHA ACL-CL + KD"."""
-    strategy = _STRATEGY_NAMES[options["strategy"]]
     head = {"mha": "MHA", "linear": "linear"}[options["exit_head"]]
-    objective = OBJECTIVE_NAMES[options["objective"]]
-    if options.get("cross_layer"):
-        objective += "-CL"
+    label = f"{_STRATEGY_NAMES[options['strategy']]}-{head} {OBJECTIVE_NAMES[options['objective']]}"
+    label += "-CL" if options.get("cross_layer") else ""
     if options["objective"] == "acl" and options["gate"] == "none":
-        objective += " without gate"
-    distilled = " + KD" if options.get("distill_weight") else ""
-    return f"{strategy}-{head} {objective}{distilled}"
+        label += " without gate"
+    return label + (" + KD" if options.get("distill_weight") else "")

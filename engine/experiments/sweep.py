@@ -96,7 +96,6 @@ class Sweep:
             self._inspect(run)
 
     def _inspect(self, run: _Run) -> None:
-        """Take the state of a run from its directory."""
         directory = self.directory / run.cell.directory
         if not (directory / CONFIG_FILE).is_file():
             return
@@ -202,11 +201,10 @@ class Sweep:
         directory.parent.mkdir(parents=True, exist_ok=True)
         if not checkpoints(directory):
             self._drop_features_of(run)
-        command = self.command(run)
         threads = str(max(1, (os.cpu_count() or 1) // self.workers))
         with log_file(directory).open("ab") as log:
             run.process = subprocess.Popen(
-                command,
+                self.command(run),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
@@ -219,7 +217,6 @@ class Sweep:
         self._write()
 
     def _finish(self, run: _Run) -> None:
-        """Record the end of a run, if it has ended."""
         assert run.process is not None
         code = run.process.poll()
         if code is None:
@@ -259,12 +256,10 @@ class Sweep:
     def _announce(self, run: _Run, results: dict[str, Any] | None) -> None:
         ended = [other for other in self.runs if other.status in ("done", "failed", "blocked")]
         words = run.error or (main_score(results) if results else run.status)
-        left = ""
         timed = [other.seconds for other in ended if other.seconds]
         to_do = sum(other.status in ("waiting", "running") for other in self.runs)
-        if timed and to_do:
-            minutes = to_do * sum(timed) / len(timed) / self.workers / 60
-            left = f"; about {minutes:.0f} min left"
+        seconds = to_do * sum(timed) / max(1, len(timed)) / self.workers
+        left = f"; about {seconds / 60:.0f} min left" if seconds else ""
         logger.info(
             "[%d/%d] %s: %s (%.0f s%s)",
             len(ended), len(self.runs), run.cell.name, words, run.seconds or 0.0, left,
@@ -331,8 +326,7 @@ def finished_results(directory: Path) -> dict[str, Any] | None:
 def main_score(results: Mapping[str, Any]) -> str:
     """The first metric of the last exit on the first split: "accuracy 0.8123"."""
     for by_layer in results["metrics"].values():
-        layer = max(by_layer, key=int)
-        name, value = next(iter(by_layer[layer].items()))
+        name, value = next(iter(by_layer[max(by_layer, key=int)].items()))
         return f"{name} {value:.4f}"
     return "done"
 
@@ -354,5 +348,6 @@ def _progress(statuses: Sequence[str]) -> str:
     if not statuses:
         return ""
     words = f"{statuses.count('done')} of {len(statuses)}"
-    others = {s: statuses.count(s) for s in ("running", "failed", "blocked", "interrupted")}
-    return ", ".join([words, *(f"{number} {name}" for name, number in others.items() if number)])
+    for name in ("running", "failed", "blocked", "interrupted"):
+        words += f", {statuses.count(name)} {name}" if name in statuses else ""
+    return words

@@ -45,16 +45,11 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
         "",
         *_TERMS,
     ]
-    claims = [
-        section
-        for report in reports.values()
-        for section in report.sections
-        if section.title == "Claims"
-    ]
-    if claims:
-        parts += ["", "## Claims of the paper"]
-        for section in claims:
-            parts += _section(section, folder)
+    sections = [section for report in reports.values() for section in report.sections]
+    claims = [section for section in sections if section.title == "Claims"]
+    parts += ["", "## Claims of the paper"] if claims else []
+    for section in claims:
+        parts += _section(section, folder)
     for link, report in reports.items():
         exits = "Several exits" if report.max_exits > 1 else "One exit"
         parts += ["", f"## {exits}: {report.facts['Data']}", ""]

@@ -19,9 +19,6 @@ from .sections.gate_angles import gate_section
 from .sections.layer_scores import LayerScores, sweep_curves, write_layer_scores
 from .sections.score_tables import ablation_section, full_model_section, grid_section
 
-PAGE_FILE = "index.html"
-REPORT_DIR = "report"
-EXTRAS_DIR = "extras"
 # With more histograms than this, methods with a list of values are left out.
 _MAX_PANELS = 6
 
@@ -75,7 +72,7 @@ def report_sweep(
     plan = plan_report(sweep.recipe)
     if not sweep.done:
         raise ValueError(f"{str(directory)!r}: no run is done yet, so there is nothing to report.")
-    output_dir = directory / REPORT_DIR if output_dir is None else output_dir
+    output_dir = directory / "report" if output_dir is None else output_dir
     output_dir.mkdir(parents=True, exist_ok=True)
     reference = _reference(plan)
     curves: dict[str, LayerScores] = {}
@@ -158,7 +155,7 @@ def _write(
     there = [section for section in sections if section is not None]
     findings = [finding for finding in findings if finding]
     facts = _facts(sweep)
-    page = write_page(output_dir / PAGE_FILE, title, findings, there, facts)
+    page = write_page(output_dir / "index.html", title, findings, there, facts)
     max_exits = max((len(run.layers()) for run in sweep.done if run.evaluated), default=0)
     return Report(page, findings, there, facts, max_exits)
 
@@ -196,7 +193,7 @@ def _gate_angles(sweep: SweepResults, task: str, path: Path) -> Section | None:
 
 def _extras(output_dir: Path, given: Sequence[Path]) -> Section | None:
     """Captioned figures of other commands, in the report's directory, its extras, or the runs."""
-    extras = output_dir / EXTRAS_DIR
+    extras = output_dir / "extras"
     folders = sorted(path for path in extras.glob("*") if path.is_dir())
     figures = captioned_figures([output_dir, extras, *folders, *given])
     return Section("More figures", figures=figures) if figures else None

@@ -81,11 +81,8 @@ class DirectoryLock:
         Raises:
             ValueError: as `take`.
         """
-        try:
-            file = self._path.open(encoding="utf-8")
-        except OSError:  # no file, hence no lock
-            return
-        with file:
+        # Without a file there is no lock.
+        with contextlib.suppress(OSError), self._path.open(encoding="utf-8") as file:
             if not self._lock(file, fcntl.LOCK_SH | fcntl.LOCK_NB):
                 raise self._refused(file)
 
@@ -105,8 +102,7 @@ class DirectoryLock:
     def name(self, processes: Sequence[int]) -> None:
         """Write down which processes hold the lock, for the message of a refusal."""
         if self._file is not None:
-            self._file.seek(0)
-            self._file.truncate()
+            self._file.truncate(0)
             self._file.write(" ".join([socket.gethostname(), *map(str, processes)]))
             self._file.flush()
 

@@ -43,8 +43,5 @@ def mark_parts(on: bool) -> None:
 @contextlib.contextmanager
 def part(name: str) -> Iterator[None]:
     """Mark a part of a step, as a block or a decorator, while `mark_parts` is on."""
-    if not _marks:
-        yield
-        return
-    with record_function(PREFIX + name):
+    with record_function(PREFIX + name) if _marks else contextlib.nullcontext():
         yield

@@ -7,7 +7,7 @@ from typing import Any
 from ..config.fields import flatten
 from ..config.training import TrainingConfig
 from ..runtime import collectives, processes
-from ..runtime.failures import Peers
+from ..runtime.collectives import Peers
 from ..runtime.machine import versions
 from .builder import build_run, uses_deepspeed
 from .trainer import Trainer

@@ -17,7 +17,7 @@ from ..inference.evaluation import evaluate_split
 from ..model.saved import load_trained
 from ..objectives.losses import check_finite
 from ..runtime import collectives, processes
-from ..runtime.failures import Peers
+from ..runtime.collectives import Peers
 from ..runtime.files import flush
 from ..runtime.machine import versions
 from ..runtime.signals import Interrupted, SignalsNoted

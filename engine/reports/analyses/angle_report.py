@@ -9,15 +9,7 @@ import numpy as np
 
 from ...config.commands import AngleConfig
 from ...experiments.runs import named_runs
-from ...runtime.plots import (
-    legend_below,
-    look,
-    mark,
-    new_figure,
-    plain,
-    require_matplotlib,
-    save_figure,
-)
+from ...runtime import plots
 from ...runtime.text import text_table, write_tables
 from ..page.page import Figure, Section, Table, write_analysis
 from ..run_figures import angle_words, draw_angles
@@ -40,7 +32,7 @@ def report_angles(runs: Sequence[Path], config: AngleConfig) -> tuple[str, list[
     """
     if config.angles.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
-    require_matplotlib()
+    plots.require_matplotlib()
     named = named_runs(runs, config.angles.labels)
     records = [
         measure_angles(run, config, label) for run, (label, _) in zip(runs, named, strict=True)
@@ -109,9 +101,9 @@ def notes(records: Sequence[AngleRecords]) -> list[str]:
     ]
     lines += [f"{record.label}: {record.settings}." for record in records]
     for record in records:
-        undefined = {name: record.num_undefined(name) for name in record.names}
-        if any(undefined.values()):
-            words = ", ".join(f"{name} {count}" for name, count in undefined.items() if count)
+        counts = {name: record.num_undefined(name) for name in record.names}
+        words = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        if words:
             lines.append(
                 f"{record.label}: a gradient is zero, and the angle 90 by convention, in batches "
                 f"of {record.num_batches}: {words}."
@@ -126,17 +118,15 @@ def notes(records: Sequence[AngleRecords]) -> list[str]:
 
 def draw_histograms(records: Sequence[AngleRecords], path: Path) -> list[Path]:
     """Histogram of the angle over all parameters of each run: `path`.png and .svg."""
-    angles: dict[str, list[float]] = {
-        record.label: record.angles(record.names[0]).tolist() for record in records
-    }
-    series = {
-        f"{label}: {angle_words(values, RIGHT_ANGLE)}": values for label, values in angles.items()
-    }
+    series: dict[str, list[float]] = {}
+    for record in records:
+        angles = record.angles(record.names[0]).tolist()
+        series[f"{record.label}: {angle_words(angles, RIGHT_ANGLE)}"] = angles
     return draw_angles(
         {f"{_data(records)}: gradient angles, parameters fixed, dropout off": series},
         [RIGHT_ANGLE],
         path,
-        bin_degrees=_bin_degrees(np.concatenate(list(angles.values()))),
+        bin_degrees=_bin_degrees(np.concatenate(list(series.values()))),
         height=4.6,
         label=f"angle between {_gradients(records)} (degrees)",
         counted="batches",
@@ -149,7 +139,7 @@ def draw_by_layer(records: Sequence[AngleRecords], path: Path) -> list[Path]:
     A group is left out of a run if a gradient is zero in every batch.
     """
     places = _places(records)
-    figure = new_figure(max(6.0, 2.4 + 0.7 * len(places)), 4.6)
+    figure = plots.new_figure(max(6.0, 2.4 + 0.7 * len(places)), 4.6)
     axes = figure.subplots()
     handles = []
     for index, record in enumerate(records):
@@ -160,15 +150,17 @@ def draw_by_layer(records: Sequence[AngleRecords], path: Path) -> list[Path]:
         low, median, high = np.array(spread).T if spread else np.zeros((3, 0))
         x = np.array([places.index(group) for group in defined]) + shift
         band = np.array([median - low, high - median])
+        style = plots.look(index)
         bars = axes.errorbar(
-            x, median, band, **look(index), linestyle="", capsize=3, markersize=6, linewidth=1.4
+            x, median, band, **style, linestyle="", capsize=3, markersize=6, linewidth=1.4
         )
         depth = [i for i, group in enumerate(defined) if not group.startswith("exit ")]
-        color = look(index)["color"]
-        path_of_layers = axes.plot(x[depth], median[depth], color=color, linewidth=1, alpha=0.6)
+        path_of_layers = axes.plot(
+            x[depth], median[depth], color=style["color"], linewidth=1, alpha=0.6
+        )
         line, caps, ranges = bars.lines
         parts = [part for part in (line, *caps, *ranges) if part is not None]
-        mark(index, *path_of_layers, *parts)
+        plots.mark(index, *path_of_layers, *parts)
         handles.append(bars)
     axes.axhline(RIGHT_ANGLE, color="black", linewidth=1)
     axes.set_xticks(range(len(places)), places, rotation=30 if len(places) > 5 else 0)
@@ -178,13 +170,12 @@ def draw_by_layer(records: Sequence[AngleRecords], path: Path) -> list[Path]:
         "percentile of the batches, dropout off",
         fontsize=11,
     )
-    plain(axes)
-    legend_below(figure, handles, [record.label for record in records])
-    return save_figure(figure, path)
+    plots.plain(axes)
+    plots.legend_below(figure, handles, [record.label for record in records])
+    return plots.save_figure(figure, path)
 
 
 def _batch_rows(records: Sequence[AngleRecords]) -> list[list[str]]:
-    """The rows of the CSV file, one per run, batch and group."""
     rows = []
     for record in records:
         for name in record.names:
@@ -206,9 +197,7 @@ def _bin_degrees(angles: np.ndarray) -> float:
 def _places(records: Sequence[AngleRecords]) -> list[str]:
     """All groups of the runs by depth, exits last; the run with most groups sets the order."""
     deepest = max(records, key=lambda record: len(record.groups))
-    names = list(deepest.groups)
-    others = dict.fromkeys(group for record in records for group in record.groups)
-    names += [group for group in others if group not in names]
+    names = dict.fromkeys(group for record in [deepest, *records] for group in record.groups)
     exits = sorted((n for n in names if n.startswith("exit ")), key=lambda n: int(n.split()[1]))
     return [name for name in names if name not in exits] + exits
 

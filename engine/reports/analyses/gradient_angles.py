@@ -100,9 +100,7 @@ class AngleRecords:
         return [self.groups.index(name)]
 
 
-def measure_angles(
-    run: Path, config: AngleConfig | None = None, label: str | None = None
-) -> AngleRecords:
+def measure_angles(run: Path, config: AngleConfig, label: str | None = None) -> AngleRecords:
     """Measure the angles of a trained run on training batches, in float32.
 
     Batches, sequence length, temperature, denominator and reduction are those of the run. The
@@ -118,7 +116,6 @@ def measure_angles(
         ValueError: the run, exit, data or device does not exist.
         FloatingPointError: a gradient is NaN or infinite; the message names the batch.
     """
-    config = AngleConfig() if config is None else config
     options = config.angles
     given, trained = run_config(run), load_model(run, config.device.device)
     model = trained.model
@@ -175,14 +172,10 @@ def measure_angles(
         f"cross-entropy against {contrastive}, temperature {objective.temperature:g}, "
         f"denominator {objective.denominator}, reduction {objective.contrastive_reduction}"
     )
+    label = method_of(given) if label is None else label
+    kept_names, stats = tuple(names[index] for index in kept), np.stack(rows)[:, kept]
     return AngleRecords(
-        method_of(given) if label is None else label,
-        data.name,
-        contrastive,
-        settings,
-        tuple(names[index] for index in kept),
-        np.stack(rows)[:, kept],
-        num_single_class,
+        label, data.name, contrastive, settings, kept_names, stats, num_single_class
     )
 
 

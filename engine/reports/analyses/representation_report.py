@@ -15,16 +15,8 @@ import numpy as np
 from ...config.commands import TSNEConfig
 from ...experiments.runs import named_runs
 from ...model.multi_exit import MultiExitConfig
+from ...runtime import plots
 from ...runtime.files import write_whole
-from ...runtime.plots import (
-    COLORS,
-    MARKERS,
-    PANELS_PER_ROW,
-    legend_below,
-    new_figure,
-    require_matplotlib,
-    save_figure,
-)
 from ...runtime.text import csv_text, text_table, write_tables
 from ..page.page import Figure, Section, Table, write_analysis
 from .representations import Representations, choose_layers, measure_alignment, read_representations
@@ -35,7 +27,7 @@ TABLE_HEADER = (
 _POINTS_HEADER = ("run", "exit", "what", "class", "x", "y")
 # Without the star, which marks label embeddings. One fewer than colours, so that a colour that
 # repeats has another marker.
-_MARKERS = MARKERS[:-1]
+_MARKERS = plots.MARKERS[:-1]
 # With more classes, names and legend would cover the points.
 MAX_NAMED_CLASSES = 20
 NOTES = (
@@ -58,7 +50,7 @@ def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[st
     """
     if config.tsne.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
-    require_matplotlib()
+    plots.require_matplotlib()
     try:
         import sklearn.manifold  # noqa: F401
     except ImportError:
@@ -154,9 +146,9 @@ def draw(exits: Sequence[Representations], points: Sequence[np.ndarray], path: P
     num_columns = len(exits) // num_rows
     is_one_run = num_columns == 1
     if is_one_run:
-        num_columns = min(num_rows, PANELS_PER_ROW)
+        num_columns = min(num_rows, plots.PANELS_PER_ROW)
         num_rows = math.ceil(num_rows / num_columns)
-    figure = new_figure(0.6 + 4.4 * num_columns, 0.9 + 4.0 * num_rows)
+    figure = plots.new_figure(0.6 + 4.4 * num_columns, 0.9 + 4.0 * num_rows)
     grid = figure.subplots(num_rows, num_columns, squeeze=False)
     every = list(grid.flat if is_one_run else grid.T.flat)
     for axes, one, where in zip(every, exits, points, strict=False):
@@ -169,8 +161,8 @@ def draw(exits: Sequence[Representations], points: Sequence[np.ndarray], path: P
         handles, texts = grid[0][0].get_legend_handles_labels()
         star = Line2D([], [], marker="*", color="0.6", linestyle="", markeredgecolor="black")
         star.set_markersize(12)
-        legend_below(figure, [*handles, star], [*texts, "label embedding"])
-    return save_figure(figure, path)
+        plots.legend_below(figure, [*handles, star], [*texts, "label embedding"])
+    return plots.save_figure(figure, path)
 
 
 def _scatter(axes: Any, one: Representations, where: np.ndarray) -> None:
@@ -180,15 +172,15 @@ def _scatter(axes: Any, one: Representations, where: np.ndarray) -> None:
     texts, stars = where[:num_samples], where[num_samples:]
     size = 18 if num_samples <= 400 else 9
     for index, name in enumerate(one.class_names):
-        chosen = texts[one.classes == index]
+        chosen, color = texts[one.classes == index], plots.look(index)["color"]
+        marker = _MARKERS[index % len(_MARKERS)]
         axes.scatter(
-            *chosen.T, s=size, color=COLORS[index % len(COLORS)], alpha=0.55, linewidths=0,
-            marker=_MARKERS[index % len(_MARKERS)], label=name,
-        )  # fmt: skip
+            *chosen.T, s=size, color=color, alpha=0.55, linewidths=0, marker=marker, label=name
+        )
     named = len(one.class_names) <= MAX_NAMED_CLASSES
     axes.margins(0.1)
     for index, (x, y) in enumerate(stars):
-        color = COLORS[index % len(COLORS)]
+        color = plots.look(index)["color"]
         axes.scatter(
             x, y, s=300 if named else 90, marker="*", color=color, edgecolors="black", zorder=3
         )
@@ -243,15 +235,10 @@ def _point_rows(
 
 
 def _exit_layers(run: Path) -> list[int]:
-    """The layers with exits, from the model's configuration."""
-    file = run / "config.json"
-    if not file.is_file():
-        raise ValueError(
-            f"run {str(run)!r} holds no config.json: it is not finished. Name a finished run or "
-            "one of its checkpoint directories."
-        )
     try:
-        config = MultiExitConfig.from_pretrained(run)
+        return list(MultiExitConfig.from_pretrained(run).exit_layers or [])
     except (OSError, TypeError, ValueError) as error:
-        raise ValueError(f"{str(file)!r} is damaged: {error}") from None
-    return list(config.exit_layers or [])
+        raise ValueError(
+            f"run {str(run)!r} has no config.json that can be read ({error}). Name a finished run "
+            "or one of its checkpoint directories."
+        ) from None

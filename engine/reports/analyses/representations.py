@@ -92,7 +92,7 @@ def read_representations(
     encoded, split = _drawn_texts(data, trained, config)
     assert encoded.labels is not None  # `load_splits` evaluates labelled splits only.
     positions = [model.exit_layers.index(layer) for layer in exit_layers]
-    rows, parts = [], []
+    places, parts = [], []
     for of_batch, output in exit_outputs(
         model,
         encoded,
@@ -101,26 +101,25 @@ def read_representations(
         positions=positions,
         progress=None if config.device.disable_tqdm else f"representations of {run.name}",
     ):
-        rows.append(of_batch)
+        places.append(of_batch)
         parts.append(functional.normalize(output.exit_embeddings.float(), dim=-1).cpu())
     # [E, n, d], in the order of the texts.
-    samples = torch.cat(parts, dim=1)[:, torch.cat(rows).argsort()].numpy()
+    samples = torch.cat(parts, dim=1)[:, torch.cat(places).argsort()].numpy()
+    where, classes, names = f"{data.name}, {split}", encoded.labels.numpy(), trained.label_names
     found = []
     for position, layer, vectors in zip(positions, exit_layers, samples, strict=True):
         weight = model.label_embeddings_of([position])[0].detach().float()
         label_embeddings = functional.normalize(weight, dim=-1).cpu().numpy()
-        for what, values in (("representation", vectors), ("label embedding", label_embeddings)):
-            bad = ~np.isfinite(values).all(axis=1)
+        for what, rows in (("representation", vectors), ("label embedding", label_embeddings)):
+            bad = ~np.isfinite(rows).all(axis=1)
             if bad.any():
                 raise FloatingPointError(
                     f"run {str(run)!r}, exit {layer}: {bad.sum()} of {len(bad)} {what}s are NaN or "
                     "infinite. The run has diverged: use an earlier checkpoint of it."
                 )
-        where, classes = f"{data.name}, {split}", encoded.labels.numpy()
-        read = Representations(
-            label, where, layer, vectors, label_embeddings, classes, trained.label_names
+        found.append(
+            Representations(label, where, layer, vectors, label_embeddings, classes, names)
         )
-        found.append(read)
     return found
 
 

@@ -40,7 +40,12 @@ def inline_svg(file: Path, prefix: str, description: str) -> str:
     if root.tag != f"{_SVG}svg":
         raise ValueError(f"{str(file)!r} is not an SVG picture: its root is {root.tag!r}.")
     _clean(root, file, prefix)
-    box = root.get("viewBox") or _box(root, file)
+    box = root.get("viewBox")
+    if not box:
+        sizes = [re.match(r"\s*([\d.]+)", root.get(name, "")) for name in ("width", "height")]
+        box = " ".join(["0 0", *(size[1] for size in sizes if size)])
+        if None in sizes:
+            raise ValueError(f"{str(file)!r} has neither a viewBox nor a width and a height.")
     root.attrib.clear()
     root.attrib |= {"viewBox": box, "role": "img", "aria-label": description}
     # At most the size as drawn, so that text has the same size in all pictures, and large enough to
@@ -50,14 +55,6 @@ def inline_svg(file: Path, prefix: str, description: str) -> str:
     root.set("fill", "currentColor")
     root.tail = None
     return ElementTree.tostring(root, encoding="unicode")
-
-
-def _box(root: ElementTree.Element, file: Path) -> str:
-    """A viewBox from the width and height."""
-    sizes = [re.match(r"\s*([\d.]+)", root.get(name, "")) for name in ("width", "height")]
-    if None in sizes:
-        raise ValueError(f"{str(file)!r} has neither a viewBox nor a width and a height.")
-    return " ".join(["0 0", *(size[1] for size in sizes if size)])
 
 
 def _clean(element: ElementTree.Element, file: Path, prefix: str) -> None:
@@ -77,8 +74,7 @@ def _clean(element: ElementTree.Element, file: Path, prefix: str) -> None:
         if name.startswith("on") or (name != "href" and qualified.startswith("{")):
             continue
         if name == "id":
-            marked = _MARKED.fullmatch(value)
-            if marked:
+            if marked := _MARKED.fullmatch(value):
                 element.set(f"data-{marked[1]}", marked[2])
             value = prefix + value
         elif name == "href":

@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...experiments.report_plan import ClaimPlan
-from ...experiments.results import (
-    Comparison,
-    Seeds,
-    SweepResults,
-    SweepRun,
-    compare,
-    missing_notes,
-)
+from ...experiments.results import Comparison, Seeds, SweepResults, SweepRun
 from ...runtime.text import write_tables
 from ..page.page import Section, Table
 
@@ -43,7 +36,7 @@ class Evidence:
     @property
     def comparison(self) -> Comparison:
         """The difference, positive if it supports the claim: of spreads, the smaller is better."""
-        found = compare(self.better, self.than)
+        found = self.better.compare(self.than)
         if self.claim.spread_over is None:
             return found
         return dataclasses.replace(found, difference=-found.difference)
@@ -101,7 +94,7 @@ def weigh(
             continue
         sides = [_scores(sweep, task, method, claim, found) for method in methods]
         for method, seeds in zip(methods, sides, strict=True):
-            notes += missing_notes(method, task, seeds.problems)
+            notes += seeds.missing(method, task)
         if all(sides):
             evidence.append(Evidence(claim, task, *sides))
     return evidence, notes

@@ -80,18 +80,18 @@ def exits_section(
         "and run at the chosen setting; cross-fitted scores where there are any. Up and to the "
         "left is better; the full model is at 100 % and 0."
     )
+    curve_words = (
+        f"the best settings of each policy on {data}, against operations and, where they were "
+        "timed, measured speed."
+    )
     curves = [
-        Figure(
-            picture,
-            f"{label}, seed {run.seed}: the best settings of each policy on {data}, against "
-            "operations and, where they were timed, measured speed.",
-        )
+        Figure(picture, f"{label}, seed {run.seed}: {curve_words}")
         # One per method; those of other seeds lie beside their runs.
         for label, run in {label: run for label, run, _ in reversed(found)}.items()
         if (picture := run.directory / "exits" / "exits.svg").is_file()
     ][::-1]
-    figures, table = _draw(points, metric, path), Table(header, rows, words)
-    section = write_section(path, title, table, figures, caption, notes)
+    table = Table(header, rows, words)
+    section = write_section(path, title, table, _draw(points, metric, path), caption, notes)
     return dataclasses.replace(section, figures=[*section.figures, *curves])
 
 
@@ -121,16 +121,10 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
     for label, policy, share, difference in points:
-        axes.plot(
-            100 * share,
-            100 * difference,
-            color=look(labels.index(label))["color"],
-            marker=look(policies.index(policy))["marker"],
-            markersize=7,
-            alpha=0.8,
-            linestyle="",
-            gid=f"series-{labels.index(label)}-{len(axes.lines)}",
-        )
+        place, marker = labels.index(label), look(policies.index(policy))["marker"]
+        style = look(place) | {"marker": marker, "markersize": 7, "alpha": 0.8, "linestyle": ""}
+        gid = f"series-{place}-{len(axes.lines)}"
+        axes.plot(100 * share, 100 * difference, **style, gid=gid)
     axes.axhline(0, color="#000000", linewidth=0.8, linestyle="--")
     axes.axvline(100, color="#000000", linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, None), xlabel="operations per text (% of the full model's FLOPs)")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping
 
-from ...experiments.results import Seeds, compare
+from ...experiments.results import Seeds
 from .layer_scores import Curve, LayerScores
 
 
@@ -17,28 +17,22 @@ def layer_findings(scores: LayerScores, reference: str | None) -> str:
     whole, other_whole = ours.average(), other.average()
     sentences = [
         f"Averaged over the exits, {ours.label} has {100 * whole.mean:.1f} and the best other "
-        f"method, {other.label}, {100 * other_whole.mean:.1f}: {compare(whole, other_whole).words}."
+        f"method, {other.label}, {100 * other_whole.mean:.1f}: {whole.compare(other_whole).words}."
     ]
     layers = [layer for layer in sorted(ours.scores) if layer in other.scores]
     shallow = layers[: len(layers) // 2]
     if shallow:
-        half = compare(ours.average(shallow), other.average(shallow))
+        half = ours.average(shallow).compare(other.average(shallow))
         is_range = shallow == list(range(shallow[0], shallow[-1] + 1))
         span = f"{shallow[0]} to {shallow[-1]}" if is_range else ", ".join(map(str, shallow))
         place = f"layer {shallow[0]}" if len(shallow) == 1 else f"layers {span}"
         sentences.append(f"On {place}: {half.words}.")
-    rivals = [curve for curve in scores.curves if curve is not ours]
-    first_at = [
-        layer
-        for layer in sorted(ours.scores)
-        if all(
-            ours.scores[layer].mean > curve.scores[layer].mean
-            for curve in rivals
-            if layer in curve.scores
-        )
-    ]
+    num_leads = 0
+    for layer, seeds in ours.scores.items():
+        curves = [curve for curve in scores.curves if curve is not ours and layer in curve.scores]
+        num_leads += seeds.mean > max(curve.scores[layer].mean for curve in curves)
     sentences.append(
-        f"{ours.label} has the highest mean at {len(first_at)} of {len(ours.scores)} exits."
+        f"{ours.label} has the highest mean at {num_leads} of {len(ours.scores)} exits."
     )
     return " ".join(sentences)
 
@@ -50,7 +44,7 @@ def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str | None) 
         ours, other = _rivals(scores, reference)
         if ours is None or other is None:
             continue
-        found = compare(ours.average(), other.average())
+        found = ours.average().compare(other.average())
         if found.difference > 0:
             ahead.append(task)
             clear += [task] if found.is_clear else []
@@ -64,7 +58,7 @@ def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str | None) 
         f"task{'s' if total > 1 else ''}"
     )
     if ahead:
-        sure = ", ".join(clear) if clear else "none of them"
+        sure = ", ".join(clear) or "none of them"
         words += f" ({', '.join(ahead)}), by more than the sum of the standard deviations on {sure}"
     return f"{words}; another method leads on {', '.join(behind)}." if behind else f"{words}."
 
@@ -75,7 +69,7 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
     parts = []
     for label, of_row in rows.items():
         found = [
-            compare(seeds, base[task])
+            seeds.compare(base[task])
             for task, seeds in of_row.items()
             if label != reference and seeds and base[task]
         ]
@@ -88,10 +82,9 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
         number = f"{len(found)} task{'s' if len(found) > 1 else ''}"
         if len(found) < len(of_row):
             number += f" of {len(of_row)}"
-        sure = f"{higher} clearly higher, {lower} clearly lower"
         single = sum(comparison.noise is None for comparison in found)
-        if single:
-            sure = f"{sure}, {single} with single seeds: no claim"
+        sure = f"{higher} clearly higher, {lower} clearly lower"
+        sure += f", {single} with single seeds: no claim" if single else ""
         if single == len(found):
             sure = "single seeds, no claim"
         parts.append(f"{label} {mean:+.1f} ({number}: {sure})")

@@ -63,7 +63,6 @@ def gate_section(
 
 
 def _rows(label: str, runs: Sequence[SweepRun]) -> list[list[str]]:
-    """The rows of the table for a method, one per group of parameters."""
     by_group: dict[str, list[dict[str, Any]]] = {}
     for run in runs:
         for row in run.gate:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ...experiments.report_plan import Target
-from ...experiments.results import Seeds, SweepResults, SweepRun, grid_label, missing_notes
+from ...experiments.results import Seeds, SweepResults, SweepRun, grid_label
 from ...runtime.plots import legend_below, new_figure, plain, save_figure
 from ..page.page import Section, Table, write_section
 from .score_figures import draw_line, metric_words
@@ -78,7 +78,7 @@ def sweep_curves(
             label = grid_label(name, grid)
             read = partial(SweepRun.by_layer, metric=found)
             of_seeds, problems = sweep.read(task, target.method, grid, read)
-            notes += missing_notes(label, task, problems)
+            notes += Seeds(problems=problems).missing(label, task)
             if of_seeds:
                 layers = next(iter(of_seeds.values()))
                 by_layer = {
@@ -106,10 +106,10 @@ def write_layer_scores(scores: LayerScores, path: Path, title: str, text: str = 
         rows.append([*start, *(f"{seeds.mean:.4f}" if seeds else "" for seeds in columns)])
         cells.append([*start, *(seeds.words for seeds in columns)])
     metric = metric_words(scores.metric)
-    metric = metric[0].upper() + metric[1:]
     words = (
-        f"{metric} in percent on {scores.data}, mean ± standard deviation (n - 1) over the "
-        "seeds; a single seed has no deviation. Average: over the layers of a method's exits."
+        f"{metric[0].upper()}{metric[1:]} in percent on {scores.data}, mean ± standard deviation "
+        "(n - 1) over the seeds; a single seed has no deviation. Average: over the layers of a "
+        "method's exits."
     )
     notes = [*_different_layers(curves), *scores.notes]
     caption = (
@@ -133,15 +133,12 @@ def _different_texts(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _different_layers(curves: Sequence[Curve]) -> list[str]:
     """A warning if averages are over different layers."""
-    groups: dict[tuple[int, ...], list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for curve in curves:
-        groups.setdefault(tuple(curve.scores), []).append(curve.label)
+        groups.setdefault(", ".join(map(str, curve.scores)), []).append(curve.label)
     if len(groups) < 2:
         return []
-    words = "; ".join(
-        f"{', '.join(labels)}: layers {', '.join(map(str, layers))}"
-        for layers, labels in groups.items()
-    )
+    words = "; ".join(f"{', '.join(labels)}: layers {layers}" for layers, labels in groups.items())
     return [f"The averages are over different layers and cannot be compared: {words}."]
 
 

@@ -44,11 +44,8 @@ def draw_values(
 ) -> list[Path]:
     """Draw means over the seeds and their range; panel title -> line -> (value, scores)."""
     lines = list(dict.fromkeys(line for of_panel in scores.values() for line in of_panel))
-    values = list(
-        dict.fromkeys(
-            value for lines in scores.values() for points in lines.values() for value, _ in points
-        )
-    )
+    every_line = [points for of_panel in scores.values() for points in of_panel.values()]
+    values = list(dict.fromkeys(value for points in every_line for value, _ in points))
     figure, every = panels(list(scores), 3.2, option)
     handles: dict[str, Any] = {}
     for panel, (axes, of_panel) in enumerate(zip(every, scores.values(), strict=True)):

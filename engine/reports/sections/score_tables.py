@@ -1,7 +1,8 @@
 """Tables of a sweep: scores of the full models, an ablation, and the values of an option.
 
 They have the form of Tables 1 to 3 of arXiv 2602.03563. A mean over tasks is given only if every
-task has a score; missing scores are listed below each table.
+task has a score; missing scores are listed below each table. Each section writes `path`.png, .svg,
+.csv and .md, and is None if no run is done.
 """
 
 from __future__ import annotations
@@ -44,10 +45,7 @@ _BOLD = "**Bold**: the best of its column, where it leads by more than the sum o
 def ablation_section(
     sweep: SweepResults, targets: Mapping[str, Target], metric: str | None, path: Path
 ) -> Section | None:
-    """Cross-layer averages by task and the differences to the first row (Table 2).
-
-    Writes `path`.png, .svg, .csv, .md. None if no run is done.
-    """
+    """Cross-layer averages by task and the differences to the first row (Table 2)."""
     rows = rows_of(sweep, targets)
     planned = planned_tasks(sweep, rows)
     tasks = common_tasks(sweep, rows) or list(planned)
@@ -66,22 +64,21 @@ def ablation_section(
         line = [row.label, scores.counts(row)]
         for column in columns:
             line += [scores.cell(row, column), scores.difference(row, column)]
-        if several:
-            mean, words = scores.over_tasks(row)
-            known = mean is not None and reference is not None and row is not rows[0]
-            line += [words, f"{100 * ((mean or 0) - (reference or 0)):+.1f}" if known else ""]
-        lines.append(line)
+        mean, words = scores.over_tasks(row)
+        known = mean is not None and reference is not None and row is not rows[0]
+        gain = f"{100 * ((mean or 0) - (reference or 0)):+.1f}" if known else ""
+        lines.append([*line, words, gain] if several else line)
     words = (
         f"Average score over the layers of all exits, in percent ({scores.metrics()}). "
         f"Difference: to {rows[0].label}, in points. {_COUNTS} {_BOLD}"
     )
-    notes = [
+    notes = scores.notes() + [
         f"Not in the table: {task}, for which the recipe runs {', '.join(labels)} only."
         for task, labels in planned.items()
         if task not in tasks
     ]
+    table = Table(header, lines, words)
     text = table_finding("Average over the exits", rows[0].label, scores.by_row())
-    table, notes = Table(header, lines, words), [*scores.notes(), *notes]
     drawn = _draw(scores, "Average score over the exits (%)", path)
     return write_section(path, "Ablation", table, *drawn, notes, scores.numbers(), text)
 
@@ -96,8 +93,6 @@ def full_model_section(
     """Scores of last or named exits by task, with their operations (Table 1).
 
     `all_metrics`: a column for every metric of a task, beside the main one's.
-
-    Writes `path`.png, .svg, .csv, .md. None if no run is done.
     """
     rows = rows_of(sweep, targets)
     tasks, common = list(planned_tasks(sweep, rows)), common_tasks(sweep, rows)
@@ -111,9 +106,8 @@ def full_model_section(
                 label += f", {split.removeprefix('validation_')}"
             if name != main.metric:
                 label += f", {metric_words(name)}"
-            is_main = label == main.task
-            counts = is_main and main.task in common
-            columns.append(Column(main.task, split, name, label, counts, is_main))
+            counts = label == main.task and main.task in common
+            columns.append(Column(main.task, split, name, label, counts))
     scores = collect(
         sweep,
         rows,
@@ -146,10 +140,7 @@ def full_model_section(
 def grid_section(
     sweep: SweepResults, plan: GridPlan, metric: str | None, path: Path
 ) -> Section | None:
-    """Cross-layer averages by the value of an option (Table 3), as a table and as lines.
-
-    Writes `path`.png, .svg, .csv, .md. None if no run is done.
-    """
+    """Cross-layer averages by the value of an option (Table 3), as a table and as lines."""
     # Line -> value -> row; the values of further listed options make separate lines.
     points: dict[str, dict[Any, Row]] = {}
     for name, target in plan.methods.items():
@@ -203,7 +194,6 @@ def grid_section(
 
 
 def _draw(scores: TaskScores, axis: str, path: Path) -> tuple[list[Path], str]:
-    """The files of a figure of a table's scores, and its caption."""
     dots = {
         column.label: [(row.label, scores.at(row, column)) for row in scores.rows]
         for column in scores.columns
@@ -225,12 +215,11 @@ def operations(directory: Path, layer: int | None = None) -> tuple[float, int]:
     length = int(config.max_seq_length or DEFAULT_MAX_LENGTH)
     with torch.device("meta"):
         model = MultiExitForSequenceClassification(config)
-    if layer is None or layer == model.exit_layers[-1]:
-        flops = full_flops(model)
-    elif layer in model.exit_layers:
-        flops = exit_flops(model, FixedLayer(layer))[model.exit_layers.index(layer)]
-    else:
+    if layer is not None and layer not in model.exit_layers:
         raise ValueError(f"the model has no exit on layer {layer}")
+    flops = full_flops(model)
+    if layer is not None and layer != model.exit_layers[-1]:
+        flops = exit_flops(model, FixedLayer(layer))[model.exit_layers.index(layer)]
     return float(flops.at(torch.tensor([length]))[0]), length
 
 

@@ -9,15 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 from ...experiments.report_plan import Target
-from ...experiments.results import (
-    Grid,
-    Seeds,
-    SweepResults,
-    SweepRun,
-    compare,
-    grid_label,
-    missing_notes,
-)
+from ...experiments.results import Grid, Seeds, SweepResults, SweepRun, grid_label
 from .score_figures import metric_words
 
 
@@ -33,9 +25,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Column:
-    """A metric of a task on a split.
+    """A metric of a task on a split; counts: whether the mean over tasks includes it.
 
-    is_main: the main metric on the main split; counts: whether the mean over tasks includes it.
+    The main metric on the main split has the task as its label.
     """
 
     task: str
@@ -43,7 +35,10 @@ class Column:
     metric: str
     label: str
     counts: bool = True
-    is_main: bool = True
+
+    @property
+    def is_main(self) -> bool:
+        return self.label == self.task
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class TaskScores:
             there = {row.label: seeds for row in self.rows if (seeds := self.at(row, column))}
             best, *others = sorted(there, key=lambda label: -there[label].mean) or [""]
             several = all(seeds.deviation is not None for seeds in there.values())
-            if others and several and compare(there[best], there[others[0]]).is_clear:
+            if others and several and there[best].compare(there[others[0]]).is_clear:
                 found.add((best, column.label))
         return found
 
@@ -118,19 +113,16 @@ class TaskScores:
         """Notes on missing scores, and on their effect on the means over tasks."""
         found: dict[str, None] = {}
         for row, column in itertools.product(self.rows, self.columns):
-            missing = missing_notes(row.label, column.task, self.at(row, column).problems)
-            found |= dict.fromkeys(missing)
+            found |= dict.fromkeys(self.at(row, column).missing(row.label, column.task))
         notes = list(found)
         for row in self.rows if len(self.counted) > 1 else []:
             of_tasks = {column.label: self.at(row, column) for column in self.counted}
-            absent = [label for label, seeds in of_tasks.items() if not seeds]
+            absent = ", ".join(label for label, seeds in of_tasks.items() if not seeds)
             if absent:
-                notes.append(f"{row.label} has no mean of tasks: nothing on {', '.join(absent)}.")
+                notes.append(f"{row.label} has no mean of tasks: nothing on {absent}.")
             elif len({tuple(seeds.values) for seeds in of_tasks.values()}) > 1:
-                notes.append(
-                    f"{row.label}: the tasks have different seeds, so the mean of tasks has no "
-                    "deviation."
-                )
+                words = "the tasks have different seeds, so the mean of tasks has no deviation."
+                notes.append(f"{row.label}: {words}")
         return notes
 
     def by_row(self) -> dict[str, dict[str, Seeds]]:

@@ -32,14 +32,11 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert set(results) == {"ce", "acl"}
     shown = capsys.readouterr().out
     rows = [line.split() for line in shown.splitlines() if line.startswith(("CE", "ACL"))][-2:]
-    for row, objective in zip(rows, ("ce", "acl"), strict=True):
-        accuracy = results[objective]["metrics"]["validation"][2]["accuracy"]
-        assert row[1] == f"{accuracy:.1%}"
-    assert rows[0][4] == "-"
-    assert rows[1][4].endswith("%")
-    for figure in ("loss_curves.png", "gradient_angles.png"):
-        assert str(tmp_path / figure) in shown
-        assert (tmp_path / figure).stat().st_size > 10_000
+    scores = [results[name]["metrics"]["validation"][2]["accuracy"] for name in ("ce", "acl")]
+    assert [row[1] for row in rows] == [f"{accuracy:.1%}" for accuracy in scores]
+    assert rows[0][4] == "-" and rows[1][4].endswith("%")
+    for figure in (tmp_path / "loss_curves.png", tmp_path / "gradient_angles.png"):
+        assert str(figure) in shown and figure.stat().st_size > 10_000
 
 
 @pytest.mark.usefixtures("tiny")

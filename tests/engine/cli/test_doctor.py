@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import re
 import subprocess
 import sys
 from importlib.machinery import ModuleSpec
@@ -20,8 +21,7 @@ def test_says_what_this_machine_can_run() -> None:
     assert f"torch {torch.__version__}" in text
     for heading in ("Device", "Arithmetic", "Implementation of each kernel", "Versions", "Extras"):
         assert f"\n{heading}\n" in text
-    assert "contrastive loss on cpu" in text or "contrastive loss on cuda" in text
-    assert "tiled" in text
+    assert re.search("contrastive loss on (cpu|cuda)", text) and "tiled" in text
 
 
 def test_imports_at_most_half_more_than_torch_and_the_kernels() -> None:
@@ -40,16 +40,11 @@ assert not absent & set(sys.modules)
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize(
-    ("capability", "expected"),
-    [((7, 0), "--bf16 is refused"), ((9, 0), "--bf16 (no loss scaling)")],
-)
-def test_arithmetic_follows_the_gpu(
-    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_arithmetic_follows_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
-    assert expected in doctor._arithmetic()
+    for major, expected in ((7, "--bf16 is refused"), (9, "--bf16 (no loss scaling)")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda m=major: (m, 0))
+        assert expected in doctor._arithmetic()
 
 
 @pytest.mark.parametrize(
@@ -77,17 +72,12 @@ def test_absent_packages_are_left_out_of_versions(monkeypatch: pytest.MonkeyPatc
             raise PackageNotFoundError(package)
         return "1.2"
 
-    monkeypatch.setattr(machine, "version", version)
-    monkeypatch.setattr(doctor, "version", version)
-    assert "deepspeed" not in machine.versions()
-    assert machine.versions()["torch"] == "1.2"
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    assert doctor._deepspeed().startswith(
-        "DeepSpeed: absent. Several processes need it: pip install"
-    )
-
-
-def test_another_deepspeed_is_not_supported(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.metadata, "version", lambda package: "0.9.1")
-    monkeypatch.setattr(doctor, "version", lambda package: "0.9.1")
-    assert doctor._deepspeed().startswith("DeepSpeed: 0.9.1, which is not supported.")
+    for number, words in (
+        (version, "absent. Several processes need it: pip install"),
+        (lambda package: "0.9.1", "0.9.1, which is not supported."),
+    ):
+        monkeypatch.setattr(machine, "version", number)
+        monkeypatch.setattr(importlib.metadata, "version", number)
+        assert doctor._deepspeed().startswith(f"DeepSpeed: {words}")
+        assert ("deepspeed" in machine.versions()) == (number is not version)
+        assert machine.versions()["torch"] == number("torch")

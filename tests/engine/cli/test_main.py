@@ -19,8 +19,7 @@ from fusedacl.engine.cli.main import ENTRY_POINT_GROUP, _gate_lines, main
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     shown = capsys.readouterr().out
-    for verb in ("train", "evaluate", "predict", "doctor"):
-        assert f"  {verb} " in shown
+    assert all(f"  {verb} " in shown for verb in ("train", "evaluate", "predict", "doctor"))
 
 
 @pytest.mark.parametrize(
@@ -41,9 +40,7 @@ def test_mistakes_are_one_line_and_status_2(
 ) -> None:
     assert main(arguments) == 2
     shown = capsys.readouterr().err
-    assert message in shown
-    assert shown.count("\n") == 1
-    assert "Traceback" not in shown
+    assert message in shown and shown.count("\n") == 1 and "Traceback" not in shown
 
 
 def test_bench_is_found_through_its_entry_point(
@@ -65,26 +62,28 @@ def test_of_several_processes_the_first_tells_a_mistake(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr("fusedacl.engine.cli.main.time.sleep", waits.append)
-    monkeypatch.setenv("RANK", "0")
-    assert main(["trian"]) == 2
-    assert "fusedacl trian: Unknown verb" in capsys.readouterr().err
-    assert waits == []
-    # The others leave it the time, and tell theirs if they are still there.
-    monkeypatch.setenv("RANK", "3")
-    assert main(["trian"]) == 2
-    shown = capsys.readouterr().err
-    assert f"fusedacl trian: process 3 on {socket.gethostname()}: Unknown verb" in shown
-    assert waits == [10.0]
+    # The others leave the first the time, and tell theirs if they are still there.
+    third = f"process 3 on {socket.gethostname()}: "
+    for rank, place, waited in (("0", "", []), ("3", third, [10.0])):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["trian"]) == 2
+        assert f"fusedacl trian: {place}Unknown verb" in capsys.readouterr().err
+        assert waits == waited
+
+
+@pytest.fixture
+def arguments(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> list[str]:
+    """Those of a training run in `tmp_path`/run; the data are named in a file."""
+    config = tmp_path / "config.yaml"
+    config.write_text(f"task_name: opinions\ndata_dir: {tiny_data}\nnum_train_epochs: 2\n")
+    words = ["train", str(config), "--model_name_or_path", str(tiny_bert), "--disable_tqdm"]
+    return [*words, "--output_dir", str(tmp_path / "run"), "--max_seq_length", "16"]
 
 
 def test_train_evaluate_predict(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    config = tmp_path / "config.yaml"
-    config.write_text(f"task_name: opinions\ndata_dir: {tiny_data}\nnum_train_epochs: 2\n")
-    arguments = ["train", str(config), "--model_name_or_path", str(tiny_bert)]
-    arguments += ["--output_dir", str(run), "--max_seq_length", "16", "--disable_tqdm"]
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert "validation, exit at layer 2: accuracy" in shown.out
@@ -110,13 +109,8 @@ def test_train_evaluate_predict(
 
 def test_the_gate_has_one_line_an_epoch() -> None:
     def row(epoch: int, group: str, share: float, angle: float) -> dict[str, Any]:
-        return {
-            "epoch": epoch,
-            "group": group,
-            "steps": 40,
-            "dropped_share": share,
-            "angle_median": angle,
-        }
+        names = "epoch", "group", "steps", "dropped_share", "angle_median"
+        return dict(zip(names, (epoch, group, 40, share, angle), strict=True))
 
     alone = [row(1, "model", 0.125, 80.0), row(2, "model", 0.0, 70.5)]
     exits = [row(3, "exit 1", 0.5, 95), row(3, "exit 2", 0.25, 81), row(3, "exit 3", 0, 60)]
@@ -135,21 +129,17 @@ def test_the_gate_has_one_line_an_epoch() -> None:
 
 
 def test_failures_during_the_run_are_status_1(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
-    arguments += ["--model_name_or_path", str(tiny_bert), "--output_dir", str(tmp_path / "run")]
-    arguments += ["--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_ratio", "0"]
-    assert main([*arguments, "--max_seq_length", "16"]) == 1
+    diverging = ["--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_ratio", "0"]
+    assert main([*arguments, *diverging]) == 1
     assert "NaN or infinite" in capsys.readouterr().err
 
 
-def test_interrupted_from_the_keyboard(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(arguments: list[str], tmp_path: Path) -> None:
     """A real process, a real SIGINT, and the same command goes on from the checkpoint."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "fusedacl.engine", "train", "--task_name", "opinions"]
-    command += ["--data_dir", str(tiny_data), "--model_name_or_path", str(tiny_bert)]
-    command += ["--output_dir", str(run), "--max_seq_length", "16", "--logging_steps", "1"]
+    command = [sys.executable, "-m", "fusedacl.engine", *arguments, "--logging_steps", "1"]
     command += ["--num_train_epochs", "2000", "--save_steps", "0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
@@ -167,7 +157,6 @@ def test_interrupted_from_the_keyboard(tiny_bert: Path, tiny_data: Path, tmp_pat
     finally:
         process.kill()
     assert process.returncode == 130
-    assert "Stopped by SIGINT. Saved" in errors
+    assert "Stopped by SIGINT. Saved" in errors and "Traceback" not in errors
     assert "Continue by running the same command with --resume_from_checkpoint latest" in errors
-    assert "Traceback" not in errors
     assert list(run.glob("checkpoint-*/training_state.pt"))

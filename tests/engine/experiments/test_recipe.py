@@ -10,9 +10,10 @@ from fusedacl.engine.experiments.recipe import plan_cells, read_recipe, shipped_
 from fusedacl.engine.experiments.report_plan import plan_report
 from fusedacl.engine.model.multi_exit import parse_layers
 
+SECOND: dict[str, Any] = {"stage1": "CE", "strategy": "two_stage", "objective": "acl"}
 METHODS: dict[str, Any] = {
     "CE": {"objective": "ce"},
-    "ACL": {"stage1": "CE", "strategy": "two_stage", "objective": "acl"},
+    "ACL": SECOND,
     "SCL": {"objective": "scl", "aux_weight": [0.1, 0.5], "temperature": [0.1, 1.0]},
 }
 
@@ -48,10 +49,11 @@ def test_cells() -> None:
     assert first.config(Path("/sweep")).optimization.feature_cache is None
     assert third.config(Path("/sweep")).objective.aux_weight == 0.1
     assert third.directory == "cells/rte/scl/aux_weight-0.1/temperature-0.1/seed-1"
+    assert [slug("2ST-MHA + KD"), slug("λ")] == ["2st-mha-kd", "unnamed"]
 
 
 def test_features_are_shared_by_what_can_share_them() -> None:
-    second = {"stage1": "CE", "strategy": "two_stage", "objective": "ce"}
+    second = {**SECOND, "objective": "ce"}
     methods = {
         "CE": {"objective": "ce"},
         "CE linear": {"objective": "ce", "exit_head": "linear"},
@@ -76,11 +78,7 @@ def test_layers_are_one_value_and_lists_of_layers_several() -> None:
         "two": {**joint, "exit_layers": [[2, 4], "1,4"]},
     }
     cells = plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods))
-    assert [dict(cell.grid) for cell in cells] == [
-        {},
-        {"exit_layers": "2,4"},
-        {"exit_layers": "1,4"},
-    ]
+    assert [cell.grid.get("exit_layers") for cell in cells] == [None, "2,4", "1,4"]
     layers = [cell.config(Path("sweep")).model.exit_layers for cell in cells]
     assert [parse_layers(text) for text in layers] == [[2, 4], [2, 4], [1, 4]]
 
@@ -103,14 +101,11 @@ def test_shipped_recipes_are_whole(name: str) -> None:
 
 
 def test_the_papers_recipe_is_the_papers() -> None:
-    for name, model in (
-        ("paper_bert_base", "bert-base-uncased"),
-        ("paper_roberta_base", "roberta-base"),
-    ):
+    models = {"paper_bert_base": "bert-base-uncased", "paper_roberta_base": "roberta-base"}
+    tasks = {"cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2"}
+    for name, model in models.items():
         cells = plan_cells(read_recipe(name))
-        assert {cell.task for cell in cells} == {
-            "cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2",
-        }  # fmt: skip
+        assert {cell.task for cell in cells} == tasks
         for cell in cells:
             config = cell.config(Path("sweep")).resolved()
             optimization, objective = config.optimization, config.objective
@@ -153,38 +148,19 @@ def test_reads_a_file_or_a_shipped_name(tmp_path: Path) -> None:
         ({"defaults": ["a"]}, "defaults: expected"),
         ({"share_features": "no"}, "share_features='no'"),
         ({"tasks": {"rte": {"methods": [["CE"]]}}}, "is no method of the recipe.*'CE'"),
-        ({"methods": {**METHODS, "X": {"stage1": ["CE"]}}}, "is no method of the recipe.*'CE'"),
         ({"methods": {"CE": {"aux_weight": []}}}, "aux_weight has an empty list"),
         ({"methods": {"A": {"aux_weight": [0.1, 0.1]}}}, "are the same run"),
         ({"methods": {"A": {"learning_rate": [1e-3, "1e-3"]}}}, "are the same run"),
-        (
-            {"methods": {**METHODS, "X": {**METHODS["ACL"], "exit_head": "linear"}}},
-            "rte, X, seed 1: exit_head='linear', and its stage1 has 'mha'",
-        ),
-        (
-            {"methods": {**METHODS, "X": {**METHODS["ACL"], "exit_width": 32}}},
-            "rte, X, seed 1: exit_width=32, and its stage1 has 64",
-        ),
-        (
-            {"methods": {**METHODS, "X": {"stage1": "SCL", "strategy": "two_stage"}}},
-            "stage1='SCL' has a list of values",
-        ),
-        (
-            {"methods": {**METHODS, "X": {"stage1": "ACL", "strategy": "two_stage"}}},
-            "stage1='ACL' has a stage1 itself",
-        ),
-        (
-            {"methods": {**METHODS, "X": {"stage1": "CE", "objective": "ce"}}},
-            "rte, X, seed 1: stage1_model=.*strategy=two_stage",
-        ),
+        ({"X": {**SECOND, "exit_head": "linear"}}, "X, seed 1: exit_head='linear', .* has 'mha'"),
+        ({"X": {**SECOND, "exit_width": 32}}, "rte, X, seed 1: exit_width=32, .* stage1 has 64"),
+        ({"X": {**SECOND, "stage1": "SCL"}}, "stage1='SCL' has a list of values"),
+        ({"X": {**SECOND, "stage1": "ACL"}}, "stage1='ACL' has a stage1 itself"),
+        ({"X": {"stage1": ["CE"]}}, "is no method of the recipe.*'CE'"),
+        ({"X": {"stage1": "CE"}}, "rte, X, seed 1: stage1_model=.*strategy=two_stage"),
     ],
 )
 def test_mistakes(changes: dict[str, Any], message: str) -> None:
-    changed = recipe(**{"tasks": {"rte": {}}, **changes})
+    """`changes`: of the recipe, or a further method X."""
+    changed = {"methods": {**METHODS, **changes}} if "X" in changes else changes
     with pytest.raises(ValueError, match=message):
-        plan_cells(changed)
-
-
-def test_slugs() -> None:
-    assert slug("2ST-MHA + KD") == "2st-mha-kd"
-    assert slug("λ") == "unnamed"
+        plan_cells(recipe(**{"tasks": {"rte": {}}, **changed}))

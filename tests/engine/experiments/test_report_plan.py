@@ -33,10 +33,9 @@ def test_what_is_asked_for() -> None:
 
 def test_what_suits_a_recipe_that_asks_for_nothing() -> None:
     plan = plan_report({"methods": METHODS})
-    assert plan.layer_scores == {"ACL": Target("ACL")}
+    assert plan.layer_scores == {"ACL": Target("ACL")} and plan.ablation == {}
     assert plan.full_model == {"CE": Target("CE"), "ACL": Target("ACL")}
     assert [grid.option for grid in plan.grids] == ["aux_weight", "seed_of"]
-    assert plan.ablation == {}
 
 
 @pytest.mark.parametrize(
@@ -53,6 +52,7 @@ def test_what_suits_a_recipe_that_asks_for_nothing() -> None:
         ({"ablation": {"methods": {"x": "ACL"}, "metrics": "all"}}, "expected `methods:"),
         ({"full_model": {"methods": {"x": "ACL"}, "metrics": "f1"}}, "metrics='f1': write `all`"),
         ({"grid": {"option": "x"}}, "report.grid: expected a list of tables"),
+        ({"claims": {"x": {}}}, "report.claims: expected a list"),
         ({"grid": [{"option": "x"}]}, "report.grid: expected `option` and `methods`"),
         (
             {"grid": [{"option": "aux_weight", "methods": {"ACL": "ACL"}}]},

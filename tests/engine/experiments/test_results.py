@@ -11,7 +11,6 @@ from fusedacl.engine.experiments.results import (
     NotThereError,
     Seeds,
     SweepRun,
-    missing_notes,
     read_sweep,
 )
 
@@ -22,13 +21,10 @@ def a_run(results: dict[str, object], problem: str | None = None) -> SweepRun:
 
 def test_cells_in_the_recipes_order(unfinished_sweep: Path) -> None:
     sweep = read_sweep(unfinished_sweep)
-    assert sweep.tasks == ["mrpc", "cola"]
-    assert sweep.methods[:2] == ["CE", "ACL backbone"]
+    assert sweep.tasks == ["mrpc", "cola"] and sweep.methods[:2] == ["CE", "ACL backbone"]
     assert sweep.grids("ACL sweep") == [(("aux_weight", v),) for v in (0.005, 0.02, 0.1)]
-    assert sweep.grids("ACL") == [()]
-    assert len(sweep.done) == len(sweep.runs) - 3
-    assert sweep.metric("cola") == "matthews_correlation"
-    assert sweep.splits("cola") == ["validation"]
+    assert sweep.grids("ACL") == [()] and len(sweep.done) == len(sweep.runs) - 3
+    assert (sweep.metric("cola"), sweep.splits("cola")) == ("matthews_correlation", ["validation"])
     (first, _) = sweep.of("mrpc", "ACL sweep", (("aux_weight", 0.02),))
     assert first.label == "ACL sweep, aux_weight 0.02"
     with pytest.raises(ValueError, match="metric='f2' is not among the metrics of mrpc.*'f1'"):
@@ -47,17 +43,17 @@ def test_seeds_with_and_without_scores(unfinished_sweep: Path) -> None:
     assert ours.words == f"{100 * ours.values[1]:.1f}"
     none = sweep.seeds("cola", "2ST-linear", (), last)
     assert not none and none.words == "" and none.problems == {1: "waiting", 2: "waiting"}
+    assert Seeds({1: 0.6, 2: 0.7}).words == "65.0 ± 7.1"
+    lacking = Seeds(problems={1: "waiting", 2: "failed: x", 3: "waiting"})
+    words = "Missing: ACL on rte, seeds 1, 3 (waiting); seed 2 (failed: x)."
+    assert lacking.missing("ACL", "rte") == [words] and Seeds().missing("ACL", "rte") == []
 
 
 def test_scores() -> None:
-    run = a_run(
-        {
-            "metrics": {
-                "validation_matched": {"1": {"f1": 0.5, "loss": 1.0}, "10": {"f1": 0.7}},
-                "validation_mismatched": {"10": {"f1": float("nan")}},
-            }
-        }
-    )
+    matched = {"1": {"f1": 0.5, "loss": 1.0}, "10": {"f1": 0.7}}
+    mismatched = {"10": {"f1": float("nan")}}
+    splits = {"validation_matched": matched, "validation_mismatched": mismatched}
+    run = a_run({"metrics": splits})
     assert (run.score("f1"), run.score("f1", 1), run.average("f1")) == (0.7, 0.5, 0.6)
     for arguments, words in (
         (("f1", 3), "no exit on layer 3"),
@@ -73,38 +69,21 @@ def test_scores() -> None:
         a_run({"metrics": {}}).score("f1")
 
 
-def test_words() -> None:
-    assert Seeds({1: 0.6, 2: 0.7}).words == "65.0 ± 7.1"
-    problems = {1: "waiting", 2: "failed: x", 3: "waiting"}
-    assert missing_notes("ACL", "rte", problems) == [
-        "Missing: ACL on rte, seeds 1, 3 (waiting); seed 2 (failed: x)."
-    ]
-    assert missing_notes("ACL", "rte", {}) == []
-
-
-def test_done_runs_without_results(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
-    directory = make_sweep(tmp_path / "s", methods=("CE",), tasks=("mrpc",))
-    cells = [
-        cell["directory"] for cell in json.loads((directory / "sweep.json").read_text())["cells"]
-    ]
-    (directory / cells[0] / "results.json").unlink()
-    (directory / cells[1] / "results.json").write_text('{"metrics": {"validation": 3}}')
-    sweep = read_sweep(directory)
-    assert [run.problem for run in sweep.runs] == [
+def test_runs_without_results(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
+    failed = {("mrpc", "CE", 3): "failed"}
+    directory = make_sweep(tmp_path / "s", failed, methods=("CE",), tasks=("mrpc",))
+    record = json.loads((directory / "sweep.json").read_text())
+    missing, damaged, _ = (directory / cell["directory"] for cell in record["cells"])
+    (missing / "results.json").unlink()
+    (damaged / "results.json").write_text('{"metrics": {"validation": 3}}')
+    # Places of the machine that ran the sweep are left out.
+    record["cells"][2]["error"] = f"exit status 2: bad ({directory.resolve()}/cells/x.log)"
+    (directory / "sweep.json").write_text(json.dumps(record))
+    assert [run.problem for run in read_sweep(directory).runs] == [
         "its results.json is missing",
         "its results.json is damaged",
-        None,
+        "failed: exit status 2: bad (cells/x.log)",
     ]
-
-
-def test_the_machines_places_are_left_out(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
-    directory = make_sweep(
-        tmp_path / "s", {("mrpc", "CE", 1): "failed"}, methods=("CE",), tasks=("mrpc",)
-    )
-    record = json.loads((directory / "sweep.json").read_text())
-    record["cells"][0]["error"] = f"exit status 2: bad ({directory.resolve()}/cells/x.log)"
-    (directory / "sweep.json").write_text(json.dumps(record))
-    assert read_sweep(directory).runs[0].problem == "failed: exit status 2: bad (cells/x.log)"
 
 
 @pytest.mark.parametrize(

@@ -39,14 +39,10 @@ def test_method_says_what_is_implied() -> None:
 def test_runs_are_told_apart() -> None:
     runs = [Path("a/ce/seed-1"), Path("a/ce/seed-2"), Path("a/acl/seed-1")]
     methods = ["CE", "CE", "ACL"]
-    assert distinct_labels(runs, methods, ["rte"] * 3, None) == [
-        "CE (seed-1)",
-        "CE (seed-2)",
-        "ACL",
-    ]
-    assert distinct_labels(runs, ["CE"] * 3, ["rte"] * 3, None) == [
-        "CE (ce/seed-1)", "CE (seed-2)", "CE (acl/seed-1)"
-    ]  # fmt: skip
+    two_methods = ["CE (seed-1)", "CE (seed-2)", "ACL"]
+    assert distinct_labels(runs, methods, ["rte"] * 3, None) == two_methods
+    one_method = ["CE (ce/seed-1)", "CE (seed-2)", "CE (acl/seed-1)"]
+    assert distinct_labels(runs, ["CE"] * 3, ["rte"] * 3, None) == one_method
     assert distinct_labels(runs[1:], ["CE"] * 2, ["rte", "cola"], None) == ["CE, rte", "CE, cola"]
     assert distinct_labels(runs[1:], methods[1:], ["rte"] * 2, " x , y") == ["x", "y"]
     with pytest.raises(ValueError, match="labels='x,x'"):

@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from fusedacl.engine.reports.results_page import main, results_page
@@ -18,19 +19,11 @@ def test_sweeps_on_one_page(
     results.mkdir()
     (results / "notes").mkdir()
     claim = {"claim": "ACL wins", "better": "ACL", "than": "2ST-MHA", "exits": "shallow"}
-    make_sweep(
-        results / "every_method",
-        {("mrpc", "ACL", 3): "waiting"},
-        report={"layer_scores": ["2ST-MHA", "ACL"], "claims": [claim]},
-        methods=("2ST-MHA", "ACL"),
-        tasks=("mrpc", "rte"),
-    )
-    make_sweep(
-        results / "objectives",
-        report={"full_model": {"methods": {"ACL": "ACL backbone", "CE": "CE"}}},
-        methods=("CE", "ACL backbone"),
-        tasks=("mrpc",),
-    )
+    report: dict[str, Any] = {"layer_scores": ["2ST-MHA", "ACL"], "claims": [claim]}
+    statuses, tasks = {("mrpc", "ACL", 3): "waiting"}, ("mrpc", "rte")
+    make_sweep(results / "every_method", statuses, report, ("2ST-MHA", "ACL"), tasks)
+    report = {"full_model": {"methods": {"ACL": "ACL backbone", "CE": "CE"}}}
+    make_sweep(results / "objectives", None, report, ("CE", "ACL backbone"), ("mrpc",))
     output = tmp_path / "docs" / "results.md"
     output.parent.mkdir()
     monkeypatch.setattr(sys, "argv", ["results_page", str(results), "--output", str(output)])

@@ -18,12 +18,7 @@ from fusedacl.engine.runtime.text import text_table
 
 def test_text_table() -> None:
     table = text_table(["name", "score"], [["a", "1.0"], ["longer", "10.0"]])
-    assert table.splitlines() == [
-        "name    score",
-        "------  -----",
-        "a         1.0",
-        "longer   10.0",
-    ]
+    assert table == "name    score\n------  -----\na         1.0\nlonger   10.0"
 
 
 @pytest.fixture
@@ -47,8 +42,7 @@ def test_figures_are_drawn(run_dir: Path, tmp_path: Path) -> None:
     angles = draw_angle_histogram(run_dir, tmp_path / "angles.png")
     for figure in (curves, angles):
         pixels = matplotlib.image.imread(figure)
-        assert pixels.shape[0] > 300
-        assert pixels.std() > 0.02
+        assert pixels.shape[0] > 300 and pixels.std() > 0.02
     # Angles 61 to 80 in the first epoch, 81 to 100 in the second.
     svg = (tmp_path / "angles.svg").read_text()
     assert "epoch 1" in svg and "epoch 2" in svg
@@ -61,8 +55,7 @@ def test_logged_angles(tmp_path: Path) -> None:
         {"step": 2, "epoch": 1, "angle_degrees exit 10": 70.0, "angle_degrees backbone": None},
         {"step": 3, "epoch": 1.5, "angle_degrees exit 10": 75.0, "loss": 1.0},
     ]
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (tmp_path / "metrics.jsonl").write_text(text)
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     assert logged_angles(tmp_path) == [
         ("model", 0.5, 80.0), ("exit 10", 1.0, 70.0), ("exit 10", 1.5, 75.0)
     ]  # fmt: skip

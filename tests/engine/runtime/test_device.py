@@ -10,12 +10,9 @@ CPU = torch.device("cpu")
 
 
 def test_dtype_of_products_under_autocast() -> None:
-    for options, dtype in (
-        ({"fp16": False, "bf16": False}, torch.float32),
-        ({"fp16": True, "bf16": False}, torch.float16),
-        ({"fp16": False, "bf16": True}, torch.bfloat16),
-    ):
-        assert choose_dtype(CPU, **options) == dtype
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        fp16, bf16 = dtype == torch.float16, dtype == torch.bfloat16
+        assert choose_dtype(CPU, fp16=fp16, bf16=bf16) == dtype
         with autocast(CPU, dtype):
             assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
 

@@ -1,4 +1,4 @@
-"""The lock of a directory: held once, inherited by children, and its holders named."""
+"""The lock of a directory names its holders."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ from pathlib import Path
 
 import pytest
 from fusedacl.engine.runtime.lock import SweepLock
-
-
-def test_held_once_and_free_afterwards(tmp_path: Path) -> None:
-    lock, other = SweepLock(tmp_path), SweepLock(tmp_path)
-    assert not lock.is_held() and lock.descriptors == []
-    with lock.held():
-        assert other.is_held()
-        with pytest.raises(ValueError, match="another sweep is running there"), other.held():
-            pass
-    assert not other.is_held() and lock.descriptors == []
-    with other.held():
-        assert lock.is_held()
 
 
 def test_processes_that_are_still_there_are_named(tmp_path: Path) -> None:

@@ -18,15 +18,13 @@ VARIABLES = {
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+    """The variables of a launcher."""
+    for name, value in VARIABLES.items():
+        monkeypatch.setenv(name, value)
     return monkeypatch
 
 
 def test_launched(environment: pytest.MonkeyPatch) -> None:
-    assert launched() is None
-    for name, value in VARIABLES.items():
-        environment.setenv(name, value)
     assert launched() == Launch(1, 2, 0)
     environment.setenv("RANK", "2")
     with pytest.raises(ValueError, match="RANK=2 must lie in 0 .. WORLD_SIZE - 1 = 1"):
@@ -40,7 +38,10 @@ def test_launched(environment: pytest.MonkeyPatch) -> None:
         launched()
 
 
-def test_alone(environment: pytest.MonkeyPatch) -> None:
+def test_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert launched() is None
     assert not torch.distributed.is_initialized()
     try:
         assert join("cpu") == torch.device("cpu")
@@ -54,8 +55,7 @@ def test_alone(environment: pytest.MonkeyPatch) -> None:
 
 
 def test_nobody_comes(environment: pytest.MonkeyPatch) -> None:
-    for name, value in (VARIABLES | {"RANK": "0"}).items():
-        environment.setenv(name, value)
+    environment.setenv("RANK", "0")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         environment.setenv("MASTER_PORT", str(found.getsockname()[1]))
@@ -76,8 +76,7 @@ def test_nobody_comes(environment: pytest.MonkeyPatch) -> None:
 def test_another_program_has_the_port(
     environment: pytest.MonkeyPatch, rank: str, message: str
 ) -> None:
-    for name, value in (VARIABLES | {"RANK": rank}).items():
-        environment.setenv(name, value)
+    environment.setenv("RANK", rank)
     environment.setattr(processes, "MEETING_SECONDS", 1.0)
     environment.setattr(processes, "GRACE_SECONDS", 0.5)
     with socket.socket() as other:
@@ -91,7 +90,6 @@ def test_another_program_has_the_port(
 
 
 def test_more_processes_than_gpus(environment: pytest.MonkeyPatch) -> None:
-    for name, value in (VARIABLES | {"LOCAL_RANK": "99"}).items():
-        environment.setenv(name, value)
+    environment.setenv("LOCAL_RANK", "99")
     with pytest.raises(ValueError, match="LOCAL_RANK=99: torch sees .* Start at most that many"):
         join("cuda")

@@ -139,16 +139,6 @@ def test_groups_add_up_and_layers_after_the_exit_have_no_part(runs: dict[str, Pa
     assert second.names == ["exit 1"]
 
 
-def test_zero_gradients_are_right_angles_and_counted(runs: dict[str, Path]) -> None:
-    """SCL has no gradient for a linear exit, whose only parameters are its classifier's."""
-    found = measure_angles(runs["scl"], options(num_batches=3))
-    assert found.num_undefined("exit 2") == 3
-    assert found.angles("exit 2").tolist() == [90.0] * 3
-    assert found.cosines("exit 2").tolist() == [0.0] * 3
-    assert found.num_undefined(BACKBONE) == 0
-    assert found.share_above("exit 2") == 0
-
-
 def test_numbers_of_a_record() -> None:
     root = math.sqrt(0.75)
     stats = np.array([[[1.0, 1, 4], [0, 1, 0]], [[-root, 1, 1], [0, 0, 0]], [[0, 1, 1], [0, 2, 3]]])
@@ -167,9 +157,8 @@ def test_batches_are_those_training_begins_with(runs: dict[str, Path], tmp_path:
     data = load_data(runs["ce"], config, trained.record, {}, needs_train=True)
     split = encode(data.splits["train"], trained.tokenizer, 16)
     epochs = [epoch_batches(split.lengths, 16, seed=5, epoch=epoch) for epoch in (0, 1)]
-    found = list(training_batches(split, 16, 5, 6))
-    wanted = [*epochs[0], *epochs[1][:2]]
-    assert [rows.tolist() for rows in found] == [rows.tolist() for rows in wanted]
+    wanted = [rows.tolist() for rows in (*epochs[0], *epochs[1][:2])]
+    assert [rows.tolist() for rows in training_batches(split, 16, 5, 6)] == wanted
     assert len(list(training_batches(split, 16, 5, None))) == 4
     assert len(list(training_batches(split, 1, 5, None))) == 64
 
@@ -179,9 +168,9 @@ def test_batches_are_those_training_begins_with(runs: dict[str, Path], tmp_path:
     text = (contrasted / "config.yaml").read_text().replace("contrastive_batch_size: null\n", "")
     (contrasted / "config.yaml").write_text(f"{text}contrastive_batch_size: 32\n")
     assert measure_angles(contrasted, options()).num_batches == 2
-    again = [measure_angles(runs["ce"], options(num_batches=2, seed=seed)) for seed in (5, 5, 6)]
-    assert np.array_equal(again[0].stats, again[1].stats)
-    assert not np.allclose(again[0].stats, again[2].stats)
+    found = [measure_angles(runs["ce"], options(num_batches=2, seed=seed)) for seed in (5, 5, 6)]
+    first, again, other = (record.stats for record in found)
+    assert np.array_equal(first, again) and not np.allclose(first, other)
 
 
 def test_contrastive_loss_is_the_runs_own(runs: dict[str, Path]) -> None:
@@ -214,13 +203,12 @@ def test_layers_of_other_families_and_shortened_backbones(
     names, parameters, groups = parameter_groups(roberta)
     assert names == ["embeddings", "layer 1", "layer 2", "exit 1", "exit 2"]
     assert len(parameters) == len(groups) == len(list(roberta.parameters()))
-    by_name = {id(p): name for name, p in roberta.named_parameters()}
-    for parameter, group in zip(parameters, groups, strict=True):
-        prefix = {
-            "embeddings": "backbone.embeddings.", "layer 1": "backbone.encoder.layer.0.",
-            "layer 2": "backbone.encoder.layer.1.", "exit 1": "exits.0.", "exit 2": "exits.1.",
-        }[names[group]]  # fmt: skip
-        assert by_name[id(parameter)].startswith(prefix)
+    layers = [f"backbone.encoder.layer.{number}." for number in (0, 1)]
+    places = ["backbone.embeddings.", *layers, "exits.0.", "exits.1."]
+    for (name, parameter), own, group in zip(
+        roberta.named_parameters(), parameters, groups, strict=True
+    ):
+        assert own is parameter and name.startswith(places[group])
 
 
 def test_final_norms_and_other_names_of_layers() -> None:

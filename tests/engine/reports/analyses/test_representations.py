@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -41,12 +42,11 @@ def make_run(
         words.copy_(torch.randn_like(words))
     model.save_pretrained(directory)
     load_tokenizer(str(tiny_bert)).save_pretrained(directory)
-    options: dict[str, Any] = {
-        "task_name": "opinions", "data_dir": str(tiny_data), "exit_head": head,
-        "model_name_or_path": str(tiny_bert), "output_dir": str(directory), "strategy": "joint",
-        "max_eval_samples": 5,
-    }  # fmt: skip
-    write_yaml(TrainingConfig.create(**options), directory / "config.yaml")
+    config = TrainingConfig.create(
+        task_name="opinions", data_dir=str(tiny_data), exit_head=head, strategy="joint",
+        model_name_or_path=str(tiny_bert), output_dir=str(directory), max_eval_samples=5,
+    )  # fmt: skip
+    write_yaml(config, directory / "config.yaml")
     return directory
 
 
@@ -55,11 +55,9 @@ def runs(
     tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     home = tmp_path_factory.mktemp("runs")
-    return {
-        "mha": make_run(tiny_bert, tiny_data, home / "mha", "mha", [1, 2]),
-        "linear": make_run(tiny_bert, tiny_data, home / "linear", "linear", [1, 2]),
-        "last": make_run(tiny_bert, tiny_data, home / "last", "mha", [2]),
-    }
+    kinds: dict[str, Any] = {"mha": ("mha", [1, 2]), "linear": ("linear", [1, 2])}
+    kinds["last"] = "mha", [2]
+    return {name: make_run(tiny_bert, tiny_data, home / name, *kinds[name]) for name in kinds}
 
 
 def options(**values: Any) -> TSNEConfig:
@@ -84,8 +82,8 @@ def test_representations_are_what_the_classifier_reads(
         [text["sentence"] for text in texts], padding=True, return_tensors="pt"
     )
     with torch.no_grad():
-        logits = model(**tokens).exit_logits[1]
-        h = model(**tokens).exit_embeddings[1]
+        output = model(**tokens)
+    logits, h = output.exit_logits[1], output.exit_embeddings[1]
     assert one.samples == pytest.approx(functional.normalize(h, dim=-1).numpy(), abs=1e-5)
     # Scaled to their lengths, and with the bias of a linear exit, they give the logits.
     weight = model.exits[1].classifier.weight.detach()
@@ -167,9 +165,8 @@ def test_from_the_command_line(
     assert sum(row["what"] == "label embedding" for row in points) == 8
     with (out / "representations.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [(row["run"], row["exit"]) for row in rows] == [
-        ("JT-MHA ACL", "1"), ("JT-MHA ACL", "2"), ("JT-linear ACL", "1"), ("JT-linear ACL", "2")
-    ]  # fmt: skip
+    runs_and_exits = itertools.product(("JT-MHA ACL", "JT-linear ACL"), "12")
+    assert [(row["run"], row["exit"]) for row in rows] == list(runs_and_exits)
     (exit_2,) = read_representations(runs["mha"], run_config(runs["mha"]), "", options(), [2])
     assert float(rows[1]["margin"]) == pytest.approx(measure_alignment(exit_2).margin, abs=1e-4)
     assert rows[1]["margin"] in shown and rows[1]["margin"] in (out / "index.html").read_text()
@@ -199,14 +196,14 @@ def test_what_a_machine_or_a_model_lacks(
     tiny_bert: Path,
     tiny_data: Path,
     tmp_path: Path,
+    refuses: Callable[[list[str], str], None],
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    out = ["--output_dir", str(tmp_path / "out"), "--disable_tqdm", "--perplexity", "6"]
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "sklearn.manifold", None)
-        assert main(["tsne", str(runs["mha"]), *out]) == 2
-    assert "pip install scikit-learn" in capsys.readouterr().err
+        refuses(["tsne", str(runs["mha"]), "--perplexity", "6"], "pip install scikit-learn")
+    out = ["--output_dir", str(tmp_path / "out"), "--disable_tqdm", "--perplexity", "6"]
     diverged = make_run(tiny_bert, tiny_data, tmp_path / "diverged", "mha", [1, 2])
     model = MultiExitForSequenceClassification.from_pretrained(diverged)
     with torch.no_grad():

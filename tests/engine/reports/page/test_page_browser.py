@@ -116,12 +116,8 @@ def tsne_page(directory: Path) -> ProbedPage:
 
 
 def run(browser: str, *arguments: str, profile: Path) -> str:
-    made = subprocess.run(
-        [browser, *_FLAGS, f"--user-data-dir={profile}", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    command = [browser, *_FLAGS, f"--user-data-dir={profile}", *arguments]
+    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert made.returncode == 0, made.stderr
     return made.stdout
 
@@ -130,8 +126,7 @@ def test_the_script_runs(browser: str, probed_page: ProbedPage, tmp_path: Path) 
     html = run(browser, "--dump-dom", probed_page.path.as_uri(), profile=tmp_path / "profile")
     root = html[html.index("<html") : html.index("<head")]
     notes = dict(re.findall(r'data-([\w-]+)="([^"]*)"', root))
-    assert notes["ready"] == "true"
-    assert "error" not in notes
+    assert notes["ready"] == "true" and "error" not in notes
     scores = sorted(notes["before"].split("|"), key=lambda words: float(words.split()[0]))
     assert notes["up"].split("|") == scores
     assert notes["down"].split("|") == scores[::-1]
@@ -140,42 +135,25 @@ def test_the_script_runs(browser: str, probed_page: ProbedPage, tmp_path: Path) 
     assert notes["shown"] == ""
 
 
-def test_it_fits_a_large_window(browser: str, probed_page: ProbedPage, tmp_path: Path) -> None:
-    picture = tmp_path / "wide.png"
-    arguments = ["--window-size=1400,1600", f"--screenshot={picture}", probed_page.path.as_uri()]
-    run(browser, *arguments, profile=tmp_path / "profile")
-    check_not_blank(picture, 1400)
-    html = run(
-        browser, "--window-size=1400,1600", "--dump-dom", probed_page.path.as_uri(),
-        profile=tmp_path / "other",
-    )  # fmt: skip
-    assert widths(html) == (1400, 1400)
-
-
-def test_it_fits_a_telephone(browser: str, probed_page: ProbedPage, tmp_path: Path) -> None:
-    # A window is at least 500 pixels wide; a frame can be narrower.
-    frame = tmp_path / "frame.html"
-    frame.write_text(
-        '<!DOCTYPE html><body style="margin:0"><script>onmessage = (event) => {'
-        "Object.assign(document.documentElement.dataset, event.data); };</script>"
-        f'<iframe src="{probed_page.path.as_uri()}" style="width:360px;height:1600px;border:0">'
-    )
-    picture = tmp_path / "narrow.png"
-    arguments = ["--window-size=500,1600", f"--screenshot={picture}", frame.as_uri()]
-    run(browser, *arguments, profile=tmp_path / "profile")
-    check_not_blank(picture, 360)
-    html = run(browser, "--dump-dom", frame.as_uri(), profile=tmp_path / "other")
-    assert widths(html) == (360, 360)
-
-
-def widths(html: str) -> tuple[int, int]:
-    """Widths of the document and of its window."""
-    found = dict(re.findall(r'data-(scroll|client)-width="(\d+)"', html))
-    return int(found["scroll"]), int(found["client"])
-
-
-def check_not_blank(picture: Path, width: int) -> None:
+@pytest.mark.parametrize("width", [1400, 360])
+def test_it_fits_windows(browser: str, probed_page: ProbedPage, tmp_path: Path, width: int) -> None:
+    page, picture = probed_page.path, tmp_path / "page.png"
+    if width < 500:
+        # A window is at least 500 pixels wide; a frame can be narrower.
+        page = tmp_path / "frame.html"
+        page.write_text(
+            '<!DOCTYPE html><body style="margin:0"><script>onmessage = (event) => {'
+            "Object.assign(document.documentElement.dataset, event.data); };</script>"
+            f'<iframe src="{probed_page.path.as_uri()}" '
+            f'style="width:{width}px;height:1600px;border:0">'
+        )
+    arguments = [f"--window-size={max(width, 500)},1600", page.as_uri()]
+    run(browser, f"--screenshot={picture}", *arguments, profile=tmp_path / "profile")
     pixels = matplotlib.image.imread(picture)[:, :width, :3]
     assert pixels.shape[0] == 1600
     for part in np.array_split(pixels, 4):
-        assert part.std() > 0.02
+        assert part.std() > 0.02, "a part of the page is blank"
+    html = run(browser, "--dump-dom", *arguments, profile=tmp_path / "other")
+    # Widths of the document and of its window.
+    found = dict(re.findall(r'data-(scroll|client)-width="(\d+)"', html))
+    assert found == {"scroll": str(width), "client": str(width)}

@@ -9,26 +9,18 @@ from typing import Any
 from fusedacl.engine.experiments.results import SweepRun
 from fusedacl.engine.reports.sections.early_exit import exits_section
 
-SPEED = {"batch_size": 1, "speedup": 1.5}
-
 
 def study(cross_fitted: float | None, **policies: Any) -> dict[str, Any]:
     unseen = None if cross_fitted is None else {"score": cross_fitted}
-    calibration = {
-        "score": 0.79, "mean_layer": 3.5, "flops_share": 0.6, "cross_fitted": unseen,
-    }  # fmt: skip
-    entropy = {
-        "parameters": {"threshold": 0.25}, "area_under_curve": 0.7775,
-        "calibration": calibration, "measured": [SPEED],
-    }  # fmt: skip
+    calibration = {"score": 0.79, "mean_layer": 3.5, "flops_share": 0.6, "cross_fitted": unseen}
+    entropy = {"parameters": {"threshold": 0.25}, "calibration": calibration}
+    entropy |= {"area_under_curve": 0.7775, "measured": [{"batch_size": 1, "speedup": 1.5}]}
     return {"metric": "f1", "full_score": 0.8, "policies": {"entropy": entropy, **policies}}
 
 
-def older() -> dict[str, Any]:
-    """A study without areas and cross-fitted scores, as earlier versions wrote."""
-    content = study(None)
-    del content["policies"]["entropy"]["area_under_curve"]
-    return content
+# Without areas and cross-fitted scores, as earlier versions wrote.
+OLDER = study(None)
+del OLDER["policies"]["entropy"]["area_under_curve"]
 
 
 def a_run(directory: Path, seed: int, content: Any = None) -> SweepRun:
@@ -43,15 +35,10 @@ def a_run(directory: Path, seed: int, content: Any = None) -> SweepRun:
 def test_settings_of_several_runs(tmp_path: Path) -> None:
     broken = study(None)
     broken["policies"]["entropy"]["area_under_curve"] = "0.7"
-    runs = [
-        a_run(tmp_path, 1, study(0.78, patience={"area_under_curve": 0.7})),
-        a_run(tmp_path, 2, study(None)),
-        a_run(tmp_path, 3),
-        a_run(tmp_path, 4, "{"),
-        a_run(tmp_path, 5, '{"metric": "f1", "full_score": 1, "policies": {"x": []}, "y": 1}'),
-        a_run(tmp_path, 6, older()),
-        a_run(tmp_path, 7, broken),
-    ]
+    no_policy = '{"metric": "f1", "full_score": 1, "policies": {"x": []}, "y": 1}'
+    unreached = study(0.78, patience={"area_under_curve": 0.7})
+    contents = [unreached, study(None), None, "{", no_policy, OLDER, broken]
+    runs = [a_run(tmp_path, seed, content) for seed, content in enumerate(contents, start=1)]
     section = exits_section({"ACL": runs}, "mrpc", tmp_path / "exits", "Early exit")
     assert section is not None
     (table,) = section.tables
@@ -72,7 +59,7 @@ def test_settings_of_several_runs(tmp_path: Path) -> None:
 
 
 def test_what_no_run_has_is_no_column(tmp_path: Path) -> None:
-    runs = {"ACL": [a_run(tmp_path, 1, older())]}
+    runs = {"ACL": [a_run(tmp_path, 1, OLDER)]}
     section = exits_section(runs, "mrpc", tmp_path / "exits", "Early exit")
     assert section is not None
     (table,) = section.tables
@@ -84,8 +71,7 @@ def test_no_studies(tmp_path: Path) -> None:
     runs = {"ACL": [a_run(tmp_path, 1)]}
     assert exits_section(runs, "mrpc", tmp_path / "exits", "Early exit") is None
     unreached = {"metric": "f1", "full_score": 0.8, "policies": {"voting": {"area": 1}}}
-    section = exits_section(
-        {"ACL": [a_run(tmp_path, 2, unreached)]}, "mrpc", tmp_path / "exits", "Early exit"
-    )
+    runs = {"ACL": [a_run(tmp_path, 2, unreached)]}
+    section = exits_section(runs, "mrpc", tmp_path / "exits", "Early exit")
     assert section is not None and section.tables == ()
     assert section.notes == ["ACL, seed 2: voting did not reach the target."]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fusedacl.engine.experiments.results import Seeds, compare
+from fusedacl.engine.experiments.results import Seeds
 from fusedacl.engine.reports.sections.findings import (
     layer_findings,
     overall_finding,
@@ -30,16 +30,16 @@ CE = curve("CE", {4: [0.99, 0.99]})
 
 
 def test_comparisons() -> None:
-    found = compare(seeds(0.70, 0.72), seeds(0.60, 0.62))
+    found = seeds(0.70, 0.72).compare(seeds(0.60, 0.62))
     assert found.difference == pytest.approx(10)
     assert found.noise == pytest.approx(100 * 2 * 0.02 / 2**0.5)
     assert found.is_clear
     assert found.words == (
         "+10.0 points (2 and 2 seeds; more than the sum of the standard deviations, 2.8)"
     )
-    near = compare(seeds(0.69, 0.71), seeds(0.70, 0.72))
+    near = seeds(0.69, 0.71).compare(seeds(0.70, 0.72))
     assert not near.is_clear and "within the sum" in near.words
-    single = compare(seeds(0.9), seeds(0.1, 0.1))
+    single = seeds(0.9).compare(seeds(0.1, 0.1))
     assert not single.is_clear and single.words == "+80.0 points (1 and 2 seeds: no claim)"
 
 

@@ -25,16 +25,12 @@ OPTIONS: dict[str, Any] = {
 
 
 def write_run(
-    directory: Path, scores: dict[int, float], data: str = "mrpc", **options: Any
+    directory: Path, first: float = 0.6, second: float = 0.8, data: str = "mrpc", **options: Any
 ) -> Path:
+    """A run whose exits on layers 1 and 2 have these scores."""
     directory.mkdir()
-    results = {
-        "data": data,
-        "options": {**OPTIONS, **options},
-        "metrics": {
-            "validation": {layer: {"f1": score, "loss": 0.5} for layer, score in scores.items()}
-        },
-    }
+    scores = {1: {"f1": first, "loss": 0.5}, 2: {"f1": second, "loss": 0.5}}
+    results = {"data": data, "options": {**OPTIONS, **options}, "metrics": {"validation": scores}}
     (directory / "results.json").write_text(json.dumps(results))
     return directory
 
@@ -57,18 +53,12 @@ def test_labels_are_the_papers() -> None:
 
 
 def test_seeds_are_one_curve(tmp_path: Path) -> None:
-    runs = [
-        write_run(tmp_path / "a1", {1: 0.6, 2: 0.8}),
-        write_run(tmp_path / "a2", {1: 0.7, 2: 0.9}),
-        write_run(tmp_path / "b", {1: 0.5, 2: 0.8}, objective="ce", cross_layer=False),
-    ]
-    found = read_curves(runs)
+    seeds = [write_run(tmp_path / "a1"), write_run(tmp_path / "a2", 0.7, 0.9)]
+    other = write_run(tmp_path / "b", 0.5, objective="ce", cross_layer=False)
+    found = read_curves([*seeds, other])
     acl, ce = found.curves
     assert (found.data, found.metric, found.notes) == ("mrpc, validation", "f1", [])
-    assert [list(seeds.values.values()) for seeds in acl.scores.values()] == [
-        [0.6, 0.7],
-        [0.8, 0.9],
-    ]
+    assert acl.scores == {1: Seeds({0: 0.6, 1: 0.7}), 2: Seeds({0: 0.8, 1: 0.9})}
     assert list(acl.average().values.values()) == pytest.approx([0.7, 0.8])
     assert (ce.label, ce.num_seeds) == ("2ST-MHA CE", 1)
     files = write_layer_scores(found, tmp_path / "scores", "Scores").files
@@ -81,16 +71,21 @@ def test_seeds_are_one_curve(tmp_path: Path) -> None:
 
 
 def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
-    scores = {1: 0.6, 2: 0.8}
-    good = write_run(tmp_path / "good", scores)
-    broken = write_run(tmp_path / "broken", scores)
+    good = write_run(tmp_path / "good", seed=1)
+    layers, broken = write_run(tmp_path / "layers"), write_run(tmp_path / "broken")
+    results = json.loads((layers / "results.json").read_text())
+    del results["metrics"]["validation"]["1"]
+    (layers / "results.json").write_text(json.dumps(results))
     (broken / "results.json").write_text("{}")
     words = "no seed of the same experiment.*distill_weight 0.0 and None"
+    twice = "have the same seed, 1, and would count as two"
     for other, message in (
-        (write_run(tmp_path / "rte", scores, data="rte"), "different data"),
-        (write_run(tmp_path / "layers", {2: 0.8}), "not seeds of one experiment"),
-        (write_run(tmp_path / "options", scores, distill_weight=None), words),
+        (write_run(tmp_path / "rte", data="rte"), "different data"),
+        (layers, "not seeds of one experiment"),
+        (write_run(tmp_path / "options", distill_weight=None), words),
         (broken, "is not the results.json of a run"),
+        (good, twice),
+        (write_run(tmp_path / "again", seed=1), twice),
     ):
         with pytest.raises(ValueError, match=message):
             read_curves([good, other])
@@ -98,34 +93,25 @@ def test_runs_that_do_not_belong_together(tmp_path: Path) -> None:
         report_runs([good], tmp_path / "out", "f2")
     with pytest.raises(ValueError, match="runs is empty"):
         read_curves([])
-
-
-def test_a_run_does_not_count_twice(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "a", {1: 0.6, 2: 0.8}, seed=1)
-    again = write_run(tmp_path / "b", {1: 0.6, 2: 0.8}, seed=1)
-    other = write_run(tmp_path / "c", {1: 0.6, 2: 0.8}, seed=1, objective="ce")
-    for runs in ([first, first], [first, again]):
-        with pytest.raises(ValueError, match="have the same seed, 1, and would count as two"):
-            read_curves(runs)
-    assert [curve.num_seeds for curve in read_curves([first, other]).curves] == [1, 1]
+    other = write_run(tmp_path / "other", seed=1, objective="ce")
+    assert [curve.num_seeds for curve in read_curves([good, other]).curves] == [1, 1]
 
 
 def test_methods_on_other_texts_are_told(tmp_path: Path) -> None:
-    whole = write_run(tmp_path / "a", {1: 0.6, 2: 0.8}, max_eval_samples=None)
-    part = write_run(tmp_path / "b", {1: 0.6, 2: 0.8}, objective="ce", max_eval_samples=64)
+    whole = write_run(tmp_path / "a", max_eval_samples=None)
+    part = write_run(tmp_path / "b", objective="ce", max_eval_samples=64)
     (note,) = read_curves([whole, part]).notes
     assert "differ in max_eval_samples" in note and "2ST-MHA ACL-CL all, 2ST-MHA CE-CL 64" in note
     assert read_curves([whole]).notes == []
 
 
 def test_scores_that_are_no_numbers_are_named_and_left_out(tmp_path: Path) -> None:
-    good = write_run(tmp_path / "good", {1: 0.6, 2: 0.8})
-    bad = write_run(tmp_path / "bad", {1: 0.6, 2: float("nan")})
-    endless = write_run(tmp_path / "endless", {1: float("inf"), 2: 0.5}, objective="ce")
+    good, bad = write_run(tmp_path / "good"), write_run(tmp_path / "bad", 0.6, float("nan"))
+    endless = write_run(tmp_path / "endless", float("inf"), objective="ce")
     found = read_curves([good, bad, endless])
-    assert [(curve.label, curve.scores) for curve in found.curves] == [
-        ("2ST-MHA ACL-CL", {1: Seeds({0: 0.6}), 2: Seeds({0: 0.8})})
-    ]
+    (curve,) = found.curves
+    assert curve.label == "2ST-MHA ACL-CL"
+    assert curve.scores == {1: Seeds({0: 0.6}), 2: Seeds({0: 0.8})}
     assert found.notes == [
         "Missing: 2ST-MHA ACL-CL on mrpc, seed 1 (f1 at layer 2 is nan).",
         "Missing: 2ST-MHA CE-CL on mrpc, seed 2 (f1 at layer 1 is inf).",

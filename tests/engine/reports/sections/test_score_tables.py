@@ -40,38 +40,40 @@ def row_of(section: Section | None, label: str) -> dict[str, str]:
     return dict(zip(table.header, row, strict=True))
 
 
-def averages(sweep: SweepResults, task: str, method: str, metric: str) -> list[float]:
-    """Computed from the files."""
+def averages(
+    sweep: SweepResults, task: str, method: str, metric: str, layers: str = "123456"
+) -> list[float]:
+    """Means over layers for each seed, computed from the files."""
     found = []
     for run in sweep.of(task, method):
         if run.problem is None:
             results = json.loads((run.directory / "results.json").read_text())
-            scores = results["metrics"]["validation"].values()
-            found.append(100 * statistics.mean(values[metric] for values in scores))
+            scores = results["metrics"]["validation"]
+            found.append(100 * statistics.mean(scores[layer][metric] for layer in layers))
     return found
+
+
+def words_of(scores: list[float]) -> str:
+    return f"{statistics.mean(scores):.1f} ± {statistics.stdev(scores):.1f}"
 
 
 def test_ablation(sweep: SweepResults, tmp_path: Path) -> None:
     targets = {name: Target(name) for name in ("ACL", "2ST-MHA", "2ST-linear")}
     section = ablation_section(sweep, targets, None, tmp_path / "ablation")
-    assert table_of(section).header == [
-        "method", "seeds", "mrpc", "difference", "cola", "difference", "mean of tasks",
-        "difference",
-    ]  # fmt: skip
+    names = ("mrpc", "cola", "mean of tasks")
+    columns = [column for name in names for column in (name, "difference")]
+    assert table_of(section).header == ["method", "seeds", *columns]
     rows = {row[0]: row for row in table_of(section).rows}
     ours = averages(sweep, "mrpc", "ACL", "f1")
     other = averages(sweep, "mrpc", "2ST-MHA", "f1")
-    deviation = statistics.stdev(other)
-    assert rows["2ST-MHA"][2] == f"{statistics.mean(other):.1f} ± {deviation:.1f}"
+    assert rows["2ST-MHA"][2] == words_of(other)
     assert rows["2ST-MHA"][3] == f"{statistics.mean(other) - statistics.mean(ours):+.1f}"
     # A seed of two on cola: no deviation there and in the mean over tasks, and its number is shown.
     (single,) = averages(sweep, "cola", "ACL", "matthews_correlation")
     assert rows["ACL"][1] == "1 to 2" and rows["ACL"][4] == f"{single:.1f} (1)"
     assert rows["ACL"][6] == f"{(statistics.mean(ours) + single) / 2:.1f}"
     pairs = zip(other, averages(sweep, "cola", "2ST-MHA", "matthews_correlation"), strict=True)
-    by_seed = [statistics.mean(pair) for pair in pairs]
-    together = f"{statistics.mean(by_seed):.1f} ± {statistics.stdev(by_seed):.1f}"
-    assert rows["2ST-MHA"][6] == together
+    assert rows["2ST-MHA"][6] == words_of([statistics.mean(pair) for pair in pairs])
     # No score on cola: no mean over tasks, and a note.
     assert rows["2ST-linear"][1] == "0 to 2" and rows["2ST-linear"][4:] == ["", "", "", ""]
     assert section is not None
@@ -107,21 +109,15 @@ def test_tasks_without_all_rows_stay_out_of_an_ablation(
     # The table of full models has the task; its mean names the tasks that it includes.
     full = full_model_section(sweep, targets, None, tmp_path / "full")
     assert table_of(full).header == ["method", "seeds", "mrpc", "rte", "cola", "mean of mrpc, cola"]
-    ours = row_of(full, "ACL")
-    mean = (float(ours["mrpc"]) + float(ours["cola"])) / 2
-    assert float(ours["mean of mrpc, cola"]) == pytest.approx(mean, abs=0.06)
+    mrpc, _, cola, mean = map(float, list(row_of(full, "ACL").values())[2:])
+    assert mean == pytest.approx((mrpc + cola) / 2, abs=0.06)
 
 
 def test_full_models(sweep: SweepResults, tmp_path: Path) -> None:
     targets = {"CE": Target("CE"), "third": Target("ACL", 3), "tenth": Target("ACL", 10)}
     section = full_model_section(sweep, targets, None, tmp_path / "full")
-    run = sweep.of("mrpc", "ACL")[0]
-    results = json.loads((run.directory / "results.json").read_text())
-    third = [100 * results["metrics"]["validation"]["3"]["f1"]]
-    second = json.loads((sweep.of("mrpc", "ACL")[1].directory / "results.json").read_text())
-    third.append(100 * second["metrics"]["validation"]["3"]["f1"])
-    words = f"{statistics.mean(third):.1f} ± {statistics.stdev(third):.1f} (2)"
-    assert row_of(section, "third")["mrpc"] == words
+    third = averages(sweep, "mrpc", "ACL", "f1", layers="3")
+    assert row_of(section, "third")["mrpc"] == f"{words_of(third)} (2)"
     assert row_of(section, "tenth")["mrpc"] == ""
     assert section is not None
     assert "Missing: tenth on mrpc, seeds 1, 2 (it has no exit on layer 10)." in section.notes
@@ -138,31 +134,25 @@ def test_all_metrics_of_a_task(make_sweep: Callable[..., Path], tmp_path: Path) 
         file.write_text(json.dumps(results))
     sweep, targets = read_sweep(directory), {"CE": Target("CE")}
     plain = full_model_section(sweep, targets, None, tmp_path / "plain")
-    assert table_of(plain).header == ["method", "seeds", "mrpc", "rte", "mean of tasks"]
     section = full_model_section(sweep, targets, None, tmp_path / "all", all_metrics=True)
-    header = ["method", "seeds", "mrpc", "mrpc, accuracy", "rte", "mean of tasks"]
-    assert table_of(section).header == header
-    assert row_of(section, "CE")["mrpc, accuracy"] == "75.0"
-    assert row_of(section, "CE")["mean of tasks"] == row_of(plain, "CE")["mean of tasks"]
+    fewer, more = row_of(plain, "CE"), row_of(section, "CE")
+    assert list(fewer) == ["method", "seeds", "mrpc", "rte", "mean of tasks"]
+    assert list(more) == ["method", "seeds", "mrpc", "mrpc, accuracy", "rte", "mean of tasks"]
+    assert more["mrpc, accuracy"] == "75.0" and more["mean of tasks"] == fewer["mean of tasks"]
     assert "(F1 on mrpc; accuracy on rte)" in table_of(section).caption
-
-
-def save_config(directory: Path, exit_layers: list[int]) -> MultiExitConfig:
-    backbone = BertConfig(
-        hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64,
-        vocab_size=60,
-    )  # fmt: skip
-    config = MultiExitConfig(backbone, exit_layers=exit_layers, exit_head="mha", exit_width=16)
-    config.max_seq_length = 20
-    config.save_pretrained(directory)
-    return config
 
 
 def test_operations(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
     directory = make_sweep(tmp_path / "s", methods=("CE", "ACL"), tasks=("mrpc",), seeds=(1,))
     sweep = read_sweep(directory)
-    config = save_config(sweep.of("mrpc", "CE")[0].directory, [6])
-    save_config(sweep.of("mrpc", "ACL")[0].directory, [1, 2, 3, 4, 5, 6])
+    backbone = BertConfig(
+        hidden_size=32, num_hidden_layers=6, num_attention_heads=2, intermediate_size=64,
+        vocab_size=60,
+    )  # fmt: skip
+    for method, layers in (("ACL", [1, 2, 3, 4, 5, 6]), ("CE", [6])):
+        config = MultiExitConfig(backbone, exit_layers=layers, exit_head="mha", exit_width=16)
+        config.max_seq_length = 20
+        config.save_pretrained(sweep.of("mrpc", method)[0].directory)
     flops, length = operations(sweep.of("mrpc", "CE")[0].directory)
     full = full_flops(MultiExitForSequenceClassification(config))
     assert length == 20
@@ -182,18 +172,15 @@ def test_values_of_an_option(sweep: SweepResults, tmp_path: Path) -> None:
     section = grid_section(sweep, plan, None, tmp_path / "values")
     assert table_of(section).header == ["aux_weight", "mrpc: ours", "cola: ours"]
     assert [row[0] for row in table_of(section).rows] == ["0.005", "0.02", "0.1"]
-    found = [run.average("f1") for run in sweep.of("mrpc", "ACL sweep", (("aux_weight", 0.02),))]
-    words = f"{100 * statistics.mean(found):.1f} ± {100 * statistics.stdev(found):.1f} (2)"
-    assert table_of(section).rows[1][1] == words
+    runs = sweep.of("mrpc", "ACL sweep", (("aux_weight", 0.02),))
+    scores = [100 * run.average("f1") for run in runs]
+    assert table_of(section).rows[1][1] == f"{words_of(scores)} (2)"
     assert section is not None and section.notes == []
 
 
 def test_nothing_is_done(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
-    statuses = {("mrpc", "ACL", 1): "running"}
-    directory = make_sweep(
-        tmp_path / "s", statuses, methods=("CE", "ACL"), tasks=("mrpc",), seeds=(1,)
-    )
-    sweep = read_sweep(directory)
-    assert ablation_section(sweep, {"ACL": Target("ACL")}, None, tmp_path / "a") is None
-    assert full_model_section(sweep, {"ACL": Target("ACL")}, None, tmp_path / "a") is None
+    statuses, seeds = {("mrpc", "ACL", 1): "running"}, (1,)
+    sweep = read_sweep(make_sweep(tmp_path / "s", statuses, tasks=("mrpc",), seeds=seeds))
+    for make_section in (ablation_section, full_model_section):
+        assert make_section(sweep, {"ACL": Target("ACL")}, None, tmp_path / "a") is None
     assert list(tmp_path.glob("a.*")) == []
