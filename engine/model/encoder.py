@@ -121,13 +121,18 @@ def fitting_token_types(encoder: PreTrainedModel, token_type_ids: Tensor | None)
 
 def _num_token_types(encoder: PreTrainedModel) -> int:
     """Number of token types that an encoder tells apart."""
-    if "token_type_ids" not in inspect.signature(encoder.forward).parameters:
+    if not _takes_token_types(type(encoder)):
         return 0
     config = encoder.config
     # XLNet compares types with each other. XLM and GPT look them up among the words, by which
     # tokenizers of another family do not number them.
     unlimited = 2 if config.model_type == "xlnet" else 0
     return getattr(config, "type_vocab_size", None) or unlimited
+
+
+@functools.cache
+def _takes_token_types(encoder_class: type[PreTrainedModel]) -> bool:
+    return "token_type_ids" in inspect.signature(encoder_class.forward).parameters
 
 
 @functools.cache
@@ -144,6 +149,8 @@ def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
     encoder_class: Any = AutoModel._model_mapping.get(type(config), None)
     if encoder_class is None:
         raise ValueError(f"a {config.model_type} model is no encoder that AutoModel makes.")
+    if isinstance(encoder_class, tuple):  # Funnel: with and without its decoder
+        encoder_class = encoder_class[0]
     has_pooler = "add_pooling_layer" in inspect.signature(encoder_class).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
 

@@ -108,6 +108,8 @@ def _examine(encoder: PreTrainedModel) -> Behaviour:
     shape = (*batch["input_ids"].shape, config.hidden_size)
     if states.shape != shape:
         return Behaviour(f"its states are {list(states.shape)} for texts of {list(shape[:2])}.")
+    if not torch.isfinite(states).all():
+        return Behaviour("its states are not finite: its weights are damaged.")
     if not torch.equal(states, again):
         return Behaviour("its states are drawn at random, also in evaluation.")
     if torch.equal(states[0, 0], other[0, 0]):

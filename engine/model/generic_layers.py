@@ -135,13 +135,17 @@ class GenericLayers(EncoderLayers):
         """Operations before the first exit that no exit saves: all layers, if not steered."""
         if self.plan.steered:
             return Flops()
-        table = getattr(self.encoder.get_input_embeddings(), "weight", torch.empty(0))
         whole = self._flops_of(self.encoder)
-        per_pair = whole.per_pair * self.num_layers
-        return Flops(per_token=whole.per_token - 2 * table.numel(), per_pair=per_pair)
+        return Flops(per_token=whole.per_token, per_pair=whole.per_pair * self.num_layers)
 
     def _flops_of(self, module: nn.Module) -> Flops:
-        entries = sum(weight.numel() for weight in module.parameters() if weight.dim() > 1)
+        entries = sum(
+            weight.numel()
+            for part in module.modules()
+            if not isinstance(part, nn.Embedding)
+            for weight in part.parameters(recurse=False)
+            if weight.dim() > 1
+        )
         return Flops(per_token=2 * entries, per_pair=4 * self.encoder.config.hidden_size)
 
 

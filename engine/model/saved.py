@@ -32,7 +32,8 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, TypeError, ValueError) as error:  # TypeError: transformers 4, no vocabulary
+    # TypeError: transformers 4, no vocabulary; ImportError: a package that the tokenizer needs.
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{option}={name_or_path!r} has no tokenizer that can be loaded: {error}"
         ) from None
@@ -73,8 +74,9 @@ def check_vocabulary(
     Raises:
         ValueError: there are such ids.
     """
-    weight = getattr(model.backbone.get_input_embeddings(), "weight", None)
-    if weight is None:  # CANINE hashes its characters
+    try:
+        weight = model.backbone.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # CANINE hashes its characters
         return
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= len(weight)}
     if beyond:

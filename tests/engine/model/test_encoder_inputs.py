@@ -90,7 +90,7 @@ def test_a_tokenizer_with_types_serves_an_encoder_without(
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert "token_type_ids" in batch
     model = MultiExitForSequenceClassification.from_pretrained(tmp_path / "run").eval()
-    answers = model.early_exit(batch, "patience", patience=9)
+    answers = model.early_exit(batch, "max_probability", threshold=1.0)
     serve = pipeline("text-classification", model=model, tokenizer=tokenizer)
     scores = [answer["score"] for answer in serve(TEXTS)]
     assert scores == pytest.approx(answers.probabilities.amax(-1).tolist(), abs=1e-5)
