@@ -82,10 +82,11 @@ bench-gpu: $(VENV)/.dev
 	$(PYTEST) tests/gpu
 	$(BIN)/fusedacl bench all --device cuda
 
-# Pages generated from the files in docs/results/ and benchmarks/results/.
+# Pages generated from the files in docs/results/ and benchmarks/results/, and by trying encoders.
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernel_resources.md
 	$(BIN)/python -m fusedacl.engine.reports.results_page docs/results --output docs/results.md
+	PYTHONPATH=tests/support $(BIN)/python -m encoder_zoo docs/encoders.md
 	$(BIN)/python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --output docs/performance.md \
 	  --readme README.md
 

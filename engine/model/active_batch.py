@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +12,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from .encoder_layers import LayerContext
 from .exit_policies import Memory
 
 # int64 [N]: row indices, or numbers of tokens.
 Rows = NDArray[np.int64]
+# Keyword arguments of a family's layers besides the hidden states.
+LayerContext = dict[str, Any]
 
 
 @dataclass
 class ActiveBatch:
     """N texts between two layers. rows [N]: their places in the input; lengths [N]: their tokens.
 
+    carried: other tensors [N, T] or [N, T, H] that later layers need.
     Rows and lengths are NumPy arrays, as in `EncodedSplit`: an operation of PyTorch on a few
     numbers between two layers takes tens of microseconds, its code having left the cache.
     """
@@ -31,16 +34,17 @@ class ActiveBatch:
     hidden: Tensor  # [N, T, H]
     attention_mask: Tensor  # [N, T]
     memory: Memory
+    carried: dict[str, Tensor] = field(default_factory=dict)
     # Computed at the first layer that runs on these rows at this width.
     context: LayerContext | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def select(self, keep: Rows) -> ActiveBatch:
-        """The texts with the indices `keep`, cut to the longest of them."""
+    def select(self, keep: Rows, *, cut: bool = True) -> ActiveBatch:
+        """The texts with the indices `keep`; with `cut`, as wide as the longest of them."""
         lengths = self.lengths[keep]
-        width = int(lengths.max())
+        width = int(lengths.max()) if cut else self.hidden.shape[1]
         index = torch.from_numpy(keep).to(self.hidden.device)
         return ActiveBatch(
             self.rows[keep],
@@ -48,6 +52,7 @@ class ActiveBatch:
             self.hidden[:, :width].index_select(0, index),
             self.attention_mask[:, :width].index_select(0, index),
             {name: value.index_select(0, index) for name, value in self.memory.items()},
+            {name: value[:, :width].index_select(0, index) for name, value in self.carried.items()},
         )
 
 
@@ -70,14 +75,22 @@ def _concatenated(batches: Sequence[ActiveBatch]) -> ActiveBatch:
     if len(batches) == 1:
         return batches[0]
     width = max(batch.hidden.shape[1] for batch in batches)
-    missing = [width - batch.hidden.shape[1] for batch in batches]
-    pairs = list(zip(batches, missing, strict=True))
+
+    def joined(values: list[Tensor]) -> Tensor:
+        return torch.cat(
+            [
+                functional.pad(value, (0, 0) * (value.dim() - 2) + (0, width - value.shape[1]))
+                for value in values
+            ]
+        )
+
     return ActiveBatch(
         np.concatenate([batch.rows for batch in batches]),
         np.concatenate([batch.lengths for batch in batches]),
-        torch.cat([functional.pad(batch.hidden, (0, 0, 0, columns)) for batch, columns in pairs]),
-        torch.cat([functional.pad(batch.attention_mask, (0, columns)) for batch, columns in pairs]),
+        joined([batch.hidden for batch in batches]),
+        joined([batch.attention_mask for batch in batches]),
         {name: torch.cat([batch.memory[name] for batch in batches]) for name in batches[0].memory},
+        {name: joined([batch.carried[name] for batch in batches]) for name in batches[0].carried},
     )
 
 

@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from ..data.batching import EncodedSplit, evaluation_batches
 from ..runtime.device import autocast, evaluating
 from .active_batch import ActiveBatch, Rows, regroup, token_counts
-from .encoder_layers import Flops, encoder_layers
+from .encoder import fitting_token_types
+from .encoder_layers import Flops
 from .exit_policies import ExitReading, Policy, make_policy, stored_policy
 from .exits import Exit, ExitModel
 from .flops import exit_flops, full_flops
+from .generic_layers import encoder_layers
 
 _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -104,7 +106,7 @@ class EarlyExit:
 
     Raises:
         ValueError: the model has one exit, stores no policy, lacks the learned exit that the policy
-            needs, or its encoder cannot be run layer by layer; a mistake in the policy.
+            needs; a mistake in the policy.
     """
 
     def __init__(
@@ -162,7 +164,16 @@ class EarlyExit:
         """Answer a whole split, in its order.
 
         `repack`: after an exit, the remaining texts of several batches go on in full batches.
+
+        Raises:
+            ValueError: `repack`, and the encoder's answers depend on the batch.
         """
+        if repack and self.layers.depends_on_batch:
+            model_type = self.model.backbone.config.model_type
+            raise ValueError(
+                f"repack: the answers of a {model_type} encoder depend on the texts that share its "
+                "batch. Leave repack out."
+            )
         batches = evaluation_batches(
             encoded, batch_size, pad_token_id, progress="predict" if progress else None
         )
@@ -210,12 +221,12 @@ class EarlyExit:
         if mask is None:
             mask = torch.ones_like(input_ids)
         lengths = token_counts(mask)
-        types = inputs.get("token_type_ids")
-        mask = mask.to(device)
-        hidden = self.layers.embed(
-            input_ids.to(device), mask, None if types is None else types.to(device)
-        )
-        return ActiveBatch(rows, lengths, hidden, mask, {})
+        input_ids, mask = input_ids.to(device), mask.to(device)
+        types = fitting_token_types(self.model.backbone, inputs.get("token_type_ids"))
+        types = None if types is None else types.to(device)
+        hidden = self.layers.embed(input_ids, mask, types)
+        carried = self.layers.carried(input_ids, mask, types)
+        return ActiveBatch(rows, lengths, hidden, mask, {}, carried)
 
     def _run_stages(
         self,
@@ -241,13 +252,8 @@ class EarlyExit:
     def _run_stage(self, batch: ActiveBatch, stage: int, answers: _Answers) -> ActiveBatch | None:
         """Run the layers of one stage and its exit; return what stays, None where all left."""
         layers, head = self.stages[stage].layers, self.stages[stage].head
-        hidden, mask = batch.hidden, batch.attention_mask
-        if batch.context is None:
-            padded = int(batch.lengths.min()) < hidden.shape[1]
-            batch.context = self.layers.context(hidden, mask, padded)
-        for layer in layers:
-            hidden = self.layers.run(layer, hidden, batch.context)
-        embeddings, logits = head(hidden, mask)
+        hidden = self.layers.advance(batch, layers)
+        embeddings, logits = head(hidden, batch.attention_mask)
         logits = logits.float()
         exit_layer = layers[-1]
         if stage == len(self.stages) - 1:
@@ -269,7 +275,7 @@ class EarlyExit:
             return None
         places = torch.from_numpy(np.flatnonzero(gone)).to(logits.device)
         answers.add(batch.rows[gone], logits.index_select(0, places), exit_layer)
-        return batch.select(np.flatnonzero(~gone))
+        return batch.select(np.flatnonzero(~gone), cut=not self.layers.depends_on_batch)
 
 
 def early_exit(

@@ -1,26 +1,39 @@
-"""Encoders of transformers: pretrained or random weights, and their dropout."""
+"""Encoders of transformers: their weights, dropout and token types."""
 
 from __future__ import annotations
 
+import functools
 import inspect
+import logging
+import re
 import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
+
+logger = logging.getLogger("fusedacl")
 
 # Names of dropout probabilities in the configurations of transformers.
 _DROPOUT_NAMES = (
     "hidden_dropout_prob",
     "attention_probs_dropout_prob",
     "dropout",
+    "dropout_rate",
     "attention_dropout",
     "embedding_dropout",
     "mlp_dropout",
     "hidden_dropout",
     "embd_pdrop",
 )
+# Put before the names of weights by DistributedDataParallel, torch.compile, sentence-transformers,
+# PEFT and Lightning, also several at once.
+_WRAPPERS = ("module.", "_orig_mod.", "0.auto_model.", "auto_model.", "base_model.model.", "model.")
+_WRAPPED = rf"^(?:{'|'.join(map(re.escape, _WRAPPERS))})+"
+# Parts that a file may lack: no exit reads them.
+_UNREAD = ("pooler.", "decoder.")
 
 
 def set_dropout(config: PretrainedConfig, probability: float) -> None:
@@ -41,29 +54,124 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
         setattr(config, name, probability)
 
 
+def random_encoder(config: PretrainedConfig) -> PreTrainedModel:
+    """Make an encoder with random weights."""
+    return _encoder_half(AutoModel.from_config(config, **_encoder_options(config)))
+
+
+def pretrained_encoder(name_or_path: str, config: PretrainedConfig) -> PreTrainedModel:
+    """Load an encoder's weights in float32, from the hub or a local directory.
+
+    Raises:
+        ValueError: weights of the encoder are missing.
+    """
+    options = _encoder_options(config)
+    return _encoder_half(load_complete(AutoModel, name_or_path, _UNREAD, config=config, **options))
+
+
+def load_complete(
+    model_class: Any, name_or_path: str, unread: tuple[str, ...], **options: Any
+) -> PreTrainedModel:
+    """Load a model in float32; its weights may be named under the prefix of a known wrapper.
+
+    model_class: a class with `from_pretrained`; `options` are its. unread: first words of the names
+    of weights that may be missing.
+
+    Raises:
+        ValueError: other weights are missing, which transformers would draw at random.
+    """
+
+    def load(**names: Any) -> tuple[PreTrainedModel, list[str], list[str]]:
+        # transformers would report the weights of the pooler and the pretraining head as unused.
+        level = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        try:
+            with warnings.catch_warnings():
+                model, report = model_class.from_pretrained(
+                    name_or_path, dtype=torch.float32, output_loading_info=True, **options, **names
+                )
+        finally:
+            transformers_logging.set_verbosity(level)
+        missing = [name for name in sorted(report["missing_keys"]) if not name.startswith(unread)]
+        return model, missing, sorted(report["unexpected_keys"])
+
+    model, missing, unused = load()
+    prefixes = {found[0] for name in unused if (found := re.match(_WRAPPED, name))}
+    if missing and prefixes:
+        model, missing, left = load(key_mapping={_WRAPPED: ""})
+        if not missing:
+            words = " and ".join(repr(prefix) for prefix in sorted(prefixes))
+            logger.info("%s: its weights are named with the prefix %s.", name_or_path, words)
+        unused = left or unused
+    if missing:
+        raise ValueError(
+            f"{len(missing)} of the model's {len(model.state_dict())} weights are not in the file: "
+            f"{_first(missing)}. {_names_in_file(unused)}"
+        )
+    return model
+
+
+def fitting_token_types(encoder: PreTrainedModel, token_type_ids: Tensor | None) -> Tensor | None:
+    """Return the token types that the encoder takes; None where it takes none or has one type."""
+    if token_type_ids is None or _num_token_types(encoder) > 1:
+        return token_type_ids
+    _note_left_out(encoder.config.model_type)
+    return None
+
+
+def _num_token_types(encoder: PreTrainedModel) -> int:
+    """Number of token types that an encoder tells apart."""
+    if not _takes_token_types(type(encoder)):
+        return 0
+    config = encoder.config
+    # XLNet compares types with each other. XLM and GPT look them up among the words, by which
+    # tokenizers of another family do not number them.
+    unlimited = 2 if config.model_type == "xlnet" else 0
+    return getattr(config, "type_vocab_size", None) or unlimited
+
+
+@functools.cache
+def _takes_token_types(encoder_class: type[PreTrainedModel]) -> bool:
+    return "token_type_ids" in inspect.signature(encoder_class.forward).parameters
+
+
+@functools.cache
+def _note_left_out(model_type: str) -> None:
+    logger.info("The tokenizer's token types are left out: a %s encoder takes none.", model_type)
+
+
 def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
     """Options that leave out the pooler: it would be saved with the model and never trained."""
+    if getattr(config, "attention_type", None) == "block_sparse":
+        # BigBird changes to full attention for good at the first batch of short texts.
+        config.attention_type = "original_full"
+        logger.info("%s: attention is full, not block_sparse.", config.model_type)
     encoder_class: Any = AutoModel._model_mapping.get(type(config), None)
     if encoder_class is None:
-        return {}
+        raise ValueError(f"a {config.model_type} model is no encoder that AutoModel makes.")
+    if isinstance(encoder_class, tuple):  # Funnel: with and without its decoder
+        encoder_class = encoder_class[0]
     has_pooler = "add_pooling_layer" in inspect.signature(encoder_class).parameters
     return {"add_pooling_layer": False} if has_pooler else {}
 
 
-def random_encoder(config: PretrainedConfig) -> PreTrainedModel:
-    """Make an encoder with random weights."""
-    return AutoModel.from_config(config, **_encoder_options(config))
+def _encoder_half(model: PreTrainedModel) -> PreTrainedModel:
+    """The encoder of an encoder-decoder; another model as it is."""
+    encoder = getattr(model, "encoder", None)
+    is_half = isinstance(encoder, PreTrainedModel) and hasattr(model, "decoder")
+    return encoder if is_half else model
 
 
-def pretrained_encoder(name_or_path: str, config: PretrainedConfig) -> PreTrainedModel:
-    """Load an encoder's weights in float32, from the hub or a local directory."""
-    # transformers would report the weights of the pooler and the pretraining head as unused.
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            return AutoModel.from_pretrained(
-                name_or_path, config=config, dtype=torch.float32, **_encoder_options(config)
-            )
-    finally:
-        transformers_logging.set_verbosity(level)
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" and more" if len(names) > 3 else "")
+
+
+def _names_in_file(unused: list[str]) -> str:
+    if any("lora_" in name for name in unused):
+        return "The file holds an adapter: merge it into its encoder first (merge_and_unload)."
+    if not unused:
+        return "Copy the file again, or correct config.json."
+    return (
+        f"The file has names that the encoder does not have: {_first(unused)}. Save the encoder "
+        "alone with its save_pretrained."
+    )

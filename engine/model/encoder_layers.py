@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-# Keyword arguments of a family's layers besides the hidden states.
-LayerContext = dict[str, Any]
+from .active_batch import ActiveBatch, LayerContext
+
 # DeBERTa applies these projections to relative positions, not to tokens.
 _POSITION_PROJECTIONS = ("pos_key_proj", "pos_query_proj")
 
@@ -50,19 +50,14 @@ class EncoderLayers:
     Subclasses override what differs in another family. Texts are padded on the right.
     """
 
-    takes_token_types = True
+    # What depends on the width of its batch is not cut to the longest text that is left.
+    depends_on_batch = False
     attention_implementations: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
 
     def __init__(self, encoder: PreTrainedModel) -> None:
         # Any, because the names of its submodules differ between families.
         self.encoder: Any = encoder
         self.implementation: str = encoder.config._attn_implementation
-        if self.implementation not in self.attention_implementations:
-            raise ValueError(
-                f"attn_implementation={self.implementation!r}: a {encoder.config.model_type} "
-                "encoder is run layer by layer with one of "
-                f"{', '.join(self.attention_implementations)} only."
-            )
         self.layers = layer_modules(encoder)
 
     @property
@@ -73,17 +68,26 @@ class EncoderLayers:
     def embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
-        """Return the input of the first layer, [N, T, H], for token ids and masks [N, T].
+        """Return the input of the first layer, [N, T, H], for token ids and masks [N, T]."""
+        hidden = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        project = getattr(self.encoder, "embeddings_project", None)  # ELECTRA
+        return hidden if project is None else project(hidden)
 
-        Raises:
-            ValueError: token types for an encoder that has none.
-        """
-        if token_type_ids is not None and not self.takes_token_types:
-            raise ValueError(
-                f"token_type_ids: a {self.encoder.config.model_type} encoder takes none; leave "
-                "them out."
-            )
-        return self._embed(input_ids, attention_mask, token_type_ids)
+    def carried(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Return the tensors, besides the hidden states, that go along with the texts."""
+        return {}
+
+    def advance(self, batch: ActiveBatch, layers: range) -> Tensor:
+        """Run some layers on a batch that has passed those before them: [N, T, H]."""
+        hidden = batch.hidden
+        if batch.context is None:
+            padded = int(batch.lengths.min()) < hidden.shape[1]
+            batch.context = self.context(hidden, batch.attention_mask, padded)
+        for layer in layers:
+            hidden = self.run(layer, hidden, batch.context)
+        return hidden
 
     def context(self, hidden_states: Tensor, attention_mask: Tensor, padded: bool) -> LayerContext:
         """Return the layers' other arguments for a batch of this shape and padding.
@@ -115,13 +119,6 @@ class EncoderLayers:
         projection = getattr(self.encoder, "embeddings_project", None)
         return Flops(per_token=0 if projection is None else 2 * projection.weight.numel())
 
-    def _embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
-    ) -> Tensor:
-        hidden = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
-        project = getattr(self.encoder, "embeddings_project", None)  # ELECTRA
-        return hidden if project is None else project(hidden)
-
     def _mask(self, hidden: Tensor, attention_mask: Tensor, padded: bool) -> Tensor | None:
         if not padded:
             return None
@@ -132,8 +129,6 @@ class EncoderLayers:
 
 
 class DistilBertLayers(EncoderLayers):
-    takes_token_types = False
-
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__(encoder)
         names = list(inspect.signature(self.layers[0].forward).parameters)
@@ -146,14 +141,13 @@ class DistilBertLayers(EncoderLayers):
             return {self._mask_name: attention_mask}
         return {self._mask_name: self._mask(hidden_states, attention_mask, padded)}
 
-    def _embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         return self.encoder.embeddings(input_ids)
 
 
 class MPNetLayers(EncoderLayers):
-    takes_token_types = False
     attention_implementations = ("eager",)
 
     def context(self, hidden_states: Tensor, attention_mask: Tensor, padded: bool) -> LayerContext:
@@ -162,8 +156,8 @@ class MPNetLayers(EncoderLayers):
         context["position_bias"] = self.encoder.encoder.compute_position_bias(hidden_states[:1])
         return context
 
-    def _embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         return self.encoder.embeddings(input_ids=input_ids)
 
@@ -190,8 +184,8 @@ class DebertaV2Layers(EncoderLayers):
             return convolution(hidden_states, output, input_mask)
         return output
 
-    def _embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         if token_type_ids is None:
             token_type_ids = torch.zeros_like(input_ids)
@@ -203,7 +197,6 @@ class DebertaV2Layers(EncoderLayers):
 class ModernBertLayers(EncoderLayers):
     """ModernBERT; the FLOPs count local attention as attention over all tokens."""
 
-    takes_token_types = False
     attention_implementations = ("eager", "sdpa")
 
     def __init__(self, encoder: PreTrainedModel) -> None:
@@ -244,53 +237,45 @@ class ModernBertLayers(EncoderLayers):
         output = super().run(layer, hidden_states, context)
         return self.encoder.final_norm(output) if layer == self.num_layers else output
 
-    def _embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
+    def embed(
+        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         return self.encoder.embeddings(input_ids=input_ids)
 
 
-_FAMILIES: dict[str, type[EncoderLayers]] = {
+# Model type -> its layers, where they can be run one by one.
+FAMILIES: dict[str, type[EncoderLayers]] = {
     "bert": EncoderLayers,
     "camembert": EncoderLayers,
+    "data2vec-text": EncoderLayers,
     "deberta-v2": DebertaV2Layers,
     "distilbert": DistilBertLayers,
     "electra": EncoderLayers,
+    "ernie": EncoderLayers,
     "modernbert": ModernBertLayers,
     "mpnet": MPNetLayers,
     "roberta": EncoderLayers,
+    "splinter": EncoderLayers,
     "xlm-roberta": EncoderLayers,
 }
-SUPPORTED_MODEL_TYPES = tuple(_FAMILIES)
-
-
-def encoder_layers(encoder: PreTrainedModel) -> EncoderLayers:
-    """Return the layers of an encoder (a model without a task's head), whatever its family.
-
-    Raises:
-        ValueError: a family, or an attention implementation of it, that is not known here.
-    """
-    model_type = encoder.config.model_type
-    if model_type not in _FAMILIES:
-        raise ValueError(
-            f"{model_type}: an encoder of this type cannot be run layer by layer here. Supported: "
-            f"{', '.join(SUPPORTED_MODEL_TYPES)}."
-        )
-    if getattr(encoder.config, "is_decoder", False):
-        raise ValueError(f"This {model_type} model is a decoder (is_decoder=True): use an encoder.")
-    return _FAMILIES[model_type](encoder)
 
 
 def layer_modules(encoder: PreTrainedModel) -> list[nn.Module]:
     """Return the encoder's layers in the order in which they run; empty if they share weights.
 
     They are its outermost list of as many modules as it has layers, called encoder.layer,
-    transformer.layer or layers, depending on the family.
+    transformer.layer or layers, depending on the family. There is none where layers are spread over
+    several lists (XLM).
     """
     num_layers: int = encoder.config.num_hidden_layers
     for module in encoder.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == num_layers:
-            return list(module)
+        lists = [
+            part
+            for part in module.children()
+            if isinstance(part, nn.ModuleList) and len(part) == num_layers
+        ]
+        if lists:
+            return list(lists[0]) if len(lists) == 1 else []
     return []
 
 

@@ -110,3 +110,19 @@ class ExitModel(PreTrainedModel):
     exit_layers: list[int]
     exits: nn.ModuleList
     learned_exit: nn.Linear | None
+
+
+def check_padding(attention_mask: Tensor | None) -> None:
+    """Refuse a mask [N, T] that hides a first token, which the exits read.
+
+    Raises:
+        ValueError: padding on the left.
+    """
+    # While a graph is recorded, the mask has no values.
+    if attention_mask is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return
+    if not attention_mask[:, 0].all():
+        raise ValueError(
+            "attention_mask: the exits read the first token of each text, so padding must be on "
+            "the right (tokenizer.padding_side = 'right')."
+        )

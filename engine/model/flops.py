@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import cast
 
-from .encoder_layers import Flops, encoder_layers
+from .encoder_layers import Flops
 from .exit_policies import Policy
 from .exits import Exit, ExitModel, LinearExit
+from .generic_layers import encoder_layers
 
 
 def exit_flops(model: ExitModel, policy: Policy | None = None) -> list[Flops]:

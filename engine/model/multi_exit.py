@@ -20,9 +20,16 @@ from transformers.utils import ModelOutput
 from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
 from .early_exit import EarlyExitOutput, early_exit
-from .encoder import pretrained_encoder, random_encoder, set_dropout
+from .encoder import (
+    fitting_token_types,
+    load_complete,
+    pretrained_encoder,
+    random_encoder,
+    set_dropout,
+)
+from .encoder_check import check_encoder
 from .exit_policies import Policy
-from .exits import Exit, ExitModel, LinearExit, MHAExit
+from .exits import Exit, ExitModel, LinearExit, MHAExit, check_padding
 
 EXIT_HEADS = ("mha", "linear")
 
@@ -187,8 +194,11 @@ class MultiExitForSequenceClassification(ExitModel):
             exit_options: exit_layers (empty: every layer), exit_head, … of `MultiExitConfig`.
 
         Raises:
-            ValueError: the encoder cannot be loaded, has no dropout to set, or fewer layers.
+            ValueError: the encoder cannot be loaded, lacks weights, cannot carry these exits, has
+                no dropout to set, or fewer layers.
         """
+        if not name_or_path:
+            raise ValueError("model_name_or_path is empty: name an encoder, or leave it out.")
         try:
             config = AutoConfig.from_pretrained(name_or_path)
         except (OSError, ValueError) as error:
@@ -205,7 +215,8 @@ class MultiExitForSequenceClassification(ExitModel):
             exit_options.setdefault("exit_dropout", dropout)
         try:
             if is_ours:
-                backbone = cls.from_pretrained(name_or_path, config=config).backbone
+                unread = ("exits.", "learned_exit.")
+                backbone = load_complete(cls, name_or_path, unread, config=config).backbone
             else:
                 backbone = pretrained_encoder(name_or_path, config)
         except Exception as error:
@@ -215,6 +226,9 @@ class MultiExitForSequenceClassification(ExitModel):
             ) from None
         if exit_options.get("exit_layers") == []:
             exit_options["exit_layers"] = list(range(1, backbone.config.num_hidden_layers + 1))
+        layers = exit_options.get("exit_layers")
+        early = layers is not None and layers != [backbone.config.num_hidden_layers]
+        check_encoder(backbone, early_exits=early)
         made = MultiExitConfig(
             backbone.config,
             id2label=dict(enumerate(label_names)),
@@ -241,7 +255,12 @@ class MultiExitForSequenceClassification(ExitModel):
         labels: Tensor | None = None,  # [N]
         **backbone_options: Any,
     ) -> MultiExitOutput:
-        """Logits and representations of every exit; one pass through the backbone."""
+        """Logits and representations of every exit; one pass through the backbone.
+
+        Raises:
+            ValueError: padding on the left.
+        """
+        check_padding(attention_mask)
         states = self.exit_states(input_ids, attention_mask, token_type_ids, **backbone_options)
         return self.classify(states, attention_mask, labels)
 
@@ -282,6 +301,7 @@ class MultiExitForSequenceClassification(ExitModel):
             layers = [self.exit_layers[position] for position in positions]
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
+        token_type_ids = fitting_token_types(self.backbone, token_type_ids)
         if token_type_ids is not None:
             backbone_options["token_type_ids"] = token_type_ids
         num_layers = self.config.backbone_config.num_hidden_layers

@@ -36,7 +36,8 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, TypeError, ValueError) as error:  # TypeError: transformers 4, no vocabulary
+    # TypeError: transformers 4, no vocabulary; ImportError: a package that the tokenizer needs.
+    except (ImportError, OSError, TypeError, ValueError) as error:
         raise ValueError(
             f"{option}={name_or_path!r} has no tokenizer that can be loaded: {error}"
         ) from None
@@ -60,12 +61,35 @@ def length_limit(
     """Return the longest input, in tokens, that both the encoder and the tokenizer allow."""
     limit = int(tokenizer.model_max_length)  # 10^30 where the tokenizer has no limit
     positions = getattr(model.config.backbone_config, "max_position_embeddings", None)
-    if positions is not None:
+    # Relative positions have no limit, which XLNet writes as -1.
+    if positions is not None and positions > 0:
         # RoBERTa and similar encoders number positions from padding_idx + 1.
         table = getattr(getattr(model.backbone, "embeddings", None), "position_embeddings", None)
         reserved = getattr(table, "padding_idx", None)
         limit = min(limit, positions - (0 if reserved is None else reserved + 1))
     return limit
+
+
+def check_vocabulary(
+    model: MultiExitForSequenceClassification, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Refuse a tokenizer that gives token ids for which the encoder has no embedding.
+
+    Raises:
+        ValueError: there are such ids.
+    """
+    try:
+        weight = model.backbone.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # CANINE hashes its characters
+        return
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= len(weight)}
+    if beyond:
+        token = min(beyond, key=lambda name: beyond[name])
+        raise ValueError(
+            f"The encoder has embeddings for {len(weight)} tokens, and its tokenizer has "
+            f"{len(beyond)} more, the first being {token!r}: they do not belong together. Take the "
+            "encoder's own tokenizer, or enlarge the encoder (resize_token_embeddings) and save it."
+        )
 
 
 class TrainedModel:
@@ -78,13 +102,14 @@ class TrainedModel:
 
     def __init__(self, options: InferenceOptions, max_length: int | None) -> None:
         path = options.model_name_or_path
-        if path is None:
+        if not path:
             raise ValueError("model_name_or_path is missing: name the output_dir of a run.")
         self.device = choose_device(options.device)
         self.dtype = choose_dtype(self.device, fp16=False, bf16=options.bf16)
         self.model = load_trained(path).eval()
         nn.Module.to(self.model, self.device)
         self.tokenizer = load_tokenizer(path)
+        check_vocabulary(self.model, self.tokenizer)
         self.limit = length_limit(self.model, self.tokenizer)
         trained = self.model.config.max_seq_length
         self.max_length = max_length or trained or min(DEFAULT_MAX_LENGTH, self.limit)
@@ -160,6 +185,8 @@ def load_trained(
 
 def _model_type(path: str, where: str) -> str | None:
     """Return the model_type in config.json of a directory or of a model on the hub."""
+    if not path:
+        raise ValueError(f"{where} is empty: name the output_dir of a finished run.")
     config_file = Path(path) / "config.json"
     if Path(path).is_dir() and not config_file.is_file():
         raise ValueError(

@@ -24,7 +24,14 @@ from ..data.dataset import TextData, load_splits
 from ..data.quickstart import minilm_path
 from ..data.record import DataRecord
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
-from ..model.saved import DEFAULT_MAX_LENGTH, length_limit, load_tokenizer, load_trained, record_of
+from ..model.saved import (
+    DEFAULT_MAX_LENGTH,
+    check_vocabulary,
+    length_limit,
+    load_tokenizer,
+    load_trained,
+    record_of,
+)
 from ..runtime import processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.lock import RunLock
@@ -90,10 +97,14 @@ def build_run(given: TrainingConfig) -> RunParts:
         deepspeed_config = read_deepspeed_config(options.deepspeed_config)
     data = _load_data(config)
     torch.manual_seed(options.seed)
-    base_model = options.stage1_model or config.model.model_name_or_path or str(minilm_path())
+    named = (options.stage1_model, config.model.model_name_or_path)
+    base_model = next((name for name in named if name is not None), None)
+    if base_model is None:
+        base_model = str(minilm_path())
     model = _new_model(config, base_model, data, device)
     from_stage1 = options.stage1_model is not None
     tokenizer = load_tokenizer(base_model, "stage1_model" if from_stage1 else "model_name_or_path")
+    check_vocabulary(model, tokenizer)
     encoded = _encode(config, data, model, tokenizer)
     plan = plan_steps(config, len(model.exit_layers), len(encoded["train"]))
     best = None
