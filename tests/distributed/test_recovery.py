@@ -24,7 +24,7 @@ from fusedacl.engine.config.fields import build
 from fusedacl.engine.runtime.manifest import fault, step_of
 from fusedacl.engine.training.storage.checkpoint import checkpoints
 from rank_pool import Ranks
-from tiny_runs import records
+from tiny_runs import flags, records
 from training_cases import deepspeed_file, model_of, trained
 
 # Time in which the remaining processes of a run end, on a busy machine too.
@@ -46,11 +46,10 @@ def launch(options: dict[str, Any], *program: str) -> subprocess.Popen[str]:
     """torchrun with two processes."""
     if not sys.platform.startswith("linux"):
         pytest.skip("processes are looked up in /proc")
-    arguments = [f"--{name}={value}" for name, value in options.items()]
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            *program, *arguments,
+            *program, *flags(options),
         ],
         env={
             **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",

@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from tiny_runs import records, run
+from tiny_runs import flags, records, run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SECONDS = 240
@@ -104,10 +104,6 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
         "max_angle": 180,
         "save_steps": 0, "device": "cpu",
     }  # fmt: skip
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])

@@ -36,6 +36,11 @@ def run(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return train(TrainingConfig.create(**{**options, **changes}))
 
 
+def flags(options: dict[str, Any]) -> list[str]:
+    """The options as words of a command."""
+    return [f"--{name}={value}" for name, value in options.items()]
+
+
 def records(
     directory: str | Path, split: str | None = None, *, with_speed: bool = False
 ) -> list[dict[str, Any]]:

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from fusedacl.engine.cli.main import ENTRY_POINT_GROUP, _gate_lines, main
+from tiny_runs import flags
 
 
 def test_usage(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,13 +80,12 @@ def test_of_several_processes_the_first_tells_a_mistake(
 
 
 def test_train_evaluate_predict(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_options: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run = tmp_path / "run"
-    config = tmp_path / "config.yaml"
-    config.write_text(f"task_name: opinions\ndata_dir: {tiny_data}\nnum_train_epochs: 2\n")
-    arguments = ["train", str(config), "--model_name_or_path", str(tiny_bert)]
-    arguments += ["--output_dir", str(run), "--max_seq_length", "16", "--disable_tqdm"]
+    run, config = tmp_path / "run", tmp_path / "config.yaml"
+    data = {name: tiny_options.pop(name) for name in ("task_name", "data_dir")}
+    config.write_text(f"{yaml.safe_dump(data)}num_train_epochs: 2\n")
+    arguments = ["train", str(config), *flags(tiny_options)]
     assert main(arguments) == 0
     shown = capsys.readouterr()
     assert "validation, exit at layer 2: accuracy" in shown.out
@@ -95,7 +96,7 @@ def test_train_evaluate_predict(
     assert "is not empty. Use --resume_from_checkpoint latest" in capsys.readouterr().err
 
     model = ["--model_name_or_path", str(run), "--disable_tqdm"]
-    assert main(["evaluate", *model, "--task_name", "opinions", "--data_dir", str(tiny_data)]) == 0
+    assert main(["evaluate", *model, *flags(data)]) == 0
     evaluated = capsys.readouterr().out
     assert evaluated.strip() in shown.out
 
@@ -107,13 +108,8 @@ def test_train_evaluate_predict(
 
 def test_the_gate_has_one_line_an_epoch() -> None:
     def row(epoch: int, group: str, share: float, angle: float) -> dict[str, Any]:
-        return {
-            "epoch": epoch,
-            "group": group,
-            "steps": 40,
-            "dropped_share": share,
-            "angle_median": angle,
-        }
+        found = {"dropped_share": share, "angle_median": angle}
+        return {"epoch": epoch, "group": group, "steps": 40, **found}
 
     alone = [row(1, "model", 0.125, 80.0), row(2, "model", 0.0, 70.5)]
     exits = [row(3, "exit 1", 0.5, 95), row(3, "exit 2", 0.25, 81), row(3, "exit 3", 0, 60)]
@@ -132,25 +128,23 @@ def test_the_gate_has_one_line_an_epoch() -> None:
 
 
 def test_failures_during_the_run_are_status_1(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_options: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["train", "--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
-    arguments += ["--model_name_or_path", str(tiny_bert), "--output_dir", str(tmp_path / "run")]
-    arguments += ["--learning_rate", "1e30", "--max_grad_norm", "0", "--warmup_ratio", "0"]
-    assert main([*arguments, "--max_seq_length", "16"]) == 1
+    diverging = {"learning_rate": 1e30, "max_grad_norm": 0, "warmup_ratio": 0}
+    assert main(["train", *flags(tiny_options | diverging)]) == 1
     assert "NaN or infinite" in capsys.readouterr().err
 
 
-def test_interrupted_from_the_keyboard(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_interrupted_from_the_keyboard(tiny_options: dict[str, Any], tmp_path: Path) -> None:
     """A real process, a real SIGINT, and the same command goes on from the checkpoint."""
     run = tmp_path / "run"
-    command = [sys.executable, "-m", "fusedacl.engine", "train", "--task_name", "opinions"]
-    command += ["--data_dir", str(tiny_data), "--model_name_or_path", str(tiny_bert)]
-    command += ["--output_dir", str(run), "--max_seq_length", "16", "--logging_steps", "1"]
-    command += ["--num_train_epochs", "2000", "--save_steps", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    steps = {"logging_steps": 1, "num_train_epochs": 2000, "save_steps": 0}
     process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path
+        [sys.executable, "-m", "fusedacl.engine", "train", *flags(tiny_options | steps)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
     )
     try:
         deadline = time.monotonic() + 120

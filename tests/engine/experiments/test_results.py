@@ -50,14 +50,9 @@ def test_seeds_with_and_without_scores(unfinished_sweep: Path) -> None:
 
 
 def test_scores() -> None:
-    run = a_run(
-        {
-            "metrics": {
-                "validation_matched": {"1": {"f1": 0.5, "loss": 1.0}, "10": {"f1": 0.7}},
-                "validation_mismatched": {"10": {"f1": float("nan")}},
-            }
-        }
-    )
+    matched = {"1": {"f1": 0.5, "loss": 1.0}, "10": {"f1": 0.7}}
+    other = {"10": {"f1": float("nan")}}
+    run = a_run({"metrics": {"validation_matched": matched, "validation_mismatched": other}})
     assert (run.score("f1"), run.score("f1", 1), run.average("f1")) == (0.7, 0.5, 0.6)
     for arguments, words in (
         (("f1", 3), "no exit on layer 3"),
@@ -84,23 +79,16 @@ def test_words() -> None:
 
 def test_done_runs_without_results(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
     directory = make_sweep(tmp_path / "s", methods=("CE",), tasks=("mrpc",))
-    cells = [
-        cell["directory"] for cell in json.loads((directory / "sweep.json").read_text())["cells"]
-    ]
-    (directory / cells[0] / "results.json").unlink()
-    (directory / cells[1] / "results.json").write_text('{"metrics": {"validation": 3}}')
-    sweep = read_sweep(directory)
-    assert [run.problem for run in sweep.runs] == [
-        "its results.json is missing",
-        "its results.json is damaged",
-        None,
-    ]
+    first, second, _ = json.loads((directory / "sweep.json").read_text())["cells"]
+    (directory / first["directory"] / "results.json").unlink()
+    (directory / second["directory"] / "results.json").write_text('{"metrics": {"validation": 3}}')
+    problems = [run.problem for run in read_sweep(directory).runs]
+    assert problems == ["its results.json is missing", "its results.json is damaged", None]
 
 
 def test_the_machines_places_are_left_out(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
-    directory = make_sweep(
-        tmp_path / "s", {("mrpc", "CE", 1): "failed"}, methods=("CE",), tasks=("mrpc",)
-    )
+    failed = {("mrpc", "CE", 1): "failed"}
+    directory = make_sweep(tmp_path / "s", failed, methods=("CE",), tasks=("mrpc",))
     record = json.loads((directory / "sweep.json").read_text())
     record["cells"][0]["error"] = f"exit status 2: bad ({directory.resolve()}/cells/x.log)"
     (directory / "sweep.json").write_text(json.dumps(record))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ RECIPE: dict[str, Any] = {
     "tasks": {"rte": {}},
     "methods": METHODS,
 }
+ONE_SEED = RECIPE | {"seeds": [1]}
 # A run, as far as it matters to a sweep.
 STAND_IN = """
 import json, pathlib, sys, time
@@ -77,6 +79,23 @@ class StandInSweep(Sweep):
         return [line.replace(f"{self.directory}/cells/rte/", "") for line in lines]
 
 
+def when_started(sweep: StandInSweep, number: int, action: Callable[[], object]) -> None:
+    """Call `action` from a thread, once so many runs have started."""
+
+    def wait() -> None:
+        while not sweep.journal.exists() or len(sweep.order()) < number:
+            time.sleep(0.02)
+        action()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def start(sweep: StandInSweep, number: int) -> subprocess.Popen[bytes]:
+    """Start one run of a sweep that is not at work."""
+    sweep._start(sweep.runs[number])
+    return sweep.runs[number].process
+
+
 def statuses(directory: Path) -> dict[str, str]:
     cells = json.loads((directory / "sweep.json").read_text())["cells"]
     return {f"{cell['method']} {cell['seed']}": cell["status"] for cell in cells}
@@ -96,12 +115,9 @@ def test_first_stages_first_and_nothing_twice(tmp_path: Path) -> None:
 
 
 def test_as_many_at_a_time_as_there_are_workers(tmp_path: Path) -> None:
+    recipe = RECIPE | {"seeds": [1, 2, 3, 4], "methods": {"CE": METHODS["CE"]}}
     for workers in (1, 3):
-        sweep = StandInSweep(
-            {**RECIPE, "seeds": [1, 2, 3, 4], "methods": {"CE": {"objective": "ce"}}},
-            tmp_path / str(workers),
-            workers=workers,
-        )
+        sweep = StandInSweep(recipe, tmp_path / str(workers), workers=workers)
         sweep.seconds = 0.5
         sweep.run()
         at_once, most = 0, 0
@@ -112,19 +128,17 @@ def test_as_many_at_a_time_as_there_are_workers(tmp_path: Path) -> None:
 
 
 def test_features_are_written_by_one_run_and_deleted(tmp_path: Path) -> None:
-    sweep = StandInSweep({**RECIPE, "seeds": [1], "share_features": True}, tmp_path, workers=4)
+    sweep = StandInSweep(ONE_SEED | {"share_features": True}, tmp_path, workers=4)
     sweep.run()
     # Two runs share features: the second waits until the first has written them.
-    assert sweep.order()[2:] == [
-        "start acl/seed-1", "end acl/seed-1", "start kd/seed-1", "end kd/seed-1",
-    ]  # fmt: skip
+    one_by_one = [f"{what} {name}/seed-1" for name in ("acl", "kd") for what in ("start", "end")]
+    assert sweep.order()[2:] == one_by_one
     assert list((tmp_path / "features").iterdir()) == []
 
 
 def test_a_failure_blocks_what_needs_it_and_nothing_else(tmp_path: Path) -> None:
-    sweep = StandInSweep(
-        {**RECIPE, "seeds": [1], "methods": {**METHODS, "SCL": {"objective": "scl"}}}, tmp_path
-    )
+    methods = METHODS | {"SCL": {"objective": "scl"}}
+    sweep = StandInSweep(ONE_SEED | {"methods": methods}, tmp_path)
     sweep.failing = ("CE",)
     assert len(sweep.run()) == 1
     assert statuses(tmp_path) == {
@@ -140,13 +154,7 @@ def test_a_failure_blocks_what_needs_it_and_nothing_else(tmp_path: Path) -> None
 def test_stops_and_goes_on(tmp_path: Path) -> None:
     sweep = StandInSweep(RECIPE, tmp_path, workers=2)
     sweep.seconds = 60
-
-    def stop_when_started() -> None:
-        while not sweep.journal.exists() or len(sweep.order()) < 2:
-            time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    threading.Thread(target=stop_when_started, daemon=True).start()
+    when_started(sweep, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SweepStopped, match="SIGTERM") as stopped:
         sweep.run()
     assert stopped.value.exit_code == 143
@@ -162,13 +170,11 @@ def test_one_sweep_a_directory(tmp_path: Path) -> None:
 
 
 def test_a_run_that_a_killed_sweep_left_behind_is_not_started_again(tmp_path: Path) -> None:
-    killed = StandInSweep({**RECIPE, "seeds": [1]}, tmp_path)
+    killed = StandInSweep(ONE_SEED, tmp_path)
     killed.seconds = 2.0
     with killed.lock.held():
-        killed._start(killed.runs[0])
+        left = start(killed, 0)
     # The sweep no longer holds the lock, but its run does.
-    left = killed.runs[0].process
-    assert left is not None
     again = StandInSweep(killed.recipe, tmp_path)
     with pytest.raises(ValueError, match=rf"left behind \(process \d+, {left.pid} on "):
         again.run()
@@ -179,7 +185,7 @@ def test_a_run_that_a_killed_sweep_left_behind_is_not_started_again(tmp_path: Pa
 
 
 def test_status_tells_what_became_of_runs(tmp_path: Path) -> None:
-    sweep = StandInSweep({**RECIPE, "seeds": [1]}, tmp_path)
+    sweep = StandInSweep(ONE_SEED, tmp_path)
     sweep.failing = ("CE",)
     sweep.run()
     seen = StandInSweep(sweep.recipe, tmp_path)
@@ -197,7 +203,7 @@ def test_status_tells_what_became_of_runs(tmp_path: Path) -> None:
 
 
 def test_features_that_a_killed_sweep_left_are_deleted(tmp_path: Path) -> None:
-    recipe = {**RECIPE, "seeds": [1], "share_features": True}
+    recipe = ONE_SEED | {"share_features": True}
     StandInSweep(recipe, tmp_path).run()
     (tmp_path / str(StandInSweep(recipe, tmp_path).runs[1].cell.features)).mkdir()
     StandInSweep(recipe, tmp_path).run()
@@ -211,32 +217,18 @@ def test_features_of_a_first_stage_that_is_trained_anew_are_deleted(tmp_path: Pa
     for directory in (stale, other):
         directory.mkdir(parents=True)
         (directory / "states").write_text("of earlier weights")
-    sweep._start(sweep.runs[0])
-    process = sweep.runs[0].process
-    assert process is not None
-    process.wait()
+    start(sweep, 0).wait()
     assert not stale.exists() and other.exists()
     # A second stage does not delete the features of others.
     stale.mkdir()
-    sweep._start(sweep.runs[1])
-    process = sweep.runs[1].process
-    assert process is not None
-    process.wait()
+    start(sweep, 1).wait()
     assert stale.exists()
 
 
 def test_what_killed_a_run(tmp_path: Path) -> None:
-    sweep = StandInSweep({**RECIPE, "seeds": [1], "methods": {"CE": METHODS["CE"]}}, tmp_path)
+    sweep = StandInSweep(ONE_SEED | {"methods": {"CE": METHODS["CE"]}}, tmp_path)
     sweep.seconds = 60
-
-    def kill_when_started() -> None:
-        while not sweep.journal.exists():
-            time.sleep(0.02)
-        process = sweep.runs[0].process
-        assert process is not None
-        process.kill()
-
-    threading.Thread(target=kill_when_started, daemon=True).start()
+    when_started(sweep, 1, lambda: sweep.runs[0].process.kill())
     assert sweep.run() == []
     assert "killed by SIGKILL (out of memory?): no output" in sweep.failures[0]
 
@@ -262,14 +254,9 @@ def test_a_moved_sweep_is_the_same(tmp_path: Path) -> None:
 
 def test_real_runs(tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys) -> None:
     """The command, with a first stage that a second stage uses, and shared features."""
-    recipe = {
-        "defaults": {
-            "model_name_or_path": str(tiny_bert),
-            "max_seq_length": 16,
-            "num_train_epochs": 1,
-            "save_steps": 0,
-        },
-        "seeds": [1],
+    options = {"max_seq_length": 16, "num_train_epochs": 1, "save_steps": 0}
+    recipe = ONE_SEED | {
+        "defaults": {"model_name_or_path": str(tiny_bert), **options},
         "share_features": True,
         "tasks": {"opinions": {}},
         "methods": {name: METHODS[name] for name in ("CE", "ACL")},

@@ -184,12 +184,8 @@ def test_losses_with_a_teacher() -> None:
 
 
 @pytest.fixture
-def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **tiny_options,
-        "per_device_train_batch_size": 16, "learning_rate": 5e-3,
-        "num_train_epochs": 3, "logging_steps": 1, "save_total_limit": None,
-    }  # fmt: skip
+def options(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "save_steps": None, "save_total_limit": None}
 
 
 @pytest.mark.parametrize(

@@ -18,12 +18,6 @@ from tiny_runs import at_step, records, run, weights
 Train = Callable[..., dict[str, Any]]
 
 
-@pytest.fixture
-def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
-    steps = {"num_train_epochs": 3, "logging_steps": 1, "save_steps": 0}
-    return {**tiny_options, **steps, "per_device_train_batch_size": 16, "learning_rate": 5e-3}
-
-
 @pytest.mark.parametrize("objective", ["ce", "scl", "acl"])
 @pytest.mark.parametrize("encoder", ["tiny_bert", "tiny_roberta"])
 def test_learns(options, objective: str, encoder: str, request: pytest.FixtureRequest) -> None:
