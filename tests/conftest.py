@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -172,22 +172,13 @@ def exit_model() -> MultiExitForSequenceClassification:
 @pytest.fixture
 def exit_texts(exit_model: MultiExitForSequenceClassification) -> EncodedSplit:
     """80 random texts, labelled by the full model's predictions; every fifth label is wrong."""
-    from fusedacl.engine.data.batching import EncodedSplit
     from fusedacl.engine.model.early_exit import early_exit
+    from tiny_runs import random_texts
 
-    generator = np.random.default_rng(3)
-    lengths = generator.integers(2, 20, 80)
-    values: dict[str, Any] = {
-        "tokens": generator.integers(5, 60, lengths.sum()).astype(np.int32),
-        "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "token_types": None,
-        "num_truncated": 0,
-        "max_length": 20,
-    }
-    unlabelled = EncodedSplit(labels=None, **values)
-    answers = early_exit(exit_model, unlabelled, "fixed_layer", layer=4).predictions
+    texts = random_texts(80, longest=20)
+    answers = early_exit(exit_model, texts, "fixed_layer", layer=4).predictions
     answers[::5] = (answers[::5] + 1) % 3
-    return EncodedSplit(labels=answers, **values)
+    return replace(texts, labels=answers)
 
 
 @pytest.fixture

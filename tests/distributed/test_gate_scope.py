@@ -48,10 +48,10 @@ def test_same_steps_as_the_local_backend(
 @pytest.mark.parametrize("stage", [1, 3])
 def test_an_overflow_of_one_rank_skips_the_step_on_all(zero_ranks: Ranks, stage: int) -> None:
     for made in zero_ranks.run(overflow_scope, stage):
-        assert made["skipped"] == [True, False, False]
+        scales, skipped, moved = zip(*made, strict=True)
+        assert skipped == (True, False, False) and scales == (4096.0, 2048.0, 2048.0)
         # The first step that is taken has the learning rate 0.
-        assert made["moved"] == [False, False, True]
-        assert made["scales"] == [4096.0, 2048.0, 2048.0]
+        assert [change > 0 for change in moved] == [False, False, True]
 
 
 def test_the_exact_decision_is_not_to_be_had(zero_ranks: Ranks) -> None:

@@ -24,7 +24,7 @@ from fusedacl.engine.config.fields import build
 from fusedacl.engine.runtime.manifest import fault, step_of
 from fusedacl.engine.training.storage.checkpoint import checkpoints
 from rank_pool import Ranks
-from tiny_runs import records
+from tiny_runs import flags, records
 from training_cases import deepspeed_file, model_of, trained
 
 # Time in which the remaining processes of a run end, on a busy machine too.
@@ -46,11 +46,10 @@ def launch(options: dict[str, Any], *program: str) -> subprocess.Popen[str]:
     """torchrun with two processes."""
     if not sys.platform.startswith("linux"):
         pytest.skip("processes are looked up in /proc")
-    arguments = [f"--{name}={value}" for name, value in options.items()]
     return subprocess.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            *program, *arguments,
+            *program, *flags(options),
         ],
         env={
             **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
@@ -103,9 +102,7 @@ def assert_goes_on(options: dict[str, Any], two_ranks: Ranks, undisturbed: Path)
     assert model_of(run) == model_of(undisturbed)
     assert records(run) == records(undisturbed)
     assert all(fault(path) is None for path in checkpoints(run))
-    left, expected = (
-        {path.name for path in directory.iterdir()} for directory in (run, undisturbed)
-    )
+    left, expected = ({path.name for path in made.iterdir()} for made in (run, undisturbed))
     # Told to stop, it saves at whatever step that is.
     assert expected <= left
     assert all(name.startswith("checkpoint-") and name[-1].isdigit() for name in left - expected)
@@ -144,20 +141,14 @@ def test_the_launcher_is_killed(options, two_ranks: Ranks, tmp_path: Path) -> No
         saved = safetensors.torch.load_file(path / "model.safetensors")
         assert all(torch.equal(model[name], value) for name, value in saved.items())
         assert all(value.numel() > 0 for value in model.values())
+    source = {name: options[name] for name in ("task_name", "device", "data_dir")}
     for path, step in ((run / "checkpoint-8", 8), (run, 16)):
-        values = {
-            "model_name_or_path": str(path), "task_name": "opinions", "device": "cpu",
-            "data_dir": options["data_dir"],
-        }  # fmt: skip
-        scores = evaluate(build(EvaluationConfig, values))
-        noted = [
-            (line["exit"], line["metrics"])
-            for line in records(run)
-            if line["split"] == "validation" and line["step"] == step
-        ]
+        values = {**source, "model_name_or_path": str(path)}
+        scores = evaluate(build(EvaluationConfig, values))["validation"]
+        noted = [line for line in records(run, "validation") if line["step"] == step]
         assert noted, "an evaluation ends each epoch"
-        for layer, metrics in noted:
-            assert scores["validation"][layer] == pytest.approx(metrics, rel=1e-5)
+        for line in noted:
+            assert scores[line["exit"]] == pytest.approx(line["metrics"], rel=1e-5)
 
 
 @pytest.mark.parametrize(

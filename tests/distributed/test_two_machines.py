@@ -14,8 +14,7 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from fusedacl.engine import TrainingConfig, train
-from tiny_runs import records
+from tiny_runs import flags, records, run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 SECONDS = 240
@@ -77,25 +76,23 @@ def machines() -> Iterator[Machines]:
 def train_command(launcher: str, node: int, hostfile: Path) -> list[str]:
     master = ["--node_rank", str(node), "--master_addr", ADDRESSES[0], "--master_port"]
     if launcher == "torchrun":
-        words = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", *master]
-        program = ["29511", "-m", "fusedacl.engine", "train"]
+        words = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+        program = [*master, "29511", "-m", "fusedacl.engine", "train"]
     else:
-        words = ["deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh", *master]
-        program = ["29512", "--module", "fusedacl.engine", "train"]
+        words = ["deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
+        program = [*master, "29512", "--module", "fusedacl.engine", "train"]
     return [sys.executable, "-m", *words, *program]
 
 
-def ended(processes: list[subprocess.Popen[str]], seconds: float = SECONDS) -> list[str]:
+def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
     """The output of the processes, which must end in time."""
-    outputs = []
     try:
-        outputs = [process.communicate(timeout=seconds)[0] for process in processes]
+        return [process.communicate(timeout=SECONDS)[0] for process in processes]
     finally:
         for process in processes:
             if process.poll() is None:
                 process.terminate()
                 process.communicate()
-    return outputs
 
 
 @pytest.fixture
@@ -107,14 +104,6 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
         "max_angle": 180,
         "save_steps": 0, "device": "cpu",
     }  # fmt: skip
-
-
-def flags(options: dict[str, Any]) -> list[str]:
-    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in records(run, "train")]
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
@@ -129,11 +118,11 @@ def test_two_machines_train_as_one(
     ]
     outputs = ended(processes)
     assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
-    alone = {
-        **options, "per_device_train_batch_size": 16, "output_dir": str(tmp_path / "alone"),
-    }  # fmt: skip
-    train(TrainingConfig.create(**alone))
-    assert losses(tmp_path / "run") == pytest.approx(losses(tmp_path / "alone"), rel=1e-4)
+    run(options, per_device_train_batch_size=16, output_dir=str(tmp_path / "alone"))
+    found, expected = (
+        [line["loss"] for line in records(tmp_path / name, "train")] for name in ("run", "alone")
+    )
+    assert found == pytest.approx(expected, rel=1e-4)
 
 
 def test_what_goes_wrong_is_said_in_time(machines: Machines, options: dict[str, Any]) -> None:

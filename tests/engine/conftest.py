@@ -1,4 +1,4 @@
-"""The directory of a sweep without training: sweep.json and the files of its runs."""
+"""Options of runs; the directory of a sweep without training: sweep.json and its runs' files."""
 
 import json
 import math
@@ -8,6 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+
+@pytest.fixture
+def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
+    """Options of a run of three epochs of four steps that are all logged."""
+    steps = {"num_train_epochs": 3, "logging_steps": 1, "save_steps": 0}
+    return {**tiny_options, **steps, "per_device_train_batch_size": 16, "learning_rate": 5e-3}
+
 
 TASKS = {"mrpc": ("f1", 0.80), "rte": ("accuracy", 0.58), "cola": ("matthews_correlation", 0.30)}
 SECOND = {"strategy": "two_stage", "objective": "ce"}

@@ -13,19 +13,24 @@ kernels are printed.
 import argparse
 import itertools
 import re
+from functools import partial
 from typing import Any
 
 import torch
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 VOLTA = (7, 0)
+# The implementation's `impl`, and numbers of samples.
+LOSSES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "supcon_small": ("triton", (1, 17, 33, 61)),
+    "supcon_fused": ("triton", (1, 61, 130)),
+    "tiled": ("tiled", (61, 100)),
+}
 
 
 def main() -> None:
     checks = {
-        "supcon_small": check_small,
-        "supcon_fused": check_fused,
-        "tiled": check_tiled,
+        **{name: partial(check_losses, name) for name in LOSSES},
         "gradients": check_gradients,
     }
     parser = argparse.ArgumentParser(description=__doc__)
@@ -62,9 +67,16 @@ def compile_for_volta(compiled: list[str]) -> None:
     backends["nvidia"].compiler.make_cubin = keep_ptx
 
 
-def losses(impl: str, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
+def check_losses(name: str) -> None:
     from contrastive_cases import DENOMINATORS, REDUCTIONS, check_error, make_inputs
+    from fusedacl.kernels.contrastive import dispatch
+    from fusedacl.kernels.contrastive.gpu import small_batches
+    from fusedacl.kernels.contrastive.tiled import loss as tiled
 
+    dispatch.SMALL_ROWS = small_batches.MAX_ROWS if name == "supcon_small" else 0
+    # Several tiles of several blocks each, the last one smaller.
+    tiled.GPU_TILE, tiled.ONE_TILE, tiled.FEW_ROWS = 48, 0, 0
+    impl, sizes = LOSSES[name]
     kinds: list[dict[str, Any]] = [
         {"num_labels": None},
         {"num_labels": 5},
@@ -74,7 +86,7 @@ def losses(impl: str, sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -
         sizes = sizes[:2]
     # Two combinations per shape, in turn: all of them would take hours under a sanitizer.
     combinations = itertools.cycle(itertools.product(DENOMINATORS, REDUCTIONS))
-    for num_samples, kind, dtype in itertools.product(sizes, kinds, dtypes):
+    for num_samples, kind, dtype in itertools.product(sizes, kinds, dtypes_here()):
         inputs = make_inputs(num_samples, width=20, dtype=dtype, device=DEVICE.type, **kind)
         labels = torch.randint(kind["num_labels"] or 4, (num_samples,), device=DEVICE)
         for denominator, reduction in itertools.islice(combinations, 2):
@@ -88,29 +100,6 @@ def dtypes_here() -> tuple[torch.dtype, ...]:
     both = (torch.float16, torch.float32)
     has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
     return (*both, torch.bfloat16) if has_bfloat16 else both
-
-
-def check_small() -> None:
-    from fusedacl.kernels.contrastive import dispatch
-    from fusedacl.kernels.contrastive.gpu import small_batches
-
-    dispatch.SMALL_ROWS = small_batches.MAX_ROWS
-    losses("triton", (1, 17, 33, 61), dtypes_here())
-
-
-def check_fused() -> None:
-    from fusedacl.kernels.contrastive import dispatch
-
-    dispatch.SMALL_ROWS = 0
-    losses("triton", (1, 61, 130), dtypes_here())
-
-
-def check_tiled() -> None:
-    from fusedacl.kernels.contrastive.tiled import loss as tiled
-
-    # Several tiles of several blocks each, the last one smaller.
-    tiled.GPU_TILE, tiled.ONE_TILE, tiled.FEW_ROWS = 48, 0, 0
-    losses("tiled", (61, 100), dtypes_here())
 
 
 def check_gradients() -> None:

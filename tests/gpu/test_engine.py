@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 import torch
 from fusedacl.engine import MultiExitForSequenceClassification
 from fusedacl.engine.cli.main import main
+from fusedacl.engine.data.batching import encode
+from fusedacl.engine.data.columns import TextSplit
+from fusedacl.engine.model.early_exit import early_exit
+from fusedacl.engine.model.saved import load_tokenizer
 from tiny_runs import options_of, records, run
 
 DEVICE = "cuda"
@@ -79,24 +84,14 @@ def trained(deep_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathF
 def test_early_exit_answers_do_not_depend_on_the_batch(
     trained: Path, tiny_data: Path, policy: str, parameters: dict[str, Any]
 ) -> None:
-    from transformers import AutoTokenizer
-
     model = MultiExitForSequenceClassification.from_pretrained(trained).eval()
     rows = (tiny_data / "opinions" / "validation.jsonl").read_text().splitlines()
-    texts = [json.loads(row)["sentence"] for row in rows]
-    inputs = AutoTokenizer.from_pretrained(trained)(texts, padding=True, return_tensors="pt")
+    texts = TextSplit([json.loads(row)["sentence"] for row in rows])
+    encoded = encode(texts, load_tokenizer(str(trained)), 16)
     answers = []
-    for device in ("cpu", DEVICE):
-        model.to(device)
-        for size in (1, 7, len(texts)):
-            parts = []
-            for start in range(0, len(texts), size):
-                chunk = {name: x[start : start + size].to(device) for name, x in inputs.items()}
-                parts.append(model.early_exit(chunk, policy, **parameters))
-            answers.append(
-                [torch.cat([getattr(part, field).cpu() for part in parts])
-                 for field in ("predictions", "exit_layers")]
-            )  # fmt: skip
+    for device, size in itertools.product(("cpu", DEVICE), (1, 7, len(rows))):
+        found = early_exit(model.to(device), encoded, policy, batch_size=size, **parameters)
+        answers.append((found.predictions.cpu(), found.exit_layers.cpu()))
     for found in answers[1:]:
         assert all(map(torch.equal, found, answers[0]))
 

@@ -5,12 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from fusedacl.engine import GradientGate, TrainingConfig
+from fusedacl.engine import TrainingConfig
 from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.metrics_log import MetricsLog, read_records
 from fusedacl.engine.training.trainer import Trainer
-from fusedacl.kernels import acl_loss
-from torch import Tensor, nn
 from tqdm import tqdm
 
 DEVICE = torch.device("cuda")
@@ -27,42 +25,6 @@ def test_the_mode_sees_a_wait(refuse_waiting: None) -> None:
     torch.cuda.set_sync_debug_mode("error")
     with pytest.raises(RuntimeError, match="synchroniz"):
         number.item()
-
-
-@pytest.mark.parametrize("num_samples", [32, 700])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-@pytest.mark.parametrize("groups", [None, [0, 0, 1, 1]])
-def test_a_step(
-    refuse_waiting: None, dtype: torch.dtype, num_samples: int, groups: list[int] | None
-) -> None:
-    """Both losses, two backward passes, the gate with loss scale and clipping, the optimizer."""
-    body = nn.Linear(24, 48, device=DEVICE)
-    head = nn.Linear(48, 3, device=DEVICE)
-    parameters = [*body.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, fused=True)
-    gate = GradientGate(parameters, weight=0.02, groups=groups)
-    scale = torch.tensor(128.0, device=DEVICE)
-    inputs = torch.randn(num_samples, 24, device=DEVICE)
-    labels = torch.randint(3, (num_samples,), device=DEVICE)
-
-    def step() -> list[Tensor]:
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
-            hidden = torch.tanh(body(inputs))
-            main = nn.functional.cross_entropy(head(hidden).float(), labels)
-            auxiliary = acl_loss(hidden, labels, head.weight)
-        gate.accumulate(main * scale, auxiliary * scale)
-        decision = gate.combine(loss_scale=scale, max_norm=1.0)
-        optimizer.step()
-        return [main.detach(), auxiliary.detach(), decision.angle, decision.grad_norm]
-
-    # The first step compiles kernels and fills tables, and may wait.
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    seen = [step() for _ in range(3)]
-    torch.cuda.set_sync_debug_mode("default")
-    assert all(value.isfinite().all() for values in seen for value in values)
 
 
 @pytest.mark.parametrize("precision", [{}, {"fp16": True}])

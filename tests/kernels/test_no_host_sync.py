@@ -7,15 +7,14 @@ on a GPU.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import DEVICE, Inputs, make_inputs, run, set_tile
+from contrastive_cases import DEVICE, make_inputs, run, set_tile, use_implementation
 from fusedacl.benchmarks.measuring.counting import is_host_read
 from fusedacl.engine import TrainingConfig
 from fusedacl.engine.backends import loss_scaling
@@ -24,7 +23,8 @@ from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.metrics_log import MetricsLog
 from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
-from fusedacl.kernels.contrastive import batch, dispatch
+from fusedacl.kernels.contrastive import batch
+from tiny_runs import records
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from tqdm import tqdm
@@ -97,12 +97,10 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("implementation", ["reference", "tiled", "supcon_small", "supcon_fused"])
+@pytest.mark.parametrize("implementation", ["reference", "tiled", "small", "fused"])
 def test_losses(monkeypatch: pytest.MonkeyPatch, implementation: str, kind: str) -> None:
-    impl = "triton" if implementation.startswith("supcon") else implementation
-    small_rows = 256 if implementation == "supcon_small" else 0
-    monkeypatch.setattr(dispatch, "SMALL_ROWS", small_rows)
-    inputs: Inputs = make_inputs(9, width=5, dtype=torch.float32, device=DEVICE, **KINDS[kind])
+    impl = use_implementation(monkeypatch, implementation)
+    inputs = make_inputs(9, width=5, dtype=torch.float32, device=DEVICE, **KINDS[kind])
     labels = torch.arange(9, device=DEVICE) % 3
     for reduction, denominator in (("mean", "all"), ("none", "negatives"), ("sum", "others")):
         options = {"impl": impl, "reduction": reduction, "denominator": denominator}
@@ -166,43 +164,35 @@ STEPS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", STEPS)
 def test_training_steps(
-    monkeypatch: pytest.MonkeyPatch, tiny_bert: Path, tiny_data: Path, tmp_path: Path, case: str
+    monkeypatch: pytest.MonkeyPatch, tiny_options: dict[str, Any], tmp_path: Path, case: str
 ) -> None:
     """Values are read after the steps only, and are then those of a run that reads at once.
 
     One step in three is logged. Under float16 the first steps overflow.
     """
-    options: dict[str, Any] = {
-        "task_name": "opinions", "data_dir": str(tiny_data), "model_name_or_path": str(tiny_bert),
-        "max_seq_length": 16, "per_device_train_batch_size": 16, "max_steps": 6,
-        "num_train_epochs": 2, "logging_steps": 3, "impl": "reference", "disable_tqdm": True,
-        "device": "cpu", **STEPS[case],
-    }  # fmt: skip
+    options = tiny_options | {"max_steps": 6, "num_train_epochs": 2, "logging_steps": 3}
+    options |= {"per_device_train_batch_size": 16, "impl": "reference", "device": "cpu"}
+    options |= STEPS[case]
     if options.pop("cache", False):
         options["feature_cache"] = str(tmp_path / "cache")
     monkeypatch.setattr(loss_scaling, "INITIAL_SCALE", 2.0**21)
 
     def steps(name: str, refused: bool) -> tuple[list[Any], Trainer]:
         directory = tmp_path / name
-        config = TrainingConfig.create(**options, output_dir=str(directory))
+        config = TrainingConfig.create(**options | {"output_dir": str(directory)})
         trainer = Trainer(build_run(config))
         with MetricsLog(directory, "none") as log, tqdm(disable=True) as bar:
             taken = trainer.steps(log, bar)
             for _ in range(trainer.plan.num_steps):
                 # Between stages values are read, and an exit's features may be written.
                 between = trainer.step == trainer.plan.ends[trainer.stage_index]
-                if refused and not between:
-                    with no_reads(monkeypatch):
-                        next(taken)
-                else:
+                with no_reads(monkeypatch) if refused and not between else nullcontext():
                     next(taken)
             if refused and len(trainer.plan.stages) == 1:
                 assert (directory / "metrics.jsonl").read_text() == ""
             assert next(taken, "done") == "done"
         trainer.parts.lock.release()
-        lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
-        records = [{k: v for k, v in x.items() if k != "samples_per_second"} for x in lines]
-        return records, trainer
+        return records(directory), trainer
 
     expected, at_once = steps("at once", refused=False)
     monkeypatch.setattr(transfers._Parcel, "has_arrived", lambda parcel: False)

@@ -1,4 +1,4 @@
-"""Short training runs on the tiny data of conftest.py, and the files that they leave."""
+"""Short training runs on the tiny data of conftest.py, the files that they leave, and texts."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
-from fusedacl.engine import TrainingConfig, train
+import torch
+from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig, train
+from fusedacl.engine.data.batching import EncodedSplit
+from fusedacl.engine.model.saved import load_tokenizer
 from fusedacl.engine.training.trainer import Trainer
 from torch import Tensor
 
@@ -30,6 +34,11 @@ def options_of(encoder: Path, data: Path, output_dir: Path, **changes: Any) -> d
 def run(options: dict[str, Any], **changes: Any) -> dict[str, Any]:
     """Train and return the results."""
     return train(TrainingConfig.create(**{**options, **changes}))
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """The options as words of a command."""
+    return [f"--{name}={value}" for name, value in options.items()]
 
 
 def records(
@@ -67,3 +76,26 @@ def at_step(
 def weights(directory: str | Path) -> dict[str, Tensor]:
     """Tensors of the final model or of a checkpoint."""
     return safetensors.torch.load_file(Path(directory) / "model.safetensors")
+
+
+def save_model(
+    model: MultiExitForSequenceClassification, tokenizer_of: Path, directory: Path
+) -> Path:
+    """Save a model with the tokenizer of another one, and return the directory."""
+    model.save_pretrained(directory)
+    load_tokenizer(str(tokenizer_of)).save_pretrained(directory)
+    return directory
+
+
+def random_texts(number: int, longest: int) -> EncodedSplit:
+    """Texts of random lengths from 2 to `longest` - 1 tokens, with random labels of 3 classes."""
+    random = np.random.default_rng(3)
+    lengths = random.integers(2, longest, number)
+    return EncodedSplit(
+        tokens=random.integers(5, 60, lengths.sum()).astype(np.int32),
+        offsets=np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        token_types=None,
+        labels=torch.from_numpy(random.integers(0, 3, number)),
+        num_truncated=0,
+        max_length=longest,
+    )

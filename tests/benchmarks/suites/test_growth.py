@@ -31,12 +31,9 @@ def test_too_little_for_a_slope(points: list[tuple[float, float]]) -> None:
 
 
 def series_case(axis: str, size: int, **providers: tuple[float, int | None]) -> dict[str, Any]:
-    return {
-        "axis": axis, "size": size,
-        "providers": {
-            name: {"p50_ms": value, "peak_bytes": peak} for name, (value, peak) in providers.items()
-        },
-    }  # fmt: skip
+    names = ("p50_ms", "peak_bytes")
+    found = {name: dict(zip(names, each, strict=True)) for name, each in providers.items()}
+    return {"axis": axis, "size": size, "providers": found}
 
 
 def test_the_table_has_exponents_and_the_largest_size() -> None:

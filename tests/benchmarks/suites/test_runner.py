@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -59,8 +61,14 @@ def wrong(x: torch.Tensor) -> torch.Tensor:
     return 1.01 * x.sum()
 
 
-def broken(x: torch.Tensor) -> torch.Tensor:
-    raise RuntimeError("no kernel image\nand more")
+def raising(message: str) -> Callable[..., Any]:
+    def broken(*_: Any) -> Any:
+        raise RuntimeError(message)
+
+    return broken
+
+
+broken = raising("no kernel image\nand more")
 
 
 def test_who_is_right_is_timed_and_the_others_are_named() -> None:
@@ -89,13 +97,11 @@ def test_who_is_right_is_timed_and_the_others_are_named() -> None:
     assert entry["over_floor"] == pytest.approx(entry["p50_ms"] / found["floor_ms"])
 
 
-@pytest.mark.parametrize(("function", "words"), [(wrong, "wrong by"), (broken, "RuntimeError")])
+@pytest.mark.parametrize(("function", "words"), [(wrong, "wrong by"), (broken, "failed: Runtime")])
 def test_ours_wrong_or_broken_is_a_failure(function: Any, words: str) -> None:
-    found, failures = run_case(
-        sums(provider("ours", function, is_ours=True)), Case(8), SETTINGS, None
-    )
-    assert found["providers"] == {}
-    assert len(failures) == 1 and failures[0].startswith("sum of 8: ours") and words in failures[0]
+    suite = sums(provider("ours", function, is_ours=True))
+    found, (failure,) = run_case(suite, Case(8), SETTINGS, None)
+    assert found["providers"] == {} and failure.startswith(f"sum of 8: ours {words}")
 
 
 def test_inputs_take_turns_and_are_larger_than_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,11 +109,8 @@ def test_inputs_take_turns_and_are_larger_than_the_cache(monkeypatch: pytest.Mon
     number = runner.num_input_sets(sums(), Case(25), CPU)
     assert 100 * number > 1000
     assert runner.num_input_sets(sums(), Case(10_000), CPU) == 1
-    seen: list[float] = []
-    turn = runner.rotating(lambda x: seen.append(float(x[0])), sums().inputs(Case(2), CPU, 3))
-    for _ in range(4):
-        turn()
-    assert seen == [1, 2, 3, 1]
+    turn = runner.rotating(lambda x: float(x[0]), sums().inputs(Case(2), CPU, 3))
+    assert [turn() for _ in range(4)] == [1, 2, 3, 1]
 
 
 def test_a_preset_leaves_out_unless_it_is_named() -> None:
@@ -155,11 +158,7 @@ def test_a_call_that_failed_on_a_living_device_is_not_a_lost_device(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     runner.refuse_lost(CPU, RuntimeError("x"))
-
-    def silent(device: torch.device) -> None:
-        raise RuntimeError("no answer")
-
-    monkeypatch.setattr(runner, "synchronize", silent)
+    monkeypatch.setattr(runner, "synchronize", raising("no answer"))
     with pytest.raises(DeviceLost, match="does not answer any more: x"):
         runner.refuse_lost(CPU, RuntimeError("x\ny"))
 
@@ -190,9 +189,8 @@ LOSS_CASES = [
     loss_case.LossCase("acl_cl", 12, 8, 3, exits=2),
 ]
 ANGLE_CASES = [
-    gate_case.AngleCase(task, 3000, dtype)
-    for task in angle.TASKS
-    for dtype in ("float32", "float16")
+    gate_case.AngleCase(*kind)
+    for kind in itertools.product(angle.TASKS, (3000,), ("float32", "float16"))
 ]
 
 
@@ -222,12 +220,9 @@ def test_every_provider_of_the_suites_computes_what_it_says(case: Any) -> None:
 
 def test_torch_compile_compiles_for_the_shape_of_the_case(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
-
-    def compile_(function: Any, dynamic: bool) -> Any:
-        compiled.append(dynamic)
-        return function
-
-    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(
+        torch, "compile", lambda function, dynamic: compiled.append(dynamic) or function
+    )
     monkeypatch.setattr(loss_providers, "_compiler_obstacle", lambda case, device: None)
     settings = replace(SETTINGS, rounds=1, providers=("dense torch.compile",))
     found, _ = run_case(loss.SUITE, LOSS_CASES[0], settings, None)
@@ -238,10 +233,7 @@ def test_torch_compile_compiles_for_the_shape_of_the_case(monkeypatch: pytest.Mo
 def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpp_builder
 
-    def none() -> str:
-        raise RuntimeError("no working compiler")
-
-    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", raising("no working compiler"))
     settings = replace(SETTINGS, providers=("dense torch.compile",))
     reason = plan(loss.SUITE, LOSS_CASES[0], settings)[1]["dense torch.compile"]
     assert reason.endswith("a C++ compiler (install g++ or clang): no working compiler")
@@ -261,9 +253,6 @@ def test_gpu_kernels_name_what_they_need() -> None:
 
 def test_bert_has_as_many_parameters_as_published() -> None:
     """transformers' BertModel with its pooler."""
-    for num_layers, hidden, tensors, elements in (
-        (12, 768, 199, gate_case.BERT_BASE),
-        (24, 1024, 391, 335_141_888),
-    ):
-        shapes = gate_case.bert_shapes(num_layers, hidden)
-        assert (len(shapes), gate_case.num_elements(shapes)) == (tensors, elements)
+    base, large = gate_case.bert_shapes(12, 768), gate_case.bert_shapes(24, 1024)
+    assert (len(base), gate_case.num_elements(base)) == (199, gate_case.BERT_BASE)
+    assert (len(large), gate_case.num_elements(large)) == (391, 335_141_888)

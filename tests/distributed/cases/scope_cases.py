@@ -13,6 +13,7 @@ from zero_cases import (
     exits_model,
     options,
     settings_of,
+    steps_of,
     weights_of,
 )
 
@@ -89,25 +90,17 @@ def compare_scope(
     return compared(first, weights_of(model), weights_of(oracle), found, wanted)
 
 
-def overflow_scope(rank: int, stage: int) -> dict[str, Any]:
+def overflow_scope(rank: int, stage: int) -> list[tuple[float, bool, float]]:
     """Three steps of which the first overflows on one rank, in the contrastive loss."""
     model = exits_model(exit_head="mha")
     config = options({"accumulation": 1}, gate_scope="head", impl="reference", fp16=True)
     engine = sharded(model, stage, config)
-    made: dict[str, Any] = {"skipped": [], "moved": [], "scales": []}
-    before = engine.full_state_dict()
-    for step, factor in enumerate((1e9 if rank == 1 else 1.0, 1.0, 1.0)):
-        losses = losses_of(model, engine, config, [batch(step + 1, rank)])
-        assert losses.auxiliary is not None
-        engine.backward(losses.times(0.5, 0.5 * factor))
-        report = engine.step()
-        after = engine.full_state_dict()
-        made["skipped"].append(report.skipped)
-        made["moved"].append(any(not torch.equal(after[n], before[n]) for n in after))
-        made["scales"].append(report.loss_scale)
-        before = after
-    engine.close()
-    return made
+
+    def losses(step: int) -> ExitLosses:
+        made = losses_of(model, engine, config, [batch(step, rank)])
+        return made.times(0.5, 5e8 if (rank, step) == (1, 1) else 0.5)
+
+    return steps_of(engine, (losses(step) for step in (1, 2, 3)))
 
 
 def refuse_agreement(rank: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 # Before deepspeed looks for one: these ranks compute on the CPU, also where there is a GPU.
@@ -246,15 +247,21 @@ def overflow(rank: int, stage: int, zero: dict[str, Any]) -> list[tuple[float, b
     case["zero"] = zero
     net = Net()
     engine = sharded(net, stage, case)
-    made = []
-    before = engine.full_state_dict()
-    for step in range(1, 10):
+
+    def losses(step: int) -> ExitLosses:
         with engine.forward_context():
-            losses = net.losses(*batch(step, rank), False)
+            made = net.losses(*batch(step, rank), False)
         # The scale is too big on one rank only, for one of the losses only.
-        losses = ExitLosses(losses.main, losses.auxiliary * (4.0 if rank == 1 else 1.0))
-        share = 1 / processes.world_size()
-        engine.backward(losses.times(share, share))
+        return made.times(0.5, 2.0 if rank == 1 else 0.5)
+
+    return steps_of(engine, (losses(step) for step in range(1, 10)))
+
+
+def steps_of(engine: Any, losses: Iterable[ExitLosses]) -> list[tuple[float, bool, float]]:
+    """Loss scale, skipped, and the largest weight change of a step for each of the losses."""
+    made, before = [], engine.full_state_dict()
+    for of_step in losses:
+        engine.backward(of_step)
         report = engine.step()
         after = engine.full_state_dict()
         moved = max(float((after[n] - before[n]).abs().max()) for n in after)

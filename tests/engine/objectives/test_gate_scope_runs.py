@@ -11,12 +11,8 @@ from tiny_runs import records, run, weights
 
 
 @pytest.fixture
-def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **tiny_options,
-        "per_device_train_batch_size": 16, "learning_rate": 5e-3,
-        "num_train_epochs": 3, "logging_steps": 1, "save_steps": 0, "aux_weight": 0.3,
-    }  # fmt: skip
+def options(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, "aux_weight": 0.3}
 
 
 @pytest.mark.parametrize("scope", ["top:1", "head"])
@@ -63,9 +59,8 @@ def test_top_of_all_layers_sees_nearly_the_exact_angle(options, tmp_path: Path) 
     small = {"max_steps": 4, "max_angle": 180, "learning_rate": 1e-4, "dropout": 0.0}
     run(options, **small, output_dir=str(exact))
     run(options, **small, gate_scope="top:2")
-    for here, there in zip(
-        records(options["output_dir"], "train"), records(exact, "train"), strict=True
-    ):
+    both = (records(directory, "train") for directory in (options["output_dir"], exact))
+    for here, there in zip(*both, strict=True):
         assert here["loss"] == pytest.approx(there["loss"], rel=1e-5)
         assert here["grad_norm"] == pytest.approx(there["grad_norm"], rel=1e-4)
         assert here["angle_degrees"] == pytest.approx(there["angle_degrees"], abs=15)

@@ -81,9 +81,14 @@ def test_many_elements_lose_nothing(monkeypatch: pytest.MonkeyPatch, impl: str) 
     )
 
 
+compiled = pytest.mark.skipif(
+    cpu.compiled_loop() is None,
+    reason="the compiled loop was not built: no C compiler at installation",
+)
+
+
+@compiled
 def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    if cpu.compiled_loop() is None:
-        pytest.skip("the compiled loop was not built: no C compiler at installation")
     a, b = make_lists()
     expected = grad_dot_norm(a, b)
     for num_threads in (2, 3, 16):
@@ -91,11 +96,10 @@ def test_sums_do_not_depend_on_the_number_of_threads(monkeypatch: pytest.MonkeyP
         assert torch.equal(grad_dot_norm(a, b), expected)
 
 
+@compiled
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("count", [0, 1, 31, 32, 33, 8191, 8192, 8193, 20000])
 def test_the_compiled_loop_at_every_edge(count: int, dtype: torch.dtype) -> None:
-    if cpu.compiled_loop() is None:
-        pytest.skip("the compiled loop was not built: no C compiler at installation")
     # The elements before and after must not be read.
     x, y = (torch.randn(count + 2, dtype=dtype) for _ in range(2))
     x[0], x[-1] = NAN, NAN
@@ -107,14 +111,12 @@ def test_the_compiled_loop_at_every_edge(count: int, dtype: torch.dtype) -> None
 
 def test_angle() -> None:
     x = torch.tensor([1.0, 0.0])
-    cases = {
-        0.0: x, 45.0: torch.tensor([1.0, 1.0]), 90.0: torch.tensor([0.0, 3.0]), 180.0: -2 * x,
-    }  # fmt: skip
-    for degrees, y in cases.items():
-        angle = angle_degrees(grad_dot_norm([x], [y]))
+    for degrees, y in ((0.0, [1, 0]), (45.0, [1, 1]), (90.0, [0, 3]), (180.0, [-2, 0])):
+        angle = angle_degrees(grad_dot_norm([x], [torch.tensor(y).float()]))
         torch.testing.assert_close(angle, torch.tensor([degrees]), rtol=0, atol=1e-5)
     assert angle_degrees(grad_dot_norm([x], [torch.zeros(2)])).tolist() == [90]
     assert angle_degrees(grad_dot_norm([x], [None])).tolist() == [90]
+    assert grad_dot_norm([None], [None]).tolist() == [[0, 0, 0]]
     # Rounding may give a cosine above 1.
     assert angle_degrees(torch.tensor([[1.0001, 1.0, 1.0]])).tolist() == [0]
     for bad in (NAN, INF):
@@ -225,11 +227,10 @@ def test_the_decision_is_taken_in_float64() -> None:
 
 def test_threshold_is_inclusive_and_can_be_below_90() -> None:
     x, y = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
-    stats = grad_dot_norm([x], [y])
-    for max_angle, weight in ((90.0, 0.5), (89.9, 0.0)):
-        assert gated_combine_([x.clone()], [y], stats, weight=0.5, max_angle=max_angle) == weight
-    stats = grad_dot_norm([x], [None])
-    assert gated_combine_([x.clone()], [None], stats, weight=0.5, max_angle=60) == 0
+    for other, max_angle, weight in ((y, 90.0, 0.5), (y, 89.9, 0.0), (None, 60, 0.0)):
+        stats = grad_dot_norm([x], [other])
+        used = gated_combine_([x.clone()], [other], stats, weight=0.5, max_angle=max_angle)
+        assert used == weight
 
 
 def test_norm_of_the_combination_needs_no_pass() -> None:
@@ -241,10 +242,6 @@ def test_norm_of_the_combination_needs_no_pass() -> None:
     after = grad_dot_norm(a, a, groups=groups)[:, 1]
     torch.testing.assert_close(combined_squared_norm(stats, used), after)
     assert combined_squared_norm(stats, torch.tensor([0.3, NAN])).isnan().tolist() == [False, True]
-
-
-def test_all_entries_may_be_none() -> None:
-    assert grad_dot_norm([None], [None]).tolist() == [[0, 0, 0]]
 
 
 X = torch.ones(3)

@@ -1,8 +1,8 @@
-"""The GPU kernels against the float64 reference; test_angle.py has the tests that all share."""
+"""The GPU kernels against the float64 reference."""
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -23,13 +23,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encount
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch, poison: None) -> None:
-    """Entries have several chunks, chunks several blocks; tables of other sizes are deleted."""
+    """Entries have several chunks, chunks several blocks; tables of other sizes are deleted.
+
+    NUM_WARPS gives each thread an element: more threads would read elements that others change.
+    """
     monkeypatch.setattr(chunk_tables, "CHUNK", 256)
-    monkeypatch.setattr(gpu, "BLOCK", 64)
-    # An element for each thread: more threads would read elements that others change.
-    monkeypatch.setattr(gpu, "NUM_WARPS", 2)
-    monkeypatch.setattr(gpu, "PARTIAL_BLOCK", 8)
-    monkeypatch.setattr(gpu, "GROUP_BLOCK", 4)
+    sizes = {"BLOCK": 64, "NUM_WARPS": 2, "PARTIAL_BLOCK": 8, "GROUP_BLOCK": 4}
+    for name, size in sizes.items():
+        monkeypatch.setattr(gpu, name, size)
     chunk_tables.layouts.clear()
 
 
@@ -47,12 +48,19 @@ def unaligned(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def mixed_lists() -> tuple[List, List]:
     """Make lists with every pair of dtypes, and sizes around a block and a chunk."""
     sizes = itertools.cycle((1, 7, 0, 64, 255, 256, 257, 1000, 512))
-    a: List = []
-    b: List = []
-    for left, right in itertools.product((*DTYPES, None), repeat=2):
-        size = next(sizes)
-        a.append(None if left is None else random(size, dtype=left))
-        b.append(None if right is None else random(size, dtype=right))
+    pairs = itertools.product((*DTYPES, None), repeat=2)
+    made = [
+        [None if dtype is None else random(size, dtype=dtype) for dtype in pair]
+        for pair, size in zip(pairs, sizes, strict=False)
+    ]
+    a, b = map(list, zip(*made, strict=True))
+    return a, b
+
+
+def lists(*sizes: int, dtypes: Sequence[torch.dtype] = (torch.float32,)) -> tuple[List, List]:
+    """Make two lists with tensors of these sizes; the dtypes take turns, also between the lists."""
+    turns = itertools.cycle(dtypes)
+    a, b = ([random(size, dtype=next(turns)) for size in sizes] for _ in range(2))
     return a, b
 
 
@@ -89,9 +97,8 @@ def test_the_last_bit_does_not_depend_on_alignment() -> None:
 
 def test_many_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "GROUP_BLOCK", 32)
-    a: List = [random(1 + index % 5) for index in range(300)]
-    b: List = [random(1 + index % 5, dtype=DTYPES[index % 3]) for index in range(300)]
-    groups = [index % 17 for index in range(300)]
+    a, b = lists(*(1 + index % 5 for index in range(301)), dtypes=DTYPES)
+    groups = [index % 17 for index in range(301)]
     check_sums(a, b, groups)
     check_combination(a, b, groups=groups, max_norm=1.0)
 
@@ -168,21 +175,18 @@ def test_scale_and_norm(scale: float | Tensor | None, max_norm: float | None) ->
 
 
 def test_scaled_float16_gradients_do_not_overflow_on_the_way() -> None:
-    a: List = [torch.full((300,), 6e4, dtype=torch.float16, device=DEVICE)]
-    b: List = [torch.full((300,), -6e4, dtype=torch.float16, device=DEVICE)]
+    x = torch.full((300,), 6e4, dtype=torch.float16, device=DEVICE)
     for max_norm in (None, 1.0):
-        check_combination(a, b, scale=2.0**-16, max_norm=max_norm, weight=1.0)
+        check_combination([x], [-x], scale=2.0**-16, max_norm=max_norm, weight=1.0)
 
 
 @pytest.mark.parametrize("scale", [NAN, torch.tensor(NAN)], ids=str)
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 def test_a_scale_of_nan_writes_nothing(max_norm: float | None, scale: float | Tensor) -> None:
-    a: List = [random(70)]
+    a = [random(70)]
     before = copies(a)
-    stats = fused(a, a)
-    used = gated_combine_(
-        a, a, stats, weight=0.5, scale=scale, max_norm=max_norm, max_angle=180, impl="triton"
-    )
+    options = {"scale": scale, "max_norm": max_norm, "max_angle": 180, "impl": "triton"}
+    used = gated_combine_(a, a, fused(a, a), weight=0.5, **options)
     assert used.tolist() == [0.5] and torch.equal(a[0], before[0])
 
 
@@ -190,13 +194,15 @@ def test_too_large_a_scale_makes_infinities() -> None:
     x = torch.ones(70, device=DEVICE)
     gated_combine_([x], [x.clone()], fused([x], [x]), weight=0.5, scale=1e300, impl="triton")
     assert x.isinf().all()
+    # Squares beyond float32 are not finite either.
+    assert fused([2e19 * torch.ones_like(x)], [2e19 * torch.ones_like(x)]).isinf().all()
 
 
 def test_weight_0_and_1_are_exact() -> None:
     for dtype in DTYPES:
         x, y = random(300, dtype=dtype), random(300, dtype=dtype)
         for weight, wanted in ((0.0, x), (1.0, y)):
-            a: List = [x.clone()]
+            a = [x.clone()]
             gated_combine_(a, [y], fused([x], [y]), weight=weight, max_angle=180, impl="triton")
             assert torch.equal(a[0], wanted)
 
@@ -209,13 +215,9 @@ def test_decisions_are_those_of_the_angle() -> None:
     odd = [[0, 0, 0], [0, 1, 0], [1.1, 1, 1], [-1.1, 1, 1], [-3e38, 3e38, 3e38], [-1e-45, 1e-45, 1]]
     bad = [[NAN, 1, 1], [0, INF, 0], [0, 1, NAN], [-INF, INF, INF]]
     stats = torch.cat([stats, torch.tensor(odd + bad)]).to(DEVICE)
-    groups = [len(stats) - 1]
-    a: List = [random(3)]
-    b: List = [random(3)]
+    options = {"weight": 1.0, "groups": [len(stats) - 1], "impl": "triton"}
     for max_angle in (0, 1e-6, 30, 60.0, 89.999, 90, 90.0001, 120, 179.99999, 180):
-        used = gated_combine_(
-            a, b, stats, weight=1.0, max_angle=max_angle, groups=groups, impl="triton"
-        )
+        used = gated_combine_(*lists(3), stats, max_angle=max_angle, **options)
         angle = gradients._angle(stats)
         wanted = (angle <= max_angle).float().masked_fill(angle.isnan(), NAN)
         torch.testing.assert_close(used, wanted, rtol=0, atol=0, equal_nan=True)
@@ -224,11 +226,8 @@ def test_decisions_are_those_of_the_angle() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_what_is_not_finite_is_reported(bad: float, dtype: torch.dtype) -> None:
-    a: List = [random(600, dtype=dtype), random(600, dtype=dtype)]
-    b: List = [random(600, dtype=dtype), random(600, dtype=dtype)]
-    for where, position in ((a, 0), (a, 599), (b, 300)):
-        tensor = where[1]
-        assert tensor is not None
+    a, b = lists(600, 600, dtypes=[dtype])
+    for (_, tensor), position in ((a, 0), (a, 599), (b, 300)):
         kept = tensor[position].clone()
         tensor[position] = bad
         stats = fused(a, b, [0, 1])
@@ -237,28 +236,20 @@ def test_what_is_not_finite_is_reported(bad: float, dtype: torch.dtype) -> None:
             check_combination(a, b, stats, groups=[0, 1], **clip)
         # Without a common norm no gradient is written.
         found = copies(a)
-        used = gated_combine_(
-            found, b, stats, weight=0.5, scale=2.0, max_norm=1.0, groups=[0, 1], impl="triton"
-        )
+        options = {"scale": 2.0, "max_norm": 1.0, "groups": [0, 1], "impl": "triton"}
+        used = gated_combine_(found, b, stats, weight=0.5, **options)
         assert used.isnan().tolist() == [False, True]
         assert all(map(torch.equal, map(torch.nan_to_num, found), map(torch.nan_to_num, a)))
         tensor[position] = kept
-
-
-def test_squares_beyond_float32_are_not_finite() -> None:
-    huge = torch.full((3,), 2e19, device=DEVICE)
-    assert fused([huge], [huge]).isinf().all()
 
 
 def test_nothing_at_all() -> None:
     assert fused([None, None], [None, None], [0, 2]).tolist() == [[0, 0, 0]] * 3
     empty: List = [random(0), random(0, 4)]
     assert fused(empty, copies(empty)).tolist() == [[0, 0, 0]]
-    for lists in ([None, None], empty):
-        used = gated_combine_(
-            lists, lists, torch.zeros(1, 3, device=DEVICE), weight=0.5, impl="triton"
-        )
-        assert used.tolist() == [0.5]
+    for none in ([None, None], empty):
+        stats = torch.zeros(1, 3, device=DEVICE)
+        assert gated_combine_(none, none, stats, weight=0.5, impl="triton").tolist() == [0.5]
 
 
 def test_bits_do_not_depend_on_what_was_computed_before() -> None:
@@ -279,8 +270,7 @@ def test_bits_do_not_depend_on_what_was_computed_before() -> None:
 def test_addresses_may_change_and_shapes_stay() -> None:
     kept = []
     for _ in range(chunk_tables.MAX_ADDRESSES + 2):
-        a: List = [random(300), random(7)]
-        b: List = [random(300), random(7)]
+        a, b = lists(300, 7)
         check_combination(a, b)
         # Kept alive, so that the next gradients have other addresses.
         kept.append((a, b))
@@ -292,9 +282,8 @@ def test_addresses_may_change_and_shapes_stay() -> None:
 
 def test_tables_are_bounded_shared_and_without_gradients() -> None:
     for size in range(chunk_tables.MAX_LAYOUTS + 2):
-        a: List = [random(size + 1)]
-        stats = fused(a, a)
-        gated_combine_(a, a, stats, weight=0.5, impl="triton")
+        a = [random(size + 1)]
+        gated_combine_(a, a, fused(a, a), weight=0.5, impl="triton")
     assert len(chunk_tables.layouts) == chunk_tables.MAX_LAYOUTS
     # Both calls of a step use the same tables.
     assert all(len(x.address_tables) == 1 for x in chunk_tables.layouts.values())
@@ -321,22 +310,20 @@ def test_a_capture_uses_the_tables_of_the_warm_up(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     monkeypatch.setattr(chunk_tables, "for_graphs", [])
     device = torch.device("cuda", 0)
-    lists = chunk_tables.Lists((3,), (15,), (16, 32), [])
+    found = chunk_tables.Lists((3,), (15,), (16, 32), [])
     with pytest.raises(RuntimeError, match="run the step once before the capture"):
-        chunk_tables.find_tables(lists, None, 1, device)
-    made = chunk_tables.Layout(lists, None, 1, torch.device("cpu"))
-    table = made.find_addresses(lists.addresses, capturing=False)
+        chunk_tables.find_tables(found, None, 1, device)
+    made = chunk_tables.Layout(found, None, 1, torch.device("cpu"))
+    table = made.find_addresses(found.addresses, capturing=False)
     another_stream = 5
-    key = another_stream, ((3,), (15,), None, 1, device)
-    chunk_tables.layouts[key] = made
-    assert chunk_tables.find_tables(lists, None, 1, device) == (made, table)
+    chunk_tables.layouts[another_stream, ((3,), (15,), None, 1, device)] = made
+    assert chunk_tables.find_tables(found, None, 1, device) == (made, table)
     # The graph needs them, so they must be kept.
     assert chunk_tables.for_graphs == [(made, table)]
 
 
 def test_the_same_sizes_in_other_groups_or_dtypes_are_not_confused() -> None:
-    a: List = [random(30), random(30)]
-    b: List = [random(30), random(30)]
+    a, b = lists(30, 30)
     for groups in (None, [0, 1], [1, 0], [0, 0], [1, 1]):
         for dtype in DTYPES:
             check_sums(copies(a, dtype), b, groups)

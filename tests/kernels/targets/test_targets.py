@@ -118,14 +118,6 @@ def abort_where_named(task: Task) -> Any:
 compile_variant = compilation.compile_variant
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command for the shipped kernels."""
-    return subprocess.run(
-        [sys.executable, "-m", "fusedacl.kernels.targets", *arguments],
-        capture_output=True, text=True, timeout=1200, check=False,
-    )  # fmt: skip
-
-
 def gate(file: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command for the kernels of a class here, in a process without the interpreter."""
     program = f"""
@@ -145,7 +137,8 @@ sys.exit(targets.main({json.dumps(arguments)}, files))
 
 def test_shipped_kernels_are_as_promised_and_the_page_shows_them() -> None:
     """Every pair of properties; `make targets` compiles every combination."""
-    done = command("--pairs", "--check", str(PAGE))
+    command = [sys.executable, "-m", "fusedacl.kernels.targets", "--pairs", "--check", str(PAGE)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all as promised\n")
 
@@ -170,24 +163,19 @@ def test_pairs_of_properties_are_covered_by_fewer_tasks() -> None:
 def test_sound_kernels_pass() -> None:
     done = gate("Sound", "--capability", "75", "90", "--jobs", "1")
     assert done.returncode == 0, done.stderr
-    lines = [line.split() for line in done.stdout.splitlines()]
-    products = [line for line in lines if line[:2] == ["fp16", "sm_90"]]
-    assert len(products) == 1
-    assert not [line for line in lines if line[:2] == ["fp16", "sm_75"]]
-    spills, matrix_instructions = int(products[0][3]), int(products[0][-4])
-    assert spills == 0
-    assert matrix_instructions > 0
-    copies = [line for line in lines if line[:2] == ["copy", "sm_75"]]
+    lines = {tuple(line[:2]): line for line in map(str.split, done.stdout.splitlines())}
+    assert ("fp16", "sm_75") not in lines
+    spills, matrix_instructions = (int(lines["fp16", "sm_90"][place]) for place in (3, -4))
+    assert spills == 0 and matrix_instructions > 0
     # 1024 values for 128 threads: two loads of four values each.
-    assert copies[0][-3:] == ["2", "of", "2"]
+    assert lines["copy", "sm_75"][-3:] == ["2", "of", "2"]
 
 
 def test_every_unsound_kernel_is_named_with_reason_and_remedy() -> None:
     done = gate("Unsound", "--capability", "86", "--jobs", "2", "--quiet")
     assert done.returncode == 1
-    found = {
-        line.split(", ")[1]: line for line in done.stderr.splitlines() if line.startswith("FAILED")
-    }
+    failures = [line for line in done.stderr.splitlines() if line.startswith("FAILED")]
+    found = {line.split(", ")[1]: line for line in failures}
     reasons = {
         "spilling": ["bytes per thread", "smaller blocks"],
         "no longer spilling": ["spills_because", "remove it"],
@@ -200,8 +188,7 @@ def test_every_unsound_kernel_is_named_with_reason_and_remedy() -> None:
     }
     assert set(found) == set(reasons)
     for name, words in reasons.items():
-        for word in words:
-            assert word in found[name]
+        assert all(word in found[name] for word in words)
     assert done.stdout == f"Triton {triton.__version__}, 10 compilations: 8 failures\n"
 
 
@@ -261,16 +248,10 @@ def test_instructions_are_counted_in_ptx() -> None:
 def test_markdown_has_a_row_per_variant_and_a_column_per_gpu() -> None:
     sound = Resources(registers=96, spilled=0, shared=32 * 1024, matrix=8, loads=4, wide_loads=4)
     spilled = Resources(registers=255, spilled=16, shared=0, matrix=0, loads=4, wide_loads=4)
-    tasks = [
-        Task("first", 70, copying("a")),
-        Task("first", 80, copying("a")),
-        Task("first", 80, copying("b")),
-        Task("second", 70, copying("a")),
-    ]
+    places = (("first", 70, "a"), ("first", 80, "a"), ("first", 80, "b"), ("second", 70, "a"))
+    tasks = [Task(file, capability, copying(name)) for file, capability, name in places]
     page = tables.markdown(tasks, [spilled, sound, sound, "LLVM ERROR"], "Triton 3.7.1.")
-    assert (
-        page
-        == """Triton 3.7.1.
+    expected = """Triton 3.7.1.
 
 ### first
 
@@ -285,7 +266,7 @@ def test_markdown_has_a_row_per_variant_and_a_column_per_gpu() -> None:
 |---|---|
 | a | **does not compile** |
 """
-    )
+    assert page == expected
     cells = tables.read_cells(f"text\n{tables.BEGIN}\n{page}\n{tables.END}\n| no | cell |\n")
     assert cells == tables.markdown_cells(tasks, [spilled, sound, sound, "LLVM ERROR"])
 

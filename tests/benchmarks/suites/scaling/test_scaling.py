@@ -114,8 +114,8 @@ def test_a_wrong_loss_is_refused(single_rank: None) -> None:
     inputs = scaling_ranks.own_inputs(0, 9, 3, 8)
     scaling_ranks.check(scaling_ranks.losses(), inputs)
 
-    def without_labels(embeddings: Tensor, labels: Tensor, label_embeddings: Tensor) -> Tensor:
-        return acl_loss(embeddings, labels, label_embeddings.detach()) + 0 * label_embeddings.sum()
+    def without_labels(x: Tensor, labels: Tensor, rows: Tensor) -> Tensor:
+        return acl_loss(x, labels, rows.detach()) + 0 * rows.sum()
 
     with pytest.raises(AssertionError, match="shortened: .* label embeddings' gradient is 1.0e"):
         scaling_ranks.check({"shortened": without_labels}, inputs)
@@ -168,8 +168,7 @@ def test_the_model_predicts_what_two_ranks_send(
         "timeout": 200, "output_dir": tmp_path, **OTHER_MACHINE,
     }  # fmt: skip
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
-    assert cli.main(["scaling", *words]) == 0
+    assert cli.main(["scaling", *(f"--{name}={value}" for name, value in options.items())]) == 0
     result = read_result(tmp_path / "scaling.json")
     (measured,) = result["measured"]
     for name, method in METHODS.items():

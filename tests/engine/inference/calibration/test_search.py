@@ -28,7 +28,6 @@ from fusedacl.engine.model.early_exit import early_exit
 from fusedacl.engine.model.exit_policies import (
     POLICIES,
     FixedLayer,
-    MaximumProbability,
     Patience,
     ThresholdPolicy,
     calibration_mismatch,
@@ -85,19 +84,9 @@ def row(share: float, score: float, layer: float = 1) -> SweepRow:
 
 
 def test_the_frontier_drops_what_is_beaten() -> None:
-    rows = [
-        row(0.9, 0.8),
-        row(0.2, 0.5),
-        row(0.5, 0.7),
-        row(0.6, 0.7),
-        row(0.5, 0.6),
-        row(0.7, 0.6),
-    ]
-    assert [(r.flops_share, r.score) for r in frontier(rows)] == [
-        (0.2, 0.5),
-        (0.5, 0.7),
-        (0.9, 0.8),
-    ]
+    beaten = [row(0.6, 0.7), row(0.5, 0.6), row(0.7, 0.6)]
+    kept = [row(0.2, 0.5), row(0.5, 0.7), row(0.9, 0.8)]
+    assert frontier([kept[2], *kept[:2], *beaten]) == kept
 
 
 def test_settings_spread_over_the_frontier() -> None:
@@ -161,20 +150,10 @@ def test_a_policy_is_stored_with_the_model(
     tmp_path: Path,
 ) -> None:
     target = Target(max_quality_loss=0.05)
-    chosen = choose(
-        sweep(readings, policy_grid("entropy", readings), "accuracy"),
-        readings.score("accuracy"),
-        target,
-    )
-    record = calibration_record(
-        chosen,
-        readings,
-        data="random, validation",
-        metric="accuracy",
-        target=target,
-        dtype=torch.float32,
-        max_seq_length=20,
-    )
+    rows = sweep(readings, policy_grid("entropy", readings), "accuracy")
+    chosen = choose(rows, readings.score("accuracy"), target)
+    facts = {"data": "random, validation", "metric": "accuracy", "target": target}
+    record = calibration_record(chosen, readings, **facts, dtype=torch.float32, max_seq_length=20)
     assert record["calibration"]["full_score"] == pytest.approx(0.8)
     assert record["calibration"]["score"] >= 0.95 * 0.8
     assert record["calibration"]["target"] == {"max_quality_loss": 0.05}
@@ -209,13 +188,12 @@ def test_inference_unlike_the_calibration(
 
 def test_mistakes(exit_model: MultiExitForSequenceClassification, exit_texts: EncodedSplit) -> None:
     readings = read_exits(exit_model, exit_texts, 16, pad_token_id=0)
-    with pytest.raises(ValueError, match="learned needs the model's learned exit"):
-        policy_grid("learned", readings)
-    with pytest.raises(ValueError, match="Did you mean 'voting'"):
-        policy_grid("votes", readings)
-    with pytest.raises(ValueError, match="num_thresholds=2: at least 3"):
-        policy_grid("entropy", readings, 2)
-    with pytest.raises(ValueError, match="patience=4 can never be reached"):
-        sweep(readings, [Patience(4)], "accuracy")
-    with pytest.raises(ValueError, match="metric='acuracy'"):
-        sweep(readings, [MaximumProbability(0.5)], "acuracy")
+    for function, arguments, message in (
+        (policy_grid, ("learned", readings), "learned needs the model's learned exit"),
+        (policy_grid, ("votes", readings), "Did you mean 'voting'"),
+        (policy_grid, ("entropy", readings, 2), "num_thresholds=2: at least 3"),
+        (sweep, (readings, [Patience(4)], "accuracy"), "patience=4 can never be reached"),
+        (sweep, (readings, [FixedLayer(1)], "acuracy"), "metric='acuracy'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function(*arguments)

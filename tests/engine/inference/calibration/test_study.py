@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,10 @@ from fusedacl.engine.inference.calibration import study as exit_study
 from fusedacl.engine.inference.calibration.search import policy_grid
 from fusedacl.engine.inference.calibration.timing import MeasuredSpeed, measure_speed
 from fusedacl.engine.model.saved import load_tokenizer
+from tiny_runs import save_model
+
+Run = Callable[..., int]
+Capture = pytest.CaptureFixture[str]
 
 
 @pytest.fixture
@@ -28,22 +33,28 @@ def model_dir(tiny_bert: Path, tmp_path: Path) -> Path:
     with torch.no_grad():
         words = model.backbone.get_input_embeddings().weight
         words.copy_(torch.randn_like(words))
-    model.save_pretrained(tmp_path / "model")
-    load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path / "model")
-    return tmp_path / "model"
+    return save_model(model, tiny_bert, tmp_path / "model")
 
 
-def run(model_dir: Path, tiny_data: Path, *options: str) -> int:
+@pytest.fixture
+def run(model_dir: Path, tiny_data: Path) -> Run:
+    """The command with these options; for `model_dir` unless another directory is named."""
     source = ["--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
-    return main(["exits", "--model_name_or_path", str(model_dir), *source, *options])
+
+    def run(*options: str, model: Path = model_dir) -> int:
+        return main(["exits", "--model_name_or_path", str(model), *source, *options])
+
+    return run
 
 
-def test_sweep_store_and_serve(
-    model_dir: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def config_of(model_dir: Path) -> dict[str, Any]:
+    return json.loads((model_dir / "config.json").read_text())
+
+
+def test_sweep_store_and_serve(run: Run, model_dir: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "report"
     target = ["--policy", "entropy", "--max_mean_layer", "1.7", "--metric", "accuracy"]
-    assert run(model_dir, tiny_data, *target, "--output_dir", str(out), "--measure") == 0
+    assert run(*target, "--output_dir", str(out), "--measure") == 0
     printed = capsys.readouterr().out
     assert "full model: accuracy" in printed and "entropy is stored" in printed
     assert "on 24 texts (opinions, validation), float32, at most 64 tokens" in printed
@@ -101,22 +112,17 @@ def test_sweep_store_and_serve(
 
 
 def test_a_learned_exit_of_the_sweep_is_not_promised_to_those_who_load(
-    model_dir: Path, tiny_data: Path
+    run: Run, model_dir: Path
 ) -> None:
     """It is not among the saved weights, so the configuration must not name it."""
     both = ["--policies", "entropy,learned", "--policy", "entropy", "--max_mean_layer", "2"]
-    assert run(model_dir, tiny_data, *both) == 0
-    config = json.loads((model_dir / "config.json").read_text())
-    assert not config.get("learned_exit", False)
-    assert config["exit_policy"]["name"] == "entropy"
+    assert run(*both) == 0
+    assert not config_of(model_dir).get("learned_exit", False)
+    assert config_of(model_dir)["exit_policy"]["name"] == "entropy"
 
 
 def test_ctrl_c_keeps_what_is_done(
-    model_dir: Path,
-    tiny_data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The timing of the second policy is interrupted; the stored policy was timed first."""
     out = tmp_path / "report"
@@ -133,7 +139,7 @@ def test_ctrl_c_keeps_what_is_done(
     monkeypatch.setattr(exit_study, "measure_speed", interrupted)
     options = ["--policy", "voting", "--max_quality_loss", "1", "--policies", "entropy,patience"]
     options += ["--measure", "--measured_samples", "4", "--output_dir", str(out)]
-    assert run(model_dir, tiny_data, *options) == 130
+    assert run(*options) == 130
     assert timed == ["voting", "voting", "entropy"]
     assert set(seen[0]["policies"]) == {"entropy", "patience", "voting"}
     assert "measured" not in seen[0]["policies"]["voting"]
@@ -149,10 +155,7 @@ def test_ctrl_c_keeps_what_is_done(
 
 
 def test_times_that_nothing_would_show_are_not_taken(
-    model_dir: Path,
-    tiny_data: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[Any] = []
 
@@ -163,18 +166,14 @@ def test_times_that_nothing_would_show_are_not_taken(
     monkeypatch.setattr(exit_study, "measure_speed", measured)
     # With patience, no text leaves at the first exit: no setting reaches this target.
     options = ["--policies", "entropy,patience", "--max_mean_layer", "1", "--measure"]
-    assert run(model_dir, tiny_data, *options, "--measured_samples", "4") == 0
+    assert run(*options, "--measured_samples", "4") == 0
     assert [[policy.name for policy in policies] for policies in timed] == [["entropy"]] * 2
     printed = capsys.readouterr().out
     assert "target out of reach" in printed and "exits.csv" not in printed
 
 
 def test_ctrl_c_before_anything_is_stored(
-    model_dir: Path,
-    tiny_data: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    run: Run, model_dir: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(name: str, *arguments: Any, **options: Any) -> Any:
         if name == "patience":
@@ -183,21 +182,19 @@ def test_ctrl_c_before_anything_is_stored(
 
     monkeypatch.setattr(exit_study, "policy_grid", interrupted)
     options = ["--policies", "entropy,patience", "--policy", "patience"]
-    assert run(model_dir, tiny_data, *options, "--output_dir", str(tmp_path / "out")) == 130
+    assert run(*options, "--output_dir", str(tmp_path / "out")) == 130
     printed = capsys.readouterr().out
     assert "Interrupted: 1 of 2 policies were tried. Results" in printed
     assert "is stored" not in printed
     assert list(json.loads((tmp_path / "out/exits.json").read_text())["policies"]) == ["entropy"]
-    assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None
+    assert config_of(model_dir).get("exit_policy") is None
 
 
-def test_the_learned_exit_survives(
-    model_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_learned_exit_survives(run: Run, model_dir: Path, capsys: Capture) -> None:
     before = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert before.learned_exit is None
     options = ["--policies", "learned", "--policy", "learned", "--max_quality_loss", "1"]
-    assert run(model_dir, tiny_data, *options) == 0
+    assert run(*options) == 0
     assert "its layer was fitted on these texts too (opinions, val" in capsys.readouterr().out
     model = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert model.learned_exit is not None
@@ -209,7 +206,7 @@ def test_the_learned_exit_survives(
     inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
     assert model.early_exit(inputs).exit_layers.tolist() == [1]
     # Storing another policy later keeps it.
-    assert run(model_dir, tiny_data, "--policy", "patience", "--max_quality_loss", "1") == 0
+    assert run("--policy", "patience", "--max_quality_loss", "1") == 0
     again = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert again.config.exit_policy["name"] == "patience"
     assert torch.equal(again.learned_exit.weight, model.learned_exit.weight)
@@ -228,43 +225,28 @@ def test_the_learned_exit_survives(
         (["--max_eval_samples", "4", "--policies", "learned"], "4 texts cannot be cross-fitted"),
     ],
 )
-def test_mistakes(
-    model_dir: Path,
-    tiny_data: Path,
-    capsys: pytest.CaptureFixture[str],
-    options: list[str],
-    message: str,
-) -> None:
-    assert run(model_dir, tiny_data, *options) == 2
+def test_mistakes(run: Run, capsys: Capture, options: list[str], message: str) -> None:
+    assert run(*options) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_model_with_one_exit(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_models_that_have_nothing_to_sweep(
+    run: Run, tiny_bert: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     model = MultiExitForSequenceClassification.from_encoder(
         str(tiny_bert), label_names=["negative", "positive"]
     )
-    model.save_pretrained(tmp_path)
-    load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path)
-    assert run(tmp_path, tiny_data) == 2
+    assert run(model=save_model(model, tiny_bert, tmp_path / "single")) == 2
     assert "has one exit, on layer 2: nothing can leave early" in capsys.readouterr().err
-
-
-def test_an_encoder_without_exits(
-    tiny_bert: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(tiny_bert, tiny_data) == 2
+    assert run(model=tiny_bert) == 2
     assert "is a bert model, not one that `fusedacl train` has fine" in capsys.readouterr().err
 
 
-def test_a_model_that_diverged(
-    model_dir: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_model_that_diverged(run: Run, model_dir: Path, capsys: Capture) -> None:
     model = MultiExitForSequenceClassification.from_pretrained(model_dir)
     with torch.no_grad():
         model.exits[0].classifier.weight.fill_(float("nan"))
     model.save_pretrained(model_dir)
-    assert run(model_dir, tiny_data, "--policy", "entropy") == 1
+    assert run("--policy", "entropy") == 1
     assert "layer 1 has NaN or infinite logits for 24 of 24 texts" in capsys.readouterr().err
-    assert json.loads((model_dir / "config.json").read_text()).get("exit_policy") is None
+    assert config_of(model_dir).get("exit_policy") is None

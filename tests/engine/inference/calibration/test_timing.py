@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
-from fusedacl.engine.data.batching import EncodedSplit
 from fusedacl.engine.inference.calibration.figures import draw_quality_speed, write_speed_tables
 from fusedacl.engine.inference.calibration.search import SweepRow
 from fusedacl.engine.inference.calibration.timing import MeasuredSpeed, measure_speed
@@ -20,6 +18,7 @@ from fusedacl.engine.model.exit_policies import Entropy, FixedLayer, Patience
 from fusedacl.engine.runtime.machine import machine_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from tiny_runs import random_texts
 from transformers import BertConfig, BertModel
 
 ROWS = [
@@ -28,6 +27,7 @@ ROWS = [
     SweepRow(Patience(1), 0.8, 2.0, 0.5, {2: 4}),
     SweepRow(FixedLayer(1), 0.6, 1.0, 0.25, {1: 4}),
 ]
+SIZES = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "vocab_size": 60}
 CURVES = {"entropy": ROWS[:2], "patience": ROWS[2:3], "fixed_layer": ROWS[3:]}
 AREAS = {"entropy": 0.75125, "patience": 0.7, "fixed_layer": 0.61}
 MEASURED = {
@@ -79,11 +79,8 @@ def test_times_are_panels_of_the_figure(tmp_path: Path, monkeypatch: pytest.Monk
     assert len(drawn[0].axes) == 1
     draw_quality_speed(CURVES, 0.82, "accuracy", tmp_path / "timed", MEASURED)
     operations, one_by_one, batches = drawn[-1].axes
-    assert [points(axes)["entropy"] for axes in (operations, one_by_one, batches)] == [
-        [(0.42, 0.75), (0.8, 0.8125)],
-        [(2.5, 0.75)],
-        [],
-    ]
+    assert points(operations)["entropy"] == [(0.42, 0.75), (0.8, 0.8125)]
+    assert points(one_by_one)["entropy"] == [(2.5, 0.75)] and points(batches)["entropy"] == []
     assert points(batches)["patience"] == [(2.0, 0.8)]
     assert points(one_by_one)["full model"] == [(1, 0.82)]
     assert "measured speed, batch 32" in batches.get_xlabel()
@@ -103,45 +100,28 @@ def test_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         draw_quality_speed({"entropy": ROWS[:2]}, 0.8, "accuracy", tmp_path / "figure")
 
 
+TEXTS = random_texts(20, 24)
+MEASURING: dict[str, Any] = {"batch_size": 4, "pad_token_id": 0, "max_texts": 8, "repeats": 3}
+
+
+@pytest.fixture
 def two_exit_model() -> MultiExitForSequenceClassification:
-    config = MultiExitConfig(
-        BertConfig(
-            hidden_size=32,
-            num_hidden_layers=6,
-            num_attention_heads=2,
-            intermediate_size=64,
-            vocab_size=60,
-        ),
-        exit_layers=[1, 6],
-        exit_head="linear",
-    )
+    backbone = BertConfig(**SIZES, intermediate_size=64)
+    config = MultiExitConfig(backbone, exit_layers=[1, 6], exit_head="linear")
     return MultiExitForSequenceClassification(config)
 
 
-def lengths_from_4_to_23() -> EncodedSplit:
-    lengths = np.arange(4, 24)
-    return EncodedSplit(
-        tokens=np.random.default_rng(0).integers(5, 60, lengths.sum()).astype(np.int32),
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        token_types=None,
-        labels=torch.zeros(len(lengths), dtype=torch.int64),
-        num_truncated=0,
-        max_length=32,
-    )
-
-
-def test_times() -> None:
-    model, encoded = two_exit_model(), lengths_from_4_to_23()
-    (speed,) = measure_speed(
-        model, encoded, [FixedLayer(1)], 4, pad_token_id=0, max_texts=8, repeats=3
-    )
+def test_times(two_exit_model: MultiExitForSequenceClassification) -> None:
+    (speed,) = measure_speed(two_exit_model, TEXTS, [FixedLayer(1)], **MEASURING)
     assert (speed.batch_size, speed.num_texts, speed.repeats) == (4, 8, 3)
     # A layer of six is faster on any machine.
     assert speed.speedup > 1
     assert 0 < speed.early_ms < speed.full_ms
 
 
-def test_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_take_turns(
+    two_exit_model: MultiExitForSequenceClassification, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Settings and the full model alternate batch by batch, in rotating order."""
     turns, clock = [], [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
@@ -159,18 +139,14 @@ def test_all_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(EarlyExit, "__call__", early)
     monkeypatch.setattr(BertModel, "forward", full)
-    model, encoded = two_exit_model(), lengths_from_4_to_23()
-    policies = [FixedLayer(1), FixedLayer(6)]
-    speeds = measure_speed(model, encoded, policies, 4, pad_token_id=0, max_texts=8, repeats=3)
+    speeds = measure_speed(two_exit_model, TEXTS, [FixedLayer(1), FixedLayer(6)], **MEASURING)
     warm, rounds = turns[:3], turns[3:]
     assert warm == ["full", "1", "6"]
     # Three passes of two batches.
     first, second, third = ["full", "1", "6"], ["1", "6", "full"], ["6", "full", "1"]
     assert rounds == [*first, *second, *second, *third, *third, *first]
-    assert [(s.early_ms, s.full_ms, s.speedup) for s in speeds] == [
-        (500, 2500, 5),
-        (1250, 2500, 2),
-    ]
+    found = [(speed.early_ms, speed.full_ms, speed.speedup) for speed in speeds]
+    assert found == [(500, 2500, 5), (1250, 2500, 2)]
 
 
 def test_the_machine_is_named() -> None:
