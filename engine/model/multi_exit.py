@@ -22,9 +22,10 @@ from ..runtime.text import did_you_mean, nearest_directory
 from .early_exit import EarlyExitOutput, early_exit
 from .encoder import pretrained_encoder, random_encoder, set_dropout
 from .exit_policies import Policy
-from .exits import Exit, ExitModel, LinearExit, MHAExit
+from .exits import Exit, ExitModel, Exits, LinearExit, MHAExit
 
 EXIT_HEADS = ("mha", "linear")
+_BY_EXIT = ("exit_logits", "exit_embeddings")
 
 
 class MultiExitConfig(PretrainedConfig):
@@ -46,6 +47,10 @@ class MultiExitConfig(PretrainedConfig):
     """
 
     model_type = "fusedacl_multi_exit"
+    # from_pretrained hands dtype and attn_implementation on to the configurations named here.
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
+    # Outputs that Trainer leaves out of its predictions, so that these are the logits.
+    keys_to_ignore_at_inference = ("logits_by_text", "embeddings_by_text")
 
     def __init__(
         self,
@@ -77,6 +82,9 @@ class MultiExitConfig(PretrainedConfig):
             raise ValueError(f"exit_head={exit_head!r}.{did_you_mean(exit_head, EXIT_HEADS)}")
         if backbone_config is not None:
             self.exit_layers = self._checked_layers(backbone_config.num_hidden_layers)
+            # Unless told otherwise, transformers would reset the encoder's choice.
+            if kwargs.get("attn_implementation") is None:
+                kwargs["attn_implementation"] = backbone_config._attn_implementation
         super().__init__(**kwargs)
 
     def _checked_layers(self, num_layers: int) -> list[int]:
@@ -88,6 +96,10 @@ class MultiExitConfig(PretrainedConfig):
                 f"exit_layers={layers}: the backbone has layers 1 to {num_layers} only."
             )
         return layers
+
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The encoder's configuration, in which `resize_token_embeddings` sets `vocab_size`."""
+        return self if self.backbone_config is None else self.backbone_config
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, the backbone's nested in it."""
@@ -104,13 +116,45 @@ class MultiExitOutput(ModelOutput):
     loss: sum of the exits' mean cross-entropies, None without labels.
     logits [N, K]: those of the last exit.  exit_logits [E, N, K].
     exit_embeddings [E, N, d]: the representations that the classifiers read.
+    hidden_states, attentions: the encoder's, one [N, T, H] or [N, heads, T, T] per layer, if asked.
+
+    Its keys and items, which pipelines, Trainer and DataParallel split or join along the first
+    axis, have the samples there: logits_by_text [N, E, K] and embeddings_by_text [N, E, d]. They
+    share memory with exit_logits and exit_embeddings.
     """
 
     loss: Tensor | None = None
     # Always set; ModelOutput requires a default for every field but the first.
     logits: Tensor = None  # type: ignore[assignment]
-    exit_logits: Tensor = None  # type: ignore[assignment]
-    exit_embeddings: Tensor = None  # type: ignore[assignment]
+    logits_by_text: Tensor = None  # type: ignore[assignment]
+    embeddings_by_text: Tensor = None  # type: ignore[assignment]
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of_exits(
+        cls, exit_logits: Tensor, exit_embeddings: Tensor, loss: Tensor | None = None
+    ) -> MultiExitOutput:
+        """The output with these exit_logits [E, N, K] and exit_embeddings [E, N, d]."""
+        return cls(
+            loss, exit_logits[-1], exit_logits.transpose(0, 1), exit_embeddings.transpose(0, 1)
+        )
+
+    @property
+    def exit_logits(self) -> Tensor:
+        return self.logits_by_text.transpose(0, 1)
+
+    @property
+    def exit_embeddings(self) -> Tensor:
+        return self.embeddings_by_text.transpose(0, 1)
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if key in _BY_EXIT else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What was computed of loss, logits, exit_logits, exit_embeddings, hidden_states, …"""
+        names = ("loss", "logits", *_BY_EXIT, "hidden_states", "attentions")
+        return tuple(value for name in names if (value := getattr(self, name)) is not None)
 
 
 class MultiExitForSequenceClassification(ExitModel):
@@ -124,6 +168,10 @@ class MultiExitForSequenceClassification(ExitModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
+    supports_gradient_checkpointing = True
+    # The loss is a mean: with gradient accumulation Trainer has to divide it.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MultiExitConfig, backbone: PreTrainedModel | None = None) -> None:
         """Put new exits on `backbone`, or on an encoder with random weights where it is None."""
@@ -133,13 +181,29 @@ class MultiExitForSequenceClassification(ExitModel):
         self.num_labels = cast(int, config.num_labels)
         self.exit_layers = config.exit_layers
         self.backbone = backbone if backbone is not None else random_encoder(config.backbone_config)
-        self.exits = nn.ModuleList(self._new_exit() for _ in config.exit_layers)
+        self.exits = Exits(self._new_exit() for _ in config.exit_layers)
         # Fitted by `fit_learned_exit`; created here only so that from_pretrained can load it.
         self.learned_exit = None
         if config.learned_exit:
-            width = cast(Exit, self.exits[0]).classifier.in_features
+            width = self.exits.heads[0].classifier.in_features
             self.learned_exit = nn.Linear(width, 1)
+        # The encoder has the dtype of its configuration or of its weights.
+        nn.Module.to(self, self.backbone.dtype)
         self.post_init()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT stores its settings here, {adapter: settings}, after it has wrapped `modules_to_save`,
+        # to which task_type="SEQ_CLS" adds "classifier" and "score". PeftModel then goes through
+        # them again; a classifier wrapped inside the wrapped exits could not be loaded.
+        if name == "peft_config":
+            for settings in value.values():
+                if "exits" in (getattr(settings, "modules_to_save", None) or ()):
+                    settings.modules_to_save = [
+                        module
+                        for module in settings.modules_to_save
+                        if module not in ("classifier", "score")
+                    ]
+        super().__setattr__(name, value)
 
     def _new_exit(self) -> Exit:
         config = self.config
@@ -222,11 +286,12 @@ class MultiExitForSequenceClassification(ExitModel):
     @property
     def label_embeddings(self) -> Tensor:
         """The classifiers' weights [E, K, d] (a view, not a copy, where there is one exit)."""
-        return self.label_embeddings_of(range(len(self.exits)))
+        return self.label_embeddings_of(range(len(self.exit_layers)))
 
     def label_embeddings_of(self, positions: Sequence[int]) -> Tensor:
         """The classifiers' weights [E, K, d] of the exits at these positions of `exit_layers`."""
-        weights = [cast(Exit, self.exits[position]).classifier.weight for position in positions]
+        heads = self.exits.heads
+        weights = [heads[position].classifier.weight for position in positions]
         return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
 
     def forward(
@@ -235,11 +300,41 @@ class MultiExitForSequenceClassification(ExitModel):
         attention_mask: Tensor | None = None,  # [N, T], 1 for tokens, 0 for padding
         token_type_ids: Tensor | None = None,  # [N, T]
         labels: Tensor | None = None,  # [N]
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **backbone_options: Any,
-    ) -> MultiExitOutput:
-        """Logits and representations of every exit; one pass through the backbone."""
-        states = self.exit_states(input_ids, attention_mask, token_type_ids, **backbone_options)
-        return self.classify(states, attention_mask, labels)
+    ) -> MultiExitOutput | tuple[Any, ...]:
+        """Logits and representations of every exit; one pass through the backbone.
+
+        None for an `output_…` option or `return_dict`: as in the configuration.
+
+        Raises:
+            ValueError: labels that are no class indices; attentions that the encoder does not give.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_attentions:
+            backbone_options["output_attentions"] = True
+        encoded = self._encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            output_hidden_states or self._reads_below_the_last(self.exit_layers),
+            backbone_options,
+        )
+        states = self._states_of(encoded, self.exit_layers)
+        output = self.classify(states, attention_mask, labels)
+        if output_hidden_states:
+            output["hidden_states"] = encoded.hidden_states
+        if output_attentions:
+            output["attentions"] = _checked_attentions(encoded, self.backbone.config)
+        if return_dict is None:
+            return_dict = config.return_dict
+        return output if return_dict else output.to_tuple()
 
     def early_exit(
         self,
@@ -276,21 +371,43 @@ class MultiExitForSequenceClassification(ExitModel):
         layers = self.exit_layers
         if positions is not None:
             layers = [self.exit_layers[position] for position in positions]
+        encoded = self._encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            self._reads_below_the_last(layers),
+            backbone_options,
+        )
+        return self._states_of(encoded, layers)
+
+    def _reads_below_the_last(self, layers: Sequence[int]) -> bool:
+        # All layers' states are kept only if an exit below the last layer reads them.
+        return list(layers) != [self.config.backbone_config.num_hidden_layers]
+
+    def _encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        output_hidden_states: bool,
+        options: Mapping[str, Any],
+    ) -> Any:
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is not None:
-            backbone_options["token_type_ids"] = token_type_ids
-        num_layers = self.config.backbone_config.num_hidden_layers
-        states = self.backbone(
+            options = {**options, "token_type_ids": token_type_ids}
+        return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            # All layers' states are kept only if an exit below the last layer reads them.
-            output_hidden_states=layers != [num_layers],
-            **{**backbone_options, "return_dict": True},
+            output_hidden_states=output_hidden_states,
+            **{**options, "return_dict": True},
         )
+
+    def _states_of(self, encoded: Any, layers: Sequence[int]) -> list[Tensor]:
+        num_layers = self.config.backbone_config.num_hidden_layers
         # The last exit reads the output of the final norm, where the encoder has one.
         return [
-            states.last_hidden_state if layer == num_layers else states.hidden_states[layer]
+            encoded.last_hidden_state if layer == num_layers else encoded.hidden_states[layer]
             for layer in layers
         ]
 
@@ -305,22 +422,21 @@ class MultiExitForSequenceClassification(ExitModel):
         """Run the exits at `positions` on their hidden states, as `exit_states` returns them."""
         if attention_mask is None:
             attention_mask = hidden_states[0].new_ones(hidden_states[0].shape[:2])
-        positions = range(len(self.exits)) if positions is None else positions
-        exits = [
-            self.exits[position](hidden, attention_mask)
-            for position, hidden in zip(positions, hidden_states, strict=True)
-        ]
+        positions = range(len(self.exit_layers)) if positions is None else positions
+        exits = self.exits(hidden_states, attention_mask, positions)
         exit_logits = torch.stack([output.logits for output in exits])
         loss = None
         if labels is not None:
+            if labels.ndim != 1 or labels.is_floating_point():
+                raise ValueError(
+                    f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: expected is "
+                    "one class index per text, [N]. Regression and several labels per text are "
+                    "not supported."
+                )
             repeated = labels.repeat(len(exits))
             loss = len(exits) * functional.cross_entropy(exit_logits.flatten(0, 1), repeated)
-        return MultiExitOutput(
-            loss=loss,
-            logits=exit_logits[-1],
-            exit_logits=exit_logits,
-            exit_embeddings=torch.stack([output.embeddings for output in exits]),
-        )
+        embeddings = torch.stack([output.embeddings for output in exits])
+        return MultiExitOutput.of_exits(exit_logits, embeddings, loss)
 
 
 def parse_layers(text: str | None) -> list[int]:
@@ -341,6 +457,17 @@ def label_names(config: PretrainedConfig) -> list[str]:
     """Names of the classes, in the order of the logits."""
     names = cast(dict[int, str], config.id2label)
     return [names[index] for index in sorted(names)]
+
+
+def _checked_attentions(encoded: Any, config: PretrainedConfig) -> tuple[Tensor, ...]:
+    attentions = getattr(encoded, "attentions", None)
+    if not attentions or any(weights is None for weights in attentions):
+        raise ValueError(
+            f"output_attentions=True: the encoder ({config.model_type}) gives no attention weights "
+            f"with attn_implementation={config._attn_implementation!r}. Load the model with "
+            'attn_implementation="eager".'
+        )
+    return attentions
 
 
 def _truncate(config: PretrainedConfig, num_hidden_layers: int) -> None:
