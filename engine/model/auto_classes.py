@@ -1,6 +1,6 @@
 """AutoConfig knows the model type of fusedacl, without importing transformers before it is used.
 
-transformers is imported in seconds. So AutoConfig gets a stand-in as soon as it exists; the stand-in
+transformers is imported in seconds. AutoConfig gets a stand-in as soon as it exists; the stand-in
 imports the model when a configuration is made, and the model registers itself for the AutoClasses.
 """
 

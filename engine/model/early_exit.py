@@ -327,7 +327,7 @@ def check_has_earlier_exits(model: ExitModel) -> None:
 
 def certainty_of(learned_exit: nn.Linear, embeddings: Tensor) -> Tensor:
     """Probability [N], float32, that the exit's answer from `embeddings` [N, d] is correct."""
-    weight, bias = learned_exit.weight, learned_exit.bias
+    weight, bias = cast(Any, learned_exit.weight), cast(Any, learned_exit.bias)
     if callable(weight):  # of a layer that PyTorch has quantised
         weight, bias = weight().dequantize(), bias()
     # Not a matrix product: autocast would compute that in half precision.

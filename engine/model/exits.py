@@ -149,3 +149,17 @@ class ExitModel(PreTrainedModel):
     exit_layers: list[int]
     exits: Exits
     learned_exit: nn.Linear | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT stores {adapter: settings} here after it has wrapped `modules_to_save`, to which
+        # task_type="SEQ_CLS" adds "classifier" and "score". PeftModel then goes through them once
+        # more; a classifier that is wrapped inside the wrapped exits cannot be loaded.
+        if name == "peft_config":
+            for settings in value.values():
+                if "exits" in (getattr(settings, "modules_to_save", None) or ()):
+                    settings.modules_to_save = [
+                        module
+                        for module in settings.modules_to_save
+                        if module not in ("classifier", "score")
+                    ]
+        super().__setattr__(name, value)

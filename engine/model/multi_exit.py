@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,7 +14,6 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
 
 from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
@@ -23,9 +21,9 @@ from .early_exit import EarlyExitOutput, early_exit
 from .encoder import pretrained_encoder, random_encoder, set_dropout
 from .exit_policies import Policy
 from .exits import Exit, ExitModel, Exits, LinearExit, MHAExit
+from .output import MultiExitOutput as MultiExitOutput
 
 EXIT_HEADS = ("mha", "linear")
-_BY_EXIT = ("exit_logits", "exit_embeddings")
 
 
 class MultiExitConfig(PretrainedConfig):
@@ -109,54 +107,6 @@ class MultiExitConfig(PretrainedConfig):
         return values
 
 
-@dataclass
-class MultiExitOutput(ModelOutput):
-    """Outputs of E exits for N samples and K labels.
-
-    loss: sum of the exits' mean cross-entropies, None without labels.
-    logits [N, K]: those of the last exit.  exit_logits [E, N, K].
-    exit_embeddings [E, N, d]: the representations that the classifiers read.
-    hidden_states, attentions: the encoder's, one [N, T, H] or [N, heads, T, T] per layer, if asked.
-
-    Its keys and items, which pipelines, Trainer and DataParallel split or join along the first
-    axis, have the samples there: logits_by_text [N, E, K] and embeddings_by_text [N, E, d]. They
-    share memory with exit_logits and exit_embeddings.
-    """
-
-    loss: Tensor | None = None
-    # Always set; ModelOutput requires a default for every field but the first.
-    logits: Tensor = None  # type: ignore[assignment]
-    logits_by_text: Tensor = None  # type: ignore[assignment]
-    embeddings_by_text: Tensor = None  # type: ignore[assignment]
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-
-    @classmethod
-    def of_exits(
-        cls, exit_logits: Tensor, exit_embeddings: Tensor, loss: Tensor | None = None
-    ) -> MultiExitOutput:
-        """The output with these exit_logits [E, N, K] and exit_embeddings [E, N, d]."""
-        return cls(
-            loss, exit_logits[-1], exit_logits.transpose(0, 1), exit_embeddings.transpose(0, 1)
-        )
-
-    @property
-    def exit_logits(self) -> Tensor:
-        return self.logits_by_text.transpose(0, 1)
-
-    @property
-    def exit_embeddings(self) -> Tensor:
-        return self.embeddings_by_text.transpose(0, 1)
-
-    def __getitem__(self, key: Any) -> Any:
-        return getattr(self, key) if key in _BY_EXIT else super().__getitem__(key)
-
-    def to_tuple(self) -> tuple[Any, ...]:
-        """What was computed of loss, logits, exit_logits, exit_embeddings, hidden_states, …"""
-        names = ("loss", "logits", *_BY_EXIT, "hidden_states", "attentions")
-        return tuple(value for name in names if (value := getattr(self, name)) is not None)
-
-
 class MultiExitForSequenceClassification(ExitModel):
     """A text encoder of transformers with an exit on each of `config.exit_layers`.
 
@@ -186,24 +136,10 @@ class MultiExitForSequenceClassification(ExitModel):
         self.learned_exit = None
         if config.learned_exit:
             width = self.exits.heads[0].classifier.in_features
-            self.learned_exit = nn.Linear(width, 1)
-        # The encoder has the dtype of its configuration or of its weights.
-        nn.Module.to(self, self.backbone.dtype)
+            self.learned_exit = nn.Linear(width, 1).to(self.backbone.dtype)
+        # The encoder's is that of its configuration or of its weights.
+        self.exits.to(self.backbone.dtype)
         self.post_init()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # PEFT stores its settings here, {adapter: settings}, after it has wrapped `modules_to_save`,
-        # to which task_type="SEQ_CLS" adds "classifier" and "score". PeftModel then goes through
-        # them again; a classifier wrapped inside the wrapped exits could not be loaded.
-        if name == "peft_config":
-            for settings in value.values():
-                if "exits" in (getattr(settings, "modules_to_save", None) or ()):
-                    settings.modules_to_save = [
-                        module
-                        for module in settings.modules_to_save
-                        if module not in ("classifier", "score")
-                    ]
-        super().__setattr__(name, value)
 
     def _new_exit(self) -> Exit:
         config = self.config
