@@ -48,7 +48,7 @@ class MultiExitConfig(PretrainedConfig):
     # from_pretrained hands dtype and attn_implementation on to the configurations named here.
     sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
     # Outputs that Trainer leaves out of its predictions, so that these are the logits.
-    keys_to_ignore_at_inference = ("logits_by_text", "embeddings_by_text")
+    keys_to_ignore_at_inference = ["logits_by_text", "embeddings_by_text"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -371,8 +371,12 @@ class MultiExitForSequenceClassification(ExitModel):
                 )
             repeated = labels.repeat(len(exits))
             loss = len(exits) * functional.cross_entropy(exit_logits.flatten(0, 1), repeated)
-        embeddings = torch.stack([output.embeddings for output in exits])
-        return MultiExitOutput.of_exits(exit_logits, embeddings, loss)
+        return MultiExitOutput(
+            loss=loss,
+            logits=exit_logits[-1],
+            exit_logits=exit_logits,
+            exit_embeddings=torch.stack([output.embeddings for output in exits]),
+        )
 
 
 def parse_layers(text: str | None) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from torch import Tensor
@@ -33,22 +33,42 @@ class MultiExitOutput(ModelOutput):
     hidden_states: tuple[Tensor, ...] | None = None
     attentions: tuple[Tensor, ...] | None = None
 
-    @classmethod
-    def of_exits(
-        cls, exit_logits: Tensor, exit_embeddings: Tensor, loss: Tensor | None = None
-    ) -> MultiExitOutput:
-        """The output with these exit_logits [E, N, K] and exit_embeddings [E, N, d]."""
-        return cls(
-            loss, exit_logits[-1], exit_logits.transpose(0, 1), exit_embeddings.transpose(0, 1)
-        )
+    def __init__(
+        self,
+        loss: Any = None,  # or the items, as all outputs of transformers take them
+        logits: Tensor | None = None,
+        logits_by_text: Tensor | None = None,
+        embeddings_by_text: Tensor | None = None,
+        hidden_states: tuple[Tensor, ...] | None = None,
+        attentions: tuple[Tensor, ...] | None = None,
+        *,
+        exit_logits: Tensor | None = None,
+        exit_embeddings: Tensor | None = None,
+    ) -> None:
+        if exit_logits is not None:
+            logits_by_text = exit_logits.transpose(0, 1)
+        if exit_embeddings is not None:
+            embeddings_by_text = exit_embeddings.transpose(0, 1)
+        values = (loss, logits, logits_by_text, embeddings_by_text, hidden_states, attentions)
+        for field, value in zip(fields(self), values, strict=True):
+            setattr(self, field.name, value)
+        self.__post_init__()
 
     @property
     def exit_logits(self) -> Tensor:
         return self.logits_by_text.transpose(0, 1)
 
+    @exit_logits.setter
+    def exit_logits(self, value: Tensor) -> None:
+        self.logits_by_text = value.transpose(0, 1)
+
     @property
     def exit_embeddings(self) -> Tensor:
         return self.embeddings_by_text.transpose(0, 1)
+
+    @exit_embeddings.setter
+    def exit_embeddings(self, value: Tensor) -> None:
+        self.embeddings_by_text = value.transpose(0, 1)
 
     def __getitem__(self, key: Any) -> Any:
         return getattr(self, key) if key in _BY_EXIT else super().__getitem__(key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import random
 import subprocess
 import sys
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
 from transformers import (
     AutoTokenizer,
@@ -33,6 +36,8 @@ SIZES: dict[str, Any] = {
     "intermediate_size": 48,
     "vocab_size": 60,
     "pad_token_id": 0,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
 }
 INPUTS = torch.arange(5, 26).view(3, 7)
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
@@ -116,6 +121,7 @@ def test_trainer_predicts_logits(directory: str, tmp_path: Path) -> None:
         output = load(directory)(**texts)
     np.testing.assert_allclose(predictions, output.logits.numpy(), rtol=1e-4, atol=1e-5)
     # Asked for, the other exits' logits come with the texts first, too.
+    trainer.compute_metrics = None
     everything = trainer.predict(trainer.eval_dataset, ignore_keys=["embeddings_by_text"])
     by_text = everything.predictions[1]
     assert by_text.shape == (NUM_TEXTS, 2, 3)
@@ -170,6 +176,7 @@ def test_outputs_are_split_and_joined_by_text() -> None:
     """As DataParallel and accelerate do with the items of an output."""
     model = small_model()
     whole = model(INPUTS, MASK)
+    whole = type(whole)(**{key: value.detach() for key, value in whole.items()})
     halves = [model(INPUTS[:1], MASK[:1]), model(INPUTS[1:], MASK[1:])]
     items = {key: torch.cat([half[key] for half in halves]) for key in whole}
     joined = type(whole)(items)
@@ -177,9 +184,15 @@ def test_outputs_are_split_and_joined_by_text() -> None:
         torch.testing.assert_close(getattr(joined, name), getattr(whole, name))
         assert torch.equal(whole[name], getattr(whole, name))
     assert [tensor.shape for tensor in whole.to_tuple()] == [(3, 2), (2, 3, 2), (2, 3, 64)]
+    for again in (pickle.loads(pickle.dumps(whole)), copy.copy(whole), type(whole)(**whole)):
+        assert again.keys() == whole.keys()
+        assert torch.equal(again.exit_logits, whole.exit_logits)
+    whole.exit_logits = 2 * whole.exit_logits
+    assert torch.equal(whole["logits_by_text"], 2 * again["logits_by_text"])
 
 
-def test_accelerate_keeps_all_exits() -> None:
+def test_accelerate_keeps_all_exits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})  # a process has one precision
     model = small_model()
     prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare(model)
     output = prepared(INPUTS, MASK)
@@ -291,9 +304,6 @@ def test_gradients_with_checkpointing(config_class: Any) -> None:
     model.zero_grad()
     model.gradient_checkpointing_enable()
     model.train()
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.eval()
     model(INPUTS, MASK, labels=labels).loss.backward()
     for name, value in model.named_parameters():
         torch.testing.assert_close(value.grad, expected[name], msg=name)

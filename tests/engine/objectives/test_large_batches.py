@@ -37,7 +37,7 @@ class Toy(nn.Module):
             self.rows_with_graph = max(self.rows_with_graph, len(samples))
         rows = torch.stack([functional.dropout(layer(samples), 0.3) for layer in self.layers])
         logits = torch.einsum("end,ekd->enk", rows, self.classifiers)
-        return MultiExitOutput.of_exits(logits, rows)
+        return MultiExitOutput(logits=logits[-1], exit_logits=logits, exit_embeddings=rows)
 
 
 def gradients(model: Toy, losses: list[ExitLosses], which: str) -> list[Tensor]:
@@ -80,7 +80,7 @@ def test_gradients_are_those_of_one_batch(
     torch.manual_seed(5)
     parts = [chunk(place) for place in places]
     drawn = torch.get_rng_state()
-    whole = MultiExitOutput.of_exits(
+    whole = MultiExitOutput(
         exit_logits=torch.cat([part.output.exit_logits for part in parts], dim=1),
         exit_embeddings=torch.cat([part.output.exit_embeddings for part in parts], dim=1),
     )

@@ -20,7 +20,7 @@ NUM_EXITS, NUM_SAMPLES, NUM_LABELS, WIDTH = 2, 7, 3, 5
 
 @pytest.fixture
 def batch() -> tuple[MultiExitOutput, torch.Tensor, torch.Tensor]:
-    output = MultiExitOutput.of_exits(
+    output = MultiExitOutput(
         exit_logits=torch.randn(NUM_EXITS, NUM_SAMPLES, NUM_LABELS),
         exit_embeddings=torch.randn(NUM_EXITS, NUM_SAMPLES, WIDTH),
     )

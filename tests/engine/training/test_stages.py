@@ -185,7 +185,7 @@ def test_joint_decides_for_each_exit_and_for_what_they_share(
 
 
 def test_losses_with_a_teacher() -> None:
-    output = MultiExitOutput.of_exits(torch.randn(2, 7, 3), torch.randn(2, 7, 5))
+    output = MultiExitOutput(exit_logits=torch.randn(2, 7, 3), exit_embeddings=torch.randn(2, 7, 5))
     labels, label_embeddings = torch.randint(3, (7,)), torch.randn(2, 3, 5)
     teacher = Teacher(torch.randn(7, 5), torch.randn(3, 5), torch.randn(7, 3))
     options = ObjectiveOptions(
