@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
 
 
 class ExitOutput(NamedTuple):
@@ -99,6 +102,44 @@ class MHAExit(nn.Module):
 Exit = LinearExit | MHAExit
 
 
+class Exits(nn.Module):
+    """The exits of a model, in the order of their layers.
+
+    Not an nn.ModuleList: PEFT and device maps put a wrapper around a module or hooks on its call,
+    and a list is never called.
+    """
+
+    def __init__(self, heads: Iterable[Exit]) -> None:
+        super().__init__()
+        for index, head in enumerate(heads):
+            self.add_module(str(index), head)
+
+    @property
+    def heads(self) -> list[Exit]:
+        """The modules; unlike indices, this attribute also exists on PEFT's wrapper."""
+        return cast(list[Exit], list(self.children()))
+
+    def forward(
+        self, hidden_states: Sequence[Tensor], attention_mask: Tensor, positions: Sequence[int]
+    ) -> list[ExitOutput]:
+        """Run the exits at `positions`, each on its own hidden states [N, T, H]."""
+        heads = self.heads
+        return [
+            heads[position](hidden, attention_mask)
+            for position, hidden in zip(positions, hidden_states, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __iter__(self) -> Iterator[Exit]:
+        return iter(self.heads)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = self.heads[index]
+        return Exits(found) if isinstance(found, list) else found
+
+
 class ExitModel(PreTrainedModel):
     """An encoder with exits on some of its layers: what early exit and FLOPs know of the model.
 
@@ -108,8 +149,22 @@ class ExitModel(PreTrainedModel):
 
     backbone: PreTrainedModel
     exit_layers: list[int]
-    exits: nn.ModuleList
+    exits: Exits
     learned_exit: nn.Linear | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT stores {adapter: settings} here after it has wrapped `modules_to_save`, to which
+        # task_type="SEQ_CLS" adds "classifier" and "score". PeftModel then goes through them once
+        # more; a classifier that is wrapped inside the wrapped exits cannot be loaded.
+        if name == "peft_config":
+            for settings in value.values():
+                if "exits" in (getattr(settings, "modules_to_save", None) or ()):
+                    settings.modules_to_save = [
+                        module
+                        for module in settings.modules_to_save
+                        if module not in ("classifier", "score")
+                    ]
+        super().__setattr__(name, value)
 
 
 def check_padding(attention_mask: Tensor | None) -> None:
@@ -126,3 +181,90 @@ def check_padding(attention_mask: Tensor | None) -> None:
             "attention_mask: the exits read the first token of each text, so padding must be on "
             "the right (tokenizer.padding_side = 'right')."
         )
+
+
+def checked_attentions(encoded: Any, config: PretrainedConfig) -> tuple[Tensor, ...]:
+    """The attention weights of an encoder's output.
+
+    Raises:
+        ValueError: there are none, as with fused attention.
+    """
+    attentions = getattr(encoded, "attentions", None)
+    if not attentions or any(weights is None for weights in attentions):
+        raise ValueError(
+            f"output_attentions=True: the encoder ({config.model_type}) gives no attention weights "
+            f"with attn_implementation={config._attn_implementation!r}. Load the model with "
+            'attn_implementation="eager".'
+        )
+    return attentions
+
+
+_BY_EXIT = ("exit_logits", "exit_embeddings")
+
+
+@dataclass
+class MultiExitOutput(ModelOutput):
+    """Outputs of E exits for N samples and K labels.
+
+    loss: sum of the exits' mean cross-entropies, None without labels.
+    logits [N, K]: those of the last exit.  exit_logits [E, N, K].
+    exit_embeddings [E, N, d]: the representations that the classifiers read.
+    hidden_states, attentions: the encoder's, one [N, T, H] or [N, heads, T, T] per layer, if asked.
+
+    Its keys and items, which pipelines, Trainer and DataParallel split or join along the first
+    axis, have the samples there: logits_by_text [N, E, K] and embeddings_by_text [N, E, d]. They
+    share memory with exit_logits and exit_embeddings.
+    """
+
+    loss: Tensor | None = None
+    # Always set; ModelOutput requires a default for every field but the first.
+    logits: Tensor = None  # type: ignore[assignment]
+    logits_by_text: Tensor = None  # type: ignore[assignment]
+    embeddings_by_text: Tensor = None  # type: ignore[assignment]
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+    def __init__(
+        self,
+        loss: Any = None,  # or the items, as all outputs of transformers take them
+        logits: Tensor | None = None,
+        logits_by_text: Tensor | None = None,
+        embeddings_by_text: Tensor | None = None,
+        hidden_states: tuple[Tensor, ...] | None = None,
+        attentions: tuple[Tensor, ...] | None = None,
+        *,
+        exit_logits: Tensor | None = None,
+        exit_embeddings: Tensor | None = None,
+    ) -> None:
+        if exit_logits is not None:
+            logits_by_text = exit_logits.transpose(0, 1)
+        if exit_embeddings is not None:
+            embeddings_by_text = exit_embeddings.transpose(0, 1)
+        values = (loss, logits, logits_by_text, embeddings_by_text, hidden_states, attentions)
+        for field, value in zip(fields(self), values, strict=True):
+            setattr(self, field.name, value)
+        self.__post_init__()
+
+    @property
+    def exit_logits(self) -> Tensor:
+        return self.logits_by_text.transpose(0, 1)
+
+    @exit_logits.setter
+    def exit_logits(self, value: Tensor) -> None:
+        self.logits_by_text = value.transpose(0, 1)
+
+    @property
+    def exit_embeddings(self) -> Tensor:
+        return self.embeddings_by_text.transpose(0, 1)
+
+    @exit_embeddings.setter
+    def exit_embeddings(self, value: Tensor) -> None:
+        self.embeddings_by_text = value.transpose(0, 1)
+
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if key in _BY_EXIT else super().__getitem__(key)
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        """What was computed of loss, logits, exit_logits, exit_embeddings, hidden_states, …"""
+        names = ("loss", "logits", *_BY_EXIT, "hidden_states", "attentions")
+        return tuple(value for name in names if (value := getattr(self, name)) is not None)
