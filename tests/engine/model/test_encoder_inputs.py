@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -83,8 +84,14 @@ def test_token_types_reach_an_encoder_that_tells_them_apart(
 def test_a_tokenizer_with_types_serves_an_encoder_without(
     tiny_bert: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    write_encoder("distilbert", tmp_path / "encoder", tiny_bert)
-    options = options_of(tmp_path / "encoder", tiny_data, tmp_path / "run", strategy="joint")
+    encoder = tmp_path / "encoder"
+    write_encoder("distilbert", encoder, tiny_bert)
+    # As on the hub: no file names the class of the tokenizer, and AutoTokenizer takes BERT's.
+    for file in encoder.glob("*token*"):
+        file.unlink()
+    shutil.copy(tiny_bert / "vocab.txt", encoder)
+    (encoder / "tokenizer_config.json").write_text('{"do_lower_case": true}')
+    options = options_of(encoder, tiny_data, tmp_path / "run", strategy="joint")
     run(options, max_steps=1, save_steps=0)
     tokenizer = load_tokenizer(str(tmp_path / "run"))
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
