@@ -121,7 +121,8 @@ def fitting_token_types(encoder: PreTrainedModel, token_type_ids: Tensor | None)
 
 def _num_token_types(encoder: PreTrainedModel) -> int:
     """Number of token types that an encoder tells apart."""
-    if not _takes_token_types(type(encoder)):
+    encoder_class: Any = type(encoder)
+    if not _takes_token_types(encoder_class):
         return 0
     config = encoder.config
     # XLNet compares types with each other. XLM and GPT look them up among the words, by which
@@ -158,8 +159,9 @@ def _encoder_options(config: PretrainedConfig) -> dict[str, Any]:
 def _encoder_half(model: PreTrainedModel) -> PreTrainedModel:
     """The encoder of an encoder-decoder; another model as it is."""
     encoder = getattr(model, "encoder", None)
-    is_half = isinstance(encoder, PreTrainedModel) and hasattr(model, "decoder")
-    return encoder if is_half else model
+    if isinstance(encoder, PreTrainedModel) and hasattr(model, "decoder"):
+        return encoder
+    return model
 
 
 def _first(names: list[str]) -> str:

@@ -212,7 +212,8 @@ class MultiExitForSequenceClassification(ExitModel):
         try:
             if is_ours:
                 unread = ("exits.", "learned_exit.")
-                backbone = load_complete(cls, name_or_path, unread, config=config).backbone
+                ours = load_complete(cls, name_or_path, unread, config=config)
+                backbone = cast(ExitModel, ours).backbone
             else:
                 backbone = pretrained_encoder(name_or_path, config)
         except Exception as error:
