@@ -21,13 +21,13 @@ from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
 from .early_exit import EarlyExitOutput, early_exit
 from .encoder import (
+    check_encoder,
     fitting_token_types,
     load_complete,
     pretrained_encoder,
     random_encoder,
     set_dropout,
 )
-from .encoder_check import check_encoder
 from .exit_policies import Policy
 from .exits import Exit, ExitModel, LinearExit, MHAExit, check_padding
 
