@@ -25,8 +25,8 @@ from transformers import PreTrainedModel
 
 from ..runtime.device import evaluating
 from .active_batch import ActiveBatch
-from .encoder_check import examine, probe_batch
-from .encoder_layers import FAMILIES, EncoderLayers, Flops
+from .encoder import examine, probe_batch
+from .encoder_layers import FAMILIES, EncoderLayers, Flops, linear_entries
 
 logger = logging.getLogger("fusedacl")
 
@@ -139,10 +139,10 @@ class GenericLayers(EncoderLayers):
         return Flops(per_token=whole.per_token, per_pair=whole.per_pair * self.num_layers)
 
     def _flops_of(self, module: nn.Module) -> Flops:
-        entries = sum(
+        entries = linear_entries(module) + sum(
             weight.numel()
             for part in module.modules()
-            if not isinstance(part, nn.Embedding)
+            if not isinstance(part, nn.Embedding | nn.Linear)
             for weight in part.parameters(recurse=False)
             if weight.dim() > 1
         )

@@ -19,13 +19,13 @@ from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
 from .early_exit import EarlyExitOutput, early_exit
 from .encoder import (
+    check_encoder,
     fitting_token_types,
     load_complete,
     pretrained_encoder,
     random_encoder,
     set_dropout,
 )
-from .encoder_check import check_encoder
 from .exit_policies import Policy
 from .exits import Exit, ExitModel, Exits, LinearExit, MHAExit, check_padding, checked_attentions
 from .exits import MultiExitOutput as MultiExitOutput
@@ -216,7 +216,8 @@ class MultiExitForSequenceClassification(ExitModel):
         try:
             if is_ours:
                 unread = ("exits.", "learned_exit.")
-                backbone = load_complete(cls, name_or_path, unread, config=config).backbone
+                ours = load_complete(cls, name_or_path, unread, config=config)
+                backbone = cast(ExitModel, ours).backbone
             else:
                 backbone = pretrained_encoder(name_or_path, config)
         except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -79,7 +79,7 @@ def check_vocabulary(
         ValueError: there are such ids.
     """
     try:
-        weight = model.backbone.get_input_embeddings().weight
+        weight = cast(nn.Embedding, model.backbone.get_input_embeddings()).weight
     except (AttributeError, NotImplementedError):  # CANINE hashes its characters
         return
     beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= len(weight)}

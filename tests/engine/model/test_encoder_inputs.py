@@ -13,7 +13,7 @@ import torch
 from encoder_zoo import SIZES, write_encoder
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
 from fusedacl.engine.model import encoder
-from fusedacl.engine.model.encoder_check import check_encoder, examine
+from fusedacl.engine.model.encoder import check_encoder, examine
 from fusedacl.engine.model.saved import load_tokenizer
 from tiny_runs import options_of, run
 from torch import Tensor
