@@ -19,7 +19,7 @@ from .active_batch import ActiveBatch, LayerContext
 # DeBERTa applies these projections to relative positions, not to tokens.
 _POSITION_PROJECTIONS = ("pos_key_proj", "pos_query_proj")
 # The second one is what dynamic quantisation puts in the place of the first.
-_LINEAR = (nn.Linear, torch.ao.nn.quantized.Linear)
+LINEAR = (nn.Linear, torch.ao.nn.quantized.Linear)
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def linear_entries(module: nn.Module) -> int:
     return sum(
         part.in_features * part.out_features
         for name, part in module.named_modules()
-        if isinstance(part, _LINEAR) and name.rpartition(".")[2] not in _POSITION_PROJECTIONS
+        if isinstance(part, LINEAR) and name.rpartition(".")[2] not in _POSITION_PROJECTIONS
     )
 
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from ..runtime.device import evaluating
 from .active_batch import ActiveBatch
 from .encoder import examine, probe_batch
-from .encoder_layers import FAMILIES, EncoderLayers, Flops, linear_entries
+from .encoder_layers import FAMILIES, LINEAR, EncoderLayers, Flops, linear_entries
 
 logger = logging.getLogger("fusedacl")
 
@@ -142,7 +142,7 @@ class GenericLayers(EncoderLayers):
         entries = linear_entries(module) + sum(
             weight.numel()
             for part in module.modules()
-            if not isinstance(part, nn.Embedding | nn.Linear)
+            if not isinstance(part, (nn.Embedding, *LINEAR))
             for weight in part.parameters(recurse=False)
             if weight.dim() > 1
         )
