@@ -41,6 +41,11 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "mypy>=1.13",
+    # Tests of the model under other people's tools: adapters, and ONNX files that are run.
+    "peft>=0.17",
+    "onnx>=1.18",
+    "onnxscript>=0.5",
+    "onnxruntime>=1.22",
     "types-PyYAML",
     "pre-commit>=4",
 ]

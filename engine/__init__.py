@@ -33,6 +33,9 @@ _MODULES = {
 }
 __all__ = sorted(_MODULES)
 
+# After `import fusedacl.engine`, transformers' AutoClasses and pipelines load the models.
+import_module(".model.auto_classes", __name__).register()
+
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:

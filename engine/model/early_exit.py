@@ -327,9 +327,12 @@ def check_has_earlier_exits(model: ExitModel) -> None:
 
 def certainty_of(learned_exit: nn.Linear, embeddings: Tensor) -> Tensor:
     """Probability [N], float32, that the exit's answer from `embeddings` [N, d] is correct."""
+    weight, bias = cast(Any, learned_exit.weight), cast(Any, learned_exit.bias)
+    if callable(weight):  # of a layer that PyTorch has quantised
+        weight, bias = weight().dequantize(), bias()
     # Not a matrix product: autocast would compute that in half precision.
-    score = (embeddings.float() * learned_exit.weight[0].float()).sum(dim=-1)
-    return torch.sigmoid(score + learned_exit.bias.float())
+    score = (embeddings.float() * weight[0].float()).sum(dim=-1)
+    return torch.sigmoid(score + bias.float())
 
 
 def _checked_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -344,9 +347,9 @@ def _checked_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _stages(model: ExitModel, policy: Policy) -> list[_Stage]:
     stages = []
     first = 1
-    for layer, head in zip(model.exit_layers, model.exits, strict=True):
+    for layer, head in zip(model.exit_layers, model.exits.heads, strict=True):
         if policy.reads(layer) or layer == model.exit_layers[-1]:
-            stages.append(_Stage(range(first, layer + 1), cast(Exit, head)))
+            stages.append(_Stage(range(first, layer + 1), head))
             first = layer + 1
     return stages
 

@@ -18,6 +18,8 @@ from transformers import PreTrainedModel
 LayerContext = dict[str, Any]
 # DeBERTa applies these projections to relative positions, not to tokens.
 _POSITION_PROJECTIONS = ("pos_key_proj", "pos_query_proj")
+# The second one is what dynamic quantisation puts in the place of the first.
+_LINEAR = (nn.Linear, torch.ao.nn.quantized.Linear)
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ class EncoderLayers:
     def embedding_flops(self) -> Flops:
         """Operations of the projection before the first layer (ELECTRA); else none."""
         projection = getattr(self.encoder, "embeddings_project", None)
-        return Flops(per_token=0 if projection is None else 2 * projection.weight.numel())
+        return Flops(per_token=0 if projection is None else 2 * linear_entries(projection))
 
     def _embed(
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None
@@ -297,9 +299,9 @@ def layer_modules(encoder: PreTrainedModel) -> list[nn.Module]:
 def linear_entries(module: nn.Module) -> int:
     """Number of entries of the weight matrices that every token is multiplied with."""
     return sum(
-        part.weight.numel()
+        part.in_features * part.out_features
         for name, part in module.named_modules()
-        if isinstance(part, nn.Linear) and name.rpartition(".")[2] not in _POSITION_PROJECTIONS
+        if isinstance(part, _LINEAR) and name.rpartition(".")[2] not in _POSITION_PROJECTIONS
     )
 
 

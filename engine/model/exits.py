@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -99,6 +100,44 @@ class MHAExit(nn.Module):
 Exit = LinearExit | MHAExit
 
 
+class Exits(nn.Module):
+    """The exits of a model, in the order of their layers.
+
+    Not an nn.ModuleList: PEFT and device maps put a wrapper around a module or hooks on its call,
+    and a list is never called.
+    """
+
+    def __init__(self, heads: Iterable[Exit]) -> None:
+        super().__init__()
+        for index, head in enumerate(heads):
+            self.add_module(str(index), head)
+
+    @property
+    def heads(self) -> list[Exit]:
+        """The modules; unlike indices, this attribute also exists on PEFT's wrapper."""
+        return cast(list[Exit], list(self.children()))
+
+    def forward(
+        self, hidden_states: Sequence[Tensor], attention_mask: Tensor, positions: Sequence[int]
+    ) -> list[ExitOutput]:
+        """Run the exits at `positions`, each on its own hidden states [N, T, H]."""
+        heads = self.heads
+        return [
+            heads[position](hidden, attention_mask)
+            for position, hidden in zip(positions, hidden_states, strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.heads)
+
+    def __iter__(self) -> Iterator[Exit]:
+        return iter(self.heads)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        found = self.heads[index]
+        return Exits(found) if isinstance(found, list) else found
+
+
 class ExitModel(PreTrainedModel):
     """An encoder with exits on some of its layers: what early exit and FLOPs know of the model.
 
@@ -108,5 +147,19 @@ class ExitModel(PreTrainedModel):
 
     backbone: PreTrainedModel
     exit_layers: list[int]
-    exits: nn.ModuleList
+    exits: Exits
     learned_exit: nn.Linear | None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT stores {adapter: settings} here after it has wrapped `modules_to_save`, to which
+        # task_type="SEQ_CLS" adds "classifier" and "score". PeftModel then goes through them once
+        # more; a classifier that is wrapped inside the wrapped exits cannot be loaded.
+        if name == "peft_config":
+            for settings in value.values():
+                if "exits" in (getattr(settings, "modules_to_save", None) or ()):
+                    settings.modules_to_save = [
+                        module
+                        for module in settings.modules_to_save
+                        if module not in ("classifier", "score")
+                    ]
+        super().__setattr__(name, value)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
-
-from .encoder_layers import Flops, encoder_layers
+from .encoder_layers import Flops, encoder_layers, linear_entries
 from .exit_policies import Policy
 from .exits import Exit, ExitModel, LinearExit
 
@@ -20,15 +18,15 @@ def exit_flops(model: ExitModel, policy: Policy | None = None) -> list[Flops]:
     spent = layers.embedding_flops()
     found = []
     first = 1
-    for exit_layer, head in zip(model.exit_layers, model.exits, strict=True):
+    for exit_layer, head in zip(model.exit_layers, model.exits.heads, strict=True):
         for layer in range(first, exit_layer + 1):
             spent += layers.flops(layer)
         first = exit_layer + 1
         is_last = exit_layer == model.exit_layers[-1]
         if policy is None or policy.reads(exit_layer) or is_last:
-            spent += head_flops(cast(Exit, head))
+            spent += head_flops(head)
             if learned and not is_last:
-                spent += Flops(per_text=2 * cast(Exit, head).classifier.in_features)
+                spent += Flops(per_text=2 * head.classifier.in_features)
         found.append(spent)
     return found
 
@@ -36,7 +34,7 @@ def exit_flops(model: ExitModel, policy: Policy | None = None) -> list[Flops]:
 def full_flops(model: ExitModel) -> Flops:
     """Operations of the model up to its last exit, without the other exits."""
     layers = encoder_layers(model.backbone)
-    spent = layers.embedding_flops() + head_flops(cast(Exit, model.exits[-1]))
+    spent = layers.embedding_flops() + head_flops(model.exits.heads[-1])
     for layer in range(1, model.exit_layers[-1] + 1):
         spent += layers.flops(layer)
     return spent
@@ -44,11 +42,11 @@ def full_flops(model: ExitModel) -> Flops:
 
 def head_flops(head: Exit) -> Flops:
     """Operations of one exit; the mha head computes the attention of the first token only."""
-    classifier = 2 * head.classifier.weight.numel()
+    classifier = 2 * linear_entries(head.classifier)
     if isinstance(head, LinearExit):
         return Flops(per_text=classifier)
-    every_token = head.down_projection.weight.numel() + head.key_value.weight.numel()
-    first_token = head.query.weight.numel() + head.output.weight.numel()
+    every_token = linear_entries(head.down_projection) + linear_entries(head.key_value)
+    first_token = linear_entries(head.query) + linear_entries(head.output)
     return Flops(
         per_text=2 * first_token + classifier,
         per_token=2 * every_token + 4 * head.classifier.in_features,

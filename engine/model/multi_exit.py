@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -15,14 +14,14 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
 
 from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
 from .early_exit import EarlyExitOutput, early_exit
 from .encoder import pretrained_encoder, random_encoder, set_dropout
 from .exit_policies import Policy
-from .exits import Exit, ExitModel, LinearExit, MHAExit
+from .exits import Exit, ExitModel, Exits, LinearExit, MHAExit
+from .output import MultiExitOutput as MultiExitOutput
 
 EXIT_HEADS = ("mha", "linear")
 
@@ -46,6 +45,10 @@ class MultiExitConfig(PretrainedConfig):
     """
 
     model_type = "fusedacl_multi_exit"
+    # from_pretrained hands dtype and attn_implementation on to the configurations named here.
+    sub_configs = {"backbone_config": AutoConfig}  # noqa: RUF012
+    # Outputs that Trainer leaves out of its predictions, so that these are the logits.
+    keys_to_ignore_at_inference = ["logits_by_text", "embeddings_by_text"]  # noqa: RUF012
 
     def __init__(
         self,
@@ -77,6 +80,9 @@ class MultiExitConfig(PretrainedConfig):
             raise ValueError(f"exit_head={exit_head!r}.{did_you_mean(exit_head, EXIT_HEADS)}")
         if backbone_config is not None:
             self.exit_layers = self._checked_layers(backbone_config.num_hidden_layers)
+            # Unless told otherwise, transformers would reset the encoder's choice.
+            if kwargs.get("attn_implementation") is None:
+                kwargs["attn_implementation"] = backbone_config._attn_implementation
         super().__init__(**kwargs)
 
     def _checked_layers(self, num_layers: int) -> list[int]:
@@ -89,28 +95,16 @@ class MultiExitConfig(PretrainedConfig):
             )
         return layers
 
+    def get_text_config(self, *args: Any, **kwargs: Any) -> PretrainedConfig:
+        """The encoder's configuration, in which `resize_token_embeddings` sets `vocab_size`."""
+        return self if self.backbone_config is None else self.backbone_config
+
     def to_dict(self) -> dict[str, Any]:
         """The configuration as a dictionary, the backbone's nested in it."""
         values = super().to_dict()
         if self.backbone_config is not None:
             values["backbone_config"] = self.backbone_config.to_dict()
         return values
-
-
-@dataclass
-class MultiExitOutput(ModelOutput):
-    """Outputs of E exits for N samples and K labels.
-
-    loss: sum of the exits' mean cross-entropies, None without labels.
-    logits [N, K]: those of the last exit.  exit_logits [E, N, K].
-    exit_embeddings [E, N, d]: the representations that the classifiers read.
-    """
-
-    loss: Tensor | None = None
-    # Always set; ModelOutput requires a default for every field but the first.
-    logits: Tensor = None  # type: ignore[assignment]
-    exit_logits: Tensor = None  # type: ignore[assignment]
-    exit_embeddings: Tensor = None  # type: ignore[assignment]
 
 
 class MultiExitForSequenceClassification(ExitModel):
@@ -124,6 +118,10 @@ class MultiExitForSequenceClassification(ExitModel):
     main_input_name = "input_ids"
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
+    supports_gradient_checkpointing = True
+    # The loss is a mean: with gradient accumulation Trainer has to divide it.
+    accepts_loss_kwargs = False
 
     def __init__(self, config: MultiExitConfig, backbone: PreTrainedModel | None = None) -> None:
         """Put new exits on `backbone`, or on an encoder with random weights where it is None."""
@@ -133,12 +131,14 @@ class MultiExitForSequenceClassification(ExitModel):
         self.num_labels = cast(int, config.num_labels)
         self.exit_layers = config.exit_layers
         self.backbone = backbone if backbone is not None else random_encoder(config.backbone_config)
-        self.exits = nn.ModuleList(self._new_exit() for _ in config.exit_layers)
+        self.exits = Exits(self._new_exit() for _ in config.exit_layers)
         # Fitted by `fit_learned_exit`; created here only so that from_pretrained can load it.
         self.learned_exit = None
         if config.learned_exit:
-            width = cast(Exit, self.exits[0]).classifier.in_features
-            self.learned_exit = nn.Linear(width, 1)
+            width = self.exits.heads[0].classifier.in_features
+            self.learned_exit = nn.Linear(width, 1).to(self.backbone.dtype)
+        # The encoder's is that of its configuration or of its weights.
+        self.exits.to(self.backbone.dtype)
         self.post_init()
 
     def _new_exit(self) -> Exit:
@@ -222,11 +222,12 @@ class MultiExitForSequenceClassification(ExitModel):
     @property
     def label_embeddings(self) -> Tensor:
         """The classifiers' weights [E, K, d] (a view, not a copy, where there is one exit)."""
-        return self.label_embeddings_of(range(len(self.exits)))
+        return self.label_embeddings_of(range(len(self.exit_layers)))
 
     def label_embeddings_of(self, positions: Sequence[int]) -> Tensor:
         """The classifiers' weights [E, K, d] of the exits at these positions of `exit_layers`."""
-        weights = [cast(Exit, self.exits[position]).classifier.weight for position in positions]
+        heads = self.exits.heads
+        weights = [heads[position].classifier.weight for position in positions]
         return weights[0].unsqueeze(0) if len(weights) == 1 else torch.stack(weights)
 
     def forward(
@@ -235,11 +236,41 @@ class MultiExitForSequenceClassification(ExitModel):
         attention_mask: Tensor | None = None,  # [N, T], 1 for tokens, 0 for padding
         token_type_ids: Tensor | None = None,  # [N, T]
         labels: Tensor | None = None,  # [N]
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **backbone_options: Any,
-    ) -> MultiExitOutput:
-        """Logits and representations of every exit; one pass through the backbone."""
-        states = self.exit_states(input_ids, attention_mask, token_type_ids, **backbone_options)
-        return self.classify(states, attention_mask, labels)
+    ) -> MultiExitOutput | tuple[Any, ...]:
+        """Logits and representations of every exit; one pass through the backbone.
+
+        None for an `output_…` option or `return_dict`: as in the configuration.
+
+        Raises:
+            ValueError: labels that are no class indices; attentions that the encoder does not give.
+        """
+        config = self.config
+        if output_hidden_states is None:
+            output_hidden_states = config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = config.output_attentions
+        if output_attentions:
+            backbone_options["output_attentions"] = True
+        encoded = self._encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            output_hidden_states or self._reads_below_the_last(self.exit_layers),
+            backbone_options,
+        )
+        states = self._states_of(encoded, self.exit_layers)
+        output = self.classify(states, attention_mask, labels)
+        if output_hidden_states:
+            output["hidden_states"] = encoded.hidden_states
+        if output_attentions:
+            output["attentions"] = _checked_attentions(encoded, self.backbone.config)
+        if return_dict is None:
+            return_dict = config.return_dict
+        return output if return_dict else output.to_tuple()
 
     def early_exit(
         self,
@@ -276,21 +307,43 @@ class MultiExitForSequenceClassification(ExitModel):
         layers = self.exit_layers
         if positions is not None:
             layers = [self.exit_layers[position] for position in positions]
+        encoded = self._encode(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            self._reads_below_the_last(layers),
+            backbone_options,
+        )
+        return self._states_of(encoded, layers)
+
+    def _reads_below_the_last(self, layers: Sequence[int]) -> bool:
+        # All layers' states are kept only if an exit below the last layer reads them.
+        return list(layers) != [self.config.backbone_config.num_hidden_layers]
+
+    def _encode(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        token_type_ids: Tensor | None,
+        output_hidden_states: bool,
+        options: Mapping[str, Any],
+    ) -> Any:
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if token_type_ids is not None:
-            backbone_options["token_type_ids"] = token_type_ids
-        num_layers = self.config.backbone_config.num_hidden_layers
-        states = self.backbone(
+            options = {**options, "token_type_ids": token_type_ids}
+        return self.backbone(
             input_ids=input_ids,
             attention_mask=attention_mask,
-            # All layers' states are kept only if an exit below the last layer reads them.
-            output_hidden_states=layers != [num_layers],
-            **{**backbone_options, "return_dict": True},
+            output_hidden_states=output_hidden_states,
+            **{**options, "return_dict": True},
         )
+
+    def _states_of(self, encoded: Any, layers: Sequence[int]) -> list[Tensor]:
+        num_layers = self.config.backbone_config.num_hidden_layers
         # The last exit reads the output of the final norm, where the encoder has one.
         return [
-            states.last_hidden_state if layer == num_layers else states.hidden_states[layer]
+            encoded.last_hidden_state if layer == num_layers else encoded.hidden_states[layer]
             for layer in layers
         ]
 
@@ -305,14 +358,17 @@ class MultiExitForSequenceClassification(ExitModel):
         """Run the exits at `positions` on their hidden states, as `exit_states` returns them."""
         if attention_mask is None:
             attention_mask = hidden_states[0].new_ones(hidden_states[0].shape[:2])
-        positions = range(len(self.exits)) if positions is None else positions
-        exits = [
-            self.exits[position](hidden, attention_mask)
-            for position, hidden in zip(positions, hidden_states, strict=True)
-        ]
+        positions = range(len(self.exit_layers)) if positions is None else positions
+        exits = self.exits(hidden_states, attention_mask, positions)
         exit_logits = torch.stack([output.logits for output in exits])
         loss = None
         if labels is not None:
+            if labels.ndim != 1 or labels.is_floating_point():
+                raise ValueError(
+                    f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: expected is "
+                    "one class index per text, [N]. Regression and several labels per text are "
+                    "not supported."
+                )
             repeated = labels.repeat(len(exits))
             loss = len(exits) * functional.cross_entropy(exit_logits.flatten(0, 1), repeated)
         return MultiExitOutput(
@@ -341,6 +397,17 @@ def label_names(config: PretrainedConfig) -> list[str]:
     """Names of the classes, in the order of the logits."""
     names = cast(dict[int, str], config.id2label)
     return [names[index] for index in sorted(names)]
+
+
+def _checked_attentions(encoded: Any, config: PretrainedConfig) -> tuple[Tensor, ...]:
+    attentions = getattr(encoded, "attentions", None)
+    if not attentions or any(weights is None for weights in attentions):
+        raise ValueError(
+            f"output_attentions=True: the encoder ({config.model_type}) gives no attention weights "
+            f"with attn_implementation={config._attn_implementation!r}. Load the model with "
+            'attn_implementation="eager".'
+        )
+    return attentions
 
 
 def _truncate(config: PretrainedConfig, num_hidden_layers: int) -> None:
