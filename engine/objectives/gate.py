@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ...kernels import gated_combine_, grad_dot_norm
@@ -122,6 +123,10 @@ class GradientGate:
         groups: the group 0 .. G-1 of each parameter; each group has its own decision. None: one
             decision for all.
         independent: whether the groups are models of their own, each clipped by its own norm.
+        process_group: processes that hold the same parameters and other texts: both gradients are
+            averaged over them before the decision, which is then the same on all. Run a
+            DistributedDataParallel model and the gate under its `no_sync()`: its own averaging
+            would mix the two gradients. None: this process alone.
         impl: implementation of `grad_dot_norm` and `gated_combine_`.
 
     Raises:
@@ -137,6 +142,7 @@ class GradientGate:
         max_angle: float = 90.0,
         groups: Sequence[int] | None = None,
         independent: bool = False,
+        process_group: ProcessGroup | None = None,
         impl: str = "auto",
     ) -> None:
         self.parameters = list(parameters)
@@ -160,6 +166,7 @@ class GradientGate:
         self.weight = weight
         self.max_angle = max_angle
         self.independent = independent
+        self.process_group = process_group
         self.impl = impl
         self._auxiliary: list[Tensor | None] = [None] * len(self.parameters)
         self._num_calls = 0
@@ -222,6 +229,33 @@ class GradientGate:
         for index, parameter in enumerate(self.parameters):
             parameter.grad, self._auxiliary[index] = self._auxiliary[index], parameter.grad
 
+    def _average(self, group: ProcessGroup) -> None:
+        """Average both gradients over the processes; one reached on any of them is so on all."""
+        lists = [[p.grad for p in self.parameters], self._auxiliary]
+        present = [[gradient is not None for gradient in gradients] for gradients in lists]
+        reached = torch.tensor(present, dtype=torch.float32, device=self.parameters[0].device)
+        torch.distributed.all_reduce(reached, group=group)
+        for gradients, counts in zip(lists, reached.tolist(), strict=True):
+            used = [index for index, count in enumerate(counts) if count]
+            for dtype in {self.parameters[index].dtype for index in used}:
+                chosen = [index for index in used if self.parameters[index].dtype == dtype]
+                parts = [gradients[index] for index in chosen]
+                flat = torch.cat(
+                    [
+                        self.parameters[index].new_zeros(self.parameters[index].numel())
+                        if part is None
+                        else part.reshape(-1)
+                        for index, part in zip(chosen, parts, strict=True)
+                    ]
+                )
+                torch.distributed.all_reduce(flat, group=group)
+                flat /= torch.distributed.get_world_size(group)
+                sizes = [self.parameters[index].numel() for index in chosen]
+                for index, piece in zip(chosen, flat.split(sizes), strict=True):
+                    gradients[index] = piece.view_as(self.parameters[index])
+        for parameter, gradient in zip(self.parameters, lists[0], strict=True):
+            parameter.grad = gradient
+
     @part(GATE)
     def combine(
         self, *, loss_scale: float | Tensor = 1.0, max_norm: float | None = None
@@ -233,6 +267,8 @@ class GradientGate:
             max_norm: clip the combined gradient, or that of each group if they are independent, to
                 this norm; None: do not clip.
         """
+        if self.process_group is not None:
+            self._average(self.process_group)
         main = main_gradients(self.parameters, self._auxiliary)
         stats = grad_dot_norm(main, self._auxiliary, groups=self.groups, impl=self.impl)  # [G, 3]
         used = gated_combine_(
@@ -273,6 +309,10 @@ class GradientGate:
             return self.combine()
         if self.groups is not None:
             raise ValueError("scope: the gate has groups, each with its own angle. Leave one out.")
+        if self.process_group is not None:
+            raise ValueError(
+                "scope: the gate has a process_group, whose angle is of all parameters."
+            )
         main, auxiliary = (scope_gradients(loss, scope) for loss in (main_loss, auxiliary_loss))
         stats = grad_dot_norm(main, auxiliary, impl=self.impl)
         used = used_weight(stats, self.weight, self.max_angle)
