@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...kernels import gated_combine_, grad_dot_norm
 from ...kernels.gradients.angle import angle_degrees, choose, combined_squared_norm, within_angle
@@ -156,6 +157,13 @@ class GradientGate:
             raise ValueError(
                 "parameters must be trained parameters: pass those with requires_grad=True, at "
                 "least one."
+            )
+        wrapped = next((p for p in self.parameters if is_traceable_wrapper_subclass(p)), None)
+        if wrapped is not None:
+            raise ValueError(
+                f"parameters: one is a {type(wrapped).__name__}, of which this process has a part "
+                "(FSDP2's fully_shard): replicate the model under DistributedDataParallel with "
+                "process_group, or train it with DeepSpeed (`fusedacl train`)."
             )
         if not 0 <= weight <= 1:
             raise ValueError(f"weight={weight} must lie in [0, 1].")

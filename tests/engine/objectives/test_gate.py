@@ -10,6 +10,7 @@ from fusedacl.engine import GradientGate
 from fusedacl.kernels import acl_loss
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.testing._internal.two_tensor import TwoTensor
 
 
 class TwoHeads(nn.Module):
@@ -292,3 +293,11 @@ def test_parameters_that_are_frozen_or_unfrozen_later_are_refused() -> None:
         ValueError, match=r"parameter of shape \(2, 4\) was frozen later: make a new"
     ):
         gate.backward(*losses())
+
+
+def test_sharded_parameters_are_refused() -> None:
+    sharded = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    with pytest.raises(
+        ValueError, match="parameters: one is a TwoTensor, .*process_group, or train"
+    ):
+        GradientGate([nn.Parameter(torch.ones(2)), sharded])
