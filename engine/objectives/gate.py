@@ -158,13 +158,6 @@ class GradientGate:
                 "parameters must be trained parameters: pass those with requires_grad=True, at "
                 "least one."
             )
-        wrapped = next((p for p in self.parameters if is_traceable_wrapper_subclass(p)), None)
-        if wrapped is not None:
-            raise ValueError(
-                f"parameters: one is a {type(wrapped).__name__}, of which this process has a part "
-                "(FSDP2's fully_shard): replicate the model under DistributedDataParallel with "
-                "process_group, or train it with DeepSpeed (`fusedacl train`)."
-            )
         if not 0 <= weight <= 1:
             raise ValueError(f"weight={weight} must lie in [0, 1].")
         if not 0 <= max_angle <= 180:
@@ -193,10 +186,17 @@ class GradientGate:
         self.groups = None if self.groups is None else list(group_of.values())
 
     def _check_reached(self, *losses: Tensor) -> None:
-        """Refuse losses with a gradient for a parameter that the gate does not have.
+        """Refuse sharded parameters, and losses with a gradient for one that the gate does not have.
 
         It would be trained with the main gradient alone, at full weight.
         """
+        wrapped = next((p for p in self.parameters if is_traceable_wrapper_subclass(p)), None)
+        if wrapped is not None:
+            raise ValueError(
+                f"parameters: one is a {type(wrapped).__name__}, of which this process has a part "
+                "(FSDP2's fully_shard): replicate the model under DistributedDataParallel with "
+                "process_group, or train it with DeepSpeed (`fusedacl train`)."
+            )
         known = set(self.parameters)
         for leaf in leaves(losses):
             if leaf not in known and isinstance(leaf, Parameter):
@@ -210,7 +210,8 @@ class GradientGate:
         """Add the gradients of both losses of one (micro-)batch; they may share their graph.
 
         Raises:
-            ValueError: a parameter was frozen, or one that the gate does not have was unfrozen.
+            ValueError: parameters are sharded; one was frozen, or one that the gate does not have
+                was unfrozen.
         """
         if self._num_calls % _CALLS_PER_CHECK == 0:
             self._check_reached(main_loss, auxiliary_loss)

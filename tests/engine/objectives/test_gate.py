@@ -300,4 +300,4 @@ def test_sharded_parameters_are_refused() -> None:
     with pytest.raises(
         ValueError, match="parameters: one is a TwoTensor, .*process_group, or train"
     ):
-        GradientGate([nn.Parameter(torch.ones(2)), sharded])
+        GradientGate([sharded]).accumulate(sharded.sum(), sharded.square().sum())
