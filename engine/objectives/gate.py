@@ -186,9 +186,9 @@ class GradientGate:
         self.groups = None if self.groups is None else list(group_of.values())
 
     def _check_reached(self, *losses: Tensor) -> None:
-        """Refuse sharded parameters, and losses with a gradient for one that the gate does not have.
+        """Refuse sharded parameters, and losses that train one that the gate does not have.
 
-        It would be trained with the main gradient alone, at full weight.
+        Such a one would be trained with the main gradient alone, at full weight.
         """
         wrapped = next((p for p in self.parameters if is_traceable_wrapper_subclass(p)), None)
         if wrapped is not None:
