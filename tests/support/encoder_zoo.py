@@ -199,7 +199,7 @@ def try_encoder(model_type: str, tokenizer: Path, data: Path, directory: Path) -
 def _leave_early(path: Path) -> tuple[str, str]:
     """How texts leave early, after comparing the answers with those of the full model."""
     trained = TrainedModel(InferenceOptions(model_name_or_path=str(path)), None)
-    model, encoded = trained.model, trained.encode(TEXTS)
+    model, encoded = trained.model, trained.encode(TEXTS, "texts")
     assert isinstance(model, MultiExitForSequenceClassification)
     pad = trained.tokenizer.pad_token_id
     probabilities = predict_logits(model, encoded, 4, pad_token_id=pad).softmax(-1)  # [E, n, K]

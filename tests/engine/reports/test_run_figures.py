@@ -55,7 +55,8 @@ def test_logged_angles(tmp_path: Path) -> None:
         {"step": 2, "epoch": 1, "angle_degrees exit 10": 70.0, "angle_degrees backbone": None},
         {"step": 3, "epoch": 1.5, "angle_degrees exit 10": 75.0, "loss": 1.0},
     ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    records = [json.dumps({**line, "split": "train"}) for line in lines]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(records))
     assert logged_angles(tmp_path) == [
         ("model", 0.5, 80.0), ("exit 10", 1.0, 70.0), ("exit 10", 1.5, 75.0)
     ]  # fmt: skip
