@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -79,15 +80,13 @@ def scope_gradients(loss: Tensor, scope: Sequence[Tensor]) -> Sequence[Tensor | 
     return torch.autograd.grad(loss, list(scope), retain_graph=True, allow_unused=True)
 
 
-def leaves(losses: Iterable[Tensor]) -> Iterator[Tensor]:
-    """The leaf tensors that get a gradient from these losses, without a backward pass."""
-    waiting = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+def graph_nodes(losses: Iterable[Tensor]) -> Iterator[Any]:
+    """The autograd nodes that a backward pass from these losses would visit."""
+    waiting: list[Any] = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        leaf = getattr(node, "variable", None)  # of AccumulateGrad nodes
-        if leaf is not None:
-            yield leaf
+        yield node
         for below, _ in node.next_functions:
             if below is not None and below not in seen:
                 seen.add(below)
@@ -198,8 +197,16 @@ class GradientGate:
                 "process_group, or train it with DeepSpeed (`fusedacl train`)."
             )
         known = set(self.parameters)
-        for leaf in leaves(losses):
-            if leaf not in known and isinstance(leaf, Parameter):
+        for node in graph_nodes(losses):
+            replica = getattr(node, "ddp_weakref", None)  # of DistributedDataParallel's own node
+            if replica is not None and replica().require_backward_grad_sync:
+                raise ValueError(
+                    "The losses come from a DistributedDataParallel model, whose own averaging "
+                    "would mix the two gradients: run the model and the gate under its no_sync(), "
+                    "and give the gate the process_group."
+                )
+            leaf = getattr(node, "variable", None)  # of AccumulateGrad nodes
+            if isinstance(leaf, Parameter) and leaf not in known:
                 raise ValueError(
                     f"A loss trains a parameter of shape {tuple(leaf.shape)} that the gate does "
                     "not have (was it unfrozen later?): make a new GradientGate with all trained "
@@ -211,7 +218,7 @@ class GradientGate:
 
         Raises:
             ValueError: parameters are sharded; one was frozen, or one that the gate does not have
-                was unfrozen.
+                was unfrozen; a DistributedDataParallel model averages by itself.
         """
         if self._num_calls % _CALLS_PER_CHECK == 0:
             self._check_reached(main_loss, auxiliary_loss)

@@ -9,6 +9,7 @@ import torch
 from fusedacl.engine import GradientGate
 from gate_cases import Classifier, losses, steps_under_ddp
 from rank_pool import Ranks
+from torch.nn.parallel import DistributedDataParallel
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -46,4 +47,21 @@ def refused_scope(rank: int) -> str:
         gate.backward(*losses(net, net.classes, 0, rank), scope=list(net.parameters()))
     except ValueError as error:
         return str(error).split(",")[0]
+    return "was not refused"
+
+
+@pytest.mark.parametrize("option", ["find_unused_parameters", "static_graph"])
+def test_a_model_that_averages_by_itself_is_refused(four_ranks: Ranks, option: str) -> None:
+    for words in four_ranks.run(refused_averaging, option):
+        assert "under its no_sync(), and give the gate the process_group" in words
+
+
+def refused_averaging(rank: int, option: str) -> str:
+    net = Classifier().double()
+    model = DistributedDataParallel(net, **{option: True})
+    gate = GradientGate(model.parameters(), process_group=torch.distributed.group.WORLD)
+    try:
+        gate.backward(*losses(model, net.classes, 0, 0))
+    except ValueError as error:
+        return str(error)
     return "was not refused"
