@@ -116,9 +116,8 @@ def supcon_small_kernel(
     inverse_temperature,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, DENOMINATOR: tl.constexpr,
     REDUCTION: tl.constexpr, WITH_LOSS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
-    # Rows and columns of a tile of c, and the number of columns of x that are loaded at once, for
-    # the products and for the copy.
-    BLOCK: tl.constexpr, OTHERS: tl.constexpr, CHUNK: tl.constexpr, COPIED: tl.constexpr,
+    # Rows and columns of a tile of c, and the number of columns of x that are loaded at once.
+    BLOCK: tl.constexpr, OTHERS: tl.constexpr, CHUNK: tl.constexpr, FEW_REGISTERS: tl.constexpr,
     COSINE_PRECISION: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: exits, blocks of trained rows; the first block of an exit also writes its loss."""
@@ -146,6 +145,7 @@ def supcon_small_kernel(
     inverse_positives = inverse_sums + padded_rows
     distances = inverse_positives + padded_rows
 
+    COPIED: tl.constexpr = CHUNK // 2 if FEW_REGISTERS else CHUNK
     num_existing = 0
     for first_row in range(0, num_rows, BLOCK):
         rows = first_row + tl.arange(0, BLOCK)
@@ -185,9 +185,12 @@ def supcon_small_kernel(
             described_others = describe(others, sizes, labels, label_stride, ignore_index)
             cosines = tl.zeros([BLOCK, OTHERS], tl.float32)
             for start in range(0, padded_width, CHUNK):
-                chunk = x + (start + tl.arange(0, CHUNK))[:, None] * padded_rows
-                x_rows = tl.trans(tl.load(chunk + rows[None, :]))
-                x_others = tl.load(chunk + others[None, :])
+                chunk = x + (start + tl.arange(0, CHUNK)) * padded_rows
+                if FEW_REGISTERS:
+                    x_rows = tl.trans(tl.load(chunk[:, None] + rows[None, :]))
+                else:
+                    x_rows = tl.load(chunk[None, :] + rows[:, None])
+                x_others = tl.load(chunk[:, None] + others[None, :])
                 cosines = tl.dot(x_rows, x_others, cosines, input_precision=COSINE_PRECISION)
             cosines *= row_norms[:, None] * tl.load(inverse_norms + others)[None, :]
             exponentials, positive = compare(
@@ -322,8 +325,9 @@ def machine_constants(capability: int, *dtypes: torch.dtype) -> dict[str, Any]:
         cosines, gradients = "ieee", "ieee"
     return {
         "BLOCK": BLOCK, "OTHERS": OTHERS, "CHUNK": CHUNK,
-        # Triton 3.3.1 spills registers on sm_70 with 32, other versions on other GPUs with 16.
-        "COPIED": 16 if capability < 75 else CHUNK,
+        # Without it Triton 3.3.1 spills on sm_70. With it other versions spill on other GPUs, and
+        # the matrix unit's operands meet in few banks of shared memory.
+        "FEW_REGISTERS": capability < 75,
         "COSINE_PRECISION": cosines, "GRADIENT_PRECISION": gradients,
     }  # fmt: skip
 
