@@ -151,13 +151,15 @@ def supcon_small_kernel(
         rows = first_row + tl.arange(0, BLOCK)
         described = describe(rows, sizes, labels, label_stride, ignore_index)
         num_existing += tl.sum(described[2].to(tl.int32), 0)
-        squares = tl.zeros([BLOCK], tl.float32)
+        # Summed after the loop: a product and the first step of a sum over threads would become one
+        # multiply-add, whose rounding differs between threads that have the same sum.
+        squares = tl.zeros([BLOCK, COPIED], tl.float32)
         for start in range(0, padded_width, COPIED):
             columns = start + tl.arange(0, COPIED)
             x_rows = gather(rows, described[2], columns, sizes, parts, HAS_LABELS, HAS_TEACHER)
             tl.store(x + columns[None, :] * padded_rows + rows[:, None], x_rows)
-            squares += tl.sum(x_rows * x_rows, 1)
-        norms = tl.sqrt_rn(squares)
+            squares += x_rows * x_rows
+        norms = tl.sqrt_rn(tl.sum(squares, 1))
         # A NaN is not <= anything: it reaches the loss. 1 / inf gives a zero vector its 0.
         norms = tl.where(norms <= SHORTEST, float("inf"), norms)
         tl.store(inverse_norms + rows, tl.div_rn(1.0, norms))
@@ -307,8 +309,7 @@ def supcon_small_kernel(
 # By passes of shared memory, counted on compiled code (docs/kernels.md): 8 warps take a third more
 # than 4. Tiles of 32 x 32 take a fifth less from M = 64 on, but a tenth more at M = 34, which they
 # pad to 64. Chunks of 64 columns spill registers on sm_70 and sm_75, chunks of 16 on sm_70.
-BLOCK, OTHERS = 32, 16
-CHUNK = 32
+BLOCK, OTHERS, CHUNK = 32, 16, 32
 NUM_WARPS = 4
 
 
@@ -317,8 +318,7 @@ def machine_constants(capability: int, *dtypes: torch.dtype) -> dict[str, Any]:
 
     The precisions are those of tl.dot with float32 operands, for x_i . x_j and for W x. Below sm_80
     Triton reaches no matrix unit. 16-bit numbers are exact in tf32; an operand with more digits is
-    split by tf32x3, and the error is float32's. W is always split: the terms of a gradient may
-    cancel.
+    split by tf32x3, and the error is float32's. W is always split: a gradient's terms may cancel.
     """
     cosines, gradients = ("tf32x3" if torch.float32 in dtypes else "tf32"), "tf32x3"
     if capability < 80:
