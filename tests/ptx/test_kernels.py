@@ -27,6 +27,7 @@ GRID = "ptx/kernel_grid.py"
 MUTANTS = "ptx/mutants.py"
 SMALL = "kernels/contrastive/gpu/test_small_batches.py"
 LARGE = "kernels/contrastive/gpu/test_large_batches.py"
+IMPLEMENTATIONS = "kernels/contrastive/test_implementations.py"
 PAIRS = "kernels/contrastive/gpu/test_pair_sums.py"
 TILED = "kernels/contrastive/tiled/test_gpu_epilogue.py"
 GRADIENTS = "kernels/gradients/test_gpu.py"
@@ -42,6 +43,8 @@ FEW: list[Run] = [
 ]
 ALL: list[Run] = [
     (70, False, (MUTANTS,)),
+    # Both kernels of the losses. With errors, gradients that are 0 by cancellation would not be.
+    (80, False, (IMPLEMENTATIONS,)),
     *(
         (capability, errors, files)
         for errors in (False, True)
@@ -50,7 +53,7 @@ ALL: list[Run] = [
             (70, (TILED, GRADIENTS)),
             (75, (GRID, SMALL)),
             (75, (TILED, GRADIENTS)),
-            (80, (GRID, LARGE, PAIRS)),
+            (80, (GRID, SMALL, LARGE, PAIRS)),
         )
     ),
 ]

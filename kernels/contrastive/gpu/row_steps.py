@@ -84,8 +84,8 @@ def normalize_kernel(
     x = gather(rows, exists, columns, sizes, parts, HAS_LABELS, HAS_TEACHER)
 
     # A NaN is not <= anything: it reaches the loss.
-    norm = tl.sqrt(tl.sum(x * x, 1))
-    inverse_norm = 1.0 / tl.where(norm <= SHORTEST, float("inf"), norm)
+    norm = tl.sqrt_rn(tl.sum(x * x, 1))
+    inverse_norm = tl.div_rn(1.0, tl.where(norm <= SHORTEST, float("inf"), norm))
     padded_rows = exit * num_padded_rows + rows
     tl.store(
         z + padded_rows[:, None] * WIDTH + columns[None, :],

@@ -16,9 +16,12 @@ sum_j W_ij c_ij is known before the last line, so dx is computed chunk by chunk 
 diagonal of W would add a multiple of x_i, which the projection removes: it is left out.
 
 A program computes the gradient of one block of rows of one exit, and r and D of all M rows, on one
-of the multiprocessors that a small batch leaves idle: no program waits for another. It first copies
-the rows from their tensors, in any dtypes and strides, into scratch memory of its own, M d float32:
-with the addresses of four tensors in the loops over pairs every tile size spilled registers.
+of the multiprocessors that a small batch leaves idle: no program waits for another. c is symmetric:
+tiles on and right of the diagonal add to the sums of their rows and of their columns. The program
+first copies the rows from their tensors, in any dtypes and strides, into scratch memory of its own,
+M d float32: with the addresses of four tensors in the loops over pairs every tile size spilled
+registers. The copy is transposed, and so are W and dx: in shared memory the threads of a warp then
+read neighbouring words of both operands of both products, and no words of the same bank.
 
 Launches: one for the loss and the gradient for upstream 1, one to multiply it by upstream; for
 "none" one for the loss and one for the gradient. Where samples and label embeddings differ in
@@ -69,22 +72,11 @@ def describe(rows, sizes, labels, label_stride, ignore_index):
 
 @triton.jit
 def compare(
-    described_rows, described_others, x, inverse_norms, padded_width, inverse_temperature,
-    DENOMINATOR: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Return a tile [R, J] of c_ij, of e_ij, and of whether j is a positive of i."""
+    described_rows, described_others, cosines, inverse_temperature, DENOMINATOR: tl.constexpr
+):
+    """Return tiles [R, J] of e_ij and of whether j is a positive of i."""
     rows, class_of_row, row_exists = described_rows
     others, class_of_other, other_exists = described_others
-    columns = tl.arange(0, CHUNK)
-    row_starts = x + rows[:, None] * padded_width + columns[None, :]
-    other_starts = x + others[None, :] * padded_width + columns[:, None]
-    cosines = tl.zeros([rows.shape[0], others.shape[0]], tl.float32)
-    for start in range(0, padded_width, CHUNK):
-        x_rows = tl.load(row_starts + start)
-        x_others = tl.load(other_starts + start)
-        cosines = tl.dot(x_rows, x_others, cosines, input_precision=PRECISION)
-    cosines *= tl.load(inverse_norms + rows)[:, None] * tl.load(inverse_norms + others)[None, :]
-
     compared = row_exists[:, None] & other_exists[None, :]
     same_class = class_of_row[:, None] == class_of_other[None, :]
     itself = rows[:, None] == others[None, :]
@@ -94,7 +86,13 @@ def compare(
     if DENOMINATOR == "negatives":
         compared = compared & ~same_class
     exponentials = tl.exp2((cosines - 1.0) * (inverse_temperature * LOG2_E))
-    return cosines, tl.where(compared, exponentials, 0.0), positive
+    return tl.where(compared, exponentials, 0.0), positive
+
+
+@triton.jit
+def add(sums, tile):
+    """Add the sums of a tile's columns to the sums in memory."""
+    tl.store(sums, tl.load(sums) + tl.sum(tile, 0))
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -103,8 +101,9 @@ def supcon_small_kernel(
     losses,
     # Written if WITH_GRADIENT: [E, num_trained, d].
     gradient,
-    # Scratch memory, of each program: x [M, d], W_ij r_j of its own rows i [BLOCK, M], r [M],
-    # 1 / D [M] and 1 / n [M], the last two 0 where the anchor does not count. See `scratch_size`.
+    # Scratch memory, of each program: x [d, M]; c_ij of its own rows i, later W_ij r_j [M, BLOCK];
+    # r [M]; 1 / D, 1 / n and the sum of c_ij - 1 over positives [M], before them sums over the
+    # tiles so far. 1 / D and 1 / n are 0 where the anchor does not count. See `scratch_size`.
     scratch,
     # Read if WITH_GRADIENT for "none": [E, M].
     upstream, upstream_exit_stride, upstream_row_stride,
@@ -117,9 +116,9 @@ def supcon_small_kernel(
     inverse_temperature,
     HAS_LABELS: tl.constexpr, HAS_TEACHER: tl.constexpr, DENOMINATOR: tl.constexpr,
     REDUCTION: tl.constexpr, WITH_LOSS: tl.constexpr, WITH_GRADIENT: tl.constexpr,
-    # Rows and columns of a tile, and the number of columns of x that are loaded at once.
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr, COSINE_PRECISION: tl.constexpr,
-    GRADIENT_PRECISION: tl.constexpr,
+    # Rows and columns of a tile of c, and the number of columns of x that are loaded at once.
+    BLOCK: tl.constexpr, OTHERS: tl.constexpr, CHUNK: tl.constexpr, FEW_REGISTERS: tl.constexpr,
+    COSINE_PRECISION: tl.constexpr, GRADIENT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Grid: exits, blocks of trained rows; the first block of an exit also writes its loss."""
     exit = tl.program_id(0).to(tl.int64)
@@ -139,64 +138,100 @@ def supcon_small_kernel(
     padded_rows = tl.cdiv(num_rows, BLOCK) * BLOCK
     padded_width = tl.cdiv(width, CHUNK) * CHUNK
     program = exit * tl.num_programs(1) + block
-    x = scratch + program * (padded_rows * (padded_width + BLOCK + 3))
+    x = scratch + program * (padded_rows * (padded_width + BLOCK + 4))
     pair_weights = x + padded_rows * padded_width
     inverse_norms = pair_weights + BLOCK * padded_rows
     inverse_sums = inverse_norms + padded_rows
     inverse_positives = inverse_sums + padded_rows
+    distances = inverse_positives + padded_rows
 
+    COPIED: tl.constexpr = CHUNK // 2 if FEW_REGISTERS else CHUNK
     num_existing = 0
     for first_row in range(0, num_rows, BLOCK):
         rows = first_row + tl.arange(0, BLOCK)
         described = describe(rows, sizes, labels, label_stride, ignore_index)
         num_existing += tl.sum(described[2].to(tl.int32), 0)
-        squares = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, padded_width, CHUNK):
-            columns = start + tl.arange(0, CHUNK)
+        # Summed after the loop: a product and the first step of a sum over threads would become one
+        # multiply-add, whose rounding differs between threads that have the same sum.
+        squares = tl.zeros([BLOCK, COPIED], tl.float32)
+        for start in range(0, padded_width, COPIED):
+            columns = start + tl.arange(0, COPIED)
             x_rows = gather(rows, described[2], columns, sizes, parts, HAS_LABELS, HAS_TEACHER)
-            tl.store(x + rows[:, None] * padded_width + columns[None, :], x_rows)
-            squares += tl.sum(x_rows * x_rows, 1)
-        norms = tl.sqrt(squares)
+            tl.store(x + columns[None, :] * padded_rows + rows[:, None], x_rows)
+            squares += x_rows * x_rows
+        norms = tl.sqrt_rn(tl.sum(squares, 1))
         # A NaN is not <= anything: it reaches the loss. 1 / inf gives a zero vector its 0.
         norms = tl.where(norms <= SHORTEST, float("inf"), norms)
-        tl.store(inverse_norms + rows, 1.0 / norms)
-    # Other threads of the program read what a thread has written.
-    tl.debug_barrier()
+        tl.store(inverse_norms + rows, tl.div_rn(1.0, norms))
+        zeros = tl.zeros([BLOCK], tl.float32)
+        tl.store(inverse_sums + rows, zeros)
+        tl.store(inverse_positives + rows, zeros)
+        tl.store(distances + rows, zeros)
 
     loss = 0.0
     num_anchors = 0
+    # This program's rows: some may be constants or beyond the last row.
+    first_mine = (first_trained // BLOCK + block) * BLOCK
+    mine = tl.arange(0, BLOCK)
     for first_row in range(0, num_rows, BLOCK):
+        # Other threads of the program read what a thread has written.
+        tl.debug_barrier()
         rows = first_row + tl.arange(0, BLOCK)
         described_rows = describe(rows, sizes, labels, label_stride, ignore_index)
-        sums = tl.zeros([BLOCK], tl.float32)
-        positive_sums = tl.zeros([BLOCK], tl.float32)
-        num_positives = tl.zeros([BLOCK], tl.int32)
-        for first_other in range(0, num_rows, BLOCK):
-            others = first_other + tl.arange(0, BLOCK)
+        row_norms = tl.load(inverse_norms + rows)
+        sums = tl.zeros([BLOCK, OTHERS], tl.float32)
+        positive_sums = tl.zeros([BLOCK, OTHERS], tl.float32)
+        num_positives = tl.zeros([BLOCK, OTHERS], tl.float32)
+        for first_other in range(first_row, num_rows, OTHERS):
+            others = first_other + tl.arange(0, OTHERS)
             described_others = describe(others, sizes, labels, label_stride, ignore_index)
-            cosines, exponentials, positive = compare(
-                described_rows, described_others, x, inverse_norms, padded_width,
-                inverse_temperature, DENOMINATOR, CHUNK, COSINE_PRECISION,
-            )  # fmt: skip
-            sums += tl.sum(exponentials, 1)
-            positive_sums += tl.sum(tl.where(positive, cosines - 1.0, 0.0), 1)
-            num_positives += tl.sum(positive.to(tl.int32), 1)
-        counts = num_positives > 0
+            cosines = tl.zeros([BLOCK, OTHERS], tl.float32)
+            for start in range(0, padded_width, CHUNK):
+                chunk = x + (start + tl.arange(0, CHUNK)) * padded_rows
+                if FEW_REGISTERS:
+                    x_rows = tl.trans(tl.load(chunk[:, None] + rows[None, :]))
+                else:
+                    x_rows = tl.load(chunk[None, :] + rows[:, None])
+                x_others = tl.load(chunk[:, None] + others[None, :])
+                cosines = tl.dot(x_rows, x_others, cosines, input_precision=COSINE_PRECISION)
+            cosines *= row_norms[:, None] * tl.load(inverse_norms + others)[None, :]
+            exponentials, positive = compare(
+                described_rows, described_others, cosines, inverse_temperature, DENOMINATOR
+            )
+            is_positive = positive.to(tl.float32)
+            below_one = tl.where(positive, cosines - 1.0, 0.0)
+            sums += exponentials
+            num_positives += is_positive
+            positive_sums += below_one
+            if first_other >= first_row + BLOCK:
+                add(inverse_sums + others, exponentials)
+                add(inverse_positives + others, is_positive)
+                add(distances + others, below_one)
+            if WITH_GRADIENT:
+                if first_row == first_mine:
+                    tl.store(pair_weights + others[None, :] * BLOCK + mine[:, None], cosines)
+                elif first_other // BLOCK * BLOCK == first_mine:
+                    own = (others - first_mine)[None, :]
+                    tl.store(pair_weights + rows[:, None] * BLOCK + own, cosines)
+        row_sums = tl.sum(sums, 1) + tl.load(inverse_sums + rows)
+        row_positive_sums = tl.sum(positive_sums, 1) + tl.load(distances + rows)
+        row_num = tl.sum(num_positives, 1) + tl.load(inverse_positives + rows)
+        counts = row_num > 0
         if DENOMINATOR == "negatives":
-            counts = counts & (num_positives + 1 < num_existing)
+            counts = counts & (row_num + 1 < num_existing)
         num_anchors += tl.sum(counts.to(tl.int32), 0)
-        inverse_num = tl.where(counts, 1.0 / tl.maximum(num_positives, 1).to(tl.float32), 0.0)
+        inverse_num = tl.where(counts, 1.0 / tl.maximum(row_num, 1.0), 0.0)
         # An anchor that does not count may have nothing to compare: no log(0), no 1 / 0.
-        sums = tl.where(counts, sums, 1.0)
+        row_sums = tl.where(counts, row_sums, 1.0)
         if WITH_LOSS:
-            row_losses = tl.log(sums) - positive_sums * inverse_temperature * inverse_num
+            row_losses = tl.log(row_sums) - row_positive_sums * inverse_temperature * inverse_num
             row_losses = tl.where(counts, row_losses, 0.0)
             loss += tl.sum(row_losses, 0)
             if REDUCTION == "none":
                 is_mine = (rows < num_rows) & (block == 0)
                 tl.store(losses + exit * num_rows + rows, row_losses, mask=is_mine)
         if WITH_GRADIENT:
-            tl.store(inverse_sums + rows, tl.where(counts, 1.0 / sums, 0.0))
+            tl.store(inverse_sums + rows, tl.where(counts, 1.0 / row_sums, 0.0))
             tl.store(inverse_positives + rows, inverse_num)
     weight = 1.0
     if REDUCTION == "mean":
@@ -207,10 +242,7 @@ def supcon_small_kernel(
     if WITH_GRADIENT:
         tl.debug_barrier()
         weight *= inverse_temperature
-        trained = block * BLOCK + tl.arange(0, BLOCK)
-        is_trained = trained < num_trained
-        # Beyond the end a row is computed again and not written.
-        rows = tl.minimum(first_trained + trained, num_rows - 1)
+        rows = first_mine + mine
         described_rows = describe(rows, sizes, labels, label_stride, ignore_index)
         row_sums = tl.load(inverse_sums + rows)
         row_num = tl.load(inverse_positives + rows)
@@ -220,18 +252,19 @@ def supcon_small_kernel(
             row_weights *= tl.load(
                 upstream + rows.to(tl.int64) * upstream_row_stride, mask=row_num > 0, other=0.0
             )
-        projections = tl.zeros([BLOCK], tl.float32)
-        own_weights = pair_weights + tl.arange(0, BLOCK)[:, None] * padded_rows
-        for first_other in range(0, num_rows, BLOCK):
-            others = first_other + tl.arange(0, BLOCK)
+        projections = tl.zeros([OTHERS, BLOCK], tl.float32)
+        for first_other in range(0, num_rows, OTHERS):
+            others = first_other + tl.arange(0, OTHERS)
             described_others = describe(others, sizes, labels, label_stride, ignore_index)
-            cosines, exponentials, positive = compare(
-                described_rows, described_others, x, inverse_norms, padded_width,
-                inverse_temperature, DENOMINATOR, CHUNK, COSINE_PRECISION,
-            )  # fmt: skip
+            own_pairs = pair_weights + others[:, None] * BLOCK + mine[None, :]
+            # Rows beyond the last have no cosines.
+            cosines = tl.load(own_pairs, mask=(rows < num_rows)[None, :], other=0.0)
+            exponentials, positive = compare(
+                described_others, described_rows, cosines, inverse_temperature, DENOMINATOR
+            )
             other_sums = tl.load(inverse_sums + others)
             other_num = tl.load(inverse_positives + others)
-            other_weights = tl.zeros([BLOCK], tl.float32) + weight
+            other_weights = tl.zeros([OTHERS], tl.float32) + weight
             if REDUCTION == "none":
                 other_weights *= tl.load(
                     upstream + others.to(tl.int64) * upstream_row_stride,
@@ -239,65 +272,70 @@ def supcon_small_kernel(
                     other=0.0,
                 )
             # e / D is at most 1, whereas w / D may leave float32's range: D may be 1e-38.
-            pairs = exponentials * row_sums[:, None] * row_weights[:, None]
-            pairs += exponentials * other_sums[None, :] * other_weights[None, :]
-            pulls = (row_num * row_weights)[:, None] + (other_num * other_weights)[None, :]
+            pairs = exponentials * row_sums[None, :] * row_weights[None, :]
+            pairs += exponentials * other_sums[:, None] * other_weights[:, None]
+            pulls = (row_num * row_weights)[None, :] + (other_num * other_weights)[:, None]
             pairs -= tl.where(positive, pulls, 0.0)
-            pairs = tl.where(rows[:, None] != others[None, :], pairs, 0.0)
-            projections += tl.sum(pairs * cosines, 1)
-            pairs *= tl.load(inverse_norms + others)[None, :]
-            tl.store(own_weights + others[None, :], pairs)
+            pairs = tl.where(rows[None, :] != others[:, None], pairs, 0.0)
+            projections += pairs * cosines
+            tl.store(own_pairs, pairs * tl.load(inverse_norms + others)[:, None])
         tl.debug_barrier()
 
         row_norms = tl.load(inverse_norms + rows)
-        projections *= row_norms
-        gradient += (exit * num_trained + trained.to(tl.int64)[:, None]) * width
+        scaled_projections = tl.sum(projections, 0) * row_norms
+        trained = rows - first_trained
+        is_trained = (trained >= 0) & (trained < num_trained)
+        gradient += (exit * num_trained + trained.to(tl.int64)[None, :]) * width
         for start in range(0, padded_width, CHUNK):
             columns = start + tl.arange(0, CHUNK)
-            dx = tl.zeros([BLOCK, CHUNK], tl.float32)
-            for first_other in range(0, num_rows, BLOCK):
-                others = first_other + tl.arange(0, BLOCK)
-                pairs = tl.load(own_weights + others[None, :])
-                x_others = tl.load(x + others[:, None] * padded_width + columns[None, :])
-                dx = tl.dot(pairs, x_others, dx, input_precision=GRADIENT_PRECISION)
-            x_rows = tl.load(x + rows[:, None] * padded_width + columns[None, :])
-            dx = (dx - x_rows * projections[:, None]) * row_norms[:, None]
+            chunk = x + columns[:, None] * padded_rows
+            dx = tl.zeros([CHUNK, BLOCK], tl.float32)
+            for first_other in range(0, num_rows, OTHERS):
+                others = first_other + tl.arange(0, OTHERS)
+                pairs = tl.load(pair_weights + others[:, None] * BLOCK + mine[None, :])
+                x_others = tl.load(chunk + others[None, :])
+                dx = tl.dot(x_others, pairs, dx, input_precision=GRADIENT_PRECISION)
+            x_rows = tl.load(chunk + rows[None, :])
+            dx = (dx - x_rows * scaled_projections[None, :]) * row_norms[None, :]
             # A row that is ignored or has no direction gets no NaN from other rows either.
-            dx = tl.where(row_norms[:, None] != 0, dx, 0.0)
+            dx = tl.where(row_norms[None, :] != 0, dx, 0.0)
             tl.store(
-                gradient + columns[None, :],
+                gradient + columns[:, None],
                 dx,
-                mask=is_trained[:, None] & (columns < width)[None, :],
+                mask=is_trained[None, :] & (columns < width)[:, None],
             )
 
 
-# Rows and columns of a tile: with 64, float32 rows spill registers.
-BLOCK = 32
-NUM_WARPS = 8
+# By passes of shared memory, counted on compiled code (docs/kernels.md): 8 warps take a third more
+# than 4. Tiles of 32 x 32 take a fifth less from M = 64 on, but a tenth more at M = 34, which they
+# pad to 64. Chunks of 64 columns spill registers on sm_70 and sm_75, chunks of 16 on sm_70.
+BLOCK, OTHERS, CHUNK = 32, 16, 32
+NUM_WARPS = 4
 
 
 def machine_constants(capability: int, *dtypes: torch.dtype) -> dict[str, Any]:
     """Return the constants for parts of these dtypes on such a GPU.
 
-    A chunk of 64 columns spills registers on sm_80 and sm_90, one of 32 does on sm_75. The
-    precisions are those of tl.dot with float32 operands, for x_i . x_j and for W x. Below sm_80
+    The precisions are those of tl.dot with float32 operands, for x_i . x_j and for W x. Below sm_80
     Triton reaches no matrix unit. 16-bit numbers are exact in tf32; an operand with more digits is
-    split by tf32x3, and the error is float32's. W is always split: this costs 1 of B + 2 parts of
-    the work, and the terms of a gradient may cancel.
+    split by tf32x3, and the error is float32's. W is always split: a gradient's terms may cancel.
     """
     cosines, gradients = ("tf32x3" if torch.float32 in dtypes else "tf32"), "tf32x3"
     if capability < 80:
         cosines, gradients = "ieee", "ieee"
     return {
-        "BLOCK": BLOCK, "CHUNK": 64 if capability == 75 else 32,
+        "BLOCK": BLOCK, "OTHERS": OTHERS, "CHUNK": CHUNK,
+        # Without it Triton 3.3.1 spills on sm_70. With it other versions spill on other GPUs, and
+        # the matrix unit's operands meet in few banks of shared memory.
+        "FEW_REGISTERS": capability < 75,
         "COSINE_PRECISION": cosines, "GRADIENT_PRECISION": gradients,
     }  # fmt: skip
 
 
-def scratch_size(num_rows: int, width: int, chunk: int) -> int:
+def scratch_size(num_rows: int, width: int) -> int:
     """Return the number of float32 values in the scratch memory of a program."""
     padded_rows = triton.cdiv(num_rows, BLOCK) * BLOCK
-    return padded_rows * (triton.cdiv(width, chunk) * chunk + BLOCK + 3)
+    return padded_rows * (triton.cdiv(width, CHUNK) * CHUNK + BLOCK + 4)
 
 
 def launch(
@@ -316,13 +354,13 @@ def launch(
     num_labels = parts[1].shape[-2] if len(parts) > 1 else 0
     num_rows = sum(part.shape[-2] for part in parts)
     num_trained = 0 if gradient is None else trained[1] - trained[0]
-    num_blocks = max(1, triton.cdiv(num_trained, BLOCK))
+    num_blocks = triton.cdiv(trained[1], BLOCK) - trained[0] // BLOCK if num_trained else 1
     if num_exits == 0:
         return
     capability = machine.capability(samples.device)
     assert capability is not None, "machine.triton_obstacle has checked"
     constants = machine_constants(capability, *(part.dtype for part in parts))
-    size = num_exits * num_blocks * scratch_size(num_rows, width, constants["CHUNK"])
+    size = num_exits * num_blocks * scratch_size(num_rows, width)
     scratch = samples.new_empty(size, dtype=torch.float32)
     upstream_strides = (0, 0) if upstream is None else upstream.stride()
     # An absent tensor is never read, but needs an address.

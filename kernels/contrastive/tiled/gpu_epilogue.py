@@ -53,7 +53,9 @@ def exponential_sums_kernel(
     row_block = tl.program_id(0)
     column_block = tl.program_id(1)
     rows = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    columns = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    # One column per thread: with the several that the compiler would choose for whole tiles, the
+    # sums of columns meet in few banks of shared memory.
+    columns = tl.max_contiguous(column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS), 1)
     exponential = exponentials(
         tile, row_classes, column_classes, rows, columns, num_rows, num_columns,
         WITHOUT_DIAGONAL, WITHOUT_OWN_CLASS,
