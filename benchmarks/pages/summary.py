@@ -88,8 +88,8 @@ def _exits(result: Result) -> list[str]:
     cached = _span(stage["total_cached_faster"] for stage in stages)
     worst = _span(ratio(case["times"], "early_exit", "full") for case in result["early_exit"])
     return [
-        f"Several exits trained together: {together} times as fast as one at a time; the feature "
-        f"cache makes that {cached} times faster.",
+        f"Training several exits together is {together} times as fast as one after another; the "
+        f"feature cache makes that {cached} times faster.",
         f"Early exit that no text leaves early: {worst} times the time of the full model.",
     ]
 

@@ -11,6 +11,8 @@ from .sections import (
     EvaluationDataOptions,
     device_option,
     disable_tqdm_option,
+    text_column_option,
+    text_pair_column_option,
 )
 
 
@@ -47,12 +49,8 @@ class PredictionOptions:
         "file for labels and probabilities: csv or jsonl. In csv a ' is put before a label that a"
         " spreadsheet would run as a formula (=, +, -, @, tab or line break first; not numbers)",
     )
-    text_column: str | None = option(
-        None, "column of the text, or of the first text of a pair; unset: that of the training data"
-    )
-    text_pair_column: str | None = option(
-        None, "column of the second text of a pair; needs --text_column"
-    )
+    text_column: str | None = text_column_option()
+    text_pair_column: str | None = text_pair_column_option()
     max_seq_length: int | None = option(
         None, "maximum tokens per text or pair; unset: the length used in training", at_least=3
     )

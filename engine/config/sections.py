@@ -21,6 +21,18 @@ def disable_tqdm_option() -> Any:
     return option(False, "show no progress bar")
 
 
+def text_column_option() -> Any:
+    return option(
+        None,
+        "column of the text, or of the first text of a pair. Unset: that of the trained model, else"
+        " found by its name",
+    )
+
+
+def text_pair_column_option() -> Any:
+    return option(None, "column of the second text of a pair; needs --text_column")
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     model_name_or_path: str | None = option(
@@ -66,14 +78,8 @@ class DataOptions:
     )
     dataset_config_name: str | None = option(None, "configuration (subset) of --dataset_name")
     validation_file: str | None = option(None, "validation file: csv, tsv, jsonl or parquet")
-    text_column: str | None = option(
-        None,
-        "column of the text, or of the first text of a pair. Unset: that of the trained model, else"
-        " found by its name",
-    )
-    text_pair_column: str | None = option(
-        None, "column of the second text of a pair; needs --text_column"
-    )
+    text_column: str | None = text_column_option()
+    text_pair_column: str | None = text_pair_column_option()
     label_column: str | None = option(None, "column of the labels; unset: 'label' or 'labels'")
     max_seq_length: int | None = option(
         None,

@@ -222,7 +222,7 @@ class _Reader:
             self.notes.append(note)
 
     def record(self, splits: Mapping[str, TextSplit]) -> DataRecord:
-        """What a model that is trained on these splits has to remember."""
+        """The record for a model that is trained on these splits."""
         if self._classes is None:
             self._learn_from_train()
         assert self._classes is not None

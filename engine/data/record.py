@@ -82,7 +82,7 @@ class Classes:
 
 @dataclass(frozen=True)
 class DataRecord:
-    """What a model was trained on; data that it meets later must agree with it.
+    """Record of the data that a model was trained on, with which later data must agree.
 
     label_names: classes in the order of the logits. labels_as: "names" or "indices", the way labels
     are written in files. text_columns: one column, or the two of pairs, in order. label_column: its
@@ -152,8 +152,7 @@ class DataRecord:
         return 1 if self.f1_class is None else self.label_names.index(self.f1_class)
 
     def differences(self, other: "DataRecord") -> list[str]:
-        """Sentences that say in what another record differs from this one; fields without a value
-        are not compared."""
+        """Sentences on the differences of another record; fields without a value are left out."""
         found = []
         for name, what in (
             ("label_names", "the classes are"),
@@ -373,7 +372,7 @@ def class_indices(column: pa.ChunkedArray, classes: Classes, where: str) -> list
 
 
 def written_as(column: pa.ChunkedArray, classes: Classes) -> str:
-    """How the labels of a column are written: as "names" or as "indices" into the classes."""
+    """Return "names" or "indices" (into the classes), the way a column writes its labels."""
     is_integer = pa.types.is_integer(label_values(column, "").type)
     return "indices" if is_integer and classes.by_index else "names"
 

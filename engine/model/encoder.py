@@ -37,7 +37,7 @@ _WRAPPERS = ("module.", "_orig_mod.", "0.auto_model.", "auto_model.", "base_mode
 _WRAPPED = rf"^(?:{'|'.join(map(re.escape, _WRAPPERS))})+"
 # Parts that a file may lack: no exit reads them.
 _UNREAD = ("pooler.", "decoder.")
-# Of the texts on which an encoder is tried, in tokens.
+# Tokens of the two texts on which an encoder is tried.
 _LENGTH = 7
 _TOKENS_OF_SHORT = 5
 

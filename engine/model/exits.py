@@ -265,6 +265,6 @@ class MultiExitOutput(ModelOutput):
         return getattr(self, key) if key in _BY_EXIT else super().__getitem__(key)
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """What was computed of loss, logits, exit_logits, exit_embeddings, hidden_states, …"""
+        """The values that are not None: loss, logits, exit_logits, exit_embeddings, …"""
         names = ("loss", "logits", *_BY_EXIT, "hidden_states", "attentions")
         return tuple(value for name in names if (value := getattr(self, name)) is not None)

@@ -37,7 +37,7 @@ _STEERING = threading.RLock()
 
 @dataclass(frozen=True)
 class _Plan:
-    """What steering an encoder takes.
+    """The facts by which an encoder is steered.
 
     layers: the module of each layer, in the order of the calls; a module may occur repeatedly.
     steered: False: the states of all layers are computed before the first exit.
@@ -213,7 +213,7 @@ def _calls(
 def _is_exact(
     encoder: PreTrainedModel, plan: _Plan, batch: dict[str, Tensor], states: list[Tensor]
 ) -> bool:
-    """Whether steering from layer to layer gives the states of an ordinary pass, bit for bit."""
+    """True if steering from layer to layer gives the states of an ordinary pass, bit for bit."""
     real = batch["attention_mask"].bool()
     hidden = None
     for layer in range(1, len(states)):

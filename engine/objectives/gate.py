@@ -220,15 +220,7 @@ class GradientGate:
             ValueError: parameters are sharded; one was frozen, or one that the gate does not have
                 was unfrozen; a DistributedDataParallel model averages by itself.
         """
-        if self._num_calls % _CALLS_PER_CHECK == 0:
-            self._check_reached(main_loss, auxiliary_loss)
-        self._num_calls += 1
-        frozen = next((p for p in self.parameters if not p.requires_grad), None)
-        if frozen is not None:
-            raise ValueError(
-                f"A parameter of shape {tuple(frozen.shape)} was frozen later: make a new "
-                "GradientGate with the parameters that are trained now."
-            )
+        self._check(main_loss, auxiliary_loss)
         if auxiliary_loss.requires_grad:
             # While the auxiliary sum lies in `.grad`, autograd adds to it without a copy.
             self._exchange()
@@ -240,20 +232,36 @@ class GradientGate:
         with part(CE_BACKWARD):
             main_loss.backward()
 
+    def _check(self, *losses: Tensor) -> None:
+        """Refuse parameters that were frozen and, now and then, what `_check_reached` looks for."""
+        if self._num_calls % _CALLS_PER_CHECK == 0:
+            self._check_reached(*losses)
+        self._num_calls += 1
+        frozen = next((p for p in self.parameters if not p.requires_grad), None)
+        if frozen is not None:
+            raise ValueError(
+                f"A parameter of shape {tuple(frozen.shape)} was frozen later: make a new "
+                "GradientGate with the parameters that are trained now."
+            )
+
     def _exchange(self) -> None:
         """Swap `.grad` with the auxiliary gradients accumulated so far."""
         for index, parameter in enumerate(self.parameters):
             parameter.grad, self._auxiliary[index] = self._auxiliary[index], parameter.grad
 
     def _average(self, group: ProcessGroup) -> None:
-        """Average both gradients over the processes; one reached on any of them is so on all."""
+        """Average both gradients over the processes; one reached on any of them is so on all.
+
+        The host waits for the device once, to know which those are.
+        """
         lists = [[p.grad for p in self.parameters], self._auxiliary]
         present = [[gradient is not None for gradient in gradients] for gradients in lists]
         reached = torch.tensor(present, dtype=torch.float32, device=self.parameters[0].device)
         torch.distributed.all_reduce(reached, group=group)
         for gradients, counts in zip(lists, reached.tolist(), strict=True):
             used = [index for index, count in enumerate(counts) if count]
-            for dtype in {self.parameters[index].dtype for index in used}:
+            # Not a set, whose order differs between processes.
+            for dtype in dict.fromkeys(self.parameters[index].dtype for index in used):
                 chosen = [index for index in used if self.parameters[index].dtype == dtype]
                 parts = [gradients[index] for index in chosen]
                 flat = torch.cat(
@@ -318,7 +326,8 @@ class GradientGate:
                 sometimes decides differently. None: all parameters.
 
         Raises:
-            ValueError: there are groups, each of which has an angle of its own.
+            ValueError: as `accumulate`; there is a scope beside groups, each of which has an angle
+                of its own, or beside a process_group.
         """
         if scope is None:
             self.accumulate(main_loss, auxiliary_loss)
@@ -329,6 +338,7 @@ class GradientGate:
             raise ValueError(
                 "scope: the gate has a process_group, whose angle is of all parameters."
             )
+        self._check(main_loss, auxiliary_loss)
         main, auxiliary = (scope_gradients(loss, scope) for loss in (main_loss, auxiliary_loss))
         stats = grad_dot_norm(main, auxiliary, impl=self.impl)
         used = used_weight(stats, self.weight, self.max_angle)

@@ -18,7 +18,7 @@ def test_ranks_decide_together(
     four_ranks: Ranks, options: dict[str, Any], accumulation: int
 ) -> None:
     of_ranks = four_ranks.run(steps_under_ddp, options, accumulation)
-    net = Classifier().double()
+    net = Classifier()
     gate = GradientGate(net.parameters(), weight=0.3)
     for step in range(2):
         for micro in range(accumulation):
@@ -41,7 +41,7 @@ def test_a_scope_of_several_processes_is_refused(four_ranks: Ranks) -> None:
 
 
 def refused_scope(rank: int) -> str:
-    net = Classifier().double()
+    net = Classifier()
     gate = GradientGate(net.parameters(), process_group=torch.distributed.group.WORLD)
     try:
         gate.backward(*losses(net, net.classes, 0, rank), scope=list(net.parameters()))
@@ -57,7 +57,7 @@ def test_a_model_that_averages_by_itself_is_refused(four_ranks: Ranks, option: s
 
 
 def refused_averaging(rank: int, option: str) -> str:
-    net = Classifier().double()
+    net = Classifier()
     model = DistributedDataParallel(net, **{option: True})
     gate = GradientGate(model.parameters(), process_group=torch.distributed.group.WORLD)
     try:

@@ -17,6 +17,16 @@ from fusedacl.engine.model.saved import load_tokenizer
 from fusedacl.engine.training.trainer import Trainer
 from torch import Tensor
 
+# Of a random BERT-like encoder.
+BERT_SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+    "vocab_size": 60,
+    "max_position_embeddings": 40,
+}
+
 
 def options_of(encoder: Path, data: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
     """Options of a run on the task `opinions`."""

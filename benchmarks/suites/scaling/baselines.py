@@ -98,7 +98,7 @@ def gather_rows(
 
 
 def _positives(classes: Tensor, column_classes: Tensor, own_columns: Tensor) -> Tensor:
-    """Whether two rows are positives of each other; not a row and its own column."""
+    """Mask of the pairs that are positives of each other, without a row and its own column."""
     positive = classes[:, None] == column_classes
     positive[torch.arange(len(classes)), own_columns] = False
     return positive

@@ -7,6 +7,7 @@ the same schedule. Without dropout their losses agree up to rounding.
 import json
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,7 +141,7 @@ class Clock:
         self._last = time.perf_counter()
 
 
-class StepTrainer:
+class StepTrainer(ABC):
     """A way of training: ours with given options, or another one with the same settings.
 
     losses: cross-entropy and auxiliary loss of each step of the last turn that recorded them.
@@ -184,9 +185,9 @@ class StepTrainer:
         self.train(num_steps, clock, **changes)
         return clock.seconds
 
+    @abstractmethod
     def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
         """Make a new run; restart the clock before its first step, and let it tick after each."""
-        raise NotImplementedError
 
 
 class Ours(StepTrainer):

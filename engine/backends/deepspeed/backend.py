@@ -105,9 +105,13 @@ class DeepSpeedBackend(Backend):
         # DeepSpeed reads it without a launcher too, ZeRO 3 in every step.
         self._sets_local_rank = "LOCAL_RANK" not in os.environ
         os.environ.setdefault("LOCAL_RANK", "0")
-        self.engine = _initialize(
-            self.settings.config, model=self.model, optimizer=base, lr_scheduler=self.scheduler
-        )
+        try:
+            self.engine = _initialize(
+                self.settings.config, model=self.model, optimizer=base, lr_scheduler=self.scheduler
+            )
+        except BaseException:
+            self._forget_local_rank()
+            raise
         self.gradients: ZeroGradients = zero_gradients(
             self.engine, 2 if self.gated else 1, offloads=self.settings.offloads
         )
@@ -312,9 +316,12 @@ class DeepSpeedBackend(Backend):
         self.engine.module_forward_pre_hook.remove()
         self.engine.module_forward_post_hook.remove()
         functional.linear = self._linear
-        if self._sets_local_rank:
-            del os.environ["LOCAL_RANK"]  # other libraries take it for a launcher's
+        self._forget_local_rank()
         _make_plain(self.model, full, self.device)
+
+    def _forget_local_rank(self) -> None:
+        if self._sets_local_rank:
+            del os.environ["LOCAL_RANK"]  # other libraries would take it for a launcher's
 
 
 def _initialize(config: dict[str, Any], **arguments: Any) -> Any:

@@ -16,9 +16,10 @@ class Classifier(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.encoder = nn.Linear(6, 8)
-        self.classes = nn.Linear(8, 3)
-        self.bias = nn.Parameter(torch.zeros(3))
+        self.encoder = nn.Linear(6, 8, dtype=torch.float64)
+        self.classes = nn.Linear(8, 3, dtype=torch.float64)
+        # Of another dtype: each has a buffer of its own, in the same order on all ranks.
+        self.bias = nn.Parameter(torch.zeros(3, dtype=torch.float32))
 
     def forward(self, x: Tensor, use_bias: bool) -> tuple[Tensor, Tensor]:
         h = torch.tanh(self.encoder(x))
@@ -41,7 +42,7 @@ def losses(model: nn.Module, classes: nn.Linear, step: int, rank: int) -> tuple[
 
 def steps_under_ddp(rank: int, options: dict[str, Any], accumulation: int) -> list[list[Tensor]]:
     """Per step: the angle, and the gradient of every parameter."""
-    net = Classifier().double()
+    net = Classifier()
     model = DistributedDataParallel(net, **options)
     group = torch.distributed.group.WORLD
     gate = GradientGate(model.parameters(), weight=0.3, process_group=group)

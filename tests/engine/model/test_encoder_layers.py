@@ -8,18 +8,11 @@ import pytest
 import torch
 from fusedacl.engine.model.encoder_layers import FAMILIES, EncoderLayers, Flops
 from fusedacl.engine.model.generic_layers import GenericLayers, encoder_layers
+from tiny_runs import BERT_SIZES
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, BertConfig, BertModel, PreTrainedModel
 
-SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 60,
-    "max_position_embeddings": 40,
-    "pad_token_id": 1,
-}
+SIZES: dict[str, Any] = {**BERT_SIZES, "pad_token_id": 1}
 OPTIONS: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 32, "n_layers": 3, "n_heads": 2, "hidden_dim": 48},
     "deberta-v2": {

@@ -16,6 +16,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+from tiny_runs import BERT_SIZES
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -30,11 +31,7 @@ from transformers import (
 )
 
 SIZES: dict[str, Any] = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 60,
+    **BERT_SIZES,
     "pad_token_id": 0,
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,

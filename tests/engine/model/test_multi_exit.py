@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+from tiny_runs import BERT_SIZES
 from torch.nn import functional
 from transformers import (
     AutoConfig,
@@ -19,14 +20,6 @@ from transformers import (
     RobertaConfig,
 )
 
-SIZES = {
-    "hidden_size": 32,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 48,
-    "vocab_size": 60,
-    "max_position_embeddings": 40,
-}
 INPUTS = torch.arange(5, 26).view(3, 7)
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
 
@@ -36,7 +29,7 @@ MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
 @pytest.mark.parametrize("exit_layers", [None, [1, 3], [1, 2, 3]])
 def test_random_configurations(config_class, exit_head: str, exit_layers) -> None:
     config = MultiExitConfig(
-        config_class(**SIZES), exit_layers=exit_layers, exit_head=exit_head, num_labels=4
+        config_class(**BERT_SIZES), exit_layers=exit_layers, exit_head=exit_head, num_labels=4
     )
     model = MultiExitForSequenceClassification(config).eval()
     labels = torch.tensor([0, 3, 1])
@@ -59,7 +52,7 @@ def test_other_encoders_are_taken_by_their_configuration() -> None:
 
 
 def test_an_exit_reads_its_layer() -> None:
-    config = MultiExitConfig(BertConfig(**SIZES), exit_layers=[2, 3], exit_head="linear")
+    config = MultiExitConfig(BertConfig(**BERT_SIZES), exit_layers=[2, 3], exit_head="linear")
     model = MultiExitForSequenceClassification(config).eval()
     states = model.backbone(INPUTS, MASK, output_hidden_states=True)
     output = model(INPUTS, MASK)
@@ -68,7 +61,7 @@ def test_an_exit_reads_its_layer() -> None:
 
 
 def test_one_exit_shares_its_label_embeddings() -> None:
-    model = MultiExitForSequenceClassification(MultiExitConfig(BertConfig(**SIZES)))
+    model = MultiExitForSequenceClassification(MultiExitConfig(BertConfig(**BERT_SIZES)))
     weight = model.exits[0].classifier.weight
     assert model.label_embeddings.data_ptr() == weight.data_ptr()
 
@@ -184,7 +177,7 @@ def test_a_misspelt_directory_offers_the_nearest(tiny_bert: Path) -> None:
 )
 def test_bad_configurations(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        MultiExitConfig(BertConfig(**SIZES), **options)
+        MultiExitConfig(BertConfig(**BERT_SIZES), **options)
 
 
 def test_unknown_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
