@@ -1,12 +1,10 @@
 """Faults in the one-launch kernel's PTX, each of which the machine must notice.
 
-Run by test_kernels.py, in a process where impl="triton" runs on the machine for PTX. PTX_EVERY=1
-takes away each barrier in turn, a larger number every so many.
+Run by test_kernels.py, in a process where impl="triton" runs on the machine for PTX.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from typing import Any
@@ -43,20 +41,19 @@ def mutate(ptx_driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Callable[[Rew
 
 
 def test_a_missing_barrier(mutate: Callable[[Rewrite], None]) -> None:
-    """Almost every one is noticed; 2 of 24 are not needed, and put between any two reductions."""
+    """5 of 37 may go unnoticed: the compiler puts one before the first use of shared memory too."""
     count: list[int] = []
     mutate(lambda ptx: count.append(len(re.findall(BARRIER, ptx))) or ptx)
     check()
-    tried = range(0, count[0], int(os.environ.get("PTX_EVERY", "5")))
     unnoticed = []
-    for index in tried:
+    for index in range(count[0]):
         mutate(replace(BARRIER, "", index))
         try:
             check()
         except (Race, Uninitialized):
             continue
         unnoticed.append(index)
-    assert len(unnoticed) <= 0.15 * len(tried), f"barriers {unnoticed} of {count[0]}"
+    assert len(unnoticed) <= 0.15 * count[0], f"barriers {unnoticed} of {count[0]}"
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,6 @@ def test_on_the_machine(run: Run) -> None:
     environment = os.environ | {
         "PTX_CAPABILITY": str(capability),
         "PTX_ERRORS": str(int(errors)),
-        "PTX_EVERY": "1" if WHOLE else "5",
         # What was compiled serves all later runs; no binaries are among it.
         "TRITON_CACHE_DIR": str(TESTS.parent / "build" / "ptx"),
         "PYTHONPATH": os.pathsep.join([str(TESTS / "support"), os.environ.get("PYTHONPATH", "")]),
