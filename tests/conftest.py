@@ -32,7 +32,7 @@ WORDS = [
 LABELS = ("negative", "positive")
 TINY: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 # Where the longest test files are. They start first, so that the processes finish together.
-LONGEST = ("kernels/targets", "test_", "distributed", "kernels", "engine")
+LONGEST = ("ptx", "kernels/targets", "test_", "distributed", "kernels", "engine")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

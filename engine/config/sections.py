@@ -105,6 +105,24 @@ class TrainingDataOptions(DataOptions):
     max_train_samples: int | None = option(
         None, "train on the first samples of the split only", at_least=1
     )
+    samples_per_class: int | None = option(
+        None,
+        "train on at most this many texts of each class, drawn with --subset_seed",
+        at_least=1,
+    )
+    validation_split_percentage: int | None = option(
+        None,
+        "hold out this percentage of the texts of each class, drawn with --subset_seed, and"
+        " evaluate on them; the data's own validation split is not read",
+        at_least=1,
+        at_most=99,
+    )
+    subset_seed: int | None = option(
+        None,
+        "seed of --samples_per_class and --validation_split_percentage; unset: --seed",
+        at_least=0,
+        at_most=MAX_SEED,
+    )
     group_by_length: bool = option(
         False, "batch texts of similar length together: less padding, but less random batches"
     )

@@ -93,7 +93,36 @@ class TrainingConfig:
             )
         gate = "angle" if self.gated else "none"
         resolved = dataclasses.replace(objective, gate=gate, cross_layer=self.contrasts_layers)
-        return dataclasses.replace(self, objective=resolved)
+        return dataclasses.replace(self, objective=resolved, data=self.data_with_seed())
+
+    def data_with_seed(self) -> TrainingDataOptions:
+        """The data options, with the seed of the subsets that they draw.
+
+        Raises:
+            ValueError: options of the subsets contradict each other.
+        """
+        data = self.data
+        held_out = data.validation_split_percentage
+        if held_out is not None and data.validation_file is not None:
+            raise ValueError(
+                f"validation_split_percentage={held_out} and validation_file are both given: "
+                "evaluate on one of them."
+            )
+        if data.samples_per_class is not None and data.max_train_samples is not None:
+            raise ValueError(
+                f"samples_per_class={data.samples_per_class} and "
+                f"max_train_samples={data.max_train_samples} are both given: keep one."
+            )
+        if data.samples_per_class is None and held_out is None:
+            if data.subset_seed is not None:
+                raise ValueError(
+                    f"subset_seed={data.subset_seed} draws nothing: set samples_per_class or "
+                    "validation_split_percentage, or leave it out."
+                )
+            return data
+        if data.subset_seed is not None:
+            return data
+        return dataclasses.replace(data, subset_seed=self.optimization.seed)
 
     def _check_best(self) -> None:
         """Refuse options by which the best checkpoint would lack its score or not be saved."""

@@ -22,6 +22,7 @@ from .record import (
     written_as,
 )
 from .sources import DataSource, open_directory, open_files, open_hub, open_task
+from .subsets import draw_subsets
 from .tables import read_table
 from .tasks import QUICKSTART
 
@@ -79,7 +80,8 @@ def load_splits(
         shared = {entry.name: getattr(options, entry.name) for entry in fields(DataOptions)}
         options = TrainingDataOptions(**shared)
     source = _open_source(options)
-    if needs_train and "train" not in source.splits:
+    holds_out = options.validation_split_percentage is not None
+    if (needs_train or holds_out) and "train" not in source.splits:
         if options.validation_file is not None:
             raise ValueError(
                 "train_file is missing: validation_file alone gives nothing to train on."
@@ -90,12 +92,15 @@ def load_splits(
         )
     reader = _Reader(source, options, model)
     splits = {}
-    if needs_train:
-        limit = options.max_train_samples
-        train = reader.read("train").head(limit)
-        _check_two_classes(train, source.splits["train"].where, limit)
-        splits["train"] = train
-    evaluated = reader.read_evaluation_splits(only)
+    held_out = None
+    if needs_train or holds_out:
+        train, held_out = reader.read_train()
+        if needs_train:
+            splits["train"] = train
+    if held_out is None:
+        evaluated = reader.read_evaluation_splits(only)
+    else:
+        evaluated = {"validation": held_out}
     splits |= {name: split.head(options.max_eval_samples) for name, split in evaluated.items()}
     return TextData(
         name=source.name,
@@ -165,7 +170,9 @@ def _open_source(options: TrainingDataOptions) -> DataSource:
 class _Reader:
     """Reader of the splits of one source, with the same columns and classes for all."""
 
-    def __init__(self, source: DataSource, options: DataOptions, model: DataRecord | None) -> None:
+    def __init__(
+        self, source: DataSource, options: TrainingDataOptions, model: DataRecord | None
+    ) -> None:
         self.source, self.options, self.model = source, options, model
         self.notes: list[str] = []
         self.columns: list[str] = []
@@ -269,6 +276,31 @@ class _Reader:
         if self._labels_as is None and label is not None and labels is not None:
             self._labels_as = written_as(table[label], classes)
         return TextSplit(texts.first, texts.second, labels)
+
+    def read_train(self) -> tuple[TextSplit, TextSplit | None]:
+        """The training texts, and those held out for validation if the options ask for it."""
+        options, where = self.options, self.source.splits["train"].where
+        whole = self.read("train")
+        train, held_out = whole, None
+        limits = (options.samples_per_class, options.validation_split_percentage)
+        if limits != (None, None):
+            per_class, percentage = limits
+            seed = 42 if options.subset_seed is None else options.subset_seed
+            assert self._classes is not None
+            train, held_out = draw_subsets(
+                whole,
+                self._classes.names,
+                seed,
+                samples_per_class=per_class,
+                validation_percentage=percentage,
+                where=where,
+            )
+            parts = [f"{len(train)} of {len(whole)} texts to train on"]
+            parts += [] if held_out is None else [f"{len(held_out)} held out for validation"]
+            self._note(f"{where}: {', '.join(parts)}, drawn with subset_seed={seed}")
+        train = train.head(options.max_train_samples)
+        _check_two_classes(train, where, options.max_train_samples)
+        return train, held_out
 
     def read_evaluation_splits(self, only: str | None = None) -> dict[str, TextSplit]:
         """Read the labelled validation splits, or the labelled test split if there are none.

@@ -99,31 +99,37 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A difference of two means in points; noise: the sum of both standard deviations (n - 1).
+    """A mean difference in points, over the seeds that both have, and its 95 % t interval.
 
-    The noise is None if either has a single seed.
+    Runs with the same seed share their data and the order of their batches, so differences are
+    taken seed by seed. half_width: of the interval; None with fewer than two common seeds.
     """
 
     difference: float
-    noise: float | None
-    num_seeds: tuple[int, int]
+    half_width: float | None
+    num_pairs: int
 
     @property
     def is_clear(self) -> bool:
-        """True if the difference exceeds the sum of the deviations."""
-        return self.noise is not None and abs(self.difference) > self.noise
+        """True if the interval does not contain 0."""
+        return self.half_width is not None and abs(self.difference) > self.half_width
+
+    @property
+    def interval(self) -> str:
+        """ "+0.4 to +2.0", or empty without an interval."""
+        if self.half_width is None:
+            return ""
+        low, high = self.difference - self.half_width, self.difference + self.half_width
+        return f"{low:+.1f} to {high:+.1f}"
 
     @property
     def words(self) -> str:
-        """ "+1.2 points (3 and 3 seeds; more than the sum of the standard deviations, 0.8)"."""
-        first, second = self.num_seeds
-        seeds = f"{first} and {second} seeds"
-        if self.noise is None:
-            return f"{self.difference:+.1f} points ({seeds}: no claim)"
-        size = "more than" if self.is_clear else "within"
+        """ "+1.2 points (95 % interval of 3 pairs: +0.4 to +2.0)"."""
+        if self.half_width is None:
+            return f"{self.difference:+.1f} points (fewer than two common seeds: no claim)"
         return (
-            f"{self.difference:+.1f} points ({seeds}; {size} the sum of the standard deviations, "
-            f"{self.noise:.1f})"
+            f"{self.difference:+.1f} points (95 % interval of {self.num_pairs} pairs: "
+            f"{self.interval})"
         )
 
 
@@ -152,11 +158,18 @@ class Seeds:
         return "".join(f"{value:.1f}" for value in percent)
 
     def compare(self, other: Seeds) -> Comparison:
-        """The difference to other scores; both must have a mean."""
-        noise = None
-        if self.deviation is not None and other.deviation is not None:
-            noise = 100 * (self.deviation + other.deviation)
-        return Comparison(100 * (self.mean - other.mean), noise, (len(self), len(other)))
+        """The difference to other scores, over common seeds if there are any."""
+        common = self.values.keys() & other.values.keys()
+        pairs = [100 * (self.values[seed] - other.values[seed]) for seed in sorted(common)]
+        if len(pairs) < 2:
+            unpaired = 100 * (self.mean - other.mean)
+            return Comparison(pairs[0] if pairs else unpaired, None, len(pairs))
+        # SciPy's import takes half a second, which only reports need.
+        from scipy.stats import t
+
+        error = statistics.stdev(pairs) / math.sqrt(len(pairs))
+        half_width = float(t.ppf(0.975, len(pairs) - 1)) * error
+        return Comparison(statistics.mean(pairs), half_width, len(pairs))
 
     def missing(self, label: str, task: str) -> list[str]:
         """A sentence on the seeds of a method that have no score, if there are any."""

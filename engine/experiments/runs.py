@@ -123,7 +123,7 @@ def load_data(
         ConnectionError: the hub cannot be reached and the data set is not in the local cache.
     """
     replaced = {name: value for name, value in moved.items() if value is not None}
-    data: TrainingDataOptions = dataclasses.replace(config.data, **replaced)
+    data: TrainingDataOptions = dataclasses.replace(config.data_with_seed(), **replaced)
     try:
         return load_splits(data, needs_train=needs_train, model=model)
     except ValueError as error:

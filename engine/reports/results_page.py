@@ -40,8 +40,8 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
         "",
         "Made by `make docs` from the files in `docs/results/`; no number is typed by hand. Scores "
         "are those after the last step, in percent, mean ± standard deviation (n - 1) over the "
-        "seeds; a single seed has no deviation. A best mean is bold, and a claim holds, where the "
-        "lead exceeds the sum of both deviations.",
+        "seeds; a single seed has no deviation. Methods are compared seed by seed: a best mean is "
+        "bold, and a claim holds, where the 95 % t interval of the differences is above 0.",
         "",
         *_TERMS,
     ]

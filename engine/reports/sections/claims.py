@@ -15,12 +15,12 @@ from ..page.page import Section, Table
 
 _RULES = (
     "Scores in percent (spreads in points), mean ± standard deviation (n - 1) over the seeds; "
-    "difference in points, positive if it supports the claim; noise: the sum of both deviations, "
-    "which a difference must exceed to count."
+    "difference in points between runs of the same seed, positive if it supports the claim, with "
+    "its 95 % t interval; the claim holds, or its contrary, where the interval is on one side of 0."
 )
 _NUMBERS = [
     "claim", "better", "than", "task", "mean_better", "deviation_better", "mean_than",
-    "deviation_than", "difference", "noise",
+    "deviation_than", "difference", "interval_low", "interval_high",
 ]  # fmt: skip
 
 
@@ -43,27 +43,29 @@ class Evidence:
 
     @property
     def verdict(self) -> str:
-        """ "holds", "the contrary", "within the deviations" or "one seed: no claim"."""
-        if self.comparison.noise is None:
+        """ "holds", "the contrary", "not clear" or "one seed: no claim"."""
+        if self.comparison.half_width is None:
             return "one seed: no claim"
         if not self.comparison.is_clear:
-            return "within the deviations"
+            return "not clear"
         return "holds" if self.comparison.difference > 0 else "the contrary"
 
     @property
     def cells(self) -> list[str]:
         """The row of the table, in percent and points."""
         found = self.comparison
-        noise = "" if found.noise is None else f"{found.noise:.1f}"
         scores = [self.better.words, self.than.words]
-        return [self.task, *scores, f"{found.difference:+.1f}", noise, self.verdict]
+        return [self.task, *scores, f"{found.difference:+.1f}", found.interval, self.verdict]
 
     @property
     def numbers(self) -> list[str]:
         """The row of the CSV file, as fractions."""
         found = self.comparison
         values = [self.better.mean, self.better.deviation, self.than.mean, self.than.deviation]
-        values += [found.difference / 100, None if found.noise is None else found.noise / 100]
+        values.append(found.difference / 100)
+        half = found.half_width
+        bounds = [None] * 2 if half is None else [found.difference - half, found.difference + half]
+        values += [None if bound is None else bound / 100 for bound in bounds]
         numbers = ["" if value is None else f"{value:.6f}" for value in values]
         return [self.claim.text, self.claim.better, self.claim.than, self.task, *numbers]
 
@@ -107,7 +109,7 @@ def verdict_words(claim: ClaimPlan, evidence: Sequence[Evidence]) -> str:
         for verdict, start in (
             ("holds", "holds on"),
             ("the contrary", "the contrary is seen on"),
-            ("within the deviations", "the difference is within the deviations on"),
+            ("not clear", "the difference is not clear on"),
             ("one seed: no claim", "a single seed, hence no claim, on"),
         )
         if (tasks := [of_task.task for of_task in evidence if of_task.verdict == verdict])
@@ -126,7 +128,7 @@ def claims_section(
         if not evidence:
             continue
         sentences.append(verdict_words(claim, evidence))
-        header = ["task", claim.better, claim.than, "difference", "noise", "verdict"]
+        header = ["task", claim.better, claim.than, "difference", "95 % interval", "verdict"]
         cells = [of_task.cells for of_task in evidence]
         tables.append(Table(header, cells, f"“{claim.text}”: {claim.measure}"))
         rows += [[claim.text, claim.better, claim.than, *row] for row in cells]

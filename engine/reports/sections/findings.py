@@ -59,7 +59,7 @@ def overall_finding(of_tasks: Mapping[str, LayerScores], reference: str | None) 
     )
     if ahead:
         sure = ", ".join(clear) or "none of them"
-        words += f" ({', '.join(ahead)}), by more than the sum of the standard deviations on {sure}"
+        words += f" ({', '.join(ahead)}), clearly on {sure}"
     return f"{words}; another method leads on {', '.join(behind)}." if behind else f"{words}."
 
 
@@ -82,7 +82,7 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
         number = f"{len(found)} task{'s' if len(found) > 1 else ''}"
         if len(found) < len(of_row):
             number += f" of {len(of_row)}"
-        single = sum(comparison.noise is None for comparison in found)
+        single = sum(comparison.half_width is None for comparison in found)
         sure = f"{higher} clearly higher, {lower} clearly lower"
         sure += f", {single} with single seeds: no claim" if single else ""
         if single == len(found):
@@ -91,8 +91,8 @@ def table_finding(what: str, reference: str, rows: Mapping[str, Mapping[str, See
     if not parts:
         return ""
     return (
-        f"{what} against {reference}, mean difference in points: {'; '.join(parts)}. Clearly: by "
-        "more than the sum of the standard deviations."
+        f"{what} against {reference}, mean difference in points: {'; '.join(parts)}. Clearly: the "
+        "95 % interval of the paired differences does not contain 0."
     )
 
 

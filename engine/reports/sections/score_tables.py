@@ -39,7 +39,10 @@ _COUNTS = (
     "Mean ± standard deviation (n - 1) over the seeds; a single seed has no deviation. Where a "
     "row's numbers of seeds differ, each is in brackets."
 )
-_BOLD = "**Bold**: the best of its column, where it leads by more than the sum of both deviations."
+_BOLD = (
+    "**Bold**: the best of its column, where the 95 % t interval of its lead over the second, seed "
+    "by seed, is above 0."
+)
 
 
 def ablation_section(

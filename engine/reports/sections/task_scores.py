@@ -62,7 +62,7 @@ class TaskScores:
 
     @cached_property
     def leaders(self) -> set[tuple[str, str]]:
-        """Row and column of the best scores that lead by more than the deviations.
+        """Row and column of the best scores whose lead over the second is clear.
 
         Every score of the column needs a deviation.
         """

@@ -31,7 +31,7 @@ def test_sweeps_on_one_page(
     page = output.read_text()
     claims = page[page.index("## Claims") : page.index("## Several exits")]
     assert "“ACL wins”: holds on mrpc, rte." in claims
-    assert "| task | ACL | 2ST-MHA | difference | noise | verdict |" in claims
+    assert "| task | ACL | 2ST-MHA | difference | 95 % interval | verdict |" in claims
     assert "- Missing: ACL on mrpc, seed 3 (waiting).\n" in claims
     assert "## Several exits: mrpc (validation); rte (validation)" in page
     assert "### Layer scores: mrpc" in page and "### Layer scores: rte" in page

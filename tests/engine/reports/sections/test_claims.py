@@ -42,7 +42,7 @@ def test_the_lower_half_of_the_exits_decides_where_the_claim_is_about_it() -> No
     theirs = [run_of("mrpc", "B", seed, [0.6, 0.8, 0.95 + 0.01 * seed]) for seed in (1, 2)]
     sweep = sweep_of(*ours, *theirs)
     (found,), notes = weigh(sweep, SHALLOW)
-    assert found.cells == ["mrpc", "70.0 ± 0.0", "60.0 ± 0.0", "+10.0", "0.0", "holds"]
+    assert found.cells == ["mrpc", "70.0 ± 0.0", "60.0 ± 0.0", "+10.0", "+10.0 to +10.0", "holds"]
     (whole,), _ = weigh(sweep, EVERYWHERE)
     assert whole.comparison.difference == pytest.approx(100 * (0.1 - 0.14) / 3)
     assert whole.verdict == "the contrary" and notes == []
@@ -71,8 +71,8 @@ def test_of_spreads_the_smaller_is_better() -> None:
 
 def test_what_is_not_sure_is_said(tmp_path: Path) -> None:
     runs = [
-        run_of(task, method, seed, [level + 0.01 * seed])
-        for task, levels in (("mrpc", (0.805, 0.8)), ("rte", (0.6, 0.7)), ("cola", (0.5, 0.3)))
+        run_of(task, method, seed, [level + (0.01 * seed if level != 0.815 else 0)])
+        for task, levels in (("mrpc", (0.805, 0.815)), ("rte", (0.6, 0.7)), ("cola", (0.5, 0.3)))
         for method, level in zip("AB", levels, strict=True)
         for seed in (1, 2)
     ]
@@ -84,8 +84,8 @@ def test_what_is_not_sure_is_said(tmp_path: Path) -> None:
     )
     assert section is not None
     assert section.text == (
-        "“A wins”: holds on cola; the contrary is seen on rte; the difference is within the "
-        "deviations on mrpc; a single seed, hence no claim, on sst2."
+        "“A wins”: holds on cola; the contrary is seen on rte; the difference is not clear on "
+        "mrpc; a single seed, hence no claim, on sst2."
     )
     assert section.notes[0] == "Missing: B on qqp, seed 1 (waiting)."
     with (tmp_path / "claims.csv").open(newline="") as file:
@@ -93,8 +93,11 @@ def test_what_is_not_sure_is_said(tmp_path: Path) -> None:
     assert [row["task"] for row in rows] == ["mrpc", "rte", "cola", "sst2"]
     assert float(rows[0]["difference"]) == pytest.approx(0.005)
     assert float(rows[0]["mean_better"]) == pytest.approx(0.82)
-    assert float(rows[0]["noise"]) == pytest.approx(2 * 0.01 / 2**0.5, abs=1e-6)
-    assert rows[3]["noise"] == rows[3]["deviation_than"] == ""
+    # 12.706 is the quantile of two seeds, whose differences are 0 and 0.01.
+    low, high = (float(rows[0][f"interval_{end}"]) for end in ("low", "high"))
+    assert (low + high) / 2 == pytest.approx(0.005, abs=1e-6)
+    assert (high - low) / 2 == pytest.approx(12.706 * 0.005, abs=1e-5)
+    assert rows[3]["interval_low"] == rows[3]["deviation_than"] == ""
     assert claims_section(sweep_of(*alone), [EVERYWHERE], None, tmp_path / "none") is None
 
 

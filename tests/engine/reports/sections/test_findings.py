@@ -30,17 +30,23 @@ CE = curve("CE", {4: [0.99, 0.99]})
 
 
 def test_comparisons() -> None:
-    found = seeds(0.70, 0.72).compare(seeds(0.60, 0.62))
+    found = seeds(0.70, 0.72, 0.68).compare(seeds(0.60, 0.61, 0.59))
     assert found.difference == pytest.approx(10)
-    assert found.noise == pytest.approx(100 * 2 * 0.02 / 2**0.5)
+    # 4.303 is the quantile of three seeds; the differences are 10, 11 and 9.
+    assert found.half_width == pytest.approx(4.303 / 3**0.5, abs=1e-3)
     assert found.is_clear
-    assert found.words == (
-        "+10.0 points (2 and 2 seeds; more than the sum of the standard deviations, 2.8)"
-    )
-    near = seeds(0.69, 0.71).compare(seeds(0.70, 0.72))
-    assert not near.is_clear and "within the sum" in near.words
+    assert found.words == "+10.0 points (95 % interval of 3 pairs: +7.5 to +12.5)"
+    near = seeds(0.69, 0.71, 0.70).compare(seeds(0.70, 0.70, 0.70))
+    assert not near.is_clear and near.interval == "-2.5 to +2.5"
+    # The same difference in every run is clear although the scores themselves vary.
+    assert seeds(0.5, 0.9).compare(seeds(0.4, 0.8)).is_clear
     single = seeds(0.9).compare(seeds(0.1, 0.1))
-    assert not single.is_clear and single.words == "+80.0 points (1 and 2 seeds: no claim)"
+    assert (
+        not single.is_clear
+        and single.words == "+80.0 points (fewer than two common seeds: no claim)"
+    )
+    apart = Seeds({1: 0.9, 2: 0.8}).compare(Seeds({3: 0.1, 4: 0.2}))
+    assert not apart.is_clear and apart.num_pairs == 0
 
 
 def test_one_task() -> None:
@@ -61,9 +67,8 @@ def test_several_tasks() -> None:
     leader = Curve("MHA", {**ACL.scores, 4: seeds(1, 1)})
     tasks = {"mrpc": scores(MHA, ACL), "rte": scores(ACL, leader)}
     assert overall_finding(tasks, "ACL") == (
-        "ACL has the highest score averaged over the exits on 1 of 2 tasks (mrpc), by more than "
-        "the sum of the standard deviations on mrpc; another method leads on rte (MHA, -2.5 "
-        "points)."
+        "ACL has the highest score averaged over the exits on 1 of 2 tasks (mrpc), clearly "
+        "on mrpc; another method leads on rte (MHA, -2.5 points)."
     )
     single = curve("ACL", {1: [0.7]}), curve("MHA", {1: [0.6]})
     assert overall_finding({"mrpc": scores(*single)}, "ACL").endswith("on none of them.")
@@ -80,8 +85,8 @@ def test_a_table() -> None:
     }
     assert table_finding("Full models", "CE", rows) == (
         "Full models against CE, mean difference in points: SCL +0.0 (2 tasks: 1 clearly higher, 1 "
-        "clearly lower); ACL +10.0 (1 task of 2: 1 clearly higher, 0 clearly lower). Clearly: by "
-        "more than the sum of the standard deviations."
+        "clearly lower); ACL +10.0 (1 task of 2: 1 clearly higher, 0 clearly lower). Clearly: the "
+        "95 % interval of the paired differences does not contain 0."
     )
     assert table_finding("Full models", "absent", rows) == ""
     single = {"CE": {"mrpc": seeds(0.5)}, "ACL": {"mrpc": seeds(0.9)}}
