@@ -15,6 +15,9 @@ TENSORBOARD = "tensorboard>=2.15"
 ACCELERATE = "accelerate>=1.1"
 METRIC_LEARNING = "pytorch-metric-learning>=2.8"
 SENTENCE_TRANSFORMERS = "sentence-transformers>=5"
+WANDB = "wandb>=0.17"
+# The last two keep a run in a file, where no tracking server is named.
+MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.10"]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "demo": [MINILM, MATPLOTLIB],
@@ -29,6 +32,9 @@ EXTRAS = {
     "trainer": [ACCELERATE],
     "sentence-transformers": [SENTENCE_TRANSFORMERS],
     "metric-learning": [METRIC_LEARNING],
+    "wandb": [WANDB],
+    "mlflow": MLFLOW,
+    "trackio": ["trackio>=0.30"],
 }
 # The C loops share PyTorch's threads: a process loads one libgomp, and PyTorch loads its own first.
 OPENMP = (
@@ -43,6 +49,8 @@ EXTRAS["dev"] = [
     TENSORBOARD,
     SENTENCE_TRANSFORMERS,
     "optuna>=4",
+    WANDB,
+    *MLFLOW,
     # A CUDA build of torch installs Triton, the CPU build does not.
     "triton>=3.3.1; platform_system == 'Linux'",
     "pytest>=8",

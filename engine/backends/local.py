@@ -30,7 +30,7 @@ class LocalBackend(Backend):
         self.scaler: LossScaler = LossScaler(self.device, enabled=self.dtype == torch.float16)
         self.optimizer = ScheduledAdamW(
             self.parameters,
-            self.config.optimization,
+            self.config,
             self.learning_rate,
             self.num_steps,
             self.device,

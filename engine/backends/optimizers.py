@@ -7,27 +7,33 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from transformers import get_linear_schedule_with_warmup
+from transformers import get_scheduler
 
 from ..config.sections import OptimizationOptions
+from ..config.training import TrainingConfig
 
 APEX_SOURCE = "https://github.com/NVIDIA/apex"
 
 
 def new_optimizer(
-    name: str, parameter_groups: list[dict[str, Any]], learning_rate: float, device: torch.device
+    options: OptimizationOptions,
+    parameter_groups: list[dict[str, Any]],
+    learning_rate: float,
+    device: torch.device,
 ) -> torch.optim.Optimizer:
     """AdamW over parameter groups, each with its own weight_decay.
-
-    Args:
-        name: the option `optimizer`.
 
     Raises:
         ValueError: apex's FusedAdam cannot run here.
     """
-    if name == "adamw":
-        return torch.optim.AdamW(parameter_groups, lr=learning_rate, fused=True)
-    return apex_fused_adam(device)(parameter_groups, lr=learning_rate, adam_w_mode=True)
+    settings: dict[str, Any] = {
+        "lr": learning_rate,
+        "betas": (options.adam_beta1, options.adam_beta2),
+        "eps": options.adam_epsilon,
+    }
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(parameter_groups, fused=True, **settings)
+    return apex_fused_adam(device)(parameter_groups, adam_w_mode=True, **settings)
 
 
 def apex_fused_adam(device: torch.device) -> Any:
@@ -70,7 +76,7 @@ def decay_groups(parameters: Sequence[Parameter], weight_decay: float) -> list[d
 
 
 class ScheduledAdamW:
-    """AdamW under a linear warm-up and a linear decay to zero, over the steps that are taken.
+    """AdamW under a schedule of its learning rate, over the steps that are taken.
 
     With `may_skip`, a flag on the device says whether a step is taken. The number of taken steps
     and the learning rate are then kept on the device too, as the host does not know them.
@@ -84,16 +90,16 @@ class ScheduledAdamW:
     def __init__(
         self,
         parameters: list[Parameter],
-        options: OptimizationOptions,
+        config: TrainingConfig,
         learning_rate: float,
         num_steps: int,
         device: torch.device,
         *,
         may_skip: bool,
     ) -> None:
-        groups = decay_groups(parameters, options.weight_decay)
-        self.optimizer = new_optimizer(options.optimizer, groups, learning_rate, device)
-        self.schedule = new_schedule(self.optimizer, options, num_steps)
+        groups = decay_groups(parameters, config.optimization.weight_decay)
+        self.optimizer = new_optimizer(config.optimization, groups, learning_rate, device)
+        self.schedule = new_schedule(self.optimizer, config, num_steps)
         # GradScaler's test for optimizers that take the flag `found_inf` from the device.
         self._takes_flag = may_skip and hasattr(self.optimizer, "_step_supports_amp_scaling")
         if self._takes_flag:
@@ -153,8 +159,34 @@ class ScheduledAdamW:
 
 
 def new_schedule(
-    optimizer: torch.optim.Optimizer, options: OptimizationOptions, num_steps: int
+    optimizer: torch.optim.Optimizer, config: TrainingConfig, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Linear warm-up over a share `warmup_ratio` of the steps, then linear decay to zero."""
-    num_warmup = round(options.warmup_ratio * num_steps)
-    return get_linear_schedule_with_warmup(optimizer, num_warmup, num_steps)
+    """The schedule `lr_scheduler_type` of transformers over the steps of a stage.
+
+    Raises:
+        ValueError: it does not take `lr_scheduler_kwargs`, or needs some; this version of
+            transformers does not have it; the warm-up is longer than the stage.
+    """
+    options = config.optimization
+    num_warmup = options.warmup_steps
+    if num_warmup is None:
+        num_warmup = round(options.warmup_ratio * num_steps)
+    elif num_warmup > num_steps and options.lr_scheduler_type != "constant":
+        raise ValueError(
+            f"warmup_steps={num_warmup}: the stage has {num_steps} steps, so the learning rate "
+            "would never reach its peak. Use fewer, or a share such as warmup_ratio=0.1."
+        )
+    given, arguments = options.lr_scheduler_type, config.schedule_arguments
+    try:
+        schedule = get_scheduler(given, optimizer, num_warmup, num_steps, arguments)
+        factors = [schedule.lr_lambdas[0](step) for step in (0, num_steps // 2, num_steps)]
+    except (ArithmeticError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"lr_scheduler_type={given} with lr_scheduler_kwargs={arguments}: {error}"
+        ) from None
+    if not all(isinstance(factor, int | float) and factor >= 0 for factor in factors):
+        raise ValueError(
+            f"lr_scheduler_type={given} with lr_scheduler_kwargs={arguments} makes learning rates "
+            f"that are negative or no numbers: {factors} of the peak."
+        )
+    return schedule

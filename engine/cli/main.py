@@ -51,7 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("fusedacl").setLevel(logging.INFO)
+    # Of several processes, the first one tells what concerns all.
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("fusedacl").setLevel(logging.INFO if is_first else logging.WARNING)
     # Added by the deepspeed launcher; the environment contains it as well.
     arguments = [word for word in arguments if not word.startswith("--local_rank=")]
     verb, rest = arguments[0], arguments[1:]
@@ -128,7 +130,9 @@ def _train(arguments: list[str]) -> int:
         return stop.exit_code
     if processes.rank() > 0:
         return 0
-    _print_metrics(results["metrics"])
+    predicted = results.get("predictions", {}).items()
+    tests = {name: found["metrics"] for name, found in predicted if found["metrics"] is not None}
+    _print_metrics(results["metrics"] | tests)
     for line in _gate_lines(results["gate"]):
         print(line)
     print(f"model, metrics.jsonl and results.json are in {config.run.output_dir}")

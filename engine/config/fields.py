@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import math
 import shlex
 import types
@@ -20,6 +21,7 @@ import yaml
 
 from ..runtime.files import read_file, write_whole
 from ..runtime.text import did_you_mean
+from .spellings import translated
 
 Configuration = TypeVar("Configuration")
 
@@ -50,12 +52,14 @@ def _options(cls: type) -> dict[str, tuple[str, dataclasses.Field[Any], Any]]:
 
 def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> Any:
     """Convert `value` to the option's type; YAML gives 2e-5 as text, the command line any value."""
+    kind = _kind(hint)
     says_none = isinstance(value, str) and value.lower() in ("none", "null")
     if value is None or (says_none and value not in (choices or ())):
         if type(None) in typing.get_args(hint):
             return None
-        raise ValueError(f"{name}: a value is needed, got {value!r}.")
-    kind = _kind(hint)
+        # "none" is a text like others where an option cannot be unset.
+        if value is None or kind is not str:
+            raise ValueError(f"{name}: a value is needed, got {value!r}.")
     problem = f"{name}: expected {kind.__name__}, got {value!r}."
     if kind is bool:
         if isinstance(value, bool):
@@ -65,7 +69,7 @@ def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> 
             raise ValueError(f"{problem} Write true or false.")
         return words[str(value).lower()]
     if kind is str:
-        return str(value)
+        return json.dumps(value) if isinstance(value, dict) else str(value)
     if isinstance(value, bool):
         raise ValueError(problem)
     if kind is int and isinstance(value, int):
@@ -100,16 +104,25 @@ def _check(name: str, value: Any, metadata: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r} is out of range: it must be {words} {limit}.")
 
 
+def _known(cls: type) -> list[str]:
+    """Names of all options of a configuration class, those of other programs included."""
+    return [*_options(cls), *getattr(cls, "SPELLINGS", ())]
+
+
 def build(cls: type[Configuration], values: Mapping[str, Any]) -> Configuration:
     """Make a configuration from a flat mapping of option names to values.
+
+    A class with `SPELLINGS` takes names of other programs too; see `spellings.translated`.
 
     Raises:
         ValueError: an unknown name (the nearest is offered), a wrong type or a value out of range.
     """
     options = _options(cls)
+    if hasattr(cls, "SPELLINGS"):
+        values = translated(values)
     for name in values:
         if name not in options:
-            raise ValueError(f"Unknown option {name!r}.{did_you_mean(name, options)}")
+            raise ValueError(f"Unknown option {name!r}.{did_you_mean(name, _known(cls))}")
     sections: dict[str, dict[str, Any]] = {section: {} for section in typing.get_type_hints(cls)}
     for name, value in values.items():
         section, field, hint = options[name]
@@ -179,6 +192,8 @@ def parser(cls: type, program: str, description: str) -> argparse.ArgumentParser
             metavar="|".join(choices) if choices else _METAVARS[_kind(hint)],
             help=f"{words} (default: {'unset' if field.default is None else field.default})",
         )
+    for name in getattr(cls, "SPELLINGS", ()):
+        made.add_argument(f"--{name}", nargs="?", const=True, help=argparse.SUPPRESS)
     return made
 
 
@@ -215,7 +230,7 @@ def given(
         if flag.startswith("--"):
             name = flag[2:].split("=")[0].replace("-", "_")
             raise ValueError(
-                f"Unknown flag {flag.split('=')[0]!r}.{did_you_mean(name, _options(cls))}"
+                f"Unknown flag {flag.split('=')[0]!r}.{did_you_mean(name, _known(cls))}"
             )
     if unknown:
         raise ValueError(f"Unexpected argument {unknown[0]!r}. Options are written --name value.")

@@ -9,6 +9,11 @@ from .fields import option
 
 # PyTorch takes 64 bits; what each process adds to its seed has to fit as well.
 MAX_SEED = 2**63 - 1
+# Of transformers' SchedulerType, those that are a function of the step alone.
+SCHEDULES = (
+    "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+    "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
+)  # fmt: skip
 
 
 def device_option() -> Any:
@@ -55,6 +60,17 @@ class ModelOptions:
     )
     exit_width: int = option(64, "width d_e of the mha head's representation", at_least=1)
     exit_attention_heads: int = option(4, "attention heads of the mha head", at_least=1)
+    model_revision: str | None = option(
+        None, "branch, tag or commit of --model_name_or_path on the hub; unset: main"
+    )
+    tokenizer_name: str | None = option(
+        None, "tokenizer: name on the hub, or local directory; unset: that of the encoder"
+    )
+    attn_implementation: str | None = option(
+        None,
+        "attention of the encoder while it is trained: eager, sdpa, flash_attention_2 or another"
+        " that transformers knows; unset: what transformers chooses",
+    )
     dropout: float | None = option(
         None,
         "dropout probability of encoder and exits; unset: the encoder's own, and 0.1 in exits",
@@ -105,8 +121,31 @@ class TrainingDataOptions(DataOptions):
     max_train_samples: int | None = option(
         None, "train on the first samples of the split only", at_least=1
     )
+    do_predict: bool = option(
+        False,
+        "after training, also write labels and probabilities of the test split, and its metrics if"
+        " it is labelled",
+    )
+    test_file: str | None = option(
+        None, "test file of --do_predict beside --train_file: csv, tsv, jsonl or parquet"
+    )
+    max_predict_samples: int | None = option(
+        None, "predict the first samples of the test split only", at_least=1
+    )
     group_by_length: bool = option(
         False, "batch texts of similar length together: less padding, but less random batches"
+    )
+    sampler: str = option(
+        "random",
+        "texts of a batch. random; balanced: each contrastive batch has --samples_per_class texts"
+        " of each of its classes, as far as the classes last",
+        choices=("random", "balanced"),
+    )
+    samples_per_class: int | None = option(
+        None,
+        "--sampler balanced: texts of a class in a contrastive batch. Unset: as few, but 2 at"
+        " least, as there are classes to fill the batch",
+        at_least=2,
     )
 
 
@@ -162,6 +201,19 @@ class ObjectiveOptions:
     )
     distill_temperature: float = option(
         2.0, "temperature of both softmaxes in the distillation loss", above=0
+    )
+    label_smoothing_factor: float = option(
+        0.0,
+        "label smoothing of the cross-entropy in training: this share of a label is spread over all"
+        " classes",
+        at_least=0,
+        at_most=1,
+    )
+    class_weights: str | None = option(
+        None,
+        "weights of the classes in the cross-entropy. balanced: a class counts as much as any"
+        " other; or a JSON or YAML file, class: weight. Scaled to a mean of 1 over the training"
+        " texts; unset: every text counts alike",
     )
     temperature: float = option(0.5, "tau, temperature of the contrastive softmax", above=0)
     contrastive_reduction: str = option(
@@ -227,8 +279,15 @@ class OptimizationOptions:
         " the samples of one forward pass",
         at_least=1,
     )
-    learning_rate: float = option(
-        2e-5, "peak learning rate of AdamW; it decays linearly to 0", above=0
+    learning_rate: float = option(2e-5, "peak learning rate of AdamW", above=0)
+    lr_scheduler_type: str = option(
+        "linear",
+        "course of the learning rate after the warm-up, by its name in transformers; linear: down"
+        " to 0",
+        choices=SCHEDULES,
+    )
+    lr_scheduler_kwargs: str | None = option(
+        None, "further arguments of that schedule, as JSON, such as '{\"num_cycles\": 2}'"
     )
     num_train_epochs: float = option(3.0, "passes over the training set", above=0)
     max_steps: int = option(
@@ -238,9 +297,22 @@ class OptimizationOptions:
         0.1, "fraction of the steps in which the learning rate rises to its peak", at_least=0,
         at_most=1,
     )  # fmt: skip
+    warmup_steps: int | None = option(
+        None,
+        "optimizer steps of each stage in which the learning rate rises, in place of"
+        " --warmup_ratio; below 1: such a ratio",
+        at_least=1,
+    )
     weight_decay: float = option(
         0.01, "weight decay of AdamW; biases and norms have none", at_least=0
     )
+    adam_beta1: float = option(
+        0.9, "decay of AdamW's mean of gradients", at_least=0, at_most=0.999999
+    )
+    adam_beta2: float = option(
+        0.999, "decay of AdamW's mean of squared gradients", at_least=0, at_most=0.999999
+    )
+    adam_epsilon: float = option(1e-8, "added to AdamW's denominator", above=0)
     max_grad_norm: float = option(
         1.0, "norm to which the gradient is clipped; 0: no clipping", at_least=0
     )
@@ -249,8 +321,25 @@ class OptimizationOptions:
         "adamw: PyTorch's fused AdamW; apex_fused_adam: NVIDIA apex's, which must be installed",
         choices=("adamw", "apex_fused_adam"),
     )
+    freeze_layers: int | None = option(
+        None,
+        "keep the embeddings and the first so many layers of the encoder as they are; 0: the"
+        " embeddings alone, unset: train all",
+        at_least=0,
+    )
+    gradient_checkpointing: bool = option(
+        False, "keep the states between layers only, and compute the rest again in backward passes"
+    )
+    torch_compile: bool = option(False, "run the encoder through torch.compile")
+    torch_compile_backend: str | None = option(None, "backend of torch.compile; unset: inductor")
+    torch_compile_mode: str | None = option(
+        None, "mode of torch.compile, such as reduce-overhead; unset: default"
+    )
     fp16: bool = option(False, "mixed precision in float16 with dynamic loss scaling")
     bf16: bool = option(False, "mixed precision in bfloat16")
+    tf32: bool | None = option(
+        None, "whether float32 products on a GPU are taken in TF32; unset: as PyTorch is set"
+    )
     deepspeed_config: str | None = option(
         None,
         'DeepSpeed\'s JSON file; values that are "auto" are filled in from these options. Runs of'
@@ -259,61 +348,3 @@ class OptimizationOptions:
     seed: int = option(
         42, "seed of weights, order of the data and dropout", at_least=0, at_most=MAX_SEED
     )
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    output_dir: str | None = option(None, "directory for all files of the run")
-    overwrite_output_dir: bool = option(False, "delete the contents of --output_dir before the run")
-    resume_from_checkpoint: str | None = option(
-        None, "checkpoint to continue from: 'latest', or a checkpoint directory in --output_dir"
-    )
-    logging_steps: int = option(10, "optimizer steps between lines of metrics.jsonl", at_least=1)
-    eval_steps: int | None = option(
-        None, "optimizer steps between evaluations; unset: one evaluation per epoch", at_least=1
-    )
-    save_steps: int | None = option(
-        None,
-        "optimizer steps between checkpoints; unset: one checkpoint per epoch, 0: none",
-        at_least=0,
-    )
-    save_total_limit: int | None = option(
-        2,
-        "number of checkpoints to keep; the newest and the best are always kept. none: keep all",
-        at_least=1,
-    )
-    load_best_model_at_end: bool = option(
-        False,
-        "use the checkpoint with the best score as the final model. The score is the last exit's on"
-        " the first evaluation split, in the second stage of two_stage the mean of its exits",
-    )
-    metric_for_best_model: str | None = option(
-        None,
-        "score for --load_best_model_at_end: loss, or a metric of the task; unset: loss",
-    )
-    greater_is_better: bool | None = option(
-        None,
-        "whether a larger --metric_for_best_model is better; unset: true for all metrics but loss",
-    )
-    profile: int = option(
-        0,
-        "number of optimizer steps to profile, after 3 steps of warm-up; their time by part is"
-        " printed and written to profile.json. 0: no profile",
-        at_least=0,
-        at_most=50,
-    )
-    profile_trace: bool = option(
-        False, "with --profile: also write trace.json.gz for Perfetto or chrome://tracing"
-    )
-    report_to: str = option(
-        "none",
-        "logging service that also receives the metrics",
-        choices=("none", "tensorboard"),
-    )
-    device: str = device_option()
-    ddp_timeout: float = option(
-        600.0,
-        "seconds that a process waits for the other processes before it ends with an error",
-        above=0,
-    )
-    disable_tqdm: bool = disable_tqdm_option()

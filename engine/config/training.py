@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
 from .fields import build
 from .gate_scope import parse_scope
+from .run_options import RunOptions, named_services
 from .sections import (
     ModelOptions,
     ObjectiveOptions,
     OptimizationOptions,
-    RunOptions,
     TrainingDataOptions,
 )
+from .spellings import SPELLINGS as OTHER_SPELLINGS
 
 _SECOND_STAGE = (
     *("cross_layer", "distill_weight", "stage1_model", "feature_cache"),
     *("stage2_epochs", "stage2_learning_rate"),
 )
+# Option -> the one without which it has no effect.
+_NEEDED = {
+    "samples_per_class": "sampler=balanced",
+    "test_file": "do_predict",
+    "max_predict_samples": "do_predict",
+    "early_stopping_threshold": "early_stopping_patience",
+    "hub_model_id": "push_to_hub",
+    "hub_private_repo": "push_to_hub",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,8 @@ class TrainingConfig:
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     run: RunOptions = field(default_factory=RunOptions)
+
+    SPELLINGS = OTHER_SPELLINGS
 
     @classmethod
     def create(cls, **options: Any) -> TrainingConfig:
@@ -82,6 +95,10 @@ class TrainingConfig:
         self._check_strategy()
         self._check_contrastive_batch()
         self._check_scope()
+        self._check_needed()
+        self._check_batches()
+        self._check_encoder()
+        _ = self.schedule_arguments, named_services(run.report_to)
         if optimization.max_steps == 0:
             raise ValueError("max_steps=0 trains nothing: use -1 for whole epochs, or at least 1.")
         if run.profile_trace and run.profile == 0:
@@ -93,18 +110,104 @@ class TrainingConfig:
             )
         gate = "angle" if self.gated else "none"
         resolved = dataclasses.replace(objective, gate=gate, cross_layer=self.contrasts_layers)
-        return dataclasses.replace(self, objective=resolved)
+        optimization = dataclasses.replace(optimization, torch_compile=self.compiles)
+        return dataclasses.replace(self, objective=resolved, optimization=optimization)
+
+    @property
+    def compiles(self) -> bool:
+        """True if the encoder runs through torch.compile."""
+        options = self.optimization
+        named = (options.torch_compile_backend, options.torch_compile_mode)
+        return options.torch_compile or named != (None, None)
+
+    @property
+    def schedule_arguments(self) -> dict[str, Any]:
+        """`lr_scheduler_kwargs` as a dictionary.
+
+        Raises:
+            ValueError: they are no JSON object.
+        """
+        text = self.optimization.lr_scheduler_kwargs
+        try:
+            found = json.loads(text or "{}")
+        except json.JSONDecodeError as error:
+            raise ValueError(f"lr_scheduler_kwargs={text!r} is not JSON: {error}.") from None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"lr_scheduler_kwargs={text!r} is no JSON object: write names and values, such as "
+                '{"num_cycles": 2}.'
+            )
+        return found
+
+    def _check_needed(self) -> None:
+        """Refuse options that need another one to have an effect."""
+        options = {**vars(self.data), **vars(self.run)}
+        default = {**vars(TrainingDataOptions()), **vars(RunOptions())}
+        for name, needed in _NEEDED.items():
+            other, _, value = needed.partition("=")
+            is_there = options[other] == value if value else bool(options[other])
+            if options[name] != default[name] and not is_there:
+                raise ValueError(
+                    f"{name}={options[name]} has no effect without {needed}: set that too, or "
+                    "leave it out."
+                )
+
+    def _check_batches(self) -> None:
+        """Refuse two orders of the texts, and a test file beside data that have splits."""
+        data = self.data
+        if data.sampler == "balanced" and data.group_by_length:
+            raise ValueError(
+                "sampler=balanced and group_by_length are two orders of the texts: keep one."
+            )
+        if data.test_file is not None and data.train_file is None:
+            raise ValueError(
+                f"test_file={data.test_file!r} belongs to train_file; other data have a test split "
+                "of their own. Leave it out."
+            )
+
+    def _check_encoder(self) -> None:
+        """Refuse options of the encoder that the others leave without effect or sense."""
+        options, scope = self.optimization, self.objective.gate_scope
+        if options.stage1_model is not None:
+            for name in ("freeze_layers", "gradient_checkpointing"):
+                value = getattr(options, name)
+                if value not in (None, False):
+                    raise ValueError(
+                        f"{name}={value}: with stage1_model the encoder is not trained at all. "
+                        "Leave it out."
+                    )
+            if self.model.model_revision is not None:
+                raise ValueError(
+                    "model_revision belongs to a model_name_or_path on the hub: leave it out."
+                )
+        if self.compiles and parse_scope(scope):
+            raise ValueError(
+                f"gate_scope={scope} cuts the encoder between layers, which torch_compile would "
+                "join. Use gate_scope=all or head, or leave torch_compile out."
+            )
 
     def _check_best(self) -> None:
         """Refuse options by which the best checkpoint would lack its score or not be saved."""
         run = self.run
-        if not run.load_best_model_at_end:
+        choosing = [
+            name
+            for name in ("load_best_model_at_end", "early_stopping_patience")
+            if getattr(run, name)
+        ]
+        if not choosing:
             for name in ("metric_for_best_model", "greater_is_better"):
                 if getattr(run, name) is not None:
                     raise ValueError(
                         f"{name}={getattr(run, name)} chooses the best model: set "
-                        "load_best_model_at_end too, or leave it out."
+                        "load_best_model_at_end too (or early_stopping_patience), or leave it out."
                     )
+            return
+        if run.eval_steps == 0:
+            raise ValueError(
+                f"{choosing[0]} needs evaluations, and eval_steps=0 has none before the end: leave "
+                "eval_steps out (each epoch), or set it."
+            )
+        if not run.load_best_model_at_end:
             return
         if run.save_steps == 0:
             raise ValueError(
@@ -135,17 +238,28 @@ class TrainingConfig:
 
     @property
     def without_effect(self) -> list[str]:
-        """Options, as "name=value", that were set and that the objective does not use.
+        """Options, as "name=value", that were set and that the other options leave unused.
 
-        They are allowed, so that runs to be compared can share all options but the objective.
+        They are allowed, so that runs to be compared can share all options but a few.
         """
+        options = self.optimization
         unused = [] if self.gated else ["max_angle"]
         if self.objective.objective == "ce":
             unused += ["aux_weight", "temperature", "contrastive_reduction", "denominator"]
-        default = ObjectiveOptions()
-        values = {name: getattr(self.objective, name) for name in unused}
+        if options.warmup_steps is not None:
+            unused += ["warmup_ratio"]
+        if options.lr_scheduler_type == "constant":
+            unused += ["warmup_ratio", "warmup_steps", "lr_scheduler_kwargs"]
+        if named_services(self.run.report_to) == []:
+            unused += ["run_name", "project"]
+        values, default = (
+            {**vars(c.objective), **vars(c.optimization), **vars(c.run)}
+            for c in (self, TrainingConfig())
+        )
         return [
-            f"{name}={value}" for name, value in values.items() if value != getattr(default, name)
+            f"{name}={values[name]}"
+            for name in dict.fromkeys(unused)
+            if values[name] != default[name]
         ]
 
     @property

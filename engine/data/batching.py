@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from .balance import BalancedBatches
 from .columns import TextSplit
 
 if TYPE_CHECKING:
@@ -138,13 +139,14 @@ def epoch_batches(
     epoch: int,
     shuffle: bool = True,
     group_by_length: bool = False,
+    balanced: BalancedBatches | None = None,
 ) -> list[np.ndarray]:
     """Row indices of each batch of an epoch; they depend on the arguments only.
 
     `group_by_length` sorts by length within random groups of 50 batches, which reduces padding; the
     batches are then shuffled, except that the longest one comes first, so that running out of
     memory happens at once. Without `shuffle`, rows are in order, or all sorted by length, longest
-    first. The incomplete batch, if any, is the last.
+    first. `balanced` gives the order of the rows instead. The incomplete batch, if any, is last.
 
     Raises:
         ValueError: no rows, batch_size < 1, a negative seed or epoch.
@@ -158,6 +160,8 @@ def epoch_batches(
         raise ValueError(f"seed={seed}, epoch={epoch}: neither may be negative.")
     random = np.random.default_rng([seed, epoch])
     order = random.permutation(num_rows) if shuffle else np.arange(num_rows)
+    if balanced is not None:
+        order = balanced.order(seed=seed, epoch=epoch)
     if group_by_length:
         order = _sorted_in_groups(
             order, lengths, batch_size * _BATCHES_PER_MEGABATCH if shuffle else num_rows

@@ -34,7 +34,7 @@ class TextData:
 
     record: what a model trained on it has to remember; evaluation_splits: the names in `splits` to
     evaluate on; metrics: those of the task, the main one first; notes: sentences about every choice
-    that the options left open.
+    that the options left open; predicted: test splits, with or without labels, for `do_predict`.
     """
 
     name: str
@@ -43,6 +43,7 @@ class TextData:
     evaluation_splits: list[str]
     metrics: list[str]
     notes: list[str] = field(default_factory=list)
+    predicted: dict[str, TextSplit] = field(default_factory=dict)
 
     @property
     def columns(self) -> list[str]:
@@ -104,6 +105,7 @@ def load_splits(
         evaluation_splits=list(evaluated),
         metrics=list(source.metrics),
         notes=reader.notes,
+        predicted=reader.read_tests(options.max_predict_samples) if options.do_predict else {},
     )
 
 
@@ -159,7 +161,7 @@ def _open_source(options: TrainingDataOptions) -> DataSource:
         raise ValueError(
             "No data: give task_name (with data_dir for local files), dataset_name, or train_file."
         )
-    return open_files(options.train_file, options.validation_file)
+    return open_files(options.train_file, options.validation_file, options.test_file)
 
 
 class _Reader:
@@ -303,6 +305,17 @@ class _Reader:
             self.notes.append(f"{name}: test is unlabelled: not evaluated on")
         self.notes.append(f"{name} comes without a labelled validation split: no evaluation")
         return {}
+
+    def read_tests(self, limit: int | None) -> dict[str, TextSplit]:
+        """Read the first `limit` texts of each test split, labelled or not."""
+        # MNLI has test_matched and test_mismatched.
+        names = sorted(name for name in self.source.splits if name.startswith("test"))
+        if not names:
+            raise ValueError(
+                f"do_predict: {self.source.name} has no test split. Add one (test_file beside "
+                "train_file, or a file test.… in data_dir), or leave do_predict out."
+            )
+        return {name: self.read(name, labels_required=False).head(limit) for name in names}
 
     def _named_split(self, name: str) -> TextSplit:
         if name not in self.source.splits:

@@ -87,11 +87,14 @@ class DataSource:
         )
 
 
-def open_files(train_file: str | None, validation_file: str | None) -> DataSource:
-    """Open a training and a validation file; either may be None."""
+def open_files(
+    train_file: str | None, validation_file: str | None, test_file: str | None = None
+) -> DataSource:
+    """Open a training, a validation and a test file; each may be None."""
     given = {
         "train": ("train_file", train_file),
         "validation": ("validation_file", validation_file),
+        "test": ("test_file", test_file),
     }
     splits = {}
     for split, (argument, path) in given.items():

@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.sections import RunOptions
+from ..config.run_options import RunOptions
 from ..config.training import TrainingConfig
 from ..runtime.files import read_file
 from ..runtime.text import did_you_mean

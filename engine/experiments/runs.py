@@ -17,7 +17,7 @@ from ..data.record import DataRecord
 from ..model.saved import TrainedModel
 from ..runtime.files import read_file
 from ..runtime.text import nearest_directory
-from ..training.metrics_log import read_records
+from ..training.logs.metrics_log import read_records
 from ..training.storage.checkpoint import CONFIG_FILE
 
 RESULTS_FILE = "results.json"

@@ -6,17 +6,22 @@ import csv
 import json
 import logging
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..config.commands import PredictionConfig
+from ..data.batching import EncodedSplit
 from ..data.dataset import read_unlabelled
 from ..model.early_exit import EarlyExit
 from ..model.exit_policies import calibration_mismatch, parse_policy
+from ..model.multi_exit import MultiExitForSequenceClassification, label_names
 from ..model.saved import TrainedModel
-from .logits import BROKEN_MODEL, predict_logits
+from ..runtime import processes
+from .evaluation import evaluate_split
+from .logits import BROKEN_MODEL, predict_logits, predict_logits_together
 
 logger = logging.getLogger("fusedacl")
 OUTPUT_EXTENSIONS = (".csv", ".jsonl")
@@ -84,11 +89,53 @@ def predict(config: PredictionConfig) -> Path:
             f"{trained.model.exit_layers[-1]} layers per text, {left.flops_share:.0%} of the FLOPs"
         )
         probabilities, exit_layers = left.probabilities, left.exit_layers.tolist()
-    _check_finite(probabilities)
-    names = trained.label_names
-    labels = [names[index] for index in probabilities.argmax(dim=-1).tolist()]
-    _write(output_file, names, labels, probabilities.tolist(), exit_layers)
+    write_answers(output_file, trained.label_names, probabilities, exit_layers)
     return output_file
+
+
+def write_answers(
+    path: Path,
+    label_names: list[str],
+    probabilities: torch.Tensor,
+    exit_layers: list[int] | None = None,
+) -> None:
+    """Write a row for each of n texts: the label and the probabilities [n, K].
+
+    exit_layers: where each text left, if early exit answered.
+
+    Raises:
+        FloatingPointError: a probability is NaN; nothing is written.
+    """
+    _check_finite(probabilities)
+    labels = [label_names[index] for index in probabilities.argmax(dim=-1).tolist()]
+    _write(path, label_names, labels, probabilities.tolist(), exit_layers)
+
+
+def answer_splits(
+    directory: Path,
+    model: MultiExitForSequenceClassification,
+    splits: Mapping[str, EncodedSplit],
+    metrics: Sequence[str],
+    batch_size: int,
+    **options: Any,
+) -> dict[str, dict[str, Any]]:
+    """Write the last exit's answers to `<split>_predictions.csv`, for each split. Collective.
+
+    Returns: split -> "file", and "metrics": layer -> metrics of a labelled split, else None.
+
+    `options` are those of `predict_logits`.
+    """
+    results: dict[str, dict[str, Any]] = {}
+    for name, encoded in splits.items():
+        logits = predict_logits_together(model, encoded, batch_size, **options)
+        file = directory / f"{name}_predictions.csv"
+        if processes.rank() == 0:
+            write_answers(file, label_names(model.config), logits[-1].softmax(dim=-1))
+        scores = None
+        if encoded.labels is not None:
+            scores = evaluate_split(model, encoded, metrics, batch_size, **options)
+        results[name] = {"file": file.name, "metrics": scores}
+    return results
 
 
 def _check_finite(probabilities: torch.Tensor) -> None:

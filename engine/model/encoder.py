@@ -65,13 +65,17 @@ def random_encoder(config: PretrainedConfig) -> PreTrainedModel:
     return _encoder_half(AutoModel.from_config(config, **_encoder_options(config)))
 
 
-def pretrained_encoder(name_or_path: str, config: PretrainedConfig) -> PreTrainedModel:
+def pretrained_encoder(
+    name_or_path: str, config: PretrainedConfig, **loading: Any
+) -> PreTrainedModel:
     """Load an encoder's weights in float32, from the hub or a local directory.
+
+    loading: options of `from_pretrained`.
 
     Raises:
         ValueError: weights of the encoder are missing.
     """
-    options = _encoder_options(config)
+    options = _encoder_options(config) | loading
     return _encoder_half(load_complete(AutoModel, name_or_path, _UNREAD, config=config, **options))
 
 
@@ -115,6 +119,30 @@ def load_complete(
             f"{_first(missing)}. {_names_in_file(unused)}"
         )
     return model
+
+
+def checkpoint_layers(encoder: PreTrainedModel) -> None:
+    """Keep the states between layers only in training; backward passes compute the rest again.
+
+    Non-reentrant checkpoints: the reentrant ones of PyTorch refuse the second backward pass of the
+    gate.
+
+    Raises:
+        ValueError: transformers has no checkpoints for this encoder.
+    """
+    if not encoder.supports_gradient_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing: transformers has none for {encoder.config.model_type} "
+            "encoders. Leave it out; contrastive_batch_size and smaller batches save memory too."
+        )
+    current: Any = encoder  # transformers 4 has the second name only
+    name = "activation_checkpointing_enable"
+    getattr(current, name if hasattr(encoder, name) else "gradient_checkpointing_enable")(
+        {"use_reentrant": False}
+    )
+    if getattr(current, "_require_grads_hooks", None):
+        # Made for reentrant checkpoints: they would build a graph through frozen layers.
+        encoder.disable_input_require_grads()
 
 
 def fitting_token_types(encoder: PreTrainedModel, token_type_ids: Tensor | None) -> Tensor | None:

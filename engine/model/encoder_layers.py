@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import Parameter
 from transformers import PreTrainedModel
 
 from .active_batch import ActiveBatch, LayerContext
@@ -128,6 +129,28 @@ class EncoderLayers:
             return attention_mask
         allowed = attention_mask.bool()[:, None, None, :]  # [N, 1, 1, T]
         return allowed if self.implementation == "sdpa" else _additive(allowed, hidden.dtype)
+
+
+def bottom_parameters(encoder: PreTrainedModel, num_layers: int) -> list[Parameter]:
+    """The parameters of the first `num_layers` layers, and those that stand before them.
+
+    Raises:
+        ValueError: no list of layers is found, there are fewer, or they share weights.
+    """
+    layers = layer_modules(encoder)
+    words = f"freeze_layers={num_layers}"
+    if not layers:
+        raise ValueError(
+            f"{words}: no list of layers is found in {type(encoder).__name__}. Leave it out."
+        )
+    if num_layers > len(layers):
+        raise ValueError(f"{words}: the encoder has {len(layers)} layers. Use that many at most.")
+    owned = [set(layer.parameters()) for layer in layers]
+    if len(set().union(*owned)) < sum(map(len, owned)):
+        raise ValueError(f"{words}: the encoder's layers share weights. Leave it out.")
+    every = list(encoder.parameters())
+    before = every[: next(index for index, p in enumerate(every) if p in owned[0])]
+    return [*before, *(p for layer in owned[:num_layers] for p in layer)]
 
 
 class DistilBertLayers(EncoderLayers):

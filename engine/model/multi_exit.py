@@ -182,6 +182,7 @@ class MultiExitForSequenceClassification(ExitModel):
         label_names: Sequence[str],
         dropout: float | None = None,
         num_hidden_layers: int | None = None,
+        loading: Mapping[str, Any] | None = None,
         **exit_options: Any,
     ) -> MultiExitForSequenceClassification:
         """Put new exits on a pretrained encoder (hub name, local directory, or a model of ours).
@@ -191,6 +192,7 @@ class MultiExitForSequenceClassification(ExitModel):
             dropout: dropout probability of the encoder and the exits; None keeps the encoder's
                 and 0.1 for the exits.
             num_hidden_layers: keep only the first layers (BERT-6L); None keeps all.
+            loading: options of `from_pretrained`, such as revision and attn_implementation.
             exit_options: exit_layers (empty: every layer), exit_head, … of `MultiExitConfig`.
 
         Raises:
@@ -200,7 +202,7 @@ class MultiExitForSequenceClassification(ExitModel):
         if not name_or_path:
             raise ValueError("model_name_or_path is empty: name an encoder, or leave it out.")
         try:
-            config = AutoConfig.from_pretrained(name_or_path)
+            config = AutoConfig.from_pretrained(name_or_path, **(loading or {}))
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model_name_or_path={name_or_path!r} cannot be loaded: it is neither a local "
@@ -216,10 +218,10 @@ class MultiExitForSequenceClassification(ExitModel):
         try:
             if is_ours:
                 unread = ("exits.", "learned_exit.")
-                ours = load_complete(cls, name_or_path, unread, config=config)
+                ours = load_complete(cls, name_or_path, unread, config=config, **(loading or {}))
                 backbone = cast(ExitModel, ours).backbone
             else:
-                backbone = pretrained_encoder(name_or_path, config)
+                backbone = pretrained_encoder(name_or_path, config, **(loading or {}))
         except Exception as error:
             # safetensors, the hub client and transformers each raise errors of their own here.
             raise ValueError(

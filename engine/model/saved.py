@@ -25,17 +25,17 @@ DEFAULT_MAX_LENGTH = 128
 
 
 def load_tokenizer(
-    name_or_path: str, option: str = "model_name_or_path"
+    name_or_path: str, option: str = "model_name_or_path", revision: str | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer; it pads on the right, so that [CLS] stays first.
 
-    `option`: the command-line option that named it, for messages.
+    `option`: the command-line option that named it, for messages. `revision`: on the hub.
 
     Raises:
         ValueError: there is no tokenizer, or it cannot pad.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
     # TypeError: transformers 4, no vocabulary; ImportError: a package that the tokenizer needs.
     except (ImportError, OSError, TypeError, ValueError) as error:
         raise ValueError(

@@ -44,6 +44,7 @@ def cached_losses(
     device: torch.device,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     process_group: ProcessGroup | None = None,
+    class_weights: Tensor | None = None,
 ) -> Iterator[ExitLosses]:
     """The losses of each chunk of one contrastive batch, to be back-propagated one after another.
 
@@ -59,13 +60,15 @@ def cached_losses(
         loss_scale: factor that the losses will carry in float16. The gradient that is kept between
             the passes carries it too, and so does not underflow.
         context: for the contrastive loss, and to read the weights of the model.
-        process_group: as for `exit_losses`.
+        process_group, class_weights: as for `exit_losses`.
     """
     if len(forwards) == 1:
         chunk = forwards[0]()
         with context():
             weights, labels, teacher = label_embeddings(), chunk.labels, chunk.teacher
-            losses = exit_losses(options, chunk.output, weights, labels, teacher, process_group)
+            losses = exit_losses(
+                options, chunk.output, weights, labels, teacher, process_group, class_weights
+            )
         yield losses.times(shares[0], weight)
         return
     before, seen = [], []
@@ -102,7 +105,9 @@ def cached_losses(
             with context():
                 linked = linked + _product(label_embeddings(), of_weights)
         linked = linked / loss_scale
-        main, cross_entropy = main_losses(options, chunk.output, chunk.labels, chunk.teacher)
+        main, cross_entropy = main_losses(
+            options, chunk.output, chunk.labels, chunk.teacher, class_weights
+        )
         # Has the gradient of `linked`, and as its value an equal part of the loss.
         auxiliary = linked - linked.detach() + value / len(forwards)
         yield ExitLosses(main, auxiliary, cross_entropy).times(shares[index], weight)

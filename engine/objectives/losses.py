@@ -70,7 +70,7 @@ def exit_losses(
     labels: Tensor,
     teacher: Teacher | None = None,
     process_group: ProcessGroup | None = None,
-    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> ExitLosses:
     """Losses of E exits on one batch.
 
@@ -82,9 +82,9 @@ def exit_losses(
             the contrastive batch (ACL-CL) if `cross_layer` is on.
         process_group: processes whose samples are contrasted with each other; None: the samples
             of this process alone.
-        label_smoothing: share of the cross-entropy's target that is spread over all classes.
+        class_weights: of the classes in the cross-entropy [K], of mean 1 over the training texts.
     """
-    main, cross_entropy = main_losses(options, output, labels, teacher, label_smoothing)
+    main, cross_entropy = main_losses(options, output, labels, teacher, class_weights)
     auxiliary = contrastive_loss(
         options, output.exit_embeddings, label_embeddings, labels, teacher, process_group
     )
@@ -97,17 +97,22 @@ def main_losses(
     output: MultiExitOutput,
     labels: Tensor,
     teacher: Teacher | None = None,
-    label_smoothing: float = 0.0,
+    class_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`ExitLosses.main` [E] and `ExitLosses.cross_entropy` [E]; arguments as for `exit_losses`."""
+    """`ExitLosses.main` [E] and `ExitLosses.cross_entropy` [E]; arguments as for `exit_losses`.
+
+    The weighted cross-entropy is divided by the number of texts, not by the sum of their weights:
+    so it is the same however a batch is divided into micro-batches and among processes.
+    """
     logits = output.exit_logits.float()  # [E, N, K]
     num_exits, num_samples, num_labels = logits.shape
     each = functional.cross_entropy(
         logits.view(-1, num_labels),
         labels.repeat(num_exits),
+        weight=class_weights,
         ignore_index=IGNORED,
         reduction="none",
-        label_smoothing=label_smoothing,
+        label_smoothing=options.label_smoothing_factor,
     )
     cross_entropy = each.view(num_exits, num_samples).mean(dim=1)
     main = cross_entropy

@@ -45,6 +45,22 @@ def choose_dtype(device: torch.device, *, fp16: bool, bf16: bool) -> torch.dtype
     return dtype
 
 
+def set_tf32(wanted: bool | None) -> bool | None:
+    """Choose whether GPUs take float32 products in TF32; returns what it was. None: leave it.
+
+    Raises:
+        ValueError: there is no GPU with TF32 (Ampere and newer).
+    """
+    if wanted is None:
+        return None
+    has = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8
+    if wanted and not has:
+        raise ValueError("tf32: this machine has no GPU with TF32 (Ampere or newer). Leave it out.")
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = wanted
+    return before
+
+
 def computes(dtype: torch.dtype) -> bool:
     """Return whether this CPU has matrix products of that dtype; otherwise they are emulated."""
     if dtype == torch.bfloat16:

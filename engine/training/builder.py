@@ -18,11 +18,20 @@ from ...kernels.contrastive.dispatch import Workload, choose
 from ..backends.deepspeed.settings import read_deepspeed_config
 from ..backends.interface import Backend
 from ..backends.local import LocalBackend
+from ..config.gate_scope import parse_scope
 from ..config.training import TrainingConfig
-from ..data.batching import EncodedSplit, encode, log_truncation
+from ..data.balance import (
+    BalancedBatches,
+    balanced_batches,
+    class_weights,
+    warn_of_single_texts,
+)
+from ..data.batching import EncodedSplit, encode, epoch_batches, log_truncation
 from ..data.dataset import TextData, load_splits
 from ..data.quickstart import minilm_path
 from ..data.record import DataRecord
+from ..model.encoder import checkpoint_layers
+from ..model.encoder_layers import bottom_parameters
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
 from ..model.saved import (
     DEFAULT_MAX_LENGTH,
@@ -36,9 +45,10 @@ from ..runtime import processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.lock import RunLock
 from .feature_cache import FeatureCache, check_directory
-from .metrics_log import require_reporting
+from .logs.services import require_services
 from .stages import Stage, StepPlan, check_exits, needed_exits, plan_steps
-from .storage.best_model import BestModel
+from .storage.best_model import BestModel, EarlyStopping
+from .storage.hub import open_repository
 from .storage.output_dir import check_output_dir
 
 logger = logging.getLogger("fusedacl")
@@ -53,6 +63,10 @@ class RunParts:
     deepspeed_config: the JSON object; None: the local backend trains.
     base_model: name or path of the model that the run starts from.
     best: keeps the best step; None: not asked for.
+    predicted: the encoded test splits that `do_predict` is for.
+    repository: on the hub, of process 0; None: the model is not pushed.
+    class_weights: one per class [K]; None: all texts count alike.
+    balanced: the order of the texts with `sampler` balanced.
     """
 
     given: TrainingConfig
@@ -68,6 +82,17 @@ class RunParts:
     model: MultiExitForSequenceClassification
     plan: StepPlan
     best: BestModel | None
+    predicted: Mapping[str, EncodedSplit]
+    repository: str | None
+    class_weights: list[float] | None
+    balanced: BalancedBatches | None
+
+    def early_stopping(self, stage: Stage) -> EarlyStopping | None:
+        """Watches a stage that begins; None if that was not asked for."""
+        options = self.config.run
+        if options.early_stopping_patience is None:
+            return None
+        return EarlyStopping(options, self.data.metrics, self.model.exit_layers, stage.exits)
 
     @property
     def train_split(self) -> EncodedSplit:
@@ -89,7 +114,7 @@ def build_run(given: TrainingConfig) -> RunParts:
     # A run at work there is named first: the refusals of its directory recommend to delete it.
     lock.check_free()
     check_output_dir(config)
-    require_reporting(config.run.report_to)
+    require_services(config.run)
     device, dtype = _device_and_dtype(config)
     options = config.optimization
     deepspeed_config: dict[str, Any] | None = {} if uses_deepspeed(config) else None
@@ -103,23 +128,75 @@ def build_run(given: TrainingConfig) -> RunParts:
         base_model = str(minilm_path())
     model = _new_model(config, base_model, data, device)
     from_stage1 = options.stage1_model is not None
-    tokenizer = load_tokenizer(base_model, "stage1_model" if from_stage1 else "model_name_or_path")
+    named_by = "stage1_model" if from_stage1 else "model_name_or_path"
+    if config.model.tokenizer_name is None:
+        tokenizer = load_tokenizer(base_model, named_by, config.model.model_revision)
+    else:
+        tokenizer = load_tokenizer(config.model.tokenizer_name, "tokenizer_name")
     check_vocabulary(model, tokenizer)
-    encoded = _encode(config, data, model, tokenizer)
+    encoded, predicted = _encode(config, data, model, tokenizer)
     plan = plan_steps(config, len(model.exit_layers), len(encoded["train"]))
+    _check_scores(config, data)
     best = None
     if config.run.load_best_model_at_end:
-        if not data.evaluation_splits:
-            raise ValueError(
-                f"load_best_model_at_end: {data.name} has no labelled split to choose by."
-            )
         best = BestModel(config.run, data.metrics, model.exit_layers, plan.stages[-1].exits)
+    weights = class_weights(
+        config.objective.class_weights, data.label_names, data.splits["train"].labels or []
+    )
     if options.feature_cache is not None:
         check_directory(Path(options.feature_cache), encoded["train"])
+    balanced = _balance(config, plan, encoded["train"])
+    # The last check, because it may leave a new repository.
+    repository = None
+    if config.run.push_to_hub and processes.rank() == 0:
+        repository = open_repository(config.run)
     return RunParts(
         given, config, lock, device, dtype, deepspeed_config, data, encoded, tokenizer, base_model,
-        model, plan, best,
+        model, plan, best, predicted, repository, weights, balanced,
     )  # fmt: skip
+
+
+def _check_scores(config: TrainingConfig, data: TextData) -> None:
+    """Refuse options that need scores if there is no labelled split for them."""
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(config.run, name) and not data.evaluation_splits:
+            raise ValueError(f"{name}: {data.name} has no labelled split to choose by.")
+
+
+def _balance(
+    config: TrainingConfig, plan: StepPlan, encoded: EncodedSplit
+) -> BalancedBatches | None:
+    """The order of `sampler` balanced; warn if most texts are contrasted with no other of theirs.
+
+    Raises:
+        ValueError: a contrastive batch needs more classes than there are.
+    """
+    options, world_size = config.optimization, processes.world_size()
+    together, chunk = config.chunks_together, options.per_device_train_batch_size
+    # With global negatives the processes' batches are one.
+    parts = 1 if options.negatives == "global" else world_size
+    chunk *= world_size // parts
+    assert encoded.labels is not None
+    labels, balanced = encoded.labels.numpy(), None
+    if config.data.sampler == "balanced":
+        balanced = balanced_batches(
+            labels, chunk * together, config.data.samples_per_class, interleaved=parts, chunk=chunk
+        )
+        logger.info(
+            f"sampler=balanced: {balanced.num_classes} classes x {balanced.per_class} texts in a "
+            "contrastive batch, as far as the classes last."
+        )
+    if config.objective.objective != "ce":
+        batches = epoch_batches(
+            encoded.lengths,
+            plan.batch_size,
+            seed=options.seed,
+            epoch=0,
+            group_by_length=config.data.group_by_length,
+            balanced=balanced,
+        )
+        warn_of_single_texts(labels, batches, together, parts)
+    return balanced
 
 
 def uses_deepspeed(config: TrainingConfig) -> bool:
@@ -146,10 +223,7 @@ def _load_data(config: TrainingConfig) -> TextData:
     for note in data.notes:
         logger.info(note)
     if config.without_effect:
-        objective, names = config.objective, ", ".join(config.without_effect)
-        logger.info(
-            f"no effect with objective={objective.objective}, gate={objective.gate}: {names}."
-        )
+        logger.info("no effect beside the other options: %s.", ", ".join(config.without_effect))
     return data
 
 
@@ -158,12 +232,21 @@ def _new_model(
 ) -> MultiExitForSequenceClassification:
     options, strategy = config.model, config.optimization.strategy
     stage1 = config.optimization.stage1_model
+    loading = {
+        "revision": options.model_revision, "attn_implementation": options.attn_implementation
+    }  # fmt: skip
+    if options.model_revision is not None and Path(name_or_path).exists():
+        raise ValueError(
+            f"model_revision={options.model_revision!r}: {name_or_path!r} is a local directory, "
+            "which has one version. Leave it out."
+        )
     trained = None if stage1 is None else load_trained(stage1, "stage1_model")
     model = MultiExitForSequenceClassification.from_encoder(
         name_or_path,
         label_names=data.label_names,
         dropout=options.dropout,
         num_hidden_layers=options.num_hidden_layers,
+        loading={name: value for name, value in loading.items() if value is not None},
         exit_layers=None if strategy == "single" else parse_layers(options.exit_layers),
         exit_head=options.exit_head,
         exit_width=options.exit_width,
@@ -174,7 +257,39 @@ def _new_model(
         take_last_exit(model, trained, stage1)
     check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
     nn.Module.to(model, device)
+    _set_up_encoder(config, model)
     return model
+
+
+def _set_up_encoder(config: TrainingConfig, model: MultiExitForSequenceClassification) -> None:
+    """Freeze, checkpoint and compile the encoder as the options say.
+
+    Raises:
+        ValueError: it cannot be, or what `gate_scope` cuts off would not be trained.
+    """
+    options, scope = config.optimization, parse_scope(config.objective.gate_scope)
+    encoder, num_layers = model.backbone, model.config.backbone_config.num_hidden_layers
+    if options.freeze_layers is not None:
+        bottom_parameters(encoder, options.freeze_layers)
+        first_decisive = num_layers - (scope or 0)
+        has_nothing_below = model.config.exit_head == "linear" or scope != 0
+        if scope is not None and options.freeze_layers >= first_decisive and has_nothing_below:
+            raise ValueError(
+                f"freeze_layers={options.freeze_layers} leaves nothing to train below the cut of "
+                f"gate_scope={config.objective.gate_scope}. Use gate_scope=all, or freeze fewer."
+            )
+    if options.gradient_checkpointing:
+        checkpoint_layers(encoder)
+    if options.torch_compile:
+        if config.gated:
+            # Otherwise the graph's buffers serve one backward pass alone.
+            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+        encoder.compile(
+            backend=options.torch_compile_backend or "inductor",
+            mode=options.torch_compile_mode,
+            # Texts have many lengths; a graph for each would be compiled for minutes.
+            dynamic=True,
+        )
 
 
 def _check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None:
@@ -231,19 +346,20 @@ def _encode(
     data: TextData,
     model: MultiExitForSequenceClassification,
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, EncodedSplit]:
+) -> tuple[dict[str, EncodedSplit], dict[str, EncodedSplit]]:
+    """The splits of training and evaluation, and those of `do_predict`."""
     limit = length_limit(model, tokenizer)
     max_length = config.data.max_seq_length or min(DEFAULT_MAX_LENGTH, limit)
     model.config.max_seq_length = max_length
-    encoded = {
-        name: encode(split, tokenizer, max_length, model_limit=limit)
-        for name, split in data.splits.items()
-    }
-    for name, split in encoded.items():
+    encoded, predicted = (
+        {name: encode(split, tokenizer, max_length, model_limit=limit) for name, split in s.items()}
+        for s in (data.splits, data.predicted)
+    )
+    for name, split in {**predicted, **encoded}.items():
         log_truncation(name, split)
     record = replace(data.record, token_types=encoded["train"].token_types is not None)
     model.config.data_record = record.to_dict()
-    return encoded
+    return encoded, predicted
 
 
 def open_features(parts: RunParts, stage: Stage) -> FeatureCache | None:

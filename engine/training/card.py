@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..config.fields import flatten
 from ..config.gate_scope import scope_words
 from ..config.training import TrainingConfig
 from ..model.card import front_matter, made_with
@@ -20,6 +21,12 @@ _STRATEGIES = {
     "two_stage": "two_stage (backbone and last exit, then the other exits on the frozen backbone)",
     "alternating": "alternating (the last exit alone in odd epochs, all exits in even ones)",
 }
+
+# Options that are named on the card where they differ from their defaults.
+_NOTED = (
+    "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "label_smoothing_factor",
+    "class_weights", "sampler", "samples_per_class", "freeze_layers", "early_stopping_patience",
+)  # fmt: skip
 
 
 def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any]) -> str:
@@ -90,7 +97,10 @@ def _optimizer(config: TrainingConfig) -> str:
         if options.stage2_epochs is not None:
             words += f" (second stage {options.stage2_epochs:g})"
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps
-    return f"{words}, {batch} texts a step, {precision}"
+    words += f", {batch} texts a step, {precision}"
+    values, default = flatten(config), flatten(TrainingConfig())
+    changed = [f"{name} {values[name]}" for name in _NOTED if values[name] != default[name]]
+    return "; ".join([words, *changed])
 
 
 def _terms(config: TrainingConfig) -> str:

@@ -49,6 +49,9 @@ class StepLosses:
         self.pad_token_id = parts.tokenizer.pad_token_id
         self.device = parts.device
         self.features = features
+        self.class_weights: Tensor | None = None
+        if parts.class_weights is not None:
+            self.class_weights = torch.tensor(parts.class_weights, device=parts.device)
         # Representations that were not finite in the step so far, per exit, and their number.
         self.num_not_finite: list[Tensor] = []
         self.num_samples = 0
@@ -90,6 +93,7 @@ class StepLosses:
                 device=self.device,
                 context=self.backend.forward_context,
                 process_group=collectives.group() if is_global else None,
+                class_weights=self.class_weights,
             )
 
     @part(FORWARD)
@@ -104,7 +108,9 @@ class StepLosses:
                 labels = batch.pop("labels")
                 offsets = self.encoded.offsets
                 is_full = len(set(offsets[rows + 1] - offsets[rows])) == 1
-                known_padding = KnownPadding(batch["attention_mask"], is_full)
+                # A compiled encoder does not ask.
+                if not self.config.optimization.torch_compile:
+                    known_padding = KnownPadding(batch["attention_mask"], is_full)
             else:
                 assert self.encoded.labels is not None
                 labels = to_device(self.encoded.labels[rows], self.device)

@@ -8,6 +8,7 @@ from ..config.fields import flatten
 from ..config.training import TrainingConfig
 from ..runtime import collectives, processes
 from ..runtime.collectives import Peers
+from ..runtime.device import set_tf32
 from ..runtime.machine import versions
 from .builder import build_run, uses_deepspeed
 from .trainer import Trainer
@@ -37,6 +38,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     peers = Peers()
     trainer: Trainer | None = None
     with contextlib.ExitStack() as held:
+        held.callback(set_tf32, set_tf32(config.optimization.tf32))
         try:
             parts = collectives.together(lambda: build_run(config))
             held.callback(parts.lock.release)

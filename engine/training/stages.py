@@ -8,13 +8,14 @@ alternating  joint, but the last exit alone in odd epochs (eq. 7, 8)
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from ..config.training import TrainingConfig
+from ..model.encoder_layers import bottom_parameters
 from ..model.multi_exit import MultiExitForSequenceClassification, MultiExitOutput
 from ..objectives.losses import Teacher
 from ..runtime import processes
@@ -125,6 +126,11 @@ class StepPlan:
         between_stages = step in self.ends[:-1]
         return between_stages or (step - self.start(index)) % (every or self.steps_per_epoch) == 0
 
+    def ending(self, index: int, step: int) -> "StepPlan":
+        """The plan with a stage that ends after `step`; the stages after it keep their lengths."""
+        shift = step - self.ends[index]
+        return replace(self, ends=[*self.ends[:index], *(end + shift for end in self.ends[index:])])
+
     def epoch_share(self, step: int) -> float:
         """Epochs that are done after a step, as records have them."""
         return round(step / self.steps_per_epoch, 4)
@@ -163,17 +169,24 @@ def plan_steps(config: TrainingConfig, num_exits: int, num_texts: int) -> StepPl
     return StepPlan(stages, ends[1:], batch_size, accumulation, steps_per_epoch)
 
 
-def prepare(model: MultiExitForSequenceClassification, stage: Stage) -> dict[str, list[Parameter]]:
+def prepare(
+    model: MultiExitForSequenceClassification, stage: Stage, freeze_layers: int | None = None
+) -> dict[str, list[Parameter]]:
     """Set what is trained and the modes of all modules; return the trained parameters in groups.
 
     There is one group per exit, named after its layer ("exit 3"), and one for the backbone that
     the exits share; the angle check decides for each. A single exit and the backbone trained with
     it are one model, hence one group.
+
+    freeze_layers: leave the embeddings and so many layers as they are; None: train all.
     """
     trained = [model.exits[position] for position in stage.exits]
     model.requires_grad_(False).eval()
     for module in (*trained, *([model.backbone] if stage.trains_backbone else [])):
         module.requires_grad_(True).train()
+    if stage.trains_backbone and freeze_layers is not None:
+        for parameter in bottom_parameters(model.backbone, freeze_layers):
+            parameter.requires_grad_(False)
     if stage.trains_backbone and len(trained) == 1:
         return {"model": [p for p in model.parameters() if p.requires_grad]}
     groups = {
@@ -181,7 +194,8 @@ def prepare(model: MultiExitForSequenceClassification, stage: Stage) -> dict[str
         for position in stage.exits
     }
     if stage.trains_backbone:
-        groups[SHARED] = list(model.backbone.parameters())
+        shared = [p for p in model.backbone.parameters() if p.requires_grad]
+        groups |= {SHARED: shared} if shared else {}
     return groups
 
 

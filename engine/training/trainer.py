@@ -4,6 +4,7 @@ import logging
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,22 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..config.fields import command_line, write_yaml
+from ..config.fields import command_line, flatten, write_yaml
 from ..data.batching import epoch_batches
 from ..inference.evaluation import evaluate_split
+from ..inference.prediction import answer_splits
 from ..model.saved import load_trained
 from ..objectives.losses import check_finite
 from ..runtime import collectives, processes
 from ..runtime.collectives import Peers
+from ..runtime.device import autocast
 from ..runtime.files import flush
 from ..runtime.machine import versions
 from ..runtime.signals import Interrupted, SignalsNoted
 from .builder import RunParts, new_backend, open_features
 from .card import model_card
-from .metrics_log import MetricsLog
+from .logs.metrics_log import MetricsLog
+from .logs.services import Service, open_services
 from .micro_batches import StepLosses
 from .profiling import StepProfiler, check_steps
 from .records import GateHistory, StepRecords
@@ -36,6 +40,7 @@ from .storage.checkpoint import (
     save_final,
     set_aside,
 )
+from .storage.hub import push
 from .storage.output_dir import make_output_dir
 from .storage.resume import load_checkpoint
 from .transfers import Stopwatch
@@ -96,12 +101,13 @@ class Trainer:
     def _start_stage(self, index: int) -> None:
         self.stage_index = index
         self.stage = stage = self.plan.stages[index]
-        groups = prepare(self.model, stage)
+        groups = prepare(self.model, stage, self.config.optimization.freeze_layers)
         # Before the backend, which may shard the backbone.
         features = open_features(self.parts, stage)
         num_steps = self.plan.ends[index] - self.plan.start(index)
         self.backend = new_backend(self.parts, stage, groups, num_steps)
         self.losses = StepLosses(self.parts, stage, self.backend, features)
+        self.stopping = self.parts.early_stopping(stage)
 
     def _take_output_dir(self) -> Path:
         self.parts.lock.take()
@@ -113,13 +119,21 @@ class Trainer:
 
     def _resume(self) -> None:
         checkpoint, state = load_checkpoint(self.parts)
-        self._start_stage(state["stage_index"])
+        index = state["stage_index"]
+        # Checkpoints of earlier versions have no ends: no stage was ended early.
+        ends = state.get("ends", self.plan.ends)
+        for ended in range(index):
+            self.plan = self.plan.ending(ended, ends[ended])
+        self._start_stage(index)
         self.backend.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
         torch.set_rng_state(state["rng"])
         if self.parts.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.parts.device)
         self.step = self.resume_step = state["step"]
+        if self.stopping is not None:
+            self.stopping.load_state_dict(state.get("early_stopping"))
+            self._stop_stage_if_over()
         self.seconds = state["seconds"]
         self.resume_evaluated = state["evaluated"]
         logger.info(f"Resuming from {checkpoint} at step {self.step} of {self.plan.num_steps}.")
@@ -141,7 +155,8 @@ class Trainer:
             disable=None if self.parts.shows_progress else True,
         )
         directory = self.output_dir if processes.rank() == 0 else None
-        log = MetricsLog(directory, options.report_to, self.resume_step, self.resume_evaluated)
+        services = collectives.together(self._open_services)
+        log = MetricsLog(directory, services, self.resume_step, self.resume_evaluated)
         with log, self.profiler, self.signals, bar:
             # A checkpoint is saved after the evaluation of the same step.
             evaluations = collectives.from_first(lambda: log.evaluations(self.step))
@@ -150,6 +165,8 @@ class Trainer:
                 if self._is_due(options.eval_steps):
                     evaluations = self._evaluate(log)
                     evaluated = self.step
+                    self._consider_stopping(evaluations)
+                    bar.total = self.plan.num_steps
                 # A signal reaches the processes at different steps; they stop at the same one.
                 number = collectives.largest(self._signalled(peers), self.parts.device)
                 is_due = self._is_due(options.save_steps)
@@ -168,11 +185,30 @@ class Trainer:
             if self.best is not None and self.best.step not in (None, self.step):
                 evaluations = self._take_best(self.best.step, log)
             results = self._results(evaluations)
+            if self.parts.predicted:
+                results["predictions"] = answer_splits(
+                    self.output_dir,
+                    self.model,
+                    self.parts.predicted,
+                    self.parts.data.metrics,
+                    self.config.optimization.per_device_eval_batch_size,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                    context=partial(autocast, self.parts.device, self.parts.dtype),
+                    progress=self.parts.shows_progress,
+                )
             if processes.rank() == 0:
                 card = model_card(self.config, self.parts.base_model, results)
-                save_final(self.output_dir, self.model, self.tokenizer, card, results)
+                files = save_final(self.output_dir, self.model, self.tokenizer, card, results)
+                if self.parts.repository is not None:
+                    push(self.output_dir, files, self.parts.repository)
             processes.barrier()
         return results
+
+    def _open_services(self) -> list[Service]:
+        if processes.rank() > 0:
+            return []
+        given = flatten(self.parts.given)
+        return open_services(self.config.run, given, self.output_dir, self.resume_step)
 
     def steps(self, log: MetricsLog, bar: "tqdm[Any]") -> Iterator[None]:
         """Take the optimizer steps that are left, one per iteration."""
@@ -194,12 +230,13 @@ class Trainer:
 
     def _windows(self) -> Iterator[tuple[int, list[np.ndarray]]]:
         """Epoch of the stage (1 is the first) and micro-batches of each step that is left."""
-        plan, options = self.plan, self.config.optimization
-        while self.step < plan.num_steps:
-            if self.step == plan.ends[self.stage_index]:
+        options = self.config.optimization
+        while self.step < self.plan.num_steps:
+            if self.step == self.plan.ends[self.stage_index]:
                 self.records.pending.collect(wait=True)
                 self.backend.close()
                 self._start_stage(self.stage_index + 1)
+            plan = self.plan
             epoch, first = divmod(self.step - plan.start(self.stage_index), plan.steps_per_epoch)
             batches = epoch_batches(
                 self.train_split.lengths,
@@ -208,11 +245,15 @@ class Trainer:
                 # Each stage has an order of its own.
                 epoch=plan.epochs_before(self.stage_index) + epoch,
                 group_by_length=self.config.data.group_by_length,
+                balanced=self.parts.balanced,
             )
             size = plan.accumulation
             windows = [batches[start : start + size] for start in range(0, len(batches), size)]
-            for window in windows[first : first + plan.ends[self.stage_index] - self.step]:
+            for window in windows[first:]:
                 yield epoch + 1, window
+                # Read anew: an evaluation may have ended the stage.
+                if self.step == self.plan.ends[self.stage_index]:
+                    break
 
     def _train_step(self, epoch: int, window: list[np.ndarray]) -> None:
         """Take one optimizer step; its values are checked and logged when they have arrived."""
@@ -257,15 +298,33 @@ class Trainer:
         return self.plan.is_due(self.step, self.stage_index, every)
 
     def _consider(self, evaluations: dict[str, Any]) -> None:
-        """Compare an evaluation of the last stage with the best one so far.
-
-        In the first epoch of an alternating stage, the exits that rest still have random weights.
-        """
-        stage_step = self.step - self.plan.start(self.stage_index)
-        is_trained = not self.stage.alternates or stage_step > self.plan.steps_per_epoch
-        if self.best is not None and self.stage is self.plan.stages[-1] and is_trained:
+        """Compare an evaluation of the last stage with the best one so far."""
+        if self.best is not None and self.stage is self.plan.stages[-1] and self._is_trained:
             first_split = self.parts.data.evaluation_splits[0]
             self.best.consider(self.step, evaluations[first_split])
+
+    @property
+    def _is_trained(self) -> bool:
+        """False in an alternating stage's first epoch: some exits still have random weights."""
+        stage_step = self.step - self.plan.start(self.stage_index)
+        return not self.stage.alternates or stage_step > self.plan.steps_per_epoch
+
+    def _consider_stopping(self, evaluations: dict[str, Any]) -> None:
+        """End the stage here if `early_stopping_patience` is used up."""
+        if self.stopping is not None and self._is_trained:
+            self.stopping.consider(evaluations[self.parts.data.evaluation_splits[0]])
+            self._stop_stage_if_over()
+
+    def _stop_stage_if_over(self) -> None:
+        stopping, index = self.stopping, self.stage_index
+        if stopping is None or not stopping.is_over or self.step >= self.plan.ends[index]:
+            return
+        logger.info(
+            f"Stage {self.stage.name} ends at step {self.step} of {self.plan.ends[index]}: "
+            f"{stopping.num_without} evaluations in a row without a better {stopping.metric} than "
+            f"{stopping.value:.4g}."
+        )
+        self.plan = self.plan.ending(index, self.step)
 
     def _take_best(self, step: int, log: MetricsLog) -> dict[str, Any]:
         """Load the weights of the best checkpoint into the model; returns its evaluations."""
@@ -325,6 +384,9 @@ class Trainer:
             "options": lasting_options(self.config),
             "best": None if self.best is None else self.best.state_dict(),
             "evaluated": evaluated,
+            "ends": list(self.plan.ends),
+            "early_stopping": None if self.stopping is None else self.stopping.state_dict(),
+            "class_weights": self.parts.class_weights,
         }
         if self.parts.device.type == "cuda":
             state["cuda_rng"] = torch.cuda.get_rng_state(self.parts.device)
@@ -339,6 +401,20 @@ class Trainer:
             None if self.best is None else self.best.step,
         )
 
+    def _stopped_early(self) -> dict[str, Any]:
+        """The entry for results.json: stage -> its last step, where it was ended early."""
+        if self.stopping is None:
+            return {}
+        planned = self.parts.plan
+        return {
+            "stopped_early": {
+                stage.name: self.plan.ends[index]
+                for index, stage in enumerate(self.plan.stages)
+                if self.plan.ends[index] - self.plan.start(index)
+                < planned.ends[index] - planned.start(index)
+            }
+        }
+
     def _results(self, evaluations: dict[str, Any]) -> dict[str, Any]:
         samples = self.step * len(self.train_split) / self.plan.steps_per_epoch
         best = {} if self.best is None else {"best": self.best.result()}
@@ -349,6 +425,7 @@ class Trainer:
             "seed": self.config.optimization.seed,
             "metrics": evaluations,
             **best,
+            **self._stopped_early(),
             "gate": self.history.summary(),
             "num_steps": self.plan.num_steps,
             "train_seconds": round(self.seconds, 2),

@@ -7,7 +7,7 @@ import pytest
 import torch
 from fusedacl.engine import TrainingConfig
 from fusedacl.engine.training.builder import build_run
-from fusedacl.engine.training.metrics_log import MetricsLog, read_records
+from fusedacl.engine.training.logs.metrics_log import MetricsLog, read_records
 from fusedacl.engine.training.trainer import Trainer
 from tqdm import tqdm
 
@@ -44,7 +44,7 @@ def test_the_steps_of_a_run(
         strategy=strategy, disable_tqdm=True, device="cuda", output_dir=str(tmp_path), **precision,
     )  # fmt: skip
     trainer = Trainer(build_run(config))
-    with MetricsLog(tmp_path, "none") as log, tqdm(disable=True) as bar:
+    with MetricsLog(tmp_path) as log, tqdm(disable=True) as bar:
         steps = trainer.steps(log, bar)
         for _ in range(2):
             next(steps)

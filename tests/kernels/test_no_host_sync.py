@@ -20,7 +20,7 @@ from fusedacl.engine import TrainingConfig
 from fusedacl.engine.backends import loss_scaling
 from fusedacl.engine.training import transfers
 from fusedacl.engine.training.builder import build_run
-from fusedacl.engine.training.metrics_log import MetricsLog
+from fusedacl.engine.training.logs.metrics_log import MetricsLog
 from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
 from fusedacl.kernels.contrastive import batch
@@ -181,7 +181,7 @@ def test_training_steps(
         directory = tmp_path / name
         config = TrainingConfig.create(**options | {"output_dir": str(directory)})
         trainer = Trainer(build_run(config))
-        with MetricsLog(directory, "none") as log, tqdm(disable=True) as bar:
+        with MetricsLog(directory) as log, tqdm(disable=True) as bar:
             taken = trainer.steps(log, bar)
             for _ in range(trainer.plan.num_steps):
                 # Between stages values are read, and an exit's features may be written.

@@ -13,6 +13,7 @@ from fusedacl.engine import TrainingConfig
 Combination = dict[str, Any]
 
 STEP_TEXTS = 8
+CLASS_WEIGHTS = Path(__file__).with_name("class_weights.json")
 # The end of an odd epoch, and the middle of an even one; epochs have two steps.
 RESUME_STEPS = {"epoch end": 2, "epoch middle": 3}
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -29,6 +30,10 @@ VALUES: dict[str, tuple[Any, ...]] = {
     "exit_head": ("mha", "linear"),
     "exit_layers": (None, "1,4"),
     "load_best_model_at_end": (False, True),
+    "cross_entropy": ("plain", "weighted"),
+    "course": ("linear", "stopped"),
+    "encoder": ("plain", "checkpointed", "frozen"),
+    "sampler": ("random", "balanced"),
     "resume": (None, *RESUME_STEPS),
 }
 
@@ -58,7 +63,7 @@ def options_of(combination: Combination, output_dir: Path, **common: Any) -> dic
         name: combination[name]
         for name in (
             "strategy", "objective", "gate_scope", "gradient_accumulation_steps", "exit_head",
-            "exit_layers", "load_best_model_at_end",
+            "exit_layers", "load_best_model_at_end", "sampler",
         )
     }  # fmt: skip
     options |= {
@@ -74,6 +79,16 @@ def options_of(combination: Combination, output_dir: Path, **common: Any) -> dic
         options["contrastive_batch_size"] = STEP_TEXTS // processes
     if combination["feature_cache"]:
         options["feature_cache"] = str(output_dir) + "-features"
+    if combination["cross_entropy"] == "weighted":
+        options |= {"class_weights": str(CLASS_WEIGHTS), "label_smoothing_factor": 0.1}
+    if combination["course"] == "stopped":
+        # No loss falls so far: each stage ends after the second evaluation that counts.
+        options |= {"early_stopping_patience": 1, "early_stopping_threshold": 1e9}
+        options |= {"lr_scheduler_type": "cosine", "warmup_steps": 1}
+    if combination["encoder"] == "checkpointed":
+        options["gradient_checkpointing"] = True
+    if combination["encoder"] == "frozen":
+        options["freeze_layers"] = 1
     if combination["precision"] != "fp32":
         options[combination["precision"]] = True
     return options
@@ -85,6 +100,8 @@ def plain(combination: Combination) -> Combination:
         "engine": "local", "precision": "fp32", "feature_cache": False,
         "load_best_model_at_end": False, "resume": None,
     }  # fmt: skip
+    if combination["encoder"] == "checkpointed":
+        simplest["encoder"] = "plain"
     if combination["large_batch"]:
         simplest |= {"large_batch": False, "gradient_accumulation_steps": 1}
     return {**combination, **simplest}

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ....engine.config.training import TrainingConfig
 from ....engine.runtime.text import text_table
 from ....engine.training.builder import build_run
-from ....engine.training.metrics_log import MetricsLog
+from ....engine.training.logs.metrics_log import MetricsLog
 from ....engine.training.storage.checkpoint import save_model
 from ....engine.training.trainer import Trainer
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
@@ -117,7 +117,7 @@ class SteppedTrainer(Trainer):
         next(self._steps)
 
     def _all_steps(self) -> Iterator[None]:
-        with MetricsLog(self.output_dir, "none") as log, tqdm(disable=True) as bar:
+        with MetricsLog(self.output_dir) as log, tqdm(disable=True) as bar:
             yield from self.steps(log, bar)
 
 

@@ -26,7 +26,7 @@ from ....engine.data.batching import collate, epoch_batches
 from ....engine.data.quickstart import LABEL_NAMES, minilm_path, quickstart_splits
 from ....engine.model.saved import load_tokenizer
 from ....engine.training.builder import RunParts, build_run
-from ....engine.training.metrics_log import read_records
+from ....engine.training.logs.metrics_log import read_records
 from ..baselines import dense_acl
 from ..exits.second_stage import SteppedTrainer
 from ..suite import flat_gradient

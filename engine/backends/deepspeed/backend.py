@@ -90,8 +90,8 @@ class DeepSpeedBackend(Backend):
             for part in decay_groups(group, options.weight_decay)
             if part["params"]
         ]
-        base = new_optimizer(options.optimizer, parts, self.learning_rate, self.device)
-        self.scheduler = new_schedule(base, options, self.num_steps)
+        base = new_optimizer(options, parts, self.learning_rate, self.device)
+        self.scheduler = new_schedule(base, self.config, self.num_steps)
         if self.config.gated and self.gate_scope != "all":
             self.scope = SharedScope(self.model, self.gate_scope)
         # DeepSpeed rounds the weights to half precision, and would make its masters from that.

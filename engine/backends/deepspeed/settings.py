@@ -37,8 +37,8 @@ _REFUSED = {
     "sparse_gradients": "the angle is taken over dense gradients; leave it out.",
     "csv_monitor": "use report_to, and metrics.jsonl.",
     "tensorboard": "use report_to=tensorboard.",
-    "wandb": "metrics.jsonl has the values.",
-    "activation_checkpointing": "contrastive_batch_size saves memory instead.",
+    "wandb": "use report_to=wandb.",
+    "activation_checkpointing": "use gradient_checkpointing.",
 }
 _ZERO = (
     "stage", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size",
@@ -268,8 +268,8 @@ def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:
         for key, value, option in (
             ("lr", options.learning_rate, "learning_rate"),
             ("weight_decay", options.weight_decay, "weight_decay"),
-            ("betas", [0.9, 0.999], "AdamW of fusedacl"),
-            ("eps", 1e-8, "AdamW of fusedacl"),
+            ("betas", [options.adam_beta1, options.adam_beta2], "adam_beta1 and adam_beta2"),
+            ("eps", options.adam_epsilon, "adam_epsilon"),
             ("adam_w_mode", True, "AdamW of fusedacl"),
         ):
             _agreed(params, key, value, option, "optimizer.params.")
@@ -278,6 +278,6 @@ def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:
         params = block.get("params", {})
         if block.get("type") != "WarmupDecayLR" or any(v != AUTO for v in params.values()):
             raise ValueError(
-                "deepspeed_config: the schedule is fusedacl's, linear after warmup_ratio of the "
-                'steps. Leave "scheduler" out (or WarmupDecayLR with every parameter "auto").'
+                "deepspeed_config: the schedule is fusedacl's: lr_scheduler_type, warmup_ratio. "
+                'Leave "scheduler" out (or WarmupDecayLR with every parameter "auto").'
             )

@@ -23,6 +23,7 @@ from ....kernels import grad_dot_norm
 from ....kernels.gradients.angle import angle_degrees, within_angle
 from ...config.commands import AngleConfig
 from ...config.training import TrainingConfig
+from ...data.balance import BalancedBatches, balanced_batches
 from ...data.batching import EncodedSplit, collate, epoch_batches
 from ...experiments.runs import load_data, load_model, method_of, run_config
 from ...model.encoder_layers import layer_modules
@@ -106,7 +107,7 @@ def measure_angles(run: Path, config: AngleConfig, label: str | None = None) -> 
     Batches, sequence length, temperature, denominator and reduction are those of the run. The
     angles of the exit that `exit_layer` names are over the parameters that the strategy trains with
     it: backbone and exit, or, in the second stage of two_stage, the exit alone. The cross-entropy
-    is without distillation.
+    is without distillation, label smoothing and class weights.
 
     Args:
         run: the output directory, or one of its checkpoints.
@@ -131,8 +132,12 @@ def measure_angles(run: Path, config: AngleConfig, label: str | None = None) -> 
     )
     seed = given.optimization.seed if options.seed is None else options.seed
     wanted, by_length = options.num_batches, given.data.group_by_length
-    batches = list(training_batches(split, batch_size, seed, wanted, by_length))
-    prepare(model, stage)
+    balanced = None
+    if given.data.sampler == "balanced" and split.labels is not None:
+        per_class = given.data.samples_per_class
+        balanced = balanced_batches(split.labels.numpy(), batch_size, per_class)
+    batches = list(training_batches(split, batch_size, seed, wanted, by_length, balanced))
+    prepare(model, stage, given.optimization.freeze_layers)
     model.eval()  # `prepare` turns dropout on.
     names, parameters, groups = parameter_groups(model)
     rows, reached, num_single_class = [], np.zeros(len(names), dtype=bool), 0
@@ -223,6 +228,8 @@ def contrastive_config(
         objective=chosen,
         cross_layer=chosen == "acl" and with_teacher,
         distill_weight=0.0,
+        label_smoothing_factor=0.0,
+        class_weights=None,
         # The implementation of the run may not be available on this machine.
         impl="auto",
     )
@@ -235,12 +242,18 @@ def training_batches(
     seed: int,
     num_batches: int | None,
     group_by_length: bool = False,
+    balanced: BalancedBatches | None = None,
 ) -> Iterator[np.ndarray]:
     """Rows of the first training batches; by default those of an epoch, at most 200."""
     wanted, epoch = num_batches, 0
     while wanted is None or wanted > 0:
         batches = epoch_batches(
-            split.lengths, batch_size, seed=seed, epoch=epoch, group_by_length=group_by_length
+            split.lengths,
+            batch_size,
+            seed=seed,
+            epoch=epoch,
+            group_by_length=group_by_length,
+            balanced=balanced,
         )
         if wanted is None:
             wanted = min(len(batches), MAX_BATCHES)

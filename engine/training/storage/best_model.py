@@ -1,22 +1,24 @@
-"""The choice of the best checkpoint of a run."""
+"""The score of an evaluation, by which the best checkpoint is chosen and a stage is ended early."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ...config.sections import RunOptions
+from ...config.run_options import RunOptions
 from ...runtime.text import did_you_mean
 
+Scores = Mapping[int, Mapping[str, float]]  # layer -> metrics
 
-class BestModel:
-    """Keeps the step with the best score among those evaluated and saved; the first of equals.
+
+class Score:
+    """The number that an evaluation is judged by.
 
     Args:
-        options: with load_best_model_at_end.
+        options: with `metric_for_best_model` and `greater_is_better`.
         metrics: names of the metrics that evaluations report besides `loss`.
         exit_layers: the layer of each exit.
-        trained: positions in `exit_layers` of the exits that the last stage trains. The last exit
-            chooses the model if it is trained, else the mean score of all that are.
+        trained: positions in `exit_layers` of the exits that the stage trains. The last exit's
+            score counts if it is trained, else the mean score of all that are.
 
     Raises:
         ValueError: metric_for_best_model is not among the metrics.
@@ -41,15 +43,36 @@ class BestModel:
         self.greater = self.metric != "loss" if greater is None else greater
         last = len(exit_layers) - 1
         self.layers = [exit_layers[p] for p in ([last] if last in trained else trained)]
-        self.step: int | None = None
         self.value: float | None = None
 
-    def consider(self, step: int, by_layer: Mapping[int, Mapping[str, float]]) -> None:
-        """Keep the step if its scores (layer -> metrics) are better than all before."""
-        value = sum(by_layer[layer][self.metric] for layer in self.layers) / len(self.layers)
-        if not math.isfinite(value):
-            return
-        if self.value is None or (value > self.value if self.greater else value < self.value):
+    def of(self, by_layer: Scores) -> float:
+        """The score of an evaluation."""
+        return sum(by_layer[layer][self.metric] for layer in self.layers) / len(self.layers)
+
+    def gain(self, value: float) -> float:
+        """How much better a score is than the best so far; infinite for the first one."""
+        if self.value is None:
+            return math.inf
+        return value - self.value if self.greater else self.value - value
+
+    def belongs(self, state: Mapping[str, Any] | None) -> bool:
+        """True if a saved state is of this metric and order."""
+        order = (self.metric, self.greater)
+        return state is not None and (state["metric"], state["greater"]) == order
+
+
+class BestModel(Score):
+    """Keeps the step with the best score among those evaluated and saved; the first of equals.
+
+    Args: as for `Score`.
+    """
+
+    step: int | None = None
+
+    def consider(self, step: int, by_layer: Scores) -> None:
+        """Keep the step if its scores are better than all before."""
+        value = self.of(by_layer)
+        if math.isfinite(value) and self.gain(value) > 0:
             self.step, self.value = step, value
 
     def result(self) -> dict[str, Any]:
@@ -61,6 +84,44 @@ class BestModel:
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Restore `state_dict`; None, or one of another metric or order, is ignored."""
-        order = (self.metric, self.greater)
-        if state is not None and (state["metric"], state["greater"]) == order:
+        if state is not None and self.belongs(state):
             self.step, self.value = state["step"], state["value"]
+
+
+class EarlyStopping(Score):
+    """Counts the evaluations of a stage in a row that were not better than the best before.
+
+    As in transformers' EarlyStoppingCallback, better is by more than the threshold, and the best
+    score moves with every gain.
+
+    Args: as for `Score`; options: with `early_stopping_patience` and `early_stopping_threshold`.
+    """
+
+    def __init__(self, options: RunOptions, *which: Any) -> None:
+        super().__init__(options, *which)
+        assert options.early_stopping_patience is not None
+        self.patience = options.early_stopping_patience
+        self.threshold = options.early_stopping_threshold
+        self.num_without = 0
+
+    @property
+    def is_over(self) -> bool:
+        """True if the stage ends."""
+        return self.num_without >= self.patience
+
+    def consider(self, by_layer: Scores) -> None:
+        """Count an evaluation."""
+        value = self.of(by_layer)
+        gain = self.gain(value)
+        self.num_without = 0 if gain > self.threshold else self.num_without + 1
+        if gain > 0 and math.isfinite(value):
+            self.value = value
+
+    def state_dict(self) -> dict[str, Any]:
+        order = {"metric": self.metric, "greater": self.greater}
+        return {**order, "value": self.value, "num_without": self.num_without}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Restore `state_dict`; None, or one of another metric or order, is ignored."""
+        if state is not None and self.belongs(state):
+            self.value, self.num_without = state["value"], state["num_without"]

@@ -107,8 +107,10 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase,
     card: str,
     results: dict[str, Any],
-) -> None:
+) -> list[str]:
     """Save the final model and its card, then results.json, at the top of the output directory.
+
+    Returns: names of the model's files.
 
     Raises:
         OSError: the disk is full or not writable; checkpoints are intact.
@@ -125,10 +127,12 @@ def save_final(
     except Exception:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    for file in sorted(directory.iterdir(), key=lambda file: file.name == MANIFEST_FILE):
+    files = sorted(directory.iterdir(), key=lambda file: file.name == MANIFEST_FILE)
+    for file in files:
         file.replace(output_dir / file.name)
     directory.rmdir()
     write_json(output_dir / "results.json", results)
+    return [file.name for file in files]
 
 
 def save_checkpoint(

@@ -64,6 +64,12 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
                 "with the data that the run was started with, or start a new run in another "
                 "output_dir."
             )
+        weights = state.get("class_weights", parts.class_weights)
+        if weights != parts.class_weights:
+            raise ValueError(
+                f"class_weights: {parts.class_weights} now, {weights} when {str(checkpoint)!r} was "
+                "saved. Resume with the same file, or start a new run."
+            )
         try:
             parts.model.load_state_dict(trained.state_dict())
         except RuntimeError as error:

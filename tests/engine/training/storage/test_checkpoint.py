@@ -14,7 +14,7 @@ import pytest
 import torch
 from fusedacl.engine import TrainingConfig
 from fusedacl.engine.config.fields import write_yaml
-from fusedacl.engine.config.sections import RunOptions
+from fusedacl.engine.config.run_options import RunOptions
 from fusedacl.engine.runtime.lock import RunLock
 from fusedacl.engine.runtime.manifest import (
     MANIFEST_FILE,

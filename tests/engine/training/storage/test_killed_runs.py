@@ -14,7 +14,7 @@ import pytest
 from forked_runs import DEATHS, ForkedRuns
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.runtime.manifest import fault, step_of
-from fusedacl.engine.training.metrics_log import MetricsLog
+from fusedacl.engine.training.logs.metrics_log import MetricsLog
 from fusedacl.engine.training.storage.checkpoint import checkpoints
 from tiny_runs import records
 from tiny_runs import run as train

@@ -1,12 +1,11 @@
-"""metrics.jsonl across a resume, TensorBoard, and the gate's summary."""
+"""metrics.jsonl across a resume, and the gate's summary."""
 
 import io
 import json
 from pathlib import Path
 
 import pytest
-from fusedacl.engine.training import metrics_log
-from fusedacl.engine.training.metrics_log import MetricsLog, require_reporting
+from fusedacl.engine.training.logs.metrics_log import MetricsLog
 from fusedacl.engine.training.records import GateHistory
 
 
@@ -15,7 +14,7 @@ def steps_in(path: Path) -> list[int]:
 
 
 def write_steps(output_dir: Path, steps: range, resume_step: int | None = None) -> None:
-    with MetricsLog(output_dir, "none", resume_step) as log:
+    with MetricsLog(output_dir, (), resume_step) as log:
         for step in steps:
             log.write({"step": step, "split": "train", "loss": 0.5})
 
@@ -31,7 +30,7 @@ def test_resuming_drops_what_will_be_written_again(tmp_path: Path) -> None:
 def test_a_line_cut_inside_an_object_is_left_out(tmp_path: Path) -> None:
     whole = {"step": 1, "split": "validation", "exit": 2, "metrics": {"f1": 0.5}}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(whole) + "\n" + json.dumps(whole)[:-1])
-    with MetricsLog(tmp_path, "none", resume_step=1) as log:
+    with MetricsLog(tmp_path, resume_step=1) as log:
         assert log.evaluations(1) == {"validation": {2: {"f1": 0.5}}}
         assert log.evaluations(2) == {}
 
@@ -46,7 +45,7 @@ def test_a_line_that_is_no_record_is_named(garbage: bytes, tmp_path: Path) -> No
     with pytest.raises(
         ValueError, match=r"metrics.jsonl', line 1, is not a record .*Take the line"
     ):
-        MetricsLog(tmp_path, "none", resume_step=1)
+        MetricsLog(tmp_path, resume_step=1)
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
@@ -56,30 +55,11 @@ def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
         def write(self, text: str) -> int:
             raise OSError(28, "No space left on device")
 
-    with MetricsLog(tmp_path, "none") as log:
+    with MetricsLog(tmp_path) as log:
         log._file.close()
         log._file = Full()
         with pytest.raises(OSError, match="metrics.jsonl could not be written: .*No space left"):
             log.write({"step": 1, "split": "train"})
-
-
-def test_tensorboard_gets_the_numbers(tmp_path: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    with MetricsLog(tmp_path, "tensorboard") as log:
-        log.write({"step": 3, "split": "train", "loss": 0.5})
-        log.write({"step": 3, "split": "validation", "exit": 6, "metrics": {"f1": 0.75}})
-    events = EventAccumulator(str(tmp_path / "tensorboard"))
-    events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(3, 0.5)]
-    assert [(e.step, e.value) for e in events.Scalars("validation/exit6/f1")] == [(3, 0.75)]
-
-
-def test_tensorboard_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    require_reporting("none")
-    monkeypatch.setattr(metrics_log, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'fusedacl\[tensorboard\]'"):
-        require_reporting("tensorboard")
 
 
 def test_gate_summary_by_epoch_and_group() -> None:

@@ -1,36 +1,35 @@
-"""The logs of a run while it trains: metrics.jsonl and TensorBoard."""
+"""The logs of a run while it trains: metrics.jsonl, and services that receive the same."""
 
 import json
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any
 
-from ..runtime.files import write_whole
+from ...runtime.files import write_whole
+from .services import Service
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
-    """Appends records to `metrics.jsonl`, one JSON object per line, and to TensorBoard if asked.
+    """Appends records to `metrics.jsonl`, one JSON object per line, and to services if asked.
 
     Args:
         output_dir: None, in a process that is not the first one: nothing is written.
+        services: get the numbers of every record too, and are closed at the end.
         resume_step: records after this step are dropped.
         keep_evaluations: whether the evaluations of the step itself stay. If they came after its
             checkpoint, they may be incomplete.
-
-    Raises:
-        ValueError: report_to=tensorboard, and the package is not installed.
     """
 
     def __init__(
         self,
         output_dir: Path | None,
-        report_to: str,
+        services: Sequence[Service] = (),
         resume_step: int | None = None,
         keep_evaluations: bool = True,
     ) -> None:
         self._file: IO[str] | None = None
-        self._writer: Any = None
+        self._services = services
         if output_dir is None:
             return
         path = output_dir / "metrics.jsonl"
@@ -42,11 +41,6 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 if record["step"] <= (last_evaluated if "exit" in record else resume_step)
             ]
             write_whole(path, "".join(kept))
-        if report_to == "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
-
-            purge_step = None if resume_step is None else resume_step + 1
-            self._writer = SummaryWriter(str(output_dir / "tensorboard"), purge_step=purge_step)
         self._file = path.open("a", encoding="utf-8")
 
     def evaluations(self, step: int) -> dict[str, dict[int, dict[str, float]]]:
@@ -69,15 +63,17 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
                 f"{self._file.name} could not be written: {error}. Free some space; a run with "
                 "checkpoints goes on with --resume_from_checkpoint latest."
             ) from error
-        if self._writer is None:
-            return
         place = record["split"] + (f"/exit{record['exit']}" if "exit" in record else "")
-        for name, value in (record | record.get("metrics", {})).items():
-            if isinstance(value, (int, float)) and name not in ("step", "exit"):
-                self._writer.add_scalar(f"{place}/{name}", value, record["step"])
+        values = {
+            f"{place}/{name}": value
+            for name, value in (record | record.get("metrics", {})).items()
+            if isinstance(value, (int, float)) and name not in ("step", "exit")
+        }
+        for service in self._services:
+            service.log(values, record["step"])
 
     def __exit__(self, *exception: object) -> None:
-        for opened in (self._file, self._writer):
+        for opened in (self._file, *self._services):
             if opened is not None:
                 opened.close()
 
@@ -104,16 +100,3 @@ def read_records(path: Path) -> list[dict[str, Any]]:
                 "Take the line out, or move the file away."
             )
     return records
-
-
-def require_reporting(report_to: str) -> None:
-    """Check, before any work, that the package named by `report_to` is installed.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if report_to == "tensorboard" and find_spec("tensorboard") is None:
-        raise ValueError(
-            "report_to=tensorboard: the package is not installed. "
-            "Run: pip install 'fusedacl[tensorboard]'"
-        )

@@ -1,0 +1,198 @@
+"""Balance of the classes: their weights in the cross-entropy, and batches with several texts each.
+
+The batches are those of `MPerClassSampler` (pytorch-metric-learning) and `GROUP_BY_LABEL`
+(sentence-transformers), except that every text is in one of them: no text is drawn twice in an
+epoch, and none is left out.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..runtime.files import read_file
+from ..runtime.text import did_you_mean
+
+logger = logging.getLogger("fusedacl")
+BALANCED = "balanced"
+
+
+def class_weights(
+    option: str | None, label_names: Sequence[str], labels: Sequence[int]
+) -> list[float] | None:
+    """One weight per class, in the order of the logits; None without the option.
+
+    They are scaled to a mean of 1 over the training texts, so that the learning rate keeps its
+    meaning.
+
+    Args:
+        option: "balanced" (one over the number of a class's texts; 1 for a class without any), or
+            a JSON or YAML file with a weight for each class.
+        labels: classes of the training texts.
+
+    Raises:
+        ValueError: the file cannot be read, a class is missing or unknown, a weight is negative or
+            no number, or all texts have weight 0.
+    """
+    if option is None:
+        return None
+    counts = np.bincount(np.asarray(labels), minlength=len(label_names))
+    if option == BALANCED:
+        num_found = np.count_nonzero(counts)
+        weights = np.where(counts > 0, len(labels) / (num_found * np.maximum(counts, 1)), 1.0)
+    else:
+        weights = np.array(_read(option, label_names))
+        mean = float(weights @ counts) / len(labels)
+        if mean <= 0:
+            raise ValueError(f"class_weights={option!r}: every training text has weight 0.")
+        weights /= mean
+    named = ", ".join(f"{n} {w:.3g}" for n, w in zip(label_names, weights, strict=True))
+    logger.info("Class weights: %s.", named if len(label_names) <= 20 else f"{named[:300]} …")
+    return [float(weight) for weight in weights]
+
+
+def _read(path: str, label_names: Sequence[str]) -> list[float]:
+    where = f"class_weights={path!r}"
+    try:
+        found = read_file(path)
+    except ValueError as error:
+        raise ValueError(f"{where} is neither {BALANCED!r} nor a file: {error}") from None
+    for name in found:
+        if name not in label_names:
+            raise ValueError(
+                f"{where}: there is no class {name!r}.{did_you_mean(name, label_names)}"
+            )
+    weights = []
+    for name in label_names:
+        weight = found.get(name)
+        is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not is_number or not math.isfinite(weight) or weight < 0:
+            raise ValueError(
+                f"{where}: class {name!r} has {'no weight' if weight is None else repr(weight)}; "
+                "give every class a number of 0 or more."
+            )
+        weights.append(float(weight))
+    return weights
+
+
+@dataclass(frozen=True)
+class BalancedBatches:
+    """Orders of the training texts in which a batch has several texts of each of its classes.
+
+    A full batch has `num_classes` classes with `per_class` texts each.
+
+    Args:
+        labels: classes of the texts [N].
+        size: texts of a batch in which texts are contrasted with each other.
+        interleaved: such batches that lie side by side, each in every so-many-th row.
+        chunk: consecutive rows of a batch before those of the next one beside it continue.
+    """
+
+    labels: np.ndarray
+    size: int
+    per_class: int
+    interleaved: int = 1
+    chunk: int | None = None
+
+    @property
+    def num_classes(self) -> int:
+        return self.size // self.per_class
+
+    def order(self, *, seed: int, epoch: int) -> np.ndarray:
+        """All rows [N] in the order of an epoch; it depends on the arguments only.
+
+        While there are enough classes with `per_class` texts left, a batch takes those with the
+        most. The rest is dealt out so that the texts of a class lie far apart in groups. Full
+        batches are shuffled.
+        """
+        random = np.random.default_rng([seed, epoch])
+        shuffled = random.permutation(len(self.labels))
+        by_class = [shuffled[self.labels[shuffled] == c] for c in np.unique(self.labels)]
+        groups = [
+            [rows[start : start + self.per_class] for start in range(0, len(rows), self.per_class)]
+            for rows in by_class
+        ]
+        batches = []
+        left = np.array([len(rows) // self.per_class for rows in by_class])
+        while np.count_nonzero(left) >= self.num_classes:
+            # Classes with equally many are drawn at random.
+            most = np.lexsort([random.random(len(left)), -left])[: self.num_classes]
+            batches.append(np.concatenate([groups[index].pop(0) for index in most]))
+            left[most] -= 1
+        # The middle of each group's share of its class: groups of a class come at equal distances.
+        rest = [
+            ((place + 0.5) / len(parts), random.random(), part)
+            for parts in groups
+            for place, part in enumerate(parts)
+        ]
+        rest.sort(key=lambda entry: entry[:2])
+        tail = np.concatenate([part for _, _, part in rest]) if rest else np.zeros(0, np.int64)
+        num_full = len(tail) // self.size
+        batches += [tail[i * self.size : (i + 1) * self.size] for i in range(num_full)]
+        random.shuffle(batches)
+        return self._interleave([*batches, tail[num_full * self.size :]])
+
+    def _interleave(self, batches: list[np.ndarray]) -> np.ndarray:
+        rows = np.concatenate(batches)
+        together = self.size * self.interleaved
+        whole = len(rows) // together * together
+        chunk = self.size if self.chunk is None else self.chunk
+        blocks = rows[:whole].reshape(-1, self.interleaved, self.size // chunk, chunk)
+        return np.concatenate([blocks.transpose(0, 2, 3, 1).ravel(), rows[whole:]])
+
+
+def balanced_batches(
+    labels: np.ndarray, size: int, per_class: int | None, **layout: int
+) -> BalancedBatches:
+    """`BalancedBatches`; `per_class` None: as few texts as the number of classes allows.
+
+    Raises:
+        ValueError: the texts have fewer classes than a batch needs, or it cannot be divided.
+    """
+    num_found = len(np.unique(labels))
+    possible = [size // n for n in range(2, min(num_found, size // 2) + 1) if size % n == 0]
+    if not possible:
+        raise ValueError(
+            f"sampler=balanced: {size} texts, of which a contrastive batch consists, cannot be "
+            f"divided into 2 to {num_found} classes with as many texts each: use another "
+            "per_device_train_batch_size."
+        )
+    chosen = possible[-1] if per_class is None else per_class
+    if chosen not in possible:
+        why = "which it does not divide into classes"
+        if size % chosen == 0:
+            why = f"so {size // chosen} classes, and the training texts have {num_found}"
+        raise ValueError(
+            f"samples_per_class={chosen}: a contrastive batch has {size} texts, {why}. Use "
+            f"{', '.join(map(str, reversed(possible)))}, or leave it out."
+        )
+    return BalancedBatches(labels, size, chosen, **layout)
+
+
+def warn_of_single_texts(
+    labels: np.ndarray, batches: Sequence[np.ndarray], together: int, parts: int
+) -> None:
+    """Warn if most texts are contrasted with no other text of their class.
+
+    Args:
+        batches: rows of the micro-batches of an epoch.
+        together: micro-batches that are one contrastive batch.
+        parts: contrastive batches side by side in it, each in every so-many-th row.
+    """
+    num_single = num_texts = 0
+    for start in range(0, len(batches), together):
+        for part in range(parts):
+            rows = np.concatenate([rows[part::parts] for rows in batches[start : start + together]])
+            counts = np.bincount(labels[rows])
+            num_single += int((counts == 1).sum())
+            num_texts += len(rows)
+    if 2 * num_single > num_texts:
+        size = -(-len(batches[0]) // parts) * together
+        logger.warning(
+            "%d of %d training texts (%.0f%%) have no other text of their class in their "
+            "contrastive batch of %d: the contrastive loss has no two texts to draw together. Use "
+            "sampler=balanced, a larger contrastive_batch_size or negatives=global.",
+            num_single, num_texts, 100 * num_single / num_texts, size,
+        )  # fmt: skip
