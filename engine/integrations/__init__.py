@@ -1,0 +1,1 @@
+"""ACL in other people's loops: transformers' Trainer, sentence-transformers, metric learning."""

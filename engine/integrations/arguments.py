@@ -1,0 +1,120 @@
+"""The options of `ACLTrainer`: those of transformers' Trainer and those of our objective."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import TrainingArguments
+
+from ..config.sections import ObjectiveOptions
+from ..config.training import TrainingConfig
+from ..runtime.text import did_you_mean
+
+# Name here -> what `fusedacl train` would be told; the model stands for the first stage's result.
+STRATEGIES: dict[str, dict[str, str]] = {
+    "single": {"strategy": "single"},
+    "joint": {"strategy": "joint"},
+    "second_stage": {"strategy": "two_stage", "stage1_model": "the model"},
+}
+_OPTIONS = {field.name: field for field in dataclasses.fields(ObjectiveOptions)}
+# Needs a second, exact decision beside that of the scope, which only our own loop takes.
+_NAMES = [name for name in _OPTIONS if name != "gate_agreement_steps"]
+
+
+def _shared(name: str) -> Any:
+    """The option of that name of `fusedacl train`, as HfArgumentParser reads fields."""
+    option = _OPTIONS[name]
+    metadata = {key: option.metadata[key] for key in ("help", "choices") if option.metadata[key]}
+    return dataclasses.field(default=option.default, metadata=metadata)
+
+
+@dataclass
+class ACLTrainingArguments(TrainingArguments):
+    """`transformers.TrainingArguments` with the options of our objective.
+
+    These have the names, defaults and meaning that they have on the command line of
+    `fusedacl train` (docs/training.md).
+
+    Raises:
+        ValueError: a value out of range, or options that contradict each other.
+    """
+
+    objective: str = _shared("objective")
+    gate: str | None = _shared("gate")
+    max_angle: float = _shared("max_angle")
+    gate_scope: str = _shared("gate_scope")
+    aux_weight: float = _shared("aux_weight")
+    cross_layer: bool | None = _shared("cross_layer")
+    distill_weight: float = _shared("distill_weight")
+    distill_temperature: float = _shared("distill_temperature")
+    temperature: float = _shared("temperature")
+    contrastive_reduction: str = _shared("contrastive_reduction")
+    denominator: str = _shared("denominator")
+    impl: str = _shared("impl")
+    strategy: str | None = dataclasses.field(
+        default=None,
+        metadata={
+            "help": "what is trained. single: the model with its last exit; joint: all exits at"
+            " once; second_stage: the exits before the last, on the frozen encoder, the last exit"
+            " their teacher. Unset: single for a model with one classifier, joint for more",
+            "choices": tuple(STRATEGIES),
+        },
+    )
+    negatives: str = dataclasses.field(
+        default="local",
+        metadata={
+            "help": "samples in a contrastive batch. local: those of one process; global: those of"
+            " all",
+            "choices": ("local", "global"),
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        config = self.config_for(1 if self.strategy in (None, "single") else 2)
+        # transformers 5 has renamed these options, and reads the new name alone.
+        for name in ("gradient_checkpointing", "activation_checkpointing"):
+            if getattr(self, name, False) and config.gated:
+                given = getattr(self, f"{name}_kwargs")
+                setattr(self, f"{name}_kwargs", _not_reentrant(name, given))
+        if "lomo" in str(self.optim).lower():
+            raise ValueError(
+                f"optim={self.optim} steps during the backward pass, before there is a decision: "
+                "use another optimizer, such as adamw_torch."
+            )
+
+    def config_for(self, num_exits: int) -> TrainingConfig:
+        """Our options for a model with that many exits, checked as `fusedacl train` checks them.
+
+        Raises:
+            ValueError: a value out of range, or options that contradict each other.
+        """
+        strategy = self.strategy or ("single" if num_exits == 1 else "joint")
+        if strategy not in STRATEGIES:
+            raise ValueError(
+                f"strategy={strategy!r} is not a choice.{did_you_mean(strategy, STRATEGIES)}"
+            )
+        if strategy != "single" and num_exits == 1:
+            raise ValueError(
+                f"strategy={strategy} needs a model with several exits "
+                "(MultiExitForSequenceClassification); this one has one classifier. Use single."
+            )
+        options: dict[str, Any] = {name: getattr(self, name) for name in _NAMES}
+        options |= {"output_dir": "unused", **STRATEGIES[strategy], "negatives": self.negatives}
+        if strategy != "second_stage":
+            options["model_name_or_path"] = "the model"
+        options["gradient_accumulation_steps"] = self.gradient_accumulation_steps
+        return TrainingConfig.create(**options).resolved()
+
+
+def _not_reentrant(name: str, given: dict[str, Any] | None) -> dict[str, Any]:
+    """Settings of checkpointing under which a graph can be back-propagated twice."""
+    settings = dict(given or {})
+    if settings.setdefault("use_reentrant", False):
+        raise ValueError(
+            f"{name}_kwargs: use_reentrant=True allows one backward pass per forward pass, and the "
+            "gate needs two. Use {'use_reentrant': False}."
+        )
+    return settings

@@ -1,0 +1,135 @@
+"""The decision of a step in transformers' Trainer, and what its log says of it."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from ...kernels import grad_dot_norm
+from ..config.gate_scope import parse_scope
+from ..config.sections import ObjectiveOptions
+from ..objectives.gate import (
+    GateDecision,
+    decision_of,
+    scope_gradients,
+    used_weight,
+    weighted_sum,
+)
+from ..objectives.gate_cut import map_gradient
+from ..objectives.losses import ExitLosses
+from .classifiers import Classifiers, Read
+
+
+class ScopeDecision:
+    """The decision by the angle over a part of the model, before the one backward pass.
+
+    The gradients over the part are averaged over the processes. The caller back-propagates what
+    `weigh` returns, in whatever way its loop does.
+
+    Args:
+        scope: "top:K" or "head", as `parse_scope` reads it.
+        process_group: processes that train together; None: this one alone.
+
+    Raises:
+        ValueError: the model has fewer layers than the scope.
+    """
+
+    def __init__(
+        self,
+        classifiers: Classifiers,
+        scope: str,
+        options: ObjectiveOptions,
+        process_group: ProcessGroup | None,
+    ) -> None:
+        num_top = parse_scope(scope)
+        self.classifiers = classifiers
+        self.parameters = classifiers.top_parameters(num_top) if num_top else []
+        self.options = options
+        self.process_group = process_group
+
+    def weigh(
+        self, losses: ExitLosses, read: Read, loss_scale: Tensor | float
+    ) -> tuple[Tensor, GateDecision]:
+        """The weighted sum of both losses, NaN after an overflow, and the decision.
+
+        The norm of the decision is not known yet, and NaN.
+
+        Args:
+            read: of the only trained exit, from which both losses come.
+            loss_scale: factor against underflow in float16; the sum does not carry it.
+        """
+        assert losses.auxiliary is not None
+        pair = (losses.main.sum(), losses.auxiliary.sum())
+        both = torch.stack([self._flat(loss_scale * loss, read) for loss in pair])
+        if self.process_group is not None:
+            torch.distributed.all_reduce(both, group=self.process_group)
+            both /= torch.distributed.get_world_size(self.process_group)
+        stats = grad_dot_norm([both[0]], [both[1]], impl=self.options.impl)
+        used = used_weight(stats, self.options.aux_weight, self.options.max_angle)
+        loss = weighted_sum(*pair, used)
+        # An overflow must reach every gradient, so that a scaler skips the step.
+        loss = torch.where(used[0].isnan(), used[0] * loss, loss)
+        unknown = torch.full_like(stats[0, 0], torch.nan)
+        return loss, decision_of(stats, used, self.options.max_angle, unknown)
+
+    def _flat(self, loss: Tensor, read: Read) -> Tensor:
+        """The gradient over the scope in float32, zeros where there is none."""
+        tensors: Sequence[Tensor] = self.parameters or [read.inputs]
+        parts = [
+            torch.zeros_like(tensor, dtype=torch.float32) if part is None else part.float()
+            for part, tensor in zip(scope_gradients(loss, tensors), tensors, strict=True)
+        ]
+        if not self.parameters:
+            # A model whose pooling is not known has its linear map on the representations.
+            states = self.classifiers.first_states
+            parts = [map_gradient(parts[0], read.inputs.detach() if states is None else states)]
+        return torch.cat([part.flatten() for part in parts])
+
+
+class GateLog:
+    """Means of the losses, angles and decisions since the last log, kept on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], weight: Tensor | float = 1.0) -> None:
+        """Add values of shape [] with their weight in the mean; with weight 0 they may be NaN."""
+        for name, value in values.items():
+            value = value.detach().float()
+            count = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+            value = torch.where(count > 0, value * count, 0.0)
+            held = name in self._sums
+            self._sums[name] = self._sums[name] + value if held else value
+            self._weights[name] = self._weights[name] + count if held else count
+
+    def add_decision(self, groups: Sequence[str], decision: GateDecision) -> None:
+        """Add the angle and the decision of each group that a finite gradient reached."""
+        counted = decision.active & decision.weight.isfinite()
+        for index, name in enumerate(groups):
+            suffix = "" if len(groups) == 1 else f"_{name.replace(' ', '_')}"
+            values = {
+                f"angle_degrees{suffix}": decision.angle[index],
+                f"gate_kept{suffix}": decision.kept[index],
+            }
+            self.add(values, counted[index])
+
+    def take(self, average: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The means since the last call, and forget them; values that never counted are left out.
+
+        average: of a tensor over the processes; collective.
+        """
+        if not self._sums:
+            return {}
+        names = list(self._sums)
+        rows = torch.stack(
+            [torch.stack([part[name] for name in names]) for part in (self._sums, self._weights)]
+        )
+        sums, weights = average(rows).tolist()
+        self._sums, self._weights = {}, {}
+        return {
+            name: total / weight
+            for name, total, weight in zip(names, sums, weights, strict=True)
+            if weight
+        }

@@ -1,0 +1,148 @@
+"""Measuring the angle between the gradients of two losses, in any loop, without changing it."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.nn import Parameter
+from transformers import TrainerCallback
+
+from ...kernels import angle_degrees, grad_dot_norm
+from ...kernels.gradients.angle import choose
+from ..objectives.gate import scope_gradients
+
+
+class AngleMonitor(TrainerCallback):
+    """The angle, in degrees, between the gradients of two losses, every so many steps.
+
+        monitor = AngleMonitor(model.parameters(), every=50)
+        angle = monitor.measure(main_loss, other_loss)  # in each step, before the backward pass
+
+    `measure` returns None in the steps between. A step that is measured costs two backward passes
+    more, and the memory of two gradients; nothing else changes: `.grad`, the graph and the hooks of
+    DistributedDataParallel stay as they are. Measuring the parameters of the last layers alone
+    costs less.
+
+    It is a callback of transformers' Trainer too: `compute_loss` calls `measure`, and the mean
+    angle since the last log goes into `log_history` and to the callbacks that come later
+    (`trainer.callback_handler.callbacks.insert(0, monitor)` makes it the first). With `ACLTrainer`
+    nothing needs to be called.
+
+    Args:
+        parameters: those to take the gradients of. None: as a callback, all trained parameters.
+        every: steps from one measurement to the next; the first step is measured. With gradient
+            accumulation, the first batch of a step is.
+        name: key in the log.
+        process_group: processes that hold the same parameters and other texts, whose gradients are
+            averaged; None: this process alone.
+        impl: implementation of `grad_dot_norm`.
+
+    Raises:
+        ValueError: `every` is less than 1, or there is no trained parameter.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[Parameter] | None = None,
+        *,
+        every: int = 50,
+        name: str = "angle_degrees",
+        process_group: ProcessGroup | None = None,
+        impl: str = "auto",
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every={every} steps must be at least 1.")
+        self.every = every
+        self.name = name
+        self.process_group = process_group
+        self.impl = impl
+        self.parameters: list[Parameter] | None = None
+        if parameters is not None:
+            self._take_parameters(parameters)
+        self._step = 0
+        self._is_callback = False
+        self._num_calls = 0
+        self._angles: list[Tensor] = []
+
+    def _take_parameters(self, parameters: Iterable[Parameter]) -> None:
+        self.parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        if not self.parameters:
+            raise ValueError("parameters: none has requires_grad=True, so there is no gradient.")
+        choose(self.impl, self.parameters[0].device)
+
+    def measure(self, first: Tensor, second: Tensor) -> Tensor | None:
+        """The angle [] between the gradients of two losses; None in a step that is not measured.
+
+        It stays on the device. Both losses may carry the factor of a loss scaler. With a
+        process_group all its processes must call.
+
+        Raises:
+            ValueError: the parameters are not known, or a loss has no graph.
+        """
+        self._num_calls += 1
+        due = self._step % self.every == 0 and (not self._is_callback or self._num_calls == 1)
+        if not self._is_callback:
+            self._step += 1
+        if not due:
+            return None
+        if self.parameters is None:
+            raise ValueError("AngleMonitor has no parameters: pass model.parameters().")
+        if not (first.requires_grad and second.requires_grad):
+            raise ValueError("AngleMonitor needs two losses that depend on the parameters.")
+        gradients = [self._gradients(loss) for loss in (first, second)]
+        stats = grad_dot_norm(*gradients, impl=self.impl)
+        angle = angle_degrees(stats)[0]
+        if self._is_callback:
+            self._angles.append(angle)
+        return angle
+
+    def _gradients(self, loss: Tensor) -> list[Tensor | None]:
+        assert self.parameters is not None
+        found = list(scope_gradients(loss, self.parameters))
+        if self.process_group is None:
+            return found
+        parts = zip(found, self.parameters, strict=True)
+        flat = torch.cat(
+            [(torch.zeros_like(p) if part is None else part).float().flatten() for part, p in parts]
+        )
+        torch.distributed.all_reduce(flat, group=self.process_group)
+        # The angle does not depend on the factor between sum and mean.
+        return [flat]
+
+    def take(self) -> dict[str, float]:
+        """The mean angle since the last call, {} if none was measured. Waits for the device."""
+        angles, self._angles = self._angles, []
+        if not angles:
+            return {}
+        return {self.name: torch.stack(angles).mean().item()}
+
+    def on_train_begin(
+        self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._is_callback = True
+        self._step, self._num_calls, self._angles = state.global_step, 0, []
+        if self.parameters is None:
+            self._take_parameters(model.parameters())
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._num_calls == 0:
+            raise ValueError(
+                "AngleMonitor: this loop gives one loss, and an angle needs two. Call "
+                "monitor.measure(main_loss, other_loss) in compute_loss, or use ACLTrainer with "
+                "objective=scl or acl."
+            )
+        self._step, self._num_calls = state.global_step, 0
+
+    def on_log(
+        self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any
+    ) -> None:
+        found = self.take()
+        if logs is not None:
+            logs.update(found)
+        if state.log_history:
+            state.log_history[-1].update(found)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._is_callback = False

@@ -1,0 +1,75 @@
+"""A loss for the trainer of sentence-transformers, over all labels of a batch."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...kernels import SupConLoss
+
+
+class SentenceSupConLoss(nn.Module):
+    """Supervised contrastive loss for `SentenceTransformerTrainer`.
+
+        loss = SentenceSupConLoss(model, temperature=0.1)
+        SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss).train()
+
+    The data set has one column of texts, or several (the texts of a row share its class), and the
+    column `label` of integers. Every text of a batch is contrasted with every other: `BatchSamplers
+    .GROUP_BY_LABEL` gives each a positive. Memory grows with the number of texts, not its square.
+
+    Args:
+        model: the SentenceTransformer.
+        gather_across_devices: contrast the texts of all processes.
+        options: temperature, denominator, reduction and impl of `supcon_loss`.
+
+    Raises:
+        ValueError: the batch has no labels; a mistake in the options.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        temperature: float = 0.1,
+        *,
+        gather_across_devices: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.gather_across_devices = gather_across_devices
+        self.loss = SupConLoss(temperature=temperature, **options)
+
+    def forward(
+        self, sentence_features: Iterable[Mapping[str, Tensor]], labels: Tensor | None
+    ) -> Tensor:
+        """Loss of the texts of each column, tokenized, with the classes of the rows [N]."""
+        if labels is None:
+            raise ValueError(
+                "SentenceSupConLoss needs the class of each row: a column named 'label' with "
+                "integers."
+            )
+        columns = [self.model(features)["sentence_embedding"] for features in sentence_features]
+        if self.gather_across_devices and torch.distributed.is_initialized():
+            # Not in the constructor: the trainer may join the processes later.
+            self.loss.process_group = torch.distributed.group.WORLD
+        return self.loss(torch.cat(columns), labels.view(-1).repeat(len(columns)))
+
+    def get_config_dict(self) -> dict[str, Any]:
+        """The options, for the model card."""
+        shown = {**self.loss.options, "gather_across_devices": self.gather_across_devices}
+        del shown["process_group"]
+        return shown
+
+    @property
+    def citation(self) -> str:
+        """The paper of the loss, for the model card."""
+        return """
+@inproceedings{khosla2020supervised,
+    title={Supervised Contrastive Learning},
+    author={Khosla, Prannay and Teterwak, Piotr and Wang, Chen and Sarna, Aaron and others},
+    booktitle={Advances in Neural Information Processing Systems},
+    year={2020},
+}
+"""

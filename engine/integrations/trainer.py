@@ -1,0 +1,279 @@
+"""`ACLTrainer`: transformers' Trainer with our objective and the gate."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from transformers import Trainer
+
+from ..config.gate_scope import parse_scope
+from ..objectives.gate import GradientGate
+from ..objectives.losses import ExitLosses
+from .arguments import ACLTrainingArguments
+from .classifiers import Read
+from .gates import GateLog, ScopeDecision
+from .monitor import AngleMonitor
+from .objective import TrainerObjective
+
+logger = logging.getLogger("fusedacl")
+
+
+class ACLTrainer(Trainer):
+    """transformers' Trainer with cross-entropy beside a contrastive loss, and the gate (ACL-Grad).
+
+        trainer = ACLTrainer(model, ACLTrainingArguments("out", objective="acl"), …)
+        trainer.train()
+
+    The model is `MultiExitForSequenceClassification`, or any model for sequence classification
+    whose last layer is linear: the rows of that layer's weight are the label embeddings, and what
+    it reads are the representations. One decision is taken per optimizer step, on the gradients of
+    all its batches and processes. Trainer's log gets the means since the last one: `loss_ce`,
+    `loss_aux`, `angle_degrees` and `gate_kept`, the share of steps in which the contrastive
+    gradient was kept. Evaluation is Trainer's own.
+
+    Args: those of Trainer; `args` is an `ACLTrainingArguments`.
+
+    Raises:
+        TypeError, ValueError: a model or an option that the objective cannot work with.
+    """
+
+    args: ACLTrainingArguments
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._objective: TrainerObjective | None = None
+        self._is_exact = False
+        self._exact: GradientGate | None = None
+        self._scoped: ScopeDecision | None = None
+        self._gate_log = GateLog()
+        self._num_texts: int | None = None
+        self._in_train = False
+        super().__init__(*args, **kwargs)
+        if not isinstance(self.args, ACLTrainingArguments):
+            raise TypeError(
+                f"args is a {type(self.args).__name__}: pass ACLTrainingArguments, which hold the "
+                "options of the objective beside those of Trainer."
+            )
+        self._refuse()
+        # Each loss here is a mean over its batch, whose share of the step it is multiplied by.
+        self.model_accepts_loss_kwargs = False
+        objective = TrainerObjective(self.model, self.args)
+        objective.close()
+        if num_top := parse_scope(objective.config.objective.gate_scope):
+            objective.classifiers.top_parameters(num_top)
+        if objective.config.without_effect:
+            words = ", ".join(objective.config.without_effect)
+            logger.info(f"no effect with objective={self.args.objective}: {words}.")
+
+    def _refuse(self) -> None:
+        """Refuse what cannot work, before anything is trained."""
+        if self.compute_loss_func is not None:
+            raise ValueError(
+                "compute_loss_func: ACLTrainer computes its own losses, cross-entropy and the "
+                "contrastive one. Leave it out, or use GradientGate with two losses of your own."
+            )
+        if self.args.n_gpu > 1 or self.is_model_parallel:
+            raise ValueError(
+                f"{self.args.n_gpu} GPUs in one process: ACLTrainer needs one process per GPU. "
+                "Start it with `torchrun --nproc_per_node=…`, or make one GPU visible "
+                "(CUDA_VISIBLE_DEVICES=0)."
+            )
+        kind = self.accelerator.distributed_type
+        if kind == "FSDP" or getattr(self, "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                "fsdp: ACLTrainer reads the classifier's weight outside the forward pass, where "
+                "FSDP has taken it apart. Use DistributedDataParallel (torchrun without fsdp), or "
+                "`fusedacl train` with DeepSpeed for models that do not fit."
+            )
+        if kind == "DEEPSPEED":
+            raise ValueError(
+                "deepspeed: ACLTrainer has no gate under ZeRO. Use `fusedacl train "
+                "--deepspeed_config`, or DistributedDataParallel (torchrun without deepspeed)."
+            )
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """Make a model, as Trainer does; in `train`, freeze what is not trained."""
+        model = super().call_model_init(trial)
+        if self._in_train:
+            self._begin(model)
+        return model
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer.train` does."""
+        self._in_train = True
+        try:
+            if self.model_init is None:
+                self._begin(self.accelerator.unwrap_model(self.model))
+            return super().train(*args, **kwargs)
+        finally:
+            self._end()
+
+    def _begin(self, model: nn.Module) -> None:
+        self._end()
+        self._in_train = True
+        self._objective = objective = TrainerObjective(model, self.args)
+        self._gate_log = GateLog()
+        config = objective.config
+        self._is_exact = config.gated and config.objective.gate_scope == "all"
+        if config.gated and not self._is_exact:
+            self._scoped = ScopeDecision(
+                objective.classifiers,
+                config.objective.gate_scope,
+                config.objective,
+                self._process_group,
+            )
+
+    def _exact_gate(self) -> GradientGate:
+        """The gate over all trained parameters; made in the first step, when they are in place."""
+        if self._exact is None:
+            assert self._objective is not None
+            options = self._objective.config.objective
+            self._exact = GradientGate(
+                self._objective.trained(),
+                groups=self._objective.groups(),
+                weight=options.aux_weight,
+                max_angle=options.max_angle,
+                process_group=self._process_group,
+                impl=options.impl,
+            )
+        return self._exact
+
+    def _end(self) -> None:
+        if self._objective is not None:
+            self._objective.close()
+        self._objective = self._exact = self._scoped = None
+        self._in_train = False
+
+    @property
+    def _process_group(self) -> ProcessGroup | None:
+        if self.accelerator.num_processes == 1:
+            return None
+        return torch.distributed.group.WORLD
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
+        """The batches of an optimizer step, whose texts are counted here."""
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        counts = [_num_labels(batch) for batch in batches]
+        self._num_texts = sum(counts)
+        if self._exact is not None:
+            # A step that ran out of memory may have left a part of its gradients.
+            self._exact.reset()
+        return batches, num_items
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum of both losses in training, with this batch's share of the step.
+
+        In evaluation it is Trainer's: the cross-entropy.
+        """
+        if self._objective is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        losses, read, output = self._losses(model, inputs)
+        share = self._share(inputs)
+        if self._scoped is None:
+            loss = losses.weighted(self._objective.config.objective.aux_weight)
+        else:
+            scaler = self.accelerator.scaler
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            loss, decision = self._scoped.weigh(losses, read, scale)
+            self._gate_log.add_decision(self._objective.group_names, decision)
+        # Trainer divides by the number of batches.
+        loss = loss * (share * self.current_gradient_accumulation_steps)
+        return (loss, output) if return_outputs else loss
+
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[ExitLosses, Read, Any]:
+        assert self._objective is not None
+        is_global = self._objective.config.optimization.negatives == "global"
+        group = self._process_group if is_global else None
+        losses, read, output = self._objective.losses(model, inputs, group)
+        share = self._share(inputs)
+        assert losses.cross_entropy is not None
+        values = {"loss_ce": losses.cross_entropy.sum()}
+        if losses.auxiliary is not None:
+            values["loss_aux"] = losses.auxiliary.sum()
+        self._gate_log.add(values, share)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, AngleMonitor) and losses.auxiliary is not None:
+                callback.measure(
+                    self._scaled(losses.main.sum()), self._scaled(losses.auxiliary.sum())
+                )
+        return losses, read, output
+
+    def _share(self, inputs: Mapping[str, Any]) -> float:
+        """This batch's part of the texts of its optimizer step."""
+        count = _num_labels(inputs)
+        return count / self._num_texts if self._num_texts else 1.0
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaler = self.accelerator.scaler
+        return loss if scaler is None else scaler.scale(loss)
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Forward and backward passes of one batch; after the last one of a step, the decision."""
+        if self._objective is None or not self._is_exact:
+            return super().training_step(model, inputs, num_items_in_batch)
+        gate = self._exact_gate()
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        inputs = self._prepare_inputs(inputs)
+        with self._two_backward_passes(model):
+            with self.compute_loss_context_manager():
+                losses, _, _ = self._losses(model, inputs)
+            self._empty_cache()
+            assert losses.auxiliary is not None
+            share = self._share(inputs)
+            main, auxiliary = (share * loss.sum() for loss in (losses.main, losses.auxiliary))
+            gate.accumulate(self._scaled(main), self._scaled(auxiliary))
+        if self.accelerator.sync_gradients:
+            self._gate_log.add_decision(self._objective.group_names, gate.combine())
+        weight = self._objective.config.objective.aux_weight
+        return ((1 - weight) * main + weight * auxiliary).detach()
+
+    @contextlib.contextmanager
+    def _two_backward_passes(self, model: nn.Module) -> Iterator[None]:
+        """The context in which a graph may be back-propagated twice, and nobody averages."""
+        context: AbstractContextManager[Any] = contextlib.nullcontext()
+        if self.args.torch_compile:
+            from torch._functorch import config
+
+            # A compiled backward pass would reuse the memory that a second one reads.
+            context = config.patch(donated_buffer=False)
+        with context, self.accelerator.no_sync(model):
+            yield
+
+    def _empty_cache(self) -> None:
+        every = self.args.torch_empty_cache_steps
+        if every is not None and self.state.global_step % every == 0:
+            from accelerate.utils.memory import clear_device_cache
+
+            clear_device_cache()
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log as Trainer does, with the means of the losses, angles and decisions."""
+        if self._objective is not None and "loss" in logs:
+            logs.update(self._gate_log.take(self._average))
+            for callback in self.callback_handler.callbacks:
+                if isinstance(callback, AngleMonitor):
+                    logs.update(callback.take())
+        super().log(logs, *args, **kwargs)
+
+    def _average(self, values: Tensor) -> Tensor:
+        return self.accelerator.reduce(values, "mean")
+
+
+def _num_labels(batch: Any) -> int:
+    """The number of texts of a batch; 0 without labels, which are refused later."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    return len(labels) if isinstance(labels, Tensor) and labels.dim() else 0

@@ -1,0 +1,78 @@
+"""AngleMonitor in a plain loop and in a Trainer whose loss calls it."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fusedacl.engine import AngleMonitor, GradientGate
+from torch import Tensor, nn
+from trainer_cases import collate, losses_of, plain_model, rows
+from transformers import Trainer, TrainingArguments
+
+
+def two_losses(net: nn.Module, seed: int) -> tuple[Tensor, Tensor]:
+    outputs = net(torch.randn(16, 5, generator=torch.manual_seed(seed)))
+    return outputs.square().mean(), outputs.sin().mean()
+
+
+def test_the_angle_is_that_of_the_gate_and_nothing_else_changes() -> None:
+    net = nn.Linear(5, 4)
+    monitor = AngleMonitor(net.parameters(), every=2)
+    found = []
+    for seed in range(4):
+        pair = two_losses(net, seed)
+        found.append(monitor.measure(*pair))
+        assert all(p.grad is None for p in net.parameters())
+        wanted = GradientGate(net.parameters()).backward(*pair).angle[0]
+        net.zero_grad()
+        if seed % 2 == 0:
+            torch.testing.assert_close(found[-1], wanted, rtol=1e-5, atol=1e-3)
+    assert [angle is None for angle in found] == [False, True, False, True]
+
+
+def test_mistakes_are_refused() -> None:
+    net = nn.Linear(5, 4)
+    with pytest.raises(ValueError, match="every=0 steps"):
+        AngleMonitor(net.parameters(), every=0)
+    with pytest.raises(ValueError, match="none has requires_grad=True"):
+        AngleMonitor([nn.Parameter(torch.zeros(2), requires_grad=False)])
+    with pytest.raises(ValueError, match=r"pass model.parameters\(\)"):
+        AngleMonitor().measure(*two_losses(net, 0))
+    with pytest.raises(ValueError, match="two losses that depend"):
+        AngleMonitor(net.parameters()).measure(two_losses(net, 0)[0], torch.zeros(()))
+
+
+class TwoLosses(Trainer):
+    """A Trainer of somebody else, whose `compute_loss` tells a monitor its two losses."""
+
+    monitor: AngleMonitor
+
+    def compute_loss(self, model: Any, inputs: Any, **options: Any) -> Any:
+        main, auxiliary = (x.sum() for x in losses_of(model, inputs, "plain"))
+        self.monitor.measure(main, auxiliary)
+        return main + 0.1 * auxiliary
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_trainer_logs_it(tiny_bert: Path, tmp_path: Path, accumulation: int) -> None:
+    arguments = TrainingArguments(
+        str(tmp_path),
+        max_steps=4,
+        logging_steps=1,
+        per_device_train_batch_size=3,
+        gradient_accumulation_steps=accumulation,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    monitor = AngleMonitor(every=3)
+    trainer = TwoLosses(
+        plain_model(tiny_bert), arguments, train_dataset=rows(24), data_collator=collate,
+        callbacks=[monitor],
+    )  # fmt: skip
+    trainer.monitor = monitor
+    trainer.train()
+    logged = ["angle_degrees" in entry for entry in trainer.state.log_history if "loss" in entry]
+    assert logged == [True, False, False, True]
