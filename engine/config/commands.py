@@ -94,6 +94,19 @@ class ExitsOptions:
         at_least=0,
         at_most=1,
     )
+    confidence: float | None = option(
+        None,
+        "bound max_quality_loss on new texts with this confidence, such as 0.95: more than 0, less"
+        " than 1; unset: no guarantee",
+        above=0,
+    )
+    risk: str = option(
+        "lost_answers",
+        "with --confidence, what max_quality_loss bounds. lost_answers: of the texts that the full"
+        " model answers right, the share that early exit answers wrong (for the metric accuracy);"
+        " changed_answers: the share of texts that early exit answers otherwise (any metric)",
+        choices=("lost_answers", "changed_answers"),
+    )
     max_mean_layer: float | None = option(
         None, "target: largest mean number of layers per text", at_least=1
     )

@@ -9,6 +9,7 @@ from typing import Any
 from ...model.card import front_matter, made_with
 from ...runtime.files import write_whole
 from ...runtime.text import markdown_table
+from .guarantee import words
 from .search import AREA_WORDS
 
 # `fusedacl exits` replaces everything between these two lines.
@@ -67,6 +68,8 @@ def _early_exit_lines(study: Mapping[str, Any], policy: str) -> list[str]:
             f" Cross-fitted: in {facts['cross_fitted']['num_folds']} folds, each scored with the "
             "setting that the rest of the texts chose."
         )
+    if "guarantee" in facts:
+        lines[-1] += f" {words(facts['guarantee'])}"
     if measured:
         lines[-1] += (
             f" Speed: of {measured[0]['num_texts']} texts against the full model, in turns with "

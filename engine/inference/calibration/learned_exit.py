@@ -95,17 +95,41 @@ def with_learned_exit(readings: ExitReadings) -> ExitReadings:
         ValueError: the exits are right (or wrong) on every text, there are fewer texts than folds,
             or the readings have no embeddings.
     """
+    _check_learnable(readings)
+    found = cross_fitted(readings)
+    _give(readings, fit_learned_exit(readings))
+    return found
+
+
+def with_separate_learned_exit(readings: ExitReadings) -> ExitReadings:
+    """Give the model a learned exit fitted on half of the texts; returns the readings of the other.
+
+    A guarantee needs texts that the layer was not fitted on.
+
+    Raises:
+        ValueError: as `with_learned_exit`.
+    """
+    _check_learnable(readings)
+    fitted_on = fold_of(readings.labels, 2) == 0
+    head = fit_learned_exit(readings.subset(fitted_on))
+    _give(readings, head)
+    return judged_by(head, readings.subset(~fitted_on))
+
+
+def _check_learnable(readings: ExitReadings) -> None:
     is_right = _is_right(readings)
     if is_right.all() or not is_right.any():
         raise ValueError(
             f"The exits are {'right' if is_right.all() else 'wrong'} on all {len(readings)} texts: "
             "there is nothing to learn. Use texts that the exits were not trained on."
         )
-    found = cross_fitted(readings)
+
+
+def _give(readings: ExitReadings, head: nn.Linear) -> None:
+    """Make a layer the learned exit of the readings' model."""
     model = readings.model
-    model.learned_exit = fit_learned_exit(readings).to(model.device)
+    model.learned_exit = head.to(model.device)
     model.config.learned_exit = True
-    return found
 
 
 def _is_right(readings: ExitReadings) -> Tensor:

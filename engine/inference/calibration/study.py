@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from ..evaluation import load_labelled
 from .card import write_early_exit
 from .cross_fitting import cross_fit
 from .figures import draw_quality_speed, write_speed_tables
-from .learned_exit import NUM_FOLDS, with_learned_exit
-from .readings import read_exits
+from .guarantee import RISKS, Promise, choose_certified
+from .learned_exit import NUM_FOLDS, with_learned_exit, with_separate_learned_exit
+from .readings import ExitReadings, read_exits
 from .search import (
     AREA_WORDS,
     SweepRow,
@@ -69,6 +71,7 @@ class ExitStudy:
         self.config, self.options = config, config.exits
         self.names = _policy_names(config)
         self.target = _target(config)
+        self.promise = _promise(config, self.target)
         if not self.options.measure and self.options.measured_samples != _DEFAULT_SAMPLES:
             raise ValueError(
                 f"measured_samples={self.options.measured_samples} belongs to measure: add "
@@ -92,9 +95,13 @@ class ExitStudy:
         self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
         if self.metric not in data.metrics:
             raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
+        if self.promise is not None:
+            _check_risk(self.promise.risk, self.metric, data.metrics)
         split = data.evaluation_splits[0]
         self.data_name = f"{data.name}, {split}"
         self.encoded = self.trained.encode(data.splits[split], split)
+        if self.promise is not None:
+            self.promise.check_number(len(self.encoded))
         self.curves: dict[str, list[SweepRow]] = {}
         self.chosen: dict[str, SweepRow] = {}
         self.to_time: dict[str, list[SweepRow]] = {}
@@ -113,8 +120,10 @@ class ExitStudy:
             progress=progress,
             keep_embeddings=Learned.name in self.names,
         )
+        self.learned_readings = None
         if Learned.name in self.names:
-            self.readings = with_learned_exit(self.readings)
+            with_layer = with_learned_exit if self.promise is None else with_separate_learned_exit
+            self.learned_readings = with_layer(self.readings)
         self.results: dict[str, Any] = {
             "data": self.data_name,
             "num_samples": len(self.readings),
@@ -149,16 +158,26 @@ class ExitStudy:
     def _sweep(self, name: str) -> None:
         """Try the settings of a policy and choose one for the target; store it if asked to."""
         readings, metric = self.readings, self.metric
-        rows = sweep(readings, policy_grid(name, readings, self.options.num_thresholds), metric)
+        if name == Learned.name and self.learned_readings is not None:
+            readings = self.learned_readings
+        num_thresholds = self.options.num_thresholds
+        rows = sweep(readings, policy_grid(name, readings, num_thresholds), metric)
         found: dict[str, Any] = {"area_under_curve": area_under_curve(rows, readings, metric)}
+        guarantee = None
         try:
-            chosen = choose(rows, self.results["full_score"], self.target)
+            if self.promise is None:
+                chosen = choose(rows, readings.score(metric), self.target)
+            else:
+                chosen, guarantee = choose_certified(
+                    name, readings, metric, self.promise, num_thresholds=num_thresholds
+                )
+                rows += [] if chosen in rows else [chosen]
         except ValueError as error:
             if name == self.options.policy:
                 raise
             logger.info(f"{name}: {error}")
         else:
-            found |= self._record(name, chosen)
+            found |= self._record(name, chosen, readings, guarantee)
             self.chosen[name] = chosen
         self.curves[name] = rows
         if self.output_dir is not None:
@@ -170,11 +189,17 @@ class ExitStudy:
         if name == self.options.policy:
             self._store(found)
 
-    def _record(self, name: str, chosen: SweepRow) -> dict[str, Any]:
-        """The record of a policy's chosen setting, with its cross-fitted score."""
+    def _record(
+        self,
+        name: str,
+        chosen: SweepRow,
+        readings: ExitReadings,
+        guarantee: dict[str, Any] | None,
+    ) -> dict[str, Any]:
+        """The record of a policy's chosen setting, with its cross-fitted score or its guarantee."""
         record = calibration_record(
             chosen,
-            self.readings,
+            readings,
             data=self.data_name,
             metric=self.metric,
             target=self.target,
@@ -184,11 +209,21 @@ class ExitStudy:
         facts = record["calibration"]
         if name == Learned.name:
             # See `learned_exit.with_learned_exit`.
-            facts["learned_exit"] = {"fitted_on": self.data_name, "num_folds": NUM_FOLDS}
+            facts["learned_exit"] = {"fitted_on": self.data_name}
+            if guarantee is None:
+                facts["learned_exit"]["num_folds"] = NUM_FOLDS
+            else:
+                # The guarantee's texts are the others.
+                facts["learned_exit"]["num_texts"] = len(self.readings) - len(readings)
+        facts["cross_fitted"] = None
+        if guarantee is not None:
+            # It holds for new texts, which a cross-fitted score would only estimate.
+            facts["guarantee"] = guarantee
+            return record
         try:
             scored = cross_fit(
                 name,
-                self.readings,
+                readings,
                 self.metric,
                 self.target,
                 num_thresholds=self.options.num_thresholds,
@@ -196,7 +231,6 @@ class ExitStudy:
             facts["cross_fitted"] = dataclasses.asdict(scored)
         except ValueError as error:
             logger.info(f"{name}, cross-fitted: {error}")
-            facts["cross_fitted"] = None
         return record
 
     def _store(self, record: dict[str, Any]) -> None:
@@ -272,7 +306,8 @@ class ExitStudy:
     def _lines(self) -> list[str]:
         """The output of the command: a table of the chosen settings and a legend."""
         results, metric = self.results, self.metric
-        header = ["policy", "setting", metric, "cross-fitted", "mean layer", "FLOPs", "area"]
+        unseen = "cross-fitted" if self.promise is None else "lost"
+        header = ["policy", "setting", metric, unseen, "mean layer", "FLOPs", "area"]
         if self.measured:
             header += [f"batch {size}" for size in MEASURED_BATCH_SIZES]
         table = [_row(found, name, len(header) - 7) for name, found in results["policies"].items()]
@@ -280,14 +315,15 @@ class ExitStudy:
             f"full model: {metric} {results['full_score']:.4f} on {results['num_samples']} texts "
             f"({self.data_name}), {results['dtype']}, at most {results['max_seq_length']} tokens",
             text_table(header, table),
-            f"{metric}: on the texts that the setting was chosen on. cross-fitted: chosen on one "
-            "half of them, scored on the other, both ways.",
+            f"{metric}: on the texts that the setting was chosen on. {self._unseen_words()}",
             f"area: {AREA_WORDS}.",
         ]
         if Learned.name in results["policies"]:
+            how = f"no text was scored with a layer fitted on it ({NUM_FOLDS} folds)"
+            if self.promise is not None:
+                how = "on half of them; its guarantee and its scores are from the other half"
             lines.append(
-                f"learned: its layer was fitted on these texts too ({self.data_name}); no text was "
-                f"scored with a layer fitted on it ({NUM_FOLDS} folds)."
+                f"learned: its layer was fitted on these texts too ({self.data_name}); {how}."
             )
         if self.measured:
             others = ""
@@ -302,6 +338,16 @@ class ExitStudy:
         if not results["complete"]:
             lines.append(self._interrupted())
         return lines
+
+    def _unseen_words(self) -> str:
+        """The legend of the column on texts that a setting was not chosen on."""
+        if self.promise is None:
+            return "cross-fitted: chosen on one half of them, scored on the other, both ways."
+        return (
+            f"lost: {RISKS[self.promise.risk]}; with confidence {self.promise.confidence:g} it is "
+            f"at most {self.promise.limit:g} on new texts of the same source. Each row holds by "
+            "itself: choose the policy before you see the table."
+        )
 
     def _interrupted(self) -> str:
         where = "" if self.output_dir is None else f" Results so far are in {self.output_dir}."
@@ -330,6 +376,29 @@ def _target(config: ExitsConfig) -> Target:
     return Target(**(given or {"max_quality_loss": DEFAULT_MAX_QUALITY_LOSS}))
 
 
+def _promise(config: ExitsConfig, target: Target) -> Promise | None:
+    options = config.exits
+    if options.confidence is None:
+        if options.risk != ExitsConfig().exits.risk:
+            raise ValueError(f"risk={options.risk} belongs to confidence: add --confidence 0.95.")
+        return None
+    if target.max_quality_loss is None:
+        raise ValueError(
+            "confidence bounds max_quality_loss: give that target, or leave confidence out."
+        )
+    return Promise(target.max_quality_loss, options.confidence, options.risk)
+
+
+def _check_risk(risk: str, metric: str, metrics: Sequence[str]) -> None:
+    """Refuse a metric whose loss the risk does not bound."""
+    if risk == "lost_answers" and metric != "accuracy":
+        other = "--metric accuracy, or " if "accuracy" in metrics else ""
+        raise ValueError(
+            f"risk={risk} bounds the loss of accuracy, not of {metric}, which is no mean over "
+            f"texts: add {other}--risk changed_answers."
+        )
+
+
 def _row(found: dict[str, Any], name: str, num_speeds: int) -> list[str]:
     """The row of a policy in the table."""
     area = f"{found['area_under_curve']:.4f}"
@@ -337,13 +406,17 @@ def _row(found: dict[str, Any], name: str, num_speeds: int) -> list[str]:
         return [name, "target out of reach", "", "", "", "", area, *[""] * num_speeds]
     facts = found["calibration"]
     setting = " ".join(f"{key}={value:.4g}" for key, value in found["parameters"].items())
-    unseen = facts["cross_fitted"]
+    unseen = "-"
+    if facts["cross_fitted"] is not None:
+        unseen = f"{facts['cross_fitted']['score']:.4f}"
+    elif "guarantee" in facts:
+        unseen = "{num_lost} of {num_texts}".format(**facts["guarantee"])
     speeds = [f"{speed['speedup']:.2f}x" for speed in found.get("measured", ())]
     return [
         name,
         setting,
         f"{facts['score']:.4f}",
-        "-" if unseen is None else f"{unseen['score']:.4f}",
+        unseen,
         f"{facts['mean_layer']:.2f}",
         f"{facts['flops_share']:.0%}",
         area,

@@ -212,9 +212,56 @@ def test_the_learned_exit_survives(run: Run, model_dir: Path, capsys: Capture) -
     assert torch.equal(again.learned_exit.weight, model.learned_exit.weight)
 
 
+def test_a_guarantee_is_stored_with_the_policy(
+    run: Run, model_dir: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    # The untrained exits hardly ever agree.
+    model.exits[0].load_state_dict(model.exits[1].state_dict())
+    model.save_pretrained(model_dir)
+    out = tmp_path / "report"
+    options = ["--policies", "patience", "--policy", "entropy", "--metric", "accuracy"]
+    options += ["--max_quality_loss", "0.7", "--confidence", "0.6"]
+    assert run(*options, "--output_dir", str(out)) == 0
+    printed = capsys.readouterr().out
+    assert "with confidence 0.6 it is at most 0.7 on new texts" in printed
+    facts = config_of(model_dir)["exit_policy"]["calibration"]
+    found = facts["guarantee"]
+    assert (found["limit"], found["confidence"], found["risk"]) == (0.7, 0.6, "lost_answers")
+    assert found["p_value"] <= 0.4 and found["num_texts"] == round(24 * facts["full_score"])
+    assert facts["cross_fitted"] is None
+    assert f"{found['num_lost']} of {found['num_texts']}" in printed
+    stored = json.loads((out / "exits.json").read_text())["policies"]["entropy"]
+    assert stored["calibration"]["guarantee"] == found
+    card = (model_dir / "README.md").read_text()
+    assert f"Tested on {found['num_texts']} texts, of which {found['num_lost']} were lost" in card
+    # Without a guarantee, the next calibration leaves no trace of it.
+    assert run("--policy", "entropy", "--max_quality_loss", "0.7") == 0
+    assert "guarantee" not in config_of(model_dir)["exit_policy"]["calibration"]
+    assert "were lost" not in (model_dir / "README.md").read_text()
+
+
+def test_the_guarantee_of_a_learned_exit_is_from_texts_it_was_not_fitted_on(
+    run: Run, model_dir: Path, capsys: Capture
+) -> None:
+    options = ["--policies", "learned,entropy", "--policy", "learned", "--max_quality_loss", "0.9"]
+    assert run(*options, "--confidence", "0.6", "--risk", "changed_answers") == 0
+    assert "on half of them; its guarantee and its scores are from the" in capsys.readouterr().out
+    facts = config_of(model_dir)["exit_policy"]["calibration"]
+    assert facts["learned_exit"] == {"fitted_on": "opinions, validation", "num_texts": 12}
+    assert facts["num_samples"] == facts["guarantee"]["num_texts"] == 12
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--confidence", "0"], "confidence=0.0 is out of range"),
+        (["--confidence", "95"], "confidence=95.0 is out of range"),
+        (["--confidence", "0.9", "--max_mean_layer", "1"], "confidence bounds max_quality_loss"),
+        (["--confidence", "0.9", "--metric", "macro_f1"], "not of macro_f1"),
+        (["--confidence", "0.95"], "needs at least 299 texts, even if none is lost: 24 are given"),
+        (["--confidence", "0.9", "--max_quality_loss", "0"], "no number of texts can show"),
+        (["--risk", "changed_answers"], "risk=changed_answers belongs to confidence"),
         (["--policies", "entropi"], "Did you mean 'entropy'"),
         (["--policies", ","], "policies is empty"),
         (["--max_mean_layer", "1", "--max_flops_share", "0.5"], "give exactly one of"),
