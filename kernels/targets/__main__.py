@@ -3,7 +3,8 @@
     python -m fusedacl.kernels.targets --help
 
 Reads from each binary what decides whether it runs well. Exits with status 1 if one does not
-compile, spills registers, exceeds the shared memory, or lacks promised matrix instructions.
+compile, spills registers, exceeds the shared memory, lacks promised matrix instructions, or has
+matrix instructions that the assembler makes wait for each other.
 
 Uses the Triton that Python finds first; to use another one:
 

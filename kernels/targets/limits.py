@@ -47,4 +47,10 @@ def find_failures(task: Task, outcome: Outcome, *, keep_exceptions: bool) -> lis
             "promises the matrix unit and has no matrix instruction: give tl.dot operands that the "
             "unit takes, of at least 16 rows and columns, or set matrix_unit=False"
         )
+    if outcome.serialized:
+        failures.append(
+            "its wgmma instructions wait for each other, says the assembler "
+            f"({outcome.serialized}): take smaller blocks or fewer stages, or load the "
+            "operands in another way"
+        )
     return failures
