@@ -45,7 +45,7 @@ FLOORS = {
         "measuring",
         "floors comparing",
         "suites",
-        "counts options",
+        "counts options gpu",
         "pages",
         "cli",
         "__main__",
