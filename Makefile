@@ -16,7 +16,7 @@ IN_PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-r
 OLDEST_TRITON := 3.3.1
 NEWEST_TRITON := 3.9.0
 
-.PHONY: demo test test-portable combinations lint targets ptx ptx-counts counts bench bench-quick bench-gpu docs clean
+.PHONY: demo test test-portable combinations lint targets ptx ptx-counts counts gpu bench bench-quick bench-gpu docs clean
 
 demo: $(VENV)/.demo
 	$(BIN)/fusedacl train
@@ -60,14 +60,17 @@ build/triton-%/.installed: $(VENV)/.dev
 ptx: $(VENV)/.dev
 	PTX_WHOLE=1 $(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) tests/ptx
 
-# Use of each execution unit of a multiprocessor by every kernel, counted there.
+# Use of each execution unit of a multiprocessor by every kernel, counted there, beside the accepted
+# numbers; `python -m kernel_counts --write docs/gpu_by_the_model.md` accepts them.
+KERNEL_COUNTS := PYTHONPATH=tests/support TRITON_CACHE_DIR=build/ptx $(BIN)/python -m kernel_counts
 ptx-counts: $(VENV)/.dev
-	for capability in 70 75 80; do PYTHONPATH=tests/support TRITON_CACHE_DIR=build/ptx \
-	  $(BIN)/python -m ptx $$capability || exit 1; done
+	$(KERNEL_COUNTS)
 
-# Operations, bytes, launches and host reads beside the accepted numbers (`test` compares them too).
+# Operations, bytes, launches and host reads beside the accepted numbers, and the kernels' work for
+# small inputs (`test` compares all of them too).
 counts: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.counts
+	$(KERNEL_COUNTS) --small
 
 # All benchmarks at small size: under two minutes on two idle cores, files in runs/bench/.
 bench-quick: $(VENV)/.dev
@@ -76,6 +79,13 @@ bench-quick: $(VENV)/.dev
 # All benchmarks at full size; texts of MRPC where FUSEDACL_DATA names the real data sets.
 bench: $(VENV)/.dev
 	$(BIN)/fusedacl bench all
+
+# On a machine with an NVIDIA GPU, in ten minutes and without a network: smoke test, tests, loss,
+# angle, tuning and steps, each in its time; `make gpu BUDGET=240` cuts from the end, and
+# `fusedacl bench report` makes pages of the files. It takes the Python that is there.
+BUDGET ?= 570
+gpu:
+	$(PYTHON) -m fusedacl.benchmarks.gpu --budget $(BUDGET)
 
 # On a machine with an NVIDIA GPU: the tests that need one, then the benchmarks.
 bench-gpu: $(VENV)/.dev

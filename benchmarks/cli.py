@@ -46,6 +46,7 @@ DESCRIPTIONS = {
     "exits": "Time of training several exits, and of early exit if no text leaves early.",
     "scaling": "Cost of negatives from all ranks: measured on loopback, modelled up to 4096 ranks.",
     "all": "Every suite, one after another; each writes a file.",
+    "report": "Pages with the tables and figures of all result files.",
     "compare": "Changes between two result files, or commits (--commits A B), beyond the noise.",
 }
 _LINES = "\n".join(f"  {suite:<10} {words}" for suite, words in DESCRIPTIONS.items())
@@ -71,8 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if suite not in DESCRIPTIONS:
             raise ValueError(f"There is no suite {suite!r}.{did_you_mean(suite, DESCRIPTIONS)}")
-        if suite in ("all", "compare"):
-            return {"all": _all, "compare": _compare}[suite](rest)
+        if suite in ("all", "compare", "report"):
+            return {"all": _all, "compare": _compare, "report": _report}[suite](rest)
         cls, run = RUNS[suite]
         return _status(suite, partial(run, _parse(cls, suite, rest)))
     except ValueError as error:
@@ -267,6 +268,12 @@ def _all(arguments: list[str]) -> int:
     took = ", ".join(f"{suite} {each:.0f} s" for suite, each in seconds.items())
     print(f"\nbench all took {sum(seconds.values()):.0f} s: {took}")
     return max(statuses)
+
+
+def _report(arguments: list[str]) -> int:
+    from .pages.performance import main as write
+
+    return write(arguments)
 
 
 def _compare(arguments: list[str]) -> int:

@@ -43,7 +43,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
 LANGUAGES = {"python", "sh", "console", "yaml", "text"}
 VERBS = ("train", "evaluate", "predict", "exits", "sweep", "angles", "tsne", "report")
-SUITES = ("loss", "angle", "growth", "step", "exits", "scaling", "all", "compare")
+SUITES = ("loss", "angle", "growth", "step", "exits", "scaling", "all", "compare", "report")
 # Options of programs that are not ours, in the commands of the pages.
 LAUNCHERS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--hostfile",

@@ -47,7 +47,7 @@ FLOORS = {
         "measuring",
         "floors comparing",
         "suites",
-        "counts options",
+        "counts options gpu",
         "pages",
         "cli",
         "__main__",

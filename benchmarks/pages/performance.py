@@ -1,7 +1,9 @@
 """docs/performance.md, the page of the scaling model, the README's table and all figures.
 
-python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --output docs/performance.md \\
-    --readme README.md
+    fusedacl bench report
+    python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --readme README.md
+
+Result files of every machine are folded in, those of sessions on a GPU too.
 """
 
 import argparse
@@ -19,28 +21,38 @@ from .cases import cases_section, growth_section
 from .exits import exits_section
 from .headline import headline, write_headline
 from .scaling import MODEL_PAGE, model_page, scaling_section
+from .session import session_section, steps_section
 from .step import step_section
 from .summary import introduction
 
-SUITES = ("loss", "angle", "growth", "step", "exits", "scaling")
+SUITES = ("session", "loss", "angle", "growth", "step", "steps", "exits", "scaling")
 ROOFLINE = "roofline"
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command: 0, or 2 for a mistake in the arguments."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "directories", nargs="+", type=Path, help="benchmarks/results/<machine>, one or more"
-    )
+        "directories", nargs="*", type=Path, metavar="DIRECTORY",
+        help="benchmarks/results/<machine> (default: of all machines)",
+    )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, required=True, help=f"the page to write, with {MODEL_PAGE} beside it"
-    )
+        "--output", type=Path, default=ROOT / "docs" / "performance.md", metavar="PAGE",
+        help=f"the page to write, with {MODEL_PAGE} beside it (default: docs/performance.md)",
+    )  # fmt: skip
     parser.add_argument("--readme", type=Path, help="file with markers for the short table")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     try:
         require_matplotlib()
-        results = read_directories(arguments.directories)
+        directories = arguments.directories or sorted(p for p in RESULTS.glob("*") if p.is_dir())
+        results = read_directories(directories)
+        if not any(results.values()):
+            where = ", ".join(map(str, directories)) or RESULTS
+            raise ValueError(f"{where}: no result file; fusedacl bench writes them.")
         draw(results)
         beside = arguments.output.parent
         write_whole(arguments.output, page(results, beside))
@@ -96,7 +108,7 @@ def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
     parts = introduction({path.name: found for path, found in results.items()})
     for directory, found in results.items():
         parts += ["", f"## Machine `{directory.name}`"]
-        steps = [name for name in found if name.startswith("step")]
+        steps = [name for name in found if name.partition("_")[0] == "step"]
         for name, result in found.items():
             figure = _link(directory / f"{name}.png", beside)
             if name == "growth":
@@ -105,7 +117,10 @@ def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
                 shown = figure if step_figure.with_parts(result) else None
                 section = step_section(result, shown, explain=name == steps[0])
             else:
-                sections = {"exits": exits_section, "scaling": scaling_section}
+                sections = {
+                    "session": session_section, "steps": steps_section, "exits": exits_section,
+                    "scaling": scaling_section,
+                }  # fmt: skip
                 section = sections.get(name, cases_section)(result)
             parts += ["", *section, "", _provenance(result["environment"])]
         if _results_with_points(found):

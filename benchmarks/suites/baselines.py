@@ -129,6 +129,57 @@ def cut_log_sum_exp() -> Callable[[Tensor], Tensor]:
     return log_sum_exp
 
 
+def memeff_mean_log_sum_exp() -> Callable[[Tensor, float], Tensor]:
+    """mean_i of log sum_k exp(z_i . z_k / temperature) by memeff's two-sided CLIP loss.
+
+    Unit rows stand on both sides, whose losses are then equal; |z_i|^2 / temperature is added back.
+    """
+    from memeff import MemoryEfficientCLIPLoss
+
+    def mean_log_sum_exp(z: Tensor, temperature: float) -> Tensor:
+        loss = MemoryEfficientCLIPLoss(temperature, normalized_inputs=True, stable=False)
+        return loss(z, z) + z.float().square().sum(1).mean() / temperature
+
+    return mean_log_sum_exp
+
+
+def supcon_by_mean_log_sum_exp(
+    mean_log_sum_exp: Callable[[Tensor, float], Tensor],
+    embeddings: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    temperature: float = 0.5,
+) -> Tensor:
+    """The loss (denominator "all", mean) from a loss that has a mean over all rows only.
+
+    Every row must have a positive. Positives come from class sums.
+    """
+    z = torch.nn.functional.normalize(embeddings.float(), dim=1)
+    sums = z.new_zeros(num_classes, z.shape[1]).index_add(0, labels, z)
+    num_members = z.new_zeros(num_classes).index_add_(0, labels, torch.ones_like(z[:, 0]))
+    positives = ((sums[labels] - z) * z).sum(1) / (num_members[labels] - 1)
+    everything = mean_log_sum_exp(z.to(embeddings.dtype), temperature)
+    return everything.float() - positives.mean() / temperature
+
+
+def siglip_plus() -> Callable[[Tensor, Tensor, int, float], Tensor]:
+    """siglip-kernel's sigmoid loss of rows with themselves; rows of one class are positives.
+
+    With unit rows, s_ij = z_i . z_j / temperature and n_i the size of i's class: the mean over all
+    pairs of log(1 + exp(s_ij)) or, for a positive pair, of log(1 + exp(-s_ij)) / n_i.
+    """
+    from siglip_kernel import fused_siglip_plus_loss
+
+    def loss(rows: Tensor, labels: Tensor, num_classes: int, temperature: float) -> Tensor:
+        z = torch.nn.functional.normalize(rows, dim=1)
+        scale = torch.full((), -math.log(temperature), device=rows.device)
+        return fused_siglip_plus_loss(
+            z, z, scale, torch.zeros_like(scale), labels, labels, num_groups=num_classes
+        )
+
+    return loss
+
+
 def supcon_by_log_sum_exp(
     log_sum_exp: Callable[[Tensor], Tensor],
     embeddings: Tensor,
@@ -232,6 +283,21 @@ def stacked_pcgrad(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
     jacobian = torch.stack([torch.cat([x.reshape(-1) for x in tensors]) for tensors in (a, b)])
     return PCGrad()(jacobian)
+
+
+def gramian_pcgrad(a: Sequence[Tensor], b: Sequence[Tensor]) -> list[Tensor]:
+    """TorchJD's PCGrad from the sum of the tensors' Gramians, without one Jacobian of them all.
+
+    Each tensor's Jacobian [2, ...] is stacked here, as TorchJD's backward pass leaves it.
+    """
+    from torchjd.aggregation import PCGrad
+    from torchjd.autojac import jac_to_grad
+
+    parameters = [x.detach().requires_grad_() for x in a]
+    for parameter, x, y in zip(parameters, a, b, strict=True):
+        parameter.jac = torch.stack([x, y])  # type: ignore[attr-defined]
+    jac_to_grad(parameters, PCGrad(), optimize_gramian_computation=True)
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
 def apex_dot_norm(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,8 @@
     python -m fusedacl.kernels.targets --help
 
 Reads from each binary what decides whether it runs well. Exits with status 1 if one does not
-compile, spills registers, exceeds the shared memory, or lacks promised matrix instructions.
+compile, spills registers, exceeds the shared memory, lacks promised matrix instructions, or has
+matrix instructions that the assembler makes wait for each other.
 
 Uses the Triton that Python finds first; to use another one:
 
@@ -25,7 +26,7 @@ from ..support.machine import interpreting, version_obstacle
 from ..support.names import check_name
 from .chips import CHIPS
 from .compilation import choose_pairs, list_tasks, measure
-from .limits import find_failures, is_unknown
+from .limits import find_failures, is_unknown, triton_serializes
 from .tables import markdown, markdown_cells, print_table, read_cells, replace_generated
 
 # The Triton files by the names of their operators; each has a function `variants(capability)`.
@@ -122,11 +123,12 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
     outcomes = measure(tasks, arguments.jobs)
 
     heading = f"Triton {triton.__version__}, {len(tasks)} compilations."
-    failures, unknown = [], set()
+    failures, unknown, serialized = [], set(), 0
     for task, outcome in zip(tasks, outcomes, strict=True):
         place = f"{task.file}, {task.variant.name}, sm_{task.capability}"
         found = find_failures(task, outcome, keep_exceptions=arguments.keep_exceptions)
         failures += [f"{place}: {failure}" for failure in found]
+        serialized += not isinstance(outcome, str) and bool(outcome.serialized)
         if is_unknown(task, outcome):
             unknown.add(f"sm_{task.capability}")
     if arguments.write is not None:
@@ -153,6 +155,8 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
     if unknown:
         names = ", ".join(sorted(unknown))
         print(f"not compiled, because this assembler does not know it: {names}")
+    if serialized and triton_serializes():
+        print(f"wait for their own matrix products, as this Triton compiles them: {serialized}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{heading[:-1]}: {f'{len(failures)} failures' if failures else 'all as promised'}")

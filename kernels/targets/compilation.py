@@ -41,6 +41,7 @@ class Resources:
     shared: bytes of shared memory per block.
     matrix: number of matrix instructions in the code (mma, wgmma, tcgen05).
     loads, wide_loads: load instructions from global memory, and those of 16 bytes or more.
+    serialized: the assembler's reason for wgmma instructions that wait for each other, or "".
     """
 
     registers: int
@@ -49,6 +50,7 @@ class Resources:
     matrix: int
     loads: int
     wide_loads: int
+    serialized: str = ""
 
 
 # The result of a task: its resources, or why it does not compile.
@@ -99,14 +101,12 @@ def compile_variant(task: Task) -> tuple[bytes, str, int]:
 def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int) -> Resources:
     import triton
 
-    # From Triton's own package, so that its version matches the assembler's.
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        listing = subprocess.run(
-            [tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True
-        ).stdout
+        # From Triton's own package, so that its version matches the assembler's.
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        listing = run_tool(tool, "--dump-resource-usage", file.name)
     usage = parse_usage(listing)
     static_shared = usage["SHARED"]
     if capability >= 90 and static_shared > 0:
@@ -114,7 +114,39 @@ def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int
         static_shared -= CHIPS[capability].shared_reserved
     spilled, shared = usage["STACK"] + usage["LOCAL"], static_shared + dynamic_shared
     matrix = count_matrix_instructions(ptx)
-    return Resources(usage["REG"], spilled, shared, matrix, *count_loads(ptx))
+    return Resources(
+        usage["REG"], spilled, shared, matrix, *count_loads(ptx), find_serialization(ptx)
+    )
+
+
+def run_tool(tool: str | Path, *arguments: str) -> str:
+    """Return what a tool prints on both streams."""
+    done = subprocess.run([tool, *arguments], check=True, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def find_serialization(ptx: str) -> str:
+    """Return why the assembler makes wgmma instructions wait for each other, or "".
+
+    It says so in a message (C7510, C7515, ...) and goes on; Triton drops what it prints, and keeps
+    binaries, so it is called once more.
+    """
+    target = re.search(r"^\s*\.target\s+(sm_(\d+)\w*)", ptx, re.MULTILINE)
+    if target is None or "wgmma.mma_async" not in ptx:
+        return ""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    found = get_ptxas(int(target[2]))
+    # A path and a version until 3.3.
+    assembler = found[0] if isinstance(found, tuple) else found.path
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.ptx")
+        source.write_text(ptx, encoding="utf-8")
+        printed = run_tool(
+            assembler, f"--gpu-name={target[1]}", str(source), "--output-file", f"{source}.cubin"
+        )
+    said = re.search(r"wgmma\.mma_async instructions are serialized(?: due to)? ?(.*)", printed)
+    return "" if said is None else said[1].strip() or "it gives no reason"
 
 
 def parse_usage(listing: str) -> dict[str, int]:

@@ -1,13 +1,13 @@
 """A few small shapes of every kernel against float64, in a process of its own.
 
-    PYTHONPATH=tests/support python tests/gpu/small_grid.py [--as_volta] [supcon_small] [tiled] ...
+    PYTHONPATH=tests/support python tests/gpu/small_grid.py [--as_volta] [--few] [supcon_small] ...
 
 Stops with an error at the first wrong result. Without a GPU, Triton's interpreter runs fewer shapes
 on the CPU (TRITON_INTERPRET=1).
 
 With --as_volta the kernels are compiled for compute capability 7.0, and the driver turns their PTX
 into code for the GPU that is there: the program of a V100, run elsewhere. The names of the compiled
-kernels are printed.
+kernels are printed. With --few every kernel runs in few compilations: a smoke test.
 """
 
 import argparse
@@ -29,19 +29,22 @@ LOSSES: dict[str, tuple[str, tuple[int, ...]]] = {
 
 
 def main() -> None:
-    checks = {
-        **{name: partial(check_losses, name) for name in LOSSES},
-        "gradients": check_gradients,
-    }
+    names = (*LOSSES, "gradients")
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--as_volta", action="store_true")
-    parser.add_argument("names", nargs="*", choices=checks)
+    parser.add_argument("--few", action="store_true")
+    parser.add_argument("names", nargs="*", choices=names)
     arguments = parser.parse_args()
+    checks = {
+        **{name: partial(check_losses, name, few=arguments.few) for name in LOSSES},
+        "gradients": partial(check_gradients, few=arguments.few),
+    }
     compiled: list[str] = []
     if arguments.as_volta:
         compile_for_volta(compiled)
     torch.manual_seed(0)
-    for name in arguments.names or checks:
+    # A V100 has no kernel for large batches.
+    for name in arguments.names or [name for name in names if can_run(name)]:
         checks[name]()
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -67,7 +70,12 @@ def compile_for_volta(compiled: list[str]) -> None:
     backends["nvidia"].compiler.make_cubin = keep_ptx
 
 
-def check_losses(name: str) -> None:
+def can_run(name: str) -> bool:
+    has_matrix_unit = DEVICE.type == "cpu" or torch.cuda.get_device_capability() >= (8, 0)
+    return has_matrix_unit or name != "supcon_fused"
+
+
+def check_losses(name: str, *, few: bool) -> None:
     from contrastive_cases import DENOMINATORS, REDUCTIONS, check_error, make_inputs
     from fusedacl.kernels.contrastive import dispatch
     from fusedacl.kernels.contrastive.gpu import small_batches
@@ -84,31 +92,33 @@ def check_losses(name: str) -> None:
     ]
     if DEVICE.type == "cpu":
         sizes = sizes[:2]
+    if few:
+        sizes, kinds = sizes[1:2], kinds[-1:]
     # Two combinations per shape, in turn: all of them would take hours under a sanitizer.
     combinations = itertools.cycle(itertools.product(DENOMINATORS, REDUCTIONS))
-    for num_samples, kind, dtype in itertools.product(sizes, kinds, dtypes_here()):
+    for num_samples, kind, dtype in itertools.product(sizes, kinds, dtypes_here(few)):
         inputs = make_inputs(num_samples, width=20, dtype=dtype, device=DEVICE.type, **kind)
         labels = torch.randint(kind["num_labels"] or 4, (num_samples,), device=DEVICE)
-        for denominator, reduction in itertools.islice(combinations, 2):
+        for denominator, reduction in itertools.islice(combinations, 1 if few else 2):
             check_error(inputs, labels, impl=impl, denominator=denominator, reduction=reduction)
 
 
-def dtypes_here() -> tuple[torch.dtype, ...]:
-    """Dtypes to check: without bfloat16 on a V100, float32 alone on the CPU."""
+def dtypes_here(few: bool) -> tuple[torch.dtype, ...]:
+    """Dtypes to check: bfloat16 only where a GPU has it, float32 alone on the CPU."""
     if DEVICE.type == "cpu":
         return (torch.float32,)
     both = (torch.float16, torch.float32)
     has_bfloat16 = torch.cuda.get_device_capability() >= (8, 0)
-    return (*both, torch.bfloat16) if has_bfloat16 else both
+    return (*both, torch.bfloat16) if has_bfloat16 and not few else both
 
 
-def check_gradients() -> None:
+def check_gradients(*, few: bool) -> None:
     from fusedacl.kernels import grad_dot_norm
     from gradient_cases import check_combination
 
     shapes = ((300, 70), (1,), (0,), (16384,), (20000,), (7, 5))
     groups = [0, 1, 1, 2, 0, 3]
-    for dtype, other in itertools.product(dtypes_here(), dtypes_here()):
+    for dtype, other in itertools.product(dtypes_here(few), repeat=2):
         a = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
         b = [torch.randn(shape, device=DEVICE).to(other) for shape in shapes]
         # An address that is not a multiple of 16, and a transposed tensor.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,8 +94,27 @@ def _of_gate() -> list[Provider]:
             lambda case: 5 * case.elements * case.torch_dtype.itemsize,
             lambda case, device: missing("torchjd", "torchjd"),
         ),
+        _provider(
+            "TorchJD PCGrad, Gramian by tensor",
+            lambda inputs: baselines.gramian_pcgrad(inputs.a, inputs.b),
+            PCGRAD,
+            # The Jacobians and the result.
+            lambda case: 3 * case.elements * case.torch_dtype.itemsize,
+            _gramian_obstacle,
+        ),
         _provider("unscale and clip alone", _unscale_and_clip, CLIPPED, _little),
     ]
+
+
+def _gramian_obstacle(case: "AngleCase", device: torch.device) -> str | None:
+    reason = missing("torchjd", "torchjd")
+    if reason is None:
+        from torchjd import autojac
+
+        found = getattr(autojac, "jac_to_grad", None)
+        if found is None or "optimize_gramian_computation" not in signature(found).parameters:
+            return "this torchjd has no optimize_gramian_computation. Run: pip install -U torchjd"
+    return reason
 
 
 def _unscale_and_clip(inputs: "AngleInputs") -> None:

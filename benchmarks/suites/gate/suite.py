@@ -82,6 +82,8 @@ class AngleSuite:
         else:
             few = _few(inputs)
             returned = call(few)
+            if isinstance(returned, list):
+                returned = _flat(returned)
             found = few.a if len(exact) > 1 else [returned]
         return max(map(relative_error, found, exact))
 

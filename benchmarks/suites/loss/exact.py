@@ -22,6 +22,8 @@ ALL, OTHERS, OTHERS_ALL_ROWS = (
     "other rows, mean of anchors",
     "other rows, mean of all rows",
 )
+# Not a loss over rows, but something else in its place: SigLIP with several positives.
+SIGMOIDS = "sigmoids of all pairs, mean of pairs"
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,51 @@ def exact_in_blocks(
         along = (of_z * z[part]).sum(1, keepdim=True)
         gradients.append((of_z - along * z[part]) / norm[part])
     return Exact(loss, rows, torch.cat(gradients))
+
+
+def sigmoids_in_blocks(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    temperature: float,
+    num_checked: int = NUM_CHECKED,
+    num_trained: int | None = None,
+) -> Exact:
+    """The mean over all pairs of log(1 + exp(s)), or of log(1 + exp(-s)) / n for the n of a class.
+
+    Rows [M, d] stand on both sides; s is their cosine over the temperature.
+    """
+    x = embeddings.double()
+    norm = x.norm(dim=1, keepdim=True)
+    z = x / norm
+    num_rows = z.shape[0]
+    everything = torch.arange(num_rows, device=z.device)
+    block = max(1, min(num_rows, BLOCK_PAIRS // num_rows))
+    weight = 1 / torch.bincount(labels)[labels].double()
+
+    def pairs(part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Similarities, sign and weight of each pair of these rows with all rows."""
+        positive = labels[part, None] == labels
+        return (
+            (z[part] @ z.T) / temperature,
+            torch.where(positive, -1.0, 1.0),
+            torch.where(positive, weight[part, None], 1.0),
+        )
+
+    loss = z.new_zeros(())
+    for part in everything.split(block):
+        similarity, sign, of_pair = pairs(part)
+        loss += (torch.nn.functional.softplus(sign * similarity) * of_pair).sum()
+    trained = everything[:num_trained]
+    rows = trained[:: max(1, len(trained) // num_checked)]
+    gradients = []
+    for part in rows.split(block):
+        similarity, sign, of_pair = pairs(part)
+        # A row is on both sides.
+        of_z = 2 / temperature * (torch.sigmoid(sign * similarity) * sign * of_pair) @ z
+        along = (of_z * z[part]).sum(1, keepdim=True)
+        gradients.append((of_z - along * z[part]) / norm[part])
+    return Exact(loss / num_rows**2, rows, torch.cat(gradients) / num_rows**2)
 
 
 def exponentials(z: Tensor, rows: Tensor, temperature: float, without_itself: bool) -> Tensor:

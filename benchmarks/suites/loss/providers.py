@@ -16,7 +16,7 @@ from ....kernels import acl_cl_loss, acl_loss, supcon_loss
 from ....kernels.contrastive.dispatch import Workload, choose, obstacle, triton_file
 from .. import baselines
 from ..suite import Call, Provider, missing
-from .exact import ALL, OTHERS, OTHERS_ALL_ROWS
+from .exact import ALL, OTHERS, OTHERS_ALL_ROWS, SIGMOIDS
 
 if TYPE_CHECKING:
     from .case import LossCase, LossInputs
@@ -81,6 +81,14 @@ def providers(case: "LossCase", device: torch.device) -> list[Provider]:
         _by_rows(
             "cut-cross-entropy", lambda: _by_log_sum_exp(baselines.cut_log_sum_exp()), OTHERS,
             _linear, _cut_obstacle,
+        ),
+        _by_rows(
+            "memeff", lambda: _by_mean(baselines.memeff_mean_log_sum_exp()), ALL, _linear,
+            partial(_on_gpu, "memeff"),
+        ),
+        _by_rows(
+            "siglip-kernel", lambda: _sigmoids(baselines.siglip_plus()), SIGMOIDS, _linear,
+            partial(_on_gpu, "siglip-kernel"),
         ),
     ]  # fmt: skip
 
@@ -181,6 +189,19 @@ def _by_log_sum_exp(log_sum_exp: Callable[[Tensor], Tensor]) -> RowLoss:
         return baselines.supcon_by_log_sum_exp(log_sum_exp, rows, labels, num_classes, TEMPERATURE)
 
     return loss
+
+
+def _by_mean(mean_log_sum_exp: Callable[[Tensor, float], Tensor]) -> RowLoss:
+    def loss(rows: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+        return baselines.supcon_by_mean_log_sum_exp(
+            mean_log_sum_exp, rows, labels, num_classes, TEMPERATURE
+        )
+
+    return loss
+
+
+def _sigmoids(siglip: Callable[[Tensor, Tensor, int, float], Tensor]) -> RowLoss:
+    return lambda rows, labels, num_classes: siglip(rows, labels, num_classes, TEMPERATURE)
 
 
 def _on_gpu(name: str, case: "LossCase", device: torch.device) -> str | None:

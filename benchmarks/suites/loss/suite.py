@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,14 @@ from ...floors.loss import loss_floor
 from ...floors.rates import Floor, Rates
 from ..suite import Call, Provider
 from .case import LossCase, LossInputs
-from .exact import BLOCK_PAIRS, Exact, error_of, exact_in_blocks
+from .exact import (
+    BLOCK_PAIRS,
+    SIGMOIDS,
+    Exact,
+    error_of,
+    exact_in_blocks,
+    sigmoids_in_blocks,
+)
 from .providers import TEMPERATURE, providers
 
 # Relative to float64. Ours only rounds its result to the dtype; the others compute in the dtype.
@@ -67,9 +75,12 @@ class LossSuite:
     def exact(self, formula: str, case: LossCase, inputs: LossInputs) -> list[Exact]:
         """Loss and gradient of each exit."""
         labels = _row_labels(inputs, case)
+        exact: Callable[..., Exact] = (
+            sigmoids_in_blocks if formula == SIGMOIDS else partial(exact_in_blocks, formula=formula)
+        )
         return [
-            exact_in_blocks(
-                torch.cat([rows, *inputs.teachers]), labels, formula, temperature=TEMPERATURE,
+            exact(
+                torch.cat([rows, *inputs.teachers]), labels, temperature=TEMPERATURE,
                 num_trained=case.num_trained,
             )
             for rows in _rows(inputs.leaves)

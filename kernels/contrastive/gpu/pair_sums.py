@@ -32,8 +32,11 @@ from torch import Tensor
 from ...support.variant import Variant, make_variant
 from .tiles import ONE_CHUNK, PADDED_ROWS, Tile, shipped
 
-# Below this number of programs per multiprocessor the columns are split; limits of a split.
+# A multiprocessor needs this number of programs to hide their waiting. What a program does once,
+# before and after its blocks of columns, is taken to last as long as this number of blocks.
 PROGRAMS_PER_MULTIPROCESSOR = 2
+BLOCKS_AROUND = 1
+# Limits of a split.
 MAX_SPLITS = 32
 MAX_PARTIAL_BYTES = 32 * 1024 * 1024
 
@@ -289,16 +292,35 @@ def pair_gradient(
 def split_columns(
     num_programs: int, num_columns: int, tile: Tile, partial_bytes: int, device: torch.device
 ) -> tuple[int, int]:
-    """Return the number of splits that fills the GPU, and the blocks of columns in each split.
+    """Return the number of splits that keeps the GPU busy, and the blocks of columns in each.
 
     partial_bytes: size of the result, which every split writes separately.
     """
-    num_blocks = triton.cdiv(num_columns, tile.columns)
-    wanted = PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors(device) // max(1, num_programs)
+    num_blocks = max(1, triton.cdiv(num_columns, tile.columns))
     affordable = MAX_PARTIAL_BYTES // max(1, partial_bytes)
-    num_splits = max(1, min(wanted, affordable, MAX_SPLITS, num_blocks))
-    blocks_per_split = max(1, triton.cdiv(num_blocks, num_splits))
-    return max(1, triton.cdiv(num_blocks, blocks_per_split)), blocks_per_split
+    most = max(1, min(affordable, MAX_SPLITS, num_blocks))
+    return balanced_split(num_programs, num_blocks, most, num_multiprocessors(device))
+
+
+@functools.cache
+def balanced_split(
+    num_programs: int, num_blocks: int, most: int, multiprocessors: int
+) -> tuple[int, int]:
+    """Return the split, into at most `most` parts, with which the last multiprocessor ends first.
+
+    Programs that run on a multiprocessor at once share it, so that the one with most of them is the
+    last: 128 programs on 108 multiprocessors keep them busy for 59 % of the time, 5 x 128 for 99 %.
+    """
+
+    def cost(num_splits: int) -> int:
+        blocks = triton.cdiv(num_blocks, num_splits)
+        launched = num_programs * triton.cdiv(num_blocks, blocks)
+        load = max(PROGRAMS_PER_MULTIPROCESSOR, triton.cdiv(launched, multiprocessors))
+        return load * (blocks + BLOCKS_AROUND)
+
+    # The fewest of several that are equal.
+    blocks_per_split = triton.cdiv(num_blocks, min(range(1, most + 1), key=cost))
+    return triton.cdiv(num_blocks, blocks_per_split), blocks_per_split
 
 
 @functools.cache

@@ -141,6 +141,59 @@ def test_pcgrad_projects_gradients_that_conflict() -> None:
     pytest.importorskip("torchjd", reason="torchjd is not installed (extra `bench`)")
     a, b = [torch.tensor([1.0, 0.0])], [torch.tensor([-1.0, 1.0])]
     torch.testing.assert_close(baselines.stacked_pcgrad(a, b), torch.tensor([0.5, 1.5]))
+    a, b = gradients(torch.float32)
+    b[0] = -b[0]
+    by_tensor = torch.cat([each.flatten() for each in baselines.gramian_pcgrad(a, b)])
+    torch.testing.assert_close(by_tensor, baselines.stacked_pcgrad(a, b), rtol=1e-4, atol=1e-4)
+    # The case's own gradients are left alone.
+    assert not any(x.requires_grad or hasattr(x, "jac") for x in (*a, *b))
+
+
+def test_a_mean_over_all_rows_by_memeff(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the formula of its CLIP loss in place of its kernels, which need a GPU."""
+
+    class Clip:
+        def __init__(self, temperature: float, *, normalized_inputs: bool, stable: bool) -> None:
+            assert normalized_inputs and not stable
+            self.temperature = temperature
+
+        def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+            logits = x @ y.T / self.temperature
+            everything = logits.logsumexp(0) + logits.logsumexp(1)
+            return (everything / 2 - logits.diagonal()).mean()
+
+    monkeypatch.setitem(sys.modules, "memeff", SimpleNamespace(MemoryEfficientCLIPLoss=Clip))
+    embeddings, labels = batch(37)
+    rows = embeddings.clone().requires_grad_()
+    mean = baselines.memeff_mean_log_sum_exp()
+    loss = baselines.supcon_by_mean_log_sum_exp(mean, rows, labels, 5)
+    wanted = exact(embeddings, labels, ALL)
+    gradient = torch.autograd.grad(loss, rows)[0]
+    assert exact_loss.error_of(loss, gradient, 1.0, wanted) < 1e-5
+
+
+def test_sigmoids_by_siglip_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its documented formula in place of its kernels, which need a GPU."""
+
+    def plus(
+        rows: Tensor, others: Tensor, log_scale: Tensor, bias: Tensor, of_row: Tensor,
+        of_other: Tensor, *, num_groups: int,
+    ) -> Tensor:  # fmt: skip
+        positive = (of_row[:, None] == of_other).to(rows.dtype)
+        weight = torch.where(positive > 0, positive / positive.sum(1, keepdim=True), 1.0)
+        logits = rows @ others.T * log_scale.exp() + bias
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, positive, weight)
+
+    monkeypatch.setitem(sys.modules, "siglip_kernel", SimpleNamespace(fused_siglip_plus_loss=plus))
+    embeddings, labels = batch(37)
+    rows = embeddings.clone().requires_grad_()
+    loss = baselines.siglip_plus()(rows, labels, 5, 0.5)
+    gradient = torch.autograd.grad(loss, rows)[0]
+    for num_pairs in (37 * 5, 2**25):
+        monkeypatch.setattr(exact_loss, "BLOCK_PAIRS", num_pairs)
+        wanted = exact_loss.sigmoids_in_blocks(embeddings, labels, temperature=0.5, num_trained=30)
+        assert wanted.rows.max() == 29
+        assert exact_loss.error_of(loss, gradient, 1.0, wanted) < 1e-5
 
 
 def test_apex_s_norms(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,67 @@ def test_instructions_are_counted_in_ptx() -> None:
     assert compilation.count_matrix_instructions(ptx) == 3
 
 
+# A product whose sums are in registers while a function is called.
+SERIALIZED = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.func (.param .f32 result) call (.param .f32 x)
+{
+    .reg .f32 %f<4>;
+    .reg .pred %p<2>;
+    ld.param.f32 %f1, [x];
+    setp.lt.f32 %p1, %f1, 0f00000000;
+    mul.f32 %f2, %f1, %f1;
+    @%p1 bra $end;
+    { .param .f32 y; .param .f32 z; st.param.f32 [y], %f1; call.uni (z), call, (y);
+      ld.param.f32 %f2, [z]; }
+$end:
+    st.param.f32 [result], %f2;
+    ret;
+}
+.visible .entry product(.param .u64 target)
+.reqntid 128
+{
+    .reg .b64 %rd<3>;
+    .reg .f32 %f<6>;
+    ld.param.u64 %rd1, [target];
+    mov.b64 %rd2, 1;
+    mov.f32 %f1, 0f00000000; mov.f32 %f2, %f1; mov.f32 %f3, %f1; mov.f32 %f4, %f1;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16
+      {%f1, %f2, %f3, %f4}, %rd2, %rd2, 1, 1, 1, 0, 0;
+    wgmma.commit_group.sync.aligned;
+    CALL
+    wgmma.wait_group.sync.aligned 0;
+    st.global.v4.f32 [%rd1], {%f1, %f2, %f3, %f4};
+    ret;
+}
+"""
+CALL = (
+    "{ .param .f32 y; .param .f32 z; st.param.f32 [y], 0f3F800000; call.uni (z), call, (y); "
+    "ld.param.f32 %f5, [z]; }"
+)
+
+
+def test_products_that_wait_for_each_other_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "triton_version", lambda: (3, 4))
+    assert compilation.find_serialization(SERIALIZED.replace("CALL", "")) == ""
+    assert compilation.find_serialization(SERIALIZED.replace("wgmma.mma_async", "other")) == ""
+    reason = compilation.find_serialization(SERIALIZED.replace("CALL", CALL))
+    assert "calls in the function" in reason
+    resources = Resources(96, 0, 1024, matrix=1, loads=0, wide_loads=0, serialized=reason)
+    (failure,) = limits.find_failures(
+        Task("file", 90, copying("copy")), resources, keep_exceptions=False
+    )
+    assert "wait for each other" in failure and reason in failure
+    # Triton 3.3 does so by itself.
+    monkeypatch.setattr(limits, "triton_version", lambda: (3, 3))
+    assert not limits.find_failures(
+        Task("file", 90, copying("copy")), resources, keep_exceptions=False
+    )
+
+
 def test_markdown_has_a_row_per_variant_and_a_column_per_gpu() -> None:
     sound = Resources(registers=96, spilled=0, shared=32 * 1024, matrix=8, loads=4, wide_loads=4)
     spilled = Resources(registers=255, spilled=16, shared=0, matrix=0, loads=4, wide_loads=4)

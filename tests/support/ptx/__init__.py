@@ -6,7 +6,7 @@ machine: the threads of a launch, their control flow and barriers.
 memory: bounds, alignment, races and uninitialised reads of each access.
 counts: the work of a launch, by unit of a multiprocessor.
 driver: Triton's driver, whose launches run here.
-kernels: the project's kernels with that driver; `python -m ptx` prints their counts.
+kernels: the project's kernels with that driver; kernel_counts counts their work.
 snippets: a few instructions as a kernel, for the machine's own tests.
 pytest_plugin: the kernels' tests on this machine.
 """

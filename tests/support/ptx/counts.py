@@ -19,8 +19,8 @@ FP32_PIPE = {"fma", "add", "sub", "mul"}
 class Counts:
     """Sums over all warps and launches of a kernel.
 
-    instructions, fma, fp32, special: instructions issued to warps: all, fused multiply-adds in
-        float32, all on the fp32 pipe, special functions.
+    instructions, fma, fp32, special, matrix: instructions issued to warps: all, fused multiply-adds
+        in float32, all on the fp32 pipe, special functions, matrix products.
     barriers: passed by blocks.
     shared_passes: cycles of shared memory (32 banks of 4 bytes), a warp's accesses of 8 and 16
         bytes taken in 2 and 4 parts; least_shared_passes: if the parts were taken together. An
@@ -33,6 +33,7 @@ class Counts:
     fma: int = 0
     fp32: int = 0
     special: int = 0
+    matrix: int = 0
     barriers: int = 0
     shared_passes: int = 0
     least_shared_passes: int = 0
@@ -51,6 +52,7 @@ class Counts:
             each.name in FP32_PIPE and each.suffixes[-1] == "f32" for each in issued
         )
         self.special += num_warps * sum(map(is_special, issued))
+        self.matrix += num_warps * sum(each.name == "mma" for each in issued)
 
     def count_sectors(self, thread: Array, address: Array, size: int) -> None:
         """An access to global memory by these threads."""

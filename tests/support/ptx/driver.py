@@ -19,7 +19,7 @@ from .translation import Code, translate
 from .warps import WARP
 
 # Bytes of shared memory that a block may have, by compute capability.
-MAX_SHARED = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10}
+MAX_SHARED = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10}
 # Addresses are larger than numbers in tables.
 SMALLEST_ADDRESS = 1 << 20
 
@@ -48,7 +48,8 @@ def load(ptx: str) -> Code:
 class Driver:
     """The functions that Triton calls, and the counts of the launches so far by kernel.
 
-    rewrite: changes a kernel's PTX before it runs.
+    capability: may be changed between launches, and is Triton's number of the device, by which it
+    keeps what it has compiled. rewrite: changes a kernel's PTX before it runs.
     """
 
     def __init__(self, capability: int, options: dict[str, bool]) -> None:
@@ -67,13 +68,13 @@ class Driver:
         return torch.device("cpu")
 
     def get_current_device(self) -> int:
-        return 0
+        return self.capability
 
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": MAX_SHARED[self.capability]}
+        return {"max_shared_mem": MAX_SHARED[device]}
 
     def load_binary(
         self, name: str, binary: bytes, shared: int, device: int

@@ -25,7 +25,7 @@ def run_on_machine(capability: int, **options: bool) -> Driver:
     TRITON_CACHE_DIR must name a directory without binaries.
     """
     driver = install(capability, **options)
-    replace_everywhere(machine.capability, lambda device: capability)
+    replace_everywhere(machine.capability, lambda device: driver.capability)
     for name in ("empty", "empty_like", "empty_strided"):
         setattr(torch, name, poisoned(getattr(torch, name)))
     Tensor.new_empty = poisoned(Tensor.new_empty)
