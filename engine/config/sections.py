@@ -121,7 +121,7 @@ class TrainingDataOptions(DataOptions):
     max_train_samples: int | None = option(
         None, "train on the first samples of the split only", at_least=1
     )
-    samples_per_class: int | None = option(
+    max_train_samples_per_class: int | None = option(
         None,
         "train on at most this many texts of each class, drawn with --subset_seed",
         at_least=1,
@@ -135,7 +135,7 @@ class TrainingDataOptions(DataOptions):
     )
     subset_seed: int | None = option(
         None,
-        "seed of --samples_per_class and --validation_split_percentage; unset: --seed",
+        "seed of --max_train_samples_per_class and --validation_split_percentage; unset: --seed",
         at_least=0,
         at_most=MAX_SEED,
     )

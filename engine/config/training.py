@@ -201,16 +201,16 @@ class TrainingConfig:
                 f"validation_split_percentage={held_out} and validation_file are both given: "
                 "evaluate on one of them."
             )
-        if data.samples_per_class is not None and data.max_train_samples is not None:
+        if data.max_train_samples_per_class is not None and data.max_train_samples is not None:
             raise ValueError(
-                f"samples_per_class={data.samples_per_class} and "
+                f"max_train_samples_per_class={data.max_train_samples_per_class} and "
                 f"max_train_samples={data.max_train_samples} are both given: keep one."
             )
-        if data.samples_per_class is None and held_out is None:
+        if data.max_train_samples_per_class is None and held_out is None:
             if data.subset_seed is not None:
                 raise ValueError(
-                    f"subset_seed={data.subset_seed} draws nothing: set samples_per_class or "
-                    "validation_split_percentage, or leave it out."
+                    f"subset_seed={data.subset_seed} draws nothing: set "
+                    "max_train_samples_per_class or validation_split_percentage, or leave it out."
                 )
             return data
         if data.subset_seed is not None:

@@ -10,6 +10,7 @@ import pyarrow as pa
 from ..config.sections import DataOptions, EvaluationDataOptions, TrainingDataOptions
 from ..runtime.text import did_you_mean
 from .columns import TextSplit, read_texts, unlabelled
+from .files.tables import read_table
 from .record import (
     Classes,
     DataRecord,
@@ -23,7 +24,6 @@ from .record import (
 )
 from .sources import DataSource, open_directory, open_files, open_hub, open_task
 from .subsets import draw_subsets
-from .tables import read_table
 from .tasks import QUICKSTART
 
 logger = logging.getLogger("fusedacl")
@@ -284,7 +284,7 @@ class _Reader:
         options, where = self.options, self.source.splits["train"].where
         whole = self.read("train")
         train, held_out = whole, None
-        limits = (options.samples_per_class, options.validation_split_percentage)
+        limits = (options.max_train_samples_per_class, options.validation_split_percentage)
         if limits != (None, None):
             per_class, percentage = limits
             seed = 42 if options.subset_seed is None else options.subset_seed

@@ -16,9 +16,10 @@ import pyarrow as pa
 
 from ..runtime.files import kind_of_file
 from ..runtime.text import did_you_mean
+from .files.tables import COMPRESSED, EXTENSIONS, check_file_exists, read_table, split_extension
+from .files.text_files import read_utf8
 from .quickstart import LABEL_NAMES, quickstart_splits
 from .record import LABEL_COLUMNS, Classes
-from .tables import COMPRESSED, EXTENSIONS, check_file_exists, read_table, split_extension
 from .tasks import (
     GLUE_REPOSITORY,
     GLUE_TASKS,
@@ -27,7 +28,6 @@ from .tasks import (
     check_not_excluded,
     task_metrics,
 )
-from .text_files import read_utf8
 
 SPLIT_NAMES = ("train", "validation", "test", "validation_matched", "validation_mismatched")
 # Names of the same splits in other collections.

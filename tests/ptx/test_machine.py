@@ -7,8 +7,8 @@ from ptx.driver import poison
 from ptx.machine import Deadlock
 from ptx.memory import Misaligned, OutOfBounds, Race, Uninitialized
 from ptx.program import PtxError, parse
+from ptx.snippets import lanes, run
 from ptx.warps import AbsentLanes
-from ptx_snippets import lanes, run
 
 # Each thread's own element of the first tensor, in %rd20.
 OWN = "mad.wide.u32 %rd20, %r0, 4, %rd0;"

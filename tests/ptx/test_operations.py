@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from ptx.operations import exp2, fused_multiply_add, to_bfloat16, to_tf32
-from ptx_snippets import lanes
+from ptx.snippets import lanes
 
 # The machine runs without NumPy's remarks on infinities.
 pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

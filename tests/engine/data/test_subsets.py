@@ -33,15 +33,15 @@ def counts(split: TextSplit) -> dict[int, int]:
 
 
 def test_texts_per_class(train_file: str) -> None:
-    data = load(train_file, samples_per_class=10, subset_seed=1)
+    data = load(train_file, max_train_samples_per_class=10, subset_seed=1)
     train = data.splits["train"]
     assert counts(train) == {0: 10, 1: 10, 2: 6}
     assert data.label_names == ["a", "b", "c"]
     numbers = [int(text.split()[1]) for text in train.first]
     assert numbers == sorted(numbers)
-    assert train == load(train_file, samples_per_class=10, subset_seed=1).splits["train"]
-    assert train != load(train_file, samples_per_class=10, subset_seed=2).splits["train"]
-    fewer = load(train_file, samples_per_class=3, subset_seed=1).splits["train"]
+    assert train == load(train_file, max_train_samples_per_class=10, subset_seed=1).splits["train"]
+    assert train != load(train_file, max_train_samples_per_class=10, subset_seed=2).splits["train"]
+    fewer = load(train_file, max_train_samples_per_class=3, subset_seed=1).splits["train"]
     assert counts(fewer) == {0: 3, 1: 3, 2: 3} and set(fewer.first) < set(train.first)
     assert f"{train_file}" in data.notes[0]
     assert "26 of 56 texts to train on, drawn with subset_seed=1" in data.notes[0]
@@ -55,10 +55,12 @@ def test_a_validation_split(train_file: str) -> None:
     assert not set(train.first) & set(held_out.first)
     alone = load(train_file, needs_train=False, validation_split_percentage=20, subset_seed=3)
     assert alone.splits == {"validation": held_out}
-    both = load(train_file, validation_split_percentage=20, samples_per_class=5, subset_seed=3)
+    both = load(
+        train_file, validation_split_percentage=20, max_train_samples_per_class=5, subset_seed=3
+    )
     assert both.splits["validation"] == held_out
     # The same texts are trained on with and without a validation split.
-    plain = load(train_file, samples_per_class=5, subset_seed=3)
+    plain = load(train_file, max_train_samples_per_class=5, subset_seed=3)
     assert both.splits["train"] == plain.splits["train"]
 
 
@@ -84,22 +86,22 @@ def test_the_seed_of_the_run_draws(train_file: str) -> None:
         )
         return config.resolved().data.subset_seed
 
-    assert resolved(samples_per_class=5, seed=7) == 7
-    assert resolved(samples_per_class=5, seed=7, subset_seed=8) == 8
+    assert resolved(max_train_samples_per_class=5, seed=7) == 7
+    assert resolved(max_train_samples_per_class=5, seed=7, subset_seed=8) == 8
     assert resolved(seed=7) is None
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"subset_seed": 1}, "subset_seed=1 draws nothing: set samples_per_class or"),
-        ({"samples_per_class": 0}, "samples_per_class=0"),
+        ({"subset_seed": 1}, "subset_seed=1 draws nothing: set max_train_samples_per_class"),
+        ({"max_train_samples_per_class": 0}, "max_train_samples_per_class=0"),
         ({"validation_split_percentage": 100}, "validation_split_percentage=100"),
         (
             {"validation_split_percentage": 10, "validation_file": "dev.csv"},
             "and validation_file are both given",
         ),
-        ({"samples_per_class": 5, "max_train_samples": 9}, "are both given: keep one"),
+        ({"max_train_samples_per_class": 5, "max_train_samples": 9}, "are both given: keep one"),
     ],
 )
 def test_options_that_contradict(train_file: str, options: dict[str, Any], words: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet
 import pytest
 from fusedacl.engine.data import load_splits
-from fusedacl.engine.data.tables import read_table
+from fusedacl.engine.data.files.tables import read_table
 
 TEXTS = ["a plain one", 'He said "no" to me', "two\nlines", 'a\ttab, "quoted"', '"Yes."', 'x"', "7"]
 READ_AS_CSV = ["fields in double quotes are read as in csv, without the quotes"]

@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from fusedacl.engine.data.tables import read_table
+from fusedacl.engine.data.files.tables import read_table
 
 ROWS = {"text": ["one, two", 'he said "no"', "2020-01-01", "123"], "label": [0, 1, 1, 0]}
 

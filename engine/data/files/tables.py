@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet
 
-from ..runtime.files import kind_of_file, unique_keys
-from ..runtime.text import did_you_mean
+from ...runtime.files import kind_of_file, unique_keys
+from ...runtime.text import did_you_mean
 from .delimited import read_delimited, refuse_repeated
 from .text_files import other_content, read_utf8
 

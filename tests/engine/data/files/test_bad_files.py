@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from fusedacl.engine.data.tables import read_table
+from fusedacl.engine.data.files.tables import read_table
 
 
 def parquet(*names: str) -> bytes:

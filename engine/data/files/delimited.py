@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from .tasks import GLUE_TASKS
+from ..tasks import GLUE_TASKS
 
 _SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 _EXTENSIONS = {",": ".csv", "\t": ".tsv"}

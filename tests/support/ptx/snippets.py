@@ -6,11 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from ptx.counts import Counts
 from ptx.driver import extent, pack
 from ptx.machine import Launch
 from ptx.translation import translate
-from torch import Tensor
 
 KERNEL = """
 .version 8.7
