@@ -283,7 +283,7 @@ def _set_up_encoder(config: TrainingConfig, model: MultiExitForSequenceClassific
     if options.torch_compile:
         if config.gated:
             # Otherwise the graph's buffers serve one backward pass alone.
-            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
+            torch._functorch.config.donated_buffer = False
         encoder.compile(
             backend=options.torch_compile_backend or "inductor",
             mode=options.torch_compile_mode,

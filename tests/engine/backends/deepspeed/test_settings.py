@@ -113,6 +113,7 @@ def test_optimizer_offload() -> None:
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param is not supp"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb': fusedacl trains with AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "lr=1.0, but learning_rate"),
+        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "adam_beta1 and adam_beta2 say"),
         ({"scheduler": {"type": "WarmupLR"}}, "the schedule is fusedacl's"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype='bf16'"),
     ],
