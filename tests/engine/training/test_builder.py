@@ -93,6 +93,8 @@ def test_frozen_layers_stay_as_they_are(options, strategy: str, tiny_bert: Path)
             "nothing to train below the cut of gate_scope=head",
         ),
         ({"gate_scope": "top:1", "torch_compile": True}, "which torch_compile would join"),
+        ({"torch_compile_backend": "quick"}, "torch_compile: Invalid backend: 'quick'"),
+        ({"torch_compile_mode": "quick"}, "torch_compile: Unrecognized mode=quick"),
         ({"attn_implementation": "quick"}, "quick"),
         ({"model_revision": "v2"}, "is a local directory, which has one version"),
         ({"tokenizer_name": "/nowhere/there"}, "has no tokenizer that can be loaded"),
