@@ -19,6 +19,7 @@ from typing import Any
 
 from ..config import commands
 from ..config.fields import given, parse
+from ..config.spellings import translated
 from ..config.training import TrainingConfig
 from ..runtime.signals import Interrupted
 from ..runtime.text import did_you_mean
@@ -159,7 +160,7 @@ def _sweep(arguments: list[str]) -> int:
     )
     made.add_argument("--status", action="store_true", help="show the progress, run nothing")
     options, rest = made.parse_known_args(arguments)
-    replaced, recipe = given(TrainingConfig, rest), read_recipe(options.recipe)
+    replaced, recipe = translated(given(TrainingConfig, rest)), read_recipe(options.recipe)
     recipe["defaults"] = {**(recipe.get("defaults") or {}), **replaced}
     directory = options.output_dir or Path("runs") / Path(options.recipe).stem
     from ..experiments.sweep import Sweep, SweepStopped

@@ -214,6 +214,9 @@ def parse(
     values = given(cls, arguments, program, description)
     config_file = values.pop("config_file", None)
     from_file = read_file(config_file) if config_file else {}
+    if hasattr(cls, "SPELLINGS"):
+        # Each alone, so that a flag wins over the file under whatever name.
+        values, from_file = translated(values, from_file), translated(from_file)
     return build(cls, {**from_file, **values})
 
 

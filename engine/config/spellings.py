@@ -170,8 +170,10 @@ _OTHERS: dict[str, Spelling] = {
 SPELLINGS: dict[str, Spelling] = {**TRAINING_ARGUMENTS, **_OTHERS}
 
 
-def translated(given: Mapping[str, Any]) -> dict[str, Any]:
+def translated(given: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options under our names, from options under any known name; what is changed is logged once.
+
+    beside: options of a file, over which these win.
 
     Raises:
         ValueError: an option that this engine does not have, or one that is given under two names
@@ -179,8 +181,8 @@ def translated(given: Mapping[str, Any]) -> dict[str, Any]:
     """
     values = {name: value for name, value in given.items() if name not in SPELLINGS}
     for other in [name for name in given if name in SPELLINGS]:
-        for name, value in _ours(other, given[other], given).items():
-            if name in values and _text(values[name]) != _text(value):
+        for name, value in _ours(other, given[other], {**(beside or {}), **given}).items():
+            if values.get(name) is not None and _text(values[name]) != _text(value):
                 raise ValueError(
                     f"{other}={given[other]} and {name}={values[name]} are given together and say "
                     "different things: keep one."
@@ -221,13 +223,15 @@ def _one_warmup(values: dict[str, Any]) -> dict[str, Any]:
     transformers 4 has both, and takes the ratio where the steps are 0; transformers 5 writes a
     share as `warmup_steps` below 1.
     """
+    if "warmup_steps" not in values and "warmup_ratio" in values:
+        return {**values, "warmup_steps": None}
     try:
         steps = float(values.get("warmup_steps") or 0)
     except (TypeError, ValueError):
         return values  # told by the check of its type
     if values.get("warmup_steps") is None or not 0 <= steps < 1:
         return values
-    rest = {name: value for name, value in values.items() if name != "warmup_steps"}
+    rest = {**values, "warmup_steps": None}
     if steps == 0 and "warmup_ratio" in rest:
         _say(f"warmup_steps=0 beside warmup_ratio={rest['warmup_ratio']}: the ratio is meant.")
         return rest

@@ -9,6 +9,7 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def _read(path: str, label_names: Sequence[str]) -> list[float]:
             )
     weights = []
     for name in label_names:
-        weight = found.get(name)
+        weight: Any = found.get(name)
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not math.isfinite(weight) or weight < 0:
             raise ValueError(

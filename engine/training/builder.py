@@ -283,13 +283,16 @@ def _set_up_encoder(config: TrainingConfig, model: MultiExitForSequenceClassific
     if options.torch_compile:
         if config.gated:
             # Otherwise the graph's buffers serve one backward pass alone.
-            torch._functorch.config.donated_buffer = False  # type: ignore[attr-defined]
-        encoder.compile(
-            backend=options.torch_compile_backend or "inductor",
-            mode=options.torch_compile_mode,
-            # Texts have many lengths; a graph for each would be compiled for minutes.
-            dynamic=True,
-        )
+            torch._functorch.config.donated_buffer = False
+        try:
+            encoder.compile(
+                backend=options.torch_compile_backend or "inductor",
+                mode=options.torch_compile_mode,
+                # Texts have many lengths; a graph for each would be compiled for minutes.
+                dynamic=True,
+            )
+        except RuntimeError as error:
+            raise ValueError(f"torch_compile: {error}") from None
 
 
 def _check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None:

@@ -199,9 +199,13 @@ class Trainer:
             if processes.rank() == 0:
                 card = model_card(self.config, self.parts.base_model, results)
                 files = save_final(self.output_dir, self.model, self.tokenizer, card, results)
-                if self.parts.repository is not None:
-                    push(self.output_dir, files, self.parts.repository)
             processes.barrier()
+            repository = self.parts.repository
+            if options.push_to_hub:
+                # Together, so that no process waits for one that has failed.
+                collectives.together(
+                    lambda: None if repository is None else push(self.output_dir, files, repository)
+                )
         return results
 
     def _open_services(self) -> list[Service]:

@@ -143,6 +143,11 @@ def complete(
     # With one process there is nothing to partition: ZeRO would only copy.
     default = DEFAULT_STAGE if world_size > 1 else 0
     made["zero_optimization"] = _zero(given, num_trained, default)
+    if made["zero_optimization"]["stage"] == 3 and config.compiles:
+        raise ValueError(
+            "torch_compile: ZeRO 3 fetches weights before each module, which breaks the graph into "
+            "pieces that are compiled for minutes. Use ZeRO 0 to 2, or leave torch_compile out."
+        )
     if "offload_optimizer" in made["zero_optimization"]:
         _check_offload(made["zero_optimization"], config)
         # DeepSpeed's own AdamW for the host needs a compiler; PyTorch's fused one does not.

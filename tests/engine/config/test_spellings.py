@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fusedacl.engine import TrainingConfig
 from fusedacl.engine.config import spellings
-from fusedacl.engine.config.fields import flatten, given
+from fusedacl.engine.config.fields import flatten, given, parse, write_yaml
 from fusedacl.engine.config.spellings import SPELLINGS, TRAINING_ARGUMENTS
 from transformers import TrainingArguments
 
@@ -107,6 +107,22 @@ def test_the_command_line_takes_them_and_names_the_nearest() -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="Did you mean 'train_sampling_strategy'"):
         given(TrainingConfig, ["--train_sampling_stratgy", "random"])
+
+
+def test_a_flag_wins_over_a_file_under_whatever_name(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    write_yaml(TrainingConfig.create(**COMPLETE, warmup_steps=50, eval_steps=7), file)
+
+    def read(*words: str) -> dict[str, Any]:
+        return flatten(parse(TrainingConfig, "train", "", [str(file), *words]))
+
+    assert read()["warmup_steps"] == 50
+    assert read("--deepspeed", "cpu_gloo")["deepspeed_config"] == "cpu_gloo"
+    for word in ("--warmup_ratio", "--warmup_steps"):
+        found = read(word, "0.3")
+        assert (found["warmup_ratio"], found["warmup_steps"]) == (0.3, None)
+    assert read("--eval_strategy", "epoch")["eval_steps"] is None
+    assert read("--eval_strategy", "steps")["eval_steps"] == 7
 
 
 def test_what_is_meant_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

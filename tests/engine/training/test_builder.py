@@ -60,7 +60,8 @@ def test_checkpointed_layers_train_alike(options, changes: dict[str, Any], tmp_p
 
 
 def test_a_compiled_encoder_trains_alike(options, tmp_path: Path) -> None:
-    options |= {"max_steps": 2, "learning_rate": 1e-3, "dropout": 0.0, "strategy": "joint"}
+    """Both backward passes of the gate go through one compiled graph."""
+    options |= {"max_steps": 2, "learning_rate": 1e-3, "dropout": 0.0, "num_hidden_layers": 1}
     run(options)
     compiled = {"torch_compile_backend": "aot_eager", "output_dir": str(tmp_path / "compiled")}
     run(options, **compiled)
@@ -92,6 +93,8 @@ def test_frozen_layers_stay_as_they_are(options, strategy: str, tiny_bert: Path)
             "nothing to train below the cut of gate_scope=head",
         ),
         ({"gate_scope": "top:1", "torch_compile": True}, "which torch_compile would join"),
+        ({"torch_compile_backend": "quick"}, "torch_compile: Invalid backend: 'quick'"),
+        ({"torch_compile_mode": "quick"}, "torch_compile: Unrecognized mode=quick"),
         ({"attn_implementation": "quick"}, "quick"),
         ({"model_revision": "v2"}, "is a local directory, which has one version"),
         ({"tokenizer_name": "/nowhere/there"}, "has no tokenizer that can be loaded"),

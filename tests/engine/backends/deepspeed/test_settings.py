@@ -47,6 +47,12 @@ def settings(given: dict[str, Any], clips: bool = True, **options: Any) -> DeepS
     return complete(given, config.resolved(), world_size=4, num_trained=3000, clips=clips)
 
 
+def test_zero_3_is_not_compiled() -> None:
+    with pytest.raises(ValueError, match="torch_compile: ZeRO 3 fetches weights before each"):
+        settings({"zero_optimization": {"stage": 3}}, torch_compile_backend="aot_eager")
+    assert settings({"zero_optimization": {"stage": 2}}, torch_compile=True).stage == 2
+
+
 def test_the_options_fill_in_what_is_left_out_or_auto() -> None:
     options = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "fp16": True}
     for given in ({}, HUGGING_FACE):
@@ -113,6 +119,7 @@ def test_optimizer_offload() -> None:
         ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "offload_param is not supp"),
         ({"optimizer": {"type": "Lamb"}}, "optimizer.type='Lamb': fusedacl trains with AdamW"),
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "lr=1.0, but learning_rate"),
+        ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "adam_beta1 and adam_beta2 say"),
         ({"scheduler": {"type": "WarmupLR"}}, "the schedule is fusedacl's"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype='bf16'"),
     ],
