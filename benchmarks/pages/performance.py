@@ -18,11 +18,12 @@ from . import growth_figure, roofline, scaling_figure, step_figure
 from .cases import cases_section, growth_section
 from .exits import exits_section
 from .headline import headline, write_headline
+from .loops import loops_section
 from .scaling import MODEL_PAGE, model_page, scaling_section
 from .step import step_section
 from .summary import introduction
 
-SUITES = ("loss", "angle", "growth", "step", "exits", "scaling")
+SUITES = ("loss", "angle", "growth", "step", "loops", "exits", "scaling")
 ROOFLINE = "roofline"
 
 
@@ -105,7 +106,9 @@ def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
                 shown = figure if step_figure.with_parts(result) else None
                 section = step_section(result, shown, explain=name == steps[0])
             else:
-                sections = {"exits": exits_section, "scaling": scaling_section}
+                sections = {
+                    "exits": exits_section, "loops": loops_section, "scaling": scaling_section
+                }  # fmt: skip
                 section = sections.get(name, cases_section)(result)
             parts += ["", *section, "", _provenance(result["environment"])]
         if _results_with_points(found):
