@@ -24,6 +24,7 @@ from .options import (
     SKIPPED,
     BenchConfig,
     ExitsConfig,
+    LoopsConfig,
     ScalingConfig,
     StepConfig,
     names_of,
@@ -43,6 +44,7 @@ DESCRIPTIONS = {
     "angle": "Time and memory of the gradient-angle check and the gated combination.",
     "growth": "Series along M, d, K, E and the number of parameters, with fitted exponents.",
     "step": "Time, memory and parts of a training step, float32 on the CPU.",
+    "loops": "Time of a step with the gate under DistributedDataParallel and FSDP2, 2 ranks.",
     "exits": "Time of training several exits, and of early exit if no text leaves early.",
     "scaling": "Cost of negatives from all ranks: measured on loopback, modelled up to 4096 ranks.",
     "all": "Every suite, one after another; each writes a file.",
@@ -197,6 +199,14 @@ def _run_step(config: StepConfig) -> int:
     return status
 
 
+def _run_loops(config: LoopsConfig) -> int:
+    from .suites.loops.suite import run
+
+    file = ResultFile(output_directory(config) / "loops.json", "loops", config.how.preset)
+    run(file, preset=config.how.preset, threads=config.how.threads)
+    return _finish(file, [])
+
+
 def _run_exits(config: ExitsConfig) -> int:
     from .suites.exits.suite import real_texts, run
 
@@ -238,6 +248,7 @@ def _finish(file: ResultFile, failures: list[str]) -> int:
 RUNS: dict[str, tuple[type, Callable[..., int]]] = {
     **{suite: (BenchConfig, partial(_run_cases, suite)) for suite in ("loss", "angle", "growth")},
     "step": (StepConfig, _run_step),
+    "loops": (LoopsConfig, _run_loops),
     "exits": (ExitsConfig, _run_exits),
     "scaling": (ScalingConfig, _run_scaling),
 }

@@ -162,6 +162,17 @@ class ExitsConfig(Config):
 
 
 @dataclass(frozen=True)
+class Nothing:
+    """No options but how."""
+
+
+@dataclass(frozen=True)
+class LoopsConfig(Config):
+    what: Nothing = field(default_factory=Nothing)
+    how: RankRun = field(default_factory=RankRun)
+
+
+@dataclass(frozen=True)
 class Ranks:
     world_sizes: str | None = option(
         None, "numbers of ranks on this machine, in ascending order, such as 1,2,4"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .backends.deepspeed.zero_gate import ZeroGate as ZeroGate
     from .config.commands import EvaluationConfig as EvaluationConfig
     from .config.commands import ExitsConfig as ExitsConfig
     from .config.commands import PredictionConfig as PredictionConfig

@@ -3,6 +3,7 @@
 The language of a code block says what is done with it:
 
     python   is executed, the blocks of a page one after another in one namespace
+    py       a script for several processes, which tests/distributed/loops/test_examples.py runs
     sh       commands of fusedacl, executed in a folder with a tiny encoder and tiny data
     console  commands that need a network, a GPU, a launcher or minutes: their options are checked
     yaml     a recipe or the options of a run, which are checked; written to the file that its first
@@ -41,9 +42,11 @@ GENERATED = (
 )  # fmt: skip
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
-LANGUAGES = {"python", "sh", "console", "yaml", "text"}
+LANGUAGES = {"python", "py", "sh", "console", "yaml", "text"}
 VERBS = ("train", "evaluate", "predict", "exits", "sweep", "angles", "tsne", "report")
-SUITES = ("loss", "angle", "growth", "step", "exits", "scaling", "all", "compare", "report")
+SUITES = (
+    *("loss", "angle", "growth", "step", "loops", "exits", "scaling", "all", "compare", "report"),
+)
 # Options of programs that are not ours, in the commands of the pages.
 LAUNCHERS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--hostfile",

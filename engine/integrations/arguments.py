@@ -19,8 +19,9 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "second_stage": {"strategy": "two_stage", "stage1_model": "the model"},
 }
 _OPTIONS = {field.name: field for field in dataclasses.fields(ObjectiveOptions)}
-# Needs a second, exact decision beside that of the scope, which only our own loop takes.
-_NAMES = [name for name in _OPTIONS if name != "gate_agreement_steps"]
+# Two need what only our own loop has: a second decision beside that of a scope, and the counts of
+# the classes.
+_NAMES = [name for name in _OPTIONS if name not in ("gate_agreement_steps", "class_weights")]
 
 
 def _shared(name: str) -> Any:
@@ -77,8 +78,14 @@ class ACLTrainingArguments(TrainingArguments):
         # transformers 5 has renamed these options, and reads the new name alone.
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             if getattr(self, name, False) and config.gated:
-                given = getattr(self, f"{name}_kwargs")
-                setattr(self, f"{name}_kwargs", _not_reentrant(name, given))
+                settings = dict(getattr(self, f"{name}_kwargs") or {})
+                # With reentrant passes a graph has no gradients of a part of its parameters.
+                if settings.setdefault("use_reentrant", False) and self.gate_scope != "all":
+                    raise ValueError(
+                        f"{name}_kwargs: gate_scope={self.gate_scope} does not work with "
+                        "use_reentrant=True. Use {'use_reentrant': False}, or gate_scope=all."
+                    )
+                setattr(self, f"{name}_kwargs", settings)
         if "lomo" in str(self.optim).lower():
             raise ValueError(
                 f"optim={self.optim} steps during the backward pass, before there is a decision: "
@@ -107,14 +114,3 @@ class ACLTrainingArguments(TrainingArguments):
             options["model_name_or_path"] = "the model"
         options["gradient_accumulation_steps"] = self.gradient_accumulation_steps
         return TrainingConfig.create(**options).resolved()
-
-
-def _not_reentrant(name: str, given: dict[str, Any] | None) -> dict[str, Any]:
-    """Settings of checkpointing under which a graph can be back-propagated twice."""
-    settings = dict(given or {})
-    if settings.setdefault("use_reentrant", False):
-        raise ValueError(
-            f"{name}_kwargs: use_reentrant=True allows one backward pass per forward pass, and the "
-            "gate needs two. Use {'use_reentrant': False}."
-        )
-    return settings

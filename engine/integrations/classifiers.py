@@ -50,6 +50,7 @@ class Classifiers:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._outermost = model
         get_base = getattr(model, "get_base_model", None)
         self.model: Any = model if get_base is None else get_base()
         check_task(self.model)
@@ -98,6 +99,18 @@ class Classifiers:
             )
         reads, self._reads = self._reads, [None] * len(self.linears)
         return {**output, READS: reads}
+
+    def keep_whole(self) -> None:
+        """Let ZeRO 3 gather the label embeddings for the passes of the whole model.
+
+        A contrastive loss reaches them without the backward pass of their own layer.
+        """
+        sharded = [part.weight for part in self.linears if hasattr(part.weight, "ds_tensor")]
+        if sharded:
+            import deepspeed
+
+            for weight in sharded:
+                deepspeed.zero.register_external_parameter(self._outermost, weight)
 
     def take(self, output: dict[str, Any]) -> list[Read]:
         """Take the reads out of an output: [N, d], [N, K] and [K, d] per exit.

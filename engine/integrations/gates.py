@@ -133,3 +133,17 @@ class GateLog:
             for name, total, weight in zip(names, sums, weights, strict=True)
             if weight
         }
+
+
+def decided_loss(values: Tensor, decision: GateDecision, weight: float) -> Tensor:
+    """The loss [] of a step with the weights that the gate has left, summed over the exits.
+
+    Args:
+        values: `ExitLosses.values` [3, E] of the step.
+        decision: for one group, or for the E exits first.
+        weight: lambda; it is what a step that is skipped is shown with.
+    """
+    main, _, auxiliary = values
+    kept = decision.kept if len(decision.kept) == 1 else decision.kept[: len(main)]
+    used = weight * torch.where(decision.finite, kept.to(main), 1.0)
+    return ((1 - used) * main + used * auxiliary).sum()

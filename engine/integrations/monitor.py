@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import TrainerCallback
 
 from ...kernels import angle_degrees, grad_dot_norm
@@ -36,7 +37,7 @@ class AngleMonitor(TrainerCallback):
             accumulation, the first batch of a step is.
         name: key in the log.
         process_group: processes that hold the same parameters and other texts, whose gradients are
-            averaged; None: this process alone.
+            averaged; None: this process alone, or as a callback all those of the Trainer.
         impl: implementation of `grad_dot_norm`.
 
     Raises:
@@ -67,10 +68,18 @@ class AngleMonitor(TrainerCallback):
         self._angles: list[Tensor] = []
 
     def _take_parameters(self, parameters: Iterable[Parameter]) -> None:
-        self.parameters = [p for p in dict.fromkeys(parameters) if p.requires_grad]
-        if not self.parameters:
+        found = [p for p in dict.fromkeys(parameters) if p.requires_grad]
+        if not found:
             raise ValueError("parameters: none has requires_grad=True, so there is no gradient.")
-        choose(self.impl, self.parameters[0].device)
+        # Both kinds take gradients out of the graph before anybody else sees them whole.
+        if any(is_traceable_wrapper_subclass(p) or hasattr(p, "ds_tensor") for p in found):
+            raise ValueError(
+                "parameters: they are sharded (FSDP2 or ZeRO 3), so that a process has a part of "
+                "each gradient. Measure under DistributedDataParallel or ZeRO 0 to 2, or use the "
+                "decision of GradientGate or ZeroGate."
+            )
+        self.parameters = found
+        choose(self.impl, found[0].device)
 
     def measure(self, first: Tensor, second: Tensor) -> Tensor | None:
         """The angle [] between the gradients of two losses; None in a step that is not measured.
@@ -125,6 +134,8 @@ class AngleMonitor(TrainerCallback):
         self._step, self._num_calls, self._angles = state.global_step, 0, []
         if self.parameters is None:
             self._take_parameters(model.parameters())
+        if args.world_size > 1 and self.process_group is None:
+            self.process_group = torch.distributed.group.WORLD
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._num_calls == 0:

@@ -28,7 +28,6 @@ class TrainerObjective:
         self.model = model
         self.classifiers = Classifiers(model)
         self.config = args.config_for(len(self.classifiers))
-        self.label_smoothing = float(args.label_smoothing_factor)
         last = len(self.classifiers) - 1
         self.has_teacher = self.config.optimization.strategy == "two_stage"
         self.positions = tuple(range(last + 1))
@@ -120,7 +119,6 @@ class TrainerObjective:
             labels,
             teacher,
             process_group,
-            self.label_smoothing,
         )
         return losses, chosen[-1], output
 

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from transformers import Trainer
 
+from ..backends.deepspeed.zero_gate import ZeroGate
 from ..config.gate_scope import parse_scope
-from ..objectives.gate import GradientGate
+from ..objectives.gate import GateDecision, GradientGate
 from ..objectives.losses import ExitLosses
 from .arguments import ACLTrainingArguments
 from .classifiers import Read
-from .gates import GateLog, ScopeDecision
+from .gates import GateLog, ScopeDecision, decided_loss
 from .monitor import AngleMonitor
 from .objective import TrainerObjective
 
@@ -46,11 +47,13 @@ class ACLTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._objective: TrainerObjective | None = None
-        self._is_exact = False
-        self._exact: GradientGate | None = None
+        self._is_exact = self._is_placed = False
+        self._exact: GradientGate | ZeroGate | None = None
         self._scoped: ScopeDecision | None = None
         self._gate_log = GateLog()
+        # Of the current step: its texts, and the losses [3, E] of its batches so far.
         self._num_texts: int | None = None
+        self._step_losses: list[Tensor] = []
         self._in_train = False
         super().__init__(*args, **kwargs)
         if not isinstance(self.args, ACLTrainingArguments):
@@ -82,18 +85,31 @@ class ACLTrainer(Trainer):
                 "Start it with `torchrun --nproc_per_node=…`, or make one GPU visible "
                 "(CUDA_VISIBLE_DEVICES=0)."
             )
-        kind = self.accelerator.distributed_type
-        if kind == "FSDP" or getattr(self, "is_distributed_loading_by_transformers", False):
+        if self._shards and parse_scope(self.args.gate_scope) is not None:
             raise ValueError(
-                "fsdp: ACLTrainer reads the classifier's weight outside the forward pass, where "
-                "FSDP has taken it apart. Use DistributedDataParallel (torchrun without fsdp), or "
-                "`fusedacl train` with DeepSpeed for models that do not fit."
+                f"gate_scope={self.args.gate_scope}: under FSDP and DeepSpeed the gate has all "
+                "parameters. Use gate_scope=all, or DistributedDataParallel."
             )
-        if kind == "DEEPSPEED":
+        if self._kind == "FSDP" and not getattr(self.accelerator, "is_fsdp2", False):
             raise ValueError(
-                "deepspeed: ACLTrainer has no gate under ZeRO. Use `fusedacl train "
-                "--deepspeed_config`, or DistributedDataParallel (torchrun without deepspeed)."
+                "fsdp: version 1 keeps parameters in flat ones, of which no two gradients can be "
+                "taken. Use fsdp_config={'version': 2}, or DeepSpeed."
             )
+        if getattr(self, "is_distributed_loading_by_transformers", False):
+            raise ValueError(
+                "model: from_pretrained(distributed_config=…) has sharded it. Load it without, and "
+                "let Trainer shard it (fsdp or deepspeed)."
+            )
+
+    @property
+    def _kind(self) -> str:
+        """Who averages gradients, as accelerate calls it: NO, MULTI_GPU, FSDP, DEEPSPEED, …"""
+        return str(self.accelerator.distributed_type.value)
+
+    @property
+    def _shards(self) -> bool:
+        """Whether a process may hold parts of the parameters only."""
+        return self._kind in ("FSDP", "DEEPSPEED")
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """Make a model, as Trainer does; in `train`, freeze what is not trained."""
@@ -127,26 +143,38 @@ class ACLTrainer(Trainer):
                 self._process_group,
             )
 
-    def _exact_gate(self) -> GradientGate:
+    def _exact_gate(self, model: nn.Module) -> GradientGate | ZeroGate:
         """The gate over all trained parameters; made in the first step, when they are in place."""
-        if self._exact is None:
-            assert self._objective is not None
-            options = self._objective.config.objective
-            self._exact = GradientGate(
-                self._objective.trained(),
-                groups=self._objective.groups(),
-                weight=options.aux_weight,
-                max_angle=options.max_angle,
-                process_group=self._process_group,
-                impl=options.impl,
-            )
+        if self._exact is not None:
+            return self._exact
+        assert self._objective is not None
+        options = self._objective.config.objective
+        settings: dict[str, Any] = {
+            "groups": self._objective.groups(),
+            "weight": options.aux_weight,
+            "max_angle": options.max_angle,
+            "impl": options.impl,
+        }
+        if self._kind == "DEEPSPEED":
+            self._exact = ZeroGate(model, **settings)
+            return self._exact
+        if self._kind == "FSDP":
+            # An evaluation before training has left some parameters whole.
+            for module in model.modules():
+                if callable(getattr(module, "reshard", None)):
+                    module.reshard()
+        group = None if self._shards else self._process_group
+        trained = self._objective.trained()
+        self._exact = GradientGate(trained, process_group=group, **settings)
         return self._exact
 
     def _end(self) -> None:
+        if isinstance(self._exact, ZeroGate):
+            self._exact.close()
         if self._objective is not None:
             self._objective.close()
         self._objective = self._exact = self._scoped = None
-        self._in_train = False
+        self._in_train = self._is_placed = False
 
     @property
     def _process_group(self) -> ProcessGroup | None:
@@ -159,7 +187,8 @@ class ACLTrainer(Trainer):
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         counts = [_num_labels(batch) for batch in batches]
         self._num_texts = sum(counts)
-        if self._exact is not None:
+        self._step_losses = []
+        if isinstance(self._exact, GradientGate):
             # A step that ran out of memory may have left a part of its gradients.
             self._exact.reset()
         return batches, num_items
@@ -221,9 +250,12 @@ class ACLTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward passes of one batch; after the last one of a step, the decision."""
+        if self._objective is not None and not self._is_placed:
+            self._is_placed = True
+            self._objective.classifiers.keep_whole()
         if self._objective is None or not self._is_exact:
             return super().training_step(model, inputs, num_items_in_batch)
-        gate = self._exact_gate()
+        gate = self._exact_gate(model)
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
@@ -232,25 +264,41 @@ class ACLTrainer(Trainer):
             with self.compute_loss_context_manager():
                 losses, _, _ = self._losses(model, inputs)
             self._empty_cache()
-            assert losses.auxiliary is not None
             share = self._share(inputs)
-            main, auxiliary = (share * loss.sum() for loss in (losses.main, losses.auxiliary))
-            gate.accumulate(self._scaled(main), self._scaled(auxiliary))
-        if self.accelerator.sync_gradients:
-            self._gate_log.add_decision(self._objective.group_names, gate.combine())
-        weight = self._objective.config.objective.aux_weight
-        return ((1 - weight) * main + weight * auxiliary).detach()
+            losses = losses.times(share, share)
+            decision = self._back_propagate(gate, losses)
+        self._step_losses.append(losses.values())
+        if decision is None:
+            # The loss of a step is known once its weights are.
+            return losses.main.new_zeros(())
+        self._gate_log.add_decision(self._objective.group_names, decision)
+        values = torch.stack(self._step_losses).sum(0)
+        return decided_loss(values, decision, self._objective.config.objective.aux_weight)
+
+    def _back_propagate(
+        self, gate: GradientGate | ZeroGate, losses: ExitLosses
+    ) -> GateDecision | None:
+        """Both backward passes; the decision after the last batch of a step."""
+        assert losses.auxiliary is not None
+        main, auxiliary = losses.main.sum(), losses.auxiliary.sum()
+        is_last = self.accelerator.sync_gradients
+        if isinstance(gate, ZeroGate):
+            gate.backward(main, auxiliary, scale_wrt_gas=False)
+            return gate.step(boundary=is_last)
+        gate.accumulate(self._scaled(main), self._scaled(auxiliary))
+        return gate.combine() if is_last else None
 
     @contextlib.contextmanager
     def _two_backward_passes(self, model: nn.Module) -> Iterator[None]:
         """The context in which a graph may be back-propagated twice, and nobody averages."""
-        context: AbstractContextManager[Any] = contextlib.nullcontext()
+        context: AbstractContextManager[Any] = nullcontext()
         if self.args.torch_compile:
             from torch._functorch import config
 
             # A compiled backward pass would reuse the memory that a second one reads.
             context = config.patch(donated_buffer=False)
-        with context, self.accelerator.no_sync(model):
+        averages = nullcontext() if self._shards else self.accelerator.no_sync(model)
+        with context, averages:
             yield
 
     def _empty_cache(self) -> None:

@@ -13,9 +13,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from ...kernels import gated_combine_, grad_dot_norm
 from ...kernels.gradients.angle import angle_degrees, choose, combined_squared_norm, within_angle
 from ..runtime.profiler_marks import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, part
+from .gate_shards import Shards, fsdp_groups, whole_parameters
 
 # The walk over a loss's graph takes about a microsecond per node, too much for every step.
 _CALLS_PER_CHECK = 100
+FSDP1 = (
+    "parameters: some lie in a flat parameter of FullyShardedDataParallel (FSDP1), of which a gate "
+    "cannot take two gradients. Use torch.distributed.fsdp.fully_shard (FSDP2)."
+)
+COMPILED = (
+    "The model was compiled, in an earlier backward pass, for graphs that are used once. Set "
+    "torch._functorch.config.donated_buffer = False before its first forward pass."
+)
 
 
 @dataclass(frozen=True)
@@ -103,6 +112,15 @@ def main_gradients(
     return [tensor.grad for tensor in tensors]
 
 
+@torch.no_grad()
+def spoil(gradients: Sequence[Tensor | None], finite: Tensor) -> None:
+    """Write a NaN into the gradients unless finite [], so that a GradScaler skips their step."""
+    for gradient in gradients:
+        if gradient is not None and gradient.numel():
+            gradient[(0,) * gradient.dim()].masked_fill_(~finite, torch.nan)
+            return
+
+
 class GradientGate:
     """Two backward passes and one decision, for any PyTorch loop.
 
@@ -113,7 +131,8 @@ class GradientGate:
     After `backward`, the `.grad` of each parameter holds (1 - w) g_main + w g_auxiliary, where w is
     `weight` if the angle between the two gradients is at most `max_angle`, else 0. With gradient
     accumulation call `accumulate` for every micro-batch and then `combine` once, because there is
-    one decision per optimizer step. Gradients that `.grad` held before count as main gradients.
+    one decision per optimizer step. Gradients that `.grad` held before count as main gradients. If
+    either gradient is not finite, `.grad` is not, so that a GradScaler skips the step.
 
     Args:
         parameters: the trained parameters, over which both gradients are compared. One that a loss
@@ -126,12 +145,13 @@ class GradientGate:
         process_group: processes that hold the same parameters and other texts: both gradients are
             averaged over them before the decision, which is then the same on all. Run a
             DistributedDataParallel model and the gate under its `no_sync()`: its own averaging
-            would mix the two gradients. None: this process alone.
+            would mix the two gradients. None: this process alone, or parameters that FSDP2
+            (`fully_shard`) has sharded, whose gradients it averages.
         impl: implementation of `grad_dot_norm` and `gated_combine_`.
 
     Raises:
-        ValueError: no parameter requires a gradient, a value is out of range, or `impl` cannot run
-            on the device of the parameters.
+        ValueError: no parameter requires a gradient, some are sharded and others are not, a value
+            is out of range, or `impl` cannot run on the device of the parameters.
     """
 
     def __init__(
@@ -168,8 +188,29 @@ class GradientGate:
         self.independent = independent
         self.process_group = process_group
         self.impl = impl
+        self._shards = self._find_shards()
         self._auxiliary: list[Tensor | None] = [None] * len(self.parameters)
         self._num_calls = 0
+        # Whether a backward pass can be told which parameters it is for.
+        self._selects = True
+
+    def _find_shards(self) -> Shards | None:
+        if any(getattr(parameter, "_is_flat_param", False) for parameter in self.parameters):
+            raise ValueError(FSDP1)
+        wrapped = [p for p in self.parameters if is_traceable_wrapper_subclass(p)]
+        if not wrapped:
+            return None
+        if not hasattr(wrapped[0], "device_mesh"):
+            raise ValueError(
+                f"parameters: one is a {type(wrapped[0]).__name__}. The gate takes plain "
+                "parameters, and the DTensors of fully_shard."
+            )
+        if self.process_group is not None:
+            raise ValueError(
+                "process_group: the parameters are sharded, and fully_shard averages their "
+                "gradients. Leave it out."
+            )
+        return Shards(self.parameters)
 
     def _count_once(self) -> None:
         """Drop repeated parameters, such as tied weights that were listed by both modules."""
@@ -185,18 +226,21 @@ class GradientGate:
         self.groups = None if self.groups is None else list(group_of.values())
 
     def _check_reached(self, *losses: Tensor) -> None:
-        """Refuse sharded parameters, and losses that train one that the gate does not have.
+        """Refuse losses that train a parameter that the gate does not have, or by other means.
 
         Such a one would be trained with the main gradient alone, at full weight.
         """
-        wrapped = next((p for p in self.parameters if is_traceable_wrapper_subclass(p)), None)
-        if wrapped is not None:
-            raise ValueError(
-                f"parameters: one is a {type(wrapped).__name__}, of which this process has a part "
-                "(FSDP2's fully_shard): replicate the model under DistributedDataParallel with "
-                "process_group, or train it with DeepSpeed (`fusedacl train`)."
-            )
+        groups = fsdp_groups()
+        sharded = whole_parameters(groups)
         known = set(self.parameters)
+        if self._shards is not None:
+            self._shards.find(groups)
+        elif not known.isdisjoint(sharded):
+            raise ValueError(
+                "parameters: fully_shard has gathered some for a forward pass. Make the gate "
+                "before the first one, or after model.reshard()."
+            )
+        self._selects = self._shards is None
         for node in graph_nodes(losses):
             replica = getattr(node, "ddp_weakref", None)  # of DistributedDataParallel's own node
             if replica is not None and replica().require_backward_grad_sync:
@@ -205,20 +249,25 @@ class GradientGate:
                     "would mix the two gradients: run the model and the gate under its no_sync(), "
                     "and give the gate the process_group."
                 )
+            if node.name() == "CheckpointFunctionBackward":  # of use_reentrant=True
+                self._selects = False
             leaf = getattr(node, "variable", None)  # of AccumulateGrad nodes
-            if isinstance(leaf, Parameter) and leaf not in known:
+            if getattr(leaf, "_is_flat_param", False):
+                raise ValueError(FSDP1)
+            if isinstance(leaf, Parameter) and sharded.get(leaf, leaf) not in known:
                 raise ValueError(
                     f"A loss trains a parameter of shape {tuple(leaf.shape)} that the gate does "
-                    "not have (was it unfrozen later?): make a new GradientGate with all trained "
-                    "parameters."
+                    "not have (was it unfrozen, or the model sharded, later?): make a new "
+                    "GradientGate with all trained parameters."
                 )
 
     def accumulate(self, main_loss: Tensor, auxiliary_loss: Tensor) -> None:
         """Add the gradients of both losses of one (micro-)batch; they may share their graph.
 
         Raises:
-            ValueError: parameters are sharded; one was frozen, or one that the gate does not have
-                was unfrozen; a DistributedDataParallel model averages by itself.
+            ValueError: a parameter was frozen, or one that the gate does not have was unfrozen; a
+                DistributedDataParallel model averages by itself; the model was compiled for one
+                backward pass.
         """
         self._check(main_loss, auxiliary_loss)
         if auxiliary_loss.requires_grad:
@@ -226,7 +275,12 @@ class GradientGate:
             self._exchange()
             try:
                 with part(CONTRASTIVE_BACKWARD):
-                    auxiliary_loss.backward(retain_graph=True, inputs=self.parameters)
+                    inputs = self.parameters if self._selects else None
+                    auxiliary_loss.backward(retain_graph=True, inputs=inputs)
+            except RuntimeError as error:
+                if "donated buffer" in str(error):
+                    raise ValueError(COMPILED) from error
+                raise
             finally:
                 self._exchange()
         with part(CE_BACKWARD):
@@ -248,6 +302,8 @@ class GradientGate:
         """Swap `.grad` with the auxiliary gradients accumulated so far."""
         for index, parameter in enumerate(self.parameters):
             parameter.grad, self._auxiliary[index] = self._auxiliary[index], parameter.grad
+        if self._shards is not None:
+            self._shards.exchange()
 
     def _average(self, group: ProcessGroup) -> None:
         """Average both gradients over the processes; one reached on any of them is so on all.
@@ -290,14 +346,28 @@ class GradientGate:
             loss_scale: factor that both losses carried; it is divided out.
             max_norm: clip the combined gradient, or that of each group if they are independent, to
                 this norm; None: do not clip.
+
+        Raises:
+            ValueError: FSDP2 has gradients that it was told not to reduce.
         """
         if self.process_group is not None:
             self._average(self.process_group)
-        main = main_gradients(self.parameters, self._auxiliary)
-        stats = grad_dot_norm(main, self._auxiliary, groups=self.groups, impl=self.impl)  # [G, 3]
+        main, auxiliary = main_gradients(self.parameters, self._auxiliary), self._auxiliary
+        if self._shards is None:
+            stats = grad_dot_norm(main, auxiliary, groups=self.groups, impl=self.impl)  # [G, 3]
+        else:
+            if self._shards.waits:
+                raise ValueError(
+                    "There are gradients that fully_shard has not reduced: call "
+                    "model.set_requires_gradient_sync(True) before the last micro-batch of a step."
+                )
+            main, auxiliary = self._shards.parts(main), self._shards.parts(auxiliary)
+            groups = self._shards.groups(self.groups)
+            own = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
+            stats = self._shards.total(own)
         used = gated_combine_(
             main,
-            self._auxiliary,
+            auxiliary,
             stats,
             weight=self.weight,
             max_angle=self.max_angle,
@@ -309,7 +379,9 @@ class GradientGate:
         )
         self.reset()
         grad_norm = combined_squared_norm(stats, used).sum().sqrt() / loss_scale
-        return decision_of(stats, used, self.max_angle, grad_norm)
+        decision = decision_of(stats, used, self.max_angle, grad_norm)
+        spoil(main, decision.finite)
+        return decision
 
     def backward(
         self,
@@ -327,17 +399,16 @@ class GradientGate:
 
         Raises:
             ValueError: as `accumulate`; there is a scope beside groups, each of which has an angle
-                of its own, or beside a process_group.
+                of its own, beside a process_group, or beside sharded parameters.
         """
         if scope is None:
             self.accumulate(main_loss, auxiliary_loss)
             return self.combine()
         if self.groups is not None:
             raise ValueError("scope: the gate has groups, each with its own angle. Leave one out.")
-        if self.process_group is not None:
-            raise ValueError(
-                "scope: the gate has a process_group, whose angle is of all parameters."
-            )
+        if self.process_group is not None or self._shards is not None:
+            shared = "sharded parameters" if self._shards else "a process_group"
+            raise ValueError(f"scope: the gate has {shared}, whose angle is of all parameters.")
         self._check(main_loss, auxiliary_loss)
         main, auxiliary = (scope_gradients(loss, scope) for loss in (main_loss, auxiliary_loss))
         stats = grad_dot_norm(main, auxiliary, impl=self.impl)
@@ -345,8 +416,12 @@ class GradientGate:
         weighted_sum(main_loss, auxiliary_loss, used).backward()
         gradients = [parameter.grad for parameter in self.parameters]
         squared = grad_dot_norm(gradients, [None] * len(gradients), impl=self.impl)[0, 1]
-        return decision_of(stats, used, self.max_angle, squared.sqrt())
+        decision = decision_of(stats, used, self.max_angle, squared.sqrt())
+        spoil(gradients, decision.finite)
+        return decision
 
     def reset(self) -> None:
         """Forget the auxiliary gradients accumulated so far."""
         self._auxiliary = [None] * len(self.parameters)
+        if self._shards is not None:
+            self._shards.forget()

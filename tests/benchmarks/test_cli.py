@@ -15,6 +15,7 @@ from fusedacl.benchmarks.measuring.result_file import read_result
 from fusedacl.benchmarks.options import (
     BenchConfig,
     ExitsConfig,
+    LoopsConfig,
     ScalingConfig,
     StepConfig,
     output_directory,
@@ -29,7 +30,7 @@ TINY = ["--rows", "24", "--widths", "8", "--samples", "6", "--classes", "2", "--
 TINY += ["--parameters", "2000", "--rounds", "1", "--peaks", "false", "--threads", "1"]
 # The suites that `bench all` runs for real here, and those that it does not.
 OWN = ("loss", "angle", "growth")
-CPU_SUITES = ("step", "exits", "scaling")
+CPU_SUITES = ("step", "loops", "exits", "scaling")
 
 
 @pytest.fixture(autouse=True)
@@ -156,7 +157,7 @@ def test_wrong_results_of_ours_are_status_1(
 def test_all_runs_every_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """step, exits and scaling get the preset and the directory."""
+    """step, loops, exits and scaling get the preset and the directory."""
     heard: list[tuple[type, str, str | None]] = []
 
     def stand_in(config: Any) -> int:
@@ -171,7 +172,8 @@ def test_all_runs_every_suite(
     options = ["--quick", "--output_dir", str(tmp_path), "--providers", "fusedacl"]
     assert cli.main(["all", *TINY, *options]) == 1
     assert heard == [
-        (cls, "quick", str(tmp_path)) for cls in (StepConfig, ExitsConfig, ScalingConfig)
+        (cls, "quick", str(tmp_path))
+        for cls in (StepConfig, LoopsConfig, ExitsConfig, ScalingConfig)
     ]
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json" for name in OWN}
     found = read_result(tmp_path / "growth.json")

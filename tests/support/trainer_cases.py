@@ -153,15 +153,15 @@ def plain_loop(
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 - step / len(windows))
         total = sum(len(batch["labels"]) for batch in window)
-        loss = 0.0
+        sums: Any = 0.0
         for batch in window:
             share = len(batch["labels"]) / total
-            main, auxiliary = (
-                share * x.sum() for x in losses_of(model, batch, strategy, smoothing)
-            )
-            gate.accumulate(main, auxiliary)
-            loss += (0.7 * main + 0.3 * auxiliary).item()
+            pair = [share * x for x in losses_of(model, batch, strategy, smoothing)]
+            gate.accumulate(pair[0].sum(), pair[1].sum())
+            sums = sums + torch.stack(pair).detach()
         decision = gate.combine(max_norm=1.0)
+        weights = 0.3 * decision.kept[: len(sums[0])]
+        loss = ((1 - weights) * sums[0] + weights * sums[1]).sum().item()
         optimizer.step()
         optimizer.zero_grad()
         found.append({"loss": loss, "angles": decision.angle, "kept": decision.kept})

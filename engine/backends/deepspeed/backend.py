@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,28 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter, functional
 
-from ....kernels import gated_combine_, grad_dot_norm
-from ....kernels.gradients.angle import choose, combined_squared_norm
+from ....kernels.gradients.angle import choose
 from ...objectives.gate import decision_of, used_weight, weighted_sum
 from ...objectives.losses import ExitLosses
 from ...runtime import processes
-from ...runtime.profiler_marks import (
-    CE_BACKWARD,
-    COMMUNICATION,
-    CONTRASTIVE_BACKWARD,
-    GATE,
-    OPTIMIZER,
-    part,
-)
+from ...runtime.profiler_marks import GATE, OPTIMIZER, part
 from ..interface import Backend, StepReport
-from ..loss_scaling import NOT_FINITE, DeepSpeedLossScaler
+from ..loss_scaling import DeepSpeedLossScaler
 from ..optimizers import decay_groups, new_optimizer, new_schedule
 from .gate_scope import SharedScope
 from .gradients import ZeroGradients, check_version
 from .offload import zero_gradients
 from .settings import complete
-
-MAIN, AUXILIARY = 0, 1
+from .zero_step import ZeroStep
 
 
 @dataclass(eq=False, repr=False)
@@ -117,8 +107,15 @@ class DeepSpeedBackend(Backend):
         )
         self.gradients.start_from(before)
         self.gradients.set_loss_scale(self.scaler.scale)
-        group_of = {id(p): i for i, group in enumerate(self.groups.values()) for p in group}
-        self._piece_groups = [group_of[id(piece.parameter)] for piece in self.gradients.pieces]
+        self.both = ZeroStep(
+            self.gradients,
+            {id(p): i for i, group in enumerate(self.groups.values()) for p in group},
+            weight=self.weight,
+            max_angle=self.max_angle,
+            impl=self.impl,
+            independent=self.independent,
+            max_norm=self.max_norm,
+        )
         self._in_forward = False
 
     def forward_context(self) -> AbstractContextManager[Any]:
@@ -135,23 +132,20 @@ class DeepSpeedBackend(Backend):
         finally:
             self.engine._forward_epilogue()
 
-    @part(CE_BACKWARD)
     def backward(self, losses: ExitLosses) -> None:
         self._in_forward = False
         # DeepSpeed takes the mean over the processes.
         factor = float(processes.world_size())
         if self.gradients.wants_scaled_loss:
             factor *= self.scaler.scale
+        auxiliary: Tensor | None = None
         if self.scope is not None and losses.auxiliary is not None:
             loss = self._decided(losses, processes.world_size())
         elif not self.gated or losses.auxiliary is None:
             loss = losses.weighted(self.weight)
         else:
             loss, auxiliary = losses.main.sum(), losses.auxiliary.sum()
-            if auxiliary.requires_grad:
-                with part(CONTRASTIVE_BACKWARD):
-                    self.gradients.accumulate(AUXILIARY, factor * auxiliary, retain_graph=True)
-        self.gradients.accumulate(MAIN, factor * loss, retain_graph=False)
+        self.both.accumulate(loss, auxiliary, factor=factor)
 
     @part(GATE)
     def _decided(self, losses: ExitLosses, factor: float) -> Tensor:
@@ -170,9 +164,6 @@ class DeepSpeedBackend(Backend):
     def step(self, *, compare: bool = False) -> StepReport:
         """Decide, unscale, clip and update, or skip, alike on every process.
 
-        Here the host waits for the device: DeepSpeed's own step reads whether the gradient
-        overflowed, and which parameters a gradient reached must be known to keep the others.
-
         compare: always False; the constructor refuses the option that asks for it.
 
         Raises:
@@ -180,78 +171,17 @@ class DeepSpeedBackend(Backend):
         """
         assert not compare
         learning_rate = self.scheduler.get_last_lr()[0]
-        scale = self.scaler.scale
-        gradients = self.gradients
-        # A process may hold no part of a group; a zero in its place gives it all groups.
-        stand_ins = [torch.zeros(1, device=gradients.device) for _ in self.groups]
-        groups = [*self._piece_groups, *range(len(self.groups))]
-        auxiliary: list[Tensor | None] = [None] * len(groups)
-        with part(COMMUNICATION):
-            if self.gated:
-                auxiliary = [*gradients.reduced(AUXILIARY), *stand_ins]
-            main: list[Tensor | None] = [*gradients.reduced(MAIN), *stand_ins]
-        # Without the gate this is the norm to clip by.
-        with part(GATE if self.gated else OPTIMIZER):
-            own_stats = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
-        stats, reached, finite = self._totals(own_stats)
-        if not finite and not self.scaler.enabled:
-            raise FloatingPointError(NOT_FINITE)
-        used = torch.full((len(self.groups),), torch.nan, device=gradients.device)
-        if finite:
-            with part(GATE if self.gated else OPTIMIZER):
-                used = gated_combine_(
-                    main,
-                    auxiliary,
-                    stats,
-                    weight=self.weight if self.gated else 0.0,
-                    max_angle=self.max_angle,
-                    max_norm=self.max_norm * scale if self.independent and self.max_norm else None,
-                    clip_groups=self.independent,
-                    groups=groups,
-                    impl=self.impl,
-                )
-        grad_norm = combined_squared_norm(stats, used).sum().sqrt() / scale
-        decision = None
-        if self.gated:
-            decision = decision_of(stats, used, self.max_angle, grad_norm)
-        elif self._scope_stats is not None:
-            used = used_weight(self._scope_stats, self.weight, self.max_angle)
-            decision = decision_of(self._scope_stats, used, self.max_angle, grad_norm)
+        scale, stats = self.scaler.scale, self._scope_stats
+        others = [] if stats is None else [stats]
+        made = self.both.step(scale=scale, may_overflow=self.scaler.enabled, others=others)
+        decision = made.decision
+        if stats is not None:
+            used = used_weight(stats, self.weight, self.max_angle)
+            decision = decision_of(stats, used, self.max_angle, made.grad_norm)
             self._scope_stats = None
-        self._update(main[: len(gradients.pieces)], reached, finite)
-        return StepReport(grad_norm, learning_rate, scale, not finite, decision)
-
-    def _totals(self, stats: Tensor) -> tuple[Tensor, list[bool], bool]:
-        """Sums over the processes, which parameters a gradient reached, whether all is finite.
-
-        The host reads all of it at once, because every read waits for the device.
-        """
-        reached = torch.tensor(self.gradients.reached, dtype=torch.float64, device=self.device)
-        own = stats.double().to(self.device)
-        both = torch.cat([own.flatten(), reached])
-        if processes.world_size() > 1:
-            torch.distributed.all_reduce(both)
-        scope = [] if self._scope_stats is None else [self._scope_stats.double().flatten()]
-        values = torch.cat([both, *scope]).tolist()
-        start, stop = own.numel(), both.numel()
-        finite = all(map(math.isfinite, [*values[:start], *values[stop:]]))
-        sums = own if self.gradients.replicated else both[:start].view_as(own)
-        return sums.to(stats), [value > 0 for value in values[start:stop]], finite
-
-    def _update(self, combined: Sequence[Tensor | None], reached: list[bool], finite: bool) -> None:
-        gradients = self.gradients
-        given = [gradient for gradient in combined if gradient is not None]
-        with gradients.resting(reached):
-            gradients.put(given, finite)
-            self.engine.step()
-        if self.engine.was_step_applied() != finite:
-            raise RuntimeError(
-                f"deepspeed {'skipped a good' if finite else 'took a bad'} step: this version "
-                "decides differently than fusedacl expects. Please report it."
-            )
-        gradients.reset()
-        self.scaler.update(overflow=not finite)
-        gradients.set_loss_scale(self.scaler.scale)
+        self.scaler.update(overflow=not made.finite)
+        self.gradients.set_loss_scale(self.scaler.scale)
+        return StepReport(made.grad_norm, learning_rate, scale, not made.finite, decision)
 
     def state_dict(self) -> dict[str, Any]:
         with self.gradients.wrapped_optimizer() as optimizer:

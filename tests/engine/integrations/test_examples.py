@@ -12,7 +12,6 @@ SCRIPTS = {
     "trainer": [*SHORT, "--output_dir", "out", "--logging_steps", "1", "--objective", "scl"],
     "sentence_embeddings": [*SHORT, "--output_dir", "out"],
     "metric_learning": [],
-    "accelerate_loop": ["--max_steps", "4"],
 }
 
 
@@ -34,6 +33,3 @@ def test_it_runs(
     elif name == "metric_learning":
         ours, theirs = (line.split(": ")[1] for line in printed.splitlines())
         assert ours == theirs
-    elif name == "accelerate_loop":
-        assert printed.count("degrees at the classifier") == 1
-        assert printed.count("kept True") + printed.count("kept False") == 2

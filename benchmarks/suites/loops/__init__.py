@@ -1,0 +1,1 @@
+"""Suite of the gate in loops of several processes."""
