@@ -72,9 +72,14 @@ PACKAGES = [
     for folder in FOLDERS
     for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))
 ]
+TILED = "kernels/contrastive/tiled"
+# Module -> its sources and headers.
 C_LOOPS = {
-    "kernels.gradients._cpu_loop": "kernels/gradients/cpu_loop.c",
-    "kernels.contrastive.tiled._cpu_loop": "kernels/contrastive/tiled/cpu_loop.c",
+    "kernels.gradients._cpu_loop": (["kernels/gradients/cpu_loop.c"], []),
+    "kernels.contrastive.tiled._cpu_loop": (
+        [f"{TILED}/cpu_loop.c", f"{TILED}/cpu_triangle.c"],
+        [f"{TILED}/{name}.h" for name in ("cpu_rows", "cpu_plan", "cpu_tiles")],
+    ),
 }
 
 setup(
@@ -90,8 +95,8 @@ setup(
     # These need a C compiler, but no headers of Python. Without a compiler the installation
     # continues, and operations of PyTorch are used instead.
     ext_modules=[
-        Extension(f"fusedacl.{module}", [source], optional=True, **OPENMP)
-        for module, source in C_LOOPS.items()
+        Extension(f"fusedacl.{module}", sources, depends=headers, optional=True, **OPENMP)
+        for module, (sources, headers) in C_LOOPS.items()
     ],
     package_data={
         "fusedacl.engine": ["py.typed"],

@@ -119,7 +119,7 @@ def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = No
         names = names_of("providers", config.what.providers, known)
         settings = Settings(
             torch.device(how.device), chosen["rounds"], chosen["case_seconds"], names,
-            SKIPPED[how.preset], child if how.peaks else None,
+            SKIPPED[how.preset], child if how.peaks else None, busy_core=suite in SUITES,
         )  # fmt: skip
         torch.set_num_threads(how.threads)
         cases: list[Any] = []

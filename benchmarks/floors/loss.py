@@ -7,9 +7,10 @@ A pass over the M^2 pairs of the contrastive loss takes at least
 
 because a GPU computes exponentials on units of their own. Similarities are symmetric, so half of
 the pairs are enough forward: M^2 d FLOP and M^2 / 2 exponentials. Backward, the products with the
-rows take 2 M^2 d FLOP and the recomputed pairs M^2 d FLOP and M^2 / 2 exponentials on a CPU; GPU
-kernels compute all pairs again, which takes 4 M^2 d FLOP and M^2 exponentials together. Forward and
-backward together take at least the time of moving 3 M d elements and 4 M d bytes (docs/kernels.md).
+rows take 2 M^2 d FLOP. A CPU can keep the exponentials for them (its loss does so as far as its
+memory for pairs goes); GPU kernels compute all pairs again, which takes 4 M^2 d FLOP and M^2
+exponentials together. Forward and backward together take at least the time of moving 3 M d elements
+and 4 M d bytes (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ def pass_seconds(
 ) -> tuple[tuple[float, float], tuple[float, float]]:
     """Seconds of matrix products and of exponentials in the forward and the backward pass."""
     pairs, flops = num_rows**2, rates.flops[dtype]
-    recomputed = trained * (pairs if rates.overlaps_units else pairs / 2)
+    recomputed = trained * pairs if rates.overlaps_units else 0.0
     return (
         (pairs * width / flops, pairs / 2 / rates.exponentials),
         ((2 * trained * pairs + 2 * recomputed) * width / flops, recomputed / rates.exponentials),

@@ -78,6 +78,14 @@ def interleave_samples(
 
     The first `skip` samples of every turn are dropped.
     """
+    found = interleaved(turns, rounds=rounds, skip=skip)
+    return {name: quantiles(values) for name, values in found.items()}
+
+
+def interleaved(
+    turns: Mapping[str, Callable[[], list[float]]], *, rounds: int, skip: int = 0
+) -> dict[str, list[float]]:
+    """The samples of `interleave_samples`."""
     samples: dict[str, list[float]] = {name: [] for name in turns}
     order = random.Random(0)
     for _ in range(rounds):
@@ -85,7 +93,7 @@ def interleave_samples(
         # predecessor changes from round to round.
         for name in order.sample(list(turns), len(turns)):
             samples[name] += turns[name]()[skip:]
-    return {name: quantiles(values) for name, values in samples.items()}
+    return samples
 
 
 def quantiles(seconds: list[float]) -> Result:

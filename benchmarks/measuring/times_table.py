@@ -35,6 +35,10 @@ def times_table(
             "-" if entry["p50_ms"] == first else f"{entry['p50_ms'] / first:.2f}"
             for entry in providers.values()
         ],
+        "slower beside a busy core (90th percentile)": [
+            f"{busy['slowdown']:.2f} ({busy['p90_slowdown']:.2f})" if busy else "-"
+            for busy in (entry.get("busy_core") for entry in providers.values())
+        ],
         "time over floor": numbers("over_floor", "{:.2f}"),
         "sent, MB": numbers("sent_bytes", "{:.2f}", 1e6),
         "loopback, MB": numbers("loopback_bytes", "{:.2f}", 1e6),

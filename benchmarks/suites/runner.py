@@ -12,6 +12,7 @@ import torch
 from ...engine.runtime.text import text_table
 from ..floors.rates import Rates
 from ..measuring import memory
+from ..measuring.busy_core import times_beside_a_busy_core
 from ..measuring.clock import interleave_on, launches, synchronize
 from ..measuring.environment import Result
 from ..measuring.memory import extra_device_memory
@@ -39,6 +40,8 @@ class Settings:
     providers: names of those to run, empty for all.
     skipped: providers that the preset leaves out, with the reason.
     child: measures peak memory on a CPU; None skips that measurement.
+    busy_core: on a CPU, time the suite's `shared` cases also beside a process that keeps a core
+        busy.
     """
 
     device: torch.device
@@ -47,6 +50,7 @@ class Settings:
     providers: tuple[str, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=dict)
     child: memory.Child | None = None
+    busy_core: bool = False
 
 
 def rotating(call: Call, inputs: Sequence[Any]) -> Callable[[], Any]:
@@ -151,6 +155,11 @@ def run_case(
             device, rotations | of_rates, rounds=settings.rounds, sample_seconds=SAMPLE_SECONDS,
             all_seconds=settings.case_seconds,
         )  # fmt: skip
+        busy = {}
+        if settings.busy_core and device.type == "cpu" and suite.shared(case):
+            busy = times_beside_a_busy_core(
+                rotations, times, rounds=settings.rounds, all_seconds=settings.case_seconds
+            )
         launched = {name: launches(turn, device) for name, turn in rotations.items()}
         peaks: dict[str, Any] = {
             name: extra_device_memory(turn, device) for name, turn in rotations.items()
@@ -177,6 +186,8 @@ def run_case(
         }  # fmt: skip
         if isinstance(peak, str):
             entry["peak_unknown"] = peak
+        if busy:
+            entry["busy_core"] = busy[name]
         if kernels is not None:
             entry |= {"launches": len(kernels)} | ({"launched": kernels} if entry["ours"] else {})
         found["providers"][name] = entry

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ...kernels.contrastive.tiled import cpu_triangle
 from ..floors.rates import Floor, Rates
 from ..measuring.environment import CPU
 from ..measuring.memory import HighWaterMark
@@ -72,6 +73,9 @@ class Suite(Protocol):
     def floor(self, rates: Rates, case: Any) -> Floor | None:
         """Lower bound of the time at these rates."""
 
+    def shared(self, case: Any) -> bool:
+        """Whether the case is also timed while another process keeps a core busy."""
+
     def shrunk(self, case: Any) -> Any | None:
         """The case at half its size, None if it cannot shrink."""
 
@@ -87,6 +91,8 @@ def peak_bytes(suite: Suite, name: str, case: Any) -> int:
     (inputs,) = suite.inputs(case, CPU, 1)
     # The first call loads libraries, compiles, starts threads and allocates workspaces.
     call(inputs)
+    # What the loss keeps for its next call is memory of a call too.
+    cpu_triangle.spare.clear()
     return mark.raised_by(lambda: call(inputs))
 
 

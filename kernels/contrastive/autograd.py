@@ -16,14 +16,15 @@ from .batch import Batch, BatchShape
 FORWARD_SCHEMA = (
     "(Tensor embeddings, Tensor labels, Tensor? label_embeddings, Tensor? teacher_embeddings, "
     "Tensor? teacher_label_embeddings, float temperature, str denominator, str reduction, "
-    "SymInt ignore_index, bool trains_samples, bool trains_labels) -> (Tensor, Tensor[])"
+    "SymInt ignore_index, SymInt pair_memory, bool trains_samples, bool trains_labels) "
+    "-> (Tensor, Tensor[])"
 )
 # The gradient of the loss, the saved tensors, then the fields of `BatchShape`.
 BACKWARD_SCHEMA = (
     "(Tensor loss_gradient, Tensor[] saved, SymInt num_samples, SymInt? num_labels, "
     "SymInt num_classes, SymInt width, float temperature, str denominator, str reduction, "
     "SymInt ignore_index, ScalarType sample_dtype, ScalarType? label_dtype, bool trains_samples, "
-    "bool trains_labels) -> Tensor[]"
+    "bool trains_labels, SymInt pair_memory) -> Tensor[]"
 )
 
 Forward = Callable[..., tuple[Tensor, list[Tensor]]]
@@ -149,7 +150,7 @@ class Implementation(Passes):
         if loss_gradient is not None:
             gradients = self.backward_operator(loss_gradient, list(ctx.saved_tensors), *ctx.shape)
             samples, labels = input_gradients(ctx, gradients)
-        return samples, None, labels, *(None,) * 8
+        return samples, None, labels, *(None,) * 9
 
 
 def batch_of(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 # A vector this short has no direction: it normalizes to zero and its gradient is zero.
 ZERO_NORM = 1e-12
+# Bytes of exponentials of pairs that a CPU keeps for the gradient, unless a call says otherwise.
+PAIR_MEMORY = 64 * 2**20
 
 
 class Batch(NamedTuple):
@@ -31,6 +33,7 @@ class Batch(NamedTuple):
     denominator: str
     reduction: str
     ignore_index: int
+    pair_memory: int = PAIR_MEMORY
 
     @property
     def parts(self) -> list[Tensor]:
@@ -95,7 +98,7 @@ class Batch(NamedTuple):
             self.embeddings.shape[-1],
             self.temperature, self.denominator, self.reduction, self.ignore_index,
             self.embeddings.dtype, None if label_embeddings is None else label_embeddings.dtype,
-            trains_samples, trains_labels,
+            trains_samples, trains_labels, self.pair_memory,
         )  # fmt: skip
 
 
@@ -114,6 +117,7 @@ class BatchShape(NamedTuple):
     label_dtype: torch.dtype | None
     trains_samples: bool
     trains_labels: bool
+    pair_memory: int = PAIR_MEMORY
 
     @property
     def num_student_rows(self) -> int:

@@ -13,11 +13,18 @@ from . import dispatch
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum", "none")
 LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# Less would make every tile a phase of its own, for which all threads wait.
+MIN_PAIR_MEMORY = 2**20
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_options(
-    temperature: float, denominator: str, reduction: str, ignore_index: int, impl: str
+    temperature: float,
+    denominator: str,
+    reduction: str,
+    ignore_index: int,
+    impl: str,
+    pair_memory: int,
 ) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(
@@ -31,6 +38,12 @@ def check_options(
     check_name("impl", impl, dispatch.IMPLEMENTATIONS)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int, not {type(ignore_index).__name__}")
+    if isinstance(pair_memory, bool) or not isinstance(pair_memory, int):
+        raise TypeError(f"pair_memory must be an int, not {type(pair_memory).__name__}")
+    if pair_memory < MIN_PAIR_MEMORY:
+        raise ValueError(
+            f"pair_memory is {pair_memory} bytes: it must be at least {MIN_PAIR_MEMORY} (1 MiB)"
+        )
 
 
 def check_tensors(tensors: dict[str, Tensor], labels: Tensor) -> None:

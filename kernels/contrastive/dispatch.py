@@ -179,6 +179,8 @@ def explain(workload: Workload) -> str:
     if chosen == "tiled" and workload.device.type == "cuda":
         size = workload.dtype.itemsize * tiled.GPU_TILE**2 / 2**20
         tile = f" with one tile of at most {size:g} MiB"
+    elif chosen == "tiled" and precision == torch.float32:
+        tile = f" ({tiled.describe_cpu()})"
     rows = f"{workload.num_rows} rows" if workload.num_rows else "any number of rows"
     if workload.num_ranks > 1:
         rows += f" on each of {workload.num_ranks} ranks"

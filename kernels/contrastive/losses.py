@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import dispatch
 from .autograd import without_autocast
-from .batch import Batch
+from .batch import PAIR_MEMORY, Batch
 from .checks import check_options, check_shapes, check_tensors
 from .sharded import losses as sharded
 from .sharded.agreement import (
@@ -30,6 +30,7 @@ def supcon_loss(
     ignore_index: int = -100,
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
+    pair_memory: int = PAIR_MEMORY,
 ) -> Tensor:
     """Supervised contrastive loss of the samples of a batch (SCL).
 
@@ -54,6 +55,10 @@ def supcon_loss(
             (for example `torch.distributed.group.WORLD`). The samples of all its ranks form one
             batch; see below. None: the batch of this process alone.
         impl: "auto" (the fastest here), "reference", "tiled" or "triton".
+        pair_memory: bytes, at least 2^20, for exponentials of pairs on a CPU: half a matrix [M, M]
+            as far as it fits (64 MiB: 5,600 rows); the rest is computed twice. The result does not
+            depend on it, and the memory is kept for the next call. Not used on a GPU, in float64,
+            by the reference, and up to 1024 rows.
 
     Returns:
         A scalar ([E] with exits; [N] or [E, N] for "none"): float32, or float64 for float64
@@ -82,8 +87,9 @@ def supcon_loss(
     """
     tensors = {"embeddings": embeddings}
     return _contrastive_loss(
-        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
-    )
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl,
+        pair_memory,
+    )  # fmt: skip
 
 
 def acl_loss(
@@ -97,6 +103,7 @@ def acl_loss(
     ignore_index: int = -100,
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
+    pair_memory: int = PAIR_MEMORY,
 ) -> Tensor:
     """Aligned contrastive loss over samples and label embeddings (ACL-Embed).
 
@@ -116,8 +123,9 @@ def acl_loss(
     """
     tensors = {"embeddings": embeddings, "label_embeddings": label_embeddings}
     return _contrastive_loss(
-        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
-    )
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl,
+        pair_memory,
+    )  # fmt: skip
 
 
 def acl_cl_loss(
@@ -133,6 +141,7 @@ def acl_cl_loss(
     ignore_index: int = -100,
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
+    pair_memory: int = PAIR_MEMORY,
 ) -> Tensor:
     """Cross-layer aligned contrastive loss of an exit and its teacher, the last exit (ACL-CL).
 
@@ -159,8 +168,9 @@ def acl_cl_loss(
         "teacher_label_embeddings": teacher_label_embeddings,
     }
     return _contrastive_loss(
-        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl
-    )
+        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl,
+        pair_memory,
+    )  # fmt: skip
 
 
 def _contrastive_loss(
@@ -172,6 +182,7 @@ def _contrastive_loss(
     ignore_index: int,
     process_group: ProcessGroup | None,
     impl: str,
+    pair_memory: int,
 ) -> Tensor:
     if process_group is not None and torch.compiler.is_compiling():
         raise ValueError(
@@ -181,7 +192,7 @@ def _contrastive_loss(
     # A group of one rank has nothing to gather.
     num_ranks = 1 if process_group is None else check_process_group(process_group)
     try:
-        check_options(temperature, denominator, reduction, ignore_index, impl)
+        check_options(temperature, denominator, reduction, ignore_index, impl, pair_memory)
         check_tensors(tensors, labels)
         check_shapes(tensors, labels)
         if num_ranks > 1:
@@ -196,7 +207,7 @@ def _contrastive_loss(
     batch = Batch(
         embeddings, labels, tensors.get("label_embeddings"),
         constants.get("teacher_embeddings"), constants.get("teacher_label_embeddings"),
-        float(temperature), denominator, reduction, ignore_index,
+        float(temperature), denominator, reduction, ignore_index, pair_memory,
     )  # fmt: skip
     with without_autocast(embeddings.device.type):
         if num_ranks > 1:

@@ -1,7 +1,7 @@
 """The gradient check on the CPU: one pass over memory for the sums and one for the combination.
 
-A compiled loop (cpu_loop.c) computes the sums or, where it was not built, three products of a chunk
-that stays in cache.
+A compiled loop (cpu_loop.c) takes all gradients in one parallel region. Where it was not built, and
+for dtypes that it does not take, PyTorch operations run on chunks that stay in cache.
 """
 
 import ctypes
@@ -87,33 +87,71 @@ def sums_of_pieces(dtype: torch.dtype, pieces: list[int]) -> list[float]:
     if loop is None or num_pieces == 0:
         return list(sums)
     function = loop.pair_sums_float if dtype == torch.float32 else loop.pair_sums_double
-    num_threads = torch.get_num_threads() if sum(pieces[2::3]) > PIECE else 1
-    function(table, ctypes.c_int64(num_pieces), sums, ctypes.c_int64(num_threads))
+    function(table, ctypes.c_int64(num_pieces), sums, ctypes.c_int64(threads_for(pieces)))
     return list(sums)
+
+
+def threads_for(pieces: list[int]) -> int:
+    """Return the number of threads that are worth starting for these pieces."""
+    return torch.get_num_threads() if sum(pieces[2::3]) > PIECE else 1
 
 
 def gated_combine_(
     a: Gradients, b: Gradients, used: Tensor, factor: Tensor, groups: Sequence[int] | None
 ) -> None:
-    """Compute `reference.gated_combine_` chunk by chunk, while a chunk is in cache."""
+    """Compute `reference.gated_combine_` in one pass over memory."""
     weights, factors = used.tolist(), factor.tolist()
+    # Pieces and options by dtype, as the compiled loop reads them, and what must live until then.
+    pieces: dict[torch.dtype, list[int]] = {torch.float32: [], torch.float64: []}
+    options: dict[torch.dtype, list[float]] = {dtype: [] for dtype in pieces}
+    alive: list[Tensor] = []
+    written: list[Tensor] = []
     for index, (left, right) in enumerate(zip(a, b, strict=True)):
         group = 0 if groups is None else groups[index]
-        if left is None or math.isnan(weights[group]) or math.isnan(factors[group]):
+        weight, scale = weights[group], factors[group]
+        if left is None or math.isnan(weight) or math.isnan(scale):
             continue
-        if left.is_contiguous():
-            combine_by_chunks_(left, right, weights[group], factors[group])
-        else:
+        if not left.is_contiguous():
             combine_(left, right, used[group], factor[group])
+            continue
+        if weight == 0:
+            right = None
+        if right is None:
+            scale *= 1 - weight
+            if scale == 1:
+                continue
+        same = right is None or right.dtype == left.dtype
+        if left.dtype not in pieces or not same or compiled_loop() is None:
+            combine_by_chunks_(left, right, weight, scale)
+            continue
+        y_start, x_start, size = 0, left.data_ptr(), left.itemsize
+        if right is not None:
+            alive.append(flat(right))
+            y_start = alive[-1].data_ptr()
+        written.append(left)
+        for start in range(0, left.numel(), PIECE):
+            other = y_start and y_start + start * size
+            pieces[left.dtype] += x_start + start * size, other, min(PIECE, left.numel() - start)
+            options[left.dtype] += weight, scale
+    for dtype, table in pieces.items():
+        combine_pieces_(dtype, table, options[dtype])
+    torch.autograd.graph.increment_version([x for x in written if not x.is_inference()])
+
+
+def combine_pieces_(dtype: torch.dtype, pieces: list[int], options: list[float]) -> None:
+    """Combine pieces in place; each is: address of x, of y or 0, count. Options: weight, factor."""
+    loop, num_pieces = compiled_loop(), len(pieces) // 3
+    if loop is None or num_pieces == 0:
+        return
+    function = loop.combine_float if dtype == torch.float32 else loop.combine_double
+    table = (ctypes.c_int64 * len(pieces))(*pieces)
+    of_pieces = (ctypes.c_double * len(options))(*options)
+    function(table, ctypes.c_int64(num_pieces), of_pieces, ctypes.c_int64(threads_for(pieces)))
 
 
 def combine_by_chunks_(left: Tensor, right: Tensor | None, weight: float, factor: float) -> None:
-    """Combine one contiguous entry in place."""
-    others = None if right is None or weight == 0 else flat(right).split(chunk_size())
-    if others is None:
-        factor *= 1 - weight
-    if others is None and factor == 1:
-        return
+    """Combine one contiguous entry in place; without the other one, multiply it by the factor."""
+    others = None if right is None else flat(right).split(chunk_size())
     dtype = sum_dtype(left)
     for index, chunk in enumerate(left.view(-1).split(chunk_size())):
         combined = chunk.to(dtype)
@@ -135,4 +173,5 @@ def compiled_loop() -> ctypes.CDLL | None:
     loop = library("gradients._cpu_loop")
     if loop is not None:
         loop.pair_sums_float.restype = loop.pair_sums_double.restype = None
+        loop.combine_float.restype = loop.combine_double.restype = None
     return loop

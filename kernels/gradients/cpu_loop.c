@@ -1,6 +1,7 @@
-/* x . y, |x|^2 and |y|^2 of two arrays, reading each once; PyTorch has no operation for it.
+/* x . y, |x|^2 and |y|^2 of two arrays, and their combination, reading each once.
  *
- * Plain C without Python's headers, called through ctypes (cpu.py) for many pairs of arrays at once,
+ * PyTorch has no operation for the sums, and a combination of hundreds of arrays would be hundreds of
+ * parallel regions, each of which waits for its last thread. Plain C without Python's headers, called through ctypes (cpu.py) for many pairs of arrays at once,
  * because a list of gradients has hundreds of short ones.
  */
 #include <stdint.h>
@@ -62,3 +63,32 @@
 
 PAIR_SUMS(pair_sums_float, float)
 PAIR_SUMS(pair_sums_double, double)
+
+#define COMBINE(NAME, REAL)                                                                      \
+    WIDEST static void NAME##_piece(REAL *x, const REAL *y, int64_t count, REAL weight,          \
+                                    REAL factor)                                                 \
+    {                                                                                            \
+        if (!y)                                                                                  \
+            for (int64_t i = 0; i < count; i++)                                                  \
+                x[i] *= factor;                                                                  \
+        else if (weight < (REAL)0.5)                                                             \
+            for (int64_t i = 0; i < count; i++)                                                  \
+                x[i] = (x[i] + weight * (y[i] - x[i])) * factor;                                 \
+        else /* so that a weight of 1 gives y exactly */                                         \
+            for (int64_t i = 0; i < count; i++)                                                  \
+                x[i] = (y[i] - (y[i] - x[i]) * (1 - weight)) * factor;                           \
+    }                                                                                            \
+                                                                                                 \
+    /* pieces as above, where a y of 0 is absent; options [num_pieces][2]: weight, factor. */    \
+    void NAME(const int64_t *pieces, int64_t num_pieces, const double *options,                  \
+              int64_t num_threads)                                                               \
+    {                                                                                            \
+        _Pragma("omp parallel for schedule(dynamic) num_threads(num_threads) if(num_threads > 1)") \
+        for (int64_t i = 0; i < num_pieces; i++)                                                 \
+            NAME##_piece((REAL *)(intptr_t)pieces[3 * i],                                        \
+                         (const REAL *)(intptr_t)pieces[3 * i + 1], pieces[3 * i + 2],           \
+                         (REAL)options[2 * i], (REAL)options[2 * i + 1]);                        \
+    }
+
+COMBINE(combine_float, float)
+COMBINE(combine_double, double)

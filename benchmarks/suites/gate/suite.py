@@ -105,6 +105,9 @@ class AngleSuite:
         moved = LISTS_MOVED[case.task] * case.elements * case.torch_dtype.itemsize
         return Floor(moved / rates.bytes, "memory")
 
+    def shared(self, case: AngleCase) -> bool:
+        return True
+
     def shrunk(self, case: AngleCase) -> AngleCase | None:
         if case.parameters < 2000:
             return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ....kernels import acl_cl_loss, acl_loss, supcon_loss
+from ....kernels.contrastive.batch import PAIR_MEMORY
 from ....kernels.contrastive.dispatch import Workload, choose, obstacle, triton_file
 from .. import baselines
 from ..suite import Call, Provider, missing
@@ -130,7 +131,11 @@ def _ours(case: "LossCase", device: torch.device, formula: str, impl: str) -> Pr
         return None if impl == "auto" else obstacle(file, workload)
 
     name = OURS if impl == "auto" else f"{OURS} {impl}"
-    extra_bytes = _pairs_of("reference") if impl == "reference" else _linear
+
+    def extra_bytes(case: "LossCase") -> int:
+        predicted = _pairs_of("reference") if impl == "reference" else _linear
+        return predicted(case) + (PAIR_MEMORY if device.type == "cpu" else 0)
+
     return Provider(name, make, formula, extra_bytes, why_not, is_ours=True)
 
 

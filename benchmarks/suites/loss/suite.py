@@ -34,6 +34,8 @@ from .providers import TEMPERATURE, providers
 # Relative to float64. Ours only rounds its result to the dtype; the others compute in the dtype.
 OUR_MAX_ERROR = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 2e-5}
 OUR_MAX_ERROR_GPU = OUR_MAX_ERROR | {torch.float32: 1e-4}
+# A call of fewer rows is over before another process gets the core.
+SHARED_ROWS = 4096
 OTHERS_MAX_ERROR = {torch.float16: 5e-2, torch.bfloat16: 5e-2, torch.float32: 1e-3}
 
 
@@ -109,6 +111,9 @@ class LossSuite:
         share = case.num_trained / case.num_rows
         found = loss_floor(rates, case.num_rows, case.width, case.torch_dtype, share)
         return None if found is None else replace(found, seconds=case.exits * found.seconds)
+
+    def shared(self, case: LossCase) -> bool:
+        return case.num_rows >= SHARED_ROWS
 
     def shrunk(self, case: LossCase) -> LossCase | None:
         if max(case.samples, case.classes) < 4:

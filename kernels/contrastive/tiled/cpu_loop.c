@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "cpu_rows.h"
+
 /* Block of a product: twelve sums, two loads and a broadcast use fifteen of sixteen registers. */
 #define ROWS 6
 #define LANES 8
@@ -15,37 +17,11 @@
 /* Products summed before their sum is added to the result: rounding grows with their number. */
 #define SUMMANDS 128
 
-/* A vector this short has no direction (ZERO_NORM in batch.py). */
-#define ZERO_NORM 1e-12f
-#define SMALLEST 1.17549435e-38f
-
-#define INLINE static inline __attribute__((always_inline))
-
 /* Passed through pointers: by value would depend on the target's calling convention. */
 typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
-/* In the order of cpu_loop.py. */
-enum denominator { ALL, OTHERS, NEGATIVES };
-enum reduction { MEAN, SUM };
-
 enum step { NORMALIZE, PAIRS, GRADIENT };
-
-/* Classes of rows that do not exist: ignored by their label, or padding. */
-enum { IGNORED = -1, PADDING = -2 };
-
-/* Problem in cpu_loop.py has the same fields. */
-struct problem {
-    /* Samples [E][N][d], label embeddings [E][K][d], and their teacher counterparts [N][d] and
-     * [K][d]; null where absent. */
-    const float *parts[4];
-    const int64_t *labels; /* [N] */
-    float *losses;         /* [E] */
-    float *gradient;       /* [E][N + K][d], or null */
-    int64_t num_exits, num_samples, num_labels, num_copies; /* 2 copies with teachers, else 1 */
-    int64_t width, ignore_index, denominator, reduction;
-    double temperature;
-};
 
 /* Scratch memory of one exit. Threads that share its rows, in blocks of ROWS, write to different
  * memory in every step except NORMALIZE, which one thread does. */
@@ -55,25 +31,10 @@ struct scratch {
     float *products; /* [rows][width]: G, in the memory of the panels */
     float *pairs;    /* [rows][columns]: e, then the pairs' weights in the gradient */
     float *sums;     /* [classes][width] of y */
-    float *inverse_norm, *exists, *inverse_positives, *weight, *u, *losses; /* [columns] */
-    int32_t *classes, *members;                                             /* [columns] */
+    float *inverse_norm, *u, *losses; /* [columns] */
+    struct rows of;
     int64_t rows, columns, width; /* M, M and d, rounded up to whole blocks */
 };
-
-INLINE int64_t rounded_up(int64_t count, int64_t multiple)
-{
-    return (count + multiple - 1) / multiple * multiple;
-}
-
-INLINE int64_t num_trained(const struct problem *p)
-{
-    return p->num_samples + p->num_labels;
-}
-
-INLINE int64_t num_rows(const struct problem *p)
-{
-    return num_trained(p) * p->num_copies;
-}
 
 /* Place the arrays in memory from `start`; return their number of floats. */
 static int64_t lay_out(const struct problem *p, float *start, struct scratch *s)
@@ -82,6 +43,8 @@ static int64_t lay_out(const struct problem *p, float *start, struct scratch *s)
     s->rows = rounded_up(num_rows(p), ROWS);
     s->columns = rounded_up(s->rows, COLUMNS);
     s->width = rounded_up(p->width, COLUMNS);
+    s->of.padded = s->columns;
+    s->of.table_size = label_table_size(p);
 #define TAKE(NAME, COUNT) (s->NAME = (void *)(start + used), used += (COUNT))
     TAKE(y, s->columns * s->width);
     TAKE(panels, s->columns * s->width);
@@ -89,13 +52,14 @@ static int64_t lay_out(const struct problem *p, float *start, struct scratch *s)
     TAKE(pairs, s->rows * s->columns);
     TAKE(sums, s->columns * s->width);
     TAKE(inverse_norm, s->columns);
-    TAKE(exists, s->columns);
-    TAKE(inverse_positives, s->columns);
-    TAKE(weight, s->columns);
+    TAKE(of.exists, s->columns);
+    TAKE(of.inverse_positives, s->columns);
+    TAKE(of.weight, s->columns);
     TAKE(u, s->columns);
     TAKE(losses, s->columns);
-    TAKE(classes, s->columns);
-    TAKE(members, s->columns);
+    TAKE(of.classes, s->columns);
+    TAKE(of.members, s->columns);
+    TAKE(of.table, s->of.table_size);
 #undef TAKE
     return used;
 }
@@ -165,54 +129,6 @@ INLINE void block_product(const float *a, int64_t a_stride, const float *b, int6
     }
 }
 
-/* Find the class of each row (its label or, without label embeddings, the first row with the same
- * label) and its size. Return the position of a label outside [0, K), or -1. */
-static int64_t find_classes(const struct problem *p, struct scratch *s)
-{
-    memset(s->members, 0, sizeof(int32_t) * s->columns);
-    for (int64_t i = 0; i < p->num_samples; i++) {
-        int64_t label = p->labels[i], first = 0;
-        if (label == p->ignore_index) {
-            s->classes[i] = IGNORED;
-        } else if (p->num_labels > 0) {
-            if (label < 0 || label >= p->num_labels)
-                return i;
-            s->classes[i] = (int32_t)label;
-        } else {
-            while (p->labels[first] != label)
-                first++;
-            s->classes[i] = (int32_t)first;
-        }
-    }
-    for (int64_t label = 0; label < p->num_labels; label++)
-        s->classes[p->num_samples + label] = (int32_t)label;
-    for (int64_t i = num_trained(p); i < s->columns; i++)
-        s->classes[i] = i < num_rows(p) ? s->classes[i - num_trained(p)] : PADDING;
-    for (int64_t i = 0; i < s->columns; i++) {
-        s->exists[i] = s->classes[i] >= 0;
-        if (s->classes[i] >= 0)
-            s->members[s->classes[i]]++;
-    }
-    return -1;
-}
-
-/* Compute 1 / number of positives and the weight in the loss of each row. */
-static void weigh_rows(const struct problem *p, struct scratch *s)
-{
-    int64_t num_existing = 0, num_counted = 0;
-    for (int64_t i = 0; i < s->columns; i++)
-        num_existing += s->classes[i] >= 0;
-    for (int64_t i = 0; i < s->columns; i++) {
-        int32_t members = s->classes[i] < 0 ? 1 : s->members[s->classes[i]];
-        int no_negative = p->denominator == NEGATIVES && members == num_existing;
-        s->inverse_positives[i] = no_negative || members == 1 ? 0 : 1.0f / (members - 1);
-        num_counted += s->inverse_positives[i] > 0;
-    }
-    float weight = p->reduction == MEAN && num_counted > 0 ? 1.0f / num_counted : 1.0f;
-    for (int64_t i = 0; i < s->columns; i++)
-        s->weight[i] = s->inverse_positives[i] > 0 ? weight : 0;
-}
-
 /* Compute y, its panels, and the sum over each class. */
 INLINE void normalize(const struct problem *p, struct scratch *s, int64_t exit)
 {
@@ -222,16 +138,16 @@ INLINE void normalize(const struct problem *p, struct scratch *s, int64_t exit)
     memset(s->sums, 0, sizeof(float) * s->columns * s->width);
     for (int part = 0; part < 2 * p->num_copies; part++) {
         /* Teachers are shared by the exits. */
-        const float *x = p->parts[part] + (part < 2 ? exit * sizes[part] * p->width : 0);
-        for (int64_t row = 0; row < sizes[part]; row++, i++, x += p->width) {
+        int64_t start = part < 2 ? exit * sizes[part] * p->width : 0;
+        for (int64_t row = 0; row < sizes[part]; row++, i++, start += p->width) {
             float *y = s->y + i * s->width;
             s->inverse_norm[i] = 0;
-            if (s->classes[i] < 0)
+            if (s->of.classes[i] < 0)
                 continue;
-            memcpy(y, x, sizeof(float) * p->width);
+            load_row(p, part, start, y, p->width);
             float norm = sqrtf(dot(y, y, s->width));
             s->inverse_norm[i] = norm <= ZERO_NORM ? 0 : 1 / (norm * root);
-            float *sum = s->sums + s->classes[i] * s->width;
+            float *sum = s->sums + s->of.classes[i] * s->width;
             for (int64_t k = 0; k < s->width; k += LANES) {
                 *(lanes *)(y + k) *= s->inverse_norm[i];
                 *(lanes *)(sum + k) += *(lanes *)(y + k);
@@ -257,10 +173,10 @@ INLINE void pair_up(const struct problem *p, struct scratch *s, int64_t first)
             for (int side = 0; side < COLUMNS; side += LANES) {
                 lanes *e = (lanes *)(pairs + side);
                 exponentiate(e);
-                *e *= *(lanes *)(s->exists + column + side);
+                *e *= *(lanes *)(s->of.exists + column + side);
                 if (p->denominator == NEGATIVES)
                     *(integers *)e &=
-                        *(integers *)(s->classes + column + side) != s->classes[first + row];
+                        *(integers *)(s->of.classes + column + side) != s->of.classes[first + row];
             }
             int64_t diagonal = first + row - column;
             if (p->denominator == OTHERS && diagonal >= 0 && diagonal < COLUMNS)
@@ -273,10 +189,10 @@ INLINE void pair_up(const struct problem *p, struct scratch *s, int64_t first)
         float sum = total(&sums[i - first]), positives = 0;
         /* A row with nothing to compare has D = 0 and does not count: 0 * log D is 0. */
         sum = sum < SMALLEST ? SMALLEST : sum;
-        s->u[i] = s->weight[i] / sum;
-        if (s->classes[i] >= 0)
-            positives = dot(s->sums + s->classes[i] * s->width, y, s->width) - dot(y, y, s->width);
-        s->losses[i] = s->weight[i] * (logf(sum) - positives * s->inverse_positives[i]);
+        s->u[i] = s->of.weight[i] / sum;
+        if (s->of.classes[i] >= 0)
+            positives = dot(s->sums + s->of.classes[i] * s->width, y, s->width) - dot(y, y, s->width);
+        s->losses[i] = s->of.weight[i] * (logf(sum) - positives * s->of.inverse_positives[i]);
     }
 }
 
@@ -300,13 +216,13 @@ INLINE void differentiate(const struct problem *p, struct scratch *s, int64_t ex
         block_product(pairs, s->columns, s->y + k, s->width, num_rows(p), product + k, s->width);
     for (int64_t i = first; i < first + ROWS && i < num_trained(p); i++, product += s->width) {
         float *gradient = p->gradient + (exit * num_trained(p) + i) * p->width;
-        if (s->classes[i] < 0) {
+        if (s->of.classes[i] < 0) {
             memset(gradient, 0, sizeof(float) * p->width);
             continue;
         }
-        const float *y = s->y + i * s->width, *sum = s->sums + s->classes[i] * s->width;
+        const float *y = s->y + i * s->width, *sum = s->sums + s->of.classes[i] * s->width;
         /* All rows of a class have the same v, so both class terms are equal. */
-        float twice_v = 2 * s->weight[i] * s->inverse_positives[i];
+        float twice_v = 2 * s->of.weight[i] * s->of.inverse_positives[i];
         for (int64_t k = 0; k < s->width; k += LANES)
             *(lanes *)(product + k) -=
                 twice_v * (*(const lanes *)(sum + k) - *(const lanes *)(y + k));
@@ -390,10 +306,10 @@ int64_t supcon_loss(const struct problem *p, float *scratch, int64_t num_threads
     int64_t num_teams = num_threads < p->num_exits ? num_threads : p->num_exits;
     for (int64_t team = 0; team < num_teams; team++) {
         lay_out(p, scratch + team * size, &s);
-        int64_t outside = find_classes(p, &s);
+        int64_t outside = find_classes(p, &s.of);
         if (outside >= 0)
             return outside;
-        weigh_rows(p, &s);
+        weigh_rows(p, &s.of);
     }
     if (p->num_exits >= num_threads) {
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num_threads > 1)

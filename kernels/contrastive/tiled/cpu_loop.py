@@ -18,9 +18,10 @@ from ..batch import Batch, check_range
 MAX_ROWS = 1024
 # Number of multiply-adds from which several threads are faster than one.
 WORTH_THREADS = 4_000_000
-# In the order of the enums of cpu_loop.c.
+# In the order of the enums of cpu_rows.h.
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INTEGERS = (
     "num_exits", "num_samples", "num_labels", "num_copies", "width", "ignore_index", "denominator",
     "reduction",
@@ -28,10 +29,11 @@ INTEGERS = (
 
 
 class Problem(ctypes.Structure):
-    """`struct problem` of cpu_loop.c, with the same fields."""
+    """`struct problem` of cpu_rows.h, with the same fields."""
 
     _fields_ = (
         ("parts", ctypes.c_void_p * 4),
+        ("dtypes", ctypes.c_int64 * 4),
         ("labels", ctypes.c_void_p),
         ("losses", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
@@ -42,45 +44,68 @@ class Problem(ctypes.Structure):
 
 def takes(batch: Batch, dtype: torch.dtype) -> bool:
     """Return whether the compiled call computes the loss of this batch in this dtype."""
+    return batch.num_rows <= MAX_ROWS and can_run(batch, dtype)
+
+
+def can_run(batch: Batch, dtype: torch.dtype) -> bool:
+    """Return whether a compiled loop can compute this batch in this dtype, whatever its size."""
     return (
         batch.embeddings.device.type == "cpu"
         and dtype == torch.float32
         and batch.reduction in REDUCTIONS
-        and batch.num_rows <= MAX_ROWS
         and compiled_loop() is not None
     )
 
 
+class Call:
+    """A batch as a compiled loop reads it, and what the loop writes.
+
+    losses: a scalar or [E]; gradient: [.., N + K, d] of the student's rows, or None.
+    """
+
+    def __init__(self, batch: Batch, with_gradient: bool) -> None:
+        # Copies made here must live until the loop has returned.
+        self.parts = [part.contiguous() for part in batch.parts]
+        self.labels = batch.labels.long().contiguous()
+        self.batch = batch
+        *exits, num_samples, width = batch.embeddings.shape
+        num_labels = batch.num_labels or 0
+        new = functools.partial(torch.empty, dtype=torch.float32)
+        self.losses = new(exits)
+        self.gradient = new((*exits, num_samples + num_labels, width)) if with_gradient else None
+        self.problem = Problem(
+            tuple(part.data_ptr() for part in self.parts),
+            tuple(DTYPES.index(part.dtype) for part in self.parts),
+            self.labels.data_ptr(), self.losses.data_ptr(),
+            None if self.gradient is None else self.gradient.data_ptr(),
+            self.losses.numel(), num_samples, num_labels, batch.num_copies, width,
+            batch.ignore_index, DENOMINATORS.index(batch.denominator),
+            REDUCTIONS.index(batch.reduction), batch.temperature,
+        )  # fmt: skip
+
+    def check(self, position: int) -> None:
+        """Raise ValueError for a label out of range, which a loop found at a position >= 0."""
+        if position >= 0:
+            check_range(self.labels, self.problem.num_labels, self.batch.ignore_index)
+
+
 def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
     """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
-    # Copies made here must live until the calls have returned.
-    samples, *others = (part.float().contiguous() for part in batch.parts)
-    labels = batch.labels.long().contiguous()
-    *exits, num_samples, width = samples.shape
-    num_labels = batch.num_labels or 0
-    num_trained = num_samples + num_labels
-    losses = samples.new_empty(exits)
-    gradient = samples.new_empty(*exits, num_trained, width) if with_gradient else None
-    problem = Problem(
-        tuple(part.data_ptr() for part in (samples, *others)),
-        labels.data_ptr(), losses.data_ptr(), None if gradient is None else gradient.data_ptr(),
-        losses.numel(), num_samples, num_labels, batch.num_copies, width, batch.ignore_index,
-        DENOMINATORS.index(batch.denominator), REDUCTIONS.index(batch.reduction),
-        batch.temperature,
-    )  # fmt: skip
-    loop = compiled_loop()
+    call, loop = Call(batch, with_gradient), compiled_loop()
     assert loop is not None, "takes() has checked"
-    work = losses.numel() * batch.num_rows * (batch.num_rows + num_trained) * width
+    num_exits, num_rows = call.losses.numel(), batch.num_rows
+    num_trained = num_rows // batch.num_copies
+    work = num_exits * num_rows * (num_rows + num_trained) * batch.embeddings.shape[-1]
     num_threads = torch.get_num_threads() if work >= WORTH_THREADS else 1
-    scratch = samples.new_empty(min(num_threads, losses.numel()) * loop.supcon_scratch(problem))
-    if loop.supcon_loss(problem, scratch.data_ptr(), num_threads) >= 0:
-        check_range(labels, num_labels, batch.ignore_index)
-    return losses, gradient
+    size = min(num_threads, num_exits) * loop.supcon_scratch(call.problem)
+    scratch = torch.empty(size, dtype=torch.float32)
+    call.check(loop.supcon_loss(call.problem, scratch.data_ptr(), num_threads))
+    return call.losses, call.gradient
 
 
 @functools.cache
 def compiled_loop() -> ctypes.CDLL | None:
-    """Load cpu_loop.c; None where the package was installed without it."""
+    """Load cpu_loop.c and cpu_triangle.c; None where the package was installed without them."""
     loop = library("contrastive.tiled._cpu_loop")
     if loop is not None:
         loop.supcon_scratch.argtypes = [ctypes.POINTER(Problem)]

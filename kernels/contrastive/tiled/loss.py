@@ -30,7 +30,7 @@ from torch import Tensor
 from ...support.machine import triton_obstacle
 from ..autograd import Implementation
 from ..batch import ZERO_NORM, Batch, BatchShape, accumulate_dtype
-from . import cpu_loop
+from . import cpu_loop, cpu_triangle
 
 # Rows and columns of a tile on the CPU; the backward pass holds two of them, 2 MiB in float32.
 TILE = 512
@@ -121,9 +121,10 @@ def prepare(batch: Batch) -> Rows:
 def forward(batch: Batch, trains_samples: bool, trains_labels: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and what `backward` needs: the gradient itself, or what is known of rows."""
     with_gradient = trains_samples or trains_labels
-    if cpu_loop.takes(batch, batch_dtype(batch)):
-        losses, gradient = cpu_loop.loss_and_gradient(batch, with_gradient)
-        return losses, [] if gradient is None else [gradient]
+    for loop in (cpu_loop, cpu_triangle):
+        if loop.takes(batch, batch_dtype(batch)):
+            losses, gradient = loop.loss_and_gradient(batch, with_gradient)
+            return losses, [] if gradient is None else [gradient]
     rows = prepare(batch)
     y, inverse_norm, classes, weight, others, inverse_positives, reduction_weight, _ = rows
     one_tile = fits_one_tile(y)
@@ -179,7 +180,7 @@ def backward(loss_gradient: Tensor, saved: list[Tensor], shape: BatchShape) -> l
         largest = w.abs().amax(-1, keepdim=True).clamp_(min=1e-30)
         u *= lift / largest
 
-    gradient = pair_gradient(y, u, classes, num_trained, shape.denominator, half)
+    gradient = pair_gradient(y, u, classes, half, shape)
     if half:
         gradient *= (largest / lift)[..., None]
     trained_v, trained_others = v[..., :num_trained, :], others[..., :num_trained, :]
@@ -220,6 +221,12 @@ def pair_sums(
     y: Tensor, weight: Tensor, classes: Tensor, denominator: str, half: bool, num_rows: int
 ) -> Tensor:
     """Return sum_j e_ij weight_j [.., num_rows] of the first `num_rows` rows over all M."""
+    if cpu_triangle.takes_pass(y):
+        passes = [
+            cpu_triangle.run_pass(exit_y, classes, denominator, num_rows, exists=weight)
+            for exit_y in as_exits(y)
+        ]
+        return torch.stack(passes).view(*y.shape[:-2], num_rows)
     sums = y.new_zeros(*y.shape[:-2], num_rows)
     operands = y.half() if half else y
     tile_size = tile_rows(y)
@@ -242,10 +249,17 @@ def pair_sums(
     return sums
 
 
-def pair_gradient(
-    y: Tensor, u: Tensor, classes: Tensor, num_trained: int, denominator: str, half: bool
-) -> Tensor:
-    """Return sum_j e_ij (u_i + u_j) y_j [.., num_trained, d] of the first `num_trained` rows."""
+def pair_gradient(y: Tensor, u: Tensor, classes: Tensor, half: bool, shape: BatchShape) -> Tensor:
+    """Return sum_j e_ij (u_i + u_j) y_j [.., n, d] of the n = N + K student rows."""
+    num_trained, denominator = shape.num_student_rows, shape.denominator
+    if cpu_triangle.takes_pass(y):
+        passes = [
+            cpu_triangle.run_pass(
+                exit_y, classes, denominator, num_trained, u=exit_u, pair_memory=shape.pair_memory
+            )
+            for exit_y, exit_u in zip(as_exits(y), as_exits(u, 1), strict=True)
+        ]
+        return torch.stack(passes).view(*y.shape[:-2], num_trained, y.shape[-1])
     gradient = y.new_zeros(*y.shape[:-2], num_trained, y.shape[-1])
     operands = y.half() if half else y
     tile_size = tile_rows(y)
@@ -324,6 +338,16 @@ def class_sums(y: Tensor, classes: Tensor, num_classes: int) -> Tensor:
     return sums.index_select(0, classes).movedim(0, -2)
 
 
+def describe_cpu() -> str:
+    """Describe how float32 batches are computed on this CPU."""
+    if cpu_loop.compiled_loop() is None:
+        return (
+            "PyTorch operations on tiles; a compiled loop is faster: it is built when fusedacl is "
+            "installed where a C compiler is"
+        )
+    return f"compiled loops; {cpu_triangle.describe()}"
+
+
 def fits_one_tile(y: Tensor) -> bool:
     """Return whether the pairs of all exits fit in the memory of one tile."""
     return y.shape[:-1].numel() * y.shape[-2] <= ONE_TILE
@@ -369,7 +393,7 @@ def fake_forward(
     if not (trains_samples or trains_labels):
         return loss, []
     at_once = fits_one_tile(y) and batch.reduction != "none"
-    if at_once or cpu_loop.takes(batch, y.dtype):
+    if at_once or any(loop.takes(batch, y.dtype) for loop in (cpu_loop, cpu_triangle)):
         num_trained = batch.shape(True, True).num_student_rows
         return loss, [y.new_empty(*leading, num_trained, y.shape[-1])]
     return loss, [

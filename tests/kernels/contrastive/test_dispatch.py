@@ -147,10 +147,12 @@ def test_the_choice_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
 
 def test_explains_in_words(monkeypatch: pytest.MonkeyPatch, no_interpreter: None) -> None:
     text = explain(Workload(CPU, torch.bfloat16))
-    assert (
-        "on cpu, any number of rows, torch.bfloat16 embeddings: tiled, computed in torch.float32"
-        in text
-    )
+    assert "on cpu, any number of rows, torch.bfloat16 embeddings: tiled (" in text
+    assert "computed in torch.float32" in text
+    compiled = tiled.cpu_loop.compiled_loop() is not None
+    assert ("up to 64 MiB for pairs (pair_memory)" if compiled else "PyTorch operations") in text
+    monkeypatch.setattr(tiled.cpu_loop, "compiled_loop", lambda: None)
+    assert "it is built when fusedacl is installed where a C compiler is" in explain(Workload(CPU))
     assert "triton cannot run: the tensors are on the cpu" in text
     assert "computed in torch.float64" in explain(Workload(CPU, temperature=0.01))
     text = explain(Workload(CPU, temperature=0.001))

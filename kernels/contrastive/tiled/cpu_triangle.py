@@ -1,0 +1,168 @@
+"""The contrastive loss of many rows on the CPU, by one compiled call and in one parallel region.
+
+Tiles of exponentials on and above the diagonal are kept for the gradient as far as `pair_memory`
+goes, the others are computed again. Results have the same bits for any memory and any number of
+threads. For float32, where cpu_triangle.c was compiled at installation.
+"""
+
+import ctypes
+import functools
+import os
+
+import torch
+from torch import Tensor
+
+from ...support.names import check_name
+from ..batch import PAIR_MEMORY, Batch
+from . import cpu_loop
+
+# Rows and columns of a tile in cpu_triangle.c.
+TILE = 96
+TILE_ELEMENTS = TILE * TILE
+# The kinds of vectors for which cpu_triangle.c is compiled, the last ones being the widest.
+VECTORS = ("plain", "avx2", "avx512")
+# Names the widest vectors to be used.
+VARIABLE = "FUSEDACL_CPU_VECTORS"
+INTEGERS = ("num_rows", "num_own", "width", "denominator")
+
+
+class Pairs(ctypes.Structure):
+    """`struct pairs` of cpu_triangle.c, with the same fields."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("y", "exists", "classes", "u", "result")),
+        *((name, ctypes.c_int64) for name in INTEGERS),
+    )
+
+
+# Memory for tiles, kept for the next call: fresh pages would cost as much as computing them again.
+spare: list[Tensor] = []
+
+
+def takes(batch: Batch, dtype: torch.dtype) -> bool:
+    """Return whether the compiled call computes the loss of this batch in this dtype."""
+    return batch.num_rows > cpu_loop.MAX_ROWS and cpu_loop.can_run(batch, dtype)
+
+
+def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
+    call, loop = cpu_loop.Call(batch, with_gradient), compiled_loop()
+    num_trained = batch.num_rows // batch.num_copies if with_gradient else 0
+    capacity = num_tiles(batch.num_rows, num_trained, batch.pair_memory)
+    num_threads = torch.get_num_threads()
+    scratch = floats(loop.supcon_triangle_scratch(call.problem, capacity, num_threads))
+    tiles = borrow(capacity * TILE_ELEMENTS)
+    outside = loop.supcon_triangle(
+        call.problem, scratch.data_ptr(), tiles.data_ptr(), capacity, num_threads, vectors()
+    )
+    give_back(tiles)
+    call.check(outside)
+    return call.losses, call.gradient
+
+
+def takes_pass(y: Tensor) -> bool:
+    """Return whether `run_pass` computes the pairs of y [.., M, d]."""
+    return (
+        y.device.type == "cpu"
+        and y.dtype == torch.float32
+        and y.shape[-2] > cpu_loop.MAX_ROWS
+        and cpu_loop.compiled_loop() is not None
+    )
+
+
+def run_pass(
+    y: Tensor,
+    classes: Tensor,
+    denominator: str,
+    num_own: int,
+    *,
+    exists: Tensor | None = None,
+    u: Tensor | None = None,
+    pair_memory: int = 0,
+) -> Tensor:
+    """Return D [n] of the first n rows of y [M, d] or, with u [M], their G [n, d].
+
+    y, u and G are those of loss.py. exists [M]: 0 for rows that D leaves out; u is 0 for them.
+    pair_memory: bytes for tiles of the gradient's weights.
+    """
+    loop, num_threads = compiled_loop(), torch.get_num_threads()
+    capacity = num_tiles(y.shape[0], 0 if u is None else num_own, pair_memory)
+    result = floats(num_own) if u is None else floats(num_own, y.shape[1])
+    parts = {"y": y, "classes": classes.int(), "exists": exists, "u": u, "result": result}
+    # Copies made here must live until the loop has returned.
+    read = {name: part.contiguous() for name, part in parts.items() if part is not None}
+    pairs = Pairs(
+        **{name: part.data_ptr() for name, part in read.items()},
+        num_rows=y.shape[0], num_own=num_own, width=y.shape[1],
+        denominator=cpu_loop.DENOMINATORS.index(denominator),
+    )  # fmt: skip
+    scratch = floats(loop.supcon_pass_scratch(pairs, capacity, num_threads))
+    tiles = borrow(capacity * TILE_ELEMENTS)
+    loop.supcon_pass(pairs, scratch.data_ptr(), tiles.data_ptr(), capacity, num_threads, vectors())
+    give_back(tiles)
+    return result
+
+
+def num_tiles(num_rows: int, num_trained: int, pair_memory: int) -> int:
+    """Return how many tiles the gradient of the first rows has, at most as many as memory holds."""
+    blocks, trained = -(-num_rows // TILE), -(-num_trained // TILE)
+    needed = trained * blocks - trained * (trained - 1) // 2
+    return min(needed, pair_memory // (4 * TILE_ELEMENTS))
+
+
+def floats(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32)
+
+
+def borrow(size: int) -> Tensor:
+    """Return memory for `size` floats that no other thread uses."""
+    try:
+        memory = spare.pop()
+    except IndexError:
+        memory = floats(0)
+    if memory.numel() < size:
+        memory = floats(size)
+        compiled_loop().supcon_use_large_pages(memory.data_ptr(), size)
+    return memory
+
+
+def give_back(memory: Tensor) -> None:
+    """Keep the memory for the next call, unless another thread's is kept already."""
+    if not spare:
+        spare.append(memory)
+
+
+def describe() -> str:
+    """Describe what decides the speed here."""
+    return (
+        f"above {cpu_loop.MAX_ROWS} rows with {VECTORS[vectors()]} vectors and up to "
+        f"{PAIR_MEMORY / 2**20:g} MiB for pairs (pair_memory)"
+    )
+
+
+def vectors() -> int:
+    """Return the place in VECTORS of those to be used: the widest, or what the variable names."""
+    widest = compiled_loop().supcon_vectors()
+    name = os.environ.get(VARIABLE)
+    if name is None:
+        return widest
+    check_name(VARIABLE, name, VECTORS)
+    return min(VECTORS.index(name), widest)
+
+
+@functools.cache
+def compiled_loop() -> ctypes.CDLL:
+    """Declare the functions of cpu_triangle.c; `takes` says whether they were compiled."""
+    loop = cpu_loop.compiled_loop()
+    assert loop is not None, "takes() has checked"
+    problem, pairs = ctypes.POINTER(cpu_loop.Problem), ctypes.POINTER(Pairs)
+    size, memory = ctypes.c_int64, ctypes.c_void_p
+    loop.supcon_triangle_scratch.argtypes = [problem, size, size]
+    loop.supcon_pass_scratch.argtypes = [pairs, size, size]
+    loop.supcon_triangle.argtypes = [problem, memory, memory, size, size, size]
+    loop.supcon_pass.argtypes = [pairs, memory, memory, size, size, size]
+    loop.supcon_triangle_scratch.restype = loop.supcon_pass_scratch.restype = ctypes.c_int64
+    loop.supcon_triangle.restype = loop.supcon_vectors.restype = ctypes.c_int64
+    loop.supcon_use_large_pages.argtypes = [memory, size]
+    loop.supcon_pass.restype = loop.supcon_use_large_pages.restype = None
+    return loop
