@@ -101,6 +101,16 @@ class BalancedBatches:
     def num_classes(self) -> int:
         return self.size // self.per_class
 
+    @property
+    def num_full(self) -> int:
+        """Number of full batches in an epoch."""
+        left = np.unique(self.labels, return_counts=True)[1] // self.per_class
+        number = 0
+        while np.count_nonzero(left) >= self.num_classes:
+            left[np.argsort(-left)[: self.num_classes]] -= 1
+            number += 1
+        return number
+
     def order(self, *, seed: int, epoch: int) -> np.ndarray:
         """All rows [N] in the order of an epoch; it depends on the arguments only.
 
@@ -169,7 +179,15 @@ def balanced_batches(
             f"samples_per_class={chosen}: a contrastive batch has {size} texts, {why}. Use "
             f"{', '.join(map(str, reversed(possible)))}, or leave it out."
         )
-    return BalancedBatches(labels, size, chosen, **layout)
+    made = BalancedBatches(labels, size, chosen, **layout)
+    if made.num_full == 0:
+        counts = np.unique(labels, return_counts=True)[1]
+        raise ValueError(
+            f"samples_per_class={chosen}: a contrastive batch of {size} texts needs "
+            f"{made.num_classes} classes with as many texts, and {(counts >= chosen).sum()} of "
+            f"{num_found} have them. Use a smaller per_device_train_batch_size, or sampler=random."
+        )
+    return made
 
 
 def warn_of_single_texts(

@@ -4,6 +4,7 @@ Whatever can be refused before the first step is refused here, or by the constru
 """
 
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,8 +184,9 @@ def _balance(
             labels, chunk * together, config.data.samples_per_class, interleaved=parts, chunk=chunk
         )
         logger.info(
-            f"sampler=balanced: {balanced.num_classes} classes x {balanced.per_class} texts in a "
-            "contrastive batch, as far as the classes last."
+            f"sampler=balanced: {balanced.num_full} of "
+            f"{math.ceil(len(labels) / balanced.size)} contrastive batches of an epoch have "
+            f"{balanced.num_classes} classes x {balanced.per_class} texts, the rest what is left."
         )
     if config.objective.objective != "ce":
         batches = epoch_batches(

@@ -97,7 +97,7 @@ def test_rare_classes_last_as_long_as_they_can() -> None:
     assert [len(rows) for rows in batches] == [12] * 12 + [6]
     found = [np.bincount(labels[rows], minlength=3) for rows in batches]
     full = sum(sorted(counts) == [0, 6, 6] for counts in found)
-    assert full == 10  # as many as the 60 texts of the rare classes allow
+    assert full == made.num_full == 10  # as many as the 60 texts of the rare classes allow
 
 
 @pytest.mark.parametrize(
@@ -113,6 +113,11 @@ def test_refused(size: int, per_class: int | None, message: str) -> None:
     with pytest.raises(ValueError) as error:
         balanced_batches(np.repeat([0, 1, 2], 20), size, per_class)
     assert message in str(error.value)
+
+
+def test_classes_without_enough_texts_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs 2 classes with as many texts, and 1 of 3 have"):
+        balanced_batches(np.repeat([0, 1, 2], [40, 7, 7]), 16, 8)
 
 
 def test_texts_without_another_of_their_class_are_counted(caplog) -> None:

@@ -185,7 +185,8 @@ def test_balanced_batches_of_a_run(options, tiny_data: Path, tmp_path: Path, cap
     options |= {"per_device_train_batch_size": 4, "samples_per_class": 2}
     with caplog.at_level(logging.INFO, logger="fusedacl"):
         parts = build_run(TrainingConfig.create(**options))
-    assert "sampler=balanced: 2 classes x 2 texts" in caplog.text
+    message = "sampler=balanced: 6 of 11 contrastive batches of an epoch have 2 classes x 2 texts"
+    assert message in caplog.text
     labels = parts.train_split.labels.numpy()
     counts = [sorted(labels[rows].tolist()) for rows in batches(parts)]
     assert counts.count([0, 0, 1, 1]) == 6  # the 12 texts of the rarer class, two by two
