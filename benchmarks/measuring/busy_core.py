@@ -29,14 +29,14 @@ MAX_SAMPLES = 20
 
 
 @contextlib.contextmanager
-def one_busy_core() -> Iterator[None]:
-    """Keep one core busy."""
+def one_busy_core() -> Iterator[subprocess.Popen[bytes]]:
+    """Keep one core busy, by a process that ends with the context."""
     command = [sys.executable, "-c", BUSY, str(os.getpid())]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
         try:
             assert process.stdout is not None
             process.stdout.readline()
-            yield
+            yield process
         finally:
             process.kill()
 

@@ -3,7 +3,7 @@
     {"schema": 1, "benchmark": "loss", "preset": "full", "environment": {...}, "rates": {...},
      "cases": [{"case": {...}, "words": ..., "floor_ms": ..., "bound_by": ...,
                 "providers": {name: {"p20_ms", "p50_ms", "p80_ms", "samples", "error", "formula",
-                                     "peak_bytes", "over_floor"}},
+                                     "peak_bytes", "over_floor", "busy_core"}},
                 "left_out": {name: reason}}],
      "growth": [...],
      "noise": {"spread", "load_average", "busy_cores", "cores", "noisy", "why"}}

@@ -11,6 +11,10 @@ TITLES = {
     "loss": "The contrastive loss, forward + backward",
     "angle": "The angle check and the gated combination",
 }
+BUSY_CORE = (
+    "Beside a busy core: the same calls, one by one, while another process keeps a core busy; "
+    "their median and 90th percentile over the median without it."
+)
 EXPLAINED = {
     "loss": "The loss and gradient of every provider were compared with float64 of its own formula "
     "before it was timed. Calls cycle through input sets that are larger than the cache together. "
@@ -27,6 +31,9 @@ def cases_section(result: Result) -> list[str]:
     """Every case with all providers, and the reasons of those that were left out."""
     benchmark = result["benchmark"]
     lines = [f"### {TITLES[benchmark]}", "", EXPLAINED[benchmark]]
+    entries = [entry for case in result["cases"] for entry in case["providers"].values()]
+    if any("busy_core" in entry for entry in entries):
+        lines[-1] += f" {BUSY_CORE}"
     for case in result["cases"]:
         floor = ""
         if case.get("floor_ms") is not None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .batch import PAIR_MEMORY
 from .checks import check_options
 from .losses import acl_cl_loss, acl_loss, supcon_loss
 from .sharded.agreement import ProcessGroup
@@ -27,15 +28,17 @@ class ContrastiveLoss(nn.Module):
         ignore_index: int = -100,
         process_group: ProcessGroup | None = None,
         impl: str = "auto",
+        pair_memory: int = PAIR_MEMORY,
     ) -> None:
         super().__init__()
-        check_options(temperature, denominator, reduction, ignore_index, impl)
+        check_options(temperature, denominator, reduction, ignore_index, impl, pair_memory)
         self.temperature = temperature
         self.denominator = denominator
         self.reduction = reduction
         self.ignore_index = ignore_index
         self.process_group = process_group
         self.impl = impl
+        self.pair_memory = pair_memory
 
     @property
     def options(self) -> dict[str, Any]:
@@ -47,6 +50,7 @@ class ContrastiveLoss(nn.Module):
             "ignore_index": self.ignore_index,
             "process_group": self.process_group,
             "impl": self.impl,
+            "pair_memory": self.pair_memory,
         }
 
     def extra_repr(self) -> str:

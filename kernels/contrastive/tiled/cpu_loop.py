@@ -12,10 +12,10 @@ from torch import Tensor
 from ...support.c_loops import library
 from ..batch import Batch, check_range
 
-# All pairs of an exit are in memory at once, at most 4 MiB. Up to this size the compiled call was
-# faster than tiles in every case measured (forward + backward, two threads of an AVX2 EPYC), by 1.1
-# to 5 times; with one thread 512 rows of width 768 were about equal.
-MAX_ROWS = 1024
+# All pairs of an exit are in memory at once, at most 1.6 MiB. Above this size cpu_triangle.c was
+# faster at every width measured, by 1.04 to 2.7 times (forward + backward, widths 16 to 768, up to
+# 1024 rows, one thread of a Xeon, AVX-512 or AVX2). With AVX-512 it is so from 364 rows on.
+MAX_ROWS = 640
 # Number of multiply-adds from which several threads are faster than one.
 WORTH_THREADS = 4_000_000
 # In the order of the enums of cpu_rows.h.
@@ -93,14 +93,20 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
     """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
     call, loop = Call(batch, with_gradient), compiled_loop()
     assert loop is not None, "takes() has checked"
-    num_exits, num_rows = call.losses.numel(), batch.num_rows
-    num_trained = num_rows // batch.num_copies
-    work = num_exits * num_rows * (num_rows + num_trained) * batch.embeddings.shape[-1]
-    num_threads = torch.get_num_threads() if work >= WORTH_THREADS else 1
+    num_exits = call.losses.numel()
+    num_threads = threads_for(batch, num_exits)
     size = min(num_threads, num_exits) * loop.supcon_scratch(call.problem)
     scratch = torch.empty(size, dtype=torch.float32)
     call.check(loop.supcon_loss(call.problem, scratch.data_ptr(), num_threads))
     return call.losses, call.gradient
+
+
+def threads_for(batch: Batch, num_exits: int) -> int:
+    """Return the number of threads that are worth starting for this batch."""
+    num_rows = batch.num_rows
+    num_trained = num_rows // batch.num_copies
+    work = num_exits * num_rows * (num_rows + num_trained) * batch.embeddings.shape[-1]
+    return torch.get_num_threads() if work >= WORTH_THREADS else 1
 
 
 @functools.cache

@@ -51,7 +51,11 @@ static void load(const struct plan *q, int64_t exit, int64_t i, float *x)
 #pragma GCC pop_options
 #endif
 #define LANES 4
+#ifdef __aarch64__ /* 32 registers of four floats */
+#define ROWS 12
+#else
 #define ROWS 6
+#endif
 #define NAME(NAME) NAME##_plain
 #include "cpu_tiles.h"
 

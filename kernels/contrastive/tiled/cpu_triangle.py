@@ -49,7 +49,7 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
     call, loop = cpu_loop.Call(batch, with_gradient), compiled_loop()
     num_trained = batch.num_rows // batch.num_copies if with_gradient else 0
     capacity = num_tiles(batch.num_rows, num_trained, batch.pair_memory)
-    num_threads = torch.get_num_threads()
+    num_threads = cpu_loop.threads_for(batch, call.losses.numel())
     scratch = floats(loop.supcon_triangle_scratch(call.problem, capacity, num_threads))
     tiles = borrow(capacity * TILE_ELEMENTS)
     outside = loop.supcon_triangle(

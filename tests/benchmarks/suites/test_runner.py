@@ -50,6 +50,7 @@ def sums(*providers: Provider) -> Any:
         floor=lambda rates, case: Floor(4 * case.size / rates.bytes, "memory"),
         shrunk=lambda case: Case(case.size // 2) if case.size > 1 else None,
         words=lambda case: f"sum of {case.size}",
+        shared=lambda case: case.size > 10,
     )
 
 
@@ -95,6 +96,17 @@ def test_who_is_right_is_timed_and_the_others_are_named() -> None:
     assert entry["samples"] == 3 and entry["formula"] == "sum"
     assert found["floor_ms"] == pytest.approx(4 * 64 / 1e6) and found["bound_by"] == "memory"
     assert entry["over_floor"] == pytest.approx(entry["p50_ms"] / found["floor_ms"])
+
+
+def test_large_cases_are_timed_beside_a_busy_core_too() -> None:
+    suite = sums(provider("ours", is_ours=True))
+    for size, settings, expected in (
+        (64, replace(SETTINGS, busy_core=True), True),
+        (8, replace(SETTINGS, busy_core=True), False),
+        (64, SETTINGS, False),
+    ):
+        found, _ = run_case(suite, Case(size), settings, None)
+        assert ("busy_core" in found["providers"]["ours"]) == expected
 
 
 @pytest.mark.parametrize(("function", "words"), [(wrong, "wrong by"), (broken, "failed: Runtime")])

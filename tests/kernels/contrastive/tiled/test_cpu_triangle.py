@@ -31,6 +31,7 @@ TILE_BYTES = 4 * cpu_triangle.TILE_ELEMENTS
 def few_rows(monkeypatch: pytest.MonkeyPatch, poison: None) -> Iterator[list[int]]:
     """Use it for batches of any size, without memory of earlier calls, and count its calls."""
     monkeypatch.setattr(cpu_loop, "MAX_ROWS", 0)
+    monkeypatch.setattr(cpu_loop, "WORTH_THREADS", 0)
     monkeypatch.setattr(cpu_triangle, "spare", [])
     calls: list[int] = []
     for name in ("loss_and_gradient", "run_pass"):
