@@ -1,6 +1,7 @@
 """ACL-Grad: drop the auxiliary gradient if it points away from the main one (paper eq. 2, 4)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -274,7 +275,8 @@ class GradientGate:
             # While the auxiliary sum lies in `.grad`, autograd adds to it without a copy.
             self._exchange()
             try:
-                with part(CONTRASTIVE_BACKWARD):
+                gathered = nullcontext() if self._shards is None else self._shards.gathered()
+                with part(CONTRASTIVE_BACKWARD), gathered:
                     inputs = self.parameters if self._selects else None
                     auxiliary_loss.backward(retain_graph=True, inputs=inputs)
             except RuntimeError as error:

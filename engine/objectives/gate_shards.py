@@ -5,6 +5,7 @@ Before that, while gradients are accumulated without being reduced, they lie in 
 own; those that are used here are the same from torch 2.6 to 2.13.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ class Shards:
         # Only here, because it takes seconds.
         from torch.distributed.tensor import DTensor
 
+        self.placements: list[Any] = []
         layouts: list[tuple[Any, tuple[int, ...]]] = []
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
@@ -68,8 +70,8 @@ class Shards:
                 for dimension, placement in enumerate(parameter.placements)
                 if not placement.is_replicate()
             ]
+            self.placements.append(parameter.placements)
             layouts.append((parameter.device_mesh, tuple(sharded)))
-        self.placements = [parameter.placements for parameter in parameters]
         self.layouts = list(dict.fromkeys(layouts))
         self.layout_of = [self.layouts.index(layout) for layout in layouts]
         self._parameters = {id(parameter) for parameter in parameters}
@@ -93,6 +95,23 @@ class Shards:
                 self._waiting[id(holder), attribute] = found
             if kept is not None or found is not None:
                 setattr(holder, attribute, kept)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep what stayed gathered after its forward pass so after a backward pass, for the next.
+
+        Otherwise FSDP2 would gather the same weights again.
+        """
+        kept = [
+            g for g in self._groups if g.reshard_after_backward and not g._reshard_after_forward
+        ]
+        for group in kept:
+            group.reshard_after_backward = False
+        try:
+            yield
+        finally:
+            for group in kept:
+                group.reshard_after_backward = True
 
     def forget(self) -> None:
         """Drop the gradients of the auxiliary loss that are not reduced yet."""
