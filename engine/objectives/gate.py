@@ -211,7 +211,7 @@ class GradientGate:
                 "process_group: the parameters are sharded, and fully_shard averages their "
                 "gradients. Leave it out."
             )
-        return Shards(self.parameters)
+        return Shards(self.parameters, self.groups)
 
     def _count_once(self) -> None:
         """Drop repeated parameters, such as tied weights that were listed by both modules."""
@@ -364,8 +364,7 @@ class GradientGate:
                     "model.set_requires_gradient_sync(True) before the last micro-batch of a step."
                 )
             main, auxiliary = self._shards.parts(main), self._shards.parts(auxiliary)
-            groups = self._shards.groups(self.groups)
-            own = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
+            own = grad_dot_norm(main, auxiliary, groups=self._shards.groups, impl=self.impl)
             stats = self._shards.total(own)
         used = gated_combine_(
             main,

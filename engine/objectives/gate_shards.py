@@ -42,12 +42,15 @@ class Shards:
 
     Args:
         parameters: DTensors, all of them.
+        groups: the group of each, as for `GradientGate`.
+
+    groups: for `grad_dot_norm` over the parts: those given, apart for each layout.
 
     Raises:
         ValueError: some parameters are no DTensors, or one is a sum that is still to be taken.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Parameter], groups: Sequence[int] | None) -> None:
         # Only here, because it takes seconds.
         from torch.distributed.tensor import DTensor
 
@@ -72,8 +75,13 @@ class Shards:
             ]
             self.placements.append(parameter.placements)
             layouts.append((parameter.device_mesh, tuple(sharded)))
+        given = [0] * len(layouts) if groups is None else groups
+        self.num_groups = max(given) + 1
         self.layouts = list(dict.fromkeys(layouts))
-        self.layout_of = [self.layouts.index(layout) for layout in layouts]
+        self.groups = [
+            self.num_groups * self.layouts.index(layout) + group
+            for layout, group in zip(layouts, given, strict=True)
+        ]
         self._parameters = {id(parameter) for parameter in parameters}
         self._groups: list[Any] = []
         # Gradients of the auxiliary loss that are not reduced yet, by holder and attribute.
@@ -146,21 +154,13 @@ class Shards:
                 made.append(None if held is None else held.to_local())
         return made
 
-    def groups(self, groups: Sequence[int] | None) -> list[int]:
-        """Groups for `grad_dot_norm` over the parts: those given, apart for each layout."""
-        given = groups or [0] * len(self.layout_of)
-        number = max(given) + 1
-        return [
-            number * layout + group for layout, group in zip(self.layout_of, given, strict=True)
-        ]
-
     def total(self, stats: Tensor) -> Tensor:
-        """Sums [G, 3] over all parts, from this process's in the groups of `groups`. Collective."""
-        number = -(-len(stats) // len(self.layouts))
+        """Sums [G, 3] over all parts, from this process's in the groups `groups`. Collective."""
         sums = []
         for index, (mesh, dimensions) in enumerate(self.layouts):
-            own = stats[number * index : number * (index + 1)].double()
-            own = torch.nn.functional.pad(own, (0, 0, 0, number - len(own)))
+            own = stats[self.num_groups * index : self.num_groups * (index + 1)].double()
+            # The last groups may have no parameter of the last layout.
+            own = torch.nn.functional.pad(own, (0, 0, 0, self.num_groups - len(own)))
             # Parameters may be offloaded to a host whose mesh communicates between GPUs.
             own = own.to(mesh.device_type)
             for dimension in dimensions:

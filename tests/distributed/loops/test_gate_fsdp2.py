@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loop_cases import Step, by_hand, collectives, refusals, skipped_by_a_scaler, steps
+from loop_cases import (
+    Step,
+    by_hand,
+    collectives,
+    groups_on_two_meshes,
+    refusals,
+    skipped_by_a_scaler,
+    steps,
+)
 from rank_pool import Ranks
 
 ALWAYS = {"max_angle": 180.0}
@@ -62,6 +70,12 @@ def test_same_steps_as_on_the_whole_batch(
 def test_mixed_precision(four_ranks: Ranks, options: dict[str, Any]) -> None:
     options = options | ALWAYS
     compare(four_ranks.run(steps, 4, options), by_hand(4, options), 0.05, 1.0)
+
+
+def test_groups_on_two_meshes(four_ranks: Ranks) -> None:
+    for found, wanted in four_ranks.run(groups_on_two_meshes):
+        assert len(found) == 3
+        assert found == pytest.approx(wanted, abs=1e-4)
 
 
 SHARDED = {"allreduce": 1, "reduce_scatter_base": 2}
