@@ -1,6 +1,7 @@
 """ACL-Grad: drop the auxiliary gradient if it points away from the main one (paper eq. 2, 4)."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -210,7 +211,7 @@ class GradientGate:
                 "process_group: the parameters are sharded, and fully_shard averages their "
                 "gradients. Leave it out."
             )
-        return Shards(self.parameters)
+        return Shards(self.parameters, self.groups)
 
     def _count_once(self) -> None:
         """Drop repeated parameters, such as tied weights that were listed by both modules."""
@@ -274,7 +275,8 @@ class GradientGate:
             # While the auxiliary sum lies in `.grad`, autograd adds to it without a copy.
             self._exchange()
             try:
-                with part(CONTRASTIVE_BACKWARD):
+                gathered = nullcontext() if self._shards is None else self._shards.gathered()
+                with part(CONTRASTIVE_BACKWARD), gathered:
                     inputs = self.parameters if self._selects else None
                     auxiliary_loss.backward(retain_graph=True, inputs=inputs)
             except RuntimeError as error:
@@ -362,8 +364,7 @@ class GradientGate:
                     "model.set_requires_gradient_sync(True) before the last micro-batch of a step."
                 )
             main, auxiliary = self._shards.parts(main), self._shards.parts(auxiliary)
-            groups = self._shards.groups(self.groups)
-            own = grad_dot_norm(main, auxiliary, groups=groups, impl=self.impl)
+            own = grad_dot_norm(main, auxiliary, groups=self._shards.groups, impl=self.impl)
             stats = self._shards.total(own)
         used = gated_combine_(
             main,

@@ -5,6 +5,7 @@ Before that, while gradients are accumulated without being reduced, they lie in 
 own; those that are used here are the same from torch 2.6 to 2.13.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -41,15 +42,19 @@ class Shards:
 
     Args:
         parameters: DTensors, all of them.
+        groups: the group of each, as for `GradientGate`.
+
+    groups: for `grad_dot_norm` over the parts: those given, apart for each layout.
 
     Raises:
         ValueError: some parameters are no DTensors, or one is a sum that is still to be taken.
     """
 
-    def __init__(self, parameters: Sequence[Parameter]) -> None:
+    def __init__(self, parameters: Sequence[Parameter], groups: Sequence[int] | None) -> None:
         # Only here, because it takes seconds.
         from torch.distributed.tensor import DTensor
 
+        self.placements: list[Any] = []
         layouts: list[tuple[Any, tuple[int, ...]]] = []
         for parameter in parameters:
             if not isinstance(parameter, DTensor):
@@ -68,10 +73,15 @@ class Shards:
                 for dimension, placement in enumerate(parameter.placements)
                 if not placement.is_replicate()
             ]
+            self.placements.append(parameter.placements)
             layouts.append((parameter.device_mesh, tuple(sharded)))
-        self.placements = [parameter.placements for parameter in parameters]
+        given = [0] * len(layouts) if groups is None else groups
+        self.num_groups = max(given) + 1
         self.layouts = list(dict.fromkeys(layouts))
-        self.layout_of = [self.layouts.index(layout) for layout in layouts]
+        self.groups = [
+            self.num_groups * self.layouts.index(layout) + group
+            for layout, group in zip(layouts, given, strict=True)
+        ]
         self._parameters = {id(parameter) for parameter in parameters}
         self._groups: list[Any] = []
         # Gradients of the auxiliary loss that are not reduced yet, by holder and attribute.
@@ -93,6 +103,23 @@ class Shards:
                 self._waiting[id(holder), attribute] = found
             if kept is not None or found is not None:
                 setattr(holder, attribute, kept)
+
+    @contextlib.contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Keep what stayed gathered after its forward pass so after a backward pass, for the next.
+
+        Otherwise FSDP2 would gather the same weights again.
+        """
+        kept = [
+            g for g in self._groups if g.reshard_after_backward and not g._reshard_after_forward
+        ]
+        for group in kept:
+            group.reshard_after_backward = False
+        try:
+            yield
+        finally:
+            for group in kept:
+                group.reshard_after_backward = True
 
     def forget(self) -> None:
         """Drop the gradients of the auxiliary loss that are not reduced yet."""
@@ -127,21 +154,13 @@ class Shards:
                 made.append(None if held is None else held.to_local())
         return made
 
-    def groups(self, groups: Sequence[int] | None) -> list[int]:
-        """Groups for `grad_dot_norm` over the parts: those given, apart for each layout."""
-        given = groups or [0] * len(self.layout_of)
-        number = max(given) + 1
-        return [
-            number * layout + group for layout, group in zip(self.layout_of, given, strict=True)
-        ]
-
     def total(self, stats: Tensor) -> Tensor:
-        """Sums [G, 3] over all parts, from this process's in the groups of `groups`. Collective."""
-        number = -(-len(stats) // len(self.layouts))
+        """Sums [G, 3] over all parts, from this process's in the groups `groups`. Collective."""
         sums = []
         for index, (mesh, dimensions) in enumerate(self.layouts):
-            own = stats[number * index : number * (index + 1)].double()
-            own = torch.nn.functional.pad(own, (0, 0, 0, number - len(own)))
+            own = stats[self.num_groups * index : self.num_groups * (index + 1)].double()
+            # The last groups may have no parameter of the last layout.
+            own = torch.nn.functional.pad(own, (0, 0, 0, self.num_groups - len(own)))
             # Parameters may be offloaded to a host whose mesh communicates between GPUs.
             own = own.to(mesh.device_type)
             for dimension in dimensions:

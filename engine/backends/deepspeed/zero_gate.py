@@ -198,13 +198,14 @@ def _check_engine(engine: Any) -> None:
         "torch_autocast": engine.torch_autocast_enabled(),
         "mixture-of-experts layers": engine.has_moe_layers,
         "ZenFlow": bool(engine.zenflow),
+        "engine.compile()": engine.is_compiled,
         "DeepCompile": engine.is_deepcompile_enabled(),
         "tensor parallelism": engine.mp_world_size > 1,
         "sequence parallelism": engine.sequence_parallel_size > 1,
         "offload_param": zero.offload_param is not None and zero.offload_param.device != "none",
         "offload_optimizer to a disk": offload is not None and offload.device == "nvme",
         "a part of the optimizer offloaded (ratio)": engine.zero_partial_offload() != 1.0,
-        "hierarchical partitions (hpZ)": (zero.zero_hpz_partition_size > 1),
+        "hierarchical partitions (hpZ)": zero.zero_hpz_partition_size > 1,
         "quantized weights or gradients": (
             zero.zero_quantized_weights or zero.zero_quantized_gradients
         ),

@@ -29,5 +29,6 @@ def run_script(path: Path, arguments: list[str]) -> str:
         contextlib.redirect_stdout(output),
     ):
         os.environ.pop("FUSEDACL_DATA", None)
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # as `accelerate launch` does
         runpy.run_path(str(path), run_name="__main__")
     return output.getvalue()

@@ -233,6 +233,29 @@ def collectives(rank: int, options: dict[str, Any]) -> dict[str, int]:
     return dict(counter.counts)
 
 
+def groups_on_two_meshes(rank: int) -> tuple[list[float], list[float]]:
+    """Angles of three groups whose parameters lie in two ways, and of the plain model."""
+    world = torch.distributed.get_world_size()
+    group_of = {"first": 0, "second": 1, "classes": 2, "projection": 0, "unused": 1}
+    made = []
+    for shards in (True, False):
+        net = Net()
+        ranks = [rank] if shards else range(world)
+        if shards:
+            halves = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("copy", "shard"))
+            fully_shard(net.projection, mesh=halves)
+            fully_shard(net, mesh=init_device_mesh("cpu", (world,)))
+        named = {name: p for name, p in net.named_parameters() if p.requires_grad}
+        groups = [group_of[name.split(".")[0]] for name in named]
+        gate = GradientGate(named.values(), weight=WEIGHT, groups=groups)
+        x, labels = batch(0, ranks, torch.float64)
+        total = sum(rows_of(other, 0) for other in range(world))
+        share = world * len(x) / total if shards else 1.0
+        group = torch.distributed.group.WORLD if shards else None
+        made.append(gate.backward(*losses(net, x, labels, share, group)).angle.tolist())
+    return made[0], made[1]
+
+
 def refusals(rank: int) -> list[str]:
     """What is said about sharded models of which the gate could not take two gradients."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))

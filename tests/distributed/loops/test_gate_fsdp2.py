@@ -5,7 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from loop_cases import Step, by_hand, collectives, refusals, skipped_by_a_scaler, steps
+from loop_cases import (
+    Step,
+    by_hand,
+    collectives,
+    groups_on_two_meshes,
+    refusals,
+    skipped_by_a_scaler,
+    steps,
+)
 from rank_pool import Ranks
 
 ALWAYS = {"max_angle": 180.0}
@@ -64,12 +72,25 @@ def test_mixed_precision(four_ranks: Ranks, options: dict[str, Any]) -> None:
     compare(four_ranks.run(steps, 4, options), by_hand(4, options), 0.05, 1.0)
 
 
+def test_groups_on_two_meshes(four_ranks: Ranks) -> None:
+    for found, wanted in four_ranks.run(groups_on_two_meshes):
+        assert len(found) == 3
+        assert found == pytest.approx(wanted, abs=1e-4)
+
+
+SHARDED = {"allreduce": 1, "reduce_scatter_base": 2}
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"ddp": True}, {"allreduce_": 3}),
-        ({"ddp": True, "accumulation": 2}, {"allreduce_": 3}),
-        ({"layers": False}, {"allreduce_": 1, "_allgather_base_": 2, "_reduce_scatter_base_": 2}),
+        ({"ddp": True}, {"allreduce": 3}),
+        ({"ddp": True, "accumulation": 2}, {"allreduce": 3}),
+        ({"layers": False}, SHARDED | {"allgather_base": 1}),
+        ({"layers": False, **LATE}, SHARDED | {"allgather_base": 2}),
+        # Of four sharded parts the auxiliary loss reaches all, the main loss three.
+        ({"reshard": False}, {"allreduce": 1, "reduce_scatter_base": 7, "allgather_base": 4}),
+        ({"reshard": True}, {"allreduce": 1, "reduce_scatter_base": 7, "allgather_base": 9}),
     ],
 )
 def test_collectives_of_a_step(
