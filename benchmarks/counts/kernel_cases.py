@@ -26,8 +26,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "acl_cl": acl_cl_loss,
 }
 WIDTH = 64
-# A GLUE batch, and a batch that takes several tiles on the CPU (512 rows) and several launches on a
-# GPU.
+# A GLUE batch, and a batch that the CPU's loop for many rows and several launches on a GPU compute.
 SMALL = {"num_samples": 32, "num_labels": 2}
 LARGE = {"num_samples": 1500, "num_labels": 36}
 EXITS = 5

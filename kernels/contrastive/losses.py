@@ -57,8 +57,8 @@ def supcon_loss(
         impl: "auto" (the fastest here), "reference", "tiled" or "triton".
         pair_memory: bytes, at least 2^20, for exponentials of pairs on a CPU: half a matrix [M, M]
             as far as it fits (64 MiB: 5,600 rows); the rest is computed twice. The result does not
-            depend on it, and the memory is kept for the next call. Not used on a GPU, in float64,
-            by the reference, and up to 640 rows.
+            depend on it. Up to 64 MiB are kept for the next call. Not used on a GPU, in float64, by
+            the reference, and up to 640 rows.
 
     Returns:
         A scalar ([E] with exits; [N] or [E, N] for "none"): float32, or float64 for float64

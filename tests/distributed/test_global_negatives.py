@@ -115,6 +115,23 @@ def test_float32_to_rounding(four_ranks: Ranks, reduction: str) -> None:
     compare(four_ranks, cases, tolerance=1e-6, oracle="tiled")
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_loop_for_many_rows(four_ranks: Ranks, reduction: str) -> None:
+    """Own rows that end in the middle of a tile, and columns of other ranks behind them."""
+    denominator = DENOMINATORS[REDUCTIONS.index(reduction)]
+    options = {"denominator": denominator, "reduction": reduction, "impl": "tiled"}
+    cases = [
+        make_case(sizes, {**kind, "width": 40}, "ignored", options, torch.float32)
+        for sizes in ([100, 150], [96, 1, 0, 130])
+        for kind in KINDS
+    ]
+    by_rank = four_ranks.run(losses_on_rank, cases, "triangle")
+    for index, (inputs, labels, sizes, *rest) in enumerate(cases):
+        results = [[t.double() for t in found[index]] for found in by_rank[: len(sizes)]]
+        doubles = {name: tensor.double() for name, tensor in inputs.items()}
+        check(results, (doubles, labels, sizes, *rest), impl="reference", tolerance=3e-6)
+
+
 @pytest.mark.parametrize("impl", ["reference", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_samples_are_gathered_exactly(

@@ -21,7 +21,7 @@ WORTH_THREADS = 4_000_000
 # In the order of the enums of cpu_rows.h.
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INTEGERS = (
     "num_exits", "num_samples", "num_labels", "num_copies", "width", "ignore_index", "denominator",
     "reduction",
@@ -61,26 +61,32 @@ class Call:
     """A batch as a compiled loop reads it, and what the loop writes.
 
     losses: a scalar or [E]; gradient: [.., N + K, d] of the student's rows, or None.
+    num_threads: as many as are worth starting.
     """
 
     def __init__(self, batch: Batch, with_gradient: bool) -> None:
         # Copies made here must live until the loop has returned.
-        self.parts = [part.contiguous() for part in batch.parts]
+        self.parts = parts = [part.contiguous() for part in batch.parts]
         self.labels = batch.labels.long().contiguous()
         self.batch = batch
         *exits, num_samples, width = batch.embeddings.shape
-        num_labels = batch.num_labels or 0
-        new = functools.partial(torch.empty, dtype=torch.float32)
-        self.losses = new(exits)
-        self.gradient = new((*exits, num_samples + num_labels, width)) if with_gradient else None
+        self.num_exits = exits[0] if exits else 1
+        num_labels, num_copies = batch.num_labels or 0, batch.num_copies
+        num_trained = num_samples + num_labels
+        work = self.num_exits * num_copies * (num_copies + 1) * num_trained**2 * width
+        self.num_threads = torch.get_num_threads() if work >= WORTH_THREADS else 1
+        self.losses = torch.empty(exits, dtype=torch.float32)
+        self.gradient = address = None
+        if with_gradient:
+            self.gradient = torch.empty((*exits, num_trained, width), dtype=torch.float32)
+            address = self.gradient.data_ptr()
         self.problem = Problem(
-            tuple(part.data_ptr() for part in self.parts),
-            tuple(DTYPES.index(part.dtype) for part in self.parts),
-            self.labels.data_ptr(), self.losses.data_ptr(),
-            None if self.gradient is None else self.gradient.data_ptr(),
-            self.losses.numel(), num_samples, num_labels, batch.num_copies, width,
-            batch.ignore_index, DENOMINATORS.index(batch.denominator),
-            REDUCTIONS.index(batch.reduction), batch.temperature,
+            tuple([part.data_ptr() for part in parts]),
+            tuple([DTYPES[part.dtype] for part in parts]),
+            self.labels.data_ptr(), self.losses.data_ptr(), address, self.num_exits, num_samples,
+            num_labels, num_copies, width, batch.ignore_index,
+            DENOMINATORS.index(batch.denominator), REDUCTIONS.index(batch.reduction),
+            batch.temperature,
         )  # fmt: skip
 
     def check(self, position: int) -> None:
@@ -93,20 +99,10 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
     """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
     call, loop = Call(batch, with_gradient), compiled_loop()
     assert loop is not None, "takes() has checked"
-    num_exits = call.losses.numel()
-    num_threads = threads_for(batch, num_exits)
-    size = min(num_threads, num_exits) * loop.supcon_scratch(call.problem)
+    size = min(call.num_threads, call.num_exits) * loop.supcon_scratch(call.problem)
     scratch = torch.empty(size, dtype=torch.float32)
-    call.check(loop.supcon_loss(call.problem, scratch.data_ptr(), num_threads))
+    call.check(loop.supcon_loss(call.problem, scratch.data_ptr(), call.num_threads))
     return call.losses, call.gradient
-
-
-def threads_for(batch: Batch, num_exits: int) -> int:
-    """Return the number of threads that are worth starting for this batch."""
-    num_rows = batch.num_rows
-    num_trained = num_rows // batch.num_copies
-    work = num_exits * num_rows * (num_rows + num_trained) * batch.embeddings.shape[-1]
-    return torch.get_num_threads() if work >= WORTH_THREADS else 1
 
 
 @functools.cache

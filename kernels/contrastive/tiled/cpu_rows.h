@@ -144,13 +144,20 @@ INLINE float real(uint32_t bits)
     return x;
 }
 
-/* The exponent of 0 is that of 2^-14, the largest one that of infinity and NaN. */
+INLINE uint32_t bits_of(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return bits;
+}
+
+/* Without branches, so that the compiler can vectorize. The product moves the exponent, also that of a
+ * denormal number; infinity and NaN get all bits of theirs. */
 INLINE float from_half(uint32_t half)
 {
     uint32_t magnitude = half & 0x7FFF, sign = (half & 0x8000) << 16;
-    uint32_t bits = (magnitude << 13) + (magnitude >= 0x7C00 ? (255u - 31) << 23 : 112u << 23);
-    float x = magnitude < 0x0400 ? (float)(int32_t)magnitude * 0x1p-24f : real(bits);
-    return sign ? -x : x;
+    uint32_t not_finite = magnitude >= 0x7C00 ? 0x7F800000 : 0;
+    return real(bits_of(real(magnitude << 13) * 0x1p112f) | not_finite | sign);
 }
 
 /* Copy `width` elements from `start` of a part, whatever its dtype, to x. */

@@ -8,12 +8,17 @@
  * Plain C without Python's headers, called through ctypes (cpu_triangle.py).
  */
 #include <math.h>
-#include <omp.h>
 #include <sched.h>
 #include <stdint.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <time.h>
+
+#ifdef _OPENMP
+#include <omp.h>
+#else
+#define omp_get_thread_num() 0
+#endif
 
 #include "cpu_plan.h"
 
@@ -34,7 +39,12 @@ static void load(const struct plan *q, int64_t exit, int64_t i, float *x)
     load_row(p, part, i * q->width, x, q->width);
 }
 
-#if defined(__x86_64__) && defined(__GNUC__)
+/* Clang has no such pragma, so that there the code for any processor is all there is. */
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define HAS_WIDER
+#endif
+
+#ifdef HAS_WIDER
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512dq,fma")
 #define LANES 16
@@ -59,13 +69,16 @@ static void load(const struct plan *q, int64_t exit, int64_t i, float *x)
 #define NAME(NAME) NAME##_plain
 #include "cpu_tiles.h"
 
-/* Return the widest vectors of this processor: 0 plain, 1 AVX2, 2 AVX-512. */
+/* Return the widest vectors of this processor: 0 plain, 1 AVX2, 2 AVX-512; -1 where the compiler could
+ * not make use of them, so that the vendor's products are faster. */
 int64_t supcon_vectors(void)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef HAS_WIDER
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq"))
         return 2;
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+#elif defined(__x86_64__)
+    return -1;
 #else
     return 0;
 #endif
@@ -73,7 +86,7 @@ int64_t supcon_vectors(void)
 
 static const struct functions *functions_of(int64_t vectors)
 {
-#if defined(__x86_64__) && defined(__GNUC__)
+#ifdef HAS_WIDER
     if (vectors > 0)
         return vectors > 1 ? &functions_avx512 : &functions_avx2;
 #endif

@@ -36,12 +36,13 @@ class Pairs(ctypes.Structure):
 
 
 # Memory for tiles, kept for the next call: fresh pages would cost as much as computing them again.
+# At most PAIR_MEMORY bytes.
 spare: list[Tensor] = []
 
 
 def takes(batch: Batch, dtype: torch.dtype) -> bool:
     """Return whether the compiled call computes the loss of this batch in this dtype."""
-    return batch.num_rows > cpu_loop.MAX_ROWS and cpu_loop.can_run(batch, dtype)
+    return batch.num_rows > cpu_loop.MAX_ROWS and cpu_loop.can_run(batch, dtype) and is_fast()
 
 
 def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -49,11 +50,10 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
     call, loop = cpu_loop.Call(batch, with_gradient), compiled_loop()
     num_trained = batch.num_rows // batch.num_copies if with_gradient else 0
     capacity = num_tiles(batch.num_rows, num_trained, batch.pair_memory)
-    num_threads = cpu_loop.threads_for(batch, call.losses.numel())
-    scratch = floats(loop.supcon_triangle_scratch(call.problem, capacity, num_threads))
+    scratch = floats(loop.supcon_triangle_scratch(call.problem, capacity, call.num_threads))
     tiles = borrow(capacity * TILE_ELEMENTS)
     outside = loop.supcon_triangle(
-        call.problem, scratch.data_ptr(), tiles.data_ptr(), capacity, num_threads, vectors()
+        call.problem, scratch.data_ptr(), tiles.data_ptr(), capacity, call.num_threads, vectors()
     )
     give_back(tiles)
     call.check(outside)
@@ -67,6 +67,7 @@ def takes_pass(y: Tensor) -> bool:
         and y.dtype == torch.float32
         and y.shape[-2] > cpu_loop.MAX_ROWS
         and cpu_loop.compiled_loop() is not None
+        and is_fast()
     )
 
 
@@ -127,13 +128,20 @@ def borrow(size: int) -> Tensor:
 
 
 def give_back(memory: Tensor) -> None:
-    """Keep the memory for the next call, unless another thread's is kept already."""
-    if not spare:
+    """Keep memory of ordinary size for the next call, unless another thread's is kept already."""
+    if not spare and 4 * memory.numel() <= PAIR_MEMORY:
         spare.append(memory)
+
+
+def is_fast() -> bool:
+    """Return whether the loop was compiled for the vectors of this processor."""
+    return compiled_loop().supcon_vectors() >= 0
 
 
 def describe() -> str:
     """Describe what decides the speed here."""
+    if not is_fast():
+        return f"above {cpu_loop.MAX_ROWS} rows PyTorch operations on tiles: gcc did not compile it"
     return (
         f"above {cpu_loop.MAX_ROWS} rows with {VECTORS[vectors()]} vectors and up to "
         f"{PAIR_MEMORY / 2**20:g} MiB for pairs (pair_memory)"

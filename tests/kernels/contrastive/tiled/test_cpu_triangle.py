@@ -131,6 +131,13 @@ def test_memory_is_kept_for_the_next_call_and_replaced_by_a_larger_one() -> None
     assert sizes[0] < sizes[1] == sizes[2]
 
 
+def test_more_memory_than_usual_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_triangle, "PAIR_MEMORY", 3 * TILE_BYTES)
+    for rows, kept in ((500, 0), (100, 1)):
+        run(make_inputs(rows, dtype=torch.float32), torch.arange(rows) % 3, None, impl="tiled")
+        assert len(cpu_triangle.spare) == kept
+
+
 @pytest.mark.parametrize(
     "value, error",
     [(2**20 - 1, "must be at least 1048576"), (1e9, "not float"), (True, "not bool")],
