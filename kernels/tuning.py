@@ -1,9 +1,10 @@
-"""Search for the fastest tiles on this GPU, which are kept in a file.
+"""Search for the fastest tiles and implementation on this GPU, which are kept in a file.
 
     python -m fusedacl.kernels.tuning --help
 
-Stores the fastest tile of each kernel, dtype and width, which `tiles.tuned` looks up. A training
-step never searches; without the file it uses the shipped tiles.
+Stores the fastest tile of each kernel, dtype and width, which `tiles.tuned` looks up, and whether
+supcon_fused with these tiles or tiled is faster, which `tiles.measured_choices` looks up. A
+training step never searches; without the file it uses the shipped tiles and the model of dispatch.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .contrastive.dispatch import TILED_ROWS
 from .contrastive.gpu.tiles import (
+    CHOICE,
     ONE_CHUNK,
     PADDED_ROWS,
     SCHEMA,
@@ -30,9 +34,11 @@ from .contrastive.gpu.tiles import (
     entry_name,
     logger,
     read,
+    read_choices,
     shipped,
     tuned,
 )
+from .contrastive.losses import supcon_loss
 from .support.machine import capability, interpreting, triton_obstacle
 from .support.names import check_name
 
@@ -75,25 +81,30 @@ def store(found: dict[str, dict[str, Any]]) -> Path:
         written.replace(path)
     entries.cache_clear()
     tuned.cache_clear()
+    read_choices.cache_clear()
     return path
 
 
-def search(kernel: Kernel, width: int, timer: Timer) -> tuple[Tile, dict[Tile, float]]:
+def search(
+    kernel: Kernel, width: int, timer: Timer, *, quick: bool = False
+) -> tuple[Tile, dict[Tile, float]]:
     """Go from the shipped tile to its fastest neighbour, as long as that saves time.
 
+    quick: try only those that the model of the shipped tiles puts next to them.
     Returns the fastest tile, and the milliseconds of all tiles that were tried.
     """
     expected = kernel.launch(kernel.shipped)
     times = {kernel.shipped: timer(lambda: kernel.launch(kernel.shipped))}
     best = kernel.shipped
     while True:
-        for tile in neighbours(best, width):
+        for tile in runners_up(best) if quick else neighbours(best, width):
             if tile not in times:
                 times[tile] = measure(kernel, tile, expected, timer)
         fastest = min(times, key=lambda tile: times[tile])
-        if times[fastest] >= (1 - WORTHWHILE) * times[best]:
+        gains = times[fastest] < (1 - WORTHWHILE) * times[best]
+        best = fastest if gains else best
+        if quick or not gains:
             return best, times
-        best = fastest
 
 
 def measure(kernel: Kernel, tile: Tile, expected: Tensor, timer: Timer) -> float:
@@ -124,6 +135,28 @@ def neighbours(tile: Tile, width: int) -> Iterator[Tile]:
         for changed in steps:
             if changed in values:
                 yield replace(tile, **{name: changed})
+
+
+def runners_up(tile: Tile) -> Iterator[Tile]:
+    """Yield the tile with another number of buffers, and with another number of rows."""
+    yield replace(tile, num_stages=5 - tile.num_stages if tile.num_stages in (2, 3) else 3)
+    # A block of rows reads all columns: half as many blocks read them half as often.
+    yield replace(tile, rows=2 * tile.rows if 2 * tile.rows <= PADDED_ROWS else tile.rows // 2)
+
+
+def time_implementations(
+    device: torch.device, dtype: torch.dtype, width: int, num_rows: int, timer: Timer
+) -> dict[str, float]:
+    """Return the milliseconds, forward and backward, of supcon_fused and of tiled."""
+    rows = torch.randn(num_rows, width, device=device).to(dtype).requires_grad_()
+    labels = torch.arange(num_rows, device=device) % 16
+
+    def step(impl: str) -> Tensor:
+        loss = supcon_loss(rows, labels, temperature=TEMPERATURE, impl=impl)
+        return torch.autograd.grad(loss, rows)[0]
+
+    impls = {"supcon_fused": "triton", "tiled": "tiled"}
+    return {name: timer(partial(step, impl)) for name, impl in impls.items()}
 
 
 def tunable_kernels(
@@ -180,8 +213,9 @@ def gpu_timer(call: Callable[[], Any]) -> float:
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fusedacl.kernels.tuning",
-        description="Measure tiles on this GPU and store the fastest in a file; takes minutes per "
-        f"width. The file is {cache_file()} ($FUSEDACL_CACHE names another directory).",
+        description="Measure tiles on this GPU, and supcon_fused against tiled, and store the "
+        f"fastest in a file; takes minutes per width. The file is {cache_file()} ($FUSEDACL_CACHE "
+        "names another directory).",
     )
     parser.add_argument(
         "--dtype", nargs="+", default=["float16"], metavar="NAME",
@@ -190,11 +224,16 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--width", nargs="+", type=int, default=list(WIDTHS), metavar="NUMBER",
-        help="width of the embeddings (default: %(default)s)",
+        help="width of the embeddings, in this order (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--rows", type=int, default=NUM_ROWS, metavar="NUMBER",
-        help="number of rows of the measured batch (default: %(default)s)",
+        help="number of rows of the measured batch (default: %(default)s); from "
+        f"{TILED_ROWS} on, supcon_fused and tiled are compared too",
+    )  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true",
+        help="try only the three tiles of a kernel that the model ranks first",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     try:
@@ -221,10 +260,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     for dtype in (DTYPES[name] for name in arguments.dtype):
-        for width in sorted({padded_width(width) for width in arguments.width}):
+        for width in dict.fromkeys(padded_width(width) for width in arguments.width):
             found = {}
             for kernel in tunable_kernels(device, dtype, width, arguments.rows):
-                best, times = search(kernel, width, gpu_timer)
+                best, times = search(kernel, width, gpu_timer, quick=arguments.quick)
                 found[entry_name(kernel.name, device, dtype, width)] = {
                     "tile": asdict(best),
                     "milliseconds": times[best],
@@ -238,6 +277,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 )
             # After each width, so that an interrupted search keeps its results.
             path = store(found)
+            if arguments.rows >= TILED_ROWS:
+                # With the tiles that were just stored.
+                choice = time_implementations(device, dtype, width, arguments.rows, gpu_timer)
+                name = min(choice, key=lambda name: choice[name])
+                store(
+                    {
+                        entry_name(CHOICE, device, dtype, width): {
+                            "implementation": name, "milliseconds": choice,
+                            "num_rows": arguments.rows,
+                        }
+                    }
+                )  # fmt: skip
+                both = ", ".join(f"{name} {time:.4g} ms" for name, time in choice.items())
+                print(f"{CHOICE} {dtype} width {width}: {both}: {name}")
     print(f"stored in {path}")
     return 0
 

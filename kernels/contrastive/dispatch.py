@@ -12,6 +12,7 @@ from torch import Tensor
 from ..support.machine import capability, triton_obstacle
 from . import reference
 from .batch import Batch, accumulate_dtype
+from .gpu import tiles
 from .tiled import loss as tiled
 
 logger = logging.getLogger(__name__)
@@ -20,6 +21,8 @@ logger = logging.getLogger(__name__)
 IMPLEMENTATIONS = ("auto", "reference", "tiled", "triton")
 # Up to this many rows one launch computes loss and gradient.
 SMALL_ROWS = 256
+# From this number of rows on a GPU computes longer than it takes to launch the kernels of "tiled".
+TILED_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,10 @@ def choose(impl: str, workload: Workload) -> str:
     """Return the implementation that runs: "reference", "tiled", "supcon_small" or "supcon_fused".
 
     On a GPU "auto" is "supcon_small" (one launch) for a small batch, else "supcon_fused" where
-    Triton can use the matrix unit, else "tiled". On the CPU it is "tiled" wherever that can run: it
-    was faster than "reference" at every size measured, by 1.1 to 15 times without its compiled loop
-    (float32, forward and backward, 34 to 4096 rows, one thread of an AVX-512 Xeon). ValueError says
-    why another `impl` cannot run.
+    Triton can use the matrix unit, unless `faster_tiles` knows better, else "tiled". On the CPU it
+    is "tiled" wherever that can run: it was faster than "reference" at every size measured, by 1.1
+    to 15 times without its compiled loop (float32, forward and backward, 34 to 4096 rows, one
+    thread of an AVX-512 Xeon). ValueError says why another `impl` cannot run.
     """
     chosen, refused = decide(impl, workload)
     if not torch.compiler.is_compiling():
@@ -50,7 +53,7 @@ def choose(impl: str, workload: Workload) -> str:
 
 
 def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
-    """Return the choice, and why the implementations that "auto" prefers to it cannot run."""
+    """Return the choice, and why "auto" did not take the implementations that come before it."""
     if impl != "auto":
         name = triton_file(workload) if impl == "triton" else impl
         reason = obstacle(name, workload)
@@ -65,10 +68,44 @@ def decide(impl: str, workload: Workload) -> tuple[str, tuple[str, ...]]:
     refused: list[str] = []
     for name in preferred:
         reason = obstacle(name, workload)
-        if reason is None:
+        if reason is not None:
+            refused.append(f"{name} cannot run: {reason}")
+            continue
+        slower_because = faster_tiles(workload) if name == "supcon_fused" else None
+        if slower_because is None:
             return name, tuple(refused)
-        refused.append(f"{name} cannot run: {reason}")
+        refused.append(f"{name} is not taken: {slower_because}")
     return "reference", tuple(refused)
+
+
+def faster_tiles(workload: Workload) -> str | None:
+    """Return why "tiled" is faster than "supcon_fused" on a GPU that can run both, or None.
+
+    The tuning file of this GPU says so, else a model: a program of "supcon_fused" holds 256 columns
+    of the gradient and computes all similarities again for the next 256. Ranks choose alike, so the
+    number of rows, which may differ, does not count there.
+    """
+    dtype, width = workload.dtype, workload.width
+    is_half = dtype in (torch.float16, torch.bfloat16)
+    if is_half and workload.temperature < tiled.HALF_MIN_TEMPERATURE:
+        # There "tiled" computes in float32.
+        return None
+    if workload.num_ranks == 1 and workload.num_rows < TILED_ROWS:
+        return None
+    unit = torch.float16 if is_half else torch.float32
+    fastest = None
+    for padded_width, name in tiles.measured_choices(workload.device, unit):
+        if width <= padded_width:
+            fastest = name
+            break
+    if fastest is not None:
+        return None if fastest == "supcon_fused" else "tiled was faster, measured on this GPU"
+    if not is_half or width <= tiles.ONE_CHUNK:
+        return None
+    return (
+        f"by the model, not by measurement, tiled is faster for 16-bit rows wider than "
+        f"{tiles.ONE_CHUNK} (python -m fusedacl.kernels.tuning measures both)"
+    )
 
 
 def triton_file(workload: Workload) -> str:

@@ -30,6 +30,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
     tiles.entries.cache_clear()
     tiles.tuned.cache_clear()
+    tiles.read_choices.cache_clear()
     return tmp_path / "tuning.json"
 
 
@@ -156,6 +157,16 @@ def test_the_search_walks_to_the_fastest_tile() -> None:
     assert len(times) < 50
 
 
+def test_a_quick_search_tries_two_other_tiles() -> None:
+    kernel, timer = fake(lambda tile: tile.num_stages / tile.rows)
+    best, times = tuning.search(kernel, 64, timer, quick=True)
+    assert len(times) == 3 and best == replace(SHIPPED, rows=256)
+    assert replace(SHIPPED, num_stages=2) in times
+    largest = replace(SHIPPED, rows=tiles.PADDED_ROWS, num_stages=1)
+    found = [(tile.rows, tile.num_stages) for tile in tuning.runners_up(largest)]
+    assert found == [(tiles.PADDED_ROWS, 3), (tiles.PADDED_ROWS // 2, 1)]
+
+
 def test_a_gain_within_the_noise_does_not_replace_the_shipped_tile() -> None:
     kernel, timer = fake(lambda tile: 1.0 if tile == SHIPPED else 0.99)
     best, times = tuning.search(kernel, 64, timer)
@@ -192,11 +203,12 @@ def test_a_shipped_tile_that_does_not_run_is_an_error() -> None:
 
 @pytest.mark.parametrize("width", [16, 768])
 def test_neighbours_fit_the_padded_rows_and_width(width: int) -> None:
-    tiles = {replace(SHIPPED, chunk=16, output=16)}
+    found = {replace(SHIPPED, chunk=16, output=16)}
     for _ in range(4):
-        tiles |= {neighbour for tile in tiles for neighbour in tuning.neighbours(tile, width)}
-    for tile in tiles:
-        assert 128 % tile.rows == 128 % tile.columns == width % tile.chunk == 0
+        found |= {neighbour for tile in found for neighbour in tuning.neighbours(tile, width)}
+    for tile in found:
+        assert tiles.PADDED_ROWS % tile.rows == tiles.PADDED_ROWS % tile.columns == 0
+        assert width % tile.chunk == 0
         assert width % tile.output == 0 and tile.num_stages >= 1
         assert tile.num_warps in (2, 4, 8)
 
@@ -207,7 +219,7 @@ def test_kernels_are_launched_on_what_they_expect() -> None:
     kernels = tuning.tunable_kernels(torch.device("cpu"), torch.float32, width, num_rows)
     sums, gradient = (kernel.launch(kernel.shipped) for kernel in kernels)
     torch.manual_seed(0)
-    z = torch.nn.functional.normalize(torch.randn(128, width), dim=-1)[:num_rows]
+    z = torch.nn.functional.normalize(torch.randn(tiles.PADDED_ROWS, width), dim=-1)[:num_rows]
     exponentials = ((z @ z.T - 1) / tuning.TEMPERATURE).exp()
     torch.testing.assert_close(sums[0], exponentials.sum(1), rtol=1e-4, atol=1e-5)
     wanted = 2 / num_rows * exponentials.fill_diagonal_(0) @ z
@@ -222,13 +234,50 @@ def test_the_command_measures_prints_and_stores(
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(tuning, "tunable_kernels", lambda *arguments: [kernel])
     monkeypatch.setattr(tuning, "gpu_timer", timer)
+    compared: list[Tile | None] = []
+
+    def compare(device: torch.device, *arguments: Any) -> dict[str, float]:
+        compared.append(tiles.tuned("row_sums", device, torch.float16, 64))
+        return {"supcon_fused": 2.0, "tiled": 1.0}
+
+    monkeypatch.setattr(tuning, "time_implementations", compare)
     # Both widths are padded to 64.
     assert tuning.main(["--width", "60", "64"]) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert len(printed) == 2
+    assert len(printed) == 3
     assert "row_sums torch.float16 width 64: rows 64, columns 32" in printed[0]
-    assert printed[1] == f"stored in {own_cache}"
-    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST
+    assert printed[1].endswith("width 64: supcon_fused 2 ms, tiled 1 ms: tiled")
+    assert printed[2] == f"stored in {own_cache}"
+    # The implementations were compared with the tiles that had just been found.
+    assert tiles.tuned("row_sums", GPU, torch.float16, 64) == BEST == compared[0]
+    unknown = dict.fromkeys(tiles.PADDED_WIDTHS)
+    assert dict(tiles.measured_choices(GPU, torch.float16)) == {**unknown, 64: "tiled"}
+    assert dict(tiles.measured_choices(GPU, torch.float32)) == unknown
+    # Launches cost more than the kernels of fewer rows.
+    assert tuning.main(["--width", "128", "--rows", "2047"]) == 0
+    assert dict(tiles.measured_choices(GPU, torch.float16)) == {**unknown, 64: "tiled"}
+
+
+def test_a_choice_that_is_no_implementation_is_ignored_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    name = tiles.entry_name(tiles.CHOICE, GPU, torch.float16, 64)
+    tuning.store({name: {"implementation": "fastest"}})
+    assert dict(tiles.measured_choices(GPU, torch.float16))[64] is None
+    assert "its choice for width 64 is not supcon_fused or tiled" in caplog.text
+
+
+def test_implementations_are_timed_forward_and_backward() -> None:
+    """On the CPU, where Triton's interpreter runs supcon_fused."""
+    gradients = []
+
+    def timer(call: Callable[[], Any]) -> float:
+        gradients.append(call())
+        return 1.0
+
+    times = tuning.time_implementations(torch.device("cpu"), torch.float32, 32, 300, timer)
+    assert list(times) == list(tiles.IMPLEMENTATIONS)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 def test_the_command_refuses_where_there_is_nothing_to_measure(

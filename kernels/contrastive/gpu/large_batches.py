@@ -24,9 +24,7 @@ from .row_steps import (
     row_variants,
     unit_dtype,
 )  # fmt: skip
-from .tiles import Blocks, float32_obstacle, shipped, tuned
-
-MAX_WIDTH = 1024
+from .tiles import MAX_WIDTH, Blocks, float32_obstacle, shipped, tuned
 
 
 def obstacle(

@@ -14,10 +14,13 @@ from typing import Any
 
 import torch
 
+from ...support.machine import assume_constant_result
+
 # Rows are padded to a multiple of every block, so that blocks are loaded without a mask.
-PADDED_ROWS = 128
+PADDED_ROWS = 256
 # Up to this width a program holds the gradient of its rows in registers.
 ONE_CHUNK = 256
+MAX_WIDTH = 1024
 # The smallest exponential, exp(-2 / temperature), stays a normal float32 down to here.
 MIN_TEMPERATURE = 0.023
 
@@ -66,11 +69,13 @@ class Blocks:
 def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
     """Return the tiles for unit rows of this dtype (float16, float32) and padded width.
 
-    Chosen by the compiled kernels' resources, not by timing, for which there is `tuning`: no
-    spills; then as many rows as registers hold, because every block of rows reads all columns; then
-    as many warps per multiprocessor as possible. Compute capabilities 8.6, 8.9 and 12.x have 99 KiB
-    of shared memory per program, 8.0 has 163.
+    Chosen by the compiled kernels' resources and by counts of their work, not by timing, for which
+    there is `tuning`: no spills; then as many rows as registers hold, because every block of rows
+    reads all columns; then a third buffer where one program fills a multiprocessor and would wait
+    for its loads. Compute capabilities 8.6, 8.9 and 12.x have 99 KiB of shared memory per program,
+    8.0 has 163, 9.0 has 227.
     """
+    hopper = 90 <= capability < 100
     little_memory = capability in (86, 89) or capability >= 120
     if dtype == torch.float32:
         # A product made of three tf32 products holds three times the operands: smaller chunks.
@@ -89,16 +94,25 @@ def shipped(capability: int, dtype: torch.dtype, width: int) -> Blocks:
     rows = 128 if capability >= 90 and not (little_memory and width == 256) else 64
     if width == 256:
         num_warps = 4 if capability >= 100 else 8
-        return Blocks(Tile(128, 64, 256, 0, num_warps, 2), Tile(rows, 64, 256, 256, 8, 2))
+        stages = 3 if capability == 80 or hopper else 2
+        forward = Tile(256 if hopper else 128, 64, 256, 0, num_warps, stages)
+        return Blocks(forward, Tile(rows, 64, 256, 256, 8, stages))
+    # Below 9.0 four warps of 32 rows each: eight of 16 read every column twice as often.
+    few_warps = 4 if capability < 90 else 8
     if width == 128:
-        forward = Tile(128, 64, 128, 0, 8, 2 if little_memory else 3)
-        return Blocks(forward, Tile(rows, 64, 128, 128, rows // 16, 2))
-    return Blocks(Tile(128, 64, width, 0, 8, 3), Tile(128, 64, width, width, 8, 3))
+        forward = Tile(256 if hopper else 128, 64, 128, 0, few_warps, 2 if little_memory else 3)
+        return Blocks(forward, Tile(rows, 64, 128, 128, rows // 16, 3 if hopper else 2))
+    forward = Tile(128, 64, width, 0, few_warps, 3)
+    return Blocks(forward, Tile(128, 64, width, width, few_warps, 3))
 
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = 1
+# The entry of the file that says which implementation of the loss is faster.
+CHOICE = "contrastive_loss"
+IMPLEMENTATIONS = ("supcon_fused", "tiled")
+PADDED_WIDTHS = (32, 64, 128, 256, 512, 768, 1024)
 
 
 def cache_file() -> Path:
@@ -124,6 +138,32 @@ def tuned(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> 
         names = ", ".join(field.name for field in fields(Tile))
         warn_about(cache_file(), f"its tile of {kernel} does not give {names}")
         return None
+
+
+@assume_constant_result
+def measured_choices(
+    device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[int, str | None], ...]:
+    """Return each padded width and the implementation that was faster on this GPU, if it is known.
+
+    dtype: of the unit rows. The implementations are "supcon_fused" and "tiled".
+    """
+    return read_choices(device, dtype)
+
+
+@functools.cache
+def read_choices(device: torch.device, dtype: torch.dtype) -> tuple[tuple[int, str | None], ...]:
+    found: dict[int, str | None] = dict.fromkeys(PADDED_WIDTHS)
+    for width in PADDED_WIDTHS if device.type == "cuda" and entries() else ():
+        entry = entries().get(entry_name(CHOICE, device, dtype, width))
+        if entry is None:
+            continue
+        if entry.get("implementation") in IMPLEMENTATIONS:
+            found[width] = entry["implementation"]
+        else:
+            names = " or ".join(IMPLEMENTATIONS)
+            warn_about(cache_file(), f"its choice for width {width} is not {names}")
+    return tuple(found.items())
 
 
 def entry_name(kernel: str, device: torch.device, dtype: torch.dtype, width: int) -> str:

@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from fusedacl.kernels import supcon_loss
 from fusedacl.kernels.contrastive import dispatch, reference
 from fusedacl.kernels.contrastive.dispatch import Workload, choose, explain
-from fusedacl.kernels.contrastive.gpu import large_batches, small_batches
+from fusedacl.kernels.contrastive.gpu import large_batches, small_batches, tiles
 from fusedacl.kernels.contrastive.tiled import loss as tiled
 from fusedacl.kernels.support import machine
 
@@ -47,6 +48,41 @@ def test_auto_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         pretend(monkeypatch, capability)
         assert choose("auto", Workload(GPU, dtype, temperature, num_rows)) == name
+
+
+def test_wide_rows_of_16_bits_are_tiled_by_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for few rows, not where "tiled" computes in float32, not without a choice."""
+    pretend(monkeypatch, 90)
+    many = {"num_rows": 2048, "width": 257}
+    for changes, name in (
+        ({}, "tiled"),
+        ({"dtype": torch.bfloat16, "temperature": 0.05, "width": 1024}, "tiled"),
+        ({"width": 256}, "supcon_fused"),
+        ({"num_rows": 2047}, "supcon_fused"),
+        ({"num_rows": 10, "num_ranks": 2}, "tiled"),
+        ({"dtype": torch.float32}, "supcon_fused"),
+        ({"temperature": 0.0499}, "supcon_fused"),
+    ):
+        workload = Workload(**{"device": GPU, "dtype": torch.float16, **many, **changes})
+        assert choose("auto", workload) == name, changes
+        assert choose("triton", workload) == "supcon_fused"
+    text = explain(Workload(GPU, torch.float16, **many))
+    assert "tiled with one tile of at most 32 MiB" in text
+    assert "supcon_fused is not taken: by the model, not by measurement" in text
+
+
+def test_what_was_measured_here_overrides_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, 90)
+    known = {64: "tiled", 128: "supcon_fused", 768: "supcon_fused"}
+    measured = {width: known.get(width) for width in tiles.PADDED_WIDTHS}
+    monkeypatch.setattr(tiles, "measured_choices", lambda *kind: tuple(measured.items()))
+    for width, name in (
+        (32, "supcon_fused"), (64, "tiled"), (65, "supcon_fused"), (512, "tiled"),
+        (513, "supcon_fused"), (769, "tiled"),
+    ):  # fmt: skip
+        workload = Workload(GPU, torch.float16, num_rows=4096, width=width)
+        assert choose("auto", workload) == name, width
+    assert "tiled was faster, measured on this GPU" in explain(replace(workload, width=64))
 
 
 def test_one_launch_never_takes_rows_of_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:

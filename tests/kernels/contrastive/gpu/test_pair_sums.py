@@ -55,13 +55,26 @@ def test_first_rows_with_all_columns(poison: None, denominator: str, num_rows: i
 
 
 def test_columns_are_split_until_the_gpu_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """There are 10 blocks of columns for each of 10 programs."""
+    """There are 10 blocks of columns for each of 10 programs, two of which hide their waiting."""
     for multiprocessors, splits_and_blocks in ((1000, (10, 1)), (20, (4, 3)), (1, (1, 10))):
         monkeypatch.setattr(
             pair_sums, "num_multiprocessors", lambda device, num=multiprocessors: num
         )
-        found = pair_sums.split_columns(10, 155, FORWARD, 0, torch.device(DEVICE))
+        found = pair_sums.split_columns(10, 155, FORWARD, 0, torch.device(DEVICE), 1)
         assert found == splits_and_blocks
+
+
+def test_multiprocessors_end_at_the_same_time() -> None:
+    """M = 16384 on an A100: 128 programs of 256 blocks would leave 41 % of 108 multiprocessors."""
+    assert pair_sums.balanced_split(128, 256, 8, 108, 1) == (5, 52)
+    # What every part costs once more makes parts fewer.
+    assert pair_sums.balanced_split(120, 48, 32, 108, 1) == (6, 8)
+    assert pair_sums.balanced_split(120, 48, 32, 108, 3) == (4, 12)
+    for num_programs, num_blocks, most in itertools.product((1, 8, 100, 512), (1, 7, 64), (1, 32)):
+        num_splits, blocks = pair_sums.balanced_split(num_programs, num_blocks, most, 132, 3)
+        assert 1 <= num_splits <= most
+        # All blocks of columns, and no split without any.
+        assert (num_splits - 1) * blocks < num_blocks <= num_splits * blocks
 
 
 def test_shipped_tiles_fit_the_rows() -> None:
