@@ -26,7 +26,7 @@ from ..support.machine import interpreting, version_obstacle
 from ..support.names import check_name
 from .chips import CHIPS
 from .compilation import choose_pairs, list_tasks, measure
-from .limits import find_failures, is_unknown
+from .limits import find_failures, is_unknown, triton_serializes
 from .tables import markdown, markdown_cells, print_table, read_cells, replace_generated
 
 # The Triton files by the names of their operators; each has a function `variants(capability)`.
@@ -123,11 +123,12 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
     outcomes = measure(tasks, arguments.jobs)
 
     heading = f"Triton {triton.__version__}, {len(tasks)} compilations."
-    failures, unknown = [], set()
+    failures, unknown, serialized = [], set(), 0
     for task, outcome in zip(tasks, outcomes, strict=True):
         place = f"{task.file}, {task.variant.name}, sm_{task.capability}"
         found = find_failures(task, outcome, keep_exceptions=arguments.keep_exceptions)
         failures += [f"{place}: {failure}" for failure in found]
+        serialized += not isinstance(outcome, str) and bool(outcome.serialized)
         if is_unknown(task, outcome):
             unknown.add(f"sm_{task.capability}")
     if arguments.write is not None:
@@ -154,6 +155,8 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
     if unknown:
         names = ", ".join(sorted(unknown))
         print(f"not compiled, because this assembler does not know it: {names}")
+    if serialized and triton_serializes():
+        print(f"wait for their own matrix products, as this Triton compiles them: {serialized}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{heading[:-1]}: {f'{len(failures)} failures' if failures else 'all as promised'}")

@@ -99,10 +99,14 @@ def compile_variant(task: Task) -> tuple[bytes, str, int]:
 
 
 def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int) -> Resources:
+    import triton
+
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
-        listing = run_tool("cuobjdump", "--dump-resource-usage", file.name)
+        # From Triton's own package, so that its version matches the assembler's.
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        listing = run_tool(tool, "--dump-resource-usage", file.name)
     usage = parse_usage(listing)
     static_shared = usage["SHARED"]
     if capability >= 90 and static_shared > 0:
@@ -115,11 +119,8 @@ def read_resources(binary: bytes, ptx: str, dynamic_shared: int, capability: int
     )
 
 
-def run_tool(name: str, *arguments: str) -> str:
-    """Return what a tool prints; from Triton's own package, so that the versions match."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+def run_tool(tool: str | Path, *arguments: str) -> str:
+    """Return what a tool prints on both streams."""
     done = subprocess.run([tool, *arguments], check=True, capture_output=True, text=True)
     return done.stdout + done.stderr
 
@@ -130,14 +131,19 @@ def find_serialization(ptx: str) -> str:
     It says so in a message (C7510, C7515, ...) and goes on; Triton drops what it prints, and keeps
     binaries, so it is called once more.
     """
-    target = re.search(r"^\s*\.target\s+(\w+)", ptx, re.MULTILINE)
+    target = re.search(r"^\s*\.target\s+(sm_(\d+)\w*)", ptx, re.MULTILINE)
     if target is None or "wgmma.mma_async" not in ptx:
         return ""
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    found = get_ptxas(int(target[2]))
+    # A path and a version until 3.3.
+    assembler = found[0] if isinstance(found, tuple) else found.path
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "kernel.ptx")
         source.write_text(ptx, encoding="utf-8")
         printed = run_tool(
-            "ptxas", f"--gpu-name={target[1]}", str(source), "--output-file", f"{source}.cubin"
+            assembler, f"--gpu-name={target[1]}", str(source), "--output-file", f"{source}.cubin"
         )
     said = re.search(r"wgmma\.mma_async instructions are serialized(?: due to)? ?(.*)", printed)
     return "" if said is None else said[1].strip() or "it gives no reason"
