@@ -15,6 +15,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,7 +156,7 @@ def time_implementations(
         return torch.autograd.grad(loss, rows)[0]
 
     impls = {"supcon_fused": "triton", "tiled": "tiled"}
-    return {name: timer(lambda impl=impl: step(impl)) for name, impl in impls.items()}
+    return {name: timer(partial(step, impl)) for name, impl in impls.items()}
 
 
 def tunable_kernels(
@@ -223,7 +224,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--width", nargs="+", type=int, default=list(WIDTHS), metavar="NUMBER",
-        help="width of the embeddings (default: %(default)s)",
+        help="width of the embeddings, in this order (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--rows", type=int, default=NUM_ROWS, metavar="NUMBER",
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     device = torch.device("cuda", torch.cuda.current_device())
     for dtype in (DTYPES[name] for name in arguments.dtype):
-        for width in sorted({padded_width(width) for width in arguments.width}):
+        for width in dict.fromkeys(padded_width(width) for width in arguments.width):
             found = {}
             for kernel in tunable_kernels(device, dtype, width, arguments.rows):
                 best, times = search(kernel, width, gpu_timer, quick=arguments.quick)

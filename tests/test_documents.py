@@ -50,7 +50,7 @@ SUITES = (
 # Options of programs that are not ours, in the commands of the pages.
 LAUNCHERS = {
     "--nproc_per_node", "--nnodes", "--node_rank", "--master_addr", "--master_port", "--hostfile",
-    "--no_ssh", "--num_gpus", "--module",
+    "--no_ssh", "--num_gpus", "--module", "--no-deps", "--no-build-isolation",
 }  # fmt: skip
 MAX_README_LINES = 130
 

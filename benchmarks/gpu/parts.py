@@ -40,16 +40,17 @@ def all_parts(directory: Path, device: str = "cuda") -> list[Part]:
     if rehearsed:
         environment["TRITON_INTERPRET"] = "1"
 
+    def module(name: str, *arguments: str) -> tuple[str, ...]:
+        return (PYTHON, "-m", name, *arguments)
+
     def bench(*arguments: str) -> tuple[str, ...]:
-        return (PYTHON, "-m", "fusedacl.benchmarks", *arguments, "--device", device, *out)
+        return module("fusedacl.benchmarks", *arguments, "--device", device, *out)
 
     grid = (PYTHON, str(ROOT / "tests" / "gpu" / "small_grid.py"), "--few")
     tests = [str(ROOT / name) for name in ESSENTIALS]
     # A file whose imports are not there, such as pyarrow, does not stop the others.
-    essentials = (
-        PYTHON, "-m", "pytest", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors",
-        "--maxfail=5", *tests,
-    )  # fmt: skip
+    pytest = module("pytest", "-v", "-p", "no:cacheprovider", "--maxfail=5")
+    essentials = (*pytest, "--continue-on-collection-errors", *tests)
     # Small sizes first: what does not end in its time is the largest case.
     loss = bench(
         "loss", "--preset", "quick", "--losses", "supcon,acl", "--rows", "4096,16384,65536",
@@ -59,17 +60,18 @@ def all_parts(directory: Path, device: str = "cuda") -> list[Part]:
         "angle", "--preset", "quick", "--parameters", "109482240", "--dtypes", "float32,float16",
         "--case_seconds", "4",
     )  # fmt: skip
-    tuning = (PYTHON, "-m", "fusedacl.kernels.tuning", "--quick", "--width", "768", "64", "256")
-    steps = (PYTHON, "-m", "fusedacl.benchmarks.gpu.steps", "--device", device, *out)
+    # The width for which the model and the tiles differ most first.
+    tuning = module("fusedacl.kernels.tuning", "--quick", "--width", "768", "64", "256")
+    steps = module("fusedacl.benchmarks.gpu.steps", "--device", device, *out)
     if rehearsed:
-        essentials = (*essentials[: -len(tests)], "--collect-only", "-q", *tests)
+        essentials = (*pytest, "--collect-only", "-q", *tests)
         sizes = ("--rounds", "1", "--case_seconds", "0.1", "--peaks", "false")
         loss = bench(
             "loss", "--preset", "quick", "--losses", "supcon,acl", "--rows", "64", "--exits", "1",
             *sizes,
         )  # fmt: skip
         angle = bench("angle", "--preset", "quick", "--parameters", "100000", *sizes)
-        tuning = (PYTHON, "-m", "fusedacl.kernels.tuning", "--help")
+        tuning = module("fusedacl.kernels.tuning", "--help")
         steps = (*steps, "--tiny")
     commands = (
         ("smoke", "A smoke test of every kernel, against float64", 60, grid),

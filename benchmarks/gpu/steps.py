@@ -49,8 +49,9 @@ class Run:
         torch.manual_seed(0)
         config = BertConfig(**(TINY if tiny else BERT))
         self.kind, self.device = kind, device
-        self.backbone = BertModel(config, add_pooling_layer=False).to(device)
-        self.classifier = nn.Linear(config.hidden_size, NUM_LABELS).to(device)
+        with device:
+            self.backbone = BertModel(config, add_pooling_layer=False)
+            self.classifier = nn.Linear(config.hidden_size, NUM_LABELS)
         self.parameters = [*self.backbone.parameters(), *self.classifier.parameters()]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5, fused=device.type == "cuda")
         self.gate = GradientGate(self.parameters, weight=WEIGHT)

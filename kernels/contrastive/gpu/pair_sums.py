@@ -32,10 +32,11 @@ from torch import Tensor
 from ...support.variant import Variant, make_variant
 from .tiles import ONE_CHUNK, PADDED_ROWS, Tile, shipped
 
-# A multiprocessor needs this number of programs to hide their waiting. What a program does once,
-# before and after its blocks of columns, is taken to last as long as this number of blocks.
+# A multiprocessor needs this number of programs to hide their waiting.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-BLOCKS_AROUND = 1
+# What a program does once beside its blocks of columns is taken to last as long as so many of them:
+# it loads its rows, and writes its sums or, in the backward pass, its part of the gradient.
+BLOCKS_AROUND_SUMS, BLOCKS_AROUND_GRADIENT = 1, 3
 # Limits of a split.
 MAX_SPLITS = 32
 MAX_PARTIAL_BYTES = 32 * 1024 * 1024
@@ -245,8 +246,9 @@ def row_sums(
     num_exits, num_padded_rows, width = z.shape
     row_blocks = triton.cdiv(num_rows, tile.rows)
     num_splits, blocks_per_split = split_columns(
-        row_blocks * num_exits, num_columns, tile, 4 * num_exits * num_rows, z.device
-    )
+        row_blocks * num_exits, num_columns, tile, 4 * num_exits * num_rows, z.device,
+        BLOCKS_AROUND_SUMS,
+    )  # fmt: skip
     partial_sums = shifts.new_empty(num_splits, num_exits, num_rows)
     row_sums_kernel[row_blocks, num_splits, num_exits](
         z, shifts, classes, partial_sums,
@@ -277,7 +279,7 @@ def pair_gradient(
     num_outputs = width // tile.output
     num_splits, blocks_per_split = split_columns(
         row_blocks * num_outputs * num_exits, num_columns, tile,
-        4 * num_exits * num_rows * width, z.device,
+        4 * num_exits * num_rows * width, z.device, BLOCKS_AROUND_GRADIENT,
     )  # fmt: skip
     partial_gradients = shifts.new_empty(num_splits, num_exits, num_rows, width)
     pair_gradient_kernel[row_blocks, num_splits * num_outputs, num_exits](
@@ -290,21 +292,28 @@ def pair_gradient(
 
 
 def split_columns(
-    num_programs: int, num_columns: int, tile: Tile, partial_bytes: int, device: torch.device
+    num_programs: int,
+    num_columns: int,
+    tile: Tile,
+    partial_bytes: int,
+    device: torch.device,
+    blocks_around: int,
 ) -> tuple[int, int]:
     """Return the number of splits that keeps the GPU busy, and the blocks of columns in each.
 
-    partial_bytes: size of the result, which every split writes separately.
+    partial_bytes: size of the result, which every split writes separately. blocks_around: what a
+    program does once, as a number of blocks.
     """
     num_blocks = max(1, triton.cdiv(num_columns, tile.columns))
     affordable = MAX_PARTIAL_BYTES // max(1, partial_bytes)
     most = max(1, min(affordable, MAX_SPLITS, num_blocks))
-    return balanced_split(num_programs, num_blocks, most, num_multiprocessors(device))
+    multiprocessors = num_multiprocessors(device)
+    return balanced_split(num_programs, num_blocks, most, multiprocessors, blocks_around)
 
 
 @functools.cache
 def balanced_split(
-    num_programs: int, num_blocks: int, most: int, multiprocessors: int
+    num_programs: int, num_blocks: int, most: int, multiprocessors: int, blocks_around: int
 ) -> tuple[int, int]:
     """Return the split, into at most `most` parts, with which the last multiprocessor ends first.
 
@@ -316,7 +325,7 @@ def balanced_split(
         blocks = triton.cdiv(num_blocks, num_splits)
         launched = num_programs * triton.cdiv(num_blocks, blocks)
         load = max(PROGRAMS_PER_MULTIPROCESSOR, triton.cdiv(launched, multiprocessors))
-        return load * (blocks + BLOCKS_AROUND)
+        return load * (blocks + blocks_around)
 
     # The fewest of several that are equal.
     blocks_per_split = triton.cdiv(num_blocks, min(range(1, most + 1), key=cost))

@@ -60,16 +60,18 @@ def test_columns_are_split_until_the_gpu_is_full(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(
             pair_sums, "num_multiprocessors", lambda device, num=multiprocessors: num
         )
-        found = pair_sums.split_columns(10, 155, FORWARD, 0, torch.device(DEVICE))
+        found = pair_sums.split_columns(10, 155, FORWARD, 0, torch.device(DEVICE), 1)
         assert found == splits_and_blocks
 
 
 def test_multiprocessors_end_at_the_same_time() -> None:
     """M = 16384 on an A100: 128 programs of 256 blocks would leave 41 % of 108 multiprocessors."""
-    num_splits, blocks = pair_sums.balanced_split(128, 256, 8, 108)
-    assert (num_splits, blocks) == (5, 52)
+    assert pair_sums.balanced_split(128, 256, 8, 108, 1) == (5, 52)
+    # What every part costs once more makes parts fewer.
+    assert pair_sums.balanced_split(120, 48, 32, 108, 1) == (6, 8)
+    assert pair_sums.balanced_split(120, 48, 32, 108, 3) == (4, 12)
     for num_programs, num_blocks, most in itertools.product((1, 8, 100, 512), (1, 7, 64), (1, 32)):
-        num_splits, blocks = pair_sums.balanced_split(num_programs, num_blocks, most, 132)
+        num_splits, blocks = pair_sums.balanced_split(num_programs, num_blocks, most, 132, 3)
         assert 1 <= num_splits <= most
         # All blocks of columns, and no split without any.
         assert (num_splits - 1) * blocks < num_blocks <= num_splits * blocks
