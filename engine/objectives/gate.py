@@ -17,7 +17,7 @@ from ..runtime.profiler_marks import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, pa
 from .gate_shards import Shards, fsdp_groups, whole_parameters
 
 # The walk over a loss's graph takes about a microsecond per node, too much for every step.
-_CALLS_PER_CHECK = 100
+CALLS_PER_CHECK = 100
 FSDP1 = (
     "parameters: some lie in a flat parameter of FullyShardedDataParallel (FSDP1), of which a gate "
     "cannot take two gradients. Use torch.distributed.fsdp.fully_shard (FSDP2)."
@@ -101,6 +101,14 @@ def graph_nodes(losses: Iterable[Tensor]) -> Iterator[Any]:
             if below is not None and below not in seen:
                 seen.add(below)
                 waiting.append(below)
+
+
+def is_reentrant(node: Any) -> bool:
+    """Whether an autograd node computes activations again in a backward pass of its own.
+
+    The graph above it does not show the parameters, so only a pass that selects none reaches them.
+    """
+    return bool(node.name() == "CheckpointFunctionBackward")
 
 
 def main_gradients(
@@ -250,7 +258,7 @@ class GradientGate:
                     "would mix the two gradients: run the model and the gate under its no_sync(), "
                     "and give the gate the process_group."
                 )
-            if node.name() == "CheckpointFunctionBackward":  # of use_reentrant=True
+            if is_reentrant(node):
                 self._selects = False
             leaf = getattr(node, "variable", None)  # of AccumulateGrad nodes
             if getattr(leaf, "_is_flat_param", False):
@@ -290,7 +298,7 @@ class GradientGate:
 
     def _check(self, *losses: Tensor) -> None:
         """Refuse parameters that were frozen and, now and then, what `_check_reached` looks for."""
-        if self._num_calls % _CALLS_PER_CHECK == 0:
+        if self._num_calls % CALLS_PER_CHECK == 0:
             self._check_reached(*losses)
         self._num_calls += 1
         frozen = next((p for p in self.parameters if not p.requires_grad), None)

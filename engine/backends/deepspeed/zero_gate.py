@@ -6,7 +6,7 @@ from typing import Any, NoReturn
 from torch import Tensor
 
 from ....kernels.gradients.angle import choose
-from ...objectives.gate import GateDecision
+from ...objectives.gate import CALLS_PER_CHECK, GateDecision, graph_nodes, is_reentrant
 from .gradients import check_version
 from .offload import zero_gradients
 from .zero_step import ZeroStep
@@ -81,7 +81,7 @@ class ZeroGate:
             impl=impl,
         )
         self._scale = _EngineScale(engine)
-        self._num_batches = 0
+        self._num_batches = self._num_calls = 0
         engine.forward = self._forward
         engine.backward = _refuse("backward", "gate.backward(main_loss, auxiliary_loss)")
         engine.step = _refuse("step", "gate.step()")
@@ -98,7 +98,18 @@ class ZeroGate:
         """Add the gradients of both losses of one (micro-)batch; they may share their graph.
 
         scale_wrt_gas: divide by gradient_accumulation_steps, as `engine.backward` does.
+
+        Raises:
+            ValueError: activations are checkpointed with use_reentrant=True.
         """
+        if self._num_calls % CALLS_PER_CHECK == 0 and any(
+            map(is_reentrant, graph_nodes((main_loss, auxiliary_loss)))
+        ):
+            raise ValueError(
+                "The model computes activations again with use_reentrant=True, where the gradients "
+                "of two losses cannot be told apart: use use_reentrant=False."
+            )
+        self._num_calls += 1
         factor = 1.0 / self.engine.gradient_accumulation_steps() if scale_wrt_gas else 1.0
         if self.gradients.wants_scaled_loss:
             factor *= self._scale.value

@@ -72,6 +72,9 @@ def on_one_process(
 def engine_of(stage: int, case: dict[str, Any]) -> Any:
     torch.manual_seed(0)
     model = Model()
+    if "reentrant" in case:
+        again = {"use_reentrant": case["reentrant"]}
+        model.bert.gradient_checkpointing_enable(gradient_checkpointing_kwargs=again)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 6,
         "gradient_accumulation_steps": case["accumulation"],
@@ -176,6 +179,14 @@ def refusals(rank: int) -> list[str]:
     engine.backward(losses(engine, *batch(0, rank))[0])
     engine.step()
     assert engine.global_steps == before + 1
+    engine.destroy()
+    engine = engine_of(0, case | {"reentrant": True})
+    gate = ZeroGate(engine)
+    try:
+        gate.backward(*losses(engine, *batch(0, rank)))
+    except ValueError as error:
+        said.append(str(error))
+    gate.close()
     engine.destroy()
     for changes in (
         {"zero": {"stage": 3, "zero_quantized_gradients": True}},

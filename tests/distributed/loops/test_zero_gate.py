@@ -31,6 +31,7 @@ ON_HOST = {"offload_optimizer": {"device": "cpu"}}
     [
         *((stage, case) for stage in STAGES for case in CASES),
         *((stage, CASES[0] | {"zero": ON_HOST}) for stage in (2, 3)),
+        *((stage, CASES[0] | {"reentrant": False}) for stage in STAGES),
     ],
     ids=str,
 )
@@ -72,6 +73,7 @@ def test_what_is_refused(zero_ranks: Ranks) -> None:
             "step: no gradients",
             "it has a gate already",
             "engine is a Model",
+            "use use_reentrant=False",
             "uses quantized weights or gradients",
             "uses the optimizer BF16_Optimizer",
             "weight=2.0 must lie",
