@@ -223,15 +223,14 @@ static struct phase *take_part(const struct plan *q, int64_t exit, struct phase 
             own_u[i] = q->rows.weight[i] / own_u[i];
         u = own_u;
     }
+    struct phase *losses = 0;
     if (q->p || !gives_gradient) {
         num_tasks = q->sum_blocks;
         EACH_TASK if (q->p) take_losses(q, exit, task);
         else sum_slots(q, task, q->losses + task * TILE);
-        phase++;
+        losses = phase++;
     }
-    if (!gives_gradient)
-        return phase;
-    for (int64_t start = 0; start < q->num_tiles; start += q->capacity) {
+    for (int64_t start = 0; gives_gradient && start < q->num_tiles; start += q->capacity) {
         int64_t stop = smaller(start + q->capacity, q->num_tiles);
         if (start > 0 || q->u) {
             num_tasks = stop - start;
@@ -247,6 +246,9 @@ static struct phase *take_part(const struct plan *q, int64_t exit, struct phase 
         EACH_TASK take_gradient(q, exit, task, start, stop, u, scratch);
         wait_for(phase++, num_tasks);
     }
+    /* The next exit overwrites what they read. */
+    if (losses)
+        wait_for(losses, q->sum_blocks);
 #undef EACH_TASK
     return phase;
 }
