@@ -62,7 +62,8 @@ ptx: $(VENV)/.dev
 
 # Use of each execution unit of a multiprocessor by every kernel, counted there, beside the accepted
 # numbers; `python -m kernel_counts --write docs/gpu_by_the_model.md` accepts them.
-KERNEL_COUNTS := PYTHONPATH=tests/support TRITON_CACHE_DIR=build/ptx $(BIN)/python -m kernel_counts
+KERNEL_COUNTS := PYTHONPATH=tests/support TRITON_INTERPRET=0 TRITON_CACHE_DIR=build/ptx \
+  $(BIN)/python -m kernel_counts
 ptx-counts: $(VENV)/.dev
 	$(KERNEL_COUNTS)
 
