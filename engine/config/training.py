@@ -14,6 +14,7 @@ from .sections import (
     OptimizationOptions,
     RunOptions,
     TrainingDataOptions,
+    check_pooling,
 )
 
 _SECOND_STAGE = (
@@ -79,6 +80,7 @@ class TrainingConfig:
                 f"exit_width={model.exit_width} is not a multiple of "
                 f"exit_attention_heads={model.exit_attention_heads}."
             )
+        check_pooling(model.exit_head, model.exit_pooling)
         self._check_strategy()
         self._check_contrastive_batch()
         self._check_scope()
