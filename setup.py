@@ -18,6 +18,7 @@ SENTENCE_TRANSFORMERS = "sentence-transformers>=5"
 WANDB = "wandb>=0.17"
 # The last two keep a run in a file, where no tracking server is named.
 MLFLOW = ["mlflow-skinny>=3", "sqlalchemy>=2", "alembic>=1.10"]
+ONNX = ["onnx>=1.18", "onnxscript>=0.5", "onnxruntime>=1.22"]
 EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     "demo": [MINILM, MATPLOTLIB],
@@ -35,6 +36,7 @@ EXTRAS = {
     "wandb": [WANDB],
     "mlflow": MLFLOW,
     "trackio": ["trackio>=0.30"],
+    "onnx": ONNX,
 }
 # The C loops share PyTorch's threads: a process loads one libgomp, and PyTorch loads its own first.
 OPENMP = (
@@ -57,11 +59,9 @@ EXTRAS["dev"] = [
     "pytest-xdist>=3.6",
     "ruff>=0.9",
     "mypy>=1.13",
-    # Tests of the model under other people's tools: adapters, and ONNX files that are run.
+    *ONNX,
+    # Tests of the model under other people's tools.
     "peft>=0.17",
-    "onnx>=1.18",
-    "onnxscript>=0.5",
-    "onnxruntime>=1.22",
     "types-PyYAML",
     "pre-commit>=4",
 ]

@@ -9,10 +9,13 @@ if TYPE_CHECKING:
     from .backends.deepspeed.zero_gate import ZeroGate as ZeroGate
     from .config.commands import EvaluationConfig as EvaluationConfig
     from .config.commands import ExitsConfig as ExitsConfig
+    from .config.commands import ExportConfig as ExportConfig
     from .config.commands import PredictionConfig as PredictionConfig
     from .config.training import TrainingConfig as TrainingConfig
     from .inference.calibration.study import study_exits as study_exits
     from .inference.evaluation import evaluate as evaluate
+    from .inference.export.command import export_model as export_model
+    from .inference.export.onnx_early_exit import OnnxEarlyExit as OnnxEarlyExit
     from .inference.prediction import predict as predict
     from .integrations.arguments import ACLTrainingArguments as ACLTrainingArguments
     from .integrations.metric_learning import MetricSupConLoss as MetricSupConLoss

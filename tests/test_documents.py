@@ -43,7 +43,7 @@ GENERATED = (
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
 LANGUAGES = {"python", "py", "sh", "console", "yaml", "text"}
-VERBS = ("train", "evaluate", "predict", "exits", "sweep", "angles", "tsne", "report")
+VERBS = ("train", "evaluate", "predict", "exits", "export", "sweep", "angles", "tsne", "report")
 SUITES = (
     *("loss", "angle", "growth", "step", "loops", "exits", "scaling", "all", "compare", "report"),
 )
@@ -214,7 +214,7 @@ def documented() -> dict[str, dict[str, tuple[str, str]]]:
 def test_tables_of_options(verb: str) -> None:
     """Every option of a verb is in a table, with its default, and no other option is."""
     listed, known = documented()[verb], options(verb)
-    if verb == "exits":  # its data options are those of evaluate
+    if verb in ("exits", "export"):  # their data options are those of evaluate
         shared = documented()["evaluate"].items()
         on_data_page = {name for name, (page, _) in shared if page == "docs/data.md"}
         known = {name: value for name, value in known.items() if name not in on_data_page}

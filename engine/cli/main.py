@@ -30,6 +30,7 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
   evaluate   compute the metrics of a trained model on a labelled data set
   predict    write labels and probabilities for a file of texts
   exits      sweep early-exit policies, calibrate one and store it with the model
+  export     write a model with its early-exit policy for onnxruntime
   sweep      run a recipe of tasks, methods and seeds; can be stopped and continued
   angles     measure the angles between the gradients of two losses in trained runs
   tsne       draw and measure an exit's representations and the label embeddings
@@ -250,6 +251,13 @@ def _print_study(results: dict[str, Any]) -> int:
     return 0 if results["complete"] else 130
 
 
+def _print_export(results: dict[str, Any]) -> int:
+    from ..inference.export.command import lines_of
+
+    print("\n".join(lines_of(results)))
+    return 0
+
+
 def _print_report(report: tuple[str, list[Path]]) -> int:
     table, files = report
     print(f"{table}\nwritten: {', '.join(map(str, files))}")
@@ -304,6 +312,10 @@ _COMMANDS: dict[str, tuple[str, type, str, str, Callable[[Any], int]]] = {
     "exits": (
         "Sweep early-exit policies, calibrate one and store it with the model.",
         *(commands.ExitsConfig, "inference.calibration.study", "study_exits", _print_study),
+    ),
+    "export": (
+        "Write a model with its early-exit policy for onnxruntime.",
+        *(commands.ExportConfig, "inference.export.command", "export_model", _print_export),
     ),
     "angles": (
         "Measure angles between the gradients of cross-entropy and contrastive loss.",

@@ -133,6 +133,40 @@ class ExitsConfig:
 
 
 @dataclass(frozen=True)
+class ExportedModelOptions:
+    model_name_or_path: str | None = option(
+        None, "trained model: output_dir of a run, or one of its checkpoints"
+    )
+    per_device_eval_batch_size: int = option(64, "samples per forward pass", at_least=1)
+    disable_tqdm: bool = disable_tqdm_option()
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    format: str = option("onnx", "file format", choices=("onnx",))
+    policy: str = option(
+        "stored",
+        "early-exit policy: stored (the one that `fusedacl exits` chose), or one with its"
+        " parameters, such as entropy:threshold=0.3",
+    )
+    quantize: str = option(
+        "none",
+        "int8: weights in int8; needs a labelled data set, on which the score is measured",
+        choices=("none", "int8"),
+    )
+    output_dir: str | None = option(None, "new directory for the graphs and the tokenizer")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """All options of `fusedacl export`."""
+
+    model: ExportedModelOptions = field(default_factory=ExportedModelOptions)
+    data: DataOptions = field(default_factory=DataOptions)
+    export: ExportOptions = field(default_factory=ExportOptions)
+
+
+@dataclass(frozen=True)
 class MovedDataOptions:
     """New places of a run's data; an option that is unset keeps the run's own."""
 

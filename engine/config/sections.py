@@ -14,6 +14,7 @@ SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
+EXIT_POOLINGS = ("first", "mean")
 
 
 def device_option() -> Any:
@@ -38,6 +39,21 @@ def text_pair_column_option() -> Any:
     return option(None, "column of the second text of a pair; needs --text_column")
 
 
+def check_pooling(exit_head: str, exit_pooling: str) -> None:
+    """Refuse an unknown pooling, and the mean over the tokens for exits that attend to them.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    if exit_pooling not in EXIT_POOLINGS:
+        raise ValueError(f"exit_pooling={exit_pooling!r} is none of {', '.join(EXIT_POOLINGS)}.")
+    if exit_head != "linear" and exit_pooling != "first":
+        raise ValueError(
+            f"exit_pooling={exit_pooling} is for linear exits: set exit_head=linear, or leave it "
+            "out."
+        )
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     model_name_or_path: str | None = option(
@@ -57,6 +73,12 @@ class ModelOptions:
         "mha",
         "classifier of an exit. mha: self-attention over the tokens; linear: one linear layer",
         choices=("mha", "linear"),
+    )
+    exit_pooling: str = option(
+        "first",
+        "state that a linear exit reads. first: the first token's, as in the paper; mean: the mean"
+        " over the tokens, for encoders that were pretrained with it",
+        choices=EXIT_POOLINGS,
     )
     exit_width: int = option(64, "width d_e of the mha head's representation", at_least=1)
     exit_attention_heads: int = option(4, "attention heads of the mha head", at_least=1)

@@ -15,6 +15,7 @@ from .sections import (
     ObjectiveOptions,
     OptimizationOptions,
     TrainingDataOptions,
+    check_pooling,
 )
 from .spellings import SPELLINGS as OTHER_SPELLINGS
 
@@ -92,6 +93,7 @@ class TrainingConfig:
                 f"exit_width={model.exit_width} is not a multiple of "
                 f"exit_attention_heads={model.exit_attention_heads}."
             )
+        check_pooling(model.exit_head, model.exit_pooling)
         self._check_strategy()
         self._check_contrastive_batch()
         self._check_scope()

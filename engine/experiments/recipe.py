@@ -38,7 +38,10 @@ _DATA_OPTIONS = ("task_name", "dataset_name", "train_file")
 # Options of the model, which a second stage takes from its first stage.
 _MODEL_OPTIONS = ("model_name_or_path", "num_hidden_layers")
 # Options that a second stage's exits must share with their teacher.
-_EXIT_OPTIONS = ("exit_head", "exit_width", "exit_attention_heads")
+_EXIT_OPTIONS = {
+    "mha": ("exit_head", "exit_width", "exit_attention_heads"),
+    "linear": ("exit_head", "exit_pooling"),
+}
 # Options that determine the features, beside the first stage.
 _FEATURE_OPTIONS = ("exit_layers", "max_seq_length", "max_train_samples", "fp16", "bf16")
 # Options that the sweep sets itself.
@@ -168,6 +171,7 @@ def _cells(
         if options.get("strategy") == "two_stage" and recipe.get("share_features", False):
             # Shared by all second stages with the same first stage and the same kind of exit.
             head = options.get("exit_head", "mha")
+            head += "-mean" if options.get("exit_pooling") == "mean" else ""
             own = {name: (options | grid)[name] for name in _FEATURE_OPTIONS if name in method}
             words = "".join(f"-{name}-{slug(str(_one_value(own[name])))}" for name in own)
             features = f"features/{slug(stage1 or directory)}-{head}{words}"
@@ -211,7 +215,7 @@ def _check_cells(cells: Sequence[Cell]) -> None:
 
 
 def _check_teacher(config: TrainingConfig, first: TrainingConfig) -> None:
-    for name in _EXIT_OPTIONS if config.model.exit_head == "mha" else _EXIT_OPTIONS[:1]:
+    for name in _EXIT_OPTIONS[config.model.exit_head]:
         ours, theirs = getattr(config.model, name), getattr(first.model, name)
         if ours != theirs:
             raise ValueError(

@@ -192,6 +192,8 @@ def _tail(run: Path, runs: Sequence[Path]) -> str:
 def run_label(options: Mapping[str, Any]) -> str:
     """A method in the paper's abbreviations: "2ST-MHA ACL-CL + KD"."""
     head = {"mha": "MHA", "linear": "linear"}[options["exit_head"]]
+    # Absent in the results of earlier versions.
+    head += "-mean" if options.get("exit_pooling") == "mean" else ""
     label = f"{_STRATEGY_NAMES[options['strategy']]}-{head} {OBJECTIVE_NAMES[options['objective']]}"
     label += "-CL" if options.get("cross_layer") else ""
     if options["objective"] == "acl" and options["gate"] == "none":

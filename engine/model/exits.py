@@ -39,16 +39,33 @@ class Dropout(nn.Dropout):
 
 
 class LinearExit(nn.Module):
-    """Dropout and a linear classifier on the first token's hidden state; d = hidden size."""
+    """Dropout and a linear classifier on one hidden state per text; d = hidden size.
 
-    def __init__(self, hidden_size: int, num_labels: int, dropout: float) -> None:
+    pooling: "first", the first token's state (the paper's), or "mean", the mean over the tokens,
+    for encoders that were pretrained with it.
+    """
+
+    def __init__(
+        self, hidden_size: int, num_labels: int, dropout: float, pooling: str = "first"
+    ) -> None:
         super().__init__()
+        self.pooling = pooling
         self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(hidden_size, num_labels)
 
+    def text_states(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """The state [N, H] of each text, from hidden_states [N, T, H] and the mask [N, T]."""
+        if self.pooling == "first":
+            return hidden_states[:, 0]  # it is never padding
+        is_token = attention_mask.bool()[..., None]  # [N, T, 1]
+        # Not in half precision: 512 tokens may add up to more than float16 holds.
+        dtype = torch.promote_types(hidden_states.dtype, torch.float32)
+        total = hidden_states.masked_fill(~is_token, 0.0).sum(dim=1, dtype=dtype)
+        return (total / is_token.sum(dim=1)).to(hidden_states.dtype)
+
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> ExitOutput:
-        """Classify hidden_states [N, T, H]; the mask is not read: no first token is padding."""
-        embeddings = self.dropout(hidden_states[:, 0])
+        """Classify hidden_states [N, T, H]; attention_mask [N, T]: 1 for tokens, 0 for padding."""
+        embeddings = self.dropout(self.text_states(hidden_states, attention_mask))
         return ExitOutput(embeddings, self.classifier(embeddings))
 
 
@@ -76,6 +93,10 @@ class MHAExit(nn.Module):
         self.key_value = nn.Linear(width, 2 * width)
         self.output = nn.Linear(width, width)
         self.classifier = nn.Linear(width, num_labels, bias=False)
+
+    def text_states(self, hidden_states: Tensor, attention_mask: Tensor) -> Tensor:
+        """The state [N, H] of the token whose query is computed, the first."""
+        return hidden_states[:, 0]
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor) -> ExitOutput:
         """Classify hidden_states [N, T, H]; attention_mask [N, T]: 1 for tokens, 0 for padding."""

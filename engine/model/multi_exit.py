@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from ..config.sections import check_pooling
 from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
 from .early_exit import EarlyExitOutput, early_exit
@@ -40,6 +41,7 @@ class MultiExitConfig(PretrainedConfig):
         backbone_config: the encoder's configuration, or its dictionary (with `model_type`).
         exit_layers: layers (1 = first) that carry an exit, ascending; None: the last layer only.
         exit_head: "mha" or "linear".
+        exit_pooling: what a linear head reads: "first" token, or "mean" over the tokens.
         exit_width: width of the mha head's representation.
         exit_attention_heads: attention heads of the mha head.
         exit_dropout: dropout probability of the exits.
@@ -50,7 +52,8 @@ class MultiExitConfig(PretrainedConfig):
             version saved, or that was not trained by `fusedacl train`.
 
     Raises:
-        ValueError: an unknown head, a layer that the backbone does not have, or repeated layers.
+        ValueError: an unknown head or pooling, the mean for the mha head, a layer that the backbone
+            does not have, or repeated layers.
     """
 
     model_type = "fusedacl_multi_exit"
@@ -64,6 +67,7 @@ class MultiExitConfig(PretrainedConfig):
         backbone_config: PretrainedConfig | dict[str, Any] | None = None,
         exit_layers: Sequence[int] | None = None,
         exit_head: str = "mha",
+        exit_pooling: str = "first",
         exit_width: int = 64,
         exit_attention_heads: int = 4,
         exit_dropout: float = 0.1,
@@ -79,6 +83,7 @@ class MultiExitConfig(PretrainedConfig):
         # transformers also creates configurations without arguments, to read the defaults.
         self.backbone_config = backbone_config
         self.exit_head = exit_head
+        self.exit_pooling = exit_pooling
         self.exit_width = exit_width
         self.exit_attention_heads = exit_attention_heads
         self.exit_dropout = exit_dropout
@@ -89,6 +94,7 @@ class MultiExitConfig(PretrainedConfig):
         self.exit_layers = list(exit_layers) if exit_layers is not None else None
         if exit_head not in EXIT_HEADS:
             raise ValueError(f"exit_head={exit_head!r}.{did_you_mean(exit_head, EXIT_HEADS)}")
+        check_pooling(exit_head, exit_pooling)
         if backbone_config is not None:
             self.exit_layers = self._checked_layers(backbone_config.num_hidden_layers)
             # Unless told otherwise, transformers would reset the encoder's choice.
@@ -156,7 +162,8 @@ class MultiExitForSequenceClassification(ExitModel):
         config = self.config
         hidden_size = config.backbone_config.hidden_size
         if config.exit_head == "linear":
-            return LinearExit(hidden_size, self.num_labels, config.exit_dropout)
+            pooling = config.exit_pooling
+            return LinearExit(hidden_size, self.num_labels, config.exit_dropout, pooling)
         return MHAExit(
             hidden_size,
             self.num_labels,

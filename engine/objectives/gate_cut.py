@@ -8,7 +8,7 @@ gradient of the leaf is back-propagated through the part below. Given the decisi
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import compress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from ...kernels import gated_combine_, grad_dot_norm
 from ...kernels.gradients.angle import angle_degrees, within_angle
 from ..config.gate_scope import parse_scope
 from ..model.encoder_layers import layer_modules
-from ..model.exits import ExitOutput
+from ..model.exits import Exit, ExitOutput
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..runtime.profiler_marks import CE_BACKWARD, CONTRASTIVE_BACKWARD, GATE, part
 from .gate import GateDecision, GradientGate, decision_of, main_gradients, scope_gradients
@@ -27,7 +27,7 @@ from .gate import GateDecision, GradientGate, decision_of, main_gradients, scope
 class Pass(NamedTuple):
     """A forward pass that was cut: the tensor below the cut and the leaf in its place.
 
-    states [N, H]: with `head`, the first hidden state of each text, as constants.
+    states [N, H]: with `head`, the hidden state that the exit reads of each text, as constants.
     """
 
     below: Tensor
@@ -38,7 +38,8 @@ class Pass(NamedTuple):
 class HeadInputs:
     """Hooks that note what the last exit and its classifier read, until `remove`.
 
-    states [N, H]: the first hidden state of each text, without its graph.
+    states [N, H]: the hidden state that the exit reads of each text (the first, or the mean),
+    without its graph.
     representations [N, d]: the input of the classifier.
     """
 
@@ -53,7 +54,7 @@ class HeadInputs:
         ]
 
     def _note_states(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.states = args[0][:, 0].detach()
+        self.states = cast(Exit, module).text_states(*args).detach()
 
     def _note_input(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.representations = args[0]
@@ -269,7 +270,7 @@ def map_gradient(gradient: Tensor, states: Tensor) -> Tensor:
 
     Args:
         gradient: of the representations [N, d].
-        states: the first hidden state of each text.
+        states: the hidden state that the exit reads of each text.
     """
     dtype = torch.promote_types(gradient.dtype, torch.float32)
     return gradient.to(dtype).T @ states.to(dtype)

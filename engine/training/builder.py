@@ -251,6 +251,7 @@ def _new_model(
         loading={name: value for name, value in loading.items() if value is not None},
         exit_layers=None if strategy == "single" else parse_layers(options.exit_layers),
         exit_head=options.exit_head,
+        exit_pooling=options.exit_pooling,
         exit_width=options.exit_width,
         exit_attention_heads=options.exit_attention_heads,
     )
@@ -329,6 +330,7 @@ def take_last_exit(
     pairs = [
         ("classes", label_names(ours), label_names(theirs), first),
         ("exit_head", ours.exit_head, theirs.exit_head, first),
+        ("exit_pooling", ours.exit_pooling, theirs.exit_pooling, first),
         ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1], first),
     ]
     if ours.exit_head == "mha":

@@ -115,7 +115,8 @@ def _terms(config: TrainingConfig) -> str:
 
 def _exits(config: TrainingConfig) -> list[str]:
     """The architecture and the training of the exits."""
-    lines = [f"- Exits: {config.model.exit_head} head"]
+    mean = ", mean of the tokens" if config.model.exit_pooling == "mean" else ""
+    lines = [f"- Exits: {config.model.exit_head} head{mean}"]
     if config.optimization.strategy == "single":
         return lines
     layers = config.model.exit_layers or "all"

@@ -1,7 +1,8 @@
 """Hidden states of a frozen backbone on disk, read instead of running the backbone again.
 
 They are one float16 array [tokens, layers, H] in a memory-mapped file, so that the states of a text
-are one contiguous read. For linear exits only the first token is kept, as they read no other.
+are one contiguous read. For linear exits only the state that they read is kept, of the first token
+or the mean.
 """
 
 import contextlib
@@ -62,9 +63,10 @@ class FeatureCache:
         dtype: torch.dtype = torch.float32,
         progress: bool = False,
     ) -> None:
-        first_only = model.config.exit_head == "linear"
+        self._one_state = model.config.exit_head == "linear"
+        is_mean = model.config.exit_pooling == "mean"
         self.directory = directory
-        self.offsets = np.arange(len(encoded) + 1) if first_only else encoded.offsets
+        self.offsets = np.arange(len(encoded) + 1) if self._one_state else encoded.offsets
         width = model.config.backbone_config.hidden_size
         self.shape = (int(self.offsets[-1]), len(positions), width)
         self.num_bytes = 2 * math.prod(self.shape)
@@ -72,7 +74,9 @@ class FeatureCache:
             "texts": texts_hash(encoded),
             "weights": weights_hash(model),
             "layers": [model.exit_layers[position] for position in positions],
-            "first_token_only": first_only,
+            "first_token_only": self._one_state and not is_mean,
+            # Absent otherwise, as in the files of earlier versions.
+            **({"mean_of_tokens": True} if is_mean else {}),
             "backbone_dtype": str(dtype),
             "shape": list(self.shape),
         }
@@ -160,9 +164,16 @@ class FeatureCache:
         batches: Iterable[tuple[np.ndarray, dict[str, Tensor]]],
     ) -> None:
         states = self._open("r+")
+        heads = [model.exits.heads[position] for position in positions]
         for indices, batch in batches:
             with autocast(model.device, dtype):
                 layers = model.exit_states(**batch, positions=positions)
+            if self._one_state:
+                mask = batch["attention_mask"]
+                layers = [
+                    head.text_states(layer, mask)[:, None]
+                    for head, layer in zip(heads, layers, strict=True)
+                ]
             half = torch.stack(layers, dim=2).half()  # [N, T, L, H]
             if not torch.isfinite(half).all():
                 raise ValueError(

@@ -2,7 +2,8 @@
 
 - A training step of the second stage with five exits together, beside the same exits trained one at
   a time, and from the feature cache: our trainer in all cases, on the same batches, in turns.
-- Early exit with a threshold that no text reaches, beside the backbone with only its last exit.
+- Early exit with a threshold that no text reaches, beside the backbone with only its last exit, and
+  beside its export on onnxruntime where that is installed.
 
 Losses, gradients and predictions are compared before anything is timed.
 """
@@ -18,9 +19,14 @@ import torch
 import transformers
 from torch import Tensor
 
+from ....engine.config.commands import ExportConfig
+from ....engine.config.fields import build
 from ....engine.data.batching import collate
 from ....engine.data.quickstart import minilm_path
+from ....engine.inference.export.command import export_model
+from ....engine.inference.export.onnx_early_exit import OnnxEarlyExit
 from ....engine.model.early_exit import EarlyExit
+from ....engine.model.exit_policies import parse_policy
 from ....engine.model.multi_exit import MultiExitForSequenceClassification
 from ....engine.runtime.text import text_table
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
@@ -28,10 +34,12 @@ from ...measuring.clock import quantiles, ratio, seconds
 from ...measuring.environment import Result
 from ...measuring.result_file import ResultFile
 from ...measuring.times_table import times_table
-from ..suite import WrongResult
+from ..suite import WrongResult, missing
 from .second_stage import BATCH_SIZE, STAGES, WIDTH, Runs, compare, second_stage
 
 QUICK_LAYERS = 3
+# No entropy is below 0.
+NEVER = "entropy:threshold=0"
 # Texts per sample at batch size 1.
 NUM_SINGLE = 16
 # Relative to the largest value; early exit omits masks that have no effect.
@@ -62,11 +70,13 @@ def run(file: ResultFile, *, quick: bool, data_dir: Path | None, threads: int = 
         result["second_stage"] = {name: second_stage(runs, name) for name in stages}
         if computes_bfloat16():
             result["second_stage"]["mha_acl_bf16"] = second_stage(runs, "mha_acl", bf16=True)
-        result["early_exit"] = [
-            early_exit(runs, head, batch_size, rounds=4 if quick else 20)
-            for head in (("mha",) if quick else ("linear", "mha"))
-            for batch_size in (1, BATCH_SIZE)
-        ]
+        result["early_exit"] = []
+        for head in ("mha",) if quick else ("linear", "mha"):
+            served = exported(runs, head)
+            result["early_exit"] += [
+                early_exit(runs, head, batch_size, 4 if quick else 20, served)
+                for batch_size in (1, BATCH_SIZE)
+            ]
 
 
 def real_texts() -> Path | None:
@@ -81,13 +91,30 @@ def computes_bfloat16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "arm_bf16"))
 
 
-def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
-    """Time early exit that no text leaves, and the full model; WrongResult if they differ."""
+def exported(runs: Runs, head: str) -> OnnxEarlyExit | None:
+    """The model with a threshold that no text reaches, on onnxruntime; None if that is missing."""
+    obstacle = missing("onnxruntime", "onnxruntime") or missing("onnxscript", "onnxscript")
+    if obstacle is not None:
+        print(f"not timed on onnxruntime: {obstacle}")
+        return None
+    runs.first_stage(head)
+    directory = runs.directory / f"onnx_{head}"
+    options = {"model_name_or_path": str(runs.directory / f"model_{head}"), "disable_tqdm": True}
+    export_model(build(ExportConfig, {**options, "policy": NEVER, "output_dir": str(directory)}))
+    return OnnxEarlyExit(directory, num_threads=torch.get_num_threads())
+
+
+def early_exit(
+    runs: Runs, head: str, batch_size: int, rounds: int, served: OnnxEarlyExit | None = None
+) -> Result:
+    """Time early exit that no text leaves, and the full model; WrongResult if they differ.
+
+    served: the same on onnxruntime, which takes turns with them.
+    """
     trainer = runs.first_stage(head)
     model = trainer.model.eval()
     last = model.exit_layers[-1]
-    # No entropy is below 0.
-    engine = EarlyExit(model, "entropy", threshold=0.0)
+    engine = EarlyExit(model, parse_policy(NEVER))
     num_texts = NUM_SINGLE if batch_size == 1 else batch_size
     padding = trainer.tokenizer.pad_token_id
     batches = [
@@ -101,6 +128,9 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
         if not torch.equal(ours.predictions, plain.argmax(dim=-1)) or ours.mean_layer != last:
             raise WrongResult(f"{head}: early exit does not answer as the last exit: not timed")
         compare(f"{head}, early exit: probabilities", ours.probabilities, plain, MAX_ERROR)
+        if served is not None:
+            found = torch.from_numpy(served(**batch).probabilities)
+            compare(f"{head}, onnxruntime: probabilities", found, plain, MAX_ERROR)
     calls: dict[str, Callable[[dict[str, Tensor]], object]] = {
         "full": lambda batch: full_model(model, batch),
         "early_exit": lambda batch: engine(**batch),
@@ -109,12 +139,18 @@ def early_exit(runs: Runs, head: str, batch_size: int, rounds: int) -> Result:
         name: sum(flops_of(partial(call, batch)) for batch in batches)
         for name, call in calls.items()
     }
+    extra: Result = {}
+    if served is not None:
+        calls["onnx"] = lambda batch: served(**batch)
+        flops["onnx"] = flops["early_exit"]  # the same products, which PyTorch cannot count there
     times = interleave_passes(calls, batches, {PRODUCTS: product_turn(WIDTH)}, rounds)
     rate = add_floors(times, flops, WIDTH)
+    if served is not None:
+        extra["onnx_faster"] = ratio(times, "early_exit", "onnx")
     print(f"\n{head} exits, batch {batch_size}", times_table(times, text_table), sep="\n")
     return {
         "exit_head": head, "batch": batch_size, "batches": len(batches), **rate, "times": times,
-        "over_full": ratio(times, "early_exit", "full"),
+        "over_full": ratio(times, "early_exit", "full"), **extra,
     }  # fmt: skip
 
 

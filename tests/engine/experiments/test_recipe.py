@@ -152,6 +152,7 @@ def test_reads_a_file_or_a_shipped_name(tmp_path: Path) -> None:
         ({"methods": {"A": {"aux_weight": [0.1, 0.1]}}}, "are the same run"),
         ({"methods": {"A": {"learning_rate": [1e-3, "1e-3"]}}}, "are the same run"),
         ({"X": {**SECOND, "exit_head": "linear"}}, "X, seed 1: exit_head='linear', .* has 'mha'"),
+        ({"X": {"exit_pooling": "mean"}}, "exit_pooling=mean is for linear exits"),
         ({"X": {**SECOND, "exit_width": 32}}, "rte, X, seed 1: exit_width=32, .* stage1 has 64"),
         ({"X": {**SECOND, "stage1": "SCL"}}, "stage1='SCL' has a list of values"),
         ({"X": {**SECOND, "stage1": "ACL"}}, "stage1='ACL' has a stage1 itself"),

@@ -53,6 +53,21 @@ def test_linear_exit_reads_the_first_token(states) -> None:
     torch.testing.assert_close(output.logits, expected)
 
 
+def test_linear_exit_reads_the_mean_of_the_tokens(states) -> None:
+    hidden, mask = states
+    head = LinearExit(16, num_labels=5, dropout=0.5, pooling="mean").eval()
+    expected = torch.stack(
+        [text[real.bool()].mean(dim=0) for text, real in zip(hidden, mask, strict=True)]
+    )
+    # Nothing of what stands in padding, not even a value that is no number.
+    hidden = hidden.masked_fill(mask[..., None] == 0, torch.nan)
+    output = head(hidden, mask)
+    torch.testing.assert_close(output.embeddings, expected)
+    torch.testing.assert_close(output.logits, head.classifier(expected))
+    large = torch.full((1, 512, 16), 1000.0, dtype=torch.float16)
+    assert head.text_states(large, torch.ones(1, 512)).eq(1000).all()
+
+
 @pytest.mark.parametrize("head", [LinearExit(16, 5, 0.5), MHAExit(16, 5, 0.5, 8, 2)])
 def test_dropout_acts_in_training_only(head, states) -> None:
     hidden, mask = states

@@ -173,6 +173,8 @@ def test_a_misspelt_directory_offers_the_nearest(tiny_bert: Path) -> None:
         ({"exit_layers": [2, 1]}, "ascending layers without repetition"),
         ({"exit_layers": []}, "ascending layers without repetition"),
         ({"exit_head": "mah"}, "exit_head='mah'. Did you mean 'mha'?"),
+        ({"exit_pooling": "mean"}, "exit_pooling=mean is for linear exits"),
+        ({"exit_head": "linear", "exit_pooling": "max"}, "exit_pooling='max' is none of first, m"),
     ],
 )
 def test_bad_configurations(options: dict[str, object], message: str) -> None:

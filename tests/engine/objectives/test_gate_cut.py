@@ -31,9 +31,11 @@ SCOPES = ["top:1", "top:2", "top:3", "head"]
 
 def new_model(exit_head: str = "mha", encoder: Any = None) -> MultiExitForSequenceClassification:
     torch.manual_seed(0)
+    head, _, pooling = exit_head.partition(" ")
     config = MultiExitConfig(
         BertConfig(**SIZES, **QUIET) if encoder is None else encoder,
-        exit_head=exit_head,
+        exit_head=head,
+        exit_pooling=pooling or "first",
         exit_dropout=0.0,
         num_labels=3,
     )
@@ -83,6 +85,7 @@ def angle_between(losses: ExitLosses, tensors: Sequence[Tensor]) -> float:
 ENCODERS: dict[str, tuple[str, Any]] = {
     "mha": ("mha", None),
     "linear": ("linear", None),
+    "linear mean": ("linear mean", None),
     # Its last layer is followed by a norm.
     "modernbert": (
         "mha",
@@ -117,7 +120,7 @@ def test_given_the_decision_the_gradient_is_the_exact_gates(
     torch.testing.assert_close(gradients_of(scoped), gradients_of(exact), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("exit_head", ["mha", "linear"])
+@pytest.mark.parametrize("exit_head", ["mha", "linear", "linear mean"])
 @pytest.mark.parametrize("scope", SCOPES)
 def test_the_angle_is_that_of_the_scope(batch: Batch, exit_head: str, scope: str) -> None:
     model = new_model(exit_head)
@@ -142,7 +145,7 @@ NUM_TOP = {"top:1": 1, "top:2": 2, "top:3": 3, "head": 0}
 
 
 def head_angle(model: MultiExitForSequenceClassification, batch: Batch) -> float:
-    """Between the gradients of a map of zeros, from the first states, that adds to what is read."""
+    """Between the gradients of a map of zeros, from what the exit reads, that adds to that."""
     ids, labels = batch
     exit_: Any = model.exits[-1]
     made = torch.zeros(
@@ -151,7 +154,8 @@ def head_angle(model: MultiExitForSequenceClassification, batch: Batch) -> float
     model.double()
     state = model.exit_states(ids)[0]
     embeddings = exit_(state, torch.ones_like(ids)).embeddings
-    embeddings = embeddings.detach() + state[:, 0].detach() @ made.T
+    read = state.mean(dim=1) if model.config.exit_pooling == "mean" else state[:, 0]
+    embeddings = embeddings.detach() + read.detach() @ made.T
     output = type(model(ids))(
         exit_logits=exit_.classifier(embeddings)[None], exit_embeddings=embeddings[None]
     )

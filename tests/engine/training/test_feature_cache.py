@@ -16,7 +16,8 @@ import torch
 from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig
 from fusedacl.engine.data.batching import collate, encode
 from fusedacl.engine.data.columns import TextSplit
-from fusedacl.engine.model.saved import load_tokenizer
+from fusedacl.engine.model.early_exit import early_exit
+from fusedacl.engine.model.saved import load_tokenizer, load_trained
 from fusedacl.engine.runtime.lock import DirectoryLock
 from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.feature_cache import (
@@ -33,11 +34,16 @@ Parts = tuple[Any, Any, Any]
 TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
 
 
-@pytest.fixture(params=["mha", "linear"])
+@pytest.fixture(params=["mha", "linear", "linear mean"])
 def parts(request: pytest.FixtureRequest, tiny_bert: Path) -> Parts:
     tokenizer = load_tokenizer(str(tiny_bert))
+    head, _, pooling = request.param.partition(" ")
     model = MultiExitForSequenceClassification.from_encoder(
-        str(tiny_bert), label_names=["no", "yes"], exit_layers=[1, 2], exit_head=request.param
+        str(tiny_bert),
+        label_names=["no", "yes"],
+        exit_layers=[1, 2],
+        exit_head=head,
+        exit_pooling=pooling or "first",
     ).eval()
     return model, encode(TextSplit(TEXTS, None, [0, 1, 0, 1]), tokenizer, 16), tokenizer
 
@@ -58,7 +64,12 @@ def test_holds_what_the_backbone_computes(parts: Parts, tmp_path: Path) -> None:
     with torch.no_grad():
         expected = model.exit_states(**batch)
     if model.config.exit_head == "linear":
-        expected = [layer[:, :1] for layer in expected]
+        read = batch["attention_mask"] / batch["attention_mask"].sum(dim=1, keepdim=True)
+        if model.config.exit_pooling == "first":
+            read = (
+                torch.nn.functional.one_hot(torch.tensor(0), read.shape[1]).float().expand_as(read)
+            )
+        expected = [(layer * read[..., None]).sum(dim=1, keepdim=True) for layer in expected]
         assert mask.tolist() == [[1], [1]]
     else:
         assert torch.equal(mask, batch["attention_mask"])
@@ -187,12 +198,15 @@ def test_a_disk_without_room_is_noticed_before_writing(
     open_cache(tmp_path, parts)
 
 
-def test_second_stage_with_and_without(tiny_options, tmp_path: Path, monkeypatch) -> None:
+@pytest.mark.parametrize("kind", [{}, {"exit_head": "linear", "exit_pooling": "mean"}])
+def test_second_stage_with_and_without(
+    kind: dict[str, str], tiny_options, tmp_path: Path, monkeypatch
+) -> None:
     """Gradients agree to half precision from equal weights; a whole run reads the cache only."""
     options: dict[str, Any] = {
         **tiny_options, "per_device_train_batch_size": 16, "learning_rate": 5e-3,
         "strategy": "two_stage", "dropout": 0.0, "num_train_epochs": 1, "stage2_epochs": 3,
-        "save_steps": 0, "eval_steps": 1000,
+        "save_steps": 0, "eval_steps": 1000, **kind,
     }  # fmt: skip
     cache = {"feature_cache": str(tmp_path / "cache")}
     found = []
@@ -204,7 +218,10 @@ def test_second_stage_with_and_without(tiny_options, tmp_path: Path, monkeypatch
         trainer.backend.backward(losses)
         gate = trainer.backend.gate
         gradients = [[p.grad for p in trainer.backend.parameters], gate._auxiliary]
-        found.append([torch.cat([g.flatten() for g in grads]) for grads in gradients])
+        # The contrastive loss does not reach the bias of a linear classifier.
+        found.append(
+            [torch.cat([g.flatten() for g in grads if g is not None]) for grads in gradients]
+        )
         trainer.parts.lock.release()
     for ours, theirs in zip(*found, strict=True):
         # States of 11 bits, whose errors a gradient adds up.
@@ -219,3 +236,11 @@ def test_second_stage_with_and_without(tiny_options, tmp_path: Path, monkeypatch
     # The first stage has changed the backbone.
     run(options, output_dir=str(tmp_path / "run"), feature_cache=str(tmp_path / "trained"))
     assert len(calls) == 12
+    model = load_trained(str(tmp_path / "run"))
+    assert model.exits[0].pooling == "mean" if kind else model.config.exit_pooling == "first"
+    ids = torch.tensor([[2, 7, 9, 11, 3], [2, 8, 3, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids > 0).long()}
+    early = early_exit(model, batch, "fixed_layer", layer=1)
+    with torch.no_grad():
+        logits = model(**batch).exit_logits[0]
+    torch.testing.assert_close(early.probabilities, logits.softmax(dim=-1))

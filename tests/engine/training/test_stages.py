@@ -260,6 +260,7 @@ def test_second_stage_on_an_existing_model(options, tiny_data: Path, tmp_path: P
     for changes, message in (
         (other, r"has classes \['negative', 'positive'\], this run \['glad', 'sad'\]"),
         ({"exit_head": "linear"}, "stage1_model=.*has exit_head mha, this run linear"),
+        ({"exit_pooling": "mean"}, "exit_pooling=mean is for linear exits"),
         ({"exit_width": 32}, "exits of width 64 with 4 heads, this run 32"),
         ({"exit_layers": "1"}, "has last exit layer 2, this run 1"),
         ({"model_name_or_path": "x"}, "leave model_name_or_path out"),

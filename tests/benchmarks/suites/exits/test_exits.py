@@ -11,6 +11,7 @@ from fusedacl.benchmarks.suites.exits import suite as exits
 from fusedacl.benchmarks.suites.exits.second_stage import STAGES, Runs, second_stage
 from fusedacl.benchmarks.suites.exits.suite import early_exit
 from fusedacl.benchmarks.suites.suite import WrongResult
+from fusedacl.engine.inference.export.onnx_early_exit import OnnxAnswers
 from fusedacl.engine.training.feature_cache import FeatureCache
 
 
@@ -53,6 +54,26 @@ def test_a_cache_that_trains_otherwise_is_not_timed(
         second_stage(runs, "mha_ce")
 
 
+def test_early_exit_beside_its_export(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    served = exits.exported(runs, "linear")
+    assert served is not None
+    result = early_exit(runs, "linear", 1, rounds=2, served=served)
+    times = result["times"]
+    assert times.keys() == {"full", "early_exit", "onnx"}
+    assert result["onnx_faster"] == times["early_exit"]["p50_ms"] / times["onnx"]["p50_ms"]
+    monkeypatch.setattr(OnnxAnswers, "probabilities", property(lambda answers: answers.logits))
+    with pytest.raises(WrongResult, match="linear, onnxruntime: probabilities: .*: not timed"):
+        early_exit(runs, "linear", 1, rounds=2, served=served)
+
+
+def test_a_missing_onnxruntime_is_named(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exits, "missing", lambda module, name: f"{name} is not installed.")
+    assert exits.exported(runs, "linear") is None
+    assert "not timed on onnxruntime: onnxruntime is not installed" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("batch_size", [1, 32])
 def test_early_exit_beside_the_last_exit_alone(runs: Runs, batch_size: int) -> None:
     result = early_exit(runs, "linear", batch_size, rounds=2)
@@ -64,7 +85,7 @@ def test_early_exit_beside_the_last_exit_alone(runs: Runs, batch_size: int) -> N
 def test_early_exit_that_leaves_is_not_timed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = exits.EarlyExit
     monkeypatch.setattr(
-        exits, "EarlyExit", lambda model, name, threshold: engine(model, name, threshold=1.0)
+        exits, "EarlyExit", lambda model, policy: engine(model, "entropy", threshold=1.0)
     )
     with pytest.raises(WrongResult, match="early exit does not answer as the last exit"):
         early_exit(runs, "mha", 32, rounds=1)

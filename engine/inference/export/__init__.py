@@ -1,0 +1,1 @@
+"""Early exit on other runtimes than PyTorch."""

@@ -1,0 +1,220 @@
+"""`fusedacl export`: a trained model with its early-exit policy as a directory of ONNX graphs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...config.commands import ExportConfig, InferenceOptions
+from ...data.batching import EncodedSplit, evaluation_batches
+from ...data.dataset import TextData
+from ...model.early_exit import EarlyExit
+from ...model.exit_policies import calibration_mismatch, parse_policy
+from ...model.saved import TrainedModel
+from ...runtime.files import write_json
+from ...runtime.machine import versions
+from ...runtime.manifest import sealed, write_manifest
+from ..evaluation import load_labelled, score
+from .onnx_early_exit import EXPORT_FILE, FORMAT, TOKENIZER_FILE, OnnxEarlyExit
+from .onnx_files import MAX_ERROR, largest_error, quantise, require_onnx, write_segments
+from .segments import Segment, split
+
+logger = logging.getLogger("fusedacl")
+
+
+def export_model(config: ExportConfig) -> dict[str, Any]:
+    """Write a model for `OnnxEarlyExit`; returns what early_exit.json holds and `output_dir`.
+
+    The graphs are compared with PyTorch before the function returns; with a data set, so are the
+    answers to all of its texts.
+
+    Raises:
+        ValueError: a mistake in the options, an encoder that cannot be split or recorded, a package
+            that is missing, or graphs that answer otherwise than PyTorch. Nothing is left behind.
+    """
+    options = config.export
+    require_onnx()
+    output_dir = _new_directory(options.output_dir)
+    has_data = any((config.data.task_name, config.data.dataset_name, config.data.validation_file))
+    if options.quantize == "int8" and not has_data:
+        raise ValueError(
+            "quantize=int8 changes answers, and its score has to be measured: name a labelled data "
+            "set as for `fusedacl evaluate`, such as --validation_file dev.csv."
+        )
+    model_options = InferenceOptions(
+        config.model.model_name_or_path,
+        per_device_eval_batch_size=config.model.per_device_eval_batch_size,
+        device="cpu",
+        disable_tqdm=config.model.disable_tqdm,
+    )
+    data: TextData | None = None
+    if has_data:
+        trained, data = load_labelled(model_options, config.data, "measure")
+    else:
+        trained = TrainedModel(model_options, config.data.max_seq_length)
+    is_stored = options.policy == "stored"
+    engine = EarlyExit(trained.model, None if is_stored else parse_policy(options.policy))
+    if trained.max_length > trained.limit:
+        raise ValueError(
+            f"max_seq_length={trained.max_length} is beyond the model, which reads at most "
+            f"{trained.limit} tokens."
+        )
+    segments = split(engine)
+    record = _record(trained, engine, is_stored, options.quantize)
+    # Renamed when it is whole.
+    partial = output_dir.with_name(output_dir.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        files = [partial / f"segment_{segment.layer}.onnx" for segment in segments]
+        write_segments(engine, segments, files)
+        _check(engine, segments, files)
+        if options.quantize == "int8":
+            for file in files:
+                quantise(file)
+        record["segments"] = list(map(described, segments, files))
+        trained.tokenizer.save_pretrained(partial)
+        _write(partial, record)
+        if data is not None:
+            name = data.evaluation_splits[0]
+            encoded = trained.encode(data.splits[name], name)
+            measured = _compare(engine, partial, encoded, trained, data.metrics[0], model_options)
+            record["measured"] = {"data": f"{data.name}, {name}", **measured}
+            _write(partial, record)
+        partial.replace(output_dir)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return {**record, "output_dir": str(output_dir)}
+
+
+def lines_of(results: dict[str, Any]) -> list[str]:
+    """The output of the command."""
+    layers = ", ".join(str(segment["layer"]) for segment in results["segments"])
+    lines = [
+        f"exits on layers {layers}: {len(results['segments'])} graphs, early_exit.json and the "
+        f"tokenizer are in {results['output_dir']}"
+    ]
+    measured = results.get("measured")
+    if measured is not None:
+        lines.append(
+            f"{measured['data']}: {measured['metric']} {measured['onnx_score']:.4f}, in PyTorch "
+            f"{measured['pytorch_score']:.4f}; {measured['num_other_answers']} of "
+            f"{measured['num_texts']} answers and {measured['num_other_layers']} exit layers differ"
+        )
+    lines.append(f"use: fusedacl.engine.OnnxEarlyExit({results['output_dir']!r}).predict(texts)")
+    return lines
+
+
+def _check(engine: EarlyExit, segments: Sequence[Segment], files: Sequence[Path]) -> None:
+    """Refuse graphs that compute otherwise than PyTorch.
+
+    Raises:
+        ValueError: with the error.
+    """
+    error = largest_error(engine, segments, files)
+    if not error <= MAX_ERROR:
+        raise ValueError(
+            f"The graphs of this {engine.model.backbone.config.model_type} encoder do not compute "
+            f"what PyTorch does (error {error:.1e}, at most {MAX_ERROR:g} is accepted): it cannot "
+            "be exported with these versions of PyTorch and transformers."
+        )
+
+
+def described(segment: Segment, file: Path) -> dict[str, Any]:
+    """What the runtime needs to know of a graph."""
+    ports = segment.ports
+    names = {"inputs": list(ports.inputs), "outputs": list(ports.outputs)}
+    return {"file": file.name, "layer": segment.layer, **names}
+
+
+def _new_directory(name: str | None) -> Path:
+    if not name:
+        raise ValueError("output_dir is missing: name a directory for the export.")
+    path = Path(name)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ValueError(f"output_dir={name!r} exists and is not empty: name another directory.")
+    return path
+
+
+def _record(
+    trained: TrainedModel, engine: EarlyExit, is_stored: bool, quantize: str
+) -> dict[str, Any]:
+    """What the runtime needs to know, and how the policy was calibrated."""
+    policy: dict[str, Any] = {"name": engine.policy.name, "parameters": engine.policy.parameters}
+    if is_stored:
+        policy = copy.deepcopy(trained.model.config.exit_policy)
+        mismatch = calibration_mismatch(policy, trained.dtype, trained.max_length)
+        if mismatch is not None:
+            logger.warning(mismatch)
+        if quantize != "none" and policy.get("calibration", {}).pop("guarantee", None):
+            logger.warning(
+                "The stored guarantee was made for float32 and is not exported with int8 weights."
+            )
+    tokenizer, columns = trained.tokenizer, trained.record.text_columns
+    return {
+        "format": FORMAT,
+        "policy": policy,
+        "quantize": quantize,
+        "label_names": trained.label_names,
+        "max_seq_length": trained.max_length,
+        "pad_token_id": tokenizer.pad_token_id,
+        "truncation_side": tokenizer.truncation_side,
+        "gives_token_types": "token_type_ids" in tokenizer.model_input_names,
+        "reads_pairs": None if columns is None else len(columns) == 2,
+        "data_record": trained.record.to_dict(),
+        "versions": versions(),
+    }
+
+
+def _write(output_dir: Path, record: dict[str, Any]) -> None:
+    """Write early_exit.json and, last, the manifest."""
+    write_json(output_dir / EXPORT_FILE, record)
+    names = [EXPORT_FILE, TOKENIZER_FILE, *(segment["file"] for segment in record["segments"])]
+    files = [output_dir / name for name in names if (output_dir / name).is_file()]
+    write_manifest(output_dir, {file.name: sealed(file) for file in files})
+
+
+def _compare(
+    engine: EarlyExit,
+    output_dir: Path,
+    encoded: EncodedSplit,
+    trained: TrainedModel,
+    metric: str,
+    options: InferenceOptions,
+) -> dict[str, Any]:
+    """Scores of the export and of PyTorch on the same tokens, and how often they differ."""
+    batch_size, padding = options.per_device_eval_batch_size, trained.tokenizer.pad_token_id
+    progress = not options.disable_tqdm
+    left = engine.predict(encoded, batch_size, pad_token_id=padding, progress=progress)
+    exported = OnnxEarlyExit(output_dir)
+    probabilities = torch.empty_like(left.probabilities)
+    layers = torch.empty_like(left.exit_layers)
+    title = "onnxruntime" if progress else None
+    for rows, batch in evaluation_batches(encoded, batch_size, padding, progress=title):
+        answers = exported(**batch)
+        probabilities[rows] = torch.from_numpy(answers.probabilities)
+        layers[rows] = torch.from_numpy(answers.exit_layers)
+    predictions = probabilities.argmax(dim=-1)
+    assert encoded.labels is not None  # load_labelled refuses a split without
+    labels, f1_index = encoded.labels.numpy(), trained.record.f1_index
+    scores = [
+        score([metric], answer.numpy(), labels, f1_index)[metric]
+        for answer in (predictions, left.predictions)
+    ]
+    return {
+        "metric": metric,
+        "num_texts": len(encoded),
+        "onnx_score": scores[0],
+        "pytorch_score": scores[1],
+        "mean_layer": float(layers.double().mean()),
+        "pytorch_mean_layer": left.mean_layer,
+        "num_other_answers": int((predictions != left.predictions).sum()),
+        "num_other_layers": int((layers != left.exit_layers).sum()),
+        "largest_probability_error": float((probabilities - left.probabilities).abs().max()),
+    }
