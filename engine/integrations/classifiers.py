@@ -60,7 +60,7 @@ class Classifiers:
         # lies outside the encoder.
         self.heads: list[nn.Module] | None = None
         if isinstance(getattr(exits, "heads", None), list):
-            self.exit_layers = list(self.model.exit_layers)
+            self.exit_layers = list(cast(Any, self.model).exit_layers)
             self.heads = list(cast(Exits, exits).heads)
             self.linears = [_checked(cast(Any, head).classifier, "") for head in self.heads]
         else:
