@@ -66,7 +66,9 @@ class Classifiers:
         else:
             self.linears = [find_classifier(self.model)]
         self._reads: list[Read | None] = [None] * len(self.linears)
-        # The first hidden state of each text [N, H] that the last exit read.
+        # Of the last classifier: its input itself, which DistributedDataParallel's output is a copy
+        # of, and the first hidden state of each text [N, H] that its exit read.
+        self.last_input: Tensor | None = None
         self.first_states: Tensor | None = None
         self._handles = [
             linear.register_forward_hook(partial(self._note, index))
@@ -84,6 +86,8 @@ class Classifiers:
         if torch.is_grad_enabled():
             # The product outlives a weight that is whole only while its layer runs.
             self._reads[index] = Read(args[0], out, cast(Tensor, module.weight) * 1.0)
+            if index == len(self.linears) - 1:
+                self.last_input = args[0]
 
     def _note_states(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():

@@ -18,7 +18,7 @@ from ..objectives.gate import (
 )
 from ..objectives.gate_cut import map_gradient
 from ..objectives.losses import ExitLosses
-from .classifiers import Classifiers, Read
+from .classifiers import Classifiers
 
 
 class ScopeDecision:
@@ -48,20 +48,18 @@ class ScopeDecision:
         self.options = options
         self.process_group = process_group
 
-    def weigh(
-        self, losses: ExitLosses, read: Read, loss_scale: Tensor | float
-    ) -> tuple[Tensor, GateDecision]:
+    def weigh(self, losses: ExitLosses, loss_scale: Tensor | float) -> tuple[Tensor, GateDecision]:
         """The weighted sum of both losses, NaN after an overflow, and the decision.
 
         The norm of the decision is not known yet, and NaN.
 
         Args:
-            read: of the only trained exit, from which both losses come.
+            losses: of the last exit, which has just read its input.
             loss_scale: factor against underflow in float16; the sum does not carry it.
         """
         assert losses.auxiliary is not None
         pair = (losses.main.sum(), losses.auxiliary.sum())
-        both = torch.stack([self._flat(loss_scale * loss, read) for loss in pair])
+        both = torch.stack([self._flat(loss_scale * loss) for loss in pair])
         if self.process_group is not None:
             torch.distributed.all_reduce(both, group=self.process_group)
             both /= torch.distributed.get_world_size(self.process_group)
@@ -73,17 +71,19 @@ class ScopeDecision:
         unknown = torch.full_like(stats[0, 0], torch.nan)
         return loss, decision_of(stats, used, self.options.max_angle, unknown)
 
-    def _flat(self, loss: Tensor, read: Read) -> Tensor:
+    def _flat(self, loss: Tensor) -> Tensor:
         """The gradient over the scope in float32, zeros where there is none."""
-        tensors: Sequence[Tensor] = self.parameters or [read.inputs]
+        read, states = self.classifiers.last_input, self.classifiers.first_states
+        assert read is not None
+        tensors: Sequence[Tensor] = self.parameters or [read]
         parts = [
             torch.zeros_like(tensor, dtype=torch.float32) if part is None else part.float()
             for part, tensor in zip(scope_gradients(loss, tensors), tensors, strict=True)
         ]
         if not self.parameters:
             # A model whose pooling is not known has its linear map on the representations.
-            states = self.classifiers.first_states
-            parts = [map_gradient(parts[0], read.inputs.detach() if states is None else states)]
+            states = read.detach() if states is None else states
+            parts = [map_gradient(parts[0].flatten(0, -2), states.flatten(0, -2))]
         return torch.cat([part.flatten() for part in parts])
 
 

@@ -12,7 +12,7 @@ from ..model.multi_exit import MultiExitOutput
 from ..objectives.losses import ExitLosses, Teacher, exit_losses
 from ..training.stages import SHARED
 from .arguments import ACLTrainingArguments
-from .classifiers import Classifiers, Read
+from .classifiers import Classifiers
 
 
 class TrainerObjective:
@@ -86,8 +86,8 @@ class TrainerObjective:
 
     def losses(
         self, model: nn.Module, inputs: Mapping[str, Any], process_group: ProcessGroup | None
-    ) -> tuple[ExitLosses, Read, Any]:
-        """Losses of a batch, what the last trained exit read, and the output of the model.
+    ) -> tuple[ExitLosses, Any]:
+        """Losses of a batch, and the output of the model.
 
         Args:
             model: ours as the loop has wrapped it, in training mode.
@@ -120,7 +120,7 @@ class TrainerObjective:
             teacher,
             process_group,
         )
-        return losses, chosen[-1], output
+        return losses, output
 
     def close(self) -> None:
         """Restore the model: its hooks, and what it trains."""

@@ -16,7 +16,6 @@ from ..config.gate_scope import parse_scope
 from ..objectives.gate import GateDecision, GradientGate
 from ..objectives.losses import ExitLosses
 from .arguments import ACLTrainingArguments
-from .classifiers import Read
 from .gates import GateLog, ScopeDecision, decided_loss
 from .monitor import AngleMonitor
 from .objective import TrainerObjective
@@ -207,24 +206,24 @@ class ACLTrainer(Trainer):
         """
         if self._objective is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses, read, output = self._losses(model, inputs)
+        losses, output = self._losses(model, inputs)
         share = self._share(inputs)
         if self._scoped is None:
             loss = losses.weighted(self._objective.config.objective.aux_weight)
         else:
             scaler = self.accelerator.scaler
             scale = 1.0 if scaler is None else scaler.get_scale()
-            loss, decision = self._scoped.weigh(losses, read, scale)
+            loss, decision = self._scoped.weigh(losses, scale)
             self._gate_log.add_decision(self._objective.group_names, decision)
         # Trainer divides by the number of batches.
         loss = loss * (share * self.current_gradient_accumulation_steps)
         return (loss, output) if return_outputs else loss
 
-    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[ExitLosses, Read, Any]:
+    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[ExitLosses, Any]:
         assert self._objective is not None
         is_global = self._objective.config.optimization.negatives == "global"
         group = self._process_group if is_global else None
-        losses, read, output = self._objective.losses(model, inputs, group)
+        losses, output = self._objective.losses(model, inputs, group)
         share = self._share(inputs)
         assert losses.cross_entropy is not None
         values = {"loss_ce": losses.cross_entropy.sum()}
@@ -236,7 +235,7 @@ class ACLTrainer(Trainer):
                 callback.measure(
                     self._scaled(losses.main.sum()), self._scaled(losses.auxiliary.sum())
                 )
-        return losses, read, output
+        return losses, output
 
     def _share(self, inputs: Mapping[str, Any]) -> float:
         """This batch's part of the texts of its optimizer step."""
@@ -265,7 +264,7 @@ class ACLTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with self._two_backward_passes(model):
             with self.compute_loss_context_manager():
-                losses, _, _ = self._losses(model, inputs)
+                losses, _ = self._losses(model, inputs)
             self._empty_cache()
             share = self._share(inputs)
             losses = losses.times(share, share)

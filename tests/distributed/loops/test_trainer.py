@@ -78,6 +78,7 @@ def shard_on_the_cpu(patch: pytest.MonkeyPatch) -> None:
     def create_sharding(self: Trainer) -> None:
         AcceleratorState._reset_state()
         create(self)
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
         self.accelerator.state.distributed_type = DistributedType.FSDP
         self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -96,7 +97,8 @@ def run_zero(
     stage: int, encoder: Path, directory: Path, options: dict[str, Any]
 ) -> list[dict[str, float]]:
     import deepspeed.ops
-    from accelerate.state import AcceleratorState
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
     # Used on a CPU only, where compiling it takes minutes.
@@ -109,13 +111,14 @@ def run_zero(
         ),
         "gradient_accumulation_steps": "auto",
     }
+    given = {**options, "deepspeed": settings, "optim": "adamw_torch", "use_cpu": False}
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        return run(
-            encoder,
-            directory,
-            {**options, "deepspeed": settings, "optim": "adamw_torch", "use_cpu": False},
-        )
+        with pytest.MonkeyPatch.context() as patch:
+            # accelerate starts several processes of DeepSpeed on GPUs only.
+            kind = ("gloo", DistributedType.MULTI_CPU)
+            patch.setattr(PartialState, "_prepare_backend", lambda *args, **kwargs: kind)
+            return run(encoder, directory, given)
     finally:
         unset_hf_deepspeed_config()
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
