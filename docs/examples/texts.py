@@ -33,7 +33,7 @@ class Classifier(nn.Module):
 
     def forward(self, **batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Representations, logits, label embeddings (of which sharded models free the weight)."""
-        embeddings = self.encoder(**batch).last_hidden_state[:, 0]
+        embeddings = self.encoder(**batch).last_hidden_state[:, 0].clone()  # FSDP2 warns of views
         return embeddings, self.classifier(embeddings), self.classifier.weight * 1.0
 
 

@@ -45,7 +45,7 @@ class Classifier(nn.Module):
         self.classifier = nn.Linear(self.encoder.config.hidden_size, NUM_LABELS)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        embeddings = self.encoder(input_ids=ids).last_hidden_state[:, 0]
+        embeddings = self.encoder(input_ids=ids).last_hidden_state[:, 0].clone()
         return embeddings, self.classifier(embeddings), self.classifier.weight * 1.0
 
 

@@ -52,7 +52,7 @@ def run(file: ResultFile, *, preset: str, threads: int) -> None:
         "bars": [
             {"what": what, "value": value, "at_most": most, "met": value <= most}
             for what, slower, faster, most in BARS
-            for value in [ratio(times, slower, faster)]
+            for value in [float(ratio(times, slower, faster))]
         ],
     }
     print(times_table(times, text_table, WORDS))
