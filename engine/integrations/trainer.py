@@ -63,6 +63,7 @@ class ACLTrainer(Trainer):
         self._refuse()
         # Each loss here is a mean over its batch, whose share of the step it is multiplied by.
         self.model_accepts_loss_kwargs = False
+        assert self.model is not None, "Trainer refuses to be without one"
         objective = TrainerObjective(self.model, self.args)
         objective.close()
         if num_top := parse_scope(objective.config.objective.gate_scope):
@@ -160,8 +161,9 @@ class ACLTrainer(Trainer):
         if self._kind == "FSDP":
             # An evaluation before training has left some parameters whole.
             for module in model.modules():
-                if callable(getattr(module, "reshard", None)):
-                    module.reshard()
+                reshard: Any = getattr(module, "reshard", None)
+                if callable(reshard):
+                    reshard()
         group = None if self._shards else self._process_group
         trained = self._objective.trained()
         self._exact = GradientGate(trained, process_group=group, **settings)
@@ -256,8 +258,10 @@ class ACLTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         gate = self._exact_gate(model)
         model.train()
-        if callable(getattr(self.optimizer, "train", None)):
-            self.optimizer.train()
+        # Of optimizers that average weights for evaluation.
+        resume_training: Any = getattr(self.optimizer, "train", None)
+        if callable(resume_training):
+            resume_training()
         inputs = self._prepare_inputs(inputs)
         with self._two_backward_passes(model):
             with self.compute_loss_context_manager():
