@@ -52,19 +52,20 @@ class Classifiers:
     def __init__(self, model: nn.Module) -> None:
         self._outermost = model
         get_base = getattr(model, "get_base_model", None)
-        self.model: Any = model if get_base is None else get_base()
-        check_task(self.model)
-        exits = getattr(self.model, "exits", None)
+        base: Any = model if get_base is None else get_base()
+        check_task(base)
+        self.model = base
+        exits = getattr(base, "exits", None)
         self.exit_layers: list[int] | None = None
         # The modules that end in each classifier; None for a model with one, whose head is whatever
         # lies outside the encoder.
         self.heads: list[nn.Module] | None = None
         if isinstance(getattr(exits, "heads", None), list):
-            self.exit_layers = list(cast(Any, self.model).exit_layers)
+            self.exit_layers = list(base.exit_layers)
             self.heads = list(cast(Exits, exits).heads)
             self.linears = [_checked(cast(Any, head).classifier, "") for head in self.heads]
         else:
-            self.linears = [find_classifier(self.model)]
+            self.linears = [find_classifier(base)]
         self._reads: list[Read | None] = [None] * len(self.linears)
         # Of the last classifier: its input itself, which DistributedDataParallel's output is a copy
         # of, and the first hidden state of each text [N, H] that its exit read.

@@ -4,7 +4,7 @@ import contextlib
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,8 @@ class ACLTrainer(Trainer):
         self._refuse()
         # Each loss here is a mean over its batch, whose share of the step it is multiplied by.
         self.model_accepts_loss_kwargs = False
-        objective = TrainerObjective(cast(nn.Module, self.model), self.args)
+        assert self.model is not None, "Trainer refuses to be without one"
+        objective = TrainerObjective(self.model, self.args)
         objective.close()
         if num_top := parse_scope(objective.config.objective.gate_scope):
             objective.classifiers.top_parameters(num_top)
@@ -160,7 +161,7 @@ class ACLTrainer(Trainer):
         if self._kind == "FSDP":
             # An evaluation before training has left some parameters whole.
             for module in model.modules():
-                reshard = getattr(module, "reshard", None)
+                reshard: Any = getattr(module, "reshard", None)
                 if callable(reshard):
                     reshard()
         group = None if self._shards else self._process_group
@@ -257,10 +258,10 @@ class ACLTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         gate = self._exact_gate(model)
         model.train()
-        # Optimizers without a schedule have modes.
-        train_mode = getattr(self.optimizer, "train", None)
-        if callable(train_mode):
-            train_mode()
+        # Of optimizers that average weights for evaluation.
+        resume_training: Any = getattr(self.optimizer, "train", None)
+        if callable(resume_training):
+            resume_training()
         inputs = self._prepare_inputs(inputs)
         with self._two_backward_passes(model):
             with self.compute_loss_context_manager():
