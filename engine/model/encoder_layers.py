@@ -128,7 +128,7 @@ class EncoderLayers:
         if self.implementation == "flash_attention_2":
             return attention_mask
         allowed = attention_mask.bool()[:, None, None, :]  # [N, 1, 1, T]
-        return allowed if self.implementation == "sdpa" else _additive(allowed, hidden.dtype)
+        return allowed if self.implementation == "sdpa" else additive(allowed, hidden.dtype)
 
 
 def bottom_parameters(encoder: PreTrainedModel, num_layers: int) -> list[Parameter]:
@@ -239,7 +239,7 @@ class ModernBertLayers(EncoderLayers):
         everywhere = attention_mask.bool()[:, None, None, :]  # [N, 1, 1, T]
         masks = {"full_attention": everywhere, "sliding_attention": everywhere & near}
         if self.implementation == "eager":
-            masks = {kind: _additive(mask, hidden_states.dtype) for kind, mask in masks.items()}
+            masks = {kind: additive(mask, hidden_states.dtype) for kind, mask in masks.items()}
         if self._takes_both_masks:
             return {
                 "attention_mask": masks["full_attention"],
@@ -313,6 +313,6 @@ def linear_entries(module: nn.Module) -> int:
     )
 
 
-def _additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(allowed: Tensor, dtype: torch.dtype) -> Tensor:
     """Mask to add to attention scores: 0 where `allowed`, the most negative number elsewhere."""
     return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)

@@ -12,9 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ...model.active_batch import LayerContext
 from ...model.early_exit import EarlyExit, certainty_of
 from ...model.encoder import fitting_token_types
-from ...model.encoder_layers import FAMILIES, EncoderLayers
+from ...model.encoder_layers import FAMILIES, EncoderLayers, additive
 from ...model.exit_policies import ExitReading, FixedLayer, Memory
 from ...model.exits import Exit
 from ...model.generic_layers import GenericLayers
@@ -73,6 +74,8 @@ class Segment(nn.Module):
         else:
             hidden = named.pop("hidden_states")
         context = layers.context(hidden, mask, padded=True)
+        if layers.implementation == "sdpa":
+            context = _with_finite_masks(context, hidden.dtype)
         for layer in self.layers:
             hidden = layers.run(layer, hidden, context)
         embeddings, logits = self.head(hidden, mask)
@@ -84,6 +87,22 @@ class Segment(nn.Module):
         leaves, memory = self.policy.leaves(ExitReading(self.layer, logits, certainty), memory)
         kept = {"hidden_states": hidden, **memory}
         return {"logits": logits, "leaves": leaves, **{NEXT + name: kept[name] for name in kept}}
+
+
+def _with_finite_masks(context: LayerContext, dtype: torch.dtype) -> LayerContext:
+    """The context with masks that are added to attention scores, in place of boolean ones.
+
+    For a boolean mask the exporter guards against rows that are masked as a whole, by two more
+    passes over the attention weights. There is no such row: every text has a token.
+    """
+    found = {}
+    for name, value in context.items():
+        if isinstance(value, dict):
+            value = _with_finite_masks(value, dtype)
+        elif isinstance(value, Tensor) and value.dtype == torch.bool:
+            value = additive(value, dtype)
+        found[name] = value
+    return found
 
 
 def takes_token_types(engine: EarlyExit) -> bool:

@@ -148,7 +148,7 @@ class Shifts(EncoderLayers):
     """Layers that cost the exporter little: each adds its number to a rotated state."""
 
     def __init__(self, encoder: Any) -> None:
-        self.encoder = encoder
+        self.encoder, self.implementation = encoder, "eager"
 
     def context(self, hidden_states: Any, attention_mask: Any, padded: bool) -> dict[str, Any]:
         return {}
