@@ -117,6 +117,7 @@ setup(
         "numpy>=1.26",
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
+        "scipy>=1.11",
         "pyyaml>=6",
         "tqdm>=4.66",
     ],
