@@ -66,6 +66,8 @@ def kernel_cases() -> list[Case]:
         _loss("acl", "tiled", LARGE),
         _loss("acl_cl", "tiled", LARGE),
         _loss("acl", "tiled", LARGE, reduction="none"),
+        # PyTorch's tiles, which float32 takes on a GPU and where there is no compiler.
+        _loss("scl", "tiled", LARGE, dtype=torch.float64),
         Case(f"acl tiled, {NUM_RANKS} ranks", _global_loss, _no_stand_in_for_ranks),
         Case("gradient check tiled, MiniLM", partial(_gradient_check, "tiled"), no_compiled_loop),
         _loss("scl", "triton", SMALL),
@@ -83,16 +85,23 @@ def kernel_cases() -> list[Case]:
 
 
 def _loss(
-    name: str, impl: str, shape: dict[str, int], *, exits: int | None = None, reduction: str = "sum"
+    name: str,
+    impl: str,
+    shape: dict[str, int],
+    *,
+    exits: int | None = None,
+    reduction: str = "sum",
+    dtype: torch.dtype = torch.float32,
 ) -> Case:
     num_samples, num_labels = shape["num_samples"], shape["num_labels"]
     words = f"{name} {impl}, N {num_samples}"
     words += "" if name == "scl" else f", K {num_labels}"
     words += "" if exits is None else f", E {exits}"
     words += "" if reduction == "sum" else f", reduction {reduction}"
+    words += "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
 
     def prepare(directory: Path) -> Subject:
-        inputs = _inputs(name, num_samples, num_labels, exits)
+        inputs = _inputs(name, num_samples, num_labels, exits, dtype)
         call = partial(_forward_backward, LOSSES[name], *inputs, reduction=reduction, impl=impl)
         return Subject(call)
 
@@ -114,14 +123,18 @@ def _sizes(sizes: Sequence[int], num_labels: int) -> Case:
 
 
 def _inputs(
-    name: str, num_samples: int, num_labels: int, exits: int | None = None
+    name: str,
+    num_samples: int,
+    num_labels: int,
+    exits: int | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[list[Tensor], Tensor]:
     """Embeddings and the loss's other rows; labels [N]."""
     generator = torch.Generator().manual_seed(0)
     leading = () if exits is None else (exits,)
 
     def rows(*shape: int) -> Tensor:
-        return torch.randn(*shape, WIDTH, generator=generator)
+        return torch.randn(*shape, WIDTH, generator=generator).to(dtype)
 
     inputs = [rows(*leading, num_samples).requires_grad_()]
     if name != "scl":

@@ -94,7 +94,7 @@ def test_a_copy_of_each_tile_is_found(monkeypatch: pytest.MonkeyPatch, changed: 
     monkeypatch.setattr(
         tiled, "exponentials", lambda *args, **more: exponentials(*args, **more) + 0
     )
-    lines = changed(CASES["scl tiled, N 1500"])
+    lines = changed(CASES["scl tiled, N 1500, float64"])
     assert set(lines) == {"operations", "allocated_bytes", "peak_bytes"}
     assert "add" in lines["operations"]
 

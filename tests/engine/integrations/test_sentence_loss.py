@@ -66,5 +66,6 @@ def test_mistakes_are_refused(embedder: SentenceTransformer) -> None:
         "reduction": "mean",
         "ignore_index": -100,
         "impl": "auto",
+        "pair_memory": 64 * 2**20,
         "gather_across_devices": False,
     }
