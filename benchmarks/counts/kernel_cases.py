@@ -155,7 +155,7 @@ def _forward_backward(
 
 def _global_loss(directory: Path) -> Subject:
     """One rank of a loss over a fake group, whose other ranks send what this one sends."""
-    inputs = _inputs("acl", **SMALL)
+    inputs = _inputs("acl", SMALL["num_samples"], SMALL["num_labels"])
 
     def call() -> None:
         from torch.testing._internal.distributed.fake_pg import FakeStore
