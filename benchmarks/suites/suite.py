@@ -74,7 +74,7 @@ class Suite(Protocol):
         """Lower bound of the time at these rates."""
 
     def shared(self, case: Any) -> bool:
-        """Whether the case is also timed while another process keeps a core busy."""
+        """True if the case is also timed while another process keeps a core busy."""
 
     def shrunk(self, case: Any) -> Any | None:
         """The case at half its size, None if it cannot shrink."""
@@ -91,7 +91,7 @@ def peak_bytes(suite: Suite, name: str, case: Any) -> int:
     (inputs,) = suite.inputs(case, CPU, 1)
     # The first call loads libraries, compiles, starts threads and allocates workspaces.
     call(inputs)
-    # What the loss keeps for its next call is memory of a call too.
+    # Memory that the loss keeps for its next call counts too.
     cpu_triangle.spare.clear()
     return mark.raised_by(lambda: call(inputs))
 

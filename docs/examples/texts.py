@@ -1,4 +1,4 @@
-"""What the loops in this folder share: options, sentence pairs, a classifier, its two losses."""
+"""Options, sentence pairs, classifier and losses of the loops in this folder."""
 
 import argparse
 import os

@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Of several processes, the first one tells what concerns all.
+    # Messages that concern all processes come from the first one.
     is_first = os.environ.get("RANK", "0") == "0"
     logging.getLogger("fusedacl").setLevel(logging.INFO if is_first else logging.WARNING)
     # Added by the deepspeed launcher; the environment contains it as well.

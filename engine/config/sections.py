@@ -9,7 +9,7 @@ from .fields import option
 
 # PyTorch takes 64 bits; what each process adds to its seed has to fit as well.
 MAX_SEED = 2**63 - 1
-# Of transformers' SchedulerType, those that are a function of the step alone.
+# The schedules of transformers' SchedulerType that depend on the step alone.
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",

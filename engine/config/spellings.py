@@ -150,7 +150,7 @@ TRAINING_ARGUMENTS: dict[str, Spelling] = {
     "do_eval": _absent("done where there is a labelled split", _YES),
     "local_rank": Spelling("the launcher says it"),
 }
-# Of transformers 4, of run_glue.py and its relatives.
+# Options of transformers 4, of run_glue.py and of scripts like it.
 _OTHERS: dict[str, Spelling] = {
     "evaluation_strategy": TRAINING_ARGUMENTS["eval_strategy"],
     "no_cuda": TRAINING_ARGUMENTS["use_cpu"],

@@ -20,7 +20,8 @@ def draw_subsets(
 
     Both keep the order of the split. The seed puts the texts of each class in an order: validation
     takes the first, training the last, so that ten texts of each class are among the fifty of the
-    same seed, with and without a validation split. The second is None without a percentage.
+    same seed, with and without a validation split. Without a percentage, there is no such split:
+    the second value is None.
 
     Raises:
         ValueError: a class is too small to have a text in both.

@@ -1,4 +1,4 @@
-"""What the classifiers of any Hugging Face model read and answer: the representations of ACL.
+"""Inputs and outputs of the classifiers of any Hugging Face model: the representations of ACL.
 
 The last linear layer of a text classifier reads the representation h of a text, and the rows of its
 weight are the label embeddings. Hooks note both in the forward pass, so that the model is called
@@ -67,8 +67,8 @@ class Classifiers:
         else:
             self.linears = [find_classifier(base)]
         self._reads: list[Read | None] = [None] * len(self.linears)
-        # Of the last classifier: its input itself, which DistributedDataParallel's output is a copy
-        # of, and the first hidden state of each text [N, H] that its exit read.
+        # Input of the last classifier (DistributedDataParallel's output would be a copy), and the
+        # first hidden state of each text [N, H] that its exit read.
         self.last_input: Tensor | None = None
         self.first_states: Tensor | None = None
         self._handles = [
@@ -182,7 +182,7 @@ class Classifiers:
             for module in (self.heads[-1], *([] if after is None else [after])):
                 chosen += module.parameters()
         else:
-            # What an encoder has above its layers, such as a norm or a pooler, comes after them.
+            # Modules of an encoder above its layers, such as a norm or a pooler, come after them.
             inside = list(encoder.parameters())
             last = max(i for i, p in enumerate(inside) if p is chosen[-1])
             chosen += inside[last + 1 :]

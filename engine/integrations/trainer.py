@@ -50,7 +50,7 @@ class ACLTrainer(Trainer):
         self._exact: GradientGate | ZeroGate | None = None
         self._scoped: ScopeDecision | None = None
         self._gate_log = GateLog()
-        # Of the current step: its texts, and the losses [3, E] of its batches so far.
+        # Texts of the current step, and the losses [3, E] of its batches so far.
         self._num_texts: int | None = None
         self._step_losses: list[Tensor] = []
         self._in_train = False
@@ -103,12 +103,12 @@ class ACLTrainer(Trainer):
 
     @property
     def _kind(self) -> str:
-        """Who averages gradients, as accelerate calls it: NO, MULTI_GPU, FSDP, DEEPSPEED, …"""
+        """Accelerate's name for the way gradients are averaged: MULTI_GPU, FSDP, DEEPSPEED, …"""
         return str(self.accelerator.distributed_type.value)
 
     @property
     def _shards(self) -> bool:
-        """Whether a process may hold parts of the parameters only."""
+        """True if a process may hold parts of the parameters only."""
         return self._kind in ("FSDP", "DEEPSPEED")
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
@@ -258,7 +258,7 @@ class ACLTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         gate = self._exact_gate(model)
         model.train()
-        # Of optimizers that average weights for evaluation.
+        # Optimizers that average weights for evaluation have two modes.
         resume_training: Any = getattr(self.optimizer, "train", None)
         if callable(resume_training):
             resume_training()

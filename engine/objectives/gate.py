@@ -104,7 +104,7 @@ def graph_nodes(losses: Iterable[Tensor]) -> Iterator[Any]:
 
 
 def is_reentrant(node: Any) -> bool:
-    """Whether an autograd node computes activations again in a backward pass of its own.
+    """True if an autograd node computes activations again in a backward pass of its own.
 
     The graph above it does not show the parameters, so only a pass that selects none reaches them.
     """
@@ -200,7 +200,7 @@ class GradientGate:
         self._shards = self._find_shards()
         self._auxiliary: list[Tensor | None] = [None] * len(self.parameters)
         self._num_calls = 0
-        # Whether a backward pass can be told which parameters it is for.
+        # True if a backward pass can be told which parameters it is for.
         self._selects = True
 
     def _find_shards(self) -> Shards | None:

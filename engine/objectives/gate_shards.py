@@ -127,7 +127,7 @@ class Shards:
 
     @property
     def waits(self) -> bool:
-        """Whether gradients are accumulated that have not been reduced."""
+        """True if gradients are accumulated that have not been reduced."""
         return bool(self._waiting) or any(
             getattr(holder, attribute) is not None for holder, attribute in self._places()
         )
@@ -141,7 +141,7 @@ class Shards:
                     yield whole, "grad"
 
     def parts(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """What this process holds of the gradients, in the same memory."""
+        """This process's parts of the gradients, in the same memory."""
         made: list[Tensor | None] = []
         for gradient, placements in zip(gradients, self.placements, strict=True):
             held: Any = gradient

@@ -28,7 +28,7 @@ PAGE = ROOT / "docs" / "gpu_by_the_model.md"
 def test_counts_are_those_accepted() -> None:
     """In a process of its own, for Triton's interpreter must not be there."""
     environment = os.environ | {
-        # What was compiled serves all later runs; no binaries are among it.
+        # Compiled code serves all later runs; it holds no binaries.
         "TRITON_CACHE_DIR": str(ROOT / "build" / "ptx"),
         "PYTHONPATH": os.pathsep.join([str(SUPPORT), os.environ.get("PYTHONPATH", "")]),
         "CUDA_VISIBLE_DEVICES": "",

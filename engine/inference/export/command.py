@@ -127,7 +127,7 @@ def _check(engine: EarlyExit, segments: Sequence[Segment], files: Sequence[Path]
 
 
 def described(segment: Segment, file: Path) -> dict[str, Any]:
-    """What the runtime needs to know of a graph."""
+    """The entry of a graph in the manifest that the runtime reads."""
     ports = segment.ports
     names = {"inputs": list(ports.inputs), "outputs": list(ports.outputs)}
     return {"file": file.name, "layer": segment.layer, **names}
@@ -145,7 +145,7 @@ def _new_directory(name: str | None) -> Path:
 def _record(
     trained: TrainedModel, engine: EarlyExit, is_stored: bool, quantize: str
 ) -> dict[str, Any]:
-    """What the runtime needs to know, and how the policy was calibrated."""
+    """The manifest that the runtime reads, with the calibration of the policy."""
     policy: dict[str, Any] = {"name": engine.policy.name, "parameters": engine.policy.parameters}
     if is_stored:
         policy = copy.deepcopy(trained.model.config.exit_policy)

@@ -244,7 +244,7 @@ def _session(
 
 
 def _read_record(directory: Path) -> dict[str, Any]:
-    """What `fusedacl export` noted beside the graphs.
+    """The manifest that `fusedacl export` wrote beside the graphs.
 
     Raises:
         ValueError: nothing, or something that is damaged or of a later version.

@@ -117,7 +117,7 @@ def largest_error(engine: EarlyExit, segments: Sequence[Segment], files: Sequenc
                     continue
                 have = torch.from_numpy(array)
                 if name == NEXT + "hidden_states":
-                    # What stands in padding is never read.
+                    # Padding is never read.
                     have, want = have[real], want[real]
                 error = (have - want).abs().max() / want.abs().max().clamp(min=1)
                 worst = max(worst, float(error.nan_to_num(nan=torch.inf)))

@@ -106,7 +106,7 @@ def _with_finite_masks(context: LayerContext, dtype: torch.dtype) -> LayerContex
 
 
 def takes_token_types(engine: EarlyExit) -> bool:
-    """Whether the encoder tells several token types apart."""
+    """True if the encoder tells several token types apart."""
     types = torch.zeros(1, 1, dtype=torch.int64)
     return fitting_token_types(engine.model.backbone, types) is not None
 

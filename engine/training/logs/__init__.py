@@ -1,1 +1,1 @@
-"""What a run tells while it trains: its records, and the services that receive them."""
+"""Records of a run while it trains, and the services that receive them."""

@@ -50,7 +50,7 @@ class Score:
         return sum(by_layer[layer][self.metric] for layer in self.layers) / len(self.layers)
 
     def gain(self, value: float) -> float:
-        """How much better a score is than the best so far; infinite for the first one."""
+        """The lead of a score over the best so far; infinite for the first one."""
         if self.value is None:
             return math.inf
         return value - self.value if self.greater else self.value - value

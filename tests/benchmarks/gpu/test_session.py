@@ -38,7 +38,7 @@ class Rehearsal:
 
     def run(self, part: Part, limit: float, log: Path) -> tuple[str, str]:
         self.limits[part.name] = limit
-        # What a machine that is lost now would leave behind.
+        # A machine that is lost now would leave this behind.
         kept = {each["name"]: each["status"] for each in read_result(self.path)["parts"]}
         assert kept[part.name] == RUNNING
         assert all(kept[name] != NOT_STARTED for name in list(self.limits)[:-1])
@@ -128,7 +128,7 @@ def test_a_command_that_fails_is_named(tmp_path: Path) -> None:
 
 
 def test_the_commands_are_sound(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What a GPU would run: its options are parsed, its tests and scripts exist."""
+    """The commands for a GPU: their options are parsed, their tests and scripts exist."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     parts = {part.name: part for part in all_parts(tmp_path)}
     assert list(parts) == ["smoke", "essentials", "loss", "angle", "tuning", "steps"]

@@ -257,7 +257,7 @@ def groups_on_two_meshes(rank: int) -> tuple[list[float], list[float]]:
 
 
 def refusals(rank: int) -> list[str]:
-    """What is said about sharded models of which the gate could not take two gradients."""
+    """Messages about sharded models of which the gate could not take two gradients."""
     mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
     world = torch.distributed.group.WORLD
 

@@ -96,7 +96,7 @@ def compare_gate(rank: int, stage: int, case: dict[str, Any]) -> dict[str, Any]:
     world, accumulation = processes.world_size(), case["accumulation"]
     max_angle = 180.0
     if case["dtype"] == "fp32":
-        # Of the angles of the steps some are smaller, some larger.
+        # Some angles of the steps are smaller, some larger.
         free, _ = on_one_process(case, world, max_angle)
         max_angle = float(free[0].angle.mean()) + (0.0 if case.get("groups") else 0.4)
     wanted, expected = on_one_process(case, world, max_angle)
@@ -156,7 +156,7 @@ def overflow_of_one_loss(rank: int, stage: int) -> list[tuple[bool, float, float
 
 
 def refusals(rank: int) -> list[str]:
-    """What is said about calls that would lose a gradient, and about unknown engines."""
+    """Messages about calls that would lose a gradient, and about unknown engines."""
     case: dict[str, Any] = {"accumulation": 1, "clip": 0.0, "dtype": "fp32"}
     engine = engine_of(2, case)
     gate = ZeroGate(engine)
@@ -209,5 +209,5 @@ def refusals(rank: int) -> list[str]:
 
 
 def run_zero_script(rank: int, path: Path, arguments: list[str]) -> str:
-    """What a script with a DeepSpeed engine prints on this rank."""
+    """The output of a script with a DeepSpeed engine on this rank."""
     return run_script(path, arguments)

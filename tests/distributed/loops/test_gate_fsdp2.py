@@ -88,7 +88,7 @@ SHARDED = {"allreduce": 1, "reduce_scatter_base": 2}
         ({"ddp": True, "accumulation": 2}, {"allreduce": 3}),
         ({"layers": False}, SHARDED | {"allgather_base": 1}),
         ({"layers": False, **LATE}, SHARDED | {"allgather_base": 2}),
-        # Of four sharded parts the auxiliary loss reaches all, the main loss three.
+        # The auxiliary loss reaches all four sharded parts, the main loss three.
         ({"reshard": False}, {"allreduce": 1, "reduce_scatter_base": 7, "allgather_base": 4}),
         ({"reshard": True}, {"allreduce": 1, "reduce_scatter_base": 7, "allgather_base": 9}),
     ],

@@ -58,7 +58,7 @@ def gradients_of(model: nn.Module) -> list[Tensor]:
 
 @pytest.fixture
 def expected() -> list[Tensor]:
-    """Of the plain model, by hand."""
+    """Gradients of the plain model, by hand."""
     model = Encoder()
     main, auxiliary = (
         torch.autograd.grad(loss, trained(model), retain_graph=True) for loss in losses(model)

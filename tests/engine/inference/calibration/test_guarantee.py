@@ -46,7 +46,7 @@ def synthetic(num_texts: int, seed: int) -> ExitReadings:
 
 
 def lost_by(readings: ExitReadings, policies: list[Any]) -> Tensor:
-    """Whether a setting loses a text that the full model answers right: bool [S, n']."""
+    """True where a setting loses a text that the full model answers right: bool [S, n']."""
     rows = torch.arange(len(readings))
     right = counted(readings, "lost_answers")
     answers = readings.logits.argmax(dim=-1)
@@ -115,7 +115,7 @@ def test_promises_are_broken_as_rarely_as_promised(
     assert broken <= level + 3 * math.sqrt(level * confidence / NUM_DRAWS)
     # The bound is exact but for whole numbers: a looser one would break fewer.
     assert broken >= level / 4
-    # What is seen on the texts, without a bound, breaks the promise far more often.
+    # Without a bound, the rate seen on the texts breaks the promise far more often.
     first_bad = int(np.argmax(risks > limit))
     assert np.mean(num_lost[:, first_bad] <= limit * num_texts) > 1.5 * broken
 

@@ -67,7 +67,7 @@ def test_columns_are_split_until_the_gpu_is_full(monkeypatch: pytest.MonkeyPatch
 def test_multiprocessors_end_at_the_same_time() -> None:
     """M = 16384 on an A100: 128 programs of 256 blocks would leave 41 % of 108 multiprocessors."""
     assert pair_sums.balanced_split(128, 256, 8, 108, 1) == (5, 52)
-    # What every part costs once more makes parts fewer.
+    # A cost of each part makes parts fewer.
     assert pair_sums.balanced_split(120, 48, 32, 108, 1) == (6, 8)
     assert pair_sums.balanced_split(120, 48, 32, 108, 3) == (4, 12)
     for num_programs, num_blocks, most in itertools.product((1, 8, 100, 512), (1, 7, 64), (1, 32)):
