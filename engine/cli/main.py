@@ -161,8 +161,9 @@ def _sweep(arguments: list[str]) -> int:
     )
     made.add_argument("--status", action="store_true", help="show the progress, run nothing")
     options, rest = made.parse_known_args(arguments)
-    replaced, recipe = translated(given(TrainingConfig, rest)), read_recipe(options.recipe)
-    recipe["defaults"] = {**(recipe.get("defaults") or {}), **replaced}
+    flags, recipe = given(TrainingConfig, rest), read_recipe(options.recipe)
+    defaults = recipe.get("defaults") or {}
+    recipe["defaults"] = {**translated(defaults, flags), **translated(flags, defaults)}
     directory = options.output_dir or Path("runs") / Path(options.recipe).stem
     from ..experiments.sweep import Sweep, SweepStopped
 

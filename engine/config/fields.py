@@ -216,7 +216,7 @@ def parse(
     from_file = read_file(config_file) if config_file else {}
     if hasattr(cls, "SPELLINGS"):
         # Each alone, so that a flag wins over the file under whatever name.
-        values, from_file = translated(values, from_file), translated(from_file)
+        values, from_file = translated(values, from_file), translated(from_file, values)
     return build(cls, {**from_file, **values})
 
 

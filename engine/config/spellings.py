@@ -40,7 +40,11 @@ def _absent(here: str, *values: str) -> Spelling:
 
 def _when(option: str, none: int) -> Spelling:
     here = f"`{option}`: a number of steps, {none} for never; unset: each epoch"
-    return Spelling(here, values={"no": {option: none}, "epoch": {option: None}, "steps": option})
+    never = {option: none}
+    # YAML reads a bare no as false.
+    return Spelling(
+        here, values={"no": never, _NO: never, "epoch": {option: None}, "steps": option}
+    )
 
 
 _BATCHES = "batches are built from memory, without workers"
@@ -173,7 +177,7 @@ SPELLINGS: dict[str, Spelling] = {**TRAINING_ARGUMENTS, **_OTHERS}
 def translated(given: Mapping[str, Any], beside: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Options under our names, from options under any known name; what is changed is logged once.
 
-    beside: options of a file, over which these win.
+    beside: options that are given elsewhere too: those of the file, or of the command line.
 
     Raises:
         ValueError: an option that this engine does not have, or one that is given under two names

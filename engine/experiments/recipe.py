@@ -43,7 +43,10 @@ _EXIT_OPTIONS = {
     "linear": ("exit_head", "exit_pooling"),
 }
 # Options that determine the features, beside the first stage.
-_FEATURE_OPTIONS = ("exit_layers", "max_seq_length", "max_train_samples", "fp16", "bf16")
+_FEATURE_OPTIONS = (
+    "exit_layers", "max_seq_length", "max_train_samples", "max_train_samples_per_class",
+    "validation_split_percentage", "subset_seed", "tokenizer_name", "fp16", "bf16",
+)  # fmt: skip
 # Options that the sweep sets itself.
 _OWN_OPTIONS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 

@@ -123,7 +123,15 @@ def load_data(
         ConnectionError: the hub cannot be reached and the data set is not in the local cache.
     """
     replaced = {name: value for name, value in moved.items() if value is not None}
-    data: TrainingDataOptions = dataclasses.replace(config.data_with_seed(), **replaced)
+    if "validation_file" in replaced and config.data.validation_split_percentage is not None:
+        raise ValueError(
+            f"run {str(run)!r} held its validation texts out of the training split: leave "
+            "validation_file out."
+        )
+    # Test splits serve training alone, and may have moved.
+    data: TrainingDataOptions = dataclasses.replace(
+        config.data_with_seed(), do_predict=False, test_file=None, **replaced
+    )
     try:
         return load_splits(data, needs_train=needs_train, model=model)
     except ValueError as error:

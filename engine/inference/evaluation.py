@@ -79,6 +79,17 @@ def evaluate_split(
         layers = [model.exit_layers[position] for position in positions]
     # The argmax of NaN is a class, which would be scored as an answer.
     check_finite(logits, layers)
+    return layer_scores(model, layers, logits, labels, metrics)
+
+
+def layer_scores(
+    model: MultiExitForSequenceClassification,
+    layers: Sequence[int],
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    metrics: Sequence[str],
+) -> dict[int, dict[str, float]]:
+    """Metrics and mean cross-entropy (`loss`) by layer, from the exits' logits [E, n, K]."""
     results = {}
     for layer, exit_logits in zip(layers, logits, strict=True):
         predictions = exit_logits.argmax(dim=-1).numpy()

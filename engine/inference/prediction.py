@@ -7,6 +7,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,9 @@ from ..model.early_exit import EarlyExit
 from ..model.exit_policies import calibration_mismatch, parse_policy
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names
 from ..model.saved import TrainedModel
-from ..runtime import processes
-from .evaluation import evaluate_split
-from .logits import BROKEN_MODEL, predict_logits, predict_logits_together
+from ..runtime import collectives, processes
+from .evaluation import layer_scores
+from .logits import BROKEN_MODEL, check_finite, predict_logits, predict_logits_together
 
 logger = logging.getLogger("fusedacl")
 OUTPUT_EXTENSIONS = (".csv", ".jsonl")
@@ -128,12 +129,14 @@ def answer_splits(
     results: dict[str, dict[str, Any]] = {}
     for name, encoded in splits.items():
         logits = predict_logits_together(model, encoded, batch_size, **options)
+        # On every process, so that none waits for one that has failed.
+        check_finite(logits, model.exit_layers)
         file = directory / f"{name}_predictions.csv"
-        if processes.rank() == 0:
-            write_answers(file, label_names(model.config), logits[-1].softmax(dim=-1))
+        write = partial(write_answers, file, label_names(model.config), logits[-1].softmax(dim=-1))
+        collectives.together(write if processes.rank() == 0 else lambda: None)
         scores = None
         if encoded.labels is not None:
-            scores = evaluate_split(model, encoded, metrics, batch_size, **options)
+            scores = layer_scores(model, model.exit_layers, logits, encoded.labels, metrics)
         results[name] = {"file": file.name, "metrics": scores}
     return results
 

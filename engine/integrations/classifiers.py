@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 
 from ..model.encoder_layers import layer_modules
-from ..model.exits import Exits
+from ..model.exits import Exit, Exits
 
 # Key of the reads in the output of a model.
 READS = "classifier_reads"
@@ -68,9 +68,9 @@ class Classifiers:
             self.linears = [find_classifier(base)]
         self._reads: list[Read | None] = [None] * len(self.linears)
         # Input of the last classifier (DistributedDataParallel's output would be a copy), and the
-        # first hidden state of each text [N, H] that its exit read.
+        # state of each text [N, H] that its exit read: the first token's, or the mean.
         self.last_input: Tensor | None = None
-        self.first_states: Tensor | None = None
+        self.text_states: Tensor | None = None
         self._handles = [
             linear.register_forward_hook(partial(self._note, index))
             for index, linear in enumerate(self.linears)
@@ -92,7 +92,7 @@ class Classifiers:
 
     def _note_states(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if torch.is_grad_enabled():
-            self.first_states = args[0][:, 0].detach()
+            self.text_states = cast(Exit, module).text_states(*args).detach()
 
     def _add_reads(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if not torch.is_grad_enabled():

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ...kernels import grad_dot_norm
 from ..config.gate_scope import parse_scope
 from ..config.sections import ObjectiveOptions
 from ..objectives.gate import (
@@ -16,7 +15,7 @@ from ..objectives.gate import (
     used_weight,
     weighted_sum,
 )
-from ..objectives.gate_cut import map_gradient
+from ..objectives.gate_cut import map_gradient, shared_stats
 from ..objectives.losses import ExitLosses
 from .classifiers import Classifiers
 
@@ -59,11 +58,8 @@ class ScopeDecision:
         """
         assert losses.auxiliary is not None
         pair = (losses.main.sum(), losses.auxiliary.sum())
-        both = torch.stack([self._flat(loss_scale * loss) for loss in pair])
-        if self.process_group is not None:
-            torch.distributed.all_reduce(both, group=self.process_group)
-            both /= torch.distributed.get_world_size(self.process_group)
-        stats = grad_dot_norm([both[0]], [both[1]], impl=self.options.impl)
+        flats = [self._flat(loss_scale * loss) for loss in pair]
+        stats = shared_stats(flats, self.process_group, self.options.impl)
         used = used_weight(stats, self.options.aux_weight, self.options.max_angle)
         loss = weighted_sum(*pair, used)
         # An overflow must reach every gradient, so that a scaler skips the step.
@@ -73,7 +69,7 @@ class ScopeDecision:
 
     def _flat(self, loss: Tensor) -> Tensor:
         """The gradient over the scope in float32, zeros where there is none."""
-        read, states = self.classifiers.last_input, self.classifiers.first_states
+        read, states = self.classifiers.last_input, self.classifiers.text_states
         assert read is not None
         tensors: Sequence[Tensor] = self.parameters or [read]
         parts = [
@@ -98,7 +94,8 @@ class GateLog:
         """Add values of shape [] with their weight in the mean; with weight 0 they may be NaN."""
         for name, value in values.items():
             value = value.detach().float()
-            count = torch.as_tensor(weight, dtype=value.dtype, device=value.device)
+            # Not `torch.tensor`, for whose copy the host would wait.
+            count = weight.to(value) if isinstance(weight, Tensor) else value.new_full((), weight)
             value = torch.where(count > 0, value * count, 0.0)
             held = name in self._sums
             self._sums[name] = self._sums[name] + value if held else value

@@ -60,6 +60,8 @@ class AngleMonitor(TrainerCallback):
         self.process_group = process_group
         self.impl = impl
         self.parameters: list[Parameter] | None = None
+        # Otherwise each training begins with those of its model.
+        self._is_given = parameters is not None
         if parameters is not None:
             self._take_parameters(parameters)
         self._step = 0
@@ -125,14 +127,15 @@ class AngleMonitor(TrainerCallback):
         angles, self._angles = self._angles, []
         if not angles:
             return {}
-        return {self.name: torch.stack(angles).mean().item()}
+        # A gradient that overflowed has no angle.
+        return {self.name: torch.stack(angles).nanmean().item()}
 
     def on_train_begin(
         self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any
     ) -> None:
         self._is_callback = True
         self._step, self._num_calls, self._angles = state.global_step, 0, []
-        if self.parameters is None:
+        if not self._is_given:
             self._take_parameters(model.parameters())
         if args.world_size > 1 and self.process_group is None:
             self.process_group = torch.distributed.group.WORLD

@@ -26,7 +26,16 @@ class TrainerObjective:
 
     def __init__(self, model: nn.Module, args: ACLTrainingArguments) -> None:
         self.model = model
+        self._before = {name: p.requires_grad for name, p in model.named_parameters()}
         self.classifiers = Classifiers(model)
+        try:
+            self._set_up(args)
+        except BaseException:
+            self.close()
+            raise
+
+    def _set_up(self, args: ACLTrainingArguments) -> None:
+        """Read the options and freeze what the strategy does not train."""
         self.config = args.config_for(len(self.classifiers))
         last = len(self.classifiers) - 1
         self.has_teacher = self.config.optimization.strategy == "two_stage"
@@ -35,7 +44,6 @@ class TrainerObjective:
             self.positions = self.positions[:-1]
         elif self.config.optimization.strategy == "single":
             self.positions = (last,)
-        self._before = {name: p.requires_grad for name, p in model.named_parameters()}
         # Modules that a second stage leaves in evaluation mode.
         self.resting: list[nn.Module] = []
         self._choose()

@@ -46,7 +46,9 @@ class ACLTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._objective: TrainerObjective | None = None
-        self._is_exact = self._is_placed = False
+        self._is_exact = False
+        # The model as Trainer has wrapped it for its loop.
+        self._placed: nn.Module | None = None
         self._exact: GradientGate | ZeroGate | None = None
         self._scoped: ScopeDecision | None = None
         self._gate_log = GateLog()
@@ -169,13 +171,17 @@ class ACLTrainer(Trainer):
         self._exact = GradientGate(trained, process_group=group, **settings)
         return self._exact
 
-    def _end(self) -> None:
+    def _close_gate(self) -> None:
         if isinstance(self._exact, ZeroGate):
             self._exact.close()
+        self._exact = None
+
+    def _end(self) -> None:
+        self._close_gate()
         if self._objective is not None:
             self._objective.close()
-        self._objective = self._exact = self._scoped = None
-        self._in_train = self._is_placed = False
+        self._objective = self._scoped = self._placed = None
+        self._in_train = False
 
     @property
     def _process_group(self) -> ProcessGroup | None:
@@ -212,8 +218,7 @@ class ACLTrainer(Trainer):
         if self._scoped is None:
             loss = losses.weighted(self._objective.config.objective.aux_weight)
         else:
-            scaler = self.accelerator.scaler
-            scale = 1.0 if scaler is None else scaler.get_scale()
+            scale = self._scaled(losses.main.new_ones(()))
             loss, decision = self._scoped.weigh(losses, scale)
             self._gate_log.add_decision(self._objective.group_names, decision)
         # Trainer divides by the number of batches.
@@ -251,8 +256,10 @@ class ACLTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Forward and backward passes of one batch; after the last one of a step, the decision."""
-        if self._objective is not None and not self._is_placed:
-            self._is_placed = True
+        if self._objective is not None and self._placed is not model:
+            # With auto_find_batch_size Trainer may begin again, with another engine.
+            self._close_gate()
+            self._placed = model
             self._objective.classifiers.keep_whole()
         if self._objective is None or not self._is_exact:
             return super().training_step(model, inputs, num_items_in_batch)

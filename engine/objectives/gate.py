@@ -74,6 +74,18 @@ def used_weight(stats: Tensor, weight: float, max_angle: float) -> Tensor:
     return used.masked_fill(~stats.isfinite().all(dim=1), torch.nan)
 
 
+def check_limits(weight: float, max_angle: float) -> None:
+    """Refuse values out of range.
+
+    Raises:
+        ValueError: weight is not in [0, 1], or max_angle not in [0, 180].
+    """
+    if not 0 <= weight <= 1:
+        raise ValueError(f"weight={weight} must lie in [0, 1].")
+    if not 0 <= max_angle <= 180:
+        raise ValueError(f"max_angle={max_angle} degrees must lie in [0, 180].")
+
+
 def weighted_sum(main_loss: Tensor, auxiliary_loss: Tensor, used: Tensor) -> Tensor:
     """(1 - l') main + l' auxiliary; main if l' is NaN, after which the step is skipped."""
     weight = used[0].nan_to_num(0.0)
@@ -186,10 +198,7 @@ class GradientGate:
                 "parameters must be trained parameters: pass those with requires_grad=True, at "
                 "least one."
             )
-        if not 0 <= weight <= 1:
-            raise ValueError(f"weight={weight} must lie in [0, 1].")
-        if not 0 <= max_angle <= 180:
-            raise ValueError(f"max_angle={max_angle} degrees must lie in [0, 180].")
+        check_limits(weight, max_angle)
         # Refuses here an implementation that would fail in the first step.
         choose(impl, self.parameters[0].device)
         self.weight = weight

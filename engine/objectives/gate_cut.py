@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
 from ...kernels import gated_combine_, grad_dot_norm
@@ -259,6 +260,15 @@ class ScopedGate(GradientGate):
         """Restore the model."""
         self.reset()
         self.cut.remove()
+
+
+def shared_stats(flats: Sequence[Tensor], group: ProcessGroup | None, impl: str) -> Tensor:
+    """`grad_dot_norm` [1, 3] of two flat gradients averaged over the processes. Collective."""
+    both = torch.stack(list(flats))
+    if group is not None:
+        torch.distributed.all_reduce(both, group=group)
+        both /= torch.distributed.get_world_size(group)
+    return grad_dot_norm([both[0]], [both[1]], impl=impl)
 
 
 def map_gradient(gradient: Tensor, states: Tensor) -> Tensor:

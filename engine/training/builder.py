@@ -89,7 +89,7 @@ class RunParts:
     balanced: BalancedBatches | None
 
     def early_stopping(self, stage: Stage) -> EarlyStopping | None:
-        """Watches a stage that begins; None if that was not asked for."""
+        """The early stopping of a stage that begins; None if that was not asked for."""
         options = self.config.run
         if options.early_stopping_patience is None:
             return None

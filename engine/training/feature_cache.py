@@ -103,7 +103,7 @@ class FeatureCache:
         return np.memmap(file, dtype=np.float16, mode=mode, shape=self.shape)
 
     def _is_there_alone(self, meta: dict[str, Any], held: contextlib.ExitStack) -> bool:
-        """Whether the states are on the disk already, behind a lock that `held` keeps.
+        """Tell if the states are on the disk already, behind a lock that `held` keeps.
 
         Without it, two runs that both find nothing would overwrite each other's file.
         """
@@ -255,7 +255,7 @@ def check_directory(directory: Path, encoded: EncodedSplit) -> None:
 
 
 def _read_meta(directory: Path) -> dict[str, Any] | None:
-    """What a complete cache says of itself: None if there is none, nothing if it is damaged."""
+    """Read the description of a complete cache: None without a cache, empty if it is damaged."""
     try:
         found = json.loads((directory / META_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

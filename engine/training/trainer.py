@@ -21,7 +21,7 @@ from ..objectives.losses import check_finite
 from ..runtime import collectives, processes
 from ..runtime.collectives import Peers
 from ..runtime.device import autocast
-from ..runtime.files import flush
+from ..runtime.files import flush, write_json
 from ..runtime.machine import versions
 from ..runtime.signals import Interrupted, SignalsNoted
 from .builder import RunParts, new_backend, open_features
@@ -185,6 +185,10 @@ class Trainer:
             if self.best is not None and self.best.step not in (None, self.step):
                 evaluations = self._take_best(self.best.step, log)
             results = self._results(evaluations)
+            if processes.rank() == 0:
+                card = model_card(self.config, self.parts.base_model, results)
+                files = save_final(self.output_dir, self.model, self.tokenizer, card)
+            # After the model is safe, for these may fail too.
             if self.parts.predicted:
                 results["predictions"] = answer_splits(
                     self.output_dir,
@@ -197,8 +201,7 @@ class Trainer:
                     progress=self.parts.shows_progress,
                 )
             if processes.rank() == 0:
-                card = model_card(self.config, self.parts.base_model, results)
-                files = save_final(self.output_dir, self.model, self.tokenizer, card, results)
+                write_json(self.output_dir / "results.json", results)
             processes.barrier()
             repository = self.parts.repository
             if options.push_to_hub:

@@ -63,12 +63,12 @@ def plain_model(encoder: Path) -> Any:
     return AutoModelForSequenceClassification.from_pretrained(encoder, config=config)
 
 
-def exit_model(encoder: Path) -> MultiExitForSequenceClassification:
-    """An exit on every layer, without dropout."""
+def exit_model(encoder: Path, **options: Any) -> MultiExitForSequenceClassification:
+    """An exit on every layer, without dropout; options: of the exits."""
     set_seed(0)
     names = [str(index) for index in range(NUM_CLASSES)]
     return MultiExitForSequenceClassification.from_encoder(
-        str(encoder), label_names=names, dropout=0.0, exit_layers=[]
+        str(encoder), label_names=names, dropout=0.0, exit_layers=[], **options
     )
 
 

@@ -105,7 +105,7 @@ def batches(case: Case, vocabulary: int, rank: int) -> Iterator[tuple[Tensor, Te
         yield ids, torch.randint(NUM_LABELS, (case.batch,), generator=generator)
 
 
-# Whether each is sharded, and whether it has the gate.
+# Name -> (sharded, gated).
 LOOPS = {
     "ddp_ce": (False, False),
     "ddp_gate": (False, True),

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from ....kernels import grad_dot_norm
 from ...config.gate_scope import parse_scope
 from ...model.multi_exit import MultiExitForSequenceClassification
-from ...objectives.gate_cut import HeadInputs, map_gradient, top_parameters
+from ...objectives.gate_cut import HeadInputs, map_gradient, shared_stats, top_parameters
 from ...runtime import processes
 from .gradients import ZeroGradients
 
@@ -41,13 +40,11 @@ class SharedScope:
         The losses carry the factors that `accumulate` expects, so that the mean of their gradients
         over the processes is the gradient of the step.
         """
-        both = torch.stack([self._flat(gradients, loss) for loss in (main_loss, auxiliary_loss)])
+        flats = [self._flat(gradients, loss) for loss in (main_loss, auxiliary_loss)]
         if self._head is not None:
             self._head.forget()
-        if processes.world_size() > 1:
-            torch.distributed.all_reduce(both)
-            both /= processes.world_size()
-        return grad_dot_norm([both[0]], [both[1]], impl=impl)
+        group = torch.distributed.group.WORLD if processes.world_size() > 1 else None
+        return shared_stats(flats, group, impl)
 
     def _flat(self, gradients: ZeroGradients, loss: Tensor) -> Tensor:
         """The gradient of this process over the scope, in float32; zeros where there is none."""

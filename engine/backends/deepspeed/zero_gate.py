@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from ....kernels.gradients.angle import choose
-from ...objectives.gate import CALLS_PER_CHECK, GateDecision, graph_nodes, is_reentrant
+from ...objectives.gate import (
+    CALLS_PER_CHECK,
+    GateDecision,
+    check_limits,
+    graph_nodes,
+    is_reentrant,
+)
 from .gradients import check_version
 from .offload import zero_gradients
 from .zero_step import ZeroStep
@@ -58,10 +65,7 @@ class ZeroGate:
     ) -> None:
         check_version()
         _check_engine(engine)
-        if not 0 <= weight <= 1:
-            raise ValueError(f"weight={weight} must lie in [0, 1].")
-        if not 0 <= max_angle <= 180:
-            raise ValueError(f"max_angle={max_angle} degrees must lie in [0, 180].")
+        check_limits(weight, max_angle)
         trained = [p for p in engine.module.parameters() if p.requires_grad]
         given = [0] * len(trained) if groups is None else list(groups)
         if len(given) != len(trained) or min(given) < 0:
@@ -70,9 +74,11 @@ class ZeroGate:
                 "parameters."
             )
         offloads = bool(engine.zero_cpu_offload())
+        on_cpu = offloads and engine.zero_optimization_stage() > 0
+        # Before `zero_gradients` changes the engine.
+        choose(impl, torch.device("cpu") if on_cpu else engine.device)
         self.engine = engine
         self.gradients = zero_gradients(engine, 2, offloads=offloads)
-        choose(impl, self.gradients.device)
         self._both = ZeroStep(
             self.gradients,
             dict(zip(map(id, trained), given, strict=True)),

@@ -27,8 +27,12 @@ MAIN, AUXILIARY = 0, 1
 
 @dataclass(frozen=True)
 class ZeroReport:
-    """grad_norm []: unscaled, before clipping; finite: whether the step was taken; decision: None
-    without the gate."""
+    """Result of a step.
+
+    grad_norm []: unscaled, before clipping.
+    finite: whether the step was taken.
+    decision: None without the gate.
+    """
 
     grad_norm: Tensor
     finite: bool

@@ -273,11 +273,13 @@ def choose_certified(
 
 def words(record: Mapping[str, Any]) -> str:
     """A sentence on the guarantee of a record that `choose_certified` returned."""
+    enough = record["enough_texts"]  # None where the rate itself is beyond the limit
     return (
         f"With confidence {record['confidence']:g}, {RISKS[record['risk']]} is at most "
         f"{record['limit']:g} on new texts of the same source. Tested on {record['num_texts']} "
-        f"texts, of which {record['num_lost']} were lost; at this rate about "
-        f"{record['enough_texts']} are enough, without a loss {record['least_texts']}."
+        f"texts, of which {record['num_lost']} were lost; "
+        + ("" if enough is None else f"at this rate about {enough} are enough, ")
+        + f"without a loss {record['least_texts']} are."
     )
 
 

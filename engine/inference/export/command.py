@@ -47,12 +47,7 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
             "quantize=int8 changes answers, and its score has to be measured: name a labelled data "
             "set as for `fusedacl evaluate`, such as --validation_file dev.csv."
         )
-    model_options = InferenceOptions(
-        config.model.model_name_or_path,
-        per_device_eval_batch_size=config.model.per_device_eval_batch_size,
-        device="cpu",
-        disable_tqdm=config.model.disable_tqdm,
-    )
+    model_options = InferenceOptions(**vars(config.model), device="cpu")
     data: TextData | None = None
     if has_data:
         trained, data = load_labelled(model_options, config.data, "measure")

@@ -1,13 +1,16 @@
 """The logs of a run while it trains: metrics.jsonl, and services that receive the same."""
 
 import json
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
 from ...runtime.files import write_whole
 from .services import Service
+
+logger = logging.getLogger("fusedacl")
 
 
 class MetricsLog(AbstractContextManager["MetricsLog"]):
@@ -29,7 +32,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         keep_evaluations: bool = True,
     ) -> None:
         self._file: IO[str] | None = None
-        self._services = services
+        self._services = list(services)
         if output_dir is None:
             return
         path = output_dir / "metrics.jsonl"
@@ -69,13 +72,23 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             for name, value in (record | record.get("metrics", {})).items()
             if isinstance(value, (int, float)) and name not in ("step", "exit")
         }
-        for service in self._services:
-            service.log(values, record["step"])
+        for service in list(self._services):
+            self._call(service, lambda to: to.log(values, record["step"]))
+
+    def _call(self, service: Service, action: Callable[[Service], None]) -> None:
+        """Call a service; one that fails receives nothing more, and the run goes on."""
+        try:
+            action(service)
+        except Exception as error:
+            # Each package raises errors of its own.
+            self._services.remove(service)
+            logger.warning(f"{type(service).__name__} receives no more metrics: {error}")
 
     def __exit__(self, *exception: object) -> None:
-        for opened in (self._file, *self._services):
-            if opened is not None:
-                opened.close()
+        if self._file is not None:
+            self._file.close()
+        for service in list(self._services):
+            self._call(service, lambda to: to.close())
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -20,8 +20,6 @@ from ...runtime.files import write_json
 
 # The runs in the services that a run of ours has begun there.
 RUNS_FILE = "services.json"
-# Names on PyPI; mlflow-skinny is MLflow's client.
-_PACKAGES = {"mlflow": "mlflow-skinny"}
 
 
 class Service(ABC):

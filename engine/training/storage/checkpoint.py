@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config.fields import build, flatten
 from ...config.training import TrainingConfig
 from ...runtime import collectives, processes
-from ...runtime.files import flush, read_file, write_json
+from ...runtime.files import flush, read_file
 from ...runtime.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST_FILE,
@@ -106,9 +106,8 @@ def save_final(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     card: str,
-    results: dict[str, Any],
 ) -> list[str]:
-    """Save the final model and its card, then results.json, at the top of the output directory.
+    """Save the final model and its card at the top of the output directory.
 
     Returns: names of the model's files.
 
@@ -131,7 +130,6 @@ def save_final(
     for file in files:
         file.replace(output_dir / file.name)
     directory.rmdir()
-    write_json(output_dir / "results.json", results)
     return [file.name for file in files]
 
 

@@ -58,6 +58,8 @@ def test_other_programs_names_lead_to_ours() -> None:
         ({"use_cpu": True}, {"device": "cpu"}),
         ({"no_cuda": "true", "device": "cpu"}, {"device": "cpu"}),
         ({"eval_strategy": "no", "save_strategy": "no"}, {"eval_steps": 0, "save_steps": 0}),
+        # YAML reads a bare no as false.
+        ({"eval_strategy": False, "save_strategy": False}, {"eval_steps": 0, "save_steps": 0}),
         ({"evaluation_strategy": "steps", "eval_steps": 5}, {"eval_steps": 5}),
         ({"save_strategy": "epoch"}, {}),
         ({"report_to": ["wandb", "mlflow"]}, {"report_to": "wandb,mlflow"}),
@@ -123,6 +125,8 @@ def test_a_flag_wins_over_a_file_under_whatever_name(tmp_path: Path) -> None:
         assert (found["warmup_ratio"], found["warmup_steps"]) == (0.3, None)
     assert read("--eval_strategy", "epoch")["eval_steps"] is None
     assert read("--eval_strategy", "steps")["eval_steps"] == 7
+    file.write_text("task_name: quickstart\noutput_dir: out\neval_strategy: steps\n")
+    assert read("--eval_steps", "100")["eval_steps"] == 100
 
 
 def test_what_is_meant_is_said_once(caplog: pytest.LogCaptureFixture) -> None:

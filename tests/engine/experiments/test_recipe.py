@@ -63,12 +63,13 @@ def test_features_are_shared_by_what_can_share_them() -> None:
         # Features depend on the layers and on the length of the texts.
         "D": {**second, "exit_layers": [2, 4]},
         "E": {**second, "max_seq_length": 32},
+        "F": {**second, "max_train_samples_per_class": 8},
         "both stages": {"strategy": "two_stage", "objective": "ce"},
     }
     cells = {c.method: c for c in plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods))}
     assert cells["A"].features == cells["B"].features
-    others = [cells[name].features for name in ("A", "C", "D", "E", "both stages")]
-    assert len(set(others)) == 5 and None not in others
+    others = [cells[name].features for name in ("A", "C", "D", "E", "F", "both stages")]
+    assert len(set(others)) == 6 and None not in others
 
 
 def test_layers_are_one_value_and_lists_of_layers_several() -> None:

@@ -1,6 +1,7 @@
 """AngleMonitor in a plain loop and in a Trainer whose loss calls it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +42,32 @@ def test_mistakes_are_refused() -> None:
         AngleMonitor().measure(*two_losses(net, 0))
     with pytest.raises(ValueError, match="two losses that depend"):
         AngleMonitor(net.parameters()).measure(two_losses(net, 0)[0], torch.zeros(()))
+
+
+def test_each_training_has_the_parameters_of_its_model() -> None:
+    arguments, state = SimpleNamespace(world_size=1), SimpleNamespace(global_step=0)
+    monitor = AngleMonitor(every=1)
+    for seed in range(2):
+        net = nn.Linear(5, 4)
+        monitor.on_train_begin(arguments, state, None, model=net)
+        pair = two_losses(net, seed)
+        wanted = GradientGate(net.parameters()).backward(*pair).angle[0]
+        monitor.measure(*two_losses(net, seed))
+        assert monitor.take()["angle_degrees"] == pytest.approx(wanted.item(), abs=1e-3)
+    kept = AngleMonitor(net.parameters(), every=1)
+    kept.on_train_begin(arguments, state, None, model=nn.Linear(5, 4))
+    assert kept.parameters == list(net.parameters())
+
+
+def test_an_overflow_has_no_part_in_the_mean() -> None:
+    net, monitor = nn.Linear(5, 4), AngleMonitor(every=1)
+    monitor.on_train_begin(SimpleNamespace(world_size=1), SimpleNamespace(global_step=0), None, net)
+    first, second = two_losses(net, 0)
+    monitor.measure(first * float("inf"), second)
+    monitor.on_step_end(None, SimpleNamespace(global_step=1), None)
+    angle = monitor.measure(*two_losses(net, 0))
+    assert angle is not None
+    assert monitor.take()["angle_degrees"] == pytest.approx(angle.item())
 
 
 class TwoLosses(Trainer):

@@ -80,6 +80,34 @@ def test_losses_and_decisions_are_those_of_a_plain_loop(
         torch.testing.assert_close(found, wanted, rtol=2e-3, atol=2e-5)
 
 
+def test_the_head_scope_follows_the_pooling_of_the_exit(tiny_bert: Path, tmp_path: Path) -> None:
+    exits = {"exit_head": "linear", "exit_pooling": "mean"}
+    recorder = Recorder()
+    trainer = trainer_of(
+        exit_model(tiny_bert, **exits),
+        tmp_path,
+        max_steps=1,
+        gate_scope="head",
+        strategy="single",
+        data_collator=recorder,
+    )
+    trainer.train()
+    other = exit_model(tiny_bert, **exits)
+    trained = [p for p in other.parameters() if p.requires_grad]
+    gate = ScopedGate(other, trained, "head", weight=0.3)
+    gate.accumulate(*(x.sum() for x in losses_of(other, recorder.batches[0], "single")))
+    found = steps(trainer)[0]["angle_degrees"]
+    assert found == pytest.approx(gate.combine().angle.item(), abs=0.05)
+
+
+def test_a_model_that_is_refused_is_left_as_it_was(tiny_bert: Path, tmp_path: Path) -> None:
+    model = plain_model(tiny_bert)
+    with pytest.raises(ValueError, match="needs a model with several exits"):
+        trainer_of(model, tmp_path, strategy="joint")
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(p.requires_grad for p in model.parameters())
+
+
 def test_the_gate_drops_and_keeps_as_the_limit_says(tiny_bert: Path, tmp_path: Path) -> None:
     for max_angle, kept in ((0.0, 0.0), (180.0, 1.0)):
         trainer = trainer_of(plain_model(tiny_bert), tmp_path, max_angle=max_angle)

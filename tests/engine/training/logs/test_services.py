@@ -28,6 +28,36 @@ def send(directory: Path, name: str, **options: Any) -> None:
                 log.write({"step": step, "split": "validation", "exit": 6, "metrics": scores})
 
 
+class Failing(services.Service):
+    """A service whose server is away from the second step on."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def log(self, values: Any, step: int) -> None:
+        self.calls.append(f"log {step}")
+        if step > 1:
+            raise ConnectionError("the server does not answer")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_a_service_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    failing, other = Failing(), Failing()
+    other.log = lambda values, step: other.calls.append(f"log {step}")  # type: ignore[method-assign]
+    with (
+        caplog.at_level("WARNING", logger="fusedacl"),
+        MetricsLog(tmp_path, [failing, other]) as log,
+    ):
+        for step in (1, 2, 3):
+            log.write({"step": step, "split": "train", "loss": 1.0})
+    assert failing.calls == ["log 1", "log 2"]
+    assert other.calls == ["log 1", "log 2", "log 3", "close"]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
+    assert caplog.messages == ["Failing receives no more metrics: the server does not answer"]
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

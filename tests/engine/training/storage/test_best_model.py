@@ -1,4 +1,4 @@
-"""When a stage ends early, as transformers' callback would end it."""
+"""The step at which a stage ends early, against transformers' callback."""
 
 from __future__ import annotations
 
