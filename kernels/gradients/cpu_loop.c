@@ -1,8 +1,9 @@
 /* x . y, |x|^2 and |y|^2 of two arrays, and their combination, reading each once.
  *
  * PyTorch has no operation for the sums, and a combination of hundreds of arrays would be hundreds of
- * parallel regions, each of which waits for its last thread. Plain C without Python's headers, called through ctypes (cpu.py) for many pairs of arrays at once,
- * because a list of gradients has hundreds of short ones.
+ * parallel regions, each of which waits for its last thread. Plain C without Python's headers, called
+ * through ctypes (cpu.py) for many pairs of arrays at once, because a list of gradients has hundreds
+ * of short ones.
  */
 #include <stdint.h>
 

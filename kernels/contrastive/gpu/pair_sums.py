@@ -34,8 +34,8 @@ from .tiles import ONE_CHUNK, PADDED_ROWS, Tile, shipped
 
 # A multiprocessor needs this number of programs to hide their waiting.
 PROGRAMS_PER_MULTIPROCESSOR = 2
-# What a program does once beside its blocks of columns is taken to last as long as so many of them:
-# it loads its rows, and writes its sums or, in the backward pass, its part of the gradient.
+# Time of a program beside its blocks of columns, as a number of blocks (by a model): it loads its
+# rows, and writes its sums or, in the backward pass, its part of the gradient.
 BLOCKS_AROUND_SUMS, BLOCKS_AROUND_GRADIENT = 1, 3
 # Limits of a split.
 MAX_SPLITS = 32

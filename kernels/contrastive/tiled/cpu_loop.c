@@ -17,9 +17,8 @@
 /* Products summed before their sum is added to the result: rounding grows with their number. */
 #define SUMMANDS 128
 
-/* Passed through pointers: by value would depend on the target's calling convention. */
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef VECTOR(float) lanes;
+typedef VECTOR(int32_t) integers;
 
 enum step { NORMALIZE, PAIRS, GRADIENT };
 
@@ -106,7 +105,7 @@ INLINE void block_product(const float *a, int64_t a_stride, const float *b, int6
                           int64_t depth, float *out, int64_t out_stride)
 {
     for (int64_t start = 0; start == 0 || start < depth; start += SUMMANDS) {
-        int64_t stop = start + SUMMANDS < depth ? start + SUMMANDS : depth;
+        int64_t stop = smaller(start + SUMMANDS, depth);
         lanes sums[ROWS][2] = {{{0}}};
         for (int64_t k = start; k < stop; k++, b += b_stride) {
             lanes left = *(const lanes *)b, right = *(const lanes *)(b + LANES);
@@ -303,7 +302,7 @@ int64_t supcon_loss(const struct problem *p, float *scratch, int64_t num_threads
         memset(p->losses, 0, sizeof(float) * p->num_exits);
         return -1;
     }
-    int64_t num_teams = num_threads < p->num_exits ? num_threads : p->num_exits;
+    int64_t num_teams = smaller(num_threads, p->num_exits);
     for (int64_t team = 0; team < num_teams; team++) {
         lay_out(p, scratch + team * size, &s);
         int64_t outside = find_classes(p, &s.of);

@@ -75,10 +75,12 @@ class Call:
         num_trained = num_samples + num_labels
         work = self.num_exits * num_copies * (num_copies + 1) * num_trained**2 * width
         self.num_threads = torch.get_num_threads() if work >= WORTH_THREADS else 1
-        self.losses = torch.empty(exits, dtype=torch.float32)
+        # Not on the default device, which may be another one.
+        self.losses = torch.empty(exits, dtype=torch.float32, device="cpu")
         self.gradient = address = None
         if with_gradient:
-            self.gradient = torch.empty((*exits, num_trained, width), dtype=torch.float32)
+            shape = (*exits, num_trained, width)
+            self.gradient = torch.empty(shape, dtype=torch.float32, device="cpu")
             address = self.gradient.data_ptr()
         self.problem = Problem(
             tuple([part.data_ptr() for part in parts]),
@@ -100,7 +102,7 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
     call, loop = Call(batch, with_gradient), compiled_loop()
     assert loop is not None, "takes() has checked"
     size = min(call.num_threads, call.num_exits) * loop.supcon_scratch(call.problem)
-    scratch = torch.empty(size, dtype=torch.float32)
+    scratch = torch.empty(size, dtype=torch.float32, device="cpu")
     call.check(loop.supcon_loss(call.problem, scratch.data_ptr(), call.num_threads))
     return call.losses, call.gradient
 

@@ -10,6 +10,8 @@
 #define SMALLEST 1.17549435e-38f
 
 #define INLINE static inline __attribute__((always_inline))
+/* Passed through pointers: by value would depend on the target's calling convention. */
+#define VECTOR(TYPE) TYPE __attribute__((vector_size(4 * LANES), aligned(4), may_alias))
 
 /* In the order of cpu_loop.py. */
 enum denominator { ALL, OTHERS, NEGATIVES };
@@ -33,7 +35,7 @@ struct problem {
     double temperature;
 };
 
-/* What does not depend on the exit, for all rows and padding. */
+/* Data of all rows and padding that the exits share. */
 struct rows {
     float *exists, *inverse_positives, *weight; /* [padded] */
     int32_t *classes, *members;                 /* [padded] */
@@ -151,13 +153,14 @@ INLINE uint32_t bits_of(float x)
     return bits;
 }
 
-/* Without branches, so that the compiler can vectorize. The product moves the exponent, also that of a
- * denormal number; infinity and NaN get all bits of theirs. */
+/* Without branches, so that the compiler can vectorize, and without denormal floats, which a thread may
+ * be set to read as 0. Infinity and NaN keep the largest exponent. */
 INLINE float from_half(uint32_t half)
 {
     uint32_t magnitude = half & 0x7FFF, sign = (half & 0x8000) << 16;
-    uint32_t not_finite = magnitude >= 0x7C00 ? 0x7F800000 : 0;
-    return real(bits_of(real(magnitude << 13) * 0x1p112f) | not_finite | sign);
+    uint32_t denormal = bits_of((float)(int32_t)magnitude * 0x1p-24f);
+    uint32_t normal = (magnitude << 13) + (magnitude >= 0x7C00 ? 0x70000000u : 0x38000000u);
+    return real((magnitude < 0x400 ? denormal : normal) | sign);
 }
 
 /* Copy `width` elements from `start` of a part, whatever its dtype, to x. */

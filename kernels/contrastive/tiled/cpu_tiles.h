@@ -8,9 +8,8 @@
 #define integers NAME(integers)
 #define COLUMNS (2 * LANES)
 
-/* Passed through pointers: by value would depend on the target's calling convention. */
-typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t integers __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef VECTOR(float) lanes;
+typedef VECTOR(int32_t) integers;
 
 INLINE float NAME(total)(const lanes *x)
 {
@@ -77,14 +76,14 @@ INLINE void NAME(multiply)(const float *a, int64_t row_step, int64_t depth_step,
     ahead->second = second;
 }
 
-/* What becomes of the products s of two blocks of rows. */
+/* Options and results of the last step of a tile, which turns products s into 2^s or weights. */
 struct NAME(ending) {
     /* Where the exponentials are wanted: their sums of rows [TILE][LANES] and of columns [TILE].
      * Where the weights in the gradient are wanted: u of both sides, else null. */
     lanes *row_sums;
     float *column_sums;
     const float *row_u, *column_u;
-    /* Of both sides: a pair counts where both rows exist and their keys differ. */
+    /* Masks of both sides: a pair counts where both rows exist and their keys differ. */
     const float *row_exists, *column_exists;
     const int32_t *row_keys, *column_keys;
     float excess;
@@ -128,9 +127,9 @@ INLINE void NAME(fill_tile)(const struct plan *q, int64_t i, int64_t j, float *t
                             const struct NAME(ending) *end, int masked, int weighs)
 {
     const float *a = q->transposed + i * q->width * TILE, *b = q->transposed + j * q->width * TILE;
-    /* A block has 24 or more steps for each of its d * TILE floats' columns, and 16 fill a line. */
+    /* For each k the tile has TILE * TILE / (ROWS * COLUMNS) steps, which fetch TILE floats. */
     const float *next = j + 1 < q->blocks ? b + q->width * TILE : a;
-    struct ahead ahead = {next, 4, next, 0};
+    struct ahead ahead = {next, larger(ROWS * COLUMNS / TILE, 1), next, 0};
     for (int64_t start = 0; start < q->width; start += DEPTH) {
         int64_t depth = smaller(DEPTH, q->width - start);
         for (int column = 0; column < TILE; column += COLUMNS)

@@ -266,7 +266,7 @@ static void run(const struct plan *q)
     }
 }
 
-/* Fill in what masks tiles. */
+/* Fill in numbers, nothing and incomplete, by which compute_tile masks pairs. */
 static void prepare_masks(struct plan *q)
 {
     for (int64_t i = 0; i < q->padded; i++)

@@ -112,7 +112,7 @@ def num_tiles(num_rows: int, num_trained: int, pair_memory: int) -> int:
 
 
 def floats(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32)
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
 def borrow(size: int) -> Tensor:

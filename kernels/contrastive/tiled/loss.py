@@ -16,7 +16,7 @@ e is symmetric, so a tile serves the rows of both its sides and only tiles on or
 are visited. The diagonal of e adds to G_i a multiple of z_i, which the last line removes.
 
 exp needs no shift: the sums stay inside float32 for 1 / temperature <= 70, float64 for <= 690.
-On the CPU a small batch is computed by one compiled call (cpu_loop.py), not by tiles.
+On the CPU, compiled calls compute float32: cpu_loop.py small batches, cpu_triangle.py the others.
 """
 
 from __future__ import annotations

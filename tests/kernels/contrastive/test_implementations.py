@@ -77,16 +77,18 @@ def test_error_is_that_of_eager_pytorch(
         labels = LABELS[layout](num_samples, kind["num_labels"] or 3).to(DEVICE)
         inputs["embeddings"][..., 2:3, :] = 0
         inputs["embeddings"][..., labels == -100, :] = torch.nan
-        if name == "triangle" and reduction == "none":
-            # As for tiles, rows are scaled before they reach the loop: s is rounded twice.
-            temperature = max(temperature, 0.5)
+        # Rows are scaled before they reach this loop, and again in it: s is rounded twice.
+        leeway = 5.0 if name == "triangle" and reduction == "none" else 1.0
         options = {
             "temperature": temperature, "denominator": denominator, "reduction": reduction,
         }  # fmt: skip
         loss, *_ = run(inputs, labels, None, impl="reference", **options)
         in_float32 = DEVICE == "cpu" and name in ("tiled", "triangle", "tiles of 4 rows")
         upstream = torch.randn_like(loss)
-        check_error(inputs, labels, upstream, impl=impl, eager_in_float32=in_float32, **options)
+        check_error(
+            inputs, labels, upstream, impl=impl, eager_in_float32=in_float32, leeway=leeway,
+            **options,
+        )  # fmt: skip
 
 
 @pytest.fixture(params=NAMES)

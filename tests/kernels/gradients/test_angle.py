@@ -294,3 +294,11 @@ def test_bad_input_is_named(message: str, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(ValueError if message in VALUE_ERRORS else TypeError, match=message):
         (VALUE_ERRORS | TYPE_ERRORS)[message]()
+
+
+def test_a_combined_gradient_has_a_new_version() -> None:
+    """Otherwise a backward pass through what it was before would be wrong in silence."""
+    a, b = [torch.randn(5)], [torch.randn(5)]
+    before = a[0]._version
+    gated_combine_(a, b, grad_dot_norm(a, b), weight=0.5, max_angle=180.0)
+    assert a[0]._version > before

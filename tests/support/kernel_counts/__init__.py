@@ -1,4 +1,4 @@
-"""What each kernel asks of a multiprocessor's units, counted on the machine for PTX.
+"""Work of each kernel by unit of a multiprocessor, counted on the machine for PTX.
 
 cases: launches of every kernel, with the least work that their formulas need.
 model: units of GPUs; the busiest one of a kernel, its floor, and the table in the documentation.

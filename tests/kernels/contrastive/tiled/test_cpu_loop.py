@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from contrastive_cases import DENOMINATORS, KINDS, check_error, make_inputs, run
-from fusedacl.kernels import acl_loss
+from fusedacl.kernels import acl_loss, supcon_loss
 from fusedacl.kernels.contrastive.batch import Batch
 from fusedacl.kernels.contrastive.tiled import cpu_loop
 
@@ -109,3 +109,10 @@ def test_a_machine_without_fused_multiply_add(
             check_error(inputs, labels, impl="tiled", denominator=denominator)
     finally:
         cpu_loop.compiled_loop.cache_clear()
+
+
+def test_another_default_device() -> None:
+    x, labels = torch.randn(30, 8), torch.arange(30) % 3
+    wanted = supcon_loss(x, labels)
+    with torch.device("meta"):
+        assert torch.equal(supcon_loss(x, labels), wanted)
