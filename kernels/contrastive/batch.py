@@ -102,6 +102,69 @@ class Batch(NamedTuple):
         )  # fmt: skip
 
 
+class WiderBatch(NamedTuple):
+    """Arguments of a contrastive loss, already checked; as in `losses`.
+
+    The R rows are those of `Batch`, then the memory's. The first A = num_copies (N + K) are
+    anchors, the first N + K of which may have a gradient.
+
+    batch: its labels may be memberships [N, K]. Its temperature is the smallest that is known.
+    """
+
+    batch: Batch
+    temperature: float | Tensor
+    label_temperature: float | Tensor | None
+    positives: str
+    ignore_mask: Tensor | None
+    memory_embeddings: Tensor | None
+    memory_labels: Tensor | None
+    class_weights: Tensor | None
+
+    @property
+    def num_trained(self) -> int:
+        """N + K, the number of rows that may have a gradient."""
+        return self.batch.num_rows // self.batch.num_copies
+
+    @property
+    def num_anchors(self) -> int:
+        return self.batch.num_rows
+
+    @property
+    def num_rows(self) -> int:
+        memory = self.memory_embeddings
+        return self.num_anchors + (0 if memory is None else memory.shape[0])
+
+    def concatenate(self, dtype: torch.dtype) -> Tensor:
+        """Copy all rows into one tensor [.., R, d]."""
+        rows = self.batch.concatenate(dtype)
+        if self.memory_embeddings is None:
+            return rows
+        memory = self.memory_embeddings.detach().to(dtype).expand(*self.batch.leading, -1, -1)
+        return torch.cat([rows, memory], dim=-2)
+
+    def anchor_temperatures(self, dtype: torch.dtype) -> Tensor:
+        """Return the temperature of all anchors: a scalar or [E], or that of each, [.., A]."""
+        batch, device = self.batch, self.batch.embeddings.device
+        of_samples, of_labels = self.temperature, self.label_temperature
+        if isinstance(of_samples, Tensor):
+            of_samples = by_sample(of_samples, batch)
+        else:
+            of_samples = torch.tensor(of_samples, dtype=dtype, device=device)
+        of_samples = of_samples.to(dtype)
+        per_sample = of_samples.dim() > len(batch.leading)
+        if of_labels is None and not per_sample:
+            return of_samples
+        if of_labels is None:
+            of_labels = of_samples.mean(-1)
+        of_labels = torch.as_tensor(of_labels, dtype=dtype, device=device)
+        num_samples = batch.embeddings.shape[-2]
+        if not per_sample:
+            of_samples = of_samples[..., None]
+        samples = of_samples.expand(*batch.leading, num_samples)
+        others = of_labels[..., None].expand(*batch.leading, self.num_anchors - num_samples)
+        return torch.cat([samples, others], dim=-1)
+
+
 class BatchShape(NamedTuple):
     """Sizes, options and dtypes of a batch, and which inputs need a gradient."""
 
@@ -166,14 +229,75 @@ def compute_classes(
     return (torch.cat(parts) if len(parts) > 1 else parts[0]), may_ignore
 
 
-def check_range(labels: Tensor, num_labels: int, ignore_index: int) -> None:
+def check_range(
+    labels: Tensor,
+    num_labels: int,
+    ignore_index: int,
+    name: str = "labels",
+    of: str = "label_embeddings has K = {} rows",
+) -> None:
     """Raise ValueError for the first label that is neither in [0, K) nor `ignore_index`."""
     outside = ((labels < 0) | (labels >= num_labels)) & (labels != ignore_index)
     if outside.any():
         raise ValueError(
-            f"labels holds {int(labels[outside][0])}, but label_embeddings has K = {num_labels} "
-            f"rows: a label must lie in [0, {num_labels}) or be ignore_index = {ignore_index}"
+            f"{name} holds {int(labels[outside][0])}, but {of.format(num_labels)}: a label must "
+            f"lie in [0, {num_labels}) or be ignore_index = {ignore_index}"
         )
+
+
+def by_sample(temperature: Tensor, batch: Batch) -> Tensor:
+    """Return temperatures as a scalar, [E], or [.., N] with 1 in place of E or N allowed."""
+    if temperature.dim() == 1 and batch.leading:
+        num_exits, num_samples = batch.leading[0], batch.embeddings.shape[-2]
+        # `check_temperature` refuses one that could be both.
+        if temperature.shape[0] == num_samples and num_exits != num_samples:
+            return temperature[None]
+    if temperature.dim() == 2 and temperature.shape[-1] == 1:
+        return temperature[..., 0].expand(batch.leading)
+    return temperature
+
+
+def count_classes(wider: WiderBatch) -> int | None:
+    """Return K, or None where labels are any integers."""
+    batch, memory_labels = wider.batch, wider.memory_labels
+    if batch.num_labels is not None:
+        return batch.num_labels
+    if wider.class_weights is not None:
+        return wider.class_weights.shape[0]
+    for labels in (batch.labels, memory_labels):
+        if labels is not None and labels.dim() == 2:
+            return labels.shape[1]
+    return None
+
+
+def existing_rows(wider: WiderBatch) -> Tensor:
+    """Return bool [R]: False for rows whose integer label or mask says that they are ignored."""
+    batch = wider.batch
+    samples = not_ignored(batch.labels, batch.ignore_index)
+    if wider.ignore_mask is not None:
+        samples = samples & ~wider.ignore_mask
+    parts = [samples]
+    if batch.num_labels is not None:
+        parts.append(samples.new_ones(batch.num_labels))
+    parts *= batch.num_copies
+    if wider.memory_labels is not None:
+        parts.append(not_ignored(wider.memory_labels, batch.ignore_index))
+    return torch.cat(parts)
+
+
+def not_ignored(labels: Tensor, ignore_index: int) -> Tensor:
+    if labels.dim() == 1:
+        return labels != ignore_index
+    return torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
+
+
+def memberships_of(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+    """Return float64 [.., K]; one-hot rows for integers [..]."""
+    if labels.dim() == 2:
+        return labels.double()
+    labels = labels.long()
+    inside = labels.masked_fill(labels == ignore_index, 0)
+    return torch.nn.functional.one_hot(inside, num_classes).double()
 
 
 # torch.compile cannot trace code that depends on the labels' values, so it sees an operator.

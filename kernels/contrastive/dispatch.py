@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..support.machine import capability, triton_obstacle
 from . import reference
-from .batch import Batch, accumulate_dtype
+from .batch import Batch, WiderBatch, accumulate_dtype
 from .gpu import tiles
 from .tiled import loss as tiled
+from .wider import loss as wider
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ class Workload:
     num_rows: int = 0
     width: int = 64
     num_ranks: int = 1
+    # What makes it a `WiderBatch`, in words.
+    needs: tuple[str, ...] = ()
 
 
 def choose(impl: str, workload: Workload) -> str:
@@ -123,8 +126,12 @@ def obstacle(name: str, workload: Workload) -> str | None:
             f"temperature {temperature} is below 1 / {largest:g}, where its unshifted "
             "exponentials leave float64's range (impl='reference' takes any temperature)"
         )
+    if workload.needs and workload.num_ranks > 1:
+        return f"{', '.join(workload.needs)}: not computed over a process_group"
     if name not in ("supcon_small", "supcon_fused"):
         return None
+    if workload.needs:
+        return f"{', '.join(workload.needs)}: computed by 'tiled' and 'reference'"
     reason = triton_obstacle(workload.device)
     if reason is not None:
         return reason
@@ -152,6 +159,11 @@ def loss_function(name: str) -> Callable[[Batch], Tensor]:
         return reference.contrastive_loss
     module = tiled if name == "tiled" else triton_module(name)
     return module.implementation.loss
+
+
+def wider_function(name: str) -> Callable[[WiderBatch], Tensor]:
+    """Return the function of the implementation that was chosen for a wider batch."""
+    return reference.wider_loss if name == "reference" else wider.contrastive_loss
 
 
 @functools.cache

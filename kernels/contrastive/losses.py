@@ -8,7 +8,15 @@ from torch import Tensor
 from . import dispatch
 from .autograd import without_autocast
 from .batch import PAIR_MEMORY, Batch
-from .checks import check_options, check_shapes, check_tensors
+from .checks import (
+    check_integers,
+    check_number,
+    check_options,
+    check_shapes,
+    check_tensors,
+    check_wider,
+)
+from .options import Options, make_wider, needs_wider, smallest_temperature
 from .sharded import losses as sharded
 from .sharded.agreement import (
     ProcessGroup,
@@ -24,13 +32,18 @@ def supcon_loss(
     embeddings: Tensor,
     labels: Tensor,
     *,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     denominator: str = "all",
     reduction: str = "mean",
     ignore_index: int = -100,
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
     pair_memory: int = PAIR_MEMORY,
+    positives: str = "overlap",
+    ignore_mask: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    memory_embeddings: Tensor | None = None,
+    memory_labels: Tensor | None = None,
 ) -> Tensor:
     """Supervised contrastive loss of the samples of a batch (SCL).
 
@@ -86,10 +99,11 @@ def supcon_loss(
         backward makes the others wait until the group's timeout; others send nothing there.
     """
     tensors = {"embeddings": embeddings}
-    return _contrastive_loss(
-        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl,
-        pair_memory,
+    options = Options(
+        temperature, denominator, reduction, ignore_index, process_group, impl, pair_memory,
+        positives, ignore_mask, class_weights, memory_embeddings, memory_labels,
     )  # fmt: skip
+    return _contrastive_loss(labels, tensors, options)
 
 
 def acl_loss(
@@ -97,13 +111,19 @@ def acl_loss(
     labels: Tensor,
     label_embeddings: Tensor,
     *,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     denominator: str = "all",
     reduction: str = "mean",
     ignore_index: int = -100,
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
     pair_memory: int = PAIR_MEMORY,
+    label_temperature: float | Tensor | None = None,
+    positives: str = "overlap",
+    ignore_mask: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    memory_embeddings: Tensor | None = None,
+    memory_labels: Tensor | None = None,
 ) -> Tensor:
     """Aligned contrastive loss over samples and label embeddings (ACL-Embed).
 
@@ -122,10 +142,11 @@ def acl_loss(
     Source: arXiv 2602.03563, section 3 (ACL-Embed).
     """
     tensors = {"embeddings": embeddings, "label_embeddings": label_embeddings}
-    return _contrastive_loss(
-        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl,
-        pair_memory,
+    options = Options(
+        temperature, denominator, reduction, ignore_index, process_group, impl, pair_memory,
+        positives, ignore_mask, class_weights, memory_embeddings, memory_labels, label_temperature,
     )  # fmt: skip
+    return _contrastive_loss(labels, tensors, options)
 
 
 def acl_cl_loss(
@@ -135,13 +156,19 @@ def acl_cl_loss(
     teacher_embeddings: Tensor,
     teacher_label_embeddings: Tensor,
     *,
-    temperature: float = 0.5,
+    temperature: float | Tensor = 0.5,
     denominator: str = "all",
     reduction: str = "mean",
     ignore_index: int = -100,
     process_group: ProcessGroup | None = None,
     impl: str = "auto",
     pair_memory: int = PAIR_MEMORY,
+    label_temperature: float | Tensor | None = None,
+    positives: str = "overlap",
+    ignore_mask: Tensor | None = None,
+    class_weights: Tensor | None = None,
+    memory_embeddings: Tensor | None = None,
+    memory_labels: Tensor | None = None,
 ) -> Tensor:
     """Cross-layer aligned contrastive loss of an exit and its teacher, the last exit (ACL-CL).
 
@@ -167,23 +194,15 @@ def acl_cl_loss(
         "teacher_embeddings": teacher_embeddings,
         "teacher_label_embeddings": teacher_label_embeddings,
     }
-    return _contrastive_loss(
-        labels, tensors, temperature, denominator, reduction, ignore_index, process_group, impl,
-        pair_memory,
+    options = Options(
+        temperature, denominator, reduction, ignore_index, process_group, impl, pair_memory,
+        positives, ignore_mask, class_weights, memory_embeddings, memory_labels, label_temperature,
     )  # fmt: skip
+    return _contrastive_loss(labels, tensors, options)
 
 
-def _contrastive_loss(
-    labels: Tensor,
-    tensors: dict[str, Tensor],
-    temperature: float,
-    denominator: str,
-    reduction: str,
-    ignore_index: int,
-    process_group: ProcessGroup | None,
-    impl: str,
-    pair_memory: int,
-) -> Tensor:
+def _contrastive_loss(labels: Tensor, tensors: dict[str, Tensor], options: Options) -> Tensor:
+    process_group = options.process_group
     if process_group is not None and torch.compiler.is_compiling():
         raise ValueError(
             "process_group cannot be compiled: the ranks tell each other their sizes first (leave "
@@ -191,25 +210,37 @@ def _contrastive_loss(
         )
     # A group of one rank has nothing to gather.
     num_ranks = 1 if process_group is None else check_process_group(process_group)
+    needs = needs_wider(labels, options)
     try:
-        check_options(temperature, denominator, reduction, ignore_index, impl, pair_memory)
-        check_tensors(tensors, labels)
+        check_options(options)
+        if not needs:
+            check_number("temperature", options.temperature)
+        check_tensors(tensors, labels, options)
+        if not needs:
+            check_integers("labels", labels)
         check_shapes(tensors, labels)
         if num_ranks > 1:
             check_device(process_group, tensors["embeddings"].device)
-        name = dispatch.choose(impl, _workload(tensors, temperature, num_ranks))
+        embeddings = tensors["embeddings"]
+        constants = {name: rows.detach() for name, rows in tensors.items() if "teacher" in name}
+        batch = Batch(
+            embeddings, labels, tensors.get("label_embeddings"),
+            constants.get("teacher_embeddings"), constants.get("teacher_label_embeddings"),
+            smallest_temperature(options), options.denominator, options.reduction,
+            options.ignore_index, options.pair_memory,
+        )  # fmt: skip
+        wider = None
+        if needs:
+            wider = make_wider(batch, options)
+            check_wider(wider)
+        name = dispatch.choose(options.impl, _workload(tensors, options, num_ranks, needs))
     except Exception as error:
         if num_ranks > 1:
             announce_refusal(process_group, error)
         raise
-    embeddings = tensors["embeddings"]
-    constants = {name: rows.detach() for name, rows in tensors.items() if "teacher" in name}
-    batch = Batch(
-        embeddings, labels, tensors.get("label_embeddings"),
-        constants.get("teacher_embeddings"), constants.get("teacher_label_embeddings"),
-        float(temperature), denominator, reduction, ignore_index, pair_memory,
-    )  # fmt: skip
     with without_autocast(embeddings.device.type):
+        if wider is not None:
+            return dispatch.wider_function(name)(wider)
         if num_ranks > 1:
             spread = _agree(process_group, batch, name)
             # Without any sample the rows are the same on every rank, and each computes the loss.
@@ -218,14 +249,19 @@ def _contrastive_loss(
         return dispatch.loss_function(name)(batch)
 
 
-def _workload(tensors: dict[str, Tensor], temperature: float, num_ranks: int) -> dispatch.Workload:
+def _workload(
+    tensors: dict[str, Tensor], options: Options, num_ranks: int, needs: tuple[str, ...]
+) -> dispatch.Workload:
     embeddings = tensors["embeddings"]
     # Under autocast the dtypes may differ: a float64 weight asks for float64 arithmetic.
     is_double = any(tensor.dtype == torch.float64 for tensor in tensors.values())
     dtype = torch.float64 if is_double else embeddings.dtype
     num_rows = sum(tensor.shape[-2] for tensor in tensors.values())
     width = embeddings.shape[-1]
-    return dispatch.Workload(embeddings.device, dtype, temperature, num_rows, width, num_ranks)
+    temperature = smallest_temperature(options)
+    return dispatch.Workload(
+        embeddings.device, dtype, temperature, num_rows, width, num_ranks, needs
+    )
 
 
 def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:

@@ -15,7 +15,15 @@ count. A row whose label is ignored does not exist.
 import torch
 from torch import Tensor
 
-from .batch import ZERO_NORM, Batch, accumulate_dtype
+from .batch import (
+    ZERO_NORM,
+    Batch,
+    WiderBatch,
+    accumulate_dtype,
+    count_classes,
+    existing_rows,
+    memberships_of,
+)
 
 
 def contrastive_loss(batch: Batch) -> Tensor:
@@ -52,6 +60,82 @@ def contrastive_loss(batch: Batch) -> Tensor:
     if batch.reduction == "mean":
         losses = losses / is_anchor.sum().clamp(min=1)
     return losses
+
+
+def wider_loss(wider: WiderBatch) -> Tensor:
+    """Return the loss of a wider batch: a scalar or [E]; for reduction "none" [.., A].
+
+    With A anchors, the first of R rows, memberships y and temperatures tau_i:
+
+        p_ij = y_i . y_j               overlap; or sum_c y_ic y_jc / (n_c - 1), n_c rows having c
+        L_i  = log D_i - (1 / W_i) sum_{j != i} p_ij s_ij     s_ij = z_i . z_j / tau_i
+        W_i  = sum_{j != i} p_ij
+
+    An anchor has the weight sum_c w_c y_ic / sum_c y_ic for class weights w; where every label is
+    an anchor, sum of w_c over its labels that another row has. "mean" divides by the weights.
+    """
+    batch, num_anchors = wider.batch, wider.num_anchors
+    exists, shared, weights = pair_memberships(wider)
+    anchors = slice(0, num_anchors)
+    dtype = accumulate_dtype(*(part.dtype for part in batch.parts))
+    shared, weights = shared.to(dtype), weights.to(dtype)  # [A, R], [A]
+    z = normalize(wider.concatenate(dtype), exists)  # [.., R, d]
+    temperature = wider.anchor_temperatures(dtype)
+    if temperature.dim() <= len(batch.leading):
+        temperature = temperature[..., None]
+    similarity = z[..., anchors, :] @ z.mT / temperature[..., None]  # [.., A, R]
+
+    pair_exists = exists[anchors, None] & exists  # [A, R]
+    itself = torch.eye(*pair_exists.shape, dtype=torch.bool, device=exists.device)
+    p = shared.masked_fill(itself | ~pair_exists, 0)
+    in_denominator = {
+        "all": pair_exists,
+        "others": pair_exists & ~itself,
+        "negatives": pair_exists & (shared == 0) & ~itself,
+    }[batch.denominator]
+    total = p.sum(1)
+    counts = (total > 0) & in_denominator.any(1)
+
+    log_denominator = similarity.masked_fill(~in_denominator, -torch.inf).logsumexp(-1)  # [.., A]
+    positive_sum = (similarity.masked_fill(p == 0, 0) * p).sum(-1)
+    losses = log_denominator - positive_sum / total.masked_fill(total == 0, 1)
+    weights = weights.masked_fill(~counts, 0)
+    losses = losses.masked_fill(~counts, 0) * weights
+    if batch.reduction != "none":
+        losses = losses.sum(-1)
+    if batch.reduction == "mean":
+        losses = losses / weights.sum().masked_fill(weights.sum() == 0, 1)
+    return losses
+
+
+def pair_memberships(wider: WiderBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Return which rows exist [R], what pairs share [A, R], and the weights of anchors [A]."""
+    batch = wider.batch
+    exists, num_classes = existing_rows(wider), count_classes(wider)
+    labels, memory_labels = [batch.labels], wider.memory_labels
+    if num_classes is None:
+        # Any integers: as positions among the different ones.
+        found = labels if memory_labels is None else [*labels, memory_labels]
+        different, positions = torch.cat(found).unique(return_inverse=True)
+        num_classes, num_samples = different.shape[0], batch.labels.shape[0]
+        labels, memory_labels = [positions[:num_samples]], positions[num_samples:]
+    parts = [memberships_of(one, num_classes, batch.ignore_index) for one in labels]
+    if batch.num_labels is not None:
+        parts.append(torch.eye(num_classes, dtype=torch.float64, device=exists.device))
+    parts *= batch.num_copies
+    if memory_labels is not None:
+        parts.append(memberships_of(memory_labels, num_classes, batch.ignore_index))
+    y = torch.cat(parts).masked_fill(~exists[:, None], 0)  # [R, K]
+    class_weights = y.new_ones(num_classes)
+    if wider.class_weights is not None:
+        class_weights = wider.class_weights.double()
+    of_anchors = y[: wider.num_anchors]
+    if wider.positives == "each":
+        others = y.sum(0) - 1
+        factors = torch.where(others > 0, class_weights / others.clamp(min=1), 0)
+        return exists, (of_anchors * factors) @ y.T, of_anchors @ (class_weights * (others > 0))
+    weights = of_anchors @ class_weights / of_anchors.sum(1).clamp(min=1e-300)
+    return exists, of_anchors @ y.T, weights
 
 
 def normalize(x: Tensor, exists: Tensor) -> Tensor:

@@ -16,14 +16,18 @@
 #define MIN_GROUP 2
 #define LN2 0.693147180559945309417
 
-/* A pass of the sharded loss, whose rows other processes have a share in; Pairs in cpu_triangle.py
- * has the same fields. */
+/* A pass over pairs alone, where the rest is computed elsewhere; Pairs in cpu_triangle.py has the same
+ * fields. */
 struct pairs {
-    const float *y, *exists;         /* [M][d], as in loss.py, and [M] or null: all rows exist */
-    const int32_t *classes;          /* [M] */
-    const float *u;                  /* [M], for the gradient, else null */
-    float *result;                   /* D [n], or G [n][d], of the first n rows */
-    int64_t num_rows, num_own, width, denominator; /* M, n */
+    const float *y, *exists; /* [M][d], and [M] or null: all rows exist */
+    const int32_t *classes;  /* [M] */
+    const float *scales;     /* [M]: row i has exp(scale_i s), or null: all rows have exp(s) */
+    const float *u;          /* [M], for the gradient, else null */
+    float *result;           /* D [n], or G [n][d], of the first n rows */
+    float *products;         /* [n]: sums of e times s, beside D, or null */
+    /* M, n, rows whose exponentials are kept beside D, and tiles that hold them beside G. */
+    int64_t num_rows, num_own, num_kept_rows, num_kept_tiles, width, denominator;
+    double temperature;
 };
 
 /* Tasks of a phase: the next one, and how many are done. */
@@ -43,7 +47,7 @@ struct ahead {
 struct functions;
 
 struct plan {
-    const struct problem *p;     /* null for a pass of the sharded loss */
+    const struct problem *p;     /* null for a pass over pairs alone */
     const struct pairs *pairs_p; /* null otherwise */
     const struct functions *f;
     struct rows rows;
@@ -51,14 +55,15 @@ struct plan {
     float *transposed;            /* [blocks][d][TILE]: y */
     float *panels;                /* [num_panels][padded][PANEL]: y */
     float *class_sums;            /* [num_panels][num_classes][PANEL] */
-    float *slots;                 /* [num_groups][sum_blocks * TILE]: shares of D */
+    float *slots;                 /* [num_groups][sum_blocks * TILE]: shares of D, then of products */
     float *products;              /* [trained_blocks][num_panels][TILE][PANEL]: G */
     float *kept;                  /* [capacity][TILE][TILE]: e, then weights of other tiles */
     float *own;                   /* [num_threads][own_size] */
     struct phase *phases;
     int32_t *numbers, *nothing, *incomplete; /* [padded], [TILE], [blocks] */
-    float *given_u;                          /* [padded] */
-    const float *u;                          /* given_u, or null */
+    float *given_u, *given_scales;           /* [padded] */
+    const float *u, *scales;                 /* those, or null */
+    int64_t sums_products, slots_size, num_kept_tiles;
     int64_t num_rows, num_trained, padded, width, num_panels, num_classes, denominator;
     int64_t blocks, sum_blocks, trained_blocks, num_tiles, capacity; /* num_tiles: of the gradient */
     int64_t group, num_groups, strip, num_phases, num_threads, own_size;
@@ -92,7 +97,7 @@ static int64_t lay_out(struct plan *q, float *start, int64_t capacity, int64_t n
     int gives_gradient = q->p ? q->p->gradient != 0 : q->pairs_p->u != 0;
     q->padded = rounded_up(q->num_rows, TILE);
     q->blocks = q->padded / TILE;
-    q->trained_blocks = gives_gradient ? (q->num_trained + TILE - 1) / TILE : 0;
+    q->trained_blocks = (q->num_trained + TILE - 1) / TILE;
     q->num_tiles = tile_index(q, q->trained_blocks, q->trained_blocks);
     q->capacity = smaller(capacity, q->num_tiles);
     q->num_panels = (q->width + PANEL - 1) / PANEL;
@@ -109,8 +114,9 @@ static int64_t lay_out(struct plan *q, float *start, int64_t capacity, int64_t n
     TAKE(transposed, q->padded * q->width);
     TAKE(panels, q->padded * q->num_panels * PANEL);
     TAKE(class_sums, q->num_classes * q->num_panels * PANEL);
-    TAKE(slots, q->num_groups * q->sum_blocks * TILE);
-    TAKE(products, q->trained_blocks * TILE * q->num_panels * PANEL);
+    q->slots_size = q->num_groups * q->sum_blocks * TILE;
+    TAKE(slots, q->slots_size * (1 + q->sums_products));
+    TAKE(products, gives_gradient ? q->trained_blocks * TILE * q->num_panels * PANEL : 0);
     TAKE(own, q->own_size * num_threads);
     TAKE(inverse_norm, q->padded);
     TAKE(losses, q->padded * num_exits);
@@ -124,6 +130,7 @@ static int64_t lay_out(struct plan *q, float *start, int64_t capacity, int64_t n
     TAKE(nothing, TILE);
     TAKE(incomplete, q->blocks);
     TAKE(given_u, q->padded);
+    TAKE(given_scales, q->padded);
 #undef TAKE
     return used;
 }

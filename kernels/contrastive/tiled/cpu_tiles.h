@@ -80,51 +80,83 @@ INLINE void NAME(multiply)(const float *a, int64_t row_step, int64_t depth_step,
 struct NAME(ending) {
     /* Where the exponentials are wanted: their sums of rows [TILE][LANES] and of columns [TILE].
      * Where the weights in the gradient are wanted: u of both sides, else null. */
-    lanes *row_sums;
-    float *column_sums;
+    lanes *row_sums, *row_products;
+    float *column_sums, *column_products;
     const float *row_u, *column_u;
+    /* Factors of s of both sides, where they are not 1. */
+    const float *row_scales, *column_scales;
     /* Masks of both sides: a pair counts where both rows exist and their keys differ. */
     const float *row_exists, *column_exists;
     const int32_t *row_keys, *column_keys;
     float excess;
 };
 
+/* What a tile is computed for; constants, so that each combination is compiled by itself. */
+enum NAME(kind) { NAME(MASKED) = 1, NAME(WEIGHS) = 2, NAME(BY_ROW) = 4, NAME(PRODUCTS) = 8 };
+
+/* Set the exponentials of pairs that D leaves out to 0: of row i and columns from j on. */
+INLINE void NAME(mask)(const struct NAME(ending) *end, int i, int j, lanes *e)
+{
+    *e *= *(const lanes *)(end->column_exists + j) * end->row_exists[i];
+    union { lanes real; integers bits; } kept = {.real = *e};
+    kept.bits &= *(const integers *)(end->column_keys + j) != end->row_keys[i];
+    *e = kept.real;
+}
+
 /* Turn the products of ROWS rows and COLUMNS columns of a tile into 2^s, or into weights. */
 INLINE void NAME(finish_pairs)(const struct NAME(ending) *end, float *tile, int row, int column,
-                               int masked, int weighs)
+                               int kind)
 {
     float *out = tile + row * TILE + column;
-    lanes *column_sums = (lanes *)(end->column_sums + column), of_columns[2] = {{0}};
+    lanes of_columns[2] = {{0}}, products_of_columns[2] = {{0}};
     for (int i = row; i < row + ROWS; i++, out += TILE) {
-        lanes of_row = {0};
+        lanes of_row = {0}, products_of_row = {0};
 #pragma GCC unroll 2
         for (int side = 0; side < 2; side++) {
             int j = column + side * LANES;
-            lanes e = *(lanes *)(out + side * LANES);
-            NAME(power_of_two)(&e, end->excess);
-            if (masked) {
-                e *= *(const lanes *)(end->column_exists + j) * end->row_exists[i];
-                union { lanes real; integers bits; } kept = {.real = e};
-                kept.bits &= *(const integers *)(end->column_keys + j) != end->row_keys[i];
-                e = kept.real;
+            lanes s = *(lanes *)(out + side * LANES), e = s, e_column;
+            if (kind & NAME(BY_ROW)) {
+                e *= end->row_scales[i];
+                e_column = s * *(const lanes *)(end->column_scales + j);
+                NAME(power_of_two)(&e_column, end->excess);
+                if (kind & NAME(MASKED))
+                    NAME(mask)(end, i, j, &e_column);
             }
-            if (weighs)
+            NAME(power_of_two)(&e, end->excess);
+            if (kind & NAME(MASKED))
+                NAME(mask)(end, i, j, &e);
+            if (!(kind & NAME(BY_ROW)))
+                e_column = e;
+            if (kind & NAME(WEIGHS) && kind & NAME(BY_ROW))
+                e = e_column * *(const lanes *)(end->column_u + j) + e * end->row_u[i];
+            else if (kind & NAME(WEIGHS))
                 e *= *(const lanes *)(end->column_u + j) + end->row_u[i];
-            of_row += e;
-            of_columns[side] += e;
+            else {
+                of_row += e;
+                of_columns[side] += e_column;
+                if (kind & NAME(PRODUCTS)) {
+                    products_of_row += e * s;
+                    products_of_columns[side] += e_column * s;
+                }
+            }
             *(lanes *)(out + side * LANES) = e;
         }
-        if (!weighs)
+        if (!(kind & NAME(WEIGHS)))
             end->row_sums[i] += of_row;
+        if (kind & NAME(PRODUCTS))
+            end->row_products[i] += products_of_row;
     }
-    if (!weighs) {
-        column_sums[0] += of_columns[0];
-        column_sums[1] += of_columns[1];
+    for (int side = 0; side < 2; side++) {
+        int j = column + side * LANES;
+        if (!(kind & NAME(WEIGHS)))
+            *(lanes *)(end->column_sums + j) += of_columns[side];
+        if (kind & NAME(PRODUCTS))
+            *(lanes *)(end->column_products + j) += products_of_columns[side];
     }
 }
 
 INLINE void NAME(fill_tile)(const struct plan *q, int64_t i, int64_t j, float *tile,
-                            const struct NAME(ending) *end, int masked, int weighs)
+                            const struct NAME(ending) *end, int kind)
 {
     const float *a = q->transposed + i * q->width * TILE, *b = q->transposed + j * q->width * TILE;
     /* For each k the tile has TILE * TILE / (ROWS * COLUMNS) steps, which fetch TILE floats. */
@@ -137,7 +169,7 @@ INLINE void NAME(fill_tile)(const struct plan *q, int64_t i, int64_t j, float *t
                 NAME(multiply)(a + start * TILE + row, 1, TILE, b + start * TILE + column, TILE,
                                depth, tile + row * TILE + column, TILE, start > 0, &ahead);
                 if (start + depth == q->width)
-                    NAME(finish_pairs)(end, tile, row, column, masked, weighs);
+                    NAME(finish_pairs)(end, tile, row, column, kind);
             }
     }
 }
@@ -147,40 +179,46 @@ INLINE void NAME(fill_tile)(const struct plan *q, int64_t i, int64_t j, float *t
 static void NAME(compute_tile)(const struct plan *q, int64_t i, int64_t j, float *tile,
                                const float *u, float *of_rows, float *of_columns)
 {
-    lanes row_sums[TILE];
-    float column_sums[TILE] __attribute__((aligned(64)));
+    lanes row_sums[2][TILE];
+    float column_sums[2][TILE] __attribute__((aligned(64)));
     struct NAME(ending) end = {
-        row_sums, column_sums, u ? u + i * TILE : 0, u ? u + j * TILE : 0,
+        row_sums[0], row_sums[1], column_sums[0], column_sums[1],
+        u ? u + i * TILE : 0, u ? u + j * TILE : 0,
+        q->scales ? q->scales + i * TILE : 0, q->scales ? q->scales + j * TILE : 0,
         q->rows.exists + i * TILE, q->rows.exists + j * TILE,
         q->numbers + i * TILE, q->nothing, q->excess,
     };
-    memset(row_sums, 0, sizeof row_sums);
-    memset(column_sums, 0, sizeof column_sums);
-    int masked = q->incomplete[i] || q->incomplete[j];
+    memset(row_sums, 0, sizeof row_sums[0] * (1 + q->sums_products));
+    memset(column_sums, 0, sizeof column_sums[0] * (1 + q->sums_products));
+    int kind = q->incomplete[i] || q->incomplete[j] ? NAME(MASKED) : 0;
     if (q->denominator == NEGATIVES) {
         end.row_keys = q->rows.classes + i * TILE;
         end.column_keys = q->rows.classes + j * TILE;
-        masked = 1;
+        kind = NAME(MASKED);
     } else if (q->denominator == OTHERS && i == j) {
         end.column_keys = end.row_keys;
-        masked = 1;
+        kind = NAME(MASKED);
     }
-    if (u) {
-        if (masked)
-            NAME(fill_tile)(q, i, j, tile, &end, 1, 1);
-        else
-            NAME(fill_tile)(q, i, j, tile, &end, 0, 1);
+    kind |= (u ? NAME(WEIGHS) : 0) | (q->scales ? NAME(BY_ROW) : 0);
+    if (q->sums_products && !u)
+        kind |= NAME(PRODUCTS);
+    switch (kind) {
+#define KIND(KIND)                                                                                  \
+    case KIND:                                                                                      \
+        NAME(fill_tile)(q, i, j, tile, &end, KIND);                                                 \
+        break;
+    KIND(0) KIND(1) KIND(2) KIND(3) KIND(4) KIND(5) KIND(6) KIND(7) KIND(8) KIND(9) KIND(12) KIND(13)
+#undef KIND
+    }
+    if (u)
         return;
+    for (int sum = 0; sum <= q->sums_products; sum++) {
+        for (int row = 0; row < TILE; row++)
+            of_rows[sum * q->slots_size + row] += NAME(total)(&row_sums[sum][row]);
+        if (of_columns)
+            for (int column = 0; column < TILE; column++)
+                of_columns[sum * q->slots_size + column] += column_sums[sum][column];
     }
-    if (masked)
-        NAME(fill_tile)(q, i, j, tile, &end, 1, 0);
-    else
-        NAME(fill_tile)(q, i, j, tile, &end, 0, 0);
-    for (int row = 0; row < TILE; row++)
-        of_rows[row] += NAME(total)(&row_sums[row]);
-    if (of_columns)
-        for (int column = 0; column < TILE; column++)
-            of_columns[column] += column_sums[column];
 }
 
 /* Add to G of `count` rows from `first` of a block what a tile of another block contributes.

@@ -124,10 +124,12 @@ static void take_pairs(const struct plan *q, int64_t task, float *tile)
     int64_t i_stop = smaller(i_start + q->group, q->sum_blocks);
     int64_t j_stop = smaller(j_start + q->group, q->blocks);
     float *of_rows = q->slots + gj * stride, *of_columns = q->slots + gi * stride;
-    memset(of_rows + i_start * TILE, 0, sizeof(float) * (i_stop - i_start) * TILE);
     int64_t summed = smaller(j_stop, q->sum_blocks) - j_start;
-    if (summed > 0)
-        memset(of_columns + j_start * TILE, 0, sizeof(float) * summed * TILE);
+    for (int64_t start = 0; start <= q->sums_products * q->slots_size; start += q->slots_size) {
+        memset(of_rows + start + i_start * TILE, 0, sizeof(float) * (i_stop - i_start) * TILE);
+        if (summed > 0)
+            memset(of_columns + start + j_start * TILE, 0, sizeof(float) * summed * TILE);
+    }
     for (int64_t i = i_start; i < i_stop; i++)
         for (int64_t j = i > j_start ? i : j_start; j < j_stop; j++) {
             int64_t index = tile_index(q, i, j);
@@ -137,16 +139,35 @@ static void take_pairs(const struct plan *q, int64_t task, float *tile)
         }
 }
 
+/* Add the shares that groups have in a sum of a block's rows. */
+static void add_slots(const struct plan *q, const float *slots, int64_t block, double *total)
+{
+    memset(total, 0, sizeof(double) * TILE);
+    for (int64_t group = 0; group < q->num_groups; group++)
+        for (int64_t row = 0; row < TILE; row++)
+            total[row] += slots[(group * q->sum_blocks + block) * TILE + row];
+}
+
 /* Compute D of a block's rows. */
 static void sum_slots(const struct plan *q, int64_t block, float *sums)
 {
-    double total[TILE] = {0};
-    for (int64_t group = 0; group < q->num_groups; group++)
-        for (int64_t row = 0; row < TILE; row++)
-            total[row] += q->slots[(group * q->sum_blocks + block) * TILE + row];
+    double total[TILE];
+    add_slots(q, q->slots, block, total);
     /* A row with nothing to compare has D = 0 and does not count: 0 * log D is 0. */
     for (int64_t row = 0; row < TILE; row++)
         sums[row] = total[row] < SMALLEST ? SMALLEST : (float)total[row];
+}
+
+/* Compute D and, where they are wanted, sums of products of a block's rows. */
+static void take_sums(const struct plan *q, int64_t block)
+{
+    double total[TILE];
+    sum_slots(q, block, q->losses + block * TILE);
+    if (!q->sums_products)
+        return;
+    add_slots(q, q->slots + q->slots_size, block, total);
+    for (int64_t i = block * TILE; i < smaller((block + 1) * TILE, q->pairs_p->num_own); i++)
+        q->pairs_p->products[i] = (float)total[i - block * TILE];
 }
 
 static void take_losses(const struct plan *q, int64_t exit, int64_t block)
@@ -181,7 +202,8 @@ static void take_gradient(const struct plan *q, int64_t exit, int64_t task, int6
         const float *ahead = other + 1 < last ? q->kept + (INDEX(other + 1) - start) * TILE * TILE
                                               : tile;
         q->f->contribute(q, tile, other < block, first, q->strip,
-                         start == 0 && !q->u ? u + block * TILE + first : 0, u + other * TILE,
+                         start == 0 && (q->p || q->num_kept_tiles) ? u + block * TILE + first : 0,
+                         u + other * TILE,
                          other, products, scratch, ahead);
     }
 #undef INDEX
@@ -227,12 +249,12 @@ static struct phase *take_part(const struct plan *q, int64_t exit, struct phase 
     if (q->p || !gives_gradient) {
         num_tasks = q->sum_blocks;
         EACH_TASK if (q->p) take_losses(q, exit, task);
-        else sum_slots(q, task, q->losses + task * TILE);
+        else take_sums(q, task);
         losses = phase++;
     }
     for (int64_t start = 0; gives_gradient && start < q->num_tiles; start += q->capacity) {
         int64_t stop = smaller(start + q->capacity, q->num_tiles);
-        if (start > 0 || q->u) {
+        if (start > 0 || (q->u && !q->num_kept_tiles)) {
             num_tasks = stop - start;
             EACH_TASK {
                 int64_t i = 0, j = start + task;
@@ -303,10 +325,12 @@ static struct plan plan_of(const struct problem *p)
 static struct plan plan_of_pass(const struct pairs *p)
 {
     struct plan q = {.pairs_p = p, .width = p->width, .num_rows = p->num_rows};
-    q.num_trained = p->num_own;
+    q.num_trained = p->u ? p->num_own : p->num_kept_rows;
     q.sum_blocks = (p->num_own + TILE - 1) / TILE;
     q.denominator = p->denominator;
-    set_scale(&q, LN2);
+    q.sums_products = p->products != 0;
+    q.num_kept_tiles = p->num_kept_tiles;
+    set_scale(&q, p->temperature * LN2);
     return q;
 }
 
@@ -375,8 +399,11 @@ void supcon_pass(const struct pairs *p, float *scratch, float *kept, int64_t cap
         q.rows.classes[i] = inside ? p->classes[i] : PADDING;
         if (p->u)
             q.given_u[i] = inside ? p->u[i] : 0;
+        if (p->scales)
+            q.given_scales[i] = inside ? p->scales[i] : 0;
     }
     q.u = p->u ? q.given_u : 0;
+    q.scales = p->scales ? q.given_scales : 0;
     prepare_masks(&q);
     run(&q);
     if (!p->u)

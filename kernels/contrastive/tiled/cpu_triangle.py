@@ -7,6 +7,7 @@ threads. For float32, where cpu_triangle.c was compiled at installation.
 
 import ctypes
 import functools
+import math
 import os
 
 import torch
@@ -19,19 +20,22 @@ from . import cpu_loop
 # Rows and columns of a tile in cpu_triangle.c.
 TILE = 96
 TILE_ELEMENTS = TILE * TILE
+LN2 = math.log(2)
 # The kinds of vectors for which cpu_triangle.c is compiled, the last ones being the widest.
 VECTORS = ("plain", "avx2", "avx512")
 # Names the widest vectors to be used.
 VARIABLE = "FUSEDACL_CPU_VECTORS"
-INTEGERS = ("num_rows", "num_own", "width", "denominator")
+POINTERS = ("y", "exists", "classes", "scales", "u", "result", "products")
+INTEGERS = ("num_rows", "num_own", "num_kept_rows", "num_kept_tiles", "width", "denominator")
 
 
 class Pairs(ctypes.Structure):
-    """`struct pairs` of cpu_triangle.c, with the same fields."""
+    """`struct pairs` of cpu_plan.h, with the same fields."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("y", "exists", "classes", "u", "result")),
+        *((name, ctypes.c_void_p) for name in POINTERS),
         *((name, ctypes.c_int64) for name in INTEGERS),
+        ("temperature", ctypes.c_double),
     )
 
 
@@ -51,7 +55,7 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
     num_trained = batch.num_rows // batch.num_copies if with_gradient else 0
     capacity = num_tiles(batch.num_rows, num_trained, batch.pair_memory)
     scratch = floats(loop.supcon_triangle_scratch(call.problem, capacity, call.num_threads))
-    tiles = borrow(capacity * TILE_ELEMENTS)
+    tiles = borrow(capacity)
     outside = loop.supcon_triangle(
         call.problem, scratch.data_ptr(), tiles.data_ptr(), capacity, call.num_threads, vectors()
     )
@@ -62,10 +66,14 @@ def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor
 
 def takes_pass(y: Tensor) -> bool:
     """Return whether `run_pass` computes the pairs of y [.., M, d]."""
+    return y.shape[-2] > cpu_loop.MAX_ROWS and can_run(y)
+
+
+def can_run(y: Tensor) -> bool:
+    """Return whether the compiled loop can compute the pairs of y [.., M, d]."""
     return (
         y.device.type == "cpu"
         and y.dtype == torch.float32
-        and y.shape[-2] > cpu_loop.MAX_ROWS
         and cpu_loop.compiled_loop() is not None
         and is_fast()
     )
@@ -86,22 +94,40 @@ def run_pass(
     y, u and G are those of loss.py. exists [M]: 0 for rows that D leaves out; u is 0 for them.
     pair_memory: bytes for tiles of the gradient's weights.
     """
-    loop, num_threads = compiled_loop(), torch.get_num_threads()
-    capacity = num_tiles(y.shape[0], 0 if u is None else num_own, pair_memory)
     result = floats(num_own) if u is None else floats(num_own, y.shape[1])
     parts = {"y": y, "classes": classes.int(), "exists": exists, "u": u, "result": result}
+    tiles = borrow(num_tiles(y.shape[0], 0 if u is None else num_own, pair_memory))
+    run_pairs(parts, tiles, denominator, num_own=num_own)
+    give_back(tiles)
+    return result
+
+
+def run_pairs(
+    parts: dict[str, Tensor | None],
+    tiles: Tensor,
+    denominator: str,
+    *,
+    num_own: int,
+    num_kept_rows: int = 0,
+    num_kept_tiles: int = 0,
+    temperature: float = 1.0,
+) -> None:
+    """Run one pass over pairs, whose arguments are those of `struct pairs` in cpu_plan.h.
+
+    tiles: memory for tiles, [capacity, TILE_ELEMENTS].
+    """
+    loop, num_threads = compiled_loop(), torch.get_num_threads()
     # Copies made here must live until the loop has returned.
     read = {name: part.contiguous() for name, part in parts.items() if part is not None}
     pairs = Pairs(
         **{name: part.data_ptr() for name, part in read.items()},
-        num_rows=y.shape[0], num_own=num_own, width=y.shape[1],
-        denominator=cpu_loop.DENOMINATORS.index(denominator),
+        num_rows=read["y"].shape[0], num_own=num_own, num_kept_rows=num_kept_rows,
+        num_kept_tiles=num_kept_tiles, width=read["y"].shape[1],
+        denominator=cpu_loop.DENOMINATORS.index(denominator), temperature=temperature,
     )  # fmt: skip
+    capacity = tiles.numel() // TILE_ELEMENTS
     scratch = floats(loop.supcon_pass_scratch(pairs, capacity, num_threads))
-    tiles = borrow(capacity * TILE_ELEMENTS)
     loop.supcon_pass(pairs, scratch.data_ptr(), tiles.data_ptr(), capacity, num_threads, vectors())
-    give_back(tiles)
-    return result
 
 
 def num_tiles(num_rows: int, num_trained: int, pair_memory: int) -> int:
@@ -115,8 +141,9 @@ def floats(*shape: int) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device="cpu")
 
 
-def borrow(size: int) -> Tensor:
-    """Return memory for `size` floats that no other thread uses."""
+def borrow(capacity: int) -> Tensor:
+    """Return memory for `capacity` tiles or more that no other thread uses."""
+    size = capacity * TILE_ELEMENTS
     try:
         memory = spare.pop()
     except IndexError:

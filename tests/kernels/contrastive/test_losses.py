@@ -80,8 +80,8 @@ VALUE_ERRORS = {
     r"teacher_label_embeddings has shape \(4, 3\): .*\[2, 3\]": acl_cl(X, X),
 }
 TYPE_ERRORS = {
-    "temperature must be a Python number, not Tensor": supcon(temperature=torch.tensor(0.5)),
-    "temperature must be a Python number, not bool": supcon(temperature=True),
+    "temperature must be a Python number or a tensor of floats, not str": supcon(temperature="1"),
+    "temperature must be a Python number or a tensor of floats, not bool": supcon(temperature=True),
     "ignore_index must be an int, not float": supcon(ignore_index=-100.0),
     "embeddings must be a torch.Tensor, not list": supcon(X.tolist(), Y),
     "embeddings is torch.int64: it must be float16": supcon(X.long(), Y),

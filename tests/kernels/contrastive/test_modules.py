@@ -40,7 +40,7 @@ def test_a_module_shows_its_options_and_has_no_state() -> None:
     loss = SupConLoss(temperature=0.1)
     assert repr(loss) == (
         "SupConLoss(temperature=0.1, denominator='all', reduction='mean', ignore_index=-100, "
-        "impl='auto', pair_memory=67108864)"
+        "impl='auto', pair_memory=67108864, positives='overlap')"
     )
     assert not loss.state_dict()
     assert pickle.loads(pickle.dumps(loss)).temperature == 0.1

@@ -1,0 +1,64 @@
+"""The options of the losses, and what is needed beyond a plain contrastive loss."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .batch import PAIR_MEMORY, Batch, WiderBatch
+
+
+class Options(NamedTuple):
+    """Keyword arguments of the losses; as in `losses`."""
+
+    temperature: float | Tensor = 0.5
+    denominator: str = "all"
+    reduction: str = "mean"
+    ignore_index: int = -100
+    process_group: Any = None
+    impl: str = "auto"
+    pair_memory: int = PAIR_MEMORY
+    positives: str = "overlap"
+    ignore_mask: Tensor | None = None
+    class_weights: Tensor | None = None
+    memory_embeddings: Tensor | None = None
+    memory_labels: Tensor | None = None
+    label_temperature: float | Tensor | None = None
+
+
+def needs_wider(labels: Tensor, options: Options) -> tuple[str, ...]:
+    """Return what makes a batch a wider one, in words; () for a plain one."""
+    needs = [
+        name
+        for name in (
+            "ignore_mask", "class_weights", "memory_embeddings", "memory_labels",
+            "label_temperature",
+        )
+        if getattr(options, name) is not None
+    ]  # fmt: skip
+    if isinstance(options.temperature, Tensor):
+        needs.insert(0, "a tensor as temperature")
+    if isinstance(labels, Tensor) and labels.dim() == 2:
+        needs.insert(0, "labels [N, K]")
+    return tuple(needs)
+
+
+def make_wider(batch: Batch, options: Options) -> WiderBatch:
+    return WiderBatch(
+        batch, options.temperature, options.label_temperature, options.positives,
+        options.ignore_mask, options.memory_embeddings, options.memory_labels,
+        options.class_weights,
+    )  # fmt: skip
+
+
+def smallest_temperature(options: Options) -> float:
+    """Return the smallest temperature as far as it is known without waiting for a GPU."""
+    found = []
+    for temperature in (options.temperature, options.label_temperature):
+        if not isinstance(temperature, Tensor):
+            found += [] if temperature is None else [float(temperature)]
+        elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+            found += [float(temperature.detach().min())] if temperature.numel() else []
+    return min(found, default=0.5)

@@ -1,0 +1,1 @@
+"""The contrastive losses with tensors as temperatures, several labels a row, and memories."""

@@ -1,0 +1,125 @@
+"""Positives of a wider batch, as sums over classes: no pair is looked at."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..batch import WiderBatch, count_classes, existing_rows, memberships_of
+
+# Sums over memberships are in float64, which holds products of float32 numbers. What a row shares
+# with all others, as a part of what it shares with all, is rounding below this.
+NOTHING_SHARED = 2.0**-40
+
+
+@dataclass(frozen=True)
+class Members:
+    """Classes of all rows: ids [R] or memberships [R, K], of which one is None.
+
+    exists: bool [R]. ids: int64, in [0, num_classes); num_classes for a row that does not exist.
+    memberships: float64, 0 for such a row. Two rows share p_ij = y_i . y_j, 1 or 0 for ids.
+    shared: float64 [A], the sum of p_ij over the others, of each anchor.
+    anchor_weights: float64 [A], 0 for an anchor without a positive.
+    """
+
+    exists: Tensor
+    num_classes: int
+    ids: Tensor | None
+    memberships: Tensor | None
+    shared: Tensor
+    anchor_weights: Tensor
+
+    def positive_sums(self, values: Tensor, num_rows: int) -> Tensor:
+        """Return sum_{j != i} p_ij values_j [.., num_rows, d] over the rows j of values."""
+        num_values = values.shape[-2]
+        if self.ids is not None:
+            by_row = values.movedim(-2, 0)
+            by_class = values.new_zeros(self.num_classes + 1, *by_row.shape[1:])
+            # Unlike `index_add_`, `index_put_` adds in a fixed order on every device.
+            by_class.index_put_((self.ids[:num_values],), by_row, accumulate=True)
+            sums = by_class.index_select(0, self.ids[:num_rows]).movedim(0, -2)
+            with_itself = self.exists[:, None].to(values.dtype)
+        else:
+            assert self.memberships is not None, "one of the two is given"
+            y, doubles = self.memberships, values.double()
+            by_class = y[:num_values].mT @ doubles
+            sums = y[:num_rows] @ by_class
+            with_itself = y.square().sum(1, keepdim=True)
+            values = doubles
+        both = min(num_values, num_rows)
+        own = values[..., :both, :] * with_itself[:both]
+        return sums - torch.nn.functional.pad(own, (0, 0, 0, num_rows - both))
+
+
+def find_members(wider: WiderBatch) -> Members:
+    """Return the classes of all rows."""
+    batch = wider.batch
+    labels, memory_labels = batch.labels, wider.memory_labels
+    num_classes = count_classes(wider)
+    exists = existing_rows(wider)
+    if labels.dim() == 1 and (memory_labels is None or memory_labels.dim() == 1):
+        return members_by_id(wider, exists, num_classes)
+    assert num_classes is not None, "memberships name the number of classes"
+    parts = [memberships_of(labels, num_classes, batch.ignore_index)]
+    if batch.num_labels is not None:
+        parts.append(torch.eye(num_classes, dtype=torch.float64, device=labels.device))
+    parts *= batch.num_copies
+    if memory_labels is not None:
+        parts.append(memberships_of(memory_labels, num_classes, batch.ignore_index))
+    memberships = torch.cat(parts).masked_fill_(~exists[:, None], 0)
+    anchors = slice(0, wider.num_anchors)
+    weights = wider.class_weights
+    if wider.positives == "each":
+        # Every label of a row is an anchor of its own: p_ij = sum_c w_c y_ic y_jc / (n_c - 1), so
+        # that what an anchor shares is also its weight.
+        num_others = memberships.sum(0) - 1
+        factors = torch.where(num_others > 0.5, 1 / num_others, 0)
+        if weights is not None:
+            factors = factors * weights.double()
+        memberships *= factors.sqrt()
+        shared = find_shared(memberships, anchors)
+        return Members(exists, num_classes, None, memberships, shared, shared)
+    shared = find_shared(memberships, anchors)
+    anchor_weights = shared.sign()
+    if weights is not None:
+        of_anchors = memberships[anchors]
+        total = of_anchors.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
+        anchor_weights = anchor_weights * (of_anchors @ weights.double()) / total
+    return Members(exists, num_classes, None, memberships, shared, anchor_weights)
+
+
+def find_shared(memberships: Tensor, anchors: slice) -> Tensor:
+    """Return sum_{j != i} y_i . y_j of the anchors."""
+    y = memberships[anchors]
+    with_all = y @ memberships.sum(0)
+    shared = with_all - y.square().sum(1)
+    return torch.where(shared > NOTHING_SHARED * with_all, shared, 0)
+
+
+def members_by_id(wider: WiderBatch, exists: Tensor, num_classes: int | None) -> Members:
+    batch, memory_labels = wider.batch, wider.memory_labels
+    integers = [batch.labels.long()]
+    if memory_labels is not None:
+        integers.append(memory_labels.long())
+    labels = torch.cat(integers)
+    num_samples = batch.labels.shape[0]
+    if num_classes is None:
+        # The id is the position of the first equal label in sorted order.
+        num_classes = labels.shape[0]
+        labels = torch.searchsorted(labels.sort().values, labels)
+    parts = [labels[:num_samples]]
+    if batch.num_labels is not None:
+        parts.append(torch.arange(batch.num_labels, device=labels.device))
+    ids = torch.cat([*parts * batch.num_copies, labels[num_samples:]])
+    ids = ids.masked_fill(~exists, num_classes)
+    num_members = torch.zeros(num_classes + 1, dtype=torch.float64, device=ids.device)
+    num_members.index_put_((ids,), exists.double(), accumulate=True)
+    anchor_ids = ids[: wider.num_anchors]
+    shared = (num_members.index_select(0, anchor_ids) - 1).clamp_(min=0)
+    anchor_weights = shared.clamp(max=1)
+    if wider.class_weights is not None:
+        weights = torch.nn.functional.pad(wider.class_weights.double(), (0, 1))
+        anchor_weights = anchor_weights * weights.index_select(0, anchor_ids)
+    return Members(exists, num_classes, ids, None, shared, anchor_weights)

@@ -1,0 +1,279 @@
+"""The logarithm of D_i = sum_k exp(scale_i z_i . z_k), and its gradient, tile by tile.
+
+With e_ij = exp(scale_i z_i . z_j), 0 where the denominator leaves the pair out, and u_i = g_i / D_i
+for upstream gradients g_i:
+
+    dz_i     = sum_j (e_ij u_i scale_i + e_ji u_j scale_j) z_j
+    dscale_i = u_i sum_j e_ij z_i . z_j
+
+Where all rows have one scale, e is symmetric and a pair has one exponential. A tile serves the rows
+of both its sides. Rows of a memory are no anchors: their u is 0.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..autograd import without_autocast
+from ..tiled import cpu_triangle
+from ..tiled.loss import as_exits, block_pairs, shaped, tile_rows
+from .members import Members
+
+
+class Pairs(NamedTuple):
+    """The pairs of the first A rows of z with all its rows.
+
+    z: unit rows [E, R, d], 0 for rows that do not exist. scale: [E] or [E, A].
+    exists: [R], 1 or 0. keys: classes [R] or memberships [R, K], for "negatives".
+    """
+
+    z: Tensor
+    scale: Tensor
+    exists: Tensor
+    keys: Tensor
+    denominator: str
+    num_anchors: int
+    num_trained: int
+    pair_memory: int
+
+    @property
+    def by_row(self) -> bool:
+        return self.scale.dim() == 2
+
+
+def log_denominators(
+    z: Tensor,
+    scale: Tensor,
+    members: Members,
+    denominator: str,
+    num_anchors: int,
+    num_trained: int,
+    pair_memory: int,
+) -> Tensor:
+    """Return log D [.., A], -inf for an anchor without a pair; z [.., R, d], scale [..] or [.., A].
+
+    The first `num_trained` rows of z get a gradient, and the scale.
+    """
+    if members.ids is not None:
+        keys = members.ids
+    else:
+        assert members.memberships is not None, "one of the two is given"
+        keys = members.memberships.to(z.dtype)
+    exists = members.exists.to(z.dtype)
+    exits = as_exits(z)
+    num_exits = exits.shape[0]
+    if scale.dim() == z.dim() - 1:
+        scales = scale.expand(*z.shape[:-2], num_anchors).reshape(num_exits, num_anchors)
+    else:
+        scales = scale.expand(num_exits)
+    result = LogDenominators.apply(
+        exits, scales, exists, keys, denominator, num_anchors, num_trained, pair_memory
+    )
+    return result.view(*z.shape[:-2], num_anchors)
+
+
+def tiled_sums(pairs: Pairs, with_products: bool) -> list[Tensor]:
+    """Return D [E, A] and, if they are wanted, the sums of e_ij z_i . z_j [E, A]."""
+    found = pairs.z.new_zeros(2 if with_products else 1, pairs.z.shape[0], pairs.num_anchors)
+    buffers = tiles_for(pairs)
+    for exit, z in enumerate(pairs.z):
+        for i, j in block_pairs(pairs.num_anchors, z.shape[0], tile_rows(z)):
+            products, tile, weighted = (shaped(buffer, i, j) for buffer in buffers)
+            torch.matmul(z[i], z[j].t(), out=products)
+            exponentials(pairs, exit, products, i, j, False, tile)
+            add_sums(found[:, exit, i], tile, products, pairs.exists[j], weighted)
+            if i != j and j.stop <= pairs.num_anchors:
+                if pairs.by_row:
+                    exponentials(pairs, exit, products, i, j, True, tile)
+                of_columns = (buffer.t() for buffer in (tile, products))
+                add_sums(found[:, exit, j], *of_columns, pairs.exists[i], weighted.t())
+    return list(found)
+
+
+def add_sums(sums: Tensor, e: Tensor, products: Tensor, exists: Tensor, out: Tensor) -> None:
+    """Add the sums over columns of e and, if `sums` has a second row, of e times products."""
+    sums[0].addmv_(e, exists)
+    if len(sums) > 1:
+        sums[1].addmv_(torch.mul(e, products, out=out), exists)
+
+
+def tiled_gradient(pairs: Pairs, u: Tensor) -> Tensor:
+    """Return dz [E, n, d] of the trained rows, for u_i scale_i [E, R]."""
+    num_exits, num_rows, width = pairs.z.shape
+    num_trained = pairs.num_trained
+    result = pairs.z.new_zeros(num_exits, num_trained, width)
+    buffers = tiles_for(pairs)
+    for exit, z in enumerate(pairs.z):
+        for i, j in block_pairs(num_trained, num_rows, tile_rows(z)):
+            products, tile, other = (shaped(buffer, i, j) for buffer in buffers)
+            torch.matmul(z[i], z[j].t(), out=products)
+            exponentials(pairs, exit, products, i, j, False, tile)
+            if pairs.by_row:
+                tile *= u[exit, i, None]
+                if j.start < pairs.num_anchors:
+                    exponentials(pairs, exit, products, i, j, True, other)
+                    tile.addcmul_(other, u[exit, j].expand_as(other))
+            else:
+                tile *= torch.add(u[exit, i, None], u[exit, j], out=other)
+            result[exit, i].addmm_(tile, z[j])
+            if i != j and j.stop <= num_trained:
+                result[exit, j].addmm_(tile.t(), z[i])
+    return result
+
+
+def exponentials(
+    pairs: Pairs, exit: int, products: Tensor, i: slice, j: slice, is_column: bool, out: Tensor
+) -> None:
+    """Write e_ij of a tile or, with is_column, e_ji; 0 where D leaves the pair out."""
+    scale = pairs.scale[exit]
+    if pairs.by_row:
+        scale = anchor_scale(scale, j) if is_column else scale[i, None]
+    torch.mul(products, scale, out=out).exp_()
+    if pairs.denominator == "others" and i == j:
+        out.fill_diagonal_(0)
+    elif pairs.denominator == "negatives":
+        rows, columns = pairs.keys[i], pairs.keys[j]
+        apart = rows[:, None] != columns if rows.dim() == 1 else (rows @ columns.t()) == 0
+        out *= apart
+
+
+def anchor_scale(scale: Tensor, block: slice) -> Tensor:
+    """Return the scales of a block of rows, 0 for those that are no anchors."""
+    found = scale[block]
+    return torch.nn.functional.pad(found, (0, block.stop - block.start - found.shape[0]))
+
+
+def tiles_for(pairs: Pairs) -> Tensor:
+    return pairs.z.new_empty(3, tile_rows(pairs.z) ** 2)
+
+
+def compiled_loop_takes(pairs: Pairs) -> bool:
+    """Return whether cpu_triangle.c computes these pairs."""
+    has_keys = pairs.denominator != "negatives" or pairs.keys.dim() == 1
+    return has_keys and cpu_triangle.can_run(pairs.z)
+
+
+def compiled_sums(pairs: Pairs, with_products: bool, tiles: Tensor) -> list[Tensor]:
+    """Return what `tiled_sums` returns. tiles: memory for exponentials, by exit."""
+    shape = pairs.z.shape[0], pairs.num_anchors
+    found = [pairs.z.new_empty(shape) for _ in range(1 + with_products)]
+    for exit in range(shape[0]):
+        outputs = dict(zip(("result", "products"), (part[exit] for part in found), strict=False))
+        run_exit(
+            pairs, exit, tiles[exit], outputs,
+            num_own=pairs.num_anchors, num_kept_rows=pairs.num_trained if tiles.numel() else 0,
+        )  # fmt: skip
+    # The loop replaces a sum of 0 by the smallest number.
+    found[0].masked_fill_(found[0] <= torch.finfo(torch.float32).tiny, 0)
+    if with_products:
+        found[1] *= cpu_triangle.LN2 if pairs.by_row else cpu_triangle.LN2 / pairs.scale[:, None]
+    return found
+
+
+def compiled_gradient(pairs: Pairs, u: Tensor, tiles: Tensor, are_kept: bool) -> Tensor:
+    """Return what `tiled_gradient` returns. are_kept: whether tiles hold exponentials."""
+    num_exits, _, width = pairs.z.shape
+    result = pairs.z.new_empty(num_exits, pairs.num_trained, width)
+    for exit in range(num_exits):
+        outputs = {"u": u[exit], "result": result[exit]}
+        run_exit(
+            pairs, exit, tiles[exit], outputs,
+            num_own=pairs.num_trained, num_kept_tiles=int(are_kept),
+        )  # fmt: skip
+    return result
+
+
+def run_exit(
+    pairs: Pairs, exit: int, tiles: Tensor, outputs: dict[str, Tensor], **options: int
+) -> None:
+    temperature, scales = 1.0, None
+    if pairs.by_row:
+        scales = anchor_scale(pairs.scale[exit], slice(0, pairs.z.shape[1]))
+    else:
+        temperature = 1 / float(pairs.scale[exit])
+    classes = pairs.keys if pairs.keys.dim() == 1 else pairs.exists
+    parts = {
+        "y": pairs.z[exit], "classes": classes.int(), "exists": pairs.exists, "scales": scales,
+        **outputs,
+    }  # fmt: skip
+    cpu_triangle.run_pairs(parts, tiles, pairs.denominator, temperature=temperature, **options)
+
+
+def memory_for_tiles(pairs: Pairs) -> Tensor:
+    """Borrow memory for tiles of the gradient, [E, floats]; to be given back."""
+    num_exits, num_rows, _ = pairs.z.shape
+    each = cpu_triangle.num_tiles(num_rows, pairs.num_trained, pairs.pair_memory // num_exits)
+    each = max(each, 1)
+    return cpu_triangle.borrow(num_exits * each)
+
+
+def by_exit(memory: Tensor, num_exits: int) -> Tensor:
+    """Return memory as [E, floats], whole tiles each."""
+    each = memory.numel() // (num_exits * cpu_triangle.TILE_ELEMENTS) * cpu_triangle.TILE_ELEMENTS
+    return memory[: num_exits * each].view(num_exits, each)
+
+
+class LogDenominators(torch.autograd.Function):
+    """log D [E, A] as a function of z and the scale; options: see `Pairs`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, scale: Tensor, exists: Tensor, keys: Tensor, *options: Any
+    ) -> Tensor:
+        pairs = Pairs(z, scale, exists, keys, *options)
+        trains_z, trains_scale = ctx.needs_input_grad[:2]
+        ctx.memory = None
+        if compiled_loop_takes(pairs):
+            if trains_z and not pairs.by_row:
+                ctx.memory = memory_for_tiles(pairs)
+            memory = z.new_empty(0) if ctx.memory is None else ctx.memory
+            found = compiled_sums(pairs, trains_scale, by_exit(memory, len(z)))
+        else:
+            found = tiled_sums(pairs, trains_scale)
+        ctx.save_for_backward(z, scale, exists, keys, *found)
+        ctx.options = options
+        return found[0].log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        z, scale, exists, keys, *found = ctx.saved_tensors
+        pairs = Pairs(z, scale, exists, keys, *ctx.options)
+        of_z = of_scale = None
+        with without_autocast(z.device.type):
+            u = weights_of(upstream, found[0])
+            if ctx.needs_input_grad[0]:
+                memory, ctx.memory = ctx.memory, None
+                of_z = gradient(pairs, u, memory)
+            if ctx.needs_input_grad[1]:
+                of_scale = scale_gradient(pairs, u, found[1])
+        return of_z, of_scale, *(None,) * (2 + len(ctx.options))
+
+
+def gradient(pairs: Pairs, u: Tensor, memory: Tensor | None) -> Tensor:
+    """Return dz [E, R, d]; memory: tiles of exponentials, or None."""
+    num_rows = pairs.z.shape[1]
+    u = u * (pairs.scale if pairs.by_row else pairs.scale[:, None])
+    # u_j = 0 for rows that are no anchors.
+    u = torch.nn.functional.pad(u, (0, num_rows - pairs.num_anchors))
+    if compiled_loop_takes(pairs):
+        tiles = memory_for_tiles(pairs) if memory is None else memory
+        result = compiled_gradient(pairs, u, by_exit(tiles, len(u)), memory is not None)
+        cpu_triangle.give_back(tiles)
+    else:
+        result = tiled_gradient(pairs, u)
+    return torch.nn.functional.pad(result, (0, 0, 0, num_rows - pairs.num_trained))
+
+
+def scale_gradient(pairs: Pairs, u: Tensor, products: Tensor) -> Tensor:
+    result = u * products
+    return result if pairs.by_row else result.sum(-1)
+
+
+def weights_of(upstream: Tensor, found: Tensor) -> Tensor:
+    """Return u = g / D, 0 where g is 0, also for D = 0."""
+    return torch.where(upstream == 0, 0, upstream / found)
