@@ -155,6 +155,11 @@ class WiderBatch(NamedTuple):
         if of_labels is None and not per_sample:
             return of_samples
         if of_labels is None:
+            if of_samples.shape[-1] == 0:
+                raise ValueError(
+                    "temperature is empty: there is no sample whose mean the label embeddings "
+                    "could take (pass label_temperature)"
+                )
             of_labels = of_samples.mean(-1)
         of_labels = torch.as_tensor(of_labels, dtype=dtype, device=device)
         num_samples = batch.embeddings.shape[-2]

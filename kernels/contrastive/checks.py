@@ -143,24 +143,12 @@ def check_wider(wider: WiderBatch) -> None:
     check_memory(wider)
     check_mask(wider)
     check_class_weights(wider)
-    num_samples = wider.batch.embeddings.shape[-2]
     for name, value in (
         ("temperature", wider.temperature),
         ("label_temperature", wider.label_temperature),
     ):
         if value is not None:
             check_temperature(name, value, wider)
-    if (
-        isinstance(wider.temperature, Tensor)
-        and num_samples == 0
-        and wider.temperature.numel() == 0
-        and wider.label_temperature is None
-        and wider.num_anchors > 0
-    ):
-        raise ValueError(
-            "temperature is empty, as there is no sample whose mean the label embeddings could "
-            "take: pass label_temperature"
-        )
 
 
 def can_read(tensor: Tensor) -> bool:

@@ -126,8 +126,6 @@ def obstacle(name: str, workload: Workload) -> str | None:
             f"temperature {temperature} is below 1 / {largest:g}, where its unshifted "
             "exponentials leave float64's range (impl='reference' takes any temperature)"
         )
-    if workload.needs and workload.num_ranks > 1:
-        return f"{', '.join(workload.needs)}: not computed over a process_group"
     if name not in ("supcon_small", "supcon_fused"):
         return None
     if workload.needs:

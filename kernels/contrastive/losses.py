@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import dispatch
 from .autograd import without_autocast
-from .batch import PAIR_MEMORY, Batch
+from .batch import PAIR_MEMORY, Batch, WiderBatch
 from .checks import (
     check_integers,
     check_number,
@@ -16,8 +16,16 @@ from .checks import (
     check_tensors,
     check_wider,
 )
-from .options import Options, make_wider, needs_wider, smallest_temperature
+from .options import (
+    Options,
+    describe,
+    describe_temperatures,
+    make_wider,
+    needs_wider,
+    smallest_temperature,
+)
 from .sharded import losses as sharded
+from .sharded import wider as sharded_wider
 from .sharded.agreement import (
     ProcessGroup,
     agree,
@@ -239,13 +247,15 @@ def _contrastive_loss(labels: Tensor, tensors: dict[str, Tensor], options: Optio
             announce_refusal(process_group, error)
         raise
     with without_autocast(embeddings.device.type):
+        if num_ranks > 1:
+            spread = _agree(process_group, batch, name, wider)
+            # Without any sample the rows are the same on every rank, and each computes the loss.
+            if wider is not None and (any(spread.num_samples) or wider.memory_labels is not None):
+                return sharded_wider.contrastive_loss(name, spread, wider)
+            if wider is None and any(spread.num_samples):
+                return sharded.contrastive_loss(name, spread, batch)
         if wider is not None:
             return dispatch.wider_function(name)(wider)
-        if num_ranks > 1:
-            spread = _agree(process_group, batch, name)
-            # Without any sample the rows are the same on every rank, and each computes the loss.
-            if any(spread.num_samples):
-                return sharded.contrastive_loss(name, spread, batch)
         return dispatch.loss_function(name)(batch)
 
 
@@ -264,7 +274,9 @@ def _workload(
     )
 
 
-def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:
+def _agree(
+    process_group: ProcessGroup, batch: Batch, name: str, wider: WiderBatch | None
+) -> Spread:
     """Return every rank's number of samples once all ranks have agreed on the same loss."""
     num_labels = batch.num_labels or 0
     call = {
@@ -273,12 +285,14 @@ def _agree(process_group: ProcessGroup, batch: Batch, name: str) -> Spread:
         "the number of label embeddings K": num_labels,
         "the dtypes": [str(part.dtype).removeprefix("torch.") for part in batch.parts],
         "the device": batch.embeddings.device.type,
-        "temperature": batch.temperature,
+        "temperature": batch.temperature if wider is None else describe_temperatures(wider),
         "denominator": batch.denominator,
         "reduction": batch.reduction,
         "ignore_index": batch.ignore_index,
         "the implementation chosen": name,
     }
+    if wider is not None:
+        call |= describe(wider)
     num_samples = agree(process_group, batch.embeddings.shape[-2], call)
     rank = torch.distributed.get_rank(process_group)
     return Spread(process_group, rank, num_samples, num_labels, batch.num_copies)

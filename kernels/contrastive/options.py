@@ -62,3 +62,34 @@ def smallest_temperature(options: Options) -> float:
         elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():
             found += [float(temperature.detach().min())] if temperature.numel() else []
     return min(found, default=0.5)
+
+
+def describe_temperatures(wider: WiderBatch) -> list[Any]:
+    """Return the temperatures as far as ranks can compare them: numbers, and kinds of tensors."""
+    found: list[Any] = []
+    for temperature in (wider.temperature, wider.label_temperature):
+        if not isinstance(temperature, Tensor):
+            found.append(temperature)
+        elif temperature.dim() == 0 and temperature.device.type == "cpu":
+            found.append(float(temperature.detach()))
+        else:
+            # Sizes of samples differ.
+            found.append(f"{temperature.dim()}-dim {temperature.dtype}".replace("torch.", ""))
+    return found
+
+
+def describe(wider: WiderBatch) -> dict[str, Any]:
+    """Return what all ranks must have in common, in words, beside a plain batch's."""
+    labels, memory, weights = wider.batch.labels, wider.memory_labels, wider.class_weights
+    return {
+        "labels": kind_of(labels),
+        "positives": wider.positives,
+        "ignore_mask": wider.ignore_mask is not None,
+        "memory": None if memory is None else [memory.shape[0], kind_of(memory)],
+        "class_weights": None if weights is None else weights.shape[0],
+    }
+
+
+def kind_of(labels: Tensor) -> str:
+    columns = "".join(f" x {size}" for size in labels.shape[1:])
+    return f"{labels.dtype}{columns}".replace("torch.", "")

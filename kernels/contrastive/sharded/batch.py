@@ -123,11 +123,21 @@ def gather_batch(spread: Spread, batch: Batch) -> Batch:
 
     Not normalized, so that 16-bit embeddings are sent as 16 bits. Labels become int64.
     """
-    largest = max(spread.num_samples)
     # The sample dimension comes first, so that a rank's samples are a slice.
     own = [batch.labels.long(), batch.embeddings.detach().movedim(-2, 0)]
     if batch.teacher_embeddings is not None:
         own.append(batch.teacher_embeddings.detach())
+    parts = gather_parts(spread, own, spread.num_samples)
+    return batch._replace(
+        embeddings=parts[1].movedim(0, -2).contiguous(),
+        labels=parts[0],
+        teacher_embeddings=parts[2] if len(parts) > 2 else None,
+    )
+
+
+def gather_parts(spread: Spread, own: list[Tensor], counts: tuple[int, ...]) -> list[Tensor]:
+    """Return parts [sum of counts, ..] from those of all ranks [n, ..], after one all-gather."""
+    largest = max(counts)
     sent = torch.cat([padded_bytes(part, largest) for part in own])
     received = sent.new_empty(spread.num_ranks, sent.numel())
     all_gather(received, sent, spread.process_group)
@@ -137,15 +147,11 @@ def gather_batch(spread: Spread, batch: Batch) -> Batch:
         num_bytes = shape_bytes(shape, part.dtype)
         by_rank = [
             row[start : start + num_bytes].view(part.dtype).view(shape)[:number]
-            for row, number in zip(received, spread.num_samples, strict=True)
+            for row, number in zip(received, counts, strict=True)
         ]
         parts.append(torch.cat(by_rank))
         start += aligned(num_bytes)
-    return batch._replace(
-        embeddings=parts[1].movedim(0, -2).contiguous(),
-        labels=parts[0],
-        teacher_embeddings=parts[2] if len(parts) > 2 else None,
-    )
+    return parts
 
 
 def padded_bytes(part: Tensor, num_samples: int) -> Tensor:

@@ -12,6 +12,7 @@ over classes, O(R d + R K), which PyTorch differentiates.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,12 +25,13 @@ from .members import Members, find_members
 from .pairs import log_denominators
 
 
-def contrastive_loss(wider: WiderBatch) -> Tensor:
-    """Return the loss: a scalar or [E]; for reduction "none" [.., A]."""
-    return anchor_losses(wider).to(wider.batch.accumulate_dtype)
+def contrastive_loss(
+    wider: WiderBatch, log_denominators: Callable[..., Tensor] = log_denominators
+) -> Tensor:
+    """Return the loss: a scalar or [E]; for reduction "none" [.., A].
 
-
-def anchor_losses(wider: WiderBatch) -> Tensor:
+    log_denominators: `pairs.log_denominators`, or what does its work for several processes.
+    """
     batch, num_anchors = wider.batch, wider.num_anchors
     members = find_members(wider)
     dtype = batch_dtype(batch)
@@ -48,13 +50,12 @@ def anchor_losses(wider: WiderBatch) -> Tensor:
     counts = (members.anchor_weights > 0) & (log_sums.detach() != -torch.inf)  # [.., A]
     weights = torch.where(counts, members.anchor_weights, 0).to(dtype)
     losses = losses.masked_fill(~counts, 0) * weights
-    if batch.reduction == "none":
-        return losses
-    total = losses.sum(-1)
-    if batch.reduction == "sum":
-        return total
-    weight = weights.sum(-1)
-    return total / weight.masked_fill(weight == 0, 1)
+    if batch.reduction != "none":
+        losses = losses.sum(-1)
+    if batch.reduction == "mean":
+        weight = weights.sum(-1)
+        losses = losses / weight.masked_fill(weight == 0, 1)
+    return losses.to(batch.accumulate_dtype)
 
 
 class PositiveSums(torch.autograd.Function):

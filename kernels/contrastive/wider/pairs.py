@@ -12,6 +12,7 @@ of both its sides. Rows of a memory are no anchors: their u is 0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -53,10 +54,12 @@ def log_denominators(
     num_anchors: int,
     num_trained: int,
     pair_memory: int,
+    compute: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Return log D [.., A], -inf for an anchor without a pair; z [.., R, d], scale [..] or [.., A].
 
-    The first `num_trained` rows of z get a gradient, and the scale.
+    The first `num_trained` rows of z get a gradient, and the scale. compute: what computes log D
+    [E, A] from the arguments of `Pairs`, if it is not this process alone.
     """
     if members.ids is not None:
         keys = members.ids
@@ -70,32 +73,40 @@ def log_denominators(
         scales = scale.expand(*z.shape[:-2], num_anchors).reshape(num_exits, num_anchors)
     else:
         scales = scale.expand(num_exits)
-    result = LogDenominators.apply(
-        exits, scales, exists, keys, denominator, num_anchors, num_trained, pair_memory
-    )
+    arguments = (
+        exits, scales, exists, keys, denominator, num_anchors, num_trained, pair_memory,
+    )  # fmt: skip
+    if compute is not None:
+        result = compute(*arguments)
+    elif torch.compiler.is_compiling():
+        result = denominators_operator(*arguments)[0].log()
+    else:
+        result = LogDenominators.apply(*arguments)
     return result.view(*z.shape[:-2], num_anchors)
 
 
 def tiled_sums(pairs: Pairs, with_products: bool) -> list[Tensor]:
     """Return D [E, A] and, if they are wanted, the sums of e_ij z_i . z_j [E, A]."""
-    found = pairs.z.new_zeros(2 if with_products else 1, pairs.z.shape[0], pairs.num_anchors)
+    shape = pairs.z.shape[0], pairs.num_anchors
+    found = [pairs.z.new_zeros(shape) for _ in range(1 + with_products)]
     buffers = tiles_for(pairs)
     for exit, z in enumerate(pairs.z):
         for i, j in block_pairs(pairs.num_anchors, z.shape[0], tile_rows(z)):
             products, tile, weighted = (shaped(buffer, i, j) for buffer in buffers)
             torch.matmul(z[i], z[j].t(), out=products)
             exponentials(pairs, exit, products, i, j, False, tile)
-            add_sums(found[:, exit, i], tile, products, pairs.exists[j], weighted)
+            of_rows = [part[exit, i] for part in found]
+            add_sums(of_rows, tile, products, pairs.exists[j], weighted)
             if i != j and j.stop <= pairs.num_anchors:
                 if pairs.by_row:
                     exponentials(pairs, exit, products, i, j, True, tile)
-                of_columns = (buffer.t() for buffer in (tile, products))
-                add_sums(found[:, exit, j], *of_columns, pairs.exists[i], weighted.t())
-    return list(found)
+                of_columns = [part[exit, j] for part in found]
+                add_sums(of_columns, tile.t(), products.t(), pairs.exists[i], weighted.t())
+    return found
 
 
-def add_sums(sums: Tensor, e: Tensor, products: Tensor, exists: Tensor, out: Tensor) -> None:
-    """Add the sums over columns of e and, if `sums` has a second row, of e times products."""
+def add_sums(sums: list[Tensor], e: Tensor, products: Tensor, exists: Tensor, out: Tensor) -> None:
+    """Add the sums over columns of e and, if `sums` has two, of e times products."""
     sums[0].addmv_(e, exists)
     if len(sums) > 1:
         sums[1].addmv_(torch.mul(e, products, out=out), exists)
@@ -217,6 +228,17 @@ def by_exit(memory: Tensor, num_exits: int) -> Tensor:
     return memory[: num_exits * each].view(num_exits, each)
 
 
+def denominators(
+    pairs: Pairs, trains_z: bool, trains_scale: bool
+) -> tuple[list[Tensor], Tensor | None]:
+    """Return D [E, A], sums of products to train the scale, and tiles kept to train z, or None."""
+    if not compiled_loop_takes(pairs):
+        return tiled_sums(pairs, trains_scale), None
+    memory = memory_for_tiles(pairs) if trains_z and not pairs.by_row else None
+    tiles = by_exit(pairs.z.new_empty(0) if memory is None else memory, len(pairs.z))
+    return compiled_sums(pairs, trains_scale, tiles), memory
+
+
 class LogDenominators(torch.autograd.Function):
     """log D [E, A] as a function of z and the scale; options: see `Pairs`."""
 
@@ -225,15 +247,7 @@ class LogDenominators(torch.autograd.Function):
         ctx: Any, z: Tensor, scale: Tensor, exists: Tensor, keys: Tensor, *options: Any
     ) -> Tensor:
         pairs = Pairs(z, scale, exists, keys, *options)
-        trains_z, trains_scale = ctx.needs_input_grad[:2]
-        ctx.memory = None
-        if compiled_loop_takes(pairs):
-            if trains_z and not pairs.by_row:
-                ctx.memory = memory_for_tiles(pairs)
-            memory = z.new_empty(0) if ctx.memory is None else ctx.memory
-            found = compiled_sums(pairs, trains_scale, by_exit(memory, len(z)))
-        else:
-            found = tiled_sums(pairs, trains_scale)
+        found, ctx.memory = denominators(pairs, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(z, scale, exists, keys, *found)
         ctx.options = options
         return found[0].log()
@@ -277,3 +291,57 @@ def scale_gradient(pairs: Pairs, u: Tensor, products: Tensor) -> Tensor:
 def weights_of(upstream: Tensor, found: Tensor) -> Tensor:
     """Return u = g / D, 0 where g is 0, also for D = 0."""
     return torch.where(upstream == 0, 0, upstream / found)
+
+
+# torch.compile sees operators. Unlike the Function they keep no tiles, whose memory is borrowed.
+OPTIONS_SCHEMA = "str denominator, SymInt num_anchors, SymInt num_trained, SymInt pair_memory"
+
+
+@torch.library.custom_op(
+    "fusedacl::denominators",
+    mutates_args=(),
+    schema=f"(Tensor z, Tensor scale, Tensor exists, Tensor keys, {OPTIONS_SCHEMA}) -> Tensor[]",
+)
+def denominators_operator(*arguments: Any) -> list[Tensor]:
+    """Return D and the sums of products [E, A]."""
+    return denominators(Pairs(*arguments), False, True)[0]
+
+
+@denominators_operator.register_fake
+def _(*arguments: Any) -> list[Tensor]:
+    pairs = Pairs(*arguments)
+    return [pairs.z.new_empty(pairs.z.shape[0], pairs.num_anchors) for _ in range(2)]
+
+
+@torch.library.custom_op(
+    "fusedacl::denominators_backward",
+    mutates_args=(),
+    schema=f"(Tensor u, Tensor z, Tensor scale, Tensor exists, Tensor keys, {OPTIONS_SCHEMA})"
+    " -> Tensor",
+)
+def denominators_gradient(u: Tensor, *arguments: Any) -> Tensor:
+    """Return dz [E, R, d] for gradients u of D [E, A]."""
+    return gradient(Pairs(*arguments), u, None)
+
+
+@denominators_gradient.register_fake
+def _(u: Tensor, *arguments: Any) -> Tensor:
+    return torch.empty_like(arguments[0])
+
+
+def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], output[1])
+    ctx.options = inputs[4:]
+
+
+def operator_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor | None, ...]:
+    *tensors, products = ctx.saved_tensors
+    u = upstream[0]
+    if u is None:
+        return (None,) * 8
+    of_z = denominators_gradient(u, *tensors, *ctx.options)
+    of_scale = scale_gradient(Pairs(*tensors, *ctx.options), u, products)
+    return of_z, of_scale, *(None,) * 6
+
+
+denominators_operator.register_autograd(operator_gradients, setup_context=save_arguments)

@@ -1,0 +1,152 @@
+"""The wider losses over the samples of all ranks of a process group.
+
+Samples, their labels, masks and temperatures are gathered, and so is every rank's memory, all of
+which together are the memory of every anchor. A rank computes the sums over pairs of its own rows,
+as for a plain batch; the sums over classes, which look at no pair, it computes for all rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import reference
+from ..autograd import without_autocast
+from ..batch import WiderBatch
+from ..wider import loss as tiled
+from ..wider import pairs as over_pairs
+from .batch import Spread, gather_parts
+from .losses import OwnRows
+
+
+def contrastive_loss(name: str, spread: Spread, wider: WiderBatch) -> Tensor:
+    """Return the loss of all ranks' samples by the implementation of that name."""
+    everyone = gather_wider(spread, wider)
+    if name == "reference":
+        loss = reference.wider_loss(everyone)
+    else:
+        loss = tiled.contrastive_loss(everyone, SharedDenominators(spread))
+    return OwnRows.apply(loss, spread) if wider.batch.reduction == "none" else loss
+
+
+def gather_wider(spread: Spread, wider: WiderBatch) -> WiderBatch:
+    """Return the batch with the samples and memories of all ranks, after one or two all-gathers.
+
+    The own samples and their temperatures get W times their gradient, which data-parallel training
+    averages with that of ranks where they are constants.
+    """
+    batch = wider.batch
+    temperature = wider.temperature
+    num_samples = batch.embeddings.shape[-2]
+    by_sample = isinstance(temperature, Tensor) and is_by_sample(temperature, wider)
+    # The sample dimension comes first, so that a rank's samples are a slice.
+    own = {"labels": batch.labels, "embeddings": batch.embeddings.movedim(-2, 0)}
+    if batch.teacher_embeddings is not None:
+        own["teacher_embeddings"] = batch.teacher_embeddings
+    if wider.ignore_mask is not None:
+        own["ignore_mask"] = wider.ignore_mask
+    if isinstance(temperature, Tensor) and by_sample:
+        own["temperature"] = temperature.expand(*temperature.shape[:-1], num_samples).movedim(-1, 0)
+    gathered = dict(
+        zip(
+            own,
+            gather_parts(spread, [part.detach() for part in own.values()], spread.num_samples),
+            strict=True,
+        )
+    )
+    for name, dimension in (("embeddings", -2), ("temperature", -1)):
+        if name in own:
+            placed = place(spread, own[name], gathered[name])
+            gathered[name] = placed.movedim(0, dimension)
+    memory, memory_labels = wider.memory_embeddings, wider.memory_labels
+    if memory is not None and memory_labels is not None:
+        counts = (memory.shape[0],) * spread.num_ranks
+        memory, memory_labels = gather_parts(spread, [memory.detach(), memory_labels], counts)
+    return wider._replace(
+        batch=batch._replace(
+            embeddings=gathered["embeddings"],
+            labels=gathered["labels"],
+            teacher_embeddings=gathered.get("teacher_embeddings"),
+        ),
+        temperature=gathered.get("temperature", temperature),
+        ignore_mask=gathered.get("ignore_mask"),
+        memory_embeddings=memory,
+        memory_labels=memory_labels,
+    )
+
+
+def is_by_sample(temperature: Tensor, wider: WiderBatch) -> bool:
+    """Return whether the last dimension of a temperature is that of the samples."""
+    leading, num_samples = wider.batch.leading, wider.batch.embeddings.shape[-2]
+    if temperature.dim() == 2:
+        return temperature.shape[-1] == num_samples
+    # `check_temperature` refuses one that could be both.
+    return temperature.dim() == 1 and tuple(temperature.shape) != tuple(leading)
+
+
+def place(spread: Spread, own: Tensor, gathered: Tensor) -> Tensor:
+    """Return the gathered samples [N, ..] with the own ones, which keep their graph, among them."""
+    scaled = own.view_as(own)
+    if scaled.requires_grad:
+        scaled.register_hook(lambda gradient: gradient * spread.num_ranks)
+    start, stop = spread.own_samples.start, spread.own_samples.stop
+    return torch.cat([gathered[:start], scaled, gathered[stop:]])
+
+
+class SharedDenominators:
+    """`pairs.log_denominators` of all anchors, of which this rank computes its own."""
+
+    def __init__(self, spread: Spread) -> None:
+        self.spread = spread
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return over_pairs.log_denominators(*arguments, compute=self.compute)
+
+    def compute(self, *arguments: Any) -> Tensor:
+        """Return log D [E, A]; arguments as for `pairs.Pairs`."""
+        return SharedLogDenominators.apply(self.spread, *arguments)
+
+
+class SharedLogDenominators(torch.autograd.Function):
+    """log D [E, A] as a function of z, of which the own rows get a gradient, and the scale."""
+
+    @staticmethod
+    def forward(ctx: Any, spread: Spread, z: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+        pairs = over_pairs.Pairs(z, scale, *rest)
+        own_first = torch.arange(z.shape[1], device=z.device)
+        own_first[: pairs.num_anchors] = spread.own_first(z.device)
+        ordered = pairs._replace(
+            z=z.index_select(1, own_first),
+            exists=pairs.exists.index_select(0, own_first),
+            keys=pairs.keys.index_select(0, own_first),
+            num_trained=spread.num_own_rows // spread.num_copies,
+        )
+        if pairs.by_row:
+            ordered = ordered._replace(scale=scale.index_select(1, own_first[: pairs.num_anchors]))
+        _, trains_z, trains_scale = ctx.needs_input_grad[:3]
+        own = ordered._replace(num_anchors=spread.num_own_rows)
+        found, ctx.memory = over_pairs.denominators(own, trains_z, trains_scale)
+        everyones = spread.gather_rows(torch.stack(found)).unbind()
+        ctx.save_for_backward(own_first, *ordered[:4], *everyones)
+        ctx.options = ordered[4:]
+        return everyones[0].log()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        own_first, z, scale, exists, keys, *found = ctx.saved_tensors
+        ordered = over_pairs.Pairs(z, scale, exists, keys, *ctx.options)
+        of_z = of_scale = None
+        with without_autocast(z.device.type):
+            u = over_pairs.weights_of(upstream, found[0])
+            if ctx.needs_input_grad[1]:
+                memory, ctx.memory = ctx.memory, None
+                in_order = u.index_select(1, own_first[: ordered.num_anchors])
+                gradient = over_pairs.gradient(ordered, in_order, memory)
+                of_z = torch.empty_like(gradient).index_copy_(1, own_first, gradient)
+            if ctx.needs_input_grad[2]:
+                of_scale = over_pairs.scale_gradient(ordered, u, found[1])
+        return None, of_z, of_scale, *(None,) * (2 + len(ctx.options))
