@@ -251,14 +251,12 @@ def check_range(
 
 
 def by_sample(temperature: Tensor, batch: Batch) -> Tensor:
-    """Return temperatures as a scalar, [E], or [.., N] with 1 in place of E or N allowed."""
+    """Return temperatures as a scalar, [E] or, one per sample, [.., N], [1, N] for all exits."""
     if temperature.dim() == 1 and batch.leading:
-        num_exits, num_samples = batch.leading[0], batch.embeddings.shape[-2]
         # `check_temperature` refuses one that could be both.
-        if temperature.shape[0] == num_samples and num_exits != num_samples:
-            return temperature[None]
-    if temperature.dim() == 2 and temperature.shape[-1] == 1:
-        return temperature[..., 0].expand(batch.leading)
+        return (
+            temperature if tuple(temperature.shape) == tuple(batch.leading) else temperature[None]
+        )
     return temperature
 
 

@@ -139,10 +139,10 @@ def check_shapes(tensors: dict[str, Tensor], labels: Tensor) -> None:
 
 def check_wider(wider: WiderBatch) -> None:
     """Raise TypeError or ValueError that names the argument, its value and a remedy."""
+    check_class_weights(wider)
     check_labels(wider)
     check_memory(wider)
     check_mask(wider)
-    check_class_weights(wider)
     for name, value in (
         ("temperature", wider.temperature),
         ("label_temperature", wider.label_temperature),
@@ -286,11 +286,12 @@ def check_temperature(name: str, temperature: float | Tensor, wider: WiderBatch)
         allowed.append((num_samples,))
         if leading:
             num_exits = leading[0]
-            allowed += [(num_exits, num_samples), (num_exits, 1), (1, num_samples)]
+            allowed += [(num_exits, num_samples), (1, num_samples)]
             if shape == (num_exits,) == (num_samples,):
                 raise ValueError(
-                    f"temperature has shape {shape}, and E = N = {num_exits}: make it "
-                    f"[{num_exits}, 1], one per exit, or [1, {num_samples}], one per sample"
+                    f"temperature has shape {shape}, and E = N = {num_exits}: make it one per "
+                    f"sample, temperature[None], or one per exit and sample, "
+                    f"temperature[:, None].expand({num_exits}, {num_samples})"
                 )
     if shape not in allowed:
         listed = " or ".join(str(list(one)) for one in dict.fromkeys(allowed))

@@ -63,15 +63,22 @@ def supcon_loss(
     Anchors without a positive do not count; a batch without any has loss 0 and gradient 0. A zero
     vector stays zero and gets gradient zero. NaN in an embedding makes loss and gradient NaN.
 
+    With several labels a row or memberships y, in place of the mean over P_i:
+
+        (1 / W_i) sum_{j != i} p_ij s_ij      W_i = sum_{j != i} p_ij,  p_ij = y_i . y_j
+
     Args:
         embeddings: [N, d], or [E, N, d] for E exits at once; float16, bfloat16, float32 or float64.
-        labels: [N] integers of any value, shared by the exits.
-        temperature: a Python number > 0.
+        labels: [N] integers of any value, or [N, K] bools or floats >= 0, which are several labels
+            or soft ones (a row of zeros is a negative of all others); shared by the exits.
+        temperature: a number > 0, or a tensor, which gets its gradient: a scalar, one per sample
+            [N], or with exits [E] or [E, N] ([1, N] for all exits). A tensor of a GPU is not read:
+            the tiles' sums overflow below 1 / 70.
         denominator: D_i = sum_k exp(s_ik) over "all" rows (arXiv 2602.03563 eq. 1), over the
             "others" (k != i; Khosla et al. 2020) or over the "negatives" (rows of other classes;
             Yeh et al. 2021; an anchor without a negative does not count either).
         reduction: "mean" over the anchors that count, "sum" (the paper), or "none": the L_i.
-        ignore_index: a row with this label does not exist.
+        ignore_index: a row with this integer as label does not exist.
         process_group: group of the ranks whose gradients are averaged, as in data-parallel training
             (for example `torch.distributed.group.WORLD`). The samples of all its ranks form one
             batch; see below. None: the batch of this process alone.
@@ -80,6 +87,17 @@ def supcon_loss(
             as far as it fits (64 MiB: 5,600 rows); the rest is computed twice. The result does not
             depend on it. Up to 64 MiB are kept for the next call. Not used on a GPU, in float64, by
             the reference, and up to 640 rows.
+        positives: for labels [N, K]: "overlap" is the formula above; "each" (MulSupCon, AAAI 2024;
+            bools only) makes every label of a row an anchor of its own, whose positives are the
+            other rows with that label, and "mean" that over all such anchors.
+        ignore_mask: [N] bools; a row with True does not exist.
+        class_weights: [K] constants >= 0, by which anchors count: L_i of "sum" and "none" is
+            multiplied by the weight, and "mean" divides by the sum of weights. Labels are in
+            [0, K). A row of several labels has the mean weight of its memberships; with "each"
+            every label has its own.
+        memory_embeddings: [Q, d] constants, shared by the exits: rows that all anchors compare
+            with, but no anchors themselves (a queue of earlier samples).
+        memory_labels: [Q] integers or [Q, K], as labels.
 
     Returns:
         A scalar ([E] with exits; [N] or [E, N] for "none"): float32, or float64 for float64
@@ -95,6 +113,8 @@ def supcon_loss(
         loss and gradients are, up to rounding, those of one process that holds all samples: "mean"
         and "sum" return the loss of the global batch on every rank, embeddings get W times its
         gradient and label embeddings its whole gradient. All ranks must scale the loss equally.
+        Temperatures of samples are treated as the samples, others as label embeddings. The memories
+        of all ranks, of the same size Q, together are the memory of every anchor.
 
         "none" returns the L_i of the rank's own rows: its samples and, on every rank, all label
         embeddings (the same for teacher rows). The averaged gradient is that of the mean over ranks
@@ -140,9 +160,11 @@ def acl_loss(
 
     Args:
         embeddings: [N, d], or [E, N, d] for E exits at once.
-        labels: [N] integers in [0, K), or `ignore_index`.
+        labels: [N] integers in [0, K), or `ignore_index`; or [N, K].
         label_embeddings: [K, d] (the weight of an `nn.Linear` classifier as it is), or [E, K, d].
             The dtype is that of `embeddings`; under autocast the two may differ.
+        label_temperature: that of label embeddings as anchors, a number or a tensor: a scalar, or
+            [E]. None: that of the samples, or the mean of theirs.
 
     Returns:
         A scalar, or [E]; for reduction "none" [N + K] or [E, N + K], samples first.
@@ -186,8 +208,9 @@ def acl_cl_loss(
 
     Args:
         embeddings: [N, d], or [E, N, d] for E exits at once.
-        labels: [N] integers in [0, K), or `ignore_index`.
+        labels: [N] integers in [0, K), or `ignore_index`; or [N, K].
         label_embeddings: [K, d], or [E, K, d].
+        label_temperature: as for `acl_loss`; also that of all teacher rows.
         teacher_embeddings: [N, d], for the same samples; shared by the exits.
         teacher_label_embeddings: [K, d]; shared by the exits.
 

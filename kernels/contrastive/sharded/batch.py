@@ -156,7 +156,8 @@ def gather_parts(spread: Spread, own: list[Tensor], counts: tuple[int, ...]) -> 
 
 def padded_bytes(part: Tensor, num_samples: int) -> Tensor:
     """Return the bytes of a part [n, ..], padded to the size of [num_samples, ..]."""
-    found = part.contiguous().view(-1).view(torch.uint8)
+    # A copy, since one element may have any stride, and be contiguous nevertheless.
+    found = part.new_empty(part.shape).copy_(part).view(-1).view(torch.uint8)
     num_bytes = aligned(shape_bytes((num_samples, *part.shape[1:]), part.dtype))
     return torch.nn.functional.pad(found, (0, num_bytes - found.numel()))
 

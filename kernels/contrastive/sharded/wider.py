@@ -40,7 +40,6 @@ def gather_wider(spread: Spread, wider: WiderBatch) -> WiderBatch:
     """
     batch = wider.batch
     temperature = wider.temperature
-    num_samples = batch.embeddings.shape[-2]
     by_sample = isinstance(temperature, Tensor) and is_by_sample(temperature, wider)
     # The sample dimension comes first, so that a rank's samples are a slice.
     own = {"labels": batch.labels, "embeddings": batch.embeddings.movedim(-2, 0)}
@@ -49,7 +48,7 @@ def gather_wider(spread: Spread, wider: WiderBatch) -> WiderBatch:
     if wider.ignore_mask is not None:
         own["ignore_mask"] = wider.ignore_mask
     if isinstance(temperature, Tensor) and by_sample:
-        own["temperature"] = temperature.expand(*temperature.shape[:-1], num_samples).movedim(-1, 0)
+        own["temperature"] = temperature.movedim(-1, 0)
     gathered = dict(
         zip(
             own,
@@ -80,11 +79,11 @@ def gather_wider(spread: Spread, wider: WiderBatch) -> WiderBatch:
 
 def is_by_sample(temperature: Tensor, wider: WiderBatch) -> bool:
     """Return whether the last dimension of a temperature is that of the samples."""
-    leading, num_samples = wider.batch.leading, wider.batch.embeddings.shape[-2]
-    if temperature.dim() == 2:
-        return temperature.shape[-1] == num_samples
+    leading = tuple(wider.batch.leading)
     # `check_temperature` refuses one that could be both.
-    return temperature.dim() == 1 and tuple(temperature.shape) != tuple(leading)
+    return temperature.dim() == 2 or (
+        temperature.dim() == 1 and tuple(temperature.shape) != leading
+    )
 
 
 def place(spread: Spread, own: Tensor, gathered: Tensor) -> Tensor:

@@ -123,6 +123,10 @@ def tiled_gradient(pairs: Pairs, u: Tensor) -> Tensor:
             products, tile, other = (shaped(buffer, i, j) for buffer in buffers)
             torch.matmul(z[i], z[j].t(), out=products)
             exponentials(pairs, exit, products, i, j, False, tile)
+            if i == j:
+                # A multiple of z_i, which the normalization removes, but not its rounding.
+                tile.fill_diagonal_(0)
+                products.fill_diagonal_(-torch.inf)
             if pairs.by_row:
                 tile *= u[exit, i, None]
                 if j.start < pairs.num_anchors:

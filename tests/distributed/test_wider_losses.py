@@ -1,0 +1,73 @@
+"""Wider losses of the samples and memories of all ranks: those of one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from contrastive_cases import combine
+from rank_pool import Ranks
+from wider_cases import LABELS, TEMPERATURES, differentiate, loss_of, make_problem
+from wider_cases_on_ranks import wider_on_rank
+
+SPLITS = ([6, 6], [1, 11], [3, 2, 6, 1], [4, 0, 7, 1])
+KINDS: list[dict[str, Any]] = [
+    {"label_embeddings": False},
+    {"memory": 12, "class_weights": True},
+    {"teacher": True, "mask": True},
+    {"exits": 3, "memory": 4},
+    {"label_embeddings": False, "memory": 8},
+]
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled", "tiled by PyTorch"])
+def test_ranks_are_one_process(four_ranks: Ranks, impl: str) -> None:
+    """In float64; averaged gradients of samples are W / W times those of the whole batch."""
+    problems = []
+    for sizes, kind, labels, temperature, denominator, reduction, positives in combine(
+        SPLITS, KINDS, LABELS, TEMPERATURES, ("all", "others", "negatives"),
+        ("mean", "sum", "none"), ("overlap", "each"),
+    ):  # fmt: skip
+        if labels == "soft":
+            positives = "overlap"
+        options = {"denominator": denominator, "reduction": reduction, "positives": positives}
+        problems.append((make_problem(12, labels, temperature, **kind, **options), sizes))
+    name = impl.partition(" ")[0]
+    by_rank = four_ranks.run(wider_on_rank, problems, name, impl != name)
+    for index, (problem, sizes) in enumerate(problems):
+        found = [results[index] for results in by_rank[: len(sizes)]]
+        whole = problem | {"impl": "reference"}
+        if problem["reduction"] == "none":
+            whole["reduction"] = "sum"
+        expected = differentiate(
+            lambda **arguments: loss_of(arguments)(**arguments).sum(), whole, torch.float64
+        )
+        if problem["reduction"] != "none":
+            for result in found:
+                torch.testing.assert_close(result["loss"], expected["loss"])
+        for key, wanted in expected.items():
+            if key == "loss":
+                continue
+            parts = [result[key] for result in found]
+            by_sample = parts[0].shape != wanted.shape or key == "embeddings"
+            if by_sample:
+                rows = -2 if key == "embeddings" else -1
+                got = torch.cat(parts, dim=rows) / len(sizes)
+            else:
+                got = torch.stack(parts).mean(0)
+            torch.testing.assert_close(got, wanted, msg=f"{key} of {sizes}, {problem}")
+
+
+def test_ranks_must_agree(two_ranks: Ranks) -> None:
+    problems = [
+        (make_problem(6, memory=4), [3, 3]),
+        (make_problem(6, "several"), [3, 3]),
+    ]
+    with pytest.raises(AssertionError, match=r"differ in labels \(int64 on rank 0; bool x 4"):
+        two_ranks.run(of_other_kinds, problems)
+
+
+def of_other_kinds(rank: int, problems: list[Any]) -> None:
+    """Each rank computes another problem."""
+    wider_on_rank(rank, problems[rank : rank + 1], "tiled", False)
