@@ -134,13 +134,18 @@ class WiderBatch(NamedTuple):
         memory = self.memory_embeddings
         return self.num_anchors + (0 if memory is None else memory.shape[0])
 
-    def concatenate(self, dtype: torch.dtype) -> Tensor:
-        """Copy all rows into one tensor [.., R, d]."""
-        rows = self.batch.concatenate(dtype)
-        if self.memory_embeddings is None:
-            return rows
-        memory = self.memory_embeddings.detach().to(dtype).expand(*self.batch.leading, -1, -1)
-        return torch.cat([rows, memory], dim=-2)
+    def trained_rows(self, dtype: torch.dtype) -> Tensor:
+        """Copy samples and label embeddings into one tensor [.., N + K, d]."""
+        return torch.cat(self.batch.parts[:2], dim=-2).to(dtype)
+
+    def constant_rows(self, dtype: torch.dtype) -> Tensor | None:
+        """Return all other rows as one tensor [R - N - K, d]; None if there are none."""
+        parts = self.batch.parts[2:]
+        if self.memory_embeddings is not None:
+            parts.append(self.memory_embeddings.detach())
+        if not parts:
+            return None
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(dtype)
 
     def anchor_temperatures(self, dtype: torch.dtype) -> Tensor:
         """Return the temperature of all anchors: a scalar or [E], or that of each, [.., A]."""

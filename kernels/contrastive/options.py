@@ -30,6 +30,16 @@ class Options(NamedTuple):
 
 def needs_wider(labels: Tensor, options: Options) -> tuple[str, ...]:
     """Return what makes a batch a wider one, in words; () for a plain one."""
+    if (
+        isinstance(options.temperature, (float, int))
+        and options.ignore_mask is None
+        and options.class_weights is None
+        and options.memory_embeddings is None
+        and options.memory_labels is None
+        and options.label_temperature is None
+        and not (isinstance(labels, Tensor) and labels.dim() == 2)
+    ):
+        return ()
     needs = [
         name
         for name in (
@@ -55,6 +65,8 @@ def make_wider(batch: Batch, options: Options) -> WiderBatch:
 
 def smallest_temperature(options: Options) -> float:
     """Return the smallest temperature as far as it is known without waiting for a GPU."""
+    if options.label_temperature is None and not isinstance(options.temperature, Tensor):
+        return float(options.temperature)
     found = []
     for temperature in (options.temperature, options.label_temperature):
         if not isinstance(temperature, Tensor):

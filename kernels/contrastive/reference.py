@@ -79,7 +79,10 @@ def wider_loss(wider: WiderBatch) -> Tensor:
     anchors = slice(0, num_anchors)
     dtype = accumulate_dtype(*(part.dtype for part in batch.parts))
     shared, weights = shared.to(dtype), weights.to(dtype)  # [A, R], [A]
-    z = normalize(wider.concatenate(dtype), exists)  # [.., R, d]
+    x, constants = wider.trained_rows(dtype), wider.constant_rows(dtype)
+    if constants is not None:
+        x = torch.cat([x, constants.expand(*x.shape[:-2], -1, -1)], dim=-2)
+    z = normalize(x, exists)  # [.., R, d]
     temperature = wider.anchor_temperatures(dtype)
     if temperature.dim() <= len(batch.leading):
         temperature = temperature[..., None]

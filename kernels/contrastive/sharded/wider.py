@@ -105,7 +105,7 @@ class SharedDenominators:
         return over_pairs.log_denominators(*arguments, compute=self.compute)
 
     def compute(self, *arguments: Any) -> Tensor:
-        """Return log D [E, A]; arguments as for `pairs.Pairs`."""
+        """Return log D [E, A]; arguments: z, and those of `pairs.Pairs`."""
         return SharedLogDenominators.apply(self.spread, *arguments)
 
 
@@ -113,39 +113,41 @@ class SharedLogDenominators(torch.autograd.Function):
     """log D [E, A] as a function of z, of which the own rows get a gradient, and the scale."""
 
     @staticmethod
-    def forward(ctx: Any, spread: Spread, z: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-        pairs = over_pairs.Pairs(z, scale, *rest)
-        own_first = torch.arange(z.shape[1], device=z.device)
+    def forward(ctx: Any, spread: Spread, z: Tensor, *arguments: Any) -> Tensor:
+        pairs = over_pairs.Pairs(*arguments)
+        own_first = torch.arange(pairs.z.shape[1], device=z.device)
         own_first[: pairs.num_anchors] = spread.own_first(z.device)
         ordered = pairs._replace(
-            z=z.index_select(1, own_first),
+            z=pairs.z.index_select(1, own_first),
             exists=pairs.exists.index_select(0, own_first),
             keys=pairs.keys.index_select(0, own_first),
             num_trained=spread.num_own_rows // spread.num_copies,
         )
         if pairs.by_row:
-            ordered = ordered._replace(scale=scale.index_select(1, own_first[: pairs.num_anchors]))
-        _, trains_z, trains_scale = ctx.needs_input_grad[:3]
+            of_anchors = own_first[: pairs.num_anchors]
+            ordered = ordered._replace(scale=pairs.scale.index_select(1, of_anchors))
+        _, trains_z, _, trains_scale, *_ = ctx.needs_input_grad
         own = ordered._replace(num_anchors=spread.num_own_rows)
         found, ctx.memory = over_pairs.denominators(own, trains_z, trains_scale)
         everyones = spread.gather_rows(torch.stack(found)).unbind()
         ctx.save_for_backward(own_first, *ordered[:4], *everyones)
-        ctx.options = ordered[4:]
+        ctx.options, ctx.shape = ordered[4:], z.shape
         return everyones[0].log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        own_first, z, scale, exists, keys, *found = ctx.saved_tensors
-        ordered = over_pairs.Pairs(z, scale, exists, keys, *ctx.options)
+        own_first, *tensors = ctx.saved_tensors
+        ordered, found = over_pairs.Pairs(*tensors[:4], *ctx.options), tensors[4:]
         of_z = of_scale = None
-        with without_autocast(z.device.type):
+        with without_autocast(upstream.device.type):
             u = over_pairs.weights_of(upstream, found[0])
             if ctx.needs_input_grad[1]:
                 memory, ctx.memory = ctx.memory, None
                 in_order = u.index_select(1, own_first[: ordered.num_anchors])
                 gradient = over_pairs.gradient(ordered, in_order, memory)
-                of_z = torch.empty_like(gradient).index_copy_(1, own_first, gradient)
-            if ctx.needs_input_grad[2]:
+                of_z = upstream.new_zeros(ctx.shape)
+                of_z.index_copy_(1, own_first[: ordered.num_trained], gradient)
+            if ctx.needs_input_grad[3]:
                 of_scale = over_pairs.scale_gradient(ordered, u, found[1])
-        return None, of_z, of_scale, *(None,) * (2 + len(ctx.options))
+        return None, of_z, None, of_scale, *(None,) * (2 + len(ctx.options))

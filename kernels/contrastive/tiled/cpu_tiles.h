@@ -146,6 +146,7 @@ INLINE void NAME(finish_pairs)(const struct NAME(ending) *end, float *tile, int 
         if (kind & NAME(PRODUCTS))
             end->row_products[i] += products_of_row;
     }
+#pragma GCC unroll 2
     for (int side = 0; side < 2; side++) {
         int j = column + side * LANES;
         if (!(kind & NAME(WEIGHS)))
@@ -307,6 +308,8 @@ static void NAME(pack_block)(const struct plan *q, int64_t exit, int64_t block, 
                 else
                     *(lanes *)(y + c * step + k) = (lanes){0};
     }
+    if (q->all_are_kept)
+        return;
     float *transposed = q->transposed + block * q->width * TILE;
     for (int64_t k = 0; k < q->width; k++) {
         const float *y = q->panels + k / PANEL * step + block * TILE * PANEL + k % PANEL;

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from ..batch import WiderBatch
-from ..reference import normalize
+from ..batch import ZERO_NORM, WiderBatch
 from ..tiled.loss import batch_dtype
 from .members import Members, find_members
 from .pairs import log_denominators
@@ -35,13 +35,14 @@ def contrastive_loss(
     batch, num_anchors = wider.batch, wider.num_anchors
     members = find_members(wider)
     dtype = batch_dtype(batch)
-    z = normalize(wider.concatenate(dtype), members.exists)  # [.., R, d]
+    num_trained = wider.num_trained
+    z = Normalize.apply(wider.trained_rows(dtype), members.exists[:num_trained])
+    rows = all_rows(wider, z.detach(), members)  # [.., R, d]
     scale = wider.anchor_temperatures(dtype).reciprocal()
     log_sums = log_denominators(
-        z, scale, members, batch.denominator, num_anchors, wider.num_trained, batch.pair_memory
+        z, rows, scale, members, batch.denominator, num_anchors, batch.pair_memory
     )  # [.., A]
-    positive_sums = PositiveSums.apply(z, members, num_anchors, wider.num_trained)
-    products = (z[..., :num_anchors, :] * positive_sums).sum(-1)
+    products = PositiveProducts.apply(z, rows, members, num_anchors)
     shared = members.shared.to(dtype)
     if scale.dim() == len(batch.leading) and scale.dim() > 0:
         scale = scale[..., None]
@@ -58,17 +59,67 @@ def contrastive_loss(
     return losses.to(batch.accumulate_dtype)
 
 
-class PositiveSums(torch.autograd.Function):
-    """The sums over positives [.., A, d] of z [.., R, d], whose first rows get a gradient."""
+def all_rows(wider: WiderBatch, z: Tensor, members: Members) -> Tensor:
+    """Return the unit vectors of all rows [.., R, d] from those of the trained ones."""
+    constants = wider.constant_rows(z.dtype)
+    if constants is None:
+        return z
+    num_trained, num_constants = z.shape[-2], constants.shape[0]
+    constants, norm = masked_norms(constants, members.exists[num_trained:])
+    rows = z.new_empty(*z.shape[:-2], num_trained + num_constants, z.shape[-1])
+    rows[..., :num_trained, :] = z
+    rows[..., num_trained:, :] = constants / norm
+    return rows
+
+
+def masked_norms(x: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x, 0 for rows that are ignored, and ||x|| [.., 1], infinity for rows of zeros."""
+    # On a GPU all rows are masked, since reading which exist would wait for it.
+    if exists.device.type != "cpu" or torch.compiler.is_compiling() or not bool(exists.all()):
+        x = x.masked_fill(~exists[:, None], 0)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    # A NaN is not <= anything.
+    return x, norm.masked_fill_(norm <= ZERO_NORM, torch.inf)
+
+
+class Normalize(torch.autograd.Function):
+    """Unit vectors [.., n, d] of rows x, of which `exists` [n] do."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, members: Members, num_anchors: int, trained: int) -> Tensor:
-        ctx.members, ctx.trained, ctx.num_rows = members, trained, z.shape[-2]
-        return members.positive_sums(z, num_anchors).to(z.dtype)
+    def forward(ctx: Any, x: Tensor, exists: Tensor) -> Tensor:
+        x, norm = masked_norms(x, exists)
+        z = x / norm
+        ctx.save_for_backward(z, norm)
+        return z
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        z, norm = ctx.saved_tensors
+        projection = (gradient * z).sum(-1, keepdim=True)
+        return torch.addcmul(gradient, z, projection, value=-1).div_(norm), None
+
+
+class PositiveProducts(torch.autograd.Function):
+    """sum_{j != i} p_ij z_i . z_j of the anchors [.., A] as a function of the trained z.
+
+    rows: z and constants [.., R, d].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, rows: Tensor, members: Members, num_anchors: int) -> Tensor:
+        sums = members.positive_sums(rows, num_anchors).to(z.dtype)
+        anchors = rows[..., :num_anchors, :]
+        ctx.members, ctx.num_trained = members, z.shape[-2]
+        ctx.save_for_backward(anchors, sums[..., : z.shape[-2], :])
+        return (anchors * sums).sum(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        anchors, sums = ctx.saved_tensors
+        weighted = anchors * upstream[..., None]
         # p is symmetric.
-        found = ctx.members.positive_sums(gradient, ctx.trained).to(gradient.dtype)
-        missing = ctx.num_rows - ctx.trained
-        return torch.nn.functional.pad(found, (0, 0, 0, missing)), None, None, None
+        gradient = ctx.members.positive_sums(weighted, ctx.num_trained).to(weighted.dtype)
+        gradient.addcmul_(sums, upstream[..., : ctx.num_trained, None])
+        return gradient, None, None, None

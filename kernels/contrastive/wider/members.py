@@ -20,6 +20,7 @@ class Members:
 
     exists: bool [R]. ids: int64, in [0, num_classes); num_classes for a row that does not exist.
     memberships: float64, 0 for such a row. Two rows share p_ij = y_i . y_j, 1 or 0 for ids.
+    are_bools: whether labels were bools or integers.
     shared: float64 [A], the sum of p_ij over the others, of each anchor.
     anchor_weights: float64 [A], 0 for an anchor without a positive.
     """
@@ -28,6 +29,7 @@ class Members:
     num_classes: int
     ids: Tensor | None
     memberships: Tensor | None
+    are_bools: bool
     shared: Tensor
     anchor_weights: Tensor
 
@@ -43,11 +45,12 @@ class Members:
             with_itself = self.exists[:, None].to(values.dtype)
         else:
             assert self.memberships is not None, "one of the two is given"
-            y, doubles = self.memberships, values.double()
-            by_class = y[:num_values].mT @ doubles
+            # What a row shares with itself may be far more than with all others, but not for bools.
+            y = self.memberships.to(values.dtype) if self.are_bools else self.memberships
+            values = values.to(y.dtype)
+            by_class = y[:num_values].mT @ values
             sums = y[:num_rows] @ by_class
             with_itself = y.square().sum(1, keepdim=True)
-            values = doubles
         both = min(num_values, num_rows)
         own = values[..., :both, :] * with_itself[:both]
         return sums - torch.nn.functional.pad(own, (0, 0, 0, num_rows - both))
@@ -70,6 +73,8 @@ def find_members(wider: WiderBatch) -> Members:
         parts.append(memberships_of(memory_labels, num_classes, batch.ignore_index))
     memberships = torch.cat(parts).masked_fill_(~exists[:, None], 0)
     anchors = slice(0, wider.num_anchors)
+    given = [one for one in (labels, memory_labels) if one is not None]
+    are_bools = not any(one.is_floating_point() for one in given)
     weights = wider.class_weights
     if wider.positives == "each":
         # Every label of a row is an anchor of its own: p_ij = sum_c w_c y_ic y_jc / (n_c - 1), so
@@ -80,14 +85,14 @@ def find_members(wider: WiderBatch) -> Members:
             factors = factors * weights.double()
         memberships *= factors.sqrt()
         shared = find_shared(memberships, anchors)
-        return Members(exists, num_classes, None, memberships, shared, shared)
+        return Members(exists, num_classes, None, memberships, are_bools, shared, shared)
     shared = find_shared(memberships, anchors)
     anchor_weights = shared.sign()
     if weights is not None:
         of_anchors = memberships[anchors]
         total = of_anchors.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         anchor_weights = anchor_weights * (of_anchors @ weights.double()) / total
-    return Members(exists, num_classes, None, memberships, shared, anchor_weights)
+    return Members(exists, num_classes, None, memberships, are_bools, shared, anchor_weights)
 
 
 def find_shared(memberships: Tensor, anchors: slice) -> Tensor:
@@ -106,9 +111,7 @@ def members_by_id(wider: WiderBatch, exists: Tensor, num_classes: int | None) ->
     labels = torch.cat(integers)
     num_samples = batch.labels.shape[0]
     if num_classes is None:
-        # The id is the position of the first equal label in sorted order.
-        num_classes = labels.shape[0]
-        labels = torch.searchsorted(labels.sort().values, labels)
+        labels, num_classes = any_integers(labels, batch.ignore_index)
     parts = [labels[:num_samples]]
     if batch.num_labels is not None:
         parts.append(torch.arange(batch.num_labels, device=labels.device))
@@ -122,4 +125,19 @@ def members_by_id(wider: WiderBatch, exists: Tensor, num_classes: int | None) ->
     if wider.class_weights is not None:
         weights = torch.nn.functional.pad(wider.class_weights.double(), (0, 1))
         anchor_weights = anchor_weights * weights.index_select(0, anchor_ids)
-    return Members(exists, num_classes, ids, None, shared, anchor_weights)
+    return Members(exists, num_classes, ids, None, True, shared, anchor_weights)
+
+
+def any_integers(labels: Tensor, ignore_index: int) -> tuple[Tensor, int]:
+    """Return ids that are equal where labels are, and the number of classes, which they are below.
+
+    On the CPU small labels are ids as they are; others are replaced by the position of the first
+    equal one in sorted order.
+    """
+    num_rows = labels.shape[0]
+    if labels.device.type == "cpu" and num_rows and not torch.compiler.is_compiling():
+        used = labels.masked_fill(labels == ignore_index, 0)
+        smallest, largest = (int(bound) for bound in used.aminmax())
+        if smallest >= 0 and largest < num_rows:
+            return used, largest + 1
+    return torch.searchsorted(labels.sort().values, labels), num_rows

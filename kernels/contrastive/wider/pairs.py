@@ -26,7 +26,7 @@ from .members import Members
 
 
 class Pairs(NamedTuple):
-    """The pairs of the first A rows of z with all its rows.
+    """The pairs of the first A rows of z with all its rows, of which the first n are trained.
 
     z: unit rows [E, R, d], 0 for rows that do not exist. scale: [E] or [E, A].
     exists: [R], 1 or 0. keys: classes [R] or memberships [R, K], for "negatives".
@@ -48,18 +48,19 @@ class Pairs(NamedTuple):
 
 def log_denominators(
     z: Tensor,
+    rows: Tensor,
     scale: Tensor,
     members: Members,
     denominator: str,
     num_anchors: int,
-    num_trained: int,
     pair_memory: int,
     compute: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """Return log D [.., A], -inf for an anchor without a pair; z [.., R, d], scale [..] or [.., A].
+    """Return log D [.., A], -inf for an anchor without a pair, as a function of z and the scale.
 
-    The first `num_trained` rows of z get a gradient, and the scale. compute: what computes log D
-    [E, A] from the arguments of `Pairs`, if it is not this process alone.
+    z: [.., n, d], the trained rows. rows: [.., R, d], z and constants. scale: [..] or [.., A].
+    compute: what computes log D [E, A] from z and the arguments of `Pairs`, if it is not this
+    process alone.
     """
     if members.ids is not None:
         keys = members.ids
@@ -67,14 +68,14 @@ def log_denominators(
         assert members.memberships is not None, "one of the two is given"
         keys = members.memberships.to(z.dtype)
     exists = members.exists.to(z.dtype)
-    exits = as_exits(z)
-    num_exits = exits.shape[0]
+    num_exits = as_exits(z).shape[0]
     if scale.dim() == z.dim() - 1:
         scales = scale.expand(*z.shape[:-2], num_anchors).reshape(num_exits, num_anchors)
     else:
         scales = scale.expand(num_exits)
     arguments = (
-        exits, scales, exists, keys, denominator, num_anchors, num_trained, pair_memory,
+        as_exits(z), as_exits(rows), scales, exists, keys, denominator, num_anchors, z.shape[-2],
+        pair_memory,
     )  # fmt: skip
     if compute is not None:
         result = compute(*arguments)
@@ -247,33 +248,32 @@ class LogDenominators(torch.autograd.Function):
     """log D [E, A] as a function of z and the scale; options: see `Pairs`."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, scale: Tensor, exists: Tensor, keys: Tensor, *options: Any
-    ) -> Tensor:
-        pairs = Pairs(z, scale, exists, keys, *options)
-        found, ctx.memory = denominators(pairs, *ctx.needs_input_grad[:2])
-        ctx.save_for_backward(z, scale, exists, keys, *found)
-        ctx.options = options
+    def forward(ctx: Any, z: Tensor, rows: Tensor, scale: Tensor, *arguments: Any) -> Tensor:
+        pairs = Pairs(rows, scale, *arguments)
+        trains_z, _, trains_scale, *_ = ctx.needs_input_grad
+        found, ctx.memory = denominators(pairs, trains_z, trains_scale)
+        ctx.save_for_backward(*pairs[:4], *found)
+        ctx.options = pairs[4:]
         return found[0].log()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        z, scale, exists, keys, *found = ctx.saved_tensors
-        pairs = Pairs(z, scale, exists, keys, *ctx.options)
+        pairs = Pairs(*ctx.saved_tensors[:4], *ctx.options)
+        found = ctx.saved_tensors[4:]
         of_z = of_scale = None
-        with without_autocast(z.device.type):
+        with without_autocast(pairs.z.device.type):
             u = weights_of(upstream, found[0])
             if ctx.needs_input_grad[0]:
                 memory, ctx.memory = ctx.memory, None
                 of_z = gradient(pairs, u, memory)
-            if ctx.needs_input_grad[1]:
+            if ctx.needs_input_grad[2]:
                 of_scale = scale_gradient(pairs, u, found[1])
-        return of_z, of_scale, *(None,) * (2 + len(ctx.options))
+        return of_z, None, of_scale, *(None,) * (2 + len(ctx.options))
 
 
 def gradient(pairs: Pairs, u: Tensor, memory: Tensor | None) -> Tensor:
-    """Return dz [E, R, d]; memory: tiles of exponentials, or None."""
+    """Return dz [E, n, d]; memory: tiles of exponentials, or None."""
     num_rows = pairs.z.shape[1]
     u = u * (pairs.scale if pairs.by_row else pairs.scale[:, None])
     # u_j = 0 for rows that are no anchors.
@@ -284,7 +284,7 @@ def gradient(pairs: Pairs, u: Tensor, memory: Tensor | None) -> Tensor:
         cpu_triangle.give_back(tiles)
     else:
         result = tiled_gradient(pairs, u)
-    return torch.nn.functional.pad(result, (0, 0, 0, num_rows - pairs.num_trained))
+    return result
 
 
 def scale_gradient(pairs: Pairs, u: Tensor, products: Tensor) -> Tensor:
@@ -298,21 +298,22 @@ def weights_of(upstream: Tensor, found: Tensor) -> Tensor:
 
 
 # torch.compile sees operators. Unlike the Function they keep no tiles, whose memory is borrowed.
-OPTIONS_SCHEMA = "str denominator, SymInt num_anchors, SymInt num_trained, SymInt pair_memory"
+PAIRS_SCHEMA = (
+    "Tensor rows, Tensor scale, Tensor exists, Tensor keys, str denominator, SymInt num_anchors, "
+    "SymInt num_trained, SymInt pair_memory"
+)
 
 
 @torch.library.custom_op(
-    "fusedacl::denominators",
-    mutates_args=(),
-    schema=f"(Tensor z, Tensor scale, Tensor exists, Tensor keys, {OPTIONS_SCHEMA}) -> Tensor[]",
+    "fusedacl::denominators", mutates_args=(), schema=f"(Tensor z, {PAIRS_SCHEMA}) -> Tensor[]"
 )
-def denominators_operator(*arguments: Any) -> list[Tensor]:
+def denominators_operator(z: Tensor, *arguments: Any) -> list[Tensor]:
     """Return D and the sums of products [E, A]."""
     return denominators(Pairs(*arguments), False, True)[0]
 
 
 @denominators_operator.register_fake
-def _(*arguments: Any) -> list[Tensor]:
+def _(z: Tensor, *arguments: Any) -> list[Tensor]:
     pairs = Pairs(*arguments)
     return [pairs.z.new_empty(pairs.z.shape[0], pairs.num_anchors) for _ in range(2)]
 
@@ -320,32 +321,32 @@ def _(*arguments: Any) -> list[Tensor]:
 @torch.library.custom_op(
     "fusedacl::denominators_backward",
     mutates_args=(),
-    schema=f"(Tensor u, Tensor z, Tensor scale, Tensor exists, Tensor keys, {OPTIONS_SCHEMA})"
-    " -> Tensor",
+    schema=f"(Tensor u, {PAIRS_SCHEMA}) -> Tensor",
 )
 def denominators_gradient(u: Tensor, *arguments: Any) -> Tensor:
-    """Return dz [E, R, d] for gradients u of D [E, A]."""
+    """Return dz [E, n, d] for gradients u of D [E, A]."""
     return gradient(Pairs(*arguments), u, None)
 
 
 @denominators_gradient.register_fake
 def _(u: Tensor, *arguments: Any) -> Tensor:
-    return torch.empty_like(arguments[0])
+    pairs = Pairs(*arguments)
+    return pairs.z.new_empty(pairs.z.shape[0], pairs.num_trained, pairs.z.shape[2])
 
 
 def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:4], output[1])
-    ctx.options = inputs[4:]
+    ctx.save_for_backward(*inputs[1:5], output[1])
+    ctx.options = inputs[5:]
 
 
 def operator_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     *tensors, products = ctx.saved_tensors
     u = upstream[0]
     if u is None:
-        return (None,) * 8
+        return (None,) * 9
     of_z = denominators_gradient(u, *tensors, *ctx.options)
     of_scale = scale_gradient(Pairs(*tensors, *ctx.options), u, products)
-    return of_z, of_scale, *(None,) * 6
+    return of_z, None, of_scale, *(None,) * 6
 
 
 denominators_operator.register_autograd(operator_gradients, setup_context=save_arguments)
