@@ -26,6 +26,12 @@ SMALL_ROWS = 256
 TILED_ROWS = 2048
 
 
+# What "supcon_fused" computes beyond a plain batch.
+FUSED_NEEDS = (
+    "labels [N, K]", "ignore_mask", "class_weights", "memory_embeddings", "memory_labels",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Workload:
     """Properties of a batch that the choice depends on; num_rows: on this process alone."""
@@ -113,7 +119,7 @@ def faster_tiles(workload: Workload) -> str | None:
 
 def triton_file(workload: Workload) -> str:
     """Return the Triton implementation; one launch cannot wait for other ranks' rows."""
-    small = workload.num_rows <= SMALL_ROWS and workload.num_ranks == 1
+    small = workload.num_rows <= SMALL_ROWS and workload.num_ranks == 1 and not workload.needs
     return "supcon_small" if small else "supcon_fused"
 
 
@@ -128,8 +134,9 @@ def obstacle(name: str, workload: Workload) -> str | None:
         )
     if name not in ("supcon_small", "supcon_fused"):
         return None
-    if workload.needs:
-        return f"{', '.join(workload.needs)}: computed by 'tiled' and 'reference'"
+    missing = [need for need in workload.needs if name == "supcon_small" or need not in FUSED_NEEDS]
+    if missing:
+        return f"{' and '.join(missing)} not computed by it (impl='tiled' and 'reference' do)"
     reason = triton_obstacle(workload.device)
     if reason is not None:
         return reason
@@ -161,7 +168,9 @@ def loss_function(name: str) -> Callable[[Batch], Tensor]:
 
 def wider_function(name: str) -> Callable[[WiderBatch], Tensor]:
     """Return the function of the implementation that was chosen for a wider batch."""
-    return reference.wider_loss if name == "reference" else wider.contrastive_loss
+    if name == "reference":
+        return reference.wider_loss
+    return functools.partial(wider.contrastive_loss, name)
 
 
 @functools.cache

@@ -50,8 +50,12 @@ def needs_wider(labels: Tensor, options: Options) -> tuple[str, ...]:
     ]  # fmt: skip
     if isinstance(options.temperature, Tensor):
         needs.insert(0, "a tensor as temperature")
-    if isinstance(labels, Tensor) and labels.dim() == 2:
+    if any(
+        isinstance(each, Tensor) and each.dim() == 2 for each in (labels, options.memory_labels)
+    ):
         needs.insert(0, "labels [N, K]")
+        if options.denominator == "negatives":
+            needs.insert(1, "denominator='negatives' beside them")
     return tuple(needs)
 
 

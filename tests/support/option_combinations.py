@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from fusedacl.engine import TrainingConfig
 Combination = dict[str, Any]
 
 STEP_TEXTS = 8
-CLASS_WEIGHTS = Path(__file__).with_name("class_weights.json")
+CLASS_WEIGHTS = {"negative": 1, "positive": 3}
 # The end of an odd epoch, and the middle of an even one; epochs have two steps.
 RESUME_STEPS = {"epoch end": 2, "epoch middle": 3}
 VALUES: dict[str, tuple[Any, ...]] = {
@@ -80,7 +81,9 @@ def options_of(combination: Combination, output_dir: Path, **common: Any) -> dic
     if combination["feature_cache"]:
         options["feature_cache"] = str(output_dir) + "-features"
     if combination["cross_entropy"] == "weighted":
-        options |= {"class_weights": str(CLASS_WEIGHTS), "label_smoothing_factor": 0.1}
+        weights = output_dir.with_name(output_dir.name + "-class_weights.json")
+        weights.write_text(json.dumps(CLASS_WEIGHTS))
+        options |= {"class_weights": str(weights), "label_smoothing_factor": 0.1}
     if combination["course"] == "stopped":
         # No loss falls so far: each stage ends after the second evaluation that counts.
         options |= {"early_stopping_patience": 1, "early_stopping_threshold": 1e9}

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .. import reference
 from ..autograd import without_autocast
 from ..batch import WiderBatch
-from ..wider import loss as tiled
+from ..wider import loss as by_pairs
 from ..wider import pairs as over_pairs
 from .batch import Spread, gather_parts
 from .losses import OwnRows
@@ -28,7 +28,7 @@ def contrastive_loss(name: str, spread: Spread, wider: WiderBatch) -> Tensor:
     if name == "reference":
         loss = reference.wider_loss(everyone)
     else:
-        loss = tiled.contrastive_loss(everyone, SharedDenominators(spread))
+        loss = by_pairs.contrastive_loss(name, everyone, SharedDenominators(spread))
     return OwnRows.apply(loss, spread) if wider.batch.reduction == "none" else loss
 
 
@@ -132,7 +132,7 @@ class SharedLogDenominators(torch.autograd.Function):
         everyones = spread.gather_rows(torch.stack(found)).unbind()
         ctx.save_for_backward(own_first, *ordered[:4], *everyones)
         ctx.options, ctx.shape = ordered[4:], z.shape
-        return everyones[0].log()
+        return over_pairs.logarithms(pairs, everyones[0])
 
     @staticmethod
     @once_differentiable
@@ -141,13 +141,13 @@ class SharedLogDenominators(torch.autograd.Function):
         ordered, found = over_pairs.Pairs(*tensors[:4], *ctx.options), tensors[4:]
         of_z = of_scale = None
         with without_autocast(upstream.device.type):
-            u = over_pairs.weights_of(upstream, found[0])
             if ctx.needs_input_grad[1]:
                 memory, ctx.memory = ctx.memory, None
-                in_order = u.index_select(1, own_first[: ordered.num_anchors])
-                gradient = over_pairs.gradient(ordered, in_order, memory)
+                anchors = own_first[: ordered.num_anchors]
+                in_order = (each.index_select(1, anchors) for each in (upstream, found[0]))
+                gradient = over_pairs.gradient(ordered, *in_order, memory)
                 of_z = upstream.new_zeros(ctx.shape)
                 of_z.index_copy_(1, own_first[: ordered.num_trained], gradient)
             if ctx.needs_input_grad[3]:
-                of_scale = over_pairs.scale_gradient(ordered, u, found[1])
+                of_scale = over_pairs.scale_gradient(ordered, upstream, *found)
         return None, of_z, None, of_scale, *(None,) * (2 + len(ctx.options))

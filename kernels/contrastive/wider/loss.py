@@ -24,24 +24,32 @@ from ..tiled.loss import batch_dtype
 from .members import Members, find_members
 from .pairs import log_denominators
 
+# Their unit vectors are float16 for the matrix unit: of the two formats it has three bits more.
+HALVES = (torch.float16, torch.bfloat16)
+
 
 def contrastive_loss(
-    wider: WiderBatch, log_denominators: Callable[..., Tensor] = log_denominators
+    name: str, wider: WiderBatch, log_denominators: Callable[..., Tensor] = log_denominators
 ) -> Tensor:
     """Return the loss: a scalar or [E]; for reduction "none" [.., A].
 
+    name: "tiled" or "supcon_fused", the implementation of sums over pairs.
     log_denominators: `pairs.log_denominators`, or what does its work for several processes.
     """
     batch, num_anchors = wider.batch, wider.num_anchors
     members = find_members(wider)
-    dtype = batch_dtype(batch)
+    is_fused = name == "supcon_fused"
+    # The kernels shift exponentials into float32's range.
+    dtype = batch.accumulate_dtype if is_fused else batch_dtype(batch)
     num_trained = wider.num_trained
     z = Normalize.apply(wider.trained_rows(dtype), members.exists[:num_trained])
     rows = all_rows(wider, z.detach(), members)  # [.., R, d]
     scale = wider.anchor_temperatures(dtype).reciprocal()
     log_sums = log_denominators(
-        z, rows, scale, members, batch.denominator, num_anchors, batch.pair_memory
-    )  # [.., A]
+        z, rows.half() if is_fused and batch.embeddings.dtype in HALVES else rows, scale, members,
+        batch.denominator, num_anchors, batch.pair_memory,
+        float(wider.temperature) if is_fused else None,
+    )  # fmt: skip  # [.., A]
     products = PositiveProducts.apply(z, rows, members, num_anchors)
     shared = members.shared.to(dtype)
     if scale.dim() == len(batch.leading) and scale.dim() > 0:

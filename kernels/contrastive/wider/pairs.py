@@ -30,6 +30,8 @@ class Pairs(NamedTuple):
 
     z: unit rows [E, R, d], 0 for rows that do not exist. scale: [E] or [E, A].
     exists: [R], 1 or 0. keys: classes [R] or memberships [R, K], for "negatives".
+    fused_temperature: that of all rows, for the kernels of `fused_pairs`, whose D is smaller by
+        exp(1 / temperature); None for tiles. z may then be float16.
     """
 
     z: Tensor
@@ -40,6 +42,7 @@ class Pairs(NamedTuple):
     num_anchors: int
     num_trained: int
     pair_memory: int
+    fused_temperature: float | None
 
     @property
     def by_row(self) -> bool:
@@ -54,6 +57,7 @@ def log_denominators(
     denominator: str,
     num_anchors: int,
     pair_memory: int,
+    fused_temperature: float | None,
     compute: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """Return log D [.., A], -inf for an anchor without a pair, as a function of z and the scale.
@@ -75,12 +79,12 @@ def log_denominators(
         scales = scale.expand(num_exits)
     arguments = (
         as_exits(z), as_exits(rows), scales, exists, keys, denominator, num_anchors, z.shape[-2],
-        pair_memory,
+        pair_memory, fused_temperature,
     )  # fmt: skip
     if compute is not None:
         result = compute(*arguments)
     elif torch.compiler.is_compiling():
-        result = denominators_operator(*arguments)[0].log()
+        result = denominators_operator(*arguments)[0]
     else:
         result = LogDenominators.apply(*arguments)
     return result.view(*z.shape[:-2], num_anchors)
@@ -169,6 +173,8 @@ def tiles_for(pairs: Pairs) -> Tensor:
 
 def compiled_loop_takes(pairs: Pairs) -> bool:
     """Return whether cpu_triangle.c computes these pairs."""
+    if pairs.fused_temperature is not None:
+        return False
     has_keys = pairs.denominator != "negatives" or pairs.keys.dim() == 1
     return has_keys and cpu_triangle.can_run(pairs.z)
 
@@ -237,6 +243,13 @@ def denominators(
     pairs: Pairs, trains_z: bool, trains_scale: bool
 ) -> tuple[list[Tensor], Tensor | None]:
     """Return D [E, A], sums of products to train the scale, and tiles kept to train z, or None."""
+    if pairs.fused_temperature is not None:
+        from . import fused_pairs
+
+        z, _, exists, keys, denominator, num_anchors, *_ = pairs
+        return [
+            fused_pairs.sums(z, exists, keys, pairs.fused_temperature, denominator, num_anchors)
+        ], None
     if not compiled_loop_takes(pairs):
         return tiled_sums(pairs, trains_scale), None
     memory = memory_for_tiles(pairs) if trains_z and not pairs.by_row else None
@@ -254,7 +267,7 @@ class LogDenominators(torch.autograd.Function):
         found, ctx.memory = denominators(pairs, trains_z, trains_scale)
         ctx.save_for_backward(*pairs[:4], *found)
         ctx.options = pairs[4:]
-        return found[0].log()
+        return logarithms(pairs, found[0])
 
     @staticmethod
     @once_differentiable
@@ -263,44 +276,69 @@ class LogDenominators(torch.autograd.Function):
         found = ctx.saved_tensors[4:]
         of_z = of_scale = None
         with without_autocast(pairs.z.device.type):
-            u = weights_of(upstream, found[0])
             if ctx.needs_input_grad[0]:
                 memory, ctx.memory = ctx.memory, None
-                of_z = gradient(pairs, u, memory)
+                of_z = gradient(pairs, upstream, found[0], memory)
             if ctx.needs_input_grad[2]:
-                of_scale = scale_gradient(pairs, u, found[1])
+                of_scale = scale_gradient(pairs, upstream, *found)
         return of_z, None, of_scale, *(None,) * (2 + len(ctx.options))
 
 
-def gradient(pairs: Pairs, u: Tensor, memory: Tensor | None) -> Tensor:
-    """Return dz [E, n, d]; memory: tiles of exponentials, or None."""
-    num_rows = pairs.z.shape[1]
-    u = u * (pairs.scale if pairs.by_row else pairs.scale[:, None])
-    # u_j = 0 for rows that are no anchors.
-    u = torch.nn.functional.pad(u, (0, num_rows - pairs.num_anchors))
-    if compiled_loop_takes(pairs):
-        tiles = memory_for_tiles(pairs) if memory is None else memory
-        result = compiled_gradient(pairs, u, by_exit(tiles, len(u)), memory is not None)
-        cpu_triangle.give_back(tiles)
-    else:
-        result = tiled_gradient(pairs, u)
+def logarithms(pairs: Pairs, sums: Tensor) -> Tensor:
+    """Return log D [E, A]."""
+    if pairs.fused_temperature is None:
+        return sums.log()
+    return sums.log() + 1 / pairs.fused_temperature
+
+
+def gradient(pairs: Pairs, upstream: Tensor, sums: Tensor, memory: Tensor | None) -> Tensor:
+    """Return dz [E, n, d] for gradients of log D [E, A]; memory: tiles of exponentials, or None."""
+    if pairs.fused_temperature is not None:
+        return fused_gradient(pairs, upstream, sums)
+    u = weights_of(upstream, sums) * (pairs.scale if pairs.by_row else pairs.scale[:, None])
+    u = of_all_rows(pairs, u)
+    if not compiled_loop_takes(pairs):
+        return tiled_gradient(pairs, u)
+    tiles = memory_for_tiles(pairs) if memory is None else memory
+    result = compiled_gradient(pairs, u, by_exit(tiles, len(u)), memory is not None)
+    cpu_triangle.give_back(tiles)
     return result
 
 
-def scale_gradient(pairs: Pairs, u: Tensor, products: Tensor) -> Tensor:
-    result = u * products
+def fused_gradient(pairs: Pairs, upstream: Tensor, sums: Tensor) -> Tensor:
+    from . import fused_pairs
+
+    temperature = pairs.fused_temperature
+    assert temperature is not None, "the caller has checked"
+    # The kernels need weights of at most 1.
+    largest = upstream.abs().amax(-1, keepdim=True)
+    largest = largest.clamp(min=torch.finfo(torch.float32).tiny)
+    u = of_all_rows(pairs, weights_of(upstream / largest, sums))
+    result = fused_pairs.gradient(
+        pairs.z, u, pairs.exists, pairs.keys, temperature, pairs.denominator, pairs.num_trained
+    )
+    return result * (largest / temperature)[..., None]
+
+
+def of_all_rows(pairs: Pairs, u: Tensor) -> Tensor:
+    """Return u [E, R], 0 for rows that are no anchors."""
+    return torch.nn.functional.pad(u, (0, pairs.z.shape[1] - pairs.num_anchors))
+
+
+def scale_gradient(pairs: Pairs, upstream: Tensor, sums: Tensor, products: Tensor) -> Tensor:
+    result = weights_of(upstream, sums) * products
     return result if pairs.by_row else result.sum(-1)
 
 
-def weights_of(upstream: Tensor, found: Tensor) -> Tensor:
+def weights_of(upstream: Tensor, sums: Tensor) -> Tensor:
     """Return u = g / D, 0 where g is 0, also for D = 0."""
-    return torch.where(upstream == 0, 0, upstream / found)
+    return torch.where(upstream == 0, 0, upstream / sums)
 
 
 # torch.compile sees operators. Unlike the Function they keep no tiles, whose memory is borrowed.
 PAIRS_SCHEMA = (
     "Tensor rows, Tensor scale, Tensor exists, Tensor keys, str denominator, SymInt num_anchors, "
-    "SymInt num_trained, SymInt pair_memory"
+    "SymInt num_trained, SymInt pair_memory, float? fused_temperature"
 )
 
 
@@ -308,45 +346,49 @@ PAIRS_SCHEMA = (
     "fusedacl::denominators", mutates_args=(), schema=f"(Tensor z, {PAIRS_SCHEMA}) -> Tensor[]"
 )
 def denominators_operator(z: Tensor, *arguments: Any) -> list[Tensor]:
-    """Return D and the sums of products [E, A]."""
-    return denominators(Pairs(*arguments), False, True)[0]
+    """Return log D, D and, for tiles, the sums of products [E, A]."""
+    pairs = Pairs(*arguments)
+    found, _ = denominators(pairs, False, pairs.fused_temperature is None)
+    return [logarithms(pairs, found[0]), *found]
 
 
 @denominators_operator.register_fake
 def _(z: Tensor, *arguments: Any) -> list[Tensor]:
     pairs = Pairs(*arguments)
-    return [pairs.z.new_empty(pairs.z.shape[0], pairs.num_anchors) for _ in range(2)]
+    number = 3 if pairs.fused_temperature is None else 2
+    return [z.new_empty(z.shape[0], pairs.num_anchors) for _ in range(number)]
 
 
 @torch.library.custom_op(
     "fusedacl::denominators_backward",
     mutates_args=(),
-    schema=f"(Tensor u, {PAIRS_SCHEMA}) -> Tensor",
+    schema=f"(Tensor upstream, Tensor sums, {PAIRS_SCHEMA}) -> Tensor",
 )
-def denominators_gradient(u: Tensor, *arguments: Any) -> Tensor:
-    """Return dz [E, n, d] for gradients u of D [E, A]."""
-    return gradient(Pairs(*arguments), u, None)
+def denominators_gradient(upstream: Tensor, sums: Tensor, *arguments: Any) -> Tensor:
+    """Return dz [E, n, d] for gradients of log D [E, A]."""
+    return gradient(Pairs(*arguments), upstream, sums, None)
 
 
 @denominators_gradient.register_fake
-def _(u: Tensor, *arguments: Any) -> Tensor:
+def _(upstream: Tensor, sums: Tensor, *arguments: Any) -> Tensor:
     pairs = Pairs(*arguments)
-    return pairs.z.new_empty(pairs.z.shape[0], pairs.num_trained, pairs.z.shape[2])
+    return sums.new_empty(pairs.z.shape[0], pairs.num_trained, pairs.z.shape[2])
 
 
 def save_arguments(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    ctx.save_for_backward(*inputs[1:5], output[1])
+    ctx.save_for_backward(*inputs[1:5], *output[1:])
     ctx.options = inputs[5:]
 
 
 def operator_gradients(ctx: Any, upstream: list[Tensor | None]) -> tuple[Tensor | None, ...]:
-    *tensors, products = ctx.saved_tensors
-    u = upstream[0]
-    if u is None:
-        return (None,) * 9
-    of_z = denominators_gradient(u, *tensors, *ctx.options)
-    of_scale = scale_gradient(Pairs(*tensors, *ctx.options), u, products)
-    return of_z, None, of_scale, *(None,) * 6
+    tensors, found = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+    if upstream[0] is None:
+        return (None,) * 10
+    of_scale = None
+    of_z = denominators_gradient(upstream[0], found[0], *tensors, *ctx.options)
+    if len(found) > 1:
+        of_scale = scale_gradient(Pairs(*tensors, *ctx.options), upstream[0], *found)
+    return of_z, None, of_scale, *(None,) * 7
 
 
 denominators_operator.register_autograd(operator_gradients, setup_context=save_arguments)

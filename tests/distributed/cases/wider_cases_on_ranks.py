@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
+from contrastive_cases import use_implementation
 from fusedacl.kernels.contrastive.wider import pairs
 from negatives_cases import group_of
 from torch import Tensor
@@ -34,17 +36,22 @@ def own_part(problem: Problem, sizes: list[int], rank: int) -> Problem:
 
 
 def wider_on_rank(
-    rank: int, problems: list[tuple[Problem, list[int]]], impl: str, by_tiles: bool
+    rank: int, problems: list[tuple[Problem, list[int]]], name: str
 ) -> list[dict[str, Tensor] | None]:
     """Loss and gradients of one rank for every problem; None where it is no member of the group.
 
-    For "none" the objective is that of docs: W x (sum over own samples) + (sum over the others).
+    name: an `impl`, computed in float64; "tiled by PyTorch", or "fused", in float32. For "none" the
+    objective is that of the documentation: W x (sum over own samples) + (sum over the others).
     """
+    impl, dtype = name.partition(" ")[0], torch.float64
+    if name == "fused":
+        impl, dtype = "triton", torch.float32
     results: list[dict[str, Tensor] | None] = []
-    takes = pairs.compiled_loop_takes
-    if by_tiles:
-        pairs.compiled_loop_takes = lambda found: False
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        if name == "tiled by PyTorch":
+            patch.setattr(pairs, "compiled_loop_takes", lambda found: False)
+        if name == "fused":
+            use_implementation(patch, name)
         for problem, sizes in problems:
             group = group_of(len(sizes))
             results.append(None)
@@ -61,8 +68,6 @@ def wider_on_rank(
                 return ranks * by_copy[..., :size].sum() + by_copy[..., size:].sum()
 
             results[-1] = differentiate(
-                objective, own | {"impl": impl, "process_group": group}, torch.float64
+                objective, own | {"impl": impl, "process_group": group}, dtype
             )
-    finally:
-        pairs.compiled_loop_takes = takes
     return results

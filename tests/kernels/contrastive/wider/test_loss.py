@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from contrastive_cases import DENOMINATORS, REDUCTIONS, combine
+from contrastive_cases import DENOMINATORS, REDUCTIONS, combine, use_implementation
 from fusedacl.kernels import acl_loss, supcon_loss
 from fusedacl.kernels.contrastive.tiled import cpu_triangle
 from fusedacl.kernels.contrastive.tiled import loss as tiled
@@ -50,6 +50,34 @@ def test_error_is_that_of_the_reference(implementation: str, denominator: str) -
             denominator=denominator, reduction=reduction, positives=positives,
         )  # fmt: skip
         check(problem, implementation)
+
+
+def test_error_of_the_fused_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a number as temperature; in the interpreter, on blocks of small tiles."""
+    pytest.importorskip("triton")
+    use_implementation(monkeypatch, "fused")
+    for labels, kind, reduction, denominator, num_samples in combine(
+        LABELS, KINDS, REDUCTIONS, DENOMINATORS, (1, 12, 40)
+    ):
+        if denominator == "negatives" and labels not in ("integers", "ignored"):
+            continue
+        problem = make_problem(num_samples, labels, **kind, denominator=denominator)
+        check(problem | {"reduction": reduction}, "triton")
+
+
+def test_fused_kernels_with_16_bits_and_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    use_implementation(monkeypatch, "fused")
+    problem = make_problem(40, "several", memory=7, temperature=None)
+    for name, value in problem.items():
+        if name.endswith("embeddings"):
+            problem[name] = value.half()
+    exact = results({**problem, "temperature": 0.3}, "tiled")
+    found = results(problem, "triton")
+    for name, value in exact.items():
+        torch.testing.assert_close(
+            found[name], value, rtol=5e-3, atol=2e-3 * float(value.abs().max())
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -197,7 +225,7 @@ def test_operators() -> None:
     rows = torch.nn.functional.normalize(torch.randn(2, 9, 4), dim=-1)
     arguments = (
         rows[:, :5].clone().requires_grad_(), rows, torch.tensor([2.0, 3.0]).requires_grad_(),
-        torch.ones(9), torch.arange(9) % 3, "others", 7, 5, 2**20,
+        torch.ones(9), torch.arange(9) % 3, "others", 7, 5, 2**20, None,
     )  # fmt: skip
     torch.library.opcheck(pairs.denominators_operator, arguments)
 
