@@ -22,7 +22,7 @@ class SentenceSupConLoss(nn.Module):
     Args:
         model: the SentenceTransformer.
         gather_across_devices: contrast the texts of all processes.
-        options: temperature, denominator, reduction and impl of `supcon_loss`.
+        options: temperature, denominator, reduction and others of `SupConLoss`.
 
     Raises:
         ValueError: the batch has no labels; a mistake in the options.
@@ -31,7 +31,7 @@ class SentenceSupConLoss(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        temperature: float = 0.1,
+        temperature: float | Tensor = 0.1,
         *,
         gather_across_devices: bool = False,
         **options: Any,
@@ -48,19 +48,25 @@ class SentenceSupConLoss(nn.Module):
         if labels is None:
             raise ValueError(
                 "SentenceSupConLoss needs the class of each row: a column named 'label' with "
-                "integers."
+                "integers, or several as zeros and ones."
             )
+        if labels.dim() == 2 and labels.shape[1] == 1:
+            labels = labels[:, 0]
         columns = [self.model(features)["sentence_embedding"] for features in sentence_features]
         if self.gather_across_devices and torch.distributed.is_initialized():
             # Not in the constructor: the trainer may join the processes later.
             self.loss.process_group = torch.distributed.group.WORLD
-        return self.loss(torch.cat(columns), labels.view(-1).repeat(len(columns)))
+        return self.loss(torch.cat(columns), torch.cat([labels] * len(columns)))
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, for the model card."""
-        shown = {**self.loss.options, "gather_across_devices": self.gather_across_devices}
-        del shown["process_group"]
-        return shown
+        options = {**self.loss.options, "gather_across_devices": self.gather_across_devices}
+        del options["process_group"]
+        return {
+            name: value.tolist() if isinstance(value, Tensor) else value
+            for name, value in options.items()
+            if value is not None
+        }
 
     @property
     def citation(self) -> str:

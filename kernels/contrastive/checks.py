@@ -41,7 +41,7 @@ def check_options(options: Options) -> None:
         )
 
 
-def check_number(name: str, temperature: float) -> None:
+def check_number(name: str, temperature: object) -> None:
     if isinstance(temperature, bool) or not isinstance(temperature, (int, float)):
         raise TypeError(
             f"{name} must be a Python number or a tensor of floats, not "

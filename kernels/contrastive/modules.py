@@ -94,7 +94,7 @@ class SupConLoss(ContrastiveLoss):
             raise TypeError("label_temperature is that of label embeddings, which SCL has none of")
         super().__init__(**options)
 
-    def forward(self, embeddings: Tensor, labels: Tensor, **batch: Tensor | None) -> Tensor:
+    def forward(self, embeddings: Tensor, labels: Tensor, **batch: Any) -> Tensor:
         """Loss of embeddings [N, d] or [E, N, d] with labels [N] or [N, K]."""
         options = {name: self.options[name] for name in OPTIONS if name != "label_temperature"}
         return supcon_loss(embeddings, labels, **options, **batch)
@@ -108,7 +108,7 @@ class ACLLoss(ContrastiveLoss):
         embeddings: Tensor,
         labels: Tensor,
         label_embeddings: Tensor,
-        **batch: Tensor | None,
+        **batch: Any,
     ) -> Tensor:
         """Loss of embeddings [N, d] with label embeddings [K, d], or [E, N, d] with [E, K, d]."""
         return acl_loss(embeddings, labels, label_embeddings, **self.options, **batch)
@@ -124,7 +124,7 @@ class ACLCLLoss(ContrastiveLoss):
         label_embeddings: Tensor,
         teacher_embeddings: Tensor,
         teacher_label_embeddings: Tensor,
-        **batch: Tensor | None,
+        **batch: Any,
     ) -> Tensor:
         """Loss as `ACLLoss`, with the teacher's constants [N, d] and [K, d]."""
         return acl_cl_loss(

@@ -7,6 +7,7 @@ as for a plain batch; the sums over classes, which look at no pair, it computes 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,13 @@ def contrastive_loss(name: str, spread: Spread, wider: WiderBatch) -> Tensor:
     if name == "reference":
         loss = reference.wider_loss(everyone)
     else:
-        loss = by_pairs.contrastive_loss(name, everyone, SharedDenominators(spread))
+        loss = by_pairs.contrastive_loss(
+            name,
+            everyone,
+            partial(
+                over_pairs.log_denominators, compute=partial(SharedLogDenominators.apply, spread)
+            ),
+        )
     return OwnRows.apply(loss, spread) if wider.batch.reduction == "none" else loss
 
 
@@ -95,22 +102,11 @@ def place(spread: Spread, own: Tensor, gathered: Tensor) -> Tensor:
     return torch.cat([gathered[:start], scaled, gathered[stop:]])
 
 
-class SharedDenominators:
-    """`pairs.log_denominators` of all anchors, of which this rank computes its own."""
-
-    def __init__(self, spread: Spread) -> None:
-        self.spread = spread
-
-    def __call__(self, *arguments: Any) -> Tensor:
-        return over_pairs.log_denominators(*arguments, compute=self.compute)
-
-    def compute(self, *arguments: Any) -> Tensor:
-        """Return log D [E, A]; arguments: z, and those of `pairs.Pairs`."""
-        return SharedLogDenominators.apply(self.spread, *arguments)
-
-
 class SharedLogDenominators(torch.autograd.Function):
-    """log D [E, A] as a function of z, of which the own rows get a gradient, and the scale."""
+    """log D [E, A] as a function of z, of which the own rows get a gradient, and the scale.
+
+    As `pairs.LogDenominators`, but a rank computes the sums of its own anchors.
+    """
 
     @staticmethod
     def forward(ctx: Any, spread: Spread, z: Tensor, *arguments: Any) -> Tensor:
@@ -144,8 +140,12 @@ class SharedLogDenominators(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 memory, ctx.memory = ctx.memory, None
                 anchors = own_first[: ordered.num_anchors]
-                in_order = (each.index_select(1, anchors) for each in (upstream, found[0]))
-                gradient = over_pairs.gradient(ordered, *in_order, memory)
+                gradient = over_pairs.gradient(
+                    ordered,
+                    upstream.index_select(1, anchors),
+                    found[0].index_select(1, anchors),
+                    memory,
+                )
                 of_z = upstream.new_zeros(ctx.shape)
                 of_z.index_copy_(1, own_first[: ordered.num_trained], gradient)
             if ctx.needs_input_grad[3]:

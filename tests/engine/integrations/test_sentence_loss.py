@@ -67,5 +67,6 @@ def test_mistakes_are_refused(embedder: SentenceTransformer) -> None:
         "ignore_index": -100,
         "impl": "auto",
         "pair_memory": 64 * 2**20,
+        "positives": "overlap",
         "gather_across_devices": False,
     }
