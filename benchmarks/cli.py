@@ -27,6 +27,7 @@ from .options import (
     LoopsConfig,
     ScalingConfig,
     StepConfig,
+    WiderConfig,
     names_of,
     output_directory,
     sizes,
@@ -45,6 +46,7 @@ DESCRIPTIONS = {
     "growth": "Series along M, d, K, E and the number of parameters, with fitted exponents.",
     "step": "Time, memory and parts of a training step, float32 on the CPU.",
     "loops": "Time of a step with the gate under DistributedDataParallel and FSDP2, 2 ranks.",
+    "wider": "Time of losses with other temperatures, several labels a row, or a memory.",
     "exits": "Time of training several exits, and of early exit if no text leaves early.",
     "scaling": "Cost of negatives from all ranks: measured on loopback, modelled up to 4096 ranks.",
     "all": "Every suite, one after another; each writes a file.",
@@ -207,6 +209,14 @@ def _run_loops(config: LoopsConfig) -> int:
     return _finish(file, [])
 
 
+def _run_wider(config: WiderConfig) -> int:
+    from .suites.wider.suite import run
+
+    file = ResultFile(output_directory(config) / "wider.json", "wider", config.how.preset)
+    run(file, preset=config.how.preset, threads=config.how.threads)
+    return _finish(file, [])
+
+
 def _run_exits(config: ExitsConfig) -> int:
     from .suites.exits.suite import real_texts, run
 
@@ -249,6 +259,7 @@ RUNS: dict[str, tuple[type, Callable[..., int]]] = {
     **{suite: (BenchConfig, partial(_run_cases, suite)) for suite in ("loss", "angle", "growth")},
     "step": (StepConfig, _run_step),
     "loops": (LoopsConfig, _run_loops),
+    "wider": (WiderConfig, _run_wider),
     "exits": (ExitsConfig, _run_exits),
     "scaling": (ScalingConfig, _run_scaling),
 }

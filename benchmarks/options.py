@@ -173,6 +173,12 @@ class LoopsConfig(Config):
 
 
 @dataclass(frozen=True)
+class WiderConfig(Config):
+    what: Nothing = field(default_factory=Nothing)
+    how: Run = field(default_factory=Run)
+
+
+@dataclass(frozen=True)
 class Ranks:
     world_sizes: str | None = option(
         None, "numbers of ranks on this machine, in ascending order, such as 1,2,4"

@@ -20,13 +20,24 @@ from . import growth_figure, roofline, scaling_figure, step_figure
 from .cases import cases_section, growth_section
 from .exits import exits_section
 from .headline import headline, write_headline
-from .loops import loops_section
 from .scaling import MODEL_PAGE, model_page, scaling_section
 from .session import session_section, steps_section
 from .step import step_section
 from .summary import introduction
+from .times import loops_section, wider_section
 
-SUITES = ("session", "loss", "angle", "growth", "step", "steps", "loops", "exits", "scaling")
+SUITES = (
+    "session",
+    "loss",
+    "angle",
+    "growth",
+    "step",
+    "steps",
+    "loops",
+    "wider",
+    "exits",
+    "scaling",
+)
 ROOFLINE = "roofline"
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -120,7 +131,7 @@ def page(results: dict[Path, dict[str, Result]], beside: Path) -> str:
             else:
                 sections = {
                     "session": session_section, "steps": steps_section, "exits": exits_section,
-                    "loops": loops_section, "scaling": scaling_section,
+                    "loops": loops_section, "wider": wider_section, "scaling": scaling_section,
                 }  # fmt: skip
                 section = sections.get(name, cases_section)(result)
             parts += ["", *section, "", _provenance(result["environment"])]

@@ -18,6 +18,7 @@ from fusedacl.benchmarks.options import (
     LoopsConfig,
     ScalingConfig,
     StepConfig,
+    WiderConfig,
     output_directory,
     sizes,
 )
@@ -30,7 +31,7 @@ TINY = ["--rows", "24", "--widths", "8", "--samples", "6", "--classes", "2", "--
 TINY += ["--parameters", "2000", "--rounds", "1", "--peaks", "false", "--threads", "1"]
 # The suites that `bench all` runs for real here, and those that it does not.
 OWN = ("loss", "angle", "growth")
-CPU_SUITES = ("step", "loops", "exits", "scaling")
+CPU_SUITES = ("step", "loops", "wider", "exits", "scaling")
 
 
 @pytest.fixture(autouse=True)
@@ -157,7 +158,7 @@ def test_wrong_results_of_ours_are_status_1(
 def test_all_runs_every_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """step, loops, exits and scaling get the preset and the directory."""
+    """step, loops, wider, exits and scaling get the preset and the directory."""
     heard: list[tuple[type, str, str | None]] = []
 
     def stand_in(config: Any) -> int:
@@ -173,7 +174,7 @@ def test_all_runs_every_suite(
     assert cli.main(["all", *TINY, *options]) == 1
     assert heard == [
         (cls, "quick", str(tmp_path))
-        for cls in (StepConfig, LoopsConfig, ExitsConfig, ScalingConfig)
+        for cls in (StepConfig, LoopsConfig, WiderConfig, ExitsConfig, ScalingConfig)
     ]
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json" for name in OWN}
     found = read_result(tmp_path / "growth.json")
