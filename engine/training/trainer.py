@@ -127,6 +127,8 @@ class Trainer:
         self._start_stage(index)
         self.backend.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
+        # Checkpoints of earlier versions have none, and their runs neither memory nor temperature.
+        self.losses.load_state_dict(state.get("losses", {}))
         torch.set_rng_state(state["rng"])
         if self.parts.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.parts.device)
@@ -269,7 +271,7 @@ class Trainer:
         every = self.config.objective.gate_agreement_steps
         compare = every > 0 and self.step % every == 0 and self.stage.trains_backbone
         values = []
-        for losses in self.losses.of(epoch, window):
+        for losses in self.losses.of(epoch, self.step - self.plan.start(self.stage_index), window):
             self.backend.backward(losses)
             values.append(losses.values())
         bad, num_samples = self.losses.num_not_finite, self.losses.num_samples
@@ -280,6 +282,7 @@ class Trainer:
             counts = torch.stack(bad).sum(0).tolist()
             check_finite(counts, num_samples, self.step)
             raise FloatingPointError(f"Step {self.step}: {error}") from None
+        learned = self.losses.learn(epoch, report)
         place = {"step": self.step, "epoch": self.plan.epoch_share(self.step), "split": "train"}
         gate_epoch = self.plan.epochs_before(self.stage_index) + epoch
         self.records.send(
@@ -295,6 +298,7 @@ class Trainer:
                 epoch,
                 list(self.backend.groups),
                 torch.stack(values).sum(0),
+                learned,
                 report,
                 sum(map(len, window)),
                 stopwatch,
@@ -386,6 +390,7 @@ class Trainer:
             "stage_index": self.stage_index,
             "engine": self.backend.state_dict(),
             "history": self.history.state_dict(),
+            "losses": self.losses.state_dict(),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds + time.monotonic() - self.started,
             "options": lasting_options(self.config),
@@ -433,6 +438,7 @@ class Trainer:
             "metrics": evaluations,
             **best,
             **self._stopped_early(),
+            **self.losses.results(),
             "gate": self.history.summary(),
             "num_steps": self.plan.num_steps,
             "train_seconds": round(self.seconds, 2),
