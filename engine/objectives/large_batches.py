@@ -121,8 +121,10 @@ def cached_losses(
         of_samples, of_weights, *of_leaves = torch.autograd.grad(
             (loss_scale * value).sum(), inputs, allow_unused=True
         )
-    if temperature is not None and of_leaves[0] is not None:
-        temperature.add_gradient(weight * of_leaves[0] / loss_scale)
+    if temperature is not None:
+        # Every process has one, because they are added up.
+        found = torch.zeros_like(leaves) if of_leaves[0] is None else of_leaves[0]
+        temperature.add_gradient(weight * found / loss_scale)
     _remember(memory, seen)
     value = value.detach()
     start = 0

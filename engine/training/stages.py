@@ -141,6 +141,14 @@ class StepPlan:
         shift = step - self.ends[index]
         return replace(self, ends=[*self.ends[:index], *(end + shift for end in self.ends[index:])])
 
+    def ended_early(self, planned: "StepPlan") -> dict[str, int]:
+        """The last step of each stage that is shorter than in the plan of the run."""
+        return {
+            stage.name: end
+            for index, (stage, end) in enumerate(zip(self.stages, self.ends, strict=True))
+            if end - self.start(index) < planned.ends[index] - planned.start(index)
+        }
+
     def epoch_share(self, step: int) -> float:
         """Epochs that are done after a step, as records have them."""
         return round(step / self.steps_per_epoch, 4)

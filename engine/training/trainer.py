@@ -36,6 +36,7 @@ from .storage.checkpoint import (
     CONFIG_FILE,
     checkpoint_of,
     lasting_options,
+    load_state,
     save_checkpoint,
     save_final,
     set_aside,
@@ -341,7 +342,10 @@ class Trainer:
         """Load the weights of the best checkpoint into the model; returns its evaluations."""
         checkpoint = checkpoint_of(self.output_dir, step)
         trained = collectives.together(lambda: load_trained(str(checkpoint)))
+        place = processes.rank(), processes.world_size()
+        state = collectives.together(lambda: load_state(checkpoint, *place))
         self.model.load_state_dict(trained.state_dict())
+        self.losses.load_state_dict(state.get("losses", {}))
         logger.info("The final model is that of step %d, the best one.", step)
         return collectives.from_first(lambda: log.evaluations(step))
 
@@ -413,23 +417,11 @@ class Trainer:
             None if self.best is None else self.best.step,
         )
 
-    def _stopped_early(self) -> dict[str, Any]:
-        """The entry for results.json: stage -> its last step, where it was ended early."""
-        if self.stopping is None:
-            return {}
-        planned = self.parts.plan
-        return {
-            "stopped_early": {
-                stage.name: self.plan.ends[index]
-                for index, stage in enumerate(self.plan.stages)
-                if self.plan.ends[index] - self.plan.start(index)
-                < planned.ends[index] - planned.start(index)
-            }
-        }
-
     def _results(self, evaluations: dict[str, Any]) -> dict[str, Any]:
         samples = self.step * len(self.train_split) / self.plan.steps_per_epoch
         best = {} if self.best is None else {"best": self.best.result()}
+        if self.stopping is not None:
+            best["stopped_early"] = self.plan.ended_early(self.parts.plan)
         return {
             "data": self.parts.data.name,
             "objective": self.config.objective.objective,
@@ -437,7 +429,6 @@ class Trainer:
             "seed": self.config.optimization.seed,
             "metrics": evaluations,
             **best,
-            **self._stopped_early(),
             **self.losses.results(),
             "gate": self.history.summary(),
             "num_steps": self.plan.num_steps,

@@ -14,12 +14,12 @@ from fusedacl.engine import TrainingConfig
 from fusedacl.engine.objectives import large_batches, losses
 from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.micro_batches import StepLosses
+from fusedacl.engine.training.storage.checkpoint import learned_temperature
 from fusedacl.engine.training.trainer import Trainer
 from fusedacl.kernels import acl_loss, supcon_loss
 from tiny_runs import at_step, records, run, weights
 from torch import Tensor
 
-WIDTH = 64
 LEARNED = {"temperature_learning_rate": 0.05, "temperature": 0.4}
 
 
@@ -47,17 +47,21 @@ def calls(monkeypatch) -> Iterator[list[dict[str, Any]]]:
 NOTED = ("temperature", "memory_embeddings", "memory_labels", "class_weights")
 
 
-@pytest.mark.parametrize("objective", ["scl", "acl"])
-def test_the_memory_holds_the_last_samples(options, calls: list[dict[str, Any]], objective) -> None:
+@pytest.mark.parametrize(
+    ("objective", "exit_head", "width"), [("scl", "linear", 32), ("acl", "mha", 64)]
+)
+def test_the_memory_holds_the_last_samples(
+    options, calls: list[dict[str, Any]], objective: str, exit_head: str, width: int
+) -> None:
     """All micro-batches of the steps enter in their order, each after its loss."""
     size = 40
     steps = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_steps": 6}
-    run(options, objective=objective, memory_size=size, **steps)
+    run(options, objective=objective, exit_head=exit_head, memory_size=size, **steps)
     assert len(calls) == 12
     kept: deque[tuple[Tensor, int]] = deque(maxlen=size)
     function = {"scl": supcon_loss, "acl": acl_loss}[objective]
     for call in calls:
-        assert call["memory_embeddings"].shape == (size, WIDTH)
+        assert call["memory_embeddings"].shape == (size, width)
         exists = call["memory_labels"] != -100
         assert call["memory_labels"][exists].tolist() == [label for _, label in kept]
         x, y, *label_embeddings = call["tensors"]
@@ -119,6 +123,20 @@ def test_a_temperature_is_learned_and_recorded(options) -> None:
     assert f"tau {results['temperature']:.4g} (learned, from 0.4)" in card
 
 
+def test_the_best_model_has_its_own_temperature(options) -> None:
+    """The one that its checkpoint has, not that of the last step."""
+    options |= {"objective": "scl", "eval_steps": 2, "save_steps": 2, "max_steps": 8, **LEARNED}
+    options |= {"metric_for_best_model": "loss", "greater_is_better": True, "learning_rate": 5e-4}
+    results = run(options, load_best_model_at_end=True)
+    step = results["best"]["step"]
+    assert step < 8
+    used = [line["temperature"] for line in records(options["output_dir"], "train")]
+    assert results["temperature"] == pytest.approx(used[step])
+    checkpoint = Path(options["output_dir"], f"checkpoint-{step}")
+    for directory in (checkpoint, checkpoint.parent):
+        assert learned_temperature(directory) == pytest.approx(results["temperature"])
+
+
 @pytest.mark.parametrize("scope", ["all", "head", "top:1"])
 def test_a_temperature_moves_only_where_the_term_is_kept(options, scope: str) -> None:
     """As in a run without the gate while it keeps, and not at all where it drops everything."""
@@ -157,6 +175,7 @@ def test_a_temperature_is_the_same_however_a_step_is_divided(options, tmp_path: 
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 8, "gate": "none"},
         {"strategy": "two_stage", "num_train_epochs": 1, "fp16": True},
         {"gate_scope": "head"},
+        {"strategy": "alternating", "memory_size": 0, "memory_warmup_steps": 0},
     ],
     ids=str,
 )
