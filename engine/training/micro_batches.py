@@ -47,12 +47,14 @@ class StepLosses:
         self.config = parts.config
         self.encoded = parts.train_split
         self.backend = backend
-        self.label_names = parts.data.label_names
         self.pad_token_id = parts.tokenizer.pad_token_id
         self.device = parts.device
         self.features = features
         self.class_weights: Tensor | None = None
+        self.weight_of_class: dict[str, float] = {}
         if parts.class_weights is not None:
+            named = zip(parts.data.label_names, parts.class_weights, strict=True)
+            self.weight_of_class = dict(named)
             self.class_weights = torch.tensor(parts.class_weights, device=parts.device)
         self.temperature = parts.temperature
         self.memory: MemoryBank | None = None
@@ -126,9 +128,8 @@ class StepLosses:
         found: dict[str, Any] = {}
         if self.temperature is not None:
             found["temperature"] = float(self.temperature.value)
-        if self.class_weights is not None:
-            weights = zip(self.label_names, self.class_weights.tolist(), strict=True)
-            found["class_weights"] = dict(weights)
+        if self.weight_of_class:
+            found["class_weights"] = self.weight_of_class
         return found
 
     def state_dict(self) -> dict[str, Any]:

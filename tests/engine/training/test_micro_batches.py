@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fusedacl.engine import TrainingConfig
-from fusedacl.engine.objectives import large_batches, losses
+from fusedacl.engine.objectives import losses
 from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.micro_batches import StepLosses
 from fusedacl.engine.training.storage.checkpoint import learned_temperature
@@ -24,7 +23,7 @@ LEARNED = {"temperature_learning_rate": 0.05, "temperature": 0.4}
 
 
 @pytest.fixture
-def calls(monkeypatch) -> Iterator[list[dict[str, Any]]]:
+def calls(monkeypatch) -> list[dict[str, Any]]:
     """The arguments and the value of every contrastive loss of the kernels that a run takes."""
     found: list[dict[str, Any]] = []
 
@@ -254,4 +253,3 @@ def test_losses_without_these_options_are_plain(options, calls) -> None:
     """Nothing that needs the wider losses of the kernels is passed by default."""
     run(options, max_steps=1)
     assert {call[name] for call in calls for name in NOTED} == {0.5, None}
-    assert large_batches.Memory is losses.Memory
