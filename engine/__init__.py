@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     )
     from .objectives.gate import GateDecision as GateDecision
     from .objectives.gate import GradientGate as GradientGate
+    from .objectives.memory import MemoryBank as MemoryBank
     from .training.run import train as train
 
 # Public name -> module, taken from the imports above, which only type checkers execute: torch and

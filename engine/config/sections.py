@@ -9,6 +9,8 @@ from .fields import option
 
 # PyTorch takes 64 bits; what each process adds to its seed has to fit as well.
 MAX_SEED = 2**63 - 1
+# Smallest and largest temperature that is learned; float32 holds the sums of the loss down to 1/70.
+LEARNED_TEMPERATURES = (0.02, 5.0)
 # The schedules of transformers' SchedulerType that depend on the step alone.
 SCHEDULES = (
     "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
@@ -251,11 +253,31 @@ class ObjectiveOptions:
     )
     class_weights: str | None = option(
         None,
-        "weights of the classes in the cross-entropy. balanced: a class counts as much as any"
-        " other; or a JSON or YAML file, class: weight. Scaled to a mean of 1 over the training"
-        " texts; unset: every text counts alike",
+        "weights of the classes in the cross-entropy, and of the anchors in the contrastive loss."
+        " balanced: a class counts as much as any other; or a JSON or YAML file, class: weight (or"
+        " a JSON list). Scaled to a mean of 1 over the training texts; unset: every text counts"
+        " alike",
     )
     temperature: float = option(0.5, "tau, temperature of the contrastive softmax", above=0)
+    temperature_learning_rate: float = option(
+        0.0,
+        "learning rate of log(1 / tau), constant over the run: --temperature is then where tau"
+        f" begins, and it stays between {LEARNED_TEMPERATURES[0]:g} and"
+        f" {LEARNED_TEMPERATURES[1]:g}. 0: tau is constant",
+        at_least=0,
+    )
+    memory_size: int = option(
+        0,
+        "samples of earlier batches that a contrastive batch is compared with too, as constants, on"
+        " each process its own last ones; where the last exit alone is trained. 0: none",
+        at_least=0,
+    )
+    memory_warmup_steps: int = option(
+        0,
+        "optimizer steps of a stage in which the memory is filled but not read, while the"
+        " representations still move fast",
+        at_least=0,
+    )
     contrastive_reduction: str = option(
         "mean",
         "reduction of the contrastive loss over the anchors; the paper uses the sum",

@@ -11,6 +11,7 @@ from .fields import build
 from .gate_scope import parse_scope
 from .run_options import RunOptions, named_services
 from .sections import (
+    LEARNED_TEMPERATURES,
     ModelOptions,
     ObjectiveOptions,
     OptimizationOptions,
@@ -97,6 +98,8 @@ class TrainingConfig:
         self._check_strategy()
         self._check_contrastive_batch()
         self._check_scope()
+        self._check_memory()
+        self._check_temperature()
         self._check_needed()
         self._check_batches()
         self._check_encoder()
@@ -279,6 +282,7 @@ class TrainingConfig:
         unused = [] if self.gated else ["max_angle"]
         if self.objective.objective == "ce":
             unused += ["aux_weight", "temperature", "contrastive_reduction", "denominator"]
+            unused += ["temperature_learning_rate", "memory_size", "memory_warmup_steps"]
         if options.warmup_steps is not None:
             unused += ["warmup_ratio"]
         if options.lr_scheduler_type == "constant":
@@ -393,4 +397,40 @@ class TrainingConfig:
                 f"gradient_accumulation_steps={options.gradient_accumulation_steps} (which "
                 "contrastive_batch_size needs too) an optimizer step has several. Use "
                 "gate_scope=all, or a larger per_device_train_batch_size."
+            )
+
+    def _check_memory(self) -> None:
+        """Refuse a memory that no contrastive batch would read."""
+        size, warmup = self.objective.memory_size, self.objective.memory_warmup_steps
+        if self.objective.objective == "ce":
+            return
+        if size == 0:
+            if warmup:
+                raise ValueError(
+                    f"memory_warmup_steps={warmup} has no effect without memory_size: set that "
+                    "too, or leave it out."
+                )
+            return
+        options = self.optimization
+        if options.strategy in ("joint", "alternating"):
+            raise ValueError(
+                f"memory_size={size}: a memory holds representations of one exit, and "
+                f"strategy={options.strategy} trains several. Use strategy=single (or two_stage, "
+                "for its first stage), or leave memory_size out."
+            )
+        if options.stage1_model is not None:
+            raise ValueError(
+                f"memory_size={size} belongs to the first stage, which stage1_model replaces; the "
+                "second trains several exits. Leave memory_size out."
+            )
+
+    def _check_temperature(self) -> None:
+        """Refuse to learn a temperature that begins out of bounds."""
+        objective, (lowest, highest) = self.objective, LEARNED_TEMPERATURES
+        rate, temperature = objective.temperature_learning_rate, objective.temperature
+        if rate > 0 and objective.objective != "ce" and not lowest <= temperature <= highest:
+            raise ValueError(
+                f"temperature={temperature:g}: with temperature_learning_rate={rate:g} it begins "
+                f"between {lowest:g} and {highest:g}, its bounds. Choose one of these, or leave "
+                "temperature_learning_rate out."
             )

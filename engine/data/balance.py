@@ -1,4 +1,4 @@
-"""Balance of the classes: their weights in the cross-entropy, and batches with several texts each.
+"""Balance of the classes: their weights in the losses, and batches with several texts each.
 
 The batches are those of `MPerClassSampler` (pytorch-metric-learning) and `GROUP_BY_LABEL`
 (sentence-transformers), except that every text is in one of them: no text is drawn twice in an
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..runtime.files import read_file
+from ..runtime.files import read_values
 from ..runtime.text import did_you_mean
 
 logger = logging.getLogger("fusedacl")
@@ -30,12 +30,12 @@ def class_weights(
 
     Args:
         option: "balanced" (one over the number of a class's texts; 1 for a class without any), or
-            a JSON or YAML file with a weight for each class.
+            a JSON or YAML file with a weight for each class, by name or in the order of the logits.
         labels: classes of the training texts.
 
     Raises:
-        ValueError: the file cannot be read, a class is missing or unknown, a weight is negative or
-            no number, or all texts have weight 0.
+        ValueError: the file cannot be read, a class is missing or unknown, a list has another
+            length, a weight is negative or no number, or all texts have weight 0.
     """
     if option is None:
         return None
@@ -57,9 +57,19 @@ def class_weights(
 def _read(path: str, label_names: Sequence[str]) -> list[float]:
     where = f"class_weights={path!r}"
     try:
-        found = read_file(path)
+        found = read_values(path)
     except ValueError as error:
         raise ValueError(f"{where} is neither {BALANCED!r} nor a file: {error}") from None
+    if isinstance(found, list):
+        if len(found) != len(label_names):
+            raise ValueError(
+                f"{where} lists {len(found)} weights for {len(label_names)} classes: give one for "
+                f"each, in the order {', '.join(label_names)}, or a mapping of class to weight."
+            )
+        found = dict(zip(label_names, found, strict=True))
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} holds {found!r}: give every class a weight, `class: weight`.")
+    found = {str(name): weight for name, weight in found.items()}
     for name in found:
         if name not in label_names:
             raise ValueError(

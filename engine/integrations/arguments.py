@@ -19,9 +19,13 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "second_stage": {"strategy": "two_stage", "stage1_model": "the model"},
 }
 _OPTIONS = {field.name: field for field in dataclasses.fields(ObjectiveOptions)}
-# Two need what only our own loop has: a second decision beside that of a scope, and the counts of
-# the classes.
-_NAMES = [name for name in _OPTIONS if name not in ("gate_agreement_steps", "class_weights")]
+# Options that need what only our own loop has: a second decision beside that of a scope, the counts
+# of the classes, and what is kept from batch to batch.
+_LOOP_ONLY = (
+    "gate_agreement_steps", "class_weights", "temperature_learning_rate", "memory_size",
+    "memory_warmup_steps",
+)  # fmt: skip
+_NAMES = [name for name in _OPTIONS if name not in _LOOP_ONLY]
 
 
 def _shared(name: str) -> Any:

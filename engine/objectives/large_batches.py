@@ -6,6 +6,9 @@ its gradient with respect to them; then each chunk again, with a graph, through 
 is back-propagated. The second pass draws the random numbers of the first, so that dropout is the
 same. This takes the memory of one chunk, and the time of one more forward pass.
 
+The gradient for a temperature that is learned is taken with that of the representations, in batches
+of one chunk too: however the losses are back-propagated later, it is computed once.
+
 Source: Gao et al. 2021, arXiv 2101.06983.
 """
 
@@ -21,16 +24,22 @@ from torch.distributed import ProcessGroup
 from ..config.sections import ObjectiveOptions
 from ..model.multi_exit import MultiExitOutput
 from ..runtime.profiler_marks import CONTRASTIVE_BACKWARD, part
-from .losses import ExitLosses, Teacher, contrastive_loss, exit_losses, main_losses
+from .losses import ExitLosses, Memory, Teacher, contrastive_loss, exit_losses, main_losses
+from .memory import MemoryBank
+from .temperature import LearnedTemperature
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """Outputs of E exits on N samples, the labels [N] of the samples, and the teacher."""
+    """Outputs of E exits on N samples, the labels [N] of the samples, and the teacher.
+
+    is_stand_in: the sample counts in no loss, and enters no memory.
+    """
 
     output: MultiExitOutput
     labels: Tensor
     teacher: Teacher | None
+    is_stand_in: bool = False
 
 
 def cached_losses(
@@ -45,6 +54,9 @@ def cached_losses(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     process_group: ProcessGroup | None = None,
     class_weights: Tensor | None = None,
+    memory: MemoryBank | None = None,
+    reads_memory: bool = True,
+    temperature: LearnedTemperature | None = None,
 ) -> Iterator[ExitLosses]:
     """The losses of each chunk of one contrastive batch, to be back-propagated one after another.
 
@@ -61,43 +73,65 @@ def cached_losses(
             the passes carries it too, and so does not underflow.
         context: for the contrastive loss, and to read the weights of the model.
         process_group, class_weights: as for `exit_losses`.
+        memory: gets the samples of the batch, those of its last exit, after their loss.
+        reads_memory: whether the batch is contrasted with the samples that the memory has before.
+        temperature: takes the place of the option, and gets its gradient.
     """
-    if len(forwards) == 1:
-        chunk = forwards[0]()
+    rows = None
+    if memory is not None and reads_memory:
+        rows = Memory(memory.embeddings, memory.labels)
+    only = forwards[0]() if len(forwards) == 1 else None
+    if only is not None and temperature is None:
         with context():
-            weights, labels, teacher = label_embeddings(), chunk.labels, chunk.teacher
             losses = exit_losses(
-                options, chunk.output, weights, labels, teacher, process_group, class_weights
-            )
+                options, only.output, label_embeddings(), only.labels, only.teacher, process_group,
+                class_weights, rows,
+            )  # fmt: skip
+        _remember(memory, [only])
         yield losses.times(shares[0], weight)
         return
-    before, seen = [], []
-    with torch.no_grad():
-        for forward in forwards:
-            before.append(_random_state(device))
-            chunk = forward()
-            seen.append((chunk.output.exit_embeddings, chunk.labels, chunk.teacher))
-    samples = torch.cat([embeddings for embeddings, _, _ in seen], dim=1).requires_grad_()
+    before, seen = [], [] if only is None else [only]
+    if only is None:
+        with torch.no_grad():
+            for forward in forwards:
+                before.append(_random_state(device))
+                seen.append(forward())
+    samples = torch.cat([chunk.output.exit_embeddings for chunk in seen], dim=1)
+    samples = samples.detach().requires_grad_()
+    inputs = [samples]
     with context():
-        weights = label_embeddings().detach().clone().requires_grad_()
+        inputs.append(label_embeddings().detach().clone().requires_grad_())
+        tau = None
+        if temperature is not None:
+            leaves, tau = temperature.of_exits(*samples.shape[:2])
+            inputs.append(leaves)
         value = contrastive_loss(
             options,
             samples,
-            weights,
-            torch.cat([labels for _, labels, _ in seen]),
-            _join([teacher for _, _, teacher in seen]),
+            inputs[1],
+            torch.cat([chunk.labels for chunk in seen]),
+            _join([chunk.teacher for chunk in seen]),
             process_group,
+            class_weights,
+            rows,
+            tau,
         )
     assert value is not None  # the configuration refuses such batches without a contrastive term
     with part(CONTRASTIVE_BACKWARD):
-        of_samples, of_weights = torch.autograd.grad(
-            (loss_scale * value).sum(), [samples, weights], allow_unused=True
+        of_samples, of_weights, *of_leaves = torch.autograd.grad(
+            (loss_scale * value).sum(), inputs, allow_unused=True
         )
+    if temperature is not None:
+        # Every process has one, because they are added up.
+        found = torch.zeros_like(leaves) if of_leaves[0] is None else of_leaves[0]
+        temperature.add_gradient(weight * found / loss_scale)
+    _remember(memory, seen)
     value = value.detach()
     start = 0
     for index, forward in enumerate(forwards):
-        _set_random_state(before[index], device)
-        chunk = forward()
+        if only is None:
+            _set_random_state(before[index], device)
+        chunk = forward() if only is None else only
         embeddings = chunk.output.exit_embeddings  # [E, N, d]
         stop = start + embeddings.shape[1]
         linked = _product(embeddings, of_samples[:, start:stop])
@@ -112,6 +146,13 @@ def cached_losses(
         auxiliary = linked - linked.detach() + value / len(forwards)
         yield ExitLosses(main, auxiliary, cross_entropy).times(shares[index], weight)
         start = stop
+
+
+def _remember(memory: MemoryBank | None, chunks: Sequence[Chunk]) -> None:
+    """Let the samples of a batch into the memory, in their order."""
+    for chunk in chunks:
+        if memory is not None and not chunk.is_stand_in:
+            memory.add(chunk.output.exit_embeddings[-1], chunk.labels)
 
 
 def _product(rows: Tensor, gradient: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +63,13 @@ class Teacher:
     logits: Tensor
 
 
+class Memory(NamedTuple):
+    """Representations [Q, d] of earlier samples, as constants, and their labels [Q]."""
+
+    embeddings: Tensor
+    labels: Tensor
+
+
 def exit_losses(
     options: ObjectiveOptions,
     output: MultiExitOutput,
@@ -71,6 +78,7 @@ def exit_losses(
     teacher: Teacher | None = None,
     process_group: ProcessGroup | None = None,
     class_weights: Tensor | None = None,
+    memory: Memory | None = None,
 ) -> ExitLosses:
     """Losses of E exits on one batch.
 
@@ -82,12 +90,15 @@ def exit_losses(
             the contrastive batch (ACL-CL) if `cross_layer` is on.
         process_group: processes whose samples are contrasted with each other; None: the samples
             of this process alone.
-        class_weights: of the classes in the cross-entropy [K], of mean 1 over the training texts.
+        class_weights: of the classes in the cross-entropy, and of the anchors [K], of mean 1 over
+            the training texts.
+        memory: more representations to contrast with.
     """
     main, cross_entropy = main_losses(options, output, labels, teacher, class_weights)
     auxiliary = contrastive_loss(
-        options, output.exit_embeddings, label_embeddings, labels, teacher, process_group
-    )
+        options, output.exit_embeddings, label_embeddings, labels, teacher, process_group,
+        class_weights, memory,
+    )  # fmt: skip
     return ExitLosses(main, auxiliary, cross_entropy)
 
 
@@ -131,21 +142,29 @@ def contrastive_loss(
     labels: Tensor,
     teacher: Teacher | None = None,
     process_group: ProcessGroup | None = None,
+    class_weights: Tensor | None = None,
+    memory: Memory | None = None,
+    temperature: Tensor | None = None,
 ) -> Tensor | None:
     """L_scl, L_acl or L_aclcl [E] of representations [E, N, d]; None for the objective ce.
 
-    The other arguments are those of `exit_losses`.
+    The other arguments are those of `exit_losses`, and
+        temperature: in place of the option, a tensor as the losses of the kernels take it.
     """
     if options.objective == "ce":
         return None
     settings: dict[str, Any] = {
-        "temperature": options.temperature,
+        "temperature": options.temperature if temperature is None else temperature,
         "denominator": options.denominator,
         "reduction": options.contrastive_reduction,
         "impl": options.impl,
         "ignore_index": IGNORED,
         "process_group": process_group,
+        "class_weights": class_weights,
     }
+    if memory is not None:
+        settings["memory_embeddings"] = memory.embeddings.to(samples.dtype)
+        settings["memory_labels"] = memory.labels
     with part(CONTRASTIVE_LOSS):
         if options.objective == "scl":
             return supcon_loss(samples, labels, **settings)

@@ -75,8 +75,19 @@ def read_file(path: str | Path) -> dict[str, Any]:
     """Read option names and values from a YAML or JSON file.
 
     Raises:
-        ValueError: the file is missing, unreadable, not a mapping of names to values, or gives a
-            name twice.
+        ValueError: as `read_values`, or the file is not a mapping of names to values.
+    """
+    values = read_values(path)
+    if not isinstance(values, dict):
+        raise ValueError(f"Configuration file {str(path)!r} must hold `option: value` lines.")
+    return {str(name): value for name, value in values.items()}
+
+
+def read_values(path: str | Path) -> Any:
+    """Read a YAML or JSON file.
+
+    Raises:
+        ValueError: the file is missing or unreadable, or gives a name twice.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,14 +97,10 @@ def read_file(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
-            values = json.loads(text, object_pairs_hook=unique_keys)
-        else:
-            values = yaml.load(text, _Loader)
+            return json.loads(text, object_pairs_hook=unique_keys)
+        return yaml.load(text, _Loader)
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"Configuration file {str(path)!r} cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"Configuration file {str(path)!r} must hold `option: value` lines.")
-    return {str(name): value for name, value in values.items()}
 
 
 def write_whole(path: Path, text: str) -> None:

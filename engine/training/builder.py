@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
-from ...kernels.contrastive.dispatch import Workload, choose
+from ...kernels.contrastive.dispatch import Workload, choose, obstacle
 from ..backends.deepspeed.settings import read_deepspeed_config
 from ..backends.interface import Backend
 from ..backends.local import LocalBackend
@@ -42,6 +42,7 @@ from ..model.saved import (
     load_trained,
     record_of,
 )
+from ..objectives.temperature import LearnedTemperature
 from ..runtime import processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.lock import RunLock
@@ -68,6 +69,7 @@ class RunParts:
     repository: on the hub, of process 0; None: the model is not pushed.
     class_weights: one per class [K]; None: all texts count alike.
     balanced: the order of the texts with `sampler` balanced.
+    temperature: learned by all stages; None: constant.
     """
 
     given: TrainingConfig
@@ -87,6 +89,7 @@ class RunParts:
     repository: str | None
     class_weights: list[float] | None
     balanced: BalancedBatches | None
+    temperature: LearnedTemperature | None
 
     def early_stopping(self, stage: Stage) -> EarlyStopping | None:
         """The early stopping of a stage that begins; None if that was not asked for."""
@@ -154,6 +157,7 @@ def build_run(given: TrainingConfig) -> RunParts:
     return RunParts(
         given, config, lock, device, dtype, deepspeed_config, data, encoded, tokenizer, base_model,
         model, plan, best, predicted, repository, weights, balanced,
+        LearnedTemperature.of(config.objective, options, device),
     )  # fmt: skip
 
 
@@ -213,11 +217,26 @@ def _device_and_dtype(config: TrainingConfig) -> tuple[torch.device, torch.dtype
     else:
         device = choose_device(config.run.device)
     dtype = choose_dtype(device, fp16=options.fp16, bf16=options.bf16)
-    objective, num_rows = config.objective, options.per_device_train_batch_size
-    workload = Workload(device, dtype, temperature=objective.temperature, num_rows=num_rows)
-    # Refuses an implementation that cannot run here.
-    choose(objective.impl, workload)
+    _check_impl(config, device, dtype)
     return device, dtype
+
+
+def _check_impl(config: TrainingConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse an implementation that cannot run here, and options that none can compute."""
+    objective, options = config.objective, config.optimization
+    num_ranks, needs = 1, tuple[str, ...]()
+    if objective.objective != "ce":
+        num_ranks = processes.world_size() if options.negatives == "global" else 1
+        # Beyond a plain contrastive loss.
+        names = ("temperature_learning_rate", "memory_size", "class_weights")
+        needs = tuple(f"{name}={v}" for name in names if (v := getattr(objective, name)))
+    workload = Workload(
+        device, dtype, objective.temperature, options.per_device_train_batch_size,
+        num_ranks=num_ranks, needs=needs,
+    )  # fmt: skip
+    reason = obstacle(choose(objective.impl, workload), workload)
+    if reason is not None:
+        raise ValueError(f"negatives=global: {reason}. Use negatives=local, or leave these out.")
 
 
 def _load_data(config: TrainingConfig) -> TextData:

@@ -50,7 +50,7 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
     lines += [f"- Strategy: {_STRATEGIES[config.optimization.strategy]}"]
     if config.optimization.stage1_model is not None:
         lines += [f"- First stage: taken from {config.optimization.stage1_model}"]
-    lines += [_terms(config), *_exits(config), _optimizer(config)]
+    lines += [_terms(config, results.get("temperature")), *_exits(config), _optimizer(config)]
     lines += [f"- Steps: {results['num_steps']}, seed {config.optimization.seed}", ""]
     best = results.get("best", {})
     is_best = best.get("step") is not None
@@ -103,14 +103,21 @@ def _optimizer(config: TrainingConfig) -> str:
     return "; ".join([words, *changed])
 
 
-def _terms(config: TrainingConfig) -> str:
+def _terms(config: TrainingConfig, learned: float | None) -> str:
+    """The contrastive term; learned: the temperature at the end, if it was."""
     objective = config.objective
     if objective.objective == "ce":
         return "- Contrastive term: none"
-    return (
-        f"- Contrastive term: lambda {objective.aux_weight:g}, tau {objective.temperature:g}, "
+    tau = f"tau {objective.temperature:g}"
+    if learned is not None:
+        tau = f"tau {learned:.4g} (learned, from {objective.temperature:g})"
+    words = (
+        f"- Contrastive term: lambda {objective.aux_weight:g}, {tau}, "
         f"{objective.contrastive_reduction} over anchors, denominator {objective.denominator}"
     )
+    if objective.memory_size:
+        words += f", a memory of {objective.memory_size} samples per process"
+    return words
 
 
 def _exits(config: TrainingConfig) -> list[str]:

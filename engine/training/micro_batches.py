@@ -13,10 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends.interface import Backend
+from ..backends.interface import Backend, StepReport
 from ..data.batching import collate
 from ..objectives.large_batches import Chunk, cached_losses
 from ..objectives.losses import IGNORED, ExitLosses, count_not_finite
+from ..objectives.memory import MemoryBank
 from ..runtime import collectives, processes
 from ..runtime.profiler_marks import DATA, FORWARD, part
 from .builder import RunParts
@@ -50,15 +51,27 @@ class StepLosses:
         self.device = parts.device
         self.features = features
         self.class_weights: Tensor | None = None
+        self.weight_of_class: dict[str, float] = {}
         if parts.class_weights is not None:
+            named = zip(parts.data.label_names, parts.class_weights, strict=True)
+            self.weight_of_class = dict(named)
             self.class_weights = torch.tensor(parts.class_weights, device=parts.device)
+        self.temperature = parts.temperature
+        self.memory: MemoryBank | None = None
+        options = self.config.objective
+        # The configuration refuses it where several exits are trained with the backbone.
+        if options.objective != "ce" and options.memory_size and stage.trains_backbone:
+            exit_: Any = self.model.exits[-1]
+            width = exit_.classifier.in_features
+            self.memory = MemoryBank(options.memory_size, width, device=self.device)
         # Representations that were not finite in the step so far, per exit, and their number.
         self.num_not_finite: list[Tensor] = []
         self.num_samples = 0
 
-    def of(self, epoch: int, window: Sequence[np.ndarray]) -> Iterator[ExitLosses]:
+    def of(self, epoch: int, step: int, window: Sequence[np.ndarray]) -> Iterator[ExitLosses]:
         """The losses of a step's micro-batches, to be back-propagated one after another.
 
+        epoch, step: of the stage, 1 is the first.
         window: the rows of each micro-batch in the training split, those of all processes.
         """
         self.num_not_finite, self.num_samples = [], 0
@@ -94,7 +107,42 @@ class StepLosses:
                 context=self.backend.forward_context,
                 process_group=collectives.group() if is_global else None,
                 class_weights=self.class_weights,
+                memory=self.memory,
+                reads_memory=step > self.config.objective.memory_warmup_steps,
+                temperature=self.temperature,
             )
+
+    def learn(self, epoch: int, report: StepReport) -> dict[str, Tensor]:
+        """Update what the objective itself learns; return name -> value [], as the step used it."""
+        if self.temperature is None:
+            return {}
+        used = {"temperature": self.temperature.value}
+        weights = torch.full((1,), self.config.objective.aux_weight, device=self.device)
+        if report.decision is not None:
+            weights = weights * self.stage.kept_exits(epoch, report.decision.kept).to(weights)
+        self.temperature.step(weights, report.skipped)
+        return used
+
+    def results(self) -> dict[str, Any]:
+        """Entries for results.json: the learned temperature, and the weights of the classes."""
+        found: dict[str, Any] = {}
+        if self.temperature is not None:
+            found["temperature"] = float(self.temperature.value)
+        if self.weight_of_class:
+            found["class_weights"] = self.weight_of_class
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything kept from step to step; each process has its own memory."""
+        kept = {"memory": self.memory, "temperature": self.temperature}
+        return {name: None if part is None else part.state_dict() for name, part in kept.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict` of the same process and stage."""
+        if self.memory is not None:
+            self.memory.load_state_dict(state["memory"])
+        if self.temperature is not None:
+            self.temperature.load_state_dict(state["temperature"])
 
     @part(FORWARD)
     def _forward(self, positions: tuple[int, ...], rows: np.ndarray, is_stand_in: bool) -> Chunk:
@@ -125,4 +173,4 @@ class StepLosses:
             self.num_samples += len(rows)
         if is_stand_in:
             labels = torch.full_like(labels, IGNORED)
-        return Chunk(output, labels, teacher)
+        return Chunk(output, labels, teacher, is_stand_in)

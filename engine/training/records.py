@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -142,6 +142,7 @@ class StepRecords:
         epoch: int,
         groups: Sequence[str],
         losses: Tensor,
+        learned: Mapping[str, Tensor],
         report: StepReport,
         num_texts: int,
         stopwatch: Stopwatch,
@@ -152,6 +153,7 @@ class StepRecords:
             place: begins the record.
             epoch: of the stage, 1 is the first.
             losses: `ExitLosses.values` of the step [3, E], the part of this process in it.
+            learned: name -> value [] of what the objective learned, as the step used it.
         """
         main, cross_entropy, auxiliary = collectives.total(losses)  # [E] each
         shown: Record = {}
@@ -159,11 +161,11 @@ class StepRecords:
         if self.options.objective != "ce":
             weight = torch.full_like(main, self.options.aux_weight)
             if report.decision is not None:
-                used = weight * _kept(stage, epoch, report.decision).to(weight)
+                used = weight * stage.kept_exits(epoch, report.decision.kept).to(weight)
                 skipped = torch.as_tensor(report.skipped, device=weight.device)
                 weight = torch.where(skipped, weight, used)
             loss = (1 - weight) * main + weight * auxiliary
-            shown = {"loss_aux": auxiliary.sum(), "aux_weight": weight.mean()}
+            shown = {"loss_aux": auxiliary.sum(), "aux_weight": weight.mean(), **learned}
         shown |= {
             "loss": loss.sum(),
             "loss_ce": cross_entropy.sum(),
@@ -192,14 +194,6 @@ def _decision_values(decision: GateDecision | None) -> Record:
     names = ("active", "angle", "kept", "exact_angle", "agrees")
     values = {name: getattr(decision, name, None) for name in names}
     return {name: value for name, value in values.items() if value is not None}
-
-
-def _kept(stage: Stage, epoch: int, decision: GateDecision) -> Tensor:
-    """True for each exit whose contrastive term was kept, [E], or [1] for all exits."""
-    if len(decision.kept) == 1:
-        return decision.kept
-    first, stop = stage.exits.index(stage.exits_in_epoch(epoch)[0]), len(stage.exits)
-    return decision.kept[first:stop]
 
 
 def _agreed(values: Record) -> list[bool | None]:

@@ -47,6 +47,16 @@ class Stage:
         """The exits whose losses count in an epoch of the stage (1 is the first)."""
         return self.exits[-1:] if self.alternates and epoch % 2 == 1 else self.exits
 
+    def kept_exits(self, epoch: int, kept: Tensor) -> Tensor:
+        """True for each exit of the epoch whose contrastive term was kept, [E]; [1] for all exits.
+
+        kept: the gate's decisions [G] for the groups of `prepare`.
+        """
+        if len(kept) == 1:
+            return kept
+        first, stop = self.exits.index(self.exits_in_epoch(epoch)[0]), len(self.exits)
+        return kept[first:stop]
+
 
 def plan_stages(config: TrainingConfig, num_exits: int) -> list[Stage]:
     """The stages of a run over a model with that many exits."""
@@ -131,6 +141,14 @@ class StepPlan:
         shift = step - self.ends[index]
         return replace(self, ends=[*self.ends[:index], *(end + shift for end in self.ends[index:])])
 
+    def ended_early(self, planned: "StepPlan") -> dict[str, int]:
+        """The last step of each stage that is shorter than in the plan of the run."""
+        return {
+            stage.name: end
+            for index, (stage, end) in enumerate(zip(self.stages, self.ends, strict=True))
+            if end - self.start(index) < planned.ends[index] - planned.start(index)
+        }
+
     def epoch_share(self, step: int) -> float:
         """Epochs that are done after a step, as records have them."""
         return round(step / self.steps_per_epoch, 4)
@@ -140,7 +158,8 @@ def plan_steps(config: TrainingConfig, num_exits: int, num_texts: int) -> StepPl
     """The steps of a run over a model with that many exits and that many training texts.
 
     Raises:
-        ValueError: there are fewer texts than processes, or too few steps for the strategy.
+        ValueError: there are fewer texts than processes, or too few steps for the strategy or for
+            `memory_warmup_steps`.
     """
     options, world_size = config.optimization, processes.world_size()
     if world_size > num_texts:
@@ -165,6 +184,13 @@ def plan_steps(config: TrainingConfig, num_exits: int, num_texts: int) -> StepPl
                 "num_train_epochs of 2 or more."
             )
         ends.append(ends[-1] + steps)
+    objective = config.objective
+    warmup = objective.memory_warmup_steps
+    if objective.objective != "ce" and objective.memory_size and warmup >= ends[1]:
+        raise ValueError(
+            f"memory_warmup_steps={warmup}: the memory would never be read, because the stage has "
+            f"{ends[1]} steps. Use fewer."
+        )
     accumulation = options.gradient_accumulation_steps
     return StepPlan(stages, ends[1:], batch_size, accumulation, steps_per_epoch)
 

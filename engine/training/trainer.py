@@ -36,6 +36,7 @@ from .storage.checkpoint import (
     CONFIG_FILE,
     checkpoint_of,
     lasting_options,
+    load_state,
     save_checkpoint,
     save_final,
     set_aside,
@@ -127,6 +128,8 @@ class Trainer:
         self._start_stage(index)
         self.backend.load_state_dict(state["engine"])
         self.history.load_state_dict(state["history"])
+        # Checkpoints of earlier versions have none, and their runs neither memory nor temperature.
+        self.losses.load_state_dict(state.get("losses", {}))
         torch.set_rng_state(state["rng"])
         if self.parts.device.type == "cuda" and "cuda_rng" in state:
             torch.cuda.set_rng_state(state["cuda_rng"], self.parts.device)
@@ -269,7 +272,7 @@ class Trainer:
         every = self.config.objective.gate_agreement_steps
         compare = every > 0 and self.step % every == 0 and self.stage.trains_backbone
         values = []
-        for losses in self.losses.of(epoch, window):
+        for losses in self.losses.of(epoch, self.step - self.plan.start(self.stage_index), window):
             self.backend.backward(losses)
             values.append(losses.values())
         bad, num_samples = self.losses.num_not_finite, self.losses.num_samples
@@ -280,6 +283,7 @@ class Trainer:
             counts = torch.stack(bad).sum(0).tolist()
             check_finite(counts, num_samples, self.step)
             raise FloatingPointError(f"Step {self.step}: {error}") from None
+        learned = self.losses.learn(epoch, report)
         place = {"step": self.step, "epoch": self.plan.epoch_share(self.step), "split": "train"}
         gate_epoch = self.plan.epochs_before(self.stage_index) + epoch
         self.records.send(
@@ -295,6 +299,7 @@ class Trainer:
                 epoch,
                 list(self.backend.groups),
                 torch.stack(values).sum(0),
+                learned,
                 report,
                 sum(map(len, window)),
                 stopwatch,
@@ -337,7 +342,10 @@ class Trainer:
         """Load the weights of the best checkpoint into the model; returns its evaluations."""
         checkpoint = checkpoint_of(self.output_dir, step)
         trained = collectives.together(lambda: load_trained(str(checkpoint)))
+        place = processes.rank(), processes.world_size()
+        state = collectives.together(lambda: load_state(checkpoint, *place))
         self.model.load_state_dict(trained.state_dict())
+        self.losses.load_state_dict(state.get("losses", {}))
         logger.info("The final model is that of step %d, the best one.", step)
         return collectives.from_first(lambda: log.evaluations(step))
 
@@ -386,6 +394,7 @@ class Trainer:
             "stage_index": self.stage_index,
             "engine": self.backend.state_dict(),
             "history": self.history.state_dict(),
+            "losses": self.losses.state_dict(),
             "rng": torch.get_rng_state(),
             "seconds": self.seconds + time.monotonic() - self.started,
             "options": lasting_options(self.config),
@@ -408,23 +417,11 @@ class Trainer:
             None if self.best is None else self.best.step,
         )
 
-    def _stopped_early(self) -> dict[str, Any]:
-        """The entry for results.json: stage -> its last step, where it was ended early."""
-        if self.stopping is None:
-            return {}
-        planned = self.parts.plan
-        return {
-            "stopped_early": {
-                stage.name: self.plan.ends[index]
-                for index, stage in enumerate(self.plan.stages)
-                if self.plan.ends[index] - self.plan.start(index)
-                < planned.ends[index] - planned.start(index)
-            }
-        }
-
     def _results(self, evaluations: dict[str, Any]) -> dict[str, Any]:
         samples = self.step * len(self.train_split) / self.plan.steps_per_epoch
         best = {} if self.best is None else {"best": self.best.result()}
+        if self.stopping is not None:
+            best["stopped_early"] = self.plan.ended_early(self.parts.plan)
         return {
             "data": self.parts.data.name,
             "objective": self.config.objective.objective,
@@ -432,7 +429,7 @@ class Trainer:
             "seed": self.config.optimization.seed,
             "metrics": evaluations,
             **best,
-            **self._stopped_early(),
+            **self.losses.results(),
             "gate": self.history.summary(),
             "num_steps": self.plan.num_steps,
             "train_seconds": round(self.seconds, 2),

@@ -13,10 +13,12 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
+from combination_cases import trained_model
 from fusedacl.engine import TrainingConfig, train
 from fusedacl.engine.config.fields import write_yaml
 from fusedacl.engine.runtime import processes
 from fusedacl.engine.training.builder import build_run
+from fusedacl.engine.training.storage.checkpoint import load_state
 from rank_pool import Ranks
 from tiny_runs import records
 from training_cases import deepspeed_file, linear_is_torchs, model_of, refused, stopped, trained
@@ -99,6 +101,36 @@ def test_stops_at_one_step_and_goes_on(options, two_ranks: Ranks, tmp_path: Path
         assert len(records(tmp_path / f"parts{step}")) == len(records(tmp_path / "whole"))
     with pytest.raises(ValueError, match=r"saved by a run of 2 process\(es\); this one has 1"):
         train(TrainingConfig.create(**parts, resume_from_checkpoint="latest"))
+
+
+def test_own_memories_and_one_temperature(options, two_ranks: Ranks, tmp_path: Path) -> None:
+    """Each process has a memory of its own, also after resuming; all learn one temperature."""
+    settings = {
+        **options, "max_train_samples": 33, "memory_size": 12, "temperature_learning_rate": 0.05,
+        "num_train_epochs": 3,
+    }  # fmt: skip
+    whole, parts = (
+        {**settings, "output_dir": str(tmp_path / name), "save_steps": 0}
+        for name in ("whole", "parts")
+    )
+    (results, digest), (others, other_digest) = two_ranks.run(trained_model, whole)
+    assert digest == other_digest
+    assert results["temperature"] == others["temperature"] != 0.5
+    answers = two_ranks.run(stopped, parts, 5)
+    assert [code for code, _ in answers] == [143, 143]
+    saved = [load_state(tmp_path / "parts" / "checkpoint-5", rank, 2) for rank in (0, 1)]
+    rows = [state["losses"]["memory"]["embeddings"] for state in saved]
+    assert not rows[0].isclose(rows[1]).all(dim=1).any()
+    resumed = two_ranks.run(trained_model, {**parts, "resume_from_checkpoint": "latest"})
+    assert [found[1] for found in resumed] == [digest, digest]
+    assert resumed[0][0]["temperature"] == results["temperature"]
+
+
+def test_what_no_loss_computes_over_processes_is_refused(options, two_ranks: Ranks) -> None:
+    given = {**options, "memory_size": 12, "temperature_learning_rate": 0.05, "negatives": "global"}
+    message = "negatives=global: temperature_learning_rate=0.05, memory_size=12: not computed over"
+    for found in two_ranks.run(refused, given, {}):
+        assert message in found
 
 
 def test_what_is_refused_is_refused_on_both(options, two_ranks: Ranks, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ def check(runs: Runs, name: str, options: dict[str, Any]) -> None:
 
 def exit_values(trainer: SteppedTrainer, indices: np.ndarray) -> list[dict[str, Tensor]]:
     """Losses of a batch and their flat gradients, for each exit."""
-    (losses,) = trainer.losses.of(1, [indices])
+    (losses,) = trainer.losses.of(1, 1, [indices])
     found = []
     for index, position in enumerate(trainer.stage.exits):
         parameters = list(trainer.model.exits[position].parameters())

@@ -30,6 +30,7 @@ from ...model.encoder_layers import layer_modules
 from ...model.multi_exit import MultiExitForSequenceClassification
 from ...objectives.losses import exit_losses
 from ...training.stages import Stage, plan_stages, prepare, stage_outputs
+from ...training.storage.checkpoint import learned_temperature
 
 ALL = "all parameters"
 BACKBONE = "backbone"
@@ -106,8 +107,8 @@ def measure_angles(run: Path, config: AngleConfig, label: str | None = None) -> 
 
     Batches, sequence length, temperature, denominator and reduction are those of the run. The
     angles of the exit that `exit_layer` names are over the parameters that the strategy trains with
-    it: backbone and exit, or, in the second stage of two_stage, the exit alone. The cross-entropy
-    is without distillation, label smoothing and class weights.
+    it: backbone and exit, or, in the second stage of two_stage, the exit alone. The losses are
+    without distillation, label smoothing, class weights and memory.
 
     Args:
         run: the output directory, or one of its checkpoints.
@@ -121,7 +122,7 @@ def measure_angles(run: Path, config: AngleConfig, label: str | None = None) -> 
     given, trained = run_config(run), load_model(run, config.device.device)
     model = trained.model
     stage = choose_stage(given, model, options.exit_layer, run)
-    contrasted = contrastive_config(given, stage, options.contrastive)
+    contrasted = contrastive_config(given, stage, options.contrastive, learned_temperature(run))
     data = load_data(run, given, trained.record, vars(config.data), needs_train=True)
     split = trained.encode(data.splits["train"], "train")
     # The number of samples that are contrasted in a step.
@@ -213,12 +214,13 @@ def choose_stage(
 
 
 def contrastive_config(
-    config: TrainingConfig, stage: Stage, contrastive: str | None
+    config: TrainingConfig, stage: Stage, contrastive: str | None, temperature: float | None = None
 ) -> TrainingConfig:
     """The options of a run, changed to the contrastive loss to measure and plain cross-entropy.
 
     contrastive: None: the run's own loss, or SCL if it has none. ACL of an exit with a teacher
     becomes ACL-CL, unless the run did not use that.
+    temperature: the one that the run has learned; None: it was constant.
     """
     used_acl = config.objective.objective == "acl"
     chosen = contrastive or ("acl" if used_acl else "scl")
@@ -230,6 +232,7 @@ def contrastive_config(
         distill_weight=0.0,
         label_smoothing_factor=0.0,
         class_weights=None,
+        temperature=config.objective.temperature if temperature is None else temperature,
         # The implementation of the run may not be available on this machine.
         impl="auto",
     )

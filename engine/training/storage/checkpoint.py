@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -304,6 +305,15 @@ def _load(path: Path) -> dict[str, Any]:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{str(path)!r} is damaged and cannot be resumed from: {error}") from None
+
+
+def learned_temperature(run: Path) -> float | None:
+    """The temperature that a run, or a checkpoint of it, has learned; None if it was constant."""
+    if (run / STATE_FILE).exists():
+        learned = _load(run / STATE_FILE).get("losses", {}).get("temperature")
+        return None if learned is None else math.exp(-learned["log_scale"])
+    results = run / "results.json"
+    return read_file(results).get("temperature") if results.exists() else None
 
 
 def changed_options(

@@ -34,6 +34,24 @@ COMPLETE = {"task_name": "quickstart", "output_dir": "out"}
             "distill_temperature=4 has no effect without distillation",
         ),
         ({"gate": "none", "max_angle": 80}, "max_angle=80 has no effect with gate=none"),
+        ({"memory_size": -1}, "memory_size=-1 is out of range"),
+        ({"memory_warmup_steps": 3}, "memory_warmup_steps=3 has no effect without memory_size"),
+        ({"memory_size": 8, "strategy": "joint"}, "memory_size=8: a memory holds"),
+        ({"memory_size": 8, "strategy": "alternating"}, "Use strategy=single (or two_stage"),
+        (
+            {
+                "memory_size": 8,
+                "strategy": "two_stage",
+                "stage1_model": "first",
+                "task_name": "mrpc",
+            },
+            "memory_size=8 belongs to the first stage, which stage1_model replaces",
+        ),
+        ({"temperature_learning_rate": -1}, "temperature_learning_rate=-1.0 is out of range"),
+        (
+            {"temperature_learning_rate": 0.1, "temperature": 0.01},
+            "temperature=0.01: with temperature_learning_rate=0.1 it begins between 0.02 and 5",
+        ),
     ],
 )
 def test_refused(options: dict[str, Any], message: str) -> None:

@@ -31,6 +31,8 @@ def test_weights_of_a_file_get_the_mean_1(tmp_path: Path) -> None:
     found = class_weights(str(file), NAMES, LABELS)
     assert found == pytest.approx([2 / 3, 0, 2])
     assert np.mean([found[label] for label in LABELS]) == pytest.approx(1)
+    file.write_text("[10, 0, 30]")
+    assert class_weights(str(file), NAMES, LABELS) == found
 
 
 @pytest.mark.parametrize(
@@ -42,7 +44,10 @@ def test_weights_of_a_file_get_the_mean_1(tmp_path: Path) -> None:
         ('{"yes": 1, "no": true, "maybe": 1}', "class 'no' has True"),
         ('{"yes": 1, "no": NaN, "maybe": 1}', "class 'no' has nan"),
         ('{"yes": 0, "no": 0, "maybe": 0}', "every training text has weight 0"),
-        ("[1, 2, 3]", "is neither 'balanced' nor a file"),
+        ("[1, 2]", "lists 2 weights for 3 classes: give one for each, in the order no, maybe, yes"),
+        ("[1, 2, -3]", "class 'yes' has -3"),
+        ("3", "holds 3: give every class a weight"),
+        ("{", "is neither 'balanced' nor a file"),
     ],
 )
 def test_a_bad_file_is_refused(text: str, message: str, tmp_path: Path) -> None:

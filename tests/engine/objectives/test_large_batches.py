@@ -181,7 +181,7 @@ def test_steps_equal_those_with_large_batches(options, strategy: str, tmp_path: 
 
 def gradients_and_angles(trainer: Trainer, window: list[np.ndarray]) -> list[Tensor]:
     """The angles of a step [G], and the combined gradients of all trained parameters."""
-    for losses in trainer.losses.of(1, window):
+    for losses in trainer.losses.of(1, 1, window):
         trainer.backend.backward(losses)
     decision = trainer.backend.gate.combine()
     gradients = [p.grad for p in trainer.backend.parameters if p.grad is not None]

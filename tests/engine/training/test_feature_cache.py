@@ -214,7 +214,7 @@ def test_second_stage_with_and_without(
         config = TrainingConfig.create(**{**options, **changes, "output_dir": str(tmp_path / name)})
         trainer = Trainer(build_run(config))
         trainer._start_stage(1)
-        (losses,) = trainer.losses.of(1, [np.arange(16)])
+        (losses,) = trainer.losses.of(1, 1, [np.arange(16)])
         trainer.backend.backward(losses)
         gate = trainer.backend.gate
         gradients = [[p.grad for p in trainer.backend.parameters], gate._auxiliary]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -52,6 +53,7 @@ def runs(
     return {
         "ce": made("ce", objective="ce"),
         "scl": made("scl", objective="scl", exit_head="linear"),
+        "learned": made("learned", objective="scl", temperature_learning_rate=0.1, save_steps=1),
         "joint": made("joint", objective="acl", strategy="joint", denominator="others"),
         "two_stage": made("two_stage", objective="acl", strategy="two_stage", distill_weight=0.3),
     }
@@ -188,6 +190,16 @@ def test_contrastive_loss_is_the_runs_own(runs: dict[str, Path]) -> None:
         objective = contrastive_config(config, stage, asked).objective
         assert (objective.objective, objective.cross_layer) == wanted
         assert (objective.distill_weight, objective.temperature) == (0, 0.3)
+
+
+def test_a_learned_temperature_is_that_of_the_weights(runs: dict[str, Path]) -> None:
+    results = json.loads((runs["learned"] / "results.json").read_text())
+    found = [
+        measure_angles(runs["learned"] / name, options(num_batches=1)).settings
+        for name in ("", "checkpoint-1")
+    ]
+    assert f"temperature {results['temperature']:g}" in found[0]
+    assert found[0] != found[1] and not any("temperature 0.3," in words for words in found)
 
 
 def test_layers_of_other_families_and_shortened_backbones(
