@@ -64,14 +64,21 @@ class LearnedTemperature:
         """The temperature [], a copy without a graph."""
         return (-self._log_scale.detach()).exp()
 
-    def of_exits(self, num_exits: int, num_samples: int) -> tuple[Tensor, Tensor]:
-        """Leaves log(1 / tau) [E], one per exit, and the temperatures that the loss takes."""
+    def of_exits(
+        self, num_exits: int, num_samples: int, is_global: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves log(1 / tau) [E], one per exit, and the temperatures that the loss takes.
+
+        is_global: whether other processes have numbers of samples of their own.
+        """
         leaves = self._log_scale.detach().repeat(num_exits).requires_grad_()
         temperatures = (-leaves).exp()
         if num_exits == 1:
             return leaves, temperatures[0]
         # Beside as many samples, [E] could be one temperature per sample.
-        return leaves, temperatures[:, None] if num_exits == num_samples else temperatures
+        if is_global or num_exits == num_samples:
+            temperatures = temperatures[:, None].expand(num_exits, num_samples)
+        return leaves, temperatures
 
     def add_gradient(self, gradient: Tensor) -> None:
         """Add the gradients [E] of the exits' losses for their leaves, of one contrastive batch."""

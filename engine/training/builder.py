@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import Parameter
 from transformers import PreTrainedTokenizerBase
 
-from ...kernels.contrastive.dispatch import Workload, choose, obstacle
+from ...kernels.contrastive.dispatch import Workload, choose
+from ...kernels.contrastive.options import TENSOR_TEMPERATURE
 from ..backends.deepspeed.settings import read_deepspeed_config
 from ..backends.interface import Backend
 from ..backends.local import LocalBackend
@@ -222,21 +223,22 @@ def _device_and_dtype(config: TrainingConfig) -> tuple[torch.device, torch.dtype
 
 
 def _check_impl(config: TrainingConfig, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse an implementation that cannot run here, and options that none can compute."""
+    """Refuse an implementation that cannot run here, or not with the options."""
     objective, options = config.objective, config.optimization
-    num_ranks, needs = 1, tuple[str, ...]()
+    num_ranks, needs = 1, list[str]()
     if objective.objective != "ce":
         num_ranks = processes.world_size() if options.negatives == "global" else 1
-        # Beyond a plain contrastive loss.
-        names = ("temperature_learning_rate", "memory_size", "class_weights")
-        needs = tuple(f"{name}={v}" for name in names if (v := getattr(objective, name)))
+        if objective.temperature_learning_rate:
+            needs.append(TENSOR_TEMPERATURE)
+        if objective.memory_size:
+            needs.append("memory_embeddings")
+        if objective.class_weights:
+            needs.append("class_weights")
     workload = Workload(
         device, dtype, objective.temperature, options.per_device_train_batch_size,
-        num_ranks=num_ranks, needs=needs,
+        num_ranks=num_ranks, needs=tuple(needs),
     )  # fmt: skip
-    reason = obstacle(choose(objective.impl, workload), workload)
-    if reason is not None:
-        raise ValueError(f"negatives=global: {reason}. Use negatives=local, or leave these out.")
+    choose(objective.impl, workload)
 
 
 def _load_data(config: TrainingConfig) -> TextData:

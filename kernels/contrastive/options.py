@@ -9,6 +9,9 @@ from torch import Tensor
 
 from .batch import PAIR_MEMORY, Batch, WiderBatch
 
+# What makes a batch a wider one, beside names of arguments.
+TENSOR_TEMPERATURE = "a tensor as temperature"
+
 
 class Options(NamedTuple):
     """Keyword arguments of the losses; as in `losses`."""
@@ -49,7 +52,7 @@ def needs_wider(labels: Tensor, options: Options) -> tuple[str, ...]:
         if getattr(options, name) is not None
     ]  # fmt: skip
     if isinstance(options.temperature, Tensor):
-        needs.insert(0, "a tensor as temperature")
+        needs.insert(0, TENSOR_TEMPERATURE)
     if any(
         isinstance(each, Tensor) and each.dim() == 2 for each in (labels, options.memory_labels)
     ):

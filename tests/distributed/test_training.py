@@ -48,6 +48,7 @@ CASES: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
         "contrastive_batch_size": 8, "max_train_samples": 60,
     },
+    "memory, temperature": {"memory_size": 12, "temperature_learning_rate": 0.05},
 }  # fmt: skip
 
 
@@ -66,8 +67,9 @@ def test_two_processes_train_as_one(case: str, options, two_ranks: Ranks, tmp_pa
     # ZeRO 3 has one of its own, which rounds otherwise.
     assert two_ranks.run(linear_is_torchs) == [True, True]
     twice = {"per_device_train_batch_size": 2 * settings["per_device_train_batch_size"]}
-    if "contrastive_batch_size" in settings:
-        twice["contrastive_batch_size"] = 2 * settings["contrastive_batch_size"]
+    for name in ("contrastive_batch_size", "memory_size"):
+        if name in settings:
+            twice[name] = 2 * settings[name]
     of_one = train(TrainingConfig.create(**{**settings, **twice}))["metrics"]
     layers = of_one["validation"]
     assert of_both[0]["validation"].keys() == layers.keys()
@@ -124,13 +126,6 @@ def test_own_memories_and_one_temperature(options, two_ranks: Ranks, tmp_path: P
     resumed = two_ranks.run(trained_model, {**parts, "resume_from_checkpoint": "latest"})
     assert [found[1] for found in resumed] == [digest, digest]
     assert resumed[0][0]["temperature"] == results["temperature"]
-
-
-def test_what_no_loss_computes_over_processes_is_refused(options, two_ranks: Ranks) -> None:
-    given = {**options, "memory_size": 12, "temperature_learning_rate": 0.05, "negatives": "global"}
-    message = "negatives=global: temperature_learning_rate=0.05, memory_size=12: not computed over"
-    for found in two_ranks.run(refused, given, {}):
-        assert message in found
 
 
 def test_what_is_refused_is_refused_on_both(options, two_ranks: Ranks, tmp_path: Path) -> None:

@@ -139,10 +139,6 @@ def check(combination: Combination) -> None:
         ValueError: options contradict each other.
     """
     options = options_of(combination, Path("run"), model_name_or_path="encoder")
-    # Refused when the processes have joined: the losses of the kernels do not take these yet.
-    is_contrasted = options["negatives"] == "global" and options["objective"] != "ce"
-    if is_contrasted and "class_weights" in options:
-        raise ValueError("class_weights: not computed over a process_group")
     TrainingConfig.create(**options).resolved()
 
 
