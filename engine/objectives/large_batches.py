@@ -26,7 +26,7 @@ from .losses import ExitLosses, Teacher, contrastive_loss, exit_losses, main_los
 
 @dataclass(frozen=True)
 class Chunk:
-    """Outputs of E exits on N samples, the labels [N] of the samples, and the teacher."""
+    """Outputs of E exits on N samples, their labels, and the teacher."""
 
     output: MultiExitOutput
     labels: Tensor

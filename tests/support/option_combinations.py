@@ -13,7 +13,7 @@ from fusedacl.engine import TrainingConfig
 Combination = dict[str, Any]
 
 STEP_TEXTS = 8
-CLASS_WEIGHTS = Path(__file__).with_name("class_weights.json")
+CLASS_WEIGHTS = Path(__file__).parent / "text_sets" / "class_weights.json"
 # The end of an odd epoch, and the middle of an even one; epochs have two steps.
 RESUME_STEPS = {"epoch end": 2, "epoch middle": 3}
 VALUES: dict[str, tuple[Any, ...]] = {
