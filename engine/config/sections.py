@@ -284,6 +284,13 @@ class ObjectiveOptions:
         " anchor; negatives: rows of other classes",
         choices=("all", "others", "negatives"),
     )
+    positives: str = option(
+        "overlap",
+        "texts that the contrastive loss draws together where a text may have several labels."
+        " overlap: those that share labels, by their number; each: every label of a text is an"
+        " anchor of its own, as in MulSupCon",
+        choices=("overlap", "each"),
+    )
     impl: str = option(
         "auto",
         "implementation of the contrastive loss and of the gradients' angle; auto: chosen for the"

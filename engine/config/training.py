@@ -279,6 +279,7 @@ class TrainingConfig:
         unused = [] if self.gated else ["max_angle"]
         if self.objective.objective == "ce":
             unused += ["aux_weight", "temperature", "contrastive_reduction", "denominator"]
+            unused += ["positives"]
         if options.warmup_steps is not None:
             unused += ["warmup_ratio"]
         if options.lr_scheduler_type == "constant":
@@ -301,6 +302,46 @@ class TrainingConfig:
         options = self.optimization
         size = options.contrastive_batch_size or options.per_device_train_batch_size
         return size // options.per_device_train_batch_size
+
+    def check_labels(self, *, several: bool, world_size: int) -> None:
+        """Refuse options that do not fit the data.
+
+        several: whether a text may have several labels. world_size: number of processes.
+
+        Raises:
+            ValueError: naming the option.
+        """
+        objective, options = self.objective, self.optimization
+        if not several:
+            if objective.positives != ObjectiveOptions().positives:
+                raise ValueError(
+                    f"positives={objective.positives} is for texts with several labels, and these "
+                    "have one each: leave it out."
+                )
+            return
+        found = "the texts may have several labels"
+        if self.data.sampler == "balanced":
+            raise ValueError(
+                f"sampler=balanced fills batches class by class, and {found}: use sampler=random "
+                "with a larger per_device_train_batch_size or contrastive_batch_size."
+            )
+        if objective.class_weights is not None:
+            raise ValueError(
+                f"class_weights={objective.class_weights!r} weighs texts by their class, and "
+                f"{found}: leave it out."
+            )
+        if objective.objective == "ce":
+            return
+        if options.negatives == "global" and world_size > 1:
+            raise ValueError(
+                f"negatives=global: {found}, and their contrastive loss is computed within a "
+                "process. Use negatives=local, with a larger contrastive_batch_size."
+            )
+        if objective.impl == "triton":
+            raise ValueError(
+                f"impl=triton: {found}, and their contrastive loss is computed by tiled and "
+                "reference. Use impl=auto."
+            )
 
     def _check_contrastive_batch(self) -> None:
         options = self.optimization

@@ -125,10 +125,10 @@ def encode(
 def _label_tensor(split: TextSplit) -> torch.Tensor | None:
     if split.labels is None or split.num_labels is None:
         return None if split.labels is None else torch.tensor(split.labels, dtype=torch.int64)
-    labels = torch.zeros(len(split), split.num_labels, dtype=torch.bool)
-    for row, found in enumerate(split.labels):
-        labels[row, found] = True
-    return labels
+    labels = np.zeros((len(split), split.num_labels), dtype=bool)
+    rows = np.repeat(np.arange(len(split)), [len(found) for found in split.labels])
+    labels[rows, list(chain.from_iterable(split.labels))] = True
+    return torch.from_numpy(labels)
 
 
 def log_truncation(name: str, encoded: EncodedSplit) -> None:

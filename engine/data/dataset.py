@@ -249,7 +249,7 @@ class _Reader:
 
     def _decided_classes(self, cells: LabelCells, where: str) -> Classes:
         """The classes; the first labels that are read, those of train, decide what they mean."""
-        with cells.told_by_row():
+        with cells.told_by_row(where):
             if self._classes is None and cells.columns:
                 self._classes = Classes(cells.columns, where, by_index=False)
             if self._classes is None:

@@ -39,20 +39,18 @@ class LabelCells:
         return 0 if self.rows is None else self.num_rows - len(set(self.rows))
 
     @contextmanager
-    def told_by_row(self) -> Iterator[None]:
-        """Make errors that count labels name the rows instead."""
+    def told_by_row(self, where: str) -> Iterator[None]:
+        """Make errors that count labels name the rows instead; `where` begins the messages."""
         try:
             yield
         except ValueError as error:
             if self.rows is None:
                 raise
-            rows = self.rows
+            rows, words = self.rows, str(error).removeprefix(where)
             words = re.sub(
-                r"data row (\d+)",
-                lambda found: f"data row {rows[int(found[1]) - 1] + 1}",
-                str(error),
+                r"data row (\d+)", lambda found: f"data row {rows[int(found[1]) - 1] + 1}", words
             )
-            raise ValueError(words) from None
+            raise ValueError(where + words) from None
 
     def indices(self, classes: Classes, where: str) -> list[int] | list[list[int]] | None:
         """The class index of each row, or a sorted list of label indices; None if unlabelled.
@@ -60,7 +58,7 @@ class LabelCells:
         Raises:
             ValueError: as `class_indices`.
         """
-        with self.told_by_row():
+        with self.told_by_row(where):
             found = class_indices(self.values, classes, where)
         if found is None or self.rows is None:
             return found
@@ -166,9 +164,9 @@ def read_cells(
     if not _is_list(lists.type):
         raise ValueError(_one_per_cell(table, columns[0], where, "several labels per text"))
     refuse_rows(pa.compute.is_null(lists), "list of labels is missing (write [] for none)", where)
-    _refuse_zeros_and_ones(lists, columns[0], where)
     values = pa.compute.list_flatten(lists)
     rows = pa.compute.list_parent_indices(lists).to_pylist()
+    _refuse_zeros_and_ones(lists, values, rows, f"{where}: the lists in column {columns[0]!r}")
     return _found(values, rows, table.num_rows, [])
 
 
@@ -220,19 +218,19 @@ def _divided(cells: pa.Array, column: str, separator: str, where: str) -> pa.Arr
     return pa.compute.if_else(is_empty, nothing, parts)
 
 
-def _refuse_zeros_and_ones(lists: pa.Array, column: str, where: str) -> None:
+def _refuse_zeros_and_ones(lists: pa.Array, values: pa.Array, rows: list[int], what: str) -> None:
     """Refuse lists of a zero or a one for each label: they would be read as indices of labels."""
-    lengths = pa.compute.unique(pa.compute.list_value_length(lists)).to_pylist()
-    values = pa.compute.list_flatten(lists)
-    is_number = pa.types.is_integer(values.type) or pa.types.is_floating(values.type)
-    if not is_number or len(lengths) != 1 or lengths[0] < 2:
-        return
-    distinct = set(pa.compute.unique(values).to_pylist())
-    if distinct <= {0, 1} and len(lists) * lengths[0] > len(lists) * len(distinct):
+    is_truth = pa.types.is_boolean(values.type)
+    if pa.types.is_integer(values.type) or pa.types.is_floating(values.type):
+        lengths = pa.compute.unique(pa.compute.list_value_length(lists))
+        found = values.to_pylist()
+        # Indices of labels are not repeated in a list.
+        repeats = len(set(zip(rows, found, strict=True))) < len(rows)
+        is_truth = len(lengths) == 1 and repeats and set(found) <= {0, 1}
+    if is_truth:
         raise ValueError(
-            f"{where}: the lists in column {column!r} are {lengths[0]} zeros and ones each. Write "
-            "the names or indices of the labels that apply, or a column of zeros and ones for each "
-            "label (label_column=first,second,…)."
+            f"{what} are zeros and ones. Write the names or indices of the labels that apply, or a "
+            "column of zeros and ones for each label (label_column=first,second,…)."
         )
 
 

@@ -59,10 +59,9 @@ def score(
         "matthews_correlation": sklearn_metrics.matthews_corrcoef,
     }
     if labels.ndim == 2:
-        occurring = np.flatnonzero((labels | predictions).any(axis=0))
         known = {
             "micro_f1": partial(f1, average="micro"),
-            "macro_f1": partial(f1, labels=occurring, average="macro"),
+            "macro_f1": _macro_f1,
             "exact_match": sklearn_metrics.accuracy_score,
             "average_precision": partial(_average_precision, logits=logits),
         }
@@ -72,14 +71,27 @@ def score(
     return {metric: float(known[metric](labels, predictions)) for metric in metrics}
 
 
+def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean F1 of the labels that occur; 0 if none does."""
+    from sklearn.metrics import f1_score
+
+    occurring = (labels | predictions).any(axis=0)
+    each = f1_score(labels, predictions, average=None, zero_division=0.0)[occurring]
+    return float(each.mean()) if len(each) else 0.0
+
+
 def _average_precision(
     labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray | None
 ) -> float:
+    """Mean average precision of the labels that occur; 0 if none does."""
     from sklearn.metrics import average_precision_score
 
     assert logits is not None  # its callers refuse this metric
-    occurring = labels.any(axis=0)
-    return float(average_precision_score(labels[:, occurring], logits[:, occurring]))
+    each = [
+        average_precision_score(labels[:, label], logits[:, label])
+        for label in np.flatnonzero(labels.any(axis=0))
+    ]
+    return float(np.mean(each)) if each else 0.0
 
 
 def evaluate_split(

@@ -76,12 +76,15 @@ def cross_entropies(
     return losses.mean(dim=-1) * is_counted
 
 
-def contrasted_labels(labels: Tensor) -> dict[str, Any]:
-    """The labels of a batch as arguments of the contrastive losses."""
+def contrasted_labels(labels: Tensor, positives: str) -> dict[str, Any]:
+    """The labels of a batch as arguments of the contrastive losses.
+
+    positives: which texts are drawn together where they may have several labels.
+    """
     if labels.dim() == 1:
         return {"labels": labels, "ignore_index": IGNORED}
     is_ignored = (labels == IGNORED).any(dim=-1)
-    return {"labels": labels.float().clamp(min=0), "ignore_mask": is_ignored}
+    return {"labels": labels == 1, "ignore_mask": is_ignored, "positives": positives}
 
 
 def training_loss(logits: Tensor, labels: Tensor, several: bool) -> Tensor:

@@ -139,7 +139,7 @@ def contrastive_loss(
         "reduction": options.contrastive_reduction,
         "impl": options.impl,
         "process_group": process_group,
-        **contrasted_labels(labels),
+        **contrasted_labels(labels, options.positives),
     }
     with part(CONTRASTIVE_LOSS):
         if options.objective == "scl":

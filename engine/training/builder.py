@@ -32,6 +32,7 @@ from ..data.batching import EncodedSplit, encode, epoch_batches, log_truncation
 from ..data.dataset import TextData, load_splits
 from ..data.quickstart import minilm_path
 from ..data.record import DataRecord
+from ..model.answers import has_several_labels
 from ..model.encoder import checkpoint_layers
 from ..model.encoder_layers import bottom_parameters
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
@@ -223,44 +224,12 @@ def _device_and_dtype(config: TrainingConfig) -> tuple[torch.device, torch.dtype
 
 def _load_data(config: TrainingConfig) -> TextData:
     data = load_splits(config.data)
-    if data.several_labels:
-        _check_several_labels(config)
+    config.check_labels(several=data.several_labels, world_size=processes.world_size())
     for note in data.notes:
         logger.info(note)
     if config.without_effect:
         logger.info("no effect beside the other options: %s.", ", ".join(config.without_effect))
     return data
-
-
-def _check_several_labels(config: TrainingConfig) -> None:
-    """Refuse options that are for one label per text.
-
-    Raises:
-        ValueError: naming the option.
-    """
-    data, objective, options = config.data, config.objective, config.optimization
-    found = "the texts may have several labels"
-    if data.sampler == "balanced":
-        raise ValueError(
-            f"sampler=balanced fills batches class by class, and {found}: use sampler=random with "
-            "a larger per_device_train_batch_size or contrastive_batch_size."
-        )
-    if objective.class_weights is not None:
-        raise ValueError(
-            f"class_weights={objective.class_weights!r} weighs texts by their class, and {found}: "
-            "leave it out."
-        )
-    if objective.objective != "ce":
-        if options.negatives == "global" and processes.world_size() > 1:
-            raise ValueError(
-                f"negatives=global: {found}, and their contrastive loss is computed within a "
-                "process. Use negatives=local, with a larger contrastive_batch_size."
-            )
-        if objective.impl == "triton":
-            raise ValueError(
-                f"impl=triton: {found}, and their contrastive loss is computed by tiled and "
-                "reference. Use impl=auto."
-            )
 
 
 def _new_model(
@@ -364,7 +333,7 @@ def take_last_exit(
     )
     pairs = [
         ("classes", label_names(ours), label_names(theirs), first),
-        ("problem_type", ours.problem_type, theirs.problem_type, first),
+        ("several labels per text:", *map(has_several_labels, (ours, theirs)), first),
         ("exit_head", ours.exit_head, theirs.exit_head, first),
         ("exit_pooling", ours.exit_pooling, theirs.exit_pooling, first),
         ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1], first),

@@ -89,3 +89,25 @@ def test_defaults_may_be_written_out() -> None:
     TrainingConfig.create(**COMPLETE, **options).resolved()
     both = {"strategy": "two_stage", "distill_weight": 0.5, "distill_temperature": 4}
     TrainingConfig.create(**COMPLETE, **both).resolved()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"negatives": "global"}, "negatives=global: the texts may have several labels"),
+        ({"impl": "triton"}, "impl=triton: .*Use impl=auto"),
+        ({"sampler": "balanced", "objective": "ce"}, "sampler=balanced fills batches"),
+    ],
+)
+def test_options_that_several_labels_exclude(options: dict[str, Any], words: str) -> None:
+    config = TrainingConfig.create(**options)
+    config.check_labels(several=False, world_size=2)
+    with pytest.raises(ValueError, match=words):
+        config.check_labels(several=True, world_size=2)
+
+
+def test_options_that_several_labels_leave() -> None:
+    config = TrainingConfig.create(negatives="global", positives="each")
+    config.check_labels(several=True, world_size=1)
+    alone = TrainingConfig.create(negatives="global", impl="triton", objective="ce")
+    alone.check_labels(several=True, world_size=2)

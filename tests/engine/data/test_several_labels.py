@@ -117,7 +117,10 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "missing label": (lists(["joy"], ["joy", None]), {}, r"data row 2: the label is missing"),
     "fractions": (lists([0.5], [1.0, 2.0]), {}, r"data row 1 = 0.5: the label is not an integer"),
     "negative": (lists([0, 1], [1, 2], [3, -1]), {}, r"data row 3 = -1: the label is negative"),
-    "zeros and ones": (lists([0, 1, 1], [1, 0, 0]), {}, "are 3 zeros and ones each"),
+    "zeros and ones": (lists([0, 1, 1], [1, 0, 0]), {}, "are zeros and ones. Write the names"),
+    "zeros and ones of two labels": (lists([0, 1], [1, 1], [0, 0]), {}, "are zeros and ones"),
+    "floats": (lists([0.0, 1.0, 1.0], [1.0, 0.0, 0.0]), {}, "are zeros and ones"),
+    "truth values": (lists([True, False], [False, True]), {}, "are zeros and ones"),
     "no label at all": (lists([], []), {}, "unlabelled"),
     "all alike": (lists(["a", "b"], ["b", "a"]), {}, "all texts have the same labels"),
     "neither 0 nor 1": (

@@ -61,9 +61,10 @@ def test_an_ignored_text_counts_in_no_loss() -> None:
     torch.testing.assert_close(each[:, :2], cross_entropies(LOGITS, LABELS))
     each.sum().backward()
     assert logits.grad is not None and not logits.grad[:, 2].any()
-    contrasted = contrasted_labels(labels)
+    contrasted = contrasted_labels(labels, "each")
+    assert contrasted["positives"] == "each"
     assert contrasted["ignore_mask"].tolist() == [False, False, True]
-    assert contrasted["labels"][:2].tolist() == LABELS.float().tolist()
+    assert contrasted["labels"][:2].tolist() == LABELS.tolist()
 
 
 def test_the_loss_of_a_model(tiny_bert: Path) -> None:

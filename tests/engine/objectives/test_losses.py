@@ -100,6 +100,19 @@ def test_one_label_each_written_as_several_is_contrasted_alike(batch, objective:
     torch.testing.assert_close(found.cross_entropy, torch.stack(each))
 
 
+@pytest.mark.parametrize("positives", ["overlap", "each"])
+def test_which_texts_are_drawn_together_is_said_to_the_loss(batch, positives: str) -> None:
+    output, label_embeddings, _ = batch
+    labels = torch.rand(NUM_SAMPLES, NUM_LABELS) < 0.6
+    options = ObjectiveOptions(objective="acl", positives=positives)
+    found = exit_losses(options, output, label_embeddings, labels).auxiliary
+    expected = acl_loss(output.exit_embeddings, labels, label_embeddings, positives=positives)
+    torch.testing.assert_close(found, expected)
+    other = "each" if positives == "overlap" else "overlap"
+    different = acl_loss(output.exit_embeddings, labels, label_embeddings, positives=other)
+    assert not torch.allclose(expected, different)
+
+
 @pytest.mark.parametrize("objective", ["scl", "acl", "acl_cl"])
 def test_a_text_that_is_ignored_is_in_no_contrastive_batch(batch, objective: str) -> None:
     output, label_embeddings, _ = batch

@@ -184,6 +184,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
         "label_smoothing_factor": 0.1,
     },
     "scope": {"gate_scope": "head"},
+    "every label an anchor": {"positives": "each", "aux_weight": 0.2},
 }
 
 
@@ -232,6 +233,18 @@ def test_metrics_are_those_of_scikit_learn() -> None:
     expected = average_precision_score(labels[:, :4], logits[:, :4], average="macro")
     assert found["average_precision"] == expected
     assert found["exact_match"] == (labels == predictions).all(axis=1).mean()
+    # The first texts of a split may all be without labels, or have one alone.
+    nothing = np.zeros((4, 5), dtype=bool)
+    assert score(names, nothing, nothing, logits=logits[:4]) == {
+        "micro_f1": 0, "macro_f1": 0, "average_precision": 0, "exact_match": 1
+    }  # fmt: skip
+    alone = nothing.copy()
+    alone[:, 2] = [True, False, True, False]
+    order = np.zeros((4, 5))
+    order[:, 2] = [3, 2, 1, 0]
+    assert score(["average_precision"], nothing, alone, logits=order) == {
+        "average_precision": pytest.approx((1 + 2 / 3) / 2)
+    }
     with pytest.raises(ValueError, match="metric='accuracy' is unknown"):
         score(["accuracy"], predictions, labels, logits=logits)
 
@@ -355,9 +368,9 @@ def test_what_a_run_refuses(options: dict[str, Any], changes: dict[str, Any], wo
     assert not Path(options["output_dir"]).exists()
 
 
-def test_models_of_one_label_per_text_take_no_threshold(
-    tiny_options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_what_belongs_to_several_labels_is_refused_with_one(tiny_options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="positives=each is for texts with several labels"):
+        run(tiny_options, positives="each")
     run(tiny_options, max_steps=1, save_steps=0)
     data = {name: tiny_options[name] for name in ("task_name", "data_dir", "output_dir")}
     given = {"model_name_or_path": data.pop("output_dir"), **data, "label_threshold": 0.3}
@@ -387,17 +400,17 @@ def test_csv_answers_whose_names_hold_the_bar_are_refused(
 
 @pytest.mark.real_data
 def test_real_intents_joined_two_by_two(real_data: Path, minilm: Path, tmp_path: Path) -> None:
-    """Two sentences of ten intents in one text; the answer "all ten" has a micro F1 of 0.33."""
+    """Two sentences of six intents in one text; the answer "all six" has a micro F1 of 0.47."""
     source = {"task_name": "clinc150", "data_dir": str(real_data)}
     data = load_splits(TrainingConfig.create(**source).data)
     files = {}
     for split, name, number in (
         ("train", "train_file", 1200),
-        ("validation", "validation_file", 200),
+        ("validation", "validation_file", 80),
     ):
         texts = data.splits[split]
         assert texts.labels is not None
-        chosen = [row for row, label in enumerate(texts.labels) if label < 10]
+        chosen = [row for row, label in enumerate(texts.labels) if label < 6]
         draw = np.random.default_rng(len(split))
         rows = []
         for pair in draw.choice(chosen, (number, 2)):
@@ -410,15 +423,15 @@ def test_real_intents_joined_two_by_two(real_data: Path, minilm: Path, tmp_path:
             **files,
             "model_name_or_path": str(minilm),
             "output_dir": str(tmp_path / "run"),
-            "max_seq_length": 48,
+            "max_seq_length": 32,
             "per_device_train_batch_size": 16,
-            "learning_rate": 3e-4,
-            "max_steps": 120,
+            "learning_rate": 5e-4,
+            "max_steps": 30,
             "save_steps": 0,
             "disable_tqdm": True,
         }
     )
     metrics = results["metrics"]["validation"][6]
-    assert metrics["micro_f1"] > 0.6
-    assert metrics["average_precision"] > 0.7
-    assert len(results["gate"]) == 2
+    assert metrics["micro_f1"] > 0.7
+    assert metrics["average_precision"] > 0.8
+    assert len(results["gate"]) == 1
