@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ...kernels.contrastive.dispatch import Workload, choose
 from ..backends.deepspeed.settings import read_deepspeed_config
@@ -35,7 +35,11 @@ from ..data.record import DataRecord
 from ..model.answers import has_several_labels
 from ..model.encoder import checkpoint_layers
 from ..model.encoder_layers import bottom_parameters
-from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
+from ..model.multi_exit import (
+    MultiExitForSequenceClassification,
+    label_names,
+    parse_layers,
+)
 from ..model.saved import (
     DEFAULT_MAX_LENGTH,
     check_vocabulary,
@@ -316,6 +320,10 @@ def _check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None
         logger.info(f"stage1_model={name!r} was trained on other data: {difference}.")
 
 
+def _labels_per_text(config: PretrainedConfig) -> str:
+    return "any number" if has_several_labels(config) else "one"
+
+
 def take_last_exit(
     model: MultiExitForSequenceClassification,
     trained: MultiExitForSequenceClassification,
@@ -333,7 +341,7 @@ def take_last_exit(
     )
     pairs = [
         ("classes", label_names(ours), label_names(theirs), first),
-        ("several labels per text:", *map(has_several_labels, (ours, theirs)), first),
+        ("labels per text", _labels_per_text(ours), _labels_per_text(theirs), first),
         ("exit_head", ours.exit_head, theirs.exit_head, first),
         ("exit_pooling", ours.exit_pooling, theirs.exit_pooling, first),
         ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1], first),

@@ -378,6 +378,22 @@ def test_what_belongs_to_several_labels_is_refused_with_one(tiny_options: dict[s
         evaluate(build(EvaluationConfig, given))
 
 
+def test_a_first_stage_with_one_label_per_text_is_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    single = [{"text": row["text"], "label": NAMES[i % 4]} for i, row in enumerate(TRAIN)]
+    stage1 = {
+        "train_file": write_table(tmp_path / "single.jsonl", single),
+        "output_dir": str(tmp_path / "stage1"),
+    }
+    del options["validation_file"]
+    run({**options, **stage1}, max_steps=1)
+    second = {"stage1_model": stage1["output_dir"], "model_name_or_path": None}
+    words = "has labels per text one, this run any number"
+    with pytest.raises(ValueError, match=words):
+        run(options, strategy="two_stage", **second)
+
+
 def test_export_is_refused(exits_model: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     options = {"model_name_or_path": str(exits_model), "output_dir": str(tmp_path / "onnx")}
