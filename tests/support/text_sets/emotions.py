@@ -43,6 +43,9 @@ def emotion_rows(number: int, seed: int) -> list[dict[str, Any]]:
     return rows
 
 
+TRAIN, DEV = emotion_rows(160, seed=1), emotion_rows(80, seed=2)
+
+
 def as_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows with a column of zeros and ones for each label."""
     return [
