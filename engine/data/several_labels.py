@@ -84,6 +84,8 @@ def may_be_several(
         ValueError: `problem_type` contradicts the data, or the data leave it open.
     """
     holds_lists = len(columns) == 1 and _is_list(table[columns[0]].type)
+    if len(columns) == 1 and problem_type != SINGLE_LABEL:
+        _refuse_printed_lists(plain_array(table[columns[0]]), columns[0], where)
     reason = None
     if len(columns) > 1:
         reason = f"label_column names the columns {quoted(columns)}"
@@ -201,6 +203,18 @@ def _one_per_cell(table: pa.Table, column: str, where: str, wanted: str) -> str:
     if pa.types.is_string(plain_array(table[column]).type):
         remedy += ", or give the label_separator that joins them"
     return f"{where}: {wanted}, but column {column!r} holds one label per cell: {remedy}."
+
+
+def _refuse_printed_lists(cells: pa.Array, column: str, where: str) -> None:
+    """Refuse a column of texts such as "['joy', 'love']", as csv writers print lists."""
+    if not pa.types.is_string(cells.type):
+        return
+    if pa.compute.all(pa.compute.match_substring_regex(cells, r"^\s*\[.*\]\s*$")).as_py():
+        raise ValueError(
+            f"{where}: column {column!r} holds lists that were printed as text, such as "
+            f"{cells[0].as_py()!r:.60}. Write the file as jsonl or parquet, or join the labels by "
+            f"a label_separator; problem_type={SINGLE_LABEL} takes each text for a class."
+        )
 
 
 def _divided(cells: pa.Array, column: str, separator: str, where: str) -> pa.Array:

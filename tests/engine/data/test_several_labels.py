@@ -113,6 +113,11 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
         {"label_separator": "|"},
         "data row 1: the label is missing",
     ),
+    "printed lists": (
+        [{"text": "a", "label": "['joy', 'anger']"}, {"text": "b", "label": "[]"}],
+        {"label_separator": ","},
+        "holds lists that were printed as text, such as .*jsonl or parquet",
+    ),
     "missing list": (lists(["joy", "anger"], None), {}, "row 2: the list of labels is missing"),
     "missing label": (lists(["joy"], ["joy", None]), {}, r"data row 2: the label is missing"),
     "fractions": (lists([0.5], [1.0, 2.0]), {}, r"data row 1 = 0.5: the label is not an integer"),
@@ -151,6 +156,15 @@ def test_lists_of_one_are_several_labels_if_the_options_say_so(tmp_path: Path) -
     train = write_table(tmp_path / "train.jsonl", lists(["joy"], ["anger"]))
     data = load(train_file=train, problem_type=MULTI)
     assert data.splits["train"].labels == [[1], [0]]
+
+
+def test_printed_lists_are_classes_if_the_options_say_so(tmp_path: Path) -> None:
+    rows = [{"text": "a", "label": "[x]"}, {"text": "b", "label": "[y]"}]
+    train = write_table(tmp_path / "train.jsonl", rows)
+    with pytest.raises(ValueError, match="printed as text"):
+        load(train_file=train)
+    data = load(train_file=train, problem_type="single_label_classification")
+    assert data.label_names == ["[x]", "[y]"]
 
 
 def test_a_repeated_label_counts_once_and_a_note_says_so(tmp_path: Path) -> None:
