@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from .fields import option
 from .sections import (
@@ -27,8 +28,18 @@ class InferenceOptions:
     disable_tqdm: bool = disable_tqdm_option()
 
 
+def label_threshold_option() -> Any:
+    return option(
+        None,
+        "probability above which a label applies, for models that give a text several; unset: 0.5",
+        above=0,
+        at_most=0.999999,
+    )
+
+
 @dataclass(frozen=True)
 class EvaluationOutputOptions:
+    label_threshold: float | None = label_threshold_option()
     output_file: str | None = option(None, "JSON file to write the metrics to as well")
 
 
@@ -47,8 +58,10 @@ class PredictionOptions:
     output_file: str | None = option(
         None,
         "file for labels and probabilities: csv or jsonl. In csv a ' is put before a label that a"
-        " spreadsheet would run as a formula (=, +, -, @, tab or line break first; not numbers)",
+        " spreadsheet would run as a formula (=, +, -, @, tab or line break first; not numbers)."
+        " Several labels per text are a list in jsonl, and joined by | in csv",
     )
+    label_threshold: float | None = label_threshold_option()
     text_column: str | None = text_column_option()
     text_pair_column: str | None = text_pair_column_option()
     max_seq_length: int | None = option(

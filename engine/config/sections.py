@@ -17,6 +17,8 @@ SCHEDULES = (
     "inverse_sqrt", "cosine_with_min_lr", "cosine_warmup_with_min_lr", "warmup_stable_decay",
 )  # fmt: skip
 EXIT_POOLINGS = ("first", "mean")
+# Names of transformers for one label per text, and for any number.
+SINGLE_LABEL, MULTI_LABEL = "single_label_classification", "multi_label_classification"
 
 
 def device_option() -> Any:
@@ -120,7 +122,16 @@ class DataOptions:
     validation_file: str | None = option(None, "validation file: csv, tsv, jsonl or parquet")
     text_column: str | None = text_column_option()
     text_pair_column: str | None = text_pair_column_option()
-    label_column: str | None = option(None, "column of the labels; unset: 'label' or 'labels'")
+    label_column: str | None = option(
+        None,
+        "column of the labels, or columns of zeros and ones, one for each label, separated by"
+        " commas; unset: 'label' or 'labels'",
+    )
+    label_separator: str | None = option(
+        None,
+        "what joins several labels in a cell of text, such as '|'. Unset: that of the trained"
+        " model, else a cell is one label, or a list",
+    )
     max_seq_length: int | None = option(
         None,
         "maximum tokens per text or pair; longer ones are truncated. Unset: 128 in training,"
@@ -142,6 +153,12 @@ class EvaluationDataOptions(DataOptions):
 @dataclass(frozen=True)
 class TrainingDataOptions(DataOptions):
     train_file: str | None = option(None, "training file: csv, tsv, jsonl or parquet")
+    problem_type: str | None = option(
+        None,
+        "whether a text has one label or any number. Unset: any number where --label_column names"
+        " several columns, --label_separator is set or a cell is a list, else one",
+        choices=(SINGLE_LABEL, MULTI_LABEL),
+    )
     max_train_samples: int | None = option(
         None, "train on the first samples of the split only", at_least=1
     )
@@ -288,6 +305,13 @@ class ObjectiveOptions:
         "rows in the denominator of the contrastive softmax. all: every row; others: all but the"
         " anchor; negatives: rows of other classes",
         choices=("all", "others", "negatives"),
+    )
+    positives: str = option(
+        "overlap",
+        "texts that the contrastive loss draws together where a text may have several labels."
+        " overlap: those that share labels, by their number; each: every label of a text is an"
+        " anchor of its own, as in MulSupCon",
+        choices=("overlap", "each"),
     )
     impl: str = option(
         "auto",

@@ -283,6 +283,7 @@ class TrainingConfig:
         if self.objective.objective == "ce":
             unused += ["aux_weight", "temperature", "contrastive_reduction", "denominator"]
             unused += ["temperature_learning_rate", "memory_size", "memory_warmup_steps"]
+            unused += ["positives"]
         if options.warmup_steps is not None:
             unused += ["warmup_ratio"]
         if options.lr_scheduler_type == "constant":

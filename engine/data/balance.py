@@ -203,9 +203,10 @@ def balanced_batches(
 def warn_of_single_texts(
     labels: np.ndarray, batches: Sequence[np.ndarray], together: int, parts: int
 ) -> None:
-    """Warn if most texts are contrasted with no other text of their class.
+    """Warn if most texts are contrasted with no other text of their class, or of their labels.
 
     Args:
+        labels: classes [N], or the labels that apply, bool [N, K].
         batches: rows of the micro-batches of an epoch.
         together: micro-batches that are one contrastive batch.
         parts: contrastive batches side by side in it, each in every so-many-th row.
@@ -214,14 +215,26 @@ def warn_of_single_texts(
     for start in range(0, len(batches), together):
         for part in range(parts):
             rows = np.concatenate([rows[part::parts] for rows in batches[start : start + together]])
-            counts = np.bincount(labels[rows])
-            num_single += int((counts == 1).sum())
+            num_single += _num_single(labels[rows])
             num_texts += len(rows)
     if 2 * num_single > num_texts:
         size = -(-len(batches[0]) // parts) * together
+        several = labels.ndim == 2
+        remedies = "a larger contrastive_batch_size"
+        if not several:
+            remedies = f"sampler=balanced, {remedies} or negatives=global"
         logger.warning(
-            "%d of %d training texts (%.0f%%) have no other text of their class in their "
+            "%d of %d training texts (%.0f%%) have no other text of their %s in their "
             "contrastive batch of %d: the contrastive loss has no two texts to draw together. Use "
-            "sampler=balanced, a larger contrastive_batch_size or negatives=global.",
-            num_single, num_texts, 100 * num_single / num_texts, size,
+            "%s.",
+            num_single, num_texts, 100 * num_single / num_texts,
+            "labels" if several else "class", size, remedies,
         )  # fmt: skip
+
+
+def _num_single(labels: np.ndarray) -> int:
+    """The number of texts of a batch that share no label with another one."""
+    if labels.ndim == 1:
+        return int((np.bincount(labels) == 1).sum())
+    shared = labels & (labels.sum(axis=0) > 1)
+    return int((~shared.any(axis=1)).sum())

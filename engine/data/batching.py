@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,8 @@ class EncodedSplit:
     """N tokenised texts (or pairs of texts), T tokens in all.
 
     `tokens` [T] int32; text i is tokens[offsets[i]:offsets[i + 1]]; `token_types` [T] int8, None if
-    the model has none; `labels` [N] int64; `num_truncated` texts were longer than `max_length`.
+    the model has none; `labels` [N] int64, or [N, K] bool where a text may have several;
+    `num_truncated` texts were longer than `max_length`.
     """
 
     tokens: np.ndarray
@@ -88,10 +89,12 @@ def encode(
     has_token_types = "token_type_ids" in tokenizer.model_input_names
     tokens, token_types, lengths = [], [], []
     num_truncated = 0
-    split = TextSplit(
-        _without_far_ends(split.first, tokenizer, max_length),
-        None if split.second is None else _without_far_ends(split.second, tokenizer, max_length),
-        split.labels,
+    split = replace(
+        split,
+        first=_without_far_ends(split.first, tokenizer, max_length),
+        second=None
+        if split.second is None
+        else _without_far_ends(split.second, tokenizer, max_length),
     )
     for rows in _chunks(split):
         encoded = _tokenize(split, rows, tokenizer, max_length)
@@ -113,10 +116,19 @@ def encode(
         tokens=np.concatenate(tokens) if tokens else np.zeros(0, dtype=np.int32),
         offsets=np.concatenate([[0], np.cumsum(all_lengths)]).astype(np.int64),
         token_types=np.concatenate(token_types) if token_types else None,
-        labels=None if split.labels is None else torch.tensor(split.labels, dtype=torch.int64),
+        labels=_label_tensor(split),
         num_truncated=num_truncated,
         max_length=max_length,
     )
+
+
+def _label_tensor(split: TextSplit) -> torch.Tensor | None:
+    if split.labels is None or split.num_labels is None:
+        return None if split.labels is None else torch.tensor(split.labels, dtype=torch.int64)
+    labels = np.zeros((len(split), split.num_labels), dtype=bool)
+    rows = np.repeat(np.arange(len(split)), [len(found) for found in split.labels])
+    labels[rows, list(chain.from_iterable(split.labels))] = True
+    return torch.from_numpy(labels)
 
 
 def log_truncation(name: str, encoded: EncodedSplit) -> None:
@@ -210,7 +222,7 @@ def collate(
 ) -> dict[str, torch.Tensor]:
     """The batch of some rows, padded on the right to its longest row: [B, L] int64.
 
-    Keys: input_ids, attention_mask; token_type_ids and labels [B] if the split has them.
+    Keys: input_ids, attention_mask; token_type_ids and labels if the split has them.
     """
     indices = np.asarray(indices, dtype=np.int64)
     starts = encoded.offsets[indices]

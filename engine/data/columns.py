@@ -6,6 +6,7 @@ Messages count rows from 1, without the header of a csv file.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute
@@ -21,11 +22,16 @@ _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 @dataclass(frozen=True)
 class TextSplit:
-    """Texts, or pairs of texts, and their class indices if they are known."""
+    """Texts, or pairs of texts, and their labels if they are known.
+
+    labels: the class index of each text; where `num_labels` says that there are so many labels, of
+    which a text may have several, a sorted list of label indices for each text.
+    """
 
     first: list[str]
     second: list[str] | None = None
-    labels: list[int] | None = None
+    labels: list[Any] | None = None
+    num_labels: int | None = None
 
     def __post_init__(self) -> None:
         for name, values in (("second", self.second), ("labels", self.labels)):
@@ -39,10 +45,16 @@ class TextSplit:
 
     def head(self, num_samples: int | None) -> "TextSplit":
         """Return the first `num_samples` rows; all rows if it is None or larger."""
+        return self.take(range(len(self))[:num_samples])
+
+    def take(self, rows: Sequence[int]) -> "TextSplit":
+        """The texts with these row indices, in the order given."""
+        second, labels = self.second, self.labels
         return TextSplit(
-            self.first[:num_samples],
-            None if self.second is None else self.second[:num_samples],
-            None if self.labels is None else self.labels[:num_samples],
+            [self.first[row] for row in rows],
+            None if second is None else [second[row] for row in rows],
+            None if labels is None else [labels[row] for row in rows],
+            self.num_labels,
         )
 
 
@@ -60,7 +72,7 @@ def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit
             raise ValueError(
                 f"{where}: no column {name!r}.{nearest_column(name, table.column_names)}"
             )
-        column = _plain(table[name])
+        column = plain_array(table[name])
         refuse_rows(pa.compute.is_null(column), f"text in column {name!r} is null", where)
         if not pa.types.is_string(column.type):
             raise ValueError(
@@ -77,7 +89,7 @@ def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit
 
 def label_values(column: pa.ChunkedArray, where: str) -> pa.Array:
     """Return labels as int64, or as trimmed strings if they are not all integers."""
-    values = _plain(column)
+    values = plain_array(column)
     missing = "label is missing"
     refuse_rows(pa.compute.is_null(values, nan_is_null=True), missing, where)
     if pa.types.is_integer(values.type):
@@ -170,7 +182,7 @@ def refuse_rows(
     raise ValueError(f"{where}: data row {row + 1}{value}: the {problem}{others}. {remedy}")
 
 
-def _plain(column: pa.ChunkedArray) -> pa.Array:
+def plain_array(column: pa.ChunkedArray) -> pa.Array:
     """Return a column as one array, without dictionary encoding and with one type of string."""
     array = column.combine_chunks()
     if isinstance(array, pa.ChunkedArray):
@@ -183,7 +195,7 @@ def _plain(column: pa.ChunkedArray) -> pa.Array:
 
 
 def holds_texts(column: pa.ChunkedArray) -> bool:
-    array = _plain(column)
+    array = plain_array(column)
     if not pa.types.is_string(array.type):
         return False
     # csv columns are all read as strings; a column of numbers is no text.

@@ -15,16 +15,24 @@ from .record import (
     Classes,
     DataRecord,
     choose_text_columns,
-    class_indices,
     content,
-    label_column,
+    label_columns,
     learn_classes,
-    required_label_column,
+    required_label_columns,
     written_as,
+)
+from .several_labels import (
+    LabelCells,
+    check_columns,
+    check_divides,
+    check_separator,
+    may_be_several,
+    notes_on,
+    read_cells,
 )
 from .sources import DataSource, open_directory, open_files, open_hub, open_task
 from .subsets import draw_subsets
-from .tasks import QUICKSTART
+from .tasks import QUICKSTART, SEVERAL_LABELS_METRICS
 
 logger = logging.getLogger("fusedacl")
 
@@ -45,6 +53,11 @@ class TextData:
     metrics: list[str]
     notes: list[str] = field(default_factory=list)
     predicted: dict[str, TextSplit] = field(default_factory=dict)
+
+    @property
+    def several_labels(self) -> bool:
+        """True if a text may have several labels."""
+        return self.record.several_labels
 
     @property
     def columns(self) -> list[str]:
@@ -108,7 +121,7 @@ def load_splits(
         record=reader.record(splits),
         splits=splits,
         evaluation_splits=list(evaluated),
-        metrics=list(source.metrics),
+        metrics=reader.metrics,
         notes=reader.notes,
         predicted=reader.read_tests(options.max_predict_samples) if options.do_predict else {},
     )
@@ -179,9 +192,12 @@ class _Reader:
         self.notes: list[str] = []
         self.columns: list[str] = []
         self.label_column: str | None = None
+        self.several = None if model is None else model.several_labels
+        self.separator = options.label_separator
         self._labels_as: str | None = None
         self._classes = source.classes
         if model is not None:
+            self.separator = self.separator or model.label_separator
             self._classes = self._classes_of_model(model)
 
     def _classes_of_model(self, model: DataRecord) -> Classes:
@@ -197,22 +213,50 @@ class _Reader:
             return replace(listed, by_index=known.by_index)
         return listed
 
-    def _label_column(self, table: pa.Table, where: str, required: bool) -> str | None:
-        """The label column of a table: that of the options, of the model, or a usual name."""
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics, the main one first."""
+        return list(SEVERAL_LABELS_METRICS if self.several else self.source.metrics)
+
+    def _label_columns(self, table: pa.Table, where: str, required: bool) -> list[str]:
+        """The label columns of a table: those of the options, of the model, or a usual name."""
         chosen = self.options.label_column
         recorded = None if self.model is None else self.model.label_column
-        if chosen is None and recorded in table.column_names:
+        if chosen is None and recorded is not None and label_columns(table, recorded):
             chosen = recorded
         if required:
-            return required_label_column(table, where, chosen)
-        return label_column(table, chosen)
+            return required_label_columns(table, where, chosen)
+        return label_columns(table, chosen)
 
-    def _decided_classes(self, column: pa.ChunkedArray, where: str) -> Classes:
+    def _cells(self, table: pa.Table, columns: list[str], where: str) -> LabelCells:
+        """The labels of a table; the first one that is read decides whether there are several."""
+        given, decides = self.options.label_separator, self.several is None
+        if given is not None:
+            check_separator(table, columns, given, where)
+        if self.several is None:
+            self.several = may_be_several(
+                table,
+                columns,
+                where,
+                problem_type=self.options.problem_type,
+                separator=self.separator,
+            )
+        cells = read_cells(table, columns, where, several=self.several, separator=self.separator)
+        if decides:
+            check_divides(cells, self.separator, where)
+            self.notes += notes_on(cells, where)
+        return cells
+
+    def _decided_classes(self, cells: LabelCells, where: str) -> Classes:
         """The classes; the first labels that are read, those of train, decide what they mean."""
-        if self._classes is None:
-            self._classes, notes = learn_classes(column, where)
-            self.notes += notes
-        self._classes = self._classes.decided(column, where)
+        with cells.told_by_row(where):
+            if self._classes is None and cells.columns:
+                self._classes = Classes(cells.columns, where, by_index=False)
+            if self._classes is None:
+                self._classes, notes = learn_classes(cells.values, where)
+                self.notes += notes
+            self._classes = self._classes.decided(cells.values, where)
+        check_columns(cells.columns, self._classes, where)
         return self._classes
 
     def _learn_from_train(self) -> None:
@@ -223,8 +267,8 @@ class _Reader:
                 "label_names must say which classes the model has."
             )
         table = train.read()
-        name = self._label_column(table, train.where, required=True)
-        self._decided_classes(table[name], train.where)
+        columns = self._label_columns(table, train.where, required=True)
+        self._decided_classes(self._cells(table, columns, train.where), train.where)
 
     def _note(self, note: str | None) -> None:
         if note is not None:
@@ -247,17 +291,21 @@ class _Reader:
             label_column=self.label_column,
             f1_class=f1_class,
             splits={name: content(split) for name, split in splits.items()},
+            several_labels=bool(self.several),
+            label_separator=self.separator,
         )
 
     def read(self, name: str, labels_required: bool = True) -> TextSplit:
         """Read the texts and labels of one split; labels are None where all are missing or -1."""
         split = self.source.splits[name]
         table = split.read()
-        label = self._label_column(table, split.where, labels_required)
+        columns = self._label_columns(table, split.where, labels_required)
         if name != "train" and self._classes is None:
             self._learn_from_train()
-        if label is not None:
-            classes = self._decided_classes(table[label], split.where)
+        labels = None
+        if columns:
+            cells = self._cells(table, columns, split.where)
+            classes = self._decided_classes(cells, split.where)
         if not self.columns:
             self.columns, note = choose_text_columns(
                 table,
@@ -265,19 +313,21 @@ class _Reader:
                 self.source.text_columns,
                 options=(self.options.text_column, self.options.text_pair_column),
                 model=None if self.model is None else self.model.text_columns,
-                label=label,
+                labels=columns,
             )
             self._note(note)
-            self.label_column = label
-            if label == "label" and "labels" in table.column_names:
+            self.label_column = ",".join(columns) or None
+            if columns == ["label"] and "labels" in table.column_names:
                 self._note(f"{split.where}: takes 'label' for the labels, not 'labels'")
         texts = read_texts(table, self.columns, split.where)
-        labels = None if label is None else class_indices(table[label], classes, split.where)
+        if columns:
+            labels = cells.indices(classes, split.where)
         if name == "train" and labels is None:
             raise unlabelled(split.where)
-        if self._labels_as is None and label is not None and labels is not None:
-            self._labels_as = written_as(table[label], classes)
-        return TextSplit(texts.first, texts.second, labels)
+        if self._labels_as is None and labels is not None:
+            self._labels_as = written_as(cells.values, classes)
+        num_labels = len(classes.names) if self.several and labels is not None else None
+        return replace(texts, labels=labels, num_labels=num_labels)
 
     def read_train(self) -> tuple[TextSplit, TextSplit | None]:
         """The training texts, and those held out for validation if the options ask for it."""
@@ -285,6 +335,11 @@ class _Reader:
         whole = self.read("train")
         train, held_out = whole, None
         limits = (options.max_train_samples_per_class, options.validation_split_percentage)
+        if self.several and options.max_train_samples_per_class is not None:
+            raise ValueError(
+                f"max_train_samples_per_class={options.max_train_samples_per_class}: a text with "
+                "several labels belongs to no single class. Use max_train_samples."
+            )
         if limits != (None, None):
             per_class, percentage = limits
             seed = 42 if options.subset_seed is None else options.subset_seed
@@ -323,7 +378,8 @@ class _Reader:
         for split in validation:
             texts = self.read(split)
             if texts.labels is None:
-                self.notes.append(f"{name}: every label of {split} is -1: not evaluated on")
+                why = "no text of {} has a label" if self.several else "every label of {} is -1"
+                self.notes.append(f"{name}: {why.format(split)}: not evaluated on")
             else:
                 evaluated[split] = texts
         if evaluated:
@@ -362,7 +418,7 @@ class _Reader:
 
 
 def _check_two_classes(train: TextSplit, where: str, max_train_samples: int | None) -> None:
-    labels = set(train.labels or ())
+    labels = set(map(tuple, train.labels or ()) if train.num_labels else train.labels or ())
     if len(labels) < 2:
         limited = (
             ""
@@ -370,6 +426,10 @@ def _check_two_classes(train: TextSplit, where: str, max_train_samples: int | No
             else f" in its first {max_train_samples} rows "
             "(max_train_samples; shuffle the file or raise the limit)"
         )
+        if train.num_labels:
+            raise ValueError(
+                f"{where}: all texts have the same labels{limited}; training needs a difference."
+            )
         raise ValueError(
             f"{where}: every label is {labels}{limited}; training needs at least two classes."
         )

@@ -65,6 +65,7 @@ def _several_labels(values: pa.Array, where: str) -> list[str]:
             example = max(joined, key=lambda name: counts[name])
             return [
                 f"{where}: {share:.0%} of the labels look like several in one ({example!r}); each "
-                "combination becomes a class of its own, as a text has one label here"
+                f"combination becomes a class of its own (label_separator={separator!r}: several "
+                "labels per text)"
             ]
     return []

@@ -32,6 +32,8 @@ LABEL_COLUMNS = ("label", "labels")
 _CONVENTIONAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
 # Largest share of rows in which a column that repeats the label may differ from it.
 _LABEL_NOISE = 0.02
+# Fields of the record that the model's configuration holds in places of its own.
+_OF_CONFIG = {"label_names", "several_labels"}
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,11 @@ class DataRecord:
 
     label_names: classes in the order of the logits. labels_as: "names" or "indices", the way labels
     are written in files. text_columns: one column, or the two of pairs, in order. label_column: its
-    name. f1_class: the class that the metric f1 is of, None for data without f1. splits: number of
-    rows and SHA-256 of texts and labels, by split. token_types: whether the encoder was given token
-    types. Fields are None in the record of a model that an earlier version saved.
+    name, or those of columns of zeros and ones, joined by commas. f1_class: the class that the
+    metric f1 is of, None for data without f1. splits: number of rows and SHA-256 of texts and
+    labels, by split. token_types: whether the encoder was given token types. several_labels:
+    whether a text may have several. label_separator: what joins them in a cell, None for other
+    forms. Fields are None in the record of a model that an earlier version saved.
     """
 
     label_names: list[str]
@@ -98,26 +102,34 @@ class DataRecord:
     f1_class: str | None = None
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
     token_types: bool | None = None
+    several_labels: bool = False
+    label_separator: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The record for the model's configuration, which holds the label names already."""
-        return {name: value for name, value in asdict(self).items() if name != "label_names"}
+        """The record for the model's configuration, which holds the label names already.
+
+        It also holds `several_labels`, as its problem_type.
+        """
+        return {name: value for name, value in asdict(self).items() if name not in _OF_CONFIG}
 
     @classmethod
     def from_dict(
-        cls, values: Mapping[str, Any] | None, label_names: Sequence[str]
+        cls,
+        values: Mapping[str, Any] | None,
+        label_names: Sequence[str],
+        several_labels: bool = False,
     ) -> "DataRecord":
-        """Read what `to_dict` wrote; None gives a record of the label names alone.
+        """Read what `to_dict` wrote; None gives a record of what the configuration holds.
 
         Raises:
             ValueError: the record is damaged.
         """
-        known = {entry.name for entry in fields(cls)} - {"label_names"}
+        known = {entry.name for entry in fields(cls)} - _OF_CONFIG
         if values is None:
-            return cls(list(label_names))
+            return cls(list(label_names), several_labels=several_labels)
         try:
             found = {name: value for name, value in values.items() if name in known}
-            record = cls(list(label_names), **found)
+            record = cls(list(label_names), several_labels=several_labels, **found)
             columns = record.text_columns
             valid = (
                 record.labels_as in ("names", "indices")
@@ -159,6 +171,8 @@ class DataRecord:
             ("labels_as", "labels are written as"),
             ("text_columns", "the text columns are"),
             ("label_column", "the label column is"),
+            ("several_labels", "several labels per text:"),
+            ("label_separator", "labels in a cell are joined by"),
             ("f1_class", "f1 is of the class"),
             ("token_types", "token types are given:"),
         ):
@@ -189,30 +203,48 @@ def content(split: TextSplit) -> dict[str, Any]:
     }
 
 
-def label_column(table: pa.Table, chosen: str | None = None) -> str | None:
-    """Return the name of the label column: `chosen` if given, else 'label' or 'labels', or None."""
+def label_columns(table: pa.Table, chosen: str | None = None) -> list[str]:
+    """The label column: `chosen` if given, else 'label' or 'labels'; [] if there is none.
+
+    Where no column is called `chosen`, commas in it separate the names of several, all of which the
+    table must have.
+    """
     names = LABEL_COLUMNS if chosen is None else (chosen,)
-    return next((name for name in names if name in table.column_names), None)
+    found = [name for name in names if name in table.column_names][:1]
+    several = _divided(chosen)
+    if not found and several and all(name in table.column_names for name in several):
+        return several
+    return found
 
 
-def required_label_column(table: pa.Table, where: str, chosen: str | None = None) -> str:
-    """Return the name of the label column.
+def required_label_columns(table: pa.Table, where: str, chosen: str | None = None) -> list[str]:
+    """`label_columns` of a table that needs one.
 
     Raises:
-        ValueError: there is none (the most similar name is offered).
+        ValueError: there is none (the most similar name is offered), or one is named twice.
     """
-    name = label_column(table, chosen)
-    if name is not None:
-        return name
+    found = label_columns(table, chosen)
+    if len(set(found)) < len(found):
+        raise ValueError(f"label_column={chosen!r} names a column twice: name each once.")
+    if found:
+        return found
     if chosen is not None:
+        lacking = [name for name in _divided(chosen) if name not in table.column_names]
+        name = lacking[0] if lacking else chosen
         raise ValueError(
-            f"{where}: no column {chosen!r}, which label_column names."
-            f"{nearest_column(chosen, table.column_names)}"
+            f"{where}: no column {name!r}, which label_column names."
+            f"{nearest_column(name, table.column_names)}"
         )
     raise ValueError(
         f"{where}: no label column; call it 'label', or name it with --label_column."
         f"{nearest_column('label', table.column_names)}"
     )
+
+
+def _divided(chosen: str | None) -> list[str]:
+    """The names in an option, if commas separate several."""
+    names = [name.strip() for name in (chosen or "").split(",")]
+    return names if len(names) > 1 else []
 
 
 def choose_text_columns(
@@ -222,19 +254,19 @@ def choose_text_columns(
     *,
     options: Sequence[str | None] = (),
     model: Sequence[str] | None = None,
-    label: str | None = None,
+    labels: Sequence[str] = (),
 ) -> tuple[list[str], str | None]:
     """Choose the one or two text columns of a table; return them and a note on the choice.
 
     In this order: `options` (--text_column, --text_pair_column), those that the `model` was trained
     on, `preferred` (those of a GLUE task), `sentence1` and `sentence2`, `sentence`, `text`, the
-    first one or two columns that hold text other than numbers and do not repeat the column `label`.
+    first one or two columns that hold text other than numbers and do not repeat the label column.
     The note is None if the choice was by name and ignores no text column.
 
     Raises:
         ValueError: there is no such column, or another number of columns than the model reads.
     """
-    names = [name for name in table.column_names if name != label]
+    names = [name for name in table.column_names if name not in labels]
     given = [name for name in options if name is not None]
     if given:
         return _columns_of_options(given, options, model, names, where)
@@ -255,7 +287,10 @@ def choose_text_columns(
             ignored = [name for name in candidates if name not in convention]
             note = f"reads {quoted(convention)}, not {quoted(ignored)}" if ignored else None
             return list(convention), note and f"{where}: {note}"
-    repeating = [name for name in candidates if label and _repeats_label(table, name, label)]
+    repeating = []
+    # Lists cannot be grouped, and of several columns none is the label.
+    if len(labels) == 1 and not pa.types.is_nested(table[labels[0]].type):
+        repeating = [name for name in candidates if _repeats_label(table, name, labels[0])]
     texts = [name for name in candidates if name not in repeating][:2]
     because = f", not {quoted(repeating)}, whose values say the label" if repeating else ""
     if not texts:

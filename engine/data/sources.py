@@ -175,8 +175,9 @@ def open_hub(
         where = f"split {split!r} of {dataset_name}"
         splits[split] = SplitSource(where, partial(_rows_of, dataset, where))
         for column in LABEL_COLUMNS if label_column is None else (label_column,):
-            # Only features of type datasets.ClassLabel have names.
-            names = getattr(dataset.features.get(column), "names", None)
+            feature = dataset.features.get(column)
+            # Only features of type datasets.ClassLabel, and lists of them, have names.
+            names = getattr(getattr(feature, "feature", feature), "names", None)
             if names and classes is None:
                 classes = Classes(list(names), dataset_name, by_index=True)
     return DataSource(name, splits, classes, task_name)

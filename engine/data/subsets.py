@@ -1,7 +1,7 @@
 """Parts of a training split, drawn at random: a validation split, and some texts of each class."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from random import Random
 
 from .columns import TextSplit
@@ -21,7 +21,7 @@ def draw_subsets(
     Both keep the order of the split. The seed puts the texts of each class in an order: validation
     takes the first, training the last, so that ten texts of each class are among the fifty of the
     same seed, with and without a validation split. Without a percentage, there is no such split:
-    the second value is None.
+    the second value is None. Texts that may have several labels are drawn as if of one class.
 
     Raises:
         ValueError: a class is too small to have a text in both.
@@ -29,9 +29,9 @@ def draw_subsets(
     assert train.labels is not None
     draw = Random(seed)
     keys = [draw.random() for _ in train.labels]
-    by_class: defaultdict[int, list[int]] = defaultdict(list)
+    by_class: defaultdict[int | None, list[int]] = defaultdict(list)
     for row in sorted(range(len(keys)), key=keys.__getitem__):
-        by_class[train.labels[row]].append(row)
+        by_class[None if train.num_labels else train.labels[row]].append(row)
     trained: list[int] = []
     held_out: list[int] = []
     for label, rows in by_class.items():
@@ -39,21 +39,12 @@ def draw_subsets(
         if validation_percentage is not None:
             number = max(1, round(len(rows) * validation_percentage / 100))
             if number == len(rows):
+                of_class = "" if label is None else f" of class {class_names[label]!r}"
                 raise ValueError(
                     f"validation_split_percentage={validation_percentage}: {where} has "
-                    f"{len(rows)} texts of class {class_names[label]!r}: too few for training and "
-                    "validation."
+                    f"{len(rows)} texts{of_class}: too few for training and validation."
                 )
         held_out += rows[:number]
         trained += rows[number:][-(samples_per_class or len(rows)) :]
-    return _rows(train, trained), None if validation_percentage is None else _rows(train, held_out)
-
-
-def _rows(split: TextSplit, rows: Iterable[int]) -> TextSplit:
-    chosen = sorted(rows)
-    second, labels = split.second, split.labels
-    return TextSplit(
-        [split.first[row] for row in chosen],
-        None if second is None else [second[row] for row in chosen],
-        None if labels is None else [labels[row] for row in chosen],
-    )
+    held_out_split = None if validation_percentage is None else train.take(sorted(held_out))
+    return train.take(sorted(trained)), held_out_split

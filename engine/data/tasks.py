@@ -6,6 +6,8 @@ GLUE_REPOSITORY = "nyu-mll/glue"
 QUICKSTART = "quickstart"
 # Metrics of a task that has none of its own.
 DEFAULT_METRICS = ("accuracy", "macro_f1")
+# Metrics where a text may have several labels.
+SEVERAL_LABELS_METRICS = ("micro_f1", "macro_f1", "average_precision", "exact_match")
 
 
 @dataclass(frozen=True)

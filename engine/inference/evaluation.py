@@ -15,6 +15,12 @@ from ..config.commands import EvaluationConfig, InferenceOptions
 from ..config.sections import DataOptions
 from ..data.batching import EncodedSplit
 from ..data.dataset import TextData, load_splits
+from ..model.answers import (
+    LABEL_THRESHOLD,
+    answers_of,
+    has_several_labels,
+    training_loss,
+)
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..model.saved import TrainedModel, record_of
 from ..runtime.files import write_json
@@ -25,12 +31,22 @@ logger = logging.getLogger("fusedacl")
 
 
 def score(
-    metrics: Sequence[str], predictions: np.ndarray, labels: np.ndarray, f1_class: int = 1
+    metrics: Sequence[str],
+    predictions: np.ndarray,
+    labels: np.ndarray,
+    f1_class: int = 1,
+    logits: np.ndarray | None = None,
 ) -> dict[str, float]:
     """Metrics of predicted classes [n] against true classes [n], as fractions.
 
     accuracy; f1 (of the class `f1_class`); macro_f1 (mean over the classes that occur);
     matthews_correlation.
+
+    Where a text may have several labels, of predicted labels bool [n, K] against true ones:
+    micro_f1 (of all texts and labels together); macro_f1 (mean over the labels that occur among
+    the true or the predicted ones); exact_match (share of texts with exactly the true labels);
+    average_precision (of the texts in the order of the label's `logits` [n, K], mean over the
+    labels that occur among the true ones).
     """
     from sklearn import metrics as sklearn_metrics
 
@@ -42,10 +58,40 @@ def score(
         "macro_f1": partial(f1, average="macro"),
         "matthews_correlation": sklearn_metrics.matthews_corrcoef,
     }
+    if labels.ndim == 2:
+        known = {
+            "micro_f1": partial(f1, average="micro"),
+            "macro_f1": _macro_f1,
+            "exact_match": sklearn_metrics.accuracy_score,
+            "average_precision": partial(_average_precision, logits=logits),
+        }
     for metric in metrics:
         if metric not in known:
             raise ValueError(f"metric={metric!r} is unknown.{did_you_mean(metric, known)}")
     return {metric: float(known[metric](labels, predictions)) for metric in metrics}
+
+
+def _macro_f1(labels: np.ndarray, predictions: np.ndarray) -> float:
+    """Mean F1 of the labels that occur; 0 if none does."""
+    from sklearn.metrics import f1_score
+
+    occurring = (labels | predictions).any(axis=0)
+    each = f1_score(labels, predictions, average=None, zero_division=0.0)[occurring]
+    return float(each.mean()) if len(each) else 0.0
+
+
+def _average_precision(
+    labels: np.ndarray, predictions: np.ndarray, logits: np.ndarray | None
+) -> float:
+    """Mean average precision of the labels that occur; 0 if none does."""
+    from sklearn.metrics import average_precision_score
+
+    assert logits is not None  # its callers refuse this metric
+    each = [
+        average_precision_score(labels[:, label], logits[:, label])
+        for label in np.flatnonzero(labels.any(axis=0))
+    ]
+    return float(np.mean(each)) if each else 0.0
 
 
 def evaluate_split(
@@ -55,11 +101,13 @@ def evaluate_split(
     batch_size: int,
     *,
     positions: Sequence[int] | None = None,
+    label_threshold: float = LABEL_THRESHOLD,
     **options: Any,
 ) -> dict[int, dict[str, float]]:
     """Metrics and mean cross-entropy (`loss`) of each exit, by layer, on a labelled split.
 
-    `positions` and `options` are those of `predict_logits`.
+    `positions` and `options` are those of `predict_logits`. `label_threshold`: probability from
+    which a label applies, where a text may have several.
 
     Raises:
         ValueError: the split has no labels, or the model has fewer classes.
@@ -68,7 +116,13 @@ def evaluate_split(
     labels = encoded.labels
     if labels is None:
         raise ValueError("The split has no labels: there is nothing to evaluate against.")
-    if int(labels.max()) >= model.num_labels:
+    several = has_several_labels(model.config)
+    if several != (labels.dim() == 2) or (several and labels.shape[1] != model.num_labels):
+        raise ValueError(
+            f"The split has labels {list(labels.shape)}, and the model gives "
+            f"{f'any number of {model.num_labels} labels' if several else 'one class'} per text."
+        )
+    if not several and int(labels.max()) >= model.num_labels:
         raise ValueError(
             f"The split has label {int(labels.max())}, but the model was trained with "
             f"{model.num_labels} classes: 0 to {model.num_labels - 1}."
@@ -79,7 +133,7 @@ def evaluate_split(
         layers = [model.exit_layers[position] for position in positions]
     # The argmax of NaN is a class, which would be scored as an answer.
     check_finite(logits, layers)
-    return layer_scores(model, layers, logits, labels, metrics)
+    return layer_scores(model, layers, logits, labels, metrics, label_threshold)
 
 
 def layer_scores(
@@ -88,13 +142,15 @@ def layer_scores(
     logits: torch.Tensor,
     labels: torch.Tensor,
     metrics: Sequence[str],
+    label_threshold: float = LABEL_THRESHOLD,
 ) -> dict[int, dict[str, float]]:
     """Metrics and mean cross-entropy (`loss`) by layer, from the exits' logits [E, n, K]."""
     results = {}
+    several, f1_index = has_several_labels(model.config), record_of(model).f1_index
     for layer, exit_logits in zip(layers, logits, strict=True):
-        predictions = exit_logits.argmax(dim=-1).numpy()
-        scores = score(metrics, predictions, labels.numpy(), record_of(model).f1_index)
-        loss = torch.nn.functional.cross_entropy(exit_logits, labels)
+        predictions = answers_of(exit_logits, several, label_threshold).numpy()
+        scores = score(metrics, predictions, labels.numpy(), f1_index, exit_logits.numpy())
+        loss = training_loss(exit_logits[None], labels, several)
         results[layer] = {**scores, "loss": float(loss)}
     return results
 
@@ -129,12 +185,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     if output_file is not None and not output_file.parent.is_dir():
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
     trained, data = load_labelled(config.model, config.data, "evaluate")
+    threshold = trained.label_threshold(config.output.label_threshold)
     results = {
         name: evaluate_split(
             trained.model,
             trained.encode(data.splits[name], name),
             data.metrics,
             config.model.per_device_eval_batch_size,
+            label_threshold=threshold,
             pad_token_id=trained.tokenizer.pad_token_id,
             dtype=trained.dtype,
             progress=not config.model.disable_tqdm,

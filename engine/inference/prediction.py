@@ -16,6 +16,12 @@ import torch
 from ..config.commands import PredictionConfig
 from ..data.batching import EncodedSplit
 from ..data.dataset import read_unlabelled
+from ..model.answers import (
+    LABEL_THRESHOLD,
+    answers_of,
+    has_several_labels,
+    probabilities_of,
+)
 from ..model.early_exit import EarlyExit
 from ..model.exit_policies import calibration_mismatch, parse_policy
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names
@@ -26,6 +32,8 @@ from .logits import BROKEN_MODEL, check_finite, predict_logits, predict_logits_t
 
 logger = logging.getLogger("fusedacl")
 OUTPUT_EXTENSIONS = (".csv", ".jsonl")
+# Between the labels of a text in csv.
+JOINT = "|"
 # The last four are the wide forms that spreadsheets in East Asia take for =, +, - and @.
 _FORMULA_STARTS = tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")
 _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
@@ -34,8 +42,8 @@ _NUMBER = r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
 def predict(config: PredictionConfig) -> Path:
     """Write a row for each text, in the order of the input; returns the file.
 
-    Columns: `label`; `probability_<class>` for each class; with early exit `exit_layer`, the layer
-    where the text left.
+    Columns: `label` (`labels`, where a text may have several); `probability_<class>` for each
+    class; with early exit `exit_layer`, the layer where the text left.
 
     Raises:
         ValueError: a mistake in the configuration, the texts or the model directory.
@@ -55,6 +63,15 @@ def predict(config: PredictionConfig) -> Path:
     if output_file.resolve() == Path(options.input_file).resolve():
         raise ValueError(f"output_file={str(output_file)!r} is the input_file: name another file.")
     trained = TrainedModel(config.model, options.max_seq_length)
+    threshold = trained.label_threshold(options.label_threshold)
+    if options.label_threshold is not None and options.policy is not None:
+        raise ValueError(
+            f"label_threshold={threshold:g} beside policy={options.policy!r}: policies decide on "
+            f"the labels that apply from {LABEL_THRESHOLD}. Leave one of them out."
+        )
+    several = has_several_labels(trained.model.config)
+    if several and output_file.suffix == ".csv":
+        _check_joinable(trained.label_names)
     texts = read_unlabelled(
         options.input_file, (options.text_column, options.text_pair_column), trained.record
     )
@@ -82,7 +99,8 @@ def predict(config: PredictionConfig) -> Path:
         logits = predict_logits(
             trained.model, encoded, batch_size, dtype=trained.dtype, **inference
         )
-        probabilities = torch.softmax(logits[-1], dim=-1)  # [n, K]
+        probabilities = probabilities_of(logits[-1], several)  # [n, K]
+        answers = answers_of(logits[-1], several, threshold)
     else:
         left = engine.predict(encoded, batch_size, repack=options.repack, **inference)
         logger.info(
@@ -90,25 +108,34 @@ def predict(config: PredictionConfig) -> Path:
             f"{trained.model.exit_layers[-1]} layers per text, {left.flops_share:.0%} of the FLOPs"
         )
         probabilities, exit_layers = left.probabilities, left.exit_layers.tolist()
-    write_answers(output_file, trained.label_names, probabilities, exit_layers)
+        answers = left.predictions
+    write_answers(output_file, trained.label_names, answers, probabilities, exit_layers)
     return output_file
 
 
 def write_answers(
     path: Path,
     label_names: list[str],
+    answers: torch.Tensor,
     probabilities: torch.Tensor,
     exit_layers: list[int] | None = None,
 ) -> None:
     """Write a row for each of n texts: the label and the probabilities [n, K].
 
-    exit_layers: where each text left, if early exit answered.
+    answers: as `answers_of` gives them. exit_layers: where each text left, if early exit answered.
 
     Raises:
         FloatingPointError: a probability is NaN; nothing is written.
     """
     _check_finite(probabilities)
-    labels = [label_names[index] for index in probabilities.argmax(dim=-1).tolist()]
+    labels: list[Any]
+    if answers.dim() == 1:
+        labels = [label_names[index] for index in answers.tolist()]
+    else:
+        labels = [
+            [name for name, applies in zip(label_names, row, strict=True) if applies]
+            for row in answers.tolist()
+        ]
     _write(path, label_names, labels, probabilities.tolist(), exit_layers)
 
 
@@ -122,6 +149,8 @@ def answer_splits(
 ) -> dict[str, dict[str, Any]]:
     """Write the last exit's answers to `<split>_predictions.csv`, for each split. Collective.
 
+    Where a text may have several labels, the file ends in .jsonl and holds lists.
+
     Returns: split -> "file", and "metrics": layer -> metrics of a labelled split, else None.
 
     `options` are those of `predict_logits`.
@@ -131,8 +160,13 @@ def answer_splits(
         logits = predict_logits_together(model, encoded, batch_size, **options)
         # On every process, so that none waits for one that has failed.
         check_finite(logits, model.exit_layers)
-        file = directory / f"{name}_predictions.csv"
-        write = partial(write_answers, file, label_names(model.config), logits[-1].softmax(dim=-1))
+        several = has_several_labels(model.config)
+        file = directory / f"{name}_predictions{'.jsonl' if several else '.csv'}"
+        answers, probabilities = (
+            answers_of(logits[-1], several),
+            probabilities_of(logits[-1], several),
+        )
+        write = partial(write_answers, file, label_names(model.config), answers, probabilities)
         collectives.together(write if processes.rank() == 0 else lambda: None)
         scores = None
         if encoded.labels is not None:
@@ -151,19 +185,37 @@ def _check_finite(probabilities: torch.Tensor) -> None:
         )
 
 
+def _check_joinable(label_names: Sequence[str]) -> None:
+    """Refuse label names that could not be told apart once they are joined."""
+    name = next((name for name in label_names if JOINT in name), None)
+    if name is not None:
+        raise ValueError(
+            f"output_file: in csv several labels are joined by {JOINT!r}, which the label {name!r} "
+            "holds itself. Name a .jsonl file."
+        )
+
+
 def _is_formula(label: str) -> bool:
     """True if a spreadsheet runs a cell of this content; a signed number is none."""
     return label[:1] in _FORMULA_STARTS and not re.fullmatch(_NUMBER, label)
 
 
+def _cell(label: str | list[str], guarded: Mapping[str, str]) -> str:
+    if isinstance(label, str):
+        return guarded.get(label, label)
+    # The first one decides whether a spreadsheet runs the cell.
+    return JOINT.join(guarded.get(name, name) if not i else name for i, name in enumerate(label))
+
+
 def _write(
     path: Path,
     names: list[str],
-    labels: list[str],
+    labels: list[Any],
     probabilities: list[list[float]],
     exit_layers: list[int] | None,
 ) -> None:
-    fields = ["label", *(f"probability_{name}" for name in names)]
+    several = bool(labels) and isinstance(labels[0], list)
+    fields = ["labels" if several else "label", *(f"probability_{name}" for name in names)]
     if exit_layers is not None:
         fields.append("exit_layer")
     rows: list[list[Any]] = [
@@ -174,7 +226,7 @@ def _write(
         rows = [[*row, layer] for row, layer in zip(rows, exit_layers, strict=True)]
     if path.suffix == ".csv":
         guarded = {label: f"'{label}" for label in names if _is_formula(label)}
-        rows = [[guarded.get(label, label), *values] for label, *values in rows]
+        rows = [[_cell(label, guarded), *values] for label, *values in rows]
         if guarded:
             logger.info(
                 f"{path.name}: a ' stands before the labels {', '.join(map(repr, guarded))}, which "

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ..data.batching import EncodedSplit, evaluation_batches
 from ..runtime.device import autocast, evaluating
 from .active_batch import ActiveBatch, Rows, regroup, token_counts
+from .answers import answers_of, has_several_labels, probabilities_of
 from .encoder import fitting_token_types
 from .encoder_layers import Flops
 from .exit_policies import ExitReading, Policy, make_policy, stored_policy
@@ -34,7 +35,8 @@ _INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 class EarlyExitOutput:
     """Answers for n texts and K labels, in the order of the input, on the CPU.
 
-    predictions [n] int64; probabilities [n, K] float32, from the exit where the text left;
+    predictions [n] int64, or the labels that apply, bool [n, K], where a text may have several;
+    probabilities [n, K] float32, from the exit where the text left;
     exit_layers [n] int64, the layer of that exit; lengths [n] int64, in tokens;
     costs: layer -> operations on a text that leaves there; full_cost: those of the full model.
     """
@@ -120,7 +122,8 @@ class EarlyExit:
         check_has_earlier_exits(model)
         self.model = model.eval()
         self.policy = _resolve(model, policy, parameters)
-        self.policy.check(model.exit_layers)
+        self.several = has_several_labels(model.config)
+        self.policy.check(model.exit_layers, self.several)
         self.learned_exit = model.learned_exit
         if not self.policy.needs_learned_exit:
             self.learned_exit = None
@@ -203,10 +206,9 @@ class EarlyExit:
                             waiting[stage + 1].append(staying)
         # Copied outside inference mode: the caller gets ordinary tensors.
         logits = answers.logits().clone()
-        probabilities = torch.softmax(logits, dim=-1)
         return EarlyExitOutput(
-            predictions=logits.argmax(dim=-1),
-            probabilities=probabilities,
+            predictions=answers_of(logits, self.several),
+            probabilities=probabilities_of(logits, self.several),
             exit_layers=torch.from_numpy(answers.exit_layers),
             lengths=torch.from_numpy(answers.lengths),
             costs=self._costs,
@@ -262,7 +264,7 @@ class EarlyExit:
         certainty = (
             None if self.learned_exit is None else certainty_of(self.learned_exit, embeddings)
         )
-        reading = ExitReading(exit_layer, logits, certainty)
+        reading = ExitReading(exit_layer, logits, certainty, self.several)
         leaving, batch.memory = self.policy.leaves(reading, batch.memory)
         # The only transfer to the host at an exit: N booleans.
         gone = leaving.cpu().numpy()

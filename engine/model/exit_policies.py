@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from ..runtime.device import dtype_name
 from ..runtime.text import did_you_mean
+from .answers import answers_of, same_answers
 from .exits import ExitModel
 
 # State that a policy carries from exit to exit: tensors [N, …], one row per text.
@@ -32,11 +33,13 @@ class ExitReading:
 
     layer: the layer of the exit.  logits [N, K], float32.
     certainty [N]: the learned exit's probability that the answer is correct; None without one.
+    several: whether a text may have several labels, each with a probability of its own.
     """
 
     layer: int
     logits: Tensor
     certainty: Tensor | None = None
+    several: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ class Policy(ABC):
 
     name: ClassVar[str]
     needs_learned_exit: ClassVar[bool] = False
+    # Whether it can decide on texts that may have several labels.
+    takes_several: ClassVar[bool] = True
 
     @abstractmethod
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
@@ -61,18 +66,36 @@ class Policy(ABC):
         """Return the largest value that can be reached, for each parameter that counts exits."""
         return {}
 
-    def check(self, exit_layers: Sequence[int]) -> None:
-        """Refuse a model whose exits do not fit this policy.
+    def check(self, exit_layers: Sequence[int], several: bool = False) -> None:
+        """Refuse a model whose exits, or whose kind of answers, do not fit this policy.
+
+        several: whether a text may have several labels.
 
         Raises:
             ValueError: naming the parameter.
         """
+        if several:
+            self.check_several()
         for name, most in self.limits(len(exit_layers)).items():
             if getattr(self, name) > most:
                 raise ValueError(
                     f"{self.name}: {name}={getattr(self, name)} can never be reached with "
                     f"{len(exit_layers)} exits: use {most} or less."
                 )
+
+    @classmethod
+    def check_several(cls) -> None:
+        """Refuse a policy that cannot decide on texts that may have several labels.
+
+        Raises:
+            ValueError: naming the policies that can.
+        """
+        if not cls.takes_several:
+            others = ", ".join(name for name, policy in POLICIES.items() if policy.takes_several)
+            raise ValueError(
+                f"The policy {cls.name} counts votes for one class, and this model gives a text "
+                f"any number of labels. Use one of {others}."
+            )
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -111,12 +134,18 @@ class ThresholdPolicy(Policy):
 
 @dataclass(frozen=True)
 class MaximumProbability(ThresholdPolicy):
-    """Leave when the largest class probability is above the threshold; with 1 no text leaves."""
+    """Leave when the largest class probability is above the threshold; with 1 no text leaves.
+
+    With several labels per text: the probability of the answer to the least certain label, which
+    is min_k max(p_k, 1 - p_k).
+    """
 
     name = "max_probability"
 
     @staticmethod
     def signal(reading: ExitReading) -> Tensor:
+        if reading.several:
+            return torch.sigmoid(reading.logits.abs().amin(dim=-1))
         return torch.softmax(reading.logits, dim=-1).amax(dim=-1)
 
 
@@ -126,7 +155,8 @@ class Entropy(ThresholdPolicy):
 
     With 0 no text leaves, with 1 every text does.
 
-    H = -sum_k p_k log p_k, divided by log K so that thresholds are comparable between tasks.
+    H = -sum_k p_k log p_k, divided by log K so that thresholds are comparable between tasks. With
+    several labels per text: the mean over the labels of the entropy of each, divided by log 2.
     After BranchyNet (arXiv 1709.01686) and DeeBERT (arXiv 2004.12993), which use nats.
     """
 
@@ -134,6 +164,12 @@ class Entropy(ThresholdPolicy):
 
     @staticmethod
     def signal(reading: ExitReading) -> Tensor:
+        if reading.several:
+            chances = torch.sigmoid(reading.logits)
+            # 1 - p would be 0 for large logits.
+            others = torch.sigmoid(-reading.logits)
+            entropy = torch.special.entr(chances) + torch.special.entr(others)
+            return entropy.mean(dim=-1).mul_(1 / math.log(2))
         # softmax subtracts the maximum and entr(0) is 0: finite whatever the logits.
         entropy = torch.special.entr(torch.softmax(reading.logits, dim=-1)).sum(dim=-1)
         return entropy.mul_(1 / math.log(reading.logits.shape[-1]))
@@ -167,17 +203,19 @@ class Patience(Policy):
 
     PABEE (arXiv 2006.04152): the count is 0 at the first exit, grows by 1 at an exit that agrees
     with the one before, and is reset to 0 at any other. Patience 1 can leave at the second exit.
+    With several labels per text an answer is the whole set of them.
     """
 
     name = "patience"
     patience: int
 
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
-        answer = reading.logits.argmax(dim=-1)
+        answer = answers_of(reading.logits, reading.several)
         if memory:
-            count = torch.where(answer == memory["answer"], memory["count"] + 1, 0)
+            same = same_answers(answer, memory["answer"], reading.several)
+            count = torch.where(same, memory["count"] + 1, 0)
         else:
-            count = torch.zeros_like(answer)
+            count = torch.zeros_like(reading.logits[:, 0], dtype=torch.int64)
         return count >= self.patience, {"answer": answer, "count": count}
 
     def limits(self, num_exits: int) -> dict[str, int]:
@@ -188,7 +226,7 @@ class Patience(Policy):
 class PatienceConfidence(Policy):
     """Leave when `patience` exits in a row were confident, whether or not they agree.
 
-    After PCEE-BERT (Findings of NAACL 2022). An exit is confident if its largest class probability
+    After PCEE-BERT (Findings of NAACL 2022). An exit is confident if the signal of max_probability
     is above the threshold. Patience 1 is the policy max_probability.
     """
 
@@ -217,6 +255,7 @@ class Voting(Policy):
     """
 
     name = "voting"
+    takes_several = False
     votes: int
 
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
@@ -244,7 +283,7 @@ class FixedLayer(Policy):
     def reads(self, layer: int) -> bool:
         return layer == self.layer
 
-    def check(self, exit_layers: Sequence[int]) -> None:
+    def check(self, exit_layers: Sequence[int], several: bool = False) -> None:
         if self.layer not in exit_layers:
             layers = ", ".join(map(str, exit_layers))
             raise ValueError(

@@ -7,7 +7,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -18,6 +17,7 @@ from transformers import (
 from ..config.sections import check_pooling
 from ..data.batching import EncodedSplit
 from ..runtime.text import did_you_mean, nearest_directory
+from .answers import has_several_labels, training_loss
 from .early_exit import EarlyExitOutput, early_exit
 from .encoder import (
     check_encoder,
@@ -200,7 +200,8 @@ class MultiExitForSequenceClassification(ExitModel):
                 and 0.1 for the exits.
             num_hidden_layers: keep only the first layers (BERT-6L); None keeps all.
             loading: options of `from_pretrained`, such as revision and attn_implementation.
-            exit_options: exit_layers (empty: every layer), exit_head, … of `MultiExitConfig`.
+            exit_options: exit_layers (empty: every layer), exit_head, problem_type, … of
+                `MultiExitConfig`.
 
         Raises:
             ValueError: the encoder cannot be loaded, lacks weights, cannot carry these exits, has
@@ -263,7 +264,7 @@ class MultiExitForSequenceClassification(ExitModel):
         input_ids: Tensor,  # [N, T]
         attention_mask: Tensor | None = None,  # [N, T], 1 for tokens, 0 for padding
         token_type_ids: Tensor | None = None,  # [N, T]
-        labels: Tensor | None = None,  # [N]
+        labels: Tensor | None = None,  # [N], or [N, K] zeros and ones
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
@@ -274,8 +275,8 @@ class MultiExitForSequenceClassification(ExitModel):
         None for an `output_…` option or `return_dict`: as in the configuration.
 
         Raises:
-            ValueError: padding on the left; labels that are no class indices; attentions that the
-                encoder does not give.
+            ValueError: padding on the left; labels of another form than `config.problem_type`
+                says; attentions that the encoder does not give.
         """
         check_padding(attention_mask)
         config = self.config
@@ -394,14 +395,7 @@ class MultiExitForSequenceClassification(ExitModel):
         exit_logits = torch.stack([output.logits for output in exits])
         loss = None
         if labels is not None:
-            if labels.ndim != 1 or labels.is_floating_point():
-                raise ValueError(
-                    f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: expected is "
-                    "one class index per text, [N]. Regression and several labels per text are "
-                    "not supported."
-                )
-            repeated = labels.repeat(len(exits))
-            loss = len(exits) * functional.cross_entropy(exit_logits.flatten(0, 1), repeated)
+            loss = training_loss(exit_logits, labels, has_several_labels(self.config))
         return MultiExitOutput(
             loss=loss,
             logits=exit_logits[-1],

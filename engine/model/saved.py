@@ -18,6 +18,7 @@ from ..data.record import DataRecord
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.manifest import MANIFEST_FILE, model_fault
 from ..runtime.text import nearest_directory
+from .answers import LABEL_THRESHOLD, has_several_labels
 from .multi_exit import MultiExitConfig, MultiExitForSequenceClassification, label_names
 
 logger = logging.getLogger("fusedacl")
@@ -126,6 +127,19 @@ class TrainedModel:
         log_truncation(name, encoded)
         return encoded
 
+    def label_threshold(self, option: float | None) -> float:
+        """The probability from which a label applies: that of the option, or the usual one.
+
+        Raises:
+            ValueError: the model gives a text one class, for which there is no threshold.
+        """
+        if option is not None and not has_several_labels(self.model.config):
+            raise ValueError(
+                f"label_threshold={option:g}: the model gives each text one class, the most "
+                "probable one. Leave it out."
+            )
+        return LABEL_THRESHOLD if option is None else option
+
     @property
     def label_names(self) -> list[str]:
         """Names of the classes, in the order of the logits."""
@@ -138,7 +152,9 @@ def record_of(model: MultiExitForSequenceClassification) -> DataRecord:
     Raises:
         ValueError: the record in the model's configuration is damaged.
     """
-    return DataRecord.from_dict(model.config.data_record, label_names(model.config))
+    config = model.config
+    several = has_several_labels(config)
+    return DataRecord.from_dict(config.data_record, label_names(config), several)
 
 
 def load_trained(

@@ -31,7 +31,7 @@ from .temperature import LearnedTemperature
 
 @dataclass(frozen=True)
 class Chunk:
-    """Outputs of E exits on N samples, the labels [N] of the samples, and the teacher.
+    """Outputs of E exits on N samples, their labels, and the teacher.
 
     is_stand_in: the sample counts in no loss, and enters no memory.
     """

@@ -11,11 +11,9 @@ from torch.nn import functional
 
 from ...kernels import acl_cl_loss, acl_loss, supcon_loss
 from ..config.sections import ObjectiveOptions
+from ..model.answers import contrasted_labels, cross_entropies
 from ..model.multi_exit import MultiExitOutput
 from ..runtime.profiler_marks import CONTRASTIVE_LOSS, FORWARD, part
-
-# Label of a text that counts in no loss.
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,8 @@ def exit_losses(
     Args:
         output: exit_logits [E, N, K] and exit_embeddings [E, N, d] of a forward pass.
         label_embeddings: the classifiers' weights [E, K, d].
-        labels: classes [N]; `IGNORED` for a text that counts in no loss.
+        labels: classes [N], or zeros and ones [N, K] where texts may have several labels;
+            `IGNORED` for a text that counts in no loss.
         teacher: the last exit, if the others learn from it: by `distill_weight`, and as rows of
             the contrastive batch (ACL-CL) if `cross_layer` is on.
         process_group: processes whose samples are contrasted with each other; None: the samples
@@ -116,21 +115,17 @@ def main_losses(
     so it is the same however a batch is divided into micro-batches and among processes.
     """
     logits = output.exit_logits.float()  # [E, N, K]
-    num_exits, num_samples, num_labels = logits.shape
-    each = functional.cross_entropy(
-        logits.view(-1, num_labels),
-        labels.repeat(num_exits),
-        weight=class_weights,
-        ignore_index=IGNORED,
-        reduction="none",
+    cross_entropy = cross_entropies(
+        logits,
+        labels,
+        class_weights=class_weights,
         label_smoothing=options.label_smoothing_factor,
-    )
-    cross_entropy = each.view(num_exits, num_samples).mean(dim=1)
+    ).mean(dim=1)
     main = cross_entropy
     if teacher is not None and options.distill_weight > 0:
         weight = options.distill_weight
         main = (1 - weight) * main + weight * distillation(
-            logits, teacher.logits.float(), options.distill_temperature
+            logits, teacher.logits.float(), options.distill_temperature, several=labels.dim() == 2
         )
     return main, cross_entropy.detach()
 
@@ -158,29 +153,41 @@ def contrastive_loss(
         "denominator": options.denominator,
         "reduction": options.contrastive_reduction,
         "impl": options.impl,
-        "ignore_index": IGNORED,
         "process_group": process_group,
         "class_weights": class_weights,
+        **contrasted_labels(labels, options.positives),
     }
     if memory is not None:
         settings["memory_embeddings"] = memory.embeddings.to(samples.dtype)
         settings["memory_labels"] = memory.labels
     with part(CONTRASTIVE_LOSS):
         if options.objective == "scl":
-            return supcon_loss(samples, labels, **settings)
+            return supcon_loss(samples, **settings)
         if teacher is not None and options.cross_layer:
             constants = (teacher.embeddings.to(samples.dtype), teacher.label_embeddings)
-            return acl_cl_loss(samples, labels, label_embeddings, *constants, **settings)
-        return acl_loss(samples, labels, label_embeddings, **settings)
+            names = ("teacher_embeddings", "teacher_label_embeddings")
+            settings |= dict(zip(names, constants, strict=True))
+            return acl_cl_loss(samples, label_embeddings=label_embeddings, **settings)
+        return acl_loss(samples, label_embeddings=label_embeddings, **settings)
 
 
-def distillation(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+def distillation(
+    logits: Tensor, teacher_logits: Tensor, temperature: float, several: bool = False
+) -> Tensor:
     """T^2 KL(softmax(teacher / T) || softmax(student / T)) [E], averaged over the samples.
 
-    logits [E, N, K], teacher_logits [N, K].
+    logits [E, N, K], teacher_logits [N, K]. several: labels have probabilities of their own, and
+    the divergence is the mean of that of each (sigmoid in place of softmax).
 
     Source: Hinton et al. 2015, arXiv 1503.02531.
     """
+    if several:
+        wanted = torch.sigmoid(teacher_logits / temperature).expand_as(logits)
+        entropy = torch.special.entr(wanted) + torch.special.entr(1 - wanted)
+        divergence = -entropy + functional.binary_cross_entropy_with_logits(
+            logits / temperature, wanted, reduction="none"
+        )
+        return temperature**2 * divergence.mean(dim=(1, 2))
     student = functional.log_softmax(logits / temperature, dim=-1)
     wanted = functional.log_softmax(teacher_logits / temperature, dim=-1)
     divergence = functional.kl_div(

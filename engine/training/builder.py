@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
-from transformers import PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from ...kernels.contrastive.dispatch import Workload, choose
 from ...kernels.contrastive.options import TENSOR_TEMPERATURE
@@ -21,6 +21,8 @@ from ..backends.deepspeed.settings import read_deepspeed_config
 from ..backends.interface import Backend
 from ..backends.local import LocalBackend
 from ..config.gate_scope import parse_scope
+from ..config.label_options import check_label_options
+from ..config.sections import MULTI_LABEL
 from ..config.training import TrainingConfig
 from ..data.balance import (
     BalancedBatches,
@@ -32,9 +34,14 @@ from ..data.batching import EncodedSplit, encode, epoch_batches, log_truncation
 from ..data.dataset import TextData, load_splits
 from ..data.quickstart import minilm_path
 from ..data.record import DataRecord
+from ..model.answers import has_several_labels
 from ..model.encoder import checkpoint_layers
 from ..model.encoder_layers import bottom_parameters
-from ..model.multi_exit import MultiExitForSequenceClassification, label_names, parse_layers
+from ..model.multi_exit import (
+    MultiExitForSequenceClassification,
+    label_names,
+    parse_layers,
+)
 from ..model.saved import (
     DEFAULT_MAX_LENGTH,
     check_vocabulary,
@@ -243,6 +250,7 @@ def _check_impl(config: TrainingConfig, device: torch.device, dtype: torch.dtype
 
 def _load_data(config: TrainingConfig) -> TextData:
     data = load_splits(config.data)
+    check_label_options(config, several=data.several_labels)
     for note in data.notes:
         logger.info(note)
     if config.without_effect:
@@ -275,6 +283,7 @@ def _new_model(
         exit_pooling=options.exit_pooling,
         exit_width=options.exit_width,
         exit_attention_heads=options.exit_attention_heads,
+        problem_type=MULTI_LABEL if data.several_labels else None,
     )
     if stage1 is not None and trained is not None:
         _check_stage1_data(data.record, record_of(trained), stage1)
@@ -333,6 +342,10 @@ def _check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None
         logger.info(f"stage1_model={name!r} was trained on other data: {difference}.")
 
 
+def _labels_per_text(config: PretrainedConfig) -> str:
+    return "any number" if has_several_labels(config) else "one"
+
+
 def take_last_exit(
     model: MultiExitForSequenceClassification,
     trained: MultiExitForSequenceClassification,
@@ -350,6 +363,7 @@ def take_last_exit(
     )
     pairs = [
         ("classes", label_names(ours), label_names(theirs), first),
+        ("labels per text", _labels_per_text(ours), _labels_per_text(theirs), first),
         ("exit_head", ours.exit_head, theirs.exit_head, first),
         ("exit_pooling", ours.exit_pooling, theirs.exit_pooling, first),
         ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1], first),

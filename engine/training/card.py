@@ -6,6 +6,7 @@ from typing import Any
 
 from ..config.fields import flatten
 from ..config.gate_scope import scope_words
+from ..config.sections import MULTI_LABEL
 from ..config.training import TrainingConfig
 from ..model.card import front_matter, made_with
 from ..runtime.text import markdown_table
@@ -32,6 +33,8 @@ _NOTED = (
 def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any]) -> str:
     """The text of the card; base_model: name or path of the model that the run started from."""
     objective = _OBJECTIVES[config.objective.objective]
+    if results.get("problem_type") == MULTI_LABEL:
+        objective = objective.replace("cross-entropy", "binary cross-entropy of each label")
     if config.gated:
         objective += f", gated at {config.objective.max_angle:g} degrees (ACL-Grad)"
         if config.objective.gate_scope != "all":

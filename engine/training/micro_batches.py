@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ..backends.interface import Backend, StepReport
 from ..data.batching import collate
+from ..model.answers import IGNORED
 from ..objectives.large_batches import Chunk, cached_losses
-from ..objectives.losses import IGNORED, ExitLosses, count_not_finite
+from ..objectives.losses import ExitLosses, count_not_finite
 from ..objectives.memory import MemoryBank
 from ..runtime import collectives, processes
 from ..runtime.profiler_marks import DATA, FORWARD, part
@@ -172,5 +173,5 @@ class StepLosses:
             self.num_not_finite.append(count_not_finite(output))
             self.num_samples += len(rows)
         if is_stand_in:
-            labels = torch.full_like(labels, IGNORED)
+            labels = torch.full(labels.shape, IGNORED, device=labels.device)
         return Chunk(output, labels, teacher, is_stand_in)

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ..config.fields import command_line, flatten, write_yaml
+from ..config.sections import MULTI_LABEL, SINGLE_LABEL
 from ..data.batching import epoch_batches
 from ..inference.evaluation import evaluate_split
 from ..inference.prediction import answer_splits
@@ -424,6 +425,7 @@ class Trainer:
             best["stopped_early"] = self.plan.ended_early(self.parts.plan)
         return {
             "data": self.parts.data.name,
+            "problem_type": MULTI_LABEL if self.parts.data.several_labels else SINGLE_LABEL,
             "objective": self.config.objective.objective,
             "strategy": self.config.optimization.strategy,
             "seed": self.config.optimization.seed,

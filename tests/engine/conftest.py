@@ -1,4 +1,4 @@
-"""Options of runs; the directory of a sweep without training: sweep.json and its runs' files."""
+"""Options of runs, a set with several labels, and a sweep without training: its files."""
 
 import json
 import math
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from text_sets.emotions import DEV, TRAIN, write_table
+from tiny_runs import run
 
 
 @pytest.fixture
@@ -147,3 +149,36 @@ def unfinished_sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_sweep() -> Callable[..., Path]:
     """`write_sweep`."""
     return write_sweep
+
+
+@pytest.fixture(scope="session")
+def emotion_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Options that name the files of `text_sets.emotions`, with a list of labels per text."""
+    directory = tmp_path_factory.mktemp("emotions")
+    return {
+        "train_file": write_table(directory / "train.jsonl", TRAIN),
+        "validation_file": write_table(directory / "dev.jsonl", DEV),
+    }
+
+
+@pytest.fixture(scope="module")
+def emotion_model(
+    tiny_bert: Path, emotion_files: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A model of two exits, half trained, so that its exits disagree."""
+    directory = tmp_path_factory.mktemp("emotion_model") / "run"
+    run(
+        {
+            **emotion_files,
+            "model_name_or_path": str(tiny_bert),
+            "output_dir": str(directory),
+            "strategy": "joint",
+            "max_seq_length": 16,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 2e-3,
+            "max_steps": 40,
+            "save_steps": 0,
+            "disable_tqdm": True,
+        }
+    )
+    return directory

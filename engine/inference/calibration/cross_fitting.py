@@ -47,7 +47,7 @@ def cross_fit(
         ValueError: too few texts, or no setting reaches the target in some fold.
     """
     folds = fold_of(readings.labels, num_folds)
-    exits = torch.empty_like(readings.labels)
+    exits = torch.empty(len(readings), dtype=torch.int64)
     spent = 0.0
     for fold in range(num_folds):
         here = folds == fold
@@ -60,8 +60,7 @@ def cross_fit(
         left = replay(policy, unseen)
         exits[here] = left
         spent += spent_flops(exit_flops(readings.model, policy), unseen, left)
-    texts = torch.arange(len(readings))
-    predictions = readings.logits[exits, texts].argmax(dim=-1)
+    predictions = readings.answers_at(exits)
     return CrossFitted(
         score=readings.score(metric, predictions),
         mean_layer=float(torch.tensor(readings.exit_layers)[exits].double().mean()),

@@ -23,6 +23,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from ...model.answers import same_answers
 from ...model.exit_policies import (
     FixedLayer,
     Patience,
@@ -196,8 +197,7 @@ def _thresholds(name: str, num_labels: int, number: int) -> list[float]:
 
 def counted(readings: ExitReadings, risk: str) -> Tensor:
     """The texts of which the risk is a share: bool [n]."""
-    answers = readings.logits[-1].argmax(dim=-1)
-    right = answers == readings.labels
+    right = same_answers(readings.answers[-1], readings.labels, readings.several)
     return right if risk == "lost_answers" else torch.ones_like(right)
 
 
@@ -206,8 +206,8 @@ def certify(
 ) -> tuple[list[Tested], Tested | None]:
     """Test settings in their order; returns those that passed, and the first that failed."""
     counts = counted(readings, promise.risk)
-    answers = readings.logits.argmax(dim=-1)  # [E, n]
-    lost = (answers != answers[-1])[:, counts]
+    answers = readings.answers
+    lost = ~same_answers(answers, answers[-1], readings.several)[:, counts]  # [E, counted]
     places = torch.arange(lost.shape[1])
     num_lost = np.array(
         [int(lost[replay(policy, readings)[counts], places].sum()) for policy in sequence]
@@ -239,7 +239,9 @@ def choose_certified(
         ValueError: too few texts, or no setting with which a text leaves early passes; the message
             says how many texts would do.
     """
-    sequences = sequences_of(name, readings.exit_layers, readings.logits.shape[-1], num_thresholds)
+    # The answer to a label is a choice of two.
+    num_labels = 2 if readings.several else readings.logits.shape[-1]
+    sequences = sequences_of(name, readings.exit_layers, num_labels, num_thresholds)
     # Several sequences share the error probability (Bonferroni).
     level = (1 - promise.confidence) / len(sequences)
     least = least_texts(promise.limit, level)

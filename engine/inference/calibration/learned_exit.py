@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ...model.answers import same_answers
 from ...model.early_exit import certainty_of
 from .readings import ExitReadings
 
@@ -21,14 +22,17 @@ NUM_FOLDS = 5
 def fold_of(labels: Tensor, num_folds: int, seed: int = 0) -> Tensor:
     """The fold of each text, 0 … num_folds - 1, stratified by class: int64 [n].
 
+    labels [n], or [n, K] where a text may have several: then stratified by their number.
+
     Raises:
         ValueError: there are fewer texts than folds.
     """
     if len(labels) < num_folds:
         raise ValueError(f"{len(labels)} texts cannot be cross-fitted in {num_folds} folds.")
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    order = order[labels[order].argsort(stable=True)]
-    folds = torch.empty_like(labels)
+    strata = labels.sum(dim=-1) if labels.dim() == 2 else labels
+    order = order[strata[order].argsort(stable=True)]
+    folds = torch.empty_like(strata)
     folds[order] = torch.arange(len(labels)) % num_folds
     return folds
 
@@ -134,7 +138,7 @@ def _give(readings: ExitReadings, head: nn.Linear) -> None:
 
 def _is_right(readings: ExitReadings) -> Tensor:
     """True where the answer of an exit but the last is right: bool [E - 1, n]."""
-    return readings.logits[:-1].argmax(dim=-1) == readings.labels
+    return same_answers(readings.answers[:-1], readings.labels, readings.several)
 
 
 @torch.no_grad()

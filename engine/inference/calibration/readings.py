@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...data.batching import EncodedSplit
+from ...model.answers import answers_of
 from ...model.early_exit import certainty_of, check_has_earlier_exits
 from ...model.exit_policies import ExitReading
 from ...model.saved import record_of
@@ -27,7 +28,8 @@ logger = logging.getLogger("fusedacl")
 class ExitReadings:
     """Outputs of E exits for n labelled texts, on the CPU.
 
-    logits [E, n, K] float32; labels [n]; lengths [n] in tokens; exit_layers: E layers, ascending.
+    logits [E, n, K] float32; labels [n], or bool [n, K] where a text may have several; lengths [n]
+    in tokens; exit_layers: E layers, ascending.
     certainties [E - 1, n]: output of the learned exit at all exits but the last, None without one;
     embeddings [E - 1, n, d]: input of the learned exit, None if not kept.
     """
@@ -60,12 +62,27 @@ class ExitReadings:
         is_last = index == len(self.exit_layers) - 1
         # No policy reads the certainty of the last exit.
         certainty = None if self.certainties is None or is_last else self.certainties[index]
-        return ExitReading(self.exit_layers[index], self.logits[index], certainty)
+        return ExitReading(self.exit_layers[index], self.logits[index], certainty, self.several)
+
+    @property
+    def several(self) -> bool:
+        """True if a text may have several labels."""
+        return self.labels.dim() == 2
+
+    @property
+    def answers(self) -> Tensor:
+        """The classes that the exits answer, [E, n], or the labels that apply, [E, n, K]."""
+        return answers_of(self.logits, self.several)
+
+    def answers_at(self, exits: Tensor) -> Tensor:
+        """The answer to each text of the exit at its position in `exits` [n]."""
+        texts = torch.arange(len(self))
+        return answers_of(self.logits[exits, texts], self.several)
 
     def score(self, metric: str, predictions: Tensor | None = None) -> float:
-        """The metric of predicted classes [n]; None: the predictions of the full model."""
+        """The metric of the answers to the texts; None: those of the full model."""
         if predictions is None:
-            predictions = self.logits[-1].argmax(dim=-1)
+            predictions = self.answers[-1]
         f1_index = record_of(self.model).f1_index
         return score([metric], predictions.numpy(), self.labels.numpy(), f1_index)[metric]
 

@@ -49,7 +49,7 @@ def replay(policy: Policy, readings: ExitReadings) -> Tensor:
     """The position of the exit (0 = first) where each text leaves under a policy: int64 [n]."""
     _check_usable(policy, readings)
     last = len(readings.exit_layers) - 1
-    exits = torch.full_like(readings.labels, last)
+    exits = torch.full((len(readings),), last)
     memory: Memory = {}
     for index, layer in enumerate(readings.exit_layers[:-1]):
         if not policy.reads(layer):
@@ -84,7 +84,6 @@ def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> li
     costs: dict[tuple[type[Policy], int], list[Flops]] = {}
     layers = torch.tensor(readings.exit_layers)
     rows = []
-    texts = torch.arange(len(readings.labels))
     for policy in policies:
         exits = replay(policy, readings)
         # Costs depend on the exits that a policy reads, hence on its class and its layer.
@@ -92,7 +91,7 @@ def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> li
         if key not in costs:
             costs[key] = exit_flops(readings.model, policy)
         spent = spent_flops(costs[key], readings, exits)
-        predictions = readings.logits[exits, texts].argmax(dim=-1)
+        predictions = readings.answers_at(exits)
         counts = torch.bincount(exits, minlength=len(layers)).tolist()
         rows.append(
             SweepRow(
@@ -290,7 +289,7 @@ def store_policy(model: MultiExitForSequenceClassification, record: Mapping[str,
 
 
 def _check_usable(policy: Policy, readings: ExitReadings) -> None:
-    policy.check(readings.exit_layers)
+    policy.check(readings.exit_layers, readings.several)
     if policy.needs_learned_exit and readings.certainties is None:
         raise ValueError(
             f"The policy {policy.name} needs the model's learned exit: fit one first "

@@ -92,9 +92,16 @@ class ExitStudy:
             require_matplotlib()
         self.trained, data = load_labelled(config.model, config.data, "calibrate")
         check_has_earlier_exits(self.trained.model)
+        if data.several_labels:
+            self.names = _for_several_labels(self.names, config)
         self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
         if self.metric not in data.metrics:
             raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
+        if self.metric == "average_precision":
+            raise ValueError(
+                "metric=average_precision ranks texts by their probabilities, which exits give on "
+                "scales of their own: use micro_f1, macro_f1 or exact_match."
+            )
         if self.promise is not None:
             _check_risk(self.promise.risk, self.metric, data.metrics)
         split = data.evaluation_splits[0]
@@ -367,6 +374,22 @@ def _policy_names(config: ExitsConfig) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _for_several_labels(names: list[str], config: ExitsConfig) -> list[str]:
+    """Those policies that can decide where a text may have several labels.
+
+    Raises:
+        ValueError: one that cannot was asked for by name.
+    """
+    fitting = [name for name in names if policy_class(name).takes_several]
+    left_out = [name for name in names if name not in fitting]
+    for name in left_out:
+        if name == config.exits.policy or config.exits.policies != ExitsConfig().exits.policies:
+            policy_class(name).check_several()
+    if left_out:
+        logger.info(f"{', '.join(left_out)}: left out, as a text may have several labels.")
+    return fitting
+
+
 def _target(config: ExitsConfig) -> Target:
     given = {
         name: getattr(config.exits, name)
@@ -391,10 +414,12 @@ def _promise(config: ExitsConfig, target: Target) -> Promise | None:
 
 def _check_risk(risk: str, metric: str, metrics: Sequence[str]) -> None:
     """Refuse a metric whose loss the risk does not bound."""
-    if risk == "lost_answers" and metric != "accuracy":
-        other = "--metric accuracy, or " if "accuracy" in metrics else ""
+    # An answer is right or wrong as a whole.
+    bounded = "exact_match" if "exact_match" in metrics else "accuracy"
+    if risk == "lost_answers" and metric != bounded:
+        other = f"--metric {bounded}, or " if bounded in metrics else ""
         raise ValueError(
-            f"risk={risk} bounds the loss of accuracy, not of {metric}, which is no mean over "
+            f"risk={risk} bounds the loss of {bounded}, not of {metric}, which is no mean over "
             f"texts: add {other}--risk changed_answers."
         )
 

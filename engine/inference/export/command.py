@@ -14,6 +14,7 @@ import torch
 from ...config.commands import ExportConfig, InferenceOptions
 from ...data.batching import EncodedSplit, evaluation_batches
 from ...data.dataset import TextData
+from ...model.answers import has_several_labels
 from ...model.early_exit import EarlyExit
 from ...model.exit_policies import calibration_mismatch, parse_policy
 from ...model.saved import TrainedModel
@@ -53,6 +54,11 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
         trained, data = load_labelled(model_options, config.data, "measure")
     else:
         trained = TrainedModel(model_options, config.data.max_seq_length)
+    if has_several_labels(trained.model.config):
+        raise ValueError(
+            "The model gives a text any number of labels, and the ONNX runtime answers with one "
+            "class per text: such models are not exported. Use `fusedacl predict --policy`."
+        )
     is_stored = options.policy == "stored"
     engine = EarlyExit(trained.model, None if is_stored else parse_policy(options.policy))
     if trained.max_length > trained.limit:

@@ -148,7 +148,7 @@ def measure_angles(run: Path, config: AngleConfig, label: str | None = None) -> 
         batch = collate(split, indices, trained.tokenizer.pad_token_id)
         batch = {name: value.to(model.device) for name, value in batch.items()}
         labels = batch.pop("labels")
-        num_single_class += int(labels.unique().numel() == 1)
+        num_single_class += int(len(labels.unique(dim=0)) == 1)
         output, teacher = stage_outputs(model, stage, stage.exits, batch)
         label_embeddings = model.label_embeddings_of(stage.exits)
         losses = exit_losses(contrasted.objective, output, label_embeddings, labels, teacher)

@@ -22,7 +22,6 @@ from torch.nn import functional
 from ...config.commands import TSNEConfig
 from ...config.training import TrainingConfig
 from ...data.batching import EncodedSplit
-from ...data.columns import TextSplit
 from ...data.dataset import TextData
 from ...experiments.runs import load_data, load_model
 from ...inference.logits import exit_outputs
@@ -86,6 +85,11 @@ def read_representations(
                 f"exit_layers: run {str(run)!r} has no exit on layer {layer}; it has "
                 f"{', '.join(map(str, model.exit_layers))}."
             )
+    if trained.record.several_labels:
+        raise ValueError(
+            f"Run {str(run)!r}: its texts may have several labels, and the figure gives a text the "
+            "colour of one. `fusedacl angles` reads such runs."
+        )
     # Texts are drawn from the whole split, even if the run was evaluated on a part of it.
     whole = dataclasses.replace(given, data=dataclasses.replace(given.data, max_eval_samples=None))
     data = load_data(run, whole, trained.record, vars(config.data), needs_train=False)
@@ -178,10 +182,4 @@ def _drawn_texts(
     number = min(config.tsne.max_samples, len(split))
     random = np.random.default_rng(config.tsne.seed)
     rows = np.sort(random.choice(len(split), number, replace=False))
-    assert split.labels is not None
-    drawn = TextSplit(
-        [split.first[row] for row in rows],
-        None if split.second is None else [split.second[row] for row in rows],
-        [split.labels[row] for row in rows],
-    )
-    return trained.encode(drawn, name), name
+    return trained.encode(split.take(rows.tolist()), name), name

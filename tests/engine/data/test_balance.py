@@ -125,6 +125,17 @@ def test_classes_without_enough_texts_are_refused() -> None:
         balanced_batches(np.repeat([0, 1, 2], [40, 7, 7]), 16, 8)
 
 
+def test_texts_that_share_no_label_are_counted(caplog) -> None:
+    labels = np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]]) > 0
+    warn_of_single_texts(labels, [np.arange(3), np.arange(3, 6)], 1, 1)
+    assert "6 of 6 training texts (100%) have no other text of their labels" in caplog.text
+    assert "Use a larger contrastive_batch_size." in caplog.text
+    caplog.clear()
+    # All six in one batch: the text without a label is alone.
+    warn_of_single_texts(labels, [np.arange(3), np.arange(3, 6)], 2, 1)
+    assert not caplog.messages
+
+
 def test_texts_without_another_of_their_class_are_counted(caplog) -> None:
     labels = np.array([0, 1, 2, 3, 0, 1, 2, 2])
     batches = [np.arange(4), np.arange(4, 8)]

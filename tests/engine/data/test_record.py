@@ -11,7 +11,7 @@ from fusedacl.engine.data.record import (
     class_indices,
     content,
     learn_classes,
-    required_label_column,
+    required_label_columns,
     written_as,
 )
 
@@ -52,9 +52,9 @@ def test_no_text_column() -> None:
 
 
 def test_no_label_column_offers_the_nearest() -> None:
-    assert required_label_column(pa.table({"text": ["a"], "labels": [1]}), "here") == "labels"
+    assert required_label_columns(pa.table({"text": ["a"], "labels": [1]}), "here") == ["labels"]
     with pytest.raises(ValueError, match=r"no label column.*Did you mean 'lable'"):
-        required_label_column(pa.table({"text": ["a"], "lable": [1]}), "here")
+        required_label_columns(pa.table({"text": ["a"], "lable": [1]}), "here")
 
 
 @pytest.mark.parametrize(
@@ -229,12 +229,14 @@ TABLE = pa.table(
 
 
 def test_a_column_that_repeats_the_label_is_not_taken_for_the_text() -> None:
-    columns, note = choose_text_columns(TABLE, "here", label="class")
+    columns, note = choose_text_columns(TABLE, "here", labels=["class"])
     assert columns == ["review", "topic"]
     assert note is not None and "not 'answer', whose values say the label" in note
     with pytest.raises(ValueError, match="no text column, not 'answer'.*--text_column"):
-        choose_text_columns(TABLE.select(["answer", "class"]), "here", label="class")
-    assert choose_text_columns(TABLE, "here", options=("answer",), label="class")[0] == ["answer"]
+        choose_text_columns(TABLE.select(["answer", "class"]), "here", labels=["class"])
+    assert choose_text_columns(TABLE, "here", options=("answer",), labels=["class"])[0] == [
+        "answer"
+    ]
 
 
 PAIR = ["question", "sentence"]
@@ -278,11 +280,11 @@ def test_a_pair_in_the_other_order_than_in_training_is_noted() -> None:
 
 def test_the_label_column_of_the_options() -> None:
     table = pa.table({"text": ["a"], "label": [0], "intent": ["x"]})
-    assert required_label_column(table, "here", "intent") == "intent"
+    assert required_label_columns(table, "here", "intent") == ["intent"]
     with pytest.raises(
         ValueError, match="here: no column 'intnet', which label_column names.*inte"
     ):
-        required_label_column(table, "here", "intnet")
+        required_label_columns(table, "here", "intnet")
 
 
 def test_a_record_survives_the_configuration_and_names_what_differs() -> None:

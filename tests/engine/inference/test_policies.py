@@ -42,12 +42,12 @@ def logits_of(*answers: int) -> Tensor:
     return 4.0 * torch.nn.functional.one_hot(torch.tensor(answers), 3).float()
 
 
-def leaving_exits(policy: Policy, exits: list[Tensor]) -> list[int]:
+def leaving_exits(policy: Policy, exits: list[Tensor], several: bool = False) -> list[int]:
     """The exit (1 = first) where each text leaves; 0: at none."""
     found = torch.zeros(len(exits[0]), dtype=torch.int64)
     memory: Memory = {}
     for number, logits in enumerate(exits, start=1):
-        leaving, memory = policy.leaves(ExitReading(number, logits), memory)
+        leaving, memory = policy.leaves(ExitReading(number, logits, several=several), memory)
         found[leaving & (found == 0)] = number
     return found.tolist()
 
@@ -64,6 +64,39 @@ def test_maximum_probability_and_entropy() -> None:
     assert signal[1].item() == pytest.approx(entropy / math.log(3))
     assert signal[0].item() == pytest.approx(1)
     assert Entropy(0.5).leaves(reading, {})[0].tolist() == [False, False, True]
+
+
+def test_signals_where_texts_may_have_several_labels() -> None:
+    logits = torch.tensor([[9.0, -9.0, 0.0], [2.0, -3.0, 4.0], [9.0, 9.0, 9.0]])
+    reading = ExitReading(1, logits, several=True)
+    chances = torch.sigmoid(logits)
+    least = torch.maximum(chances, 1 - chances).amin(dim=-1)
+    torch.testing.assert_close(MaximumProbability.signal(reading), least)
+    assert MaximumProbability(0.8).leaves(reading, {})[0].tolist() == [False, True, True]
+    bits = -(chances * chances.log2() + (1 - chances) * (1 - chances).log2()).mean(dim=-1)
+    torch.testing.assert_close(Entropy.signal(reading), bits, atol=1e-5, rtol=1e-4)
+    assert Entropy(0.32).leaves(reading, {})[0].tolist() == [False, True, True]
+    extreme = ExitReading(1, torch.tensor([[1e30, -1e30], [0.0, 0.0]]), several=True)
+    assert Entropy.signal(extreme).tolist() == pytest.approx([0, 1])
+    assert MaximumProbability.signal(extreme).tolist() == pytest.approx([1, 0.5])
+
+
+def test_patience_counts_equal_sets_of_labels() -> None:
+    first = torch.tensor([[1.0, 1.0, -1.0], [1.0, -1.0, -1.0]])
+    second = torch.tensor([[2.0, 3.0, -1.0], [1.0, 1.0, -1.0]])
+    # The most probable label is the same one throughout.
+    assert leaving_exits(Patience(1), [first, second, second], several=True) == [2, 3]
+    assert leaving_exits(PatienceConfidence(2, 0.7), [first, second], several=True) == [2, 2]
+
+
+def test_only_voting_refuses_several_labels() -> None:
+    for name, parameters in SETTINGS.items():
+        policy = make_policy(name, **parameters)
+        if name != "voting":
+            policy.check([1, 2, 3], several=True)
+            continue
+        with pytest.raises(ValueError, match="voting counts votes for one class.*Use one of max_"):
+            policy.check([1, 2, 3], several=True)
 
 
 @pytest.mark.parametrize("size", [1e4, 1e30])

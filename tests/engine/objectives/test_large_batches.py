@@ -63,9 +63,10 @@ def gradients(model: Toy, losses: list[ExitLosses], which: str) -> list[Tensor]:
 
 @pytest.mark.parametrize("loss_scale", [1.0, 1024.0])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("objective", ["scl", "acl", "acl_cl"])
 def test_gradients_are_those_of_one_batch(
-    objective: str, reduction: str, loss_scale: float
+    objective: str, several: bool, reduction: str, loss_scale: float
 ) -> None:
     model, number = Toy(torch.float64), sum(SIZES)
     options = ObjectiveOptions(
@@ -73,6 +74,8 @@ def test_gradients_are_those_of_one_batch(
         cross_layer=objective == "acl_cl", distill_weight=0.25,
     )  # fmt: skip
     samples, labels = torch.randn(number, 6, dtype=torch.float64), torch.randint(0, 3, (number,))
+    if several:
+        labels = torch.rand(number, 3) < 0.5
     shapes = ((number, 5), (3, 5), (number, 3))
     constants = Teacher(*(torch.randn(*shape, dtype=torch.float64) for shape in shapes))
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from forked_runs import DEATHS, ForkedRuns
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.runtime.manifest import fault, step_of
 from fusedacl.engine.training.logs.metrics_log import MetricsLog
 from fusedacl.engine.training.storage.checkpoint import checkpoints
+from killed_runs.forked import DEATHS, ForkedRuns
 from tiny_runs import records
 from tiny_runs import run as train
 

@@ -1,6 +1,6 @@
 """`fusedacl train` in which rank 1 kills itself in its second save: the checkpoint is incomplete.
 
-torchrun … tests/support/dying_rank.py --output_dir …
+torchrun … tests/support/killed_runs/dying_rank.py --output_dir …
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-from forked_runs import in_second_call
+from forked import in_second_call
 from fusedacl.engine.cli import main
 from fusedacl.engine.training.storage import checkpoint
 

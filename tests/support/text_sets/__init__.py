@@ -1,0 +1,1 @@
+"""Sets of texts that tests train on."""
