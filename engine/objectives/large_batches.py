@@ -103,7 +103,8 @@ def cached_losses(
         inputs.append(label_embeddings().detach().clone().requires_grad_())
         tau = None
         if temperature is not None:
-            leaves, tau = temperature.of_exits(*samples.shape[:2], process_group is not None)
+            num_exits, num_samples = samples.shape[:2]
+            leaves, tau = temperature.of_exits(num_exits, num_samples, process_group is not None)
             inputs.append(leaves)
         value = contrastive_loss(
             options,

@@ -6,7 +6,7 @@ Source: Wang et al. 2020, arXiv 1912.06798.
 import torch
 from torch import Tensor, nn
 
-from .losses import IGNORED
+from ..model.answers import IGNORED
 
 
 class MemoryBank(nn.Module):

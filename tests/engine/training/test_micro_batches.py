@@ -28,10 +28,11 @@ def calls(monkeypatch) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
 
     def noted(function: Any) -> Any:
-        def call(*tensors: Tensor, **settings: Any) -> Tensor:
-            value = function(*tensors, **settings)
+        def call(samples: Tensor, **settings: Any) -> Tensor:
+            value = function(samples, **settings)
+            tensors = [samples, settings["labels"], settings.get("label_embeddings")]
             # Copies, because the classifier's weight moves on.
-            inputs = [tensor.detach().clone() for tensor in tensors]
+            inputs = [tensor.detach().clone() for tensor in tensors if tensor is not None]
             found.append({"tensors": inputs, "value": value.detach()})
             found[-1] |= {name: settings.get(name) for name in NOTED}
             return value

@@ -181,7 +181,7 @@ def test_the_best_checkpoint_and_the_test_split(options: dict[str, Any], tmp_pat
     [
         ({"sampler": "balanced"}, "sampler=balanced fills batches class by class"),
         ({"class_weights": "balanced"}, "class_weights='balanced' weighs texts by their class"),
-        ({"impl": "triton"}, "triton"),
+        ({"memory_size": 8}, "memory_size=8 keeps one label per text"),
         ({"max_train_samples_per_class": 5}, "belongs to no single class"),
         ({"problem_type": "single_label_classification"}, "is one label per text, but column"),
     ],
