@@ -19,9 +19,10 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "second_stage": {"strategy": "two_stage", "stage1_model": "the model"},
 }
 _OPTIONS = {field.name: field for field in dataclasses.fields(ObjectiveOptions)}
-# Two need what only our own loop has: a second decision beside that of a scope, and the counts of
-# the classes.
-_NAMES = [name for name in _OPTIONS if name not in ("gate_agreement_steps", "class_weights")]
+# Three need what only our own loop has: a second decision beside that of a scope, the counts of the
+# classes, and texts with several labels.
+_OWN = ("gate_agreement_steps", "class_weights", "positives")
+_NAMES = [name for name in _OPTIONS if name not in _OWN]
 
 
 def _shared(name: str) -> Any:
