@@ -20,10 +20,10 @@ STRATEGIES: dict[str, dict[str, str]] = {
 }
 _OPTIONS = {field.name: field for field in dataclasses.fields(ObjectiveOptions)}
 # Options that need what only our own loop has: a second decision beside that of a scope, the counts
-# of the classes, and what is kept from batch to batch.
+# of the classes, texts with several labels, and what is kept from batch to batch.
 _LOOP_ONLY = (
-    "gate_agreement_steps", "class_weights", "temperature_learning_rate", "memory_size",
-    "memory_warmup_steps",
+    "gate_agreement_steps", "class_weights", "positives", "temperature_learning_rate",
+    "memory_size", "memory_warmup_steps",
 )  # fmt: skip
 _NAMES = [name for name in _OPTIONS if name not in _LOOP_ONLY]
 
