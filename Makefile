@@ -44,12 +44,14 @@ lint: $(VENV)/.dev
 	$(PIP) install -q --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy
 
-# Every Triton kernel for every GPU, compiled without a GPU; `test` compiles a selection. The tables
-# in docs/kernel_resources.md are those of the pinned Triton.
+# Every Triton kernel for every GPU, compiled without a GPU by the pinned Triton, whose tables are in
+# docs/kernel_resources.md. The others compile for one GPU of each kind of matrix unit what any two
+# properties of a kernel need to occur together; `test` compiles the smaller files for one GPU.
 targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/.installed
 	$(BIN)/python -m fusedacl.kernels.targets --check docs/kernel_resources.md
 	for version in $(OLDEST_TRITON) $(NEWEST_TRITON); do PYTHONPATH=build/triton-$$version \
-	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions || exit 1; done
+	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions --pairs \
+	  --capability 70 80 90 100 || exit 1; done
 
 build/triton-%/.installed: $(VENV)/.dev
 	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*
