@@ -24,10 +24,18 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(PYTEST) $(IN_PARALLEL)
 
-# Kernels and engine once more, with the arithmetic of a processor without vector instructions.
+# Once more with the arithmetic of a processor without vector instructions: the folders that compute
+# with PyTorch and compare within bounds. What reads, writes, reports or starts processes does not
+# depend on it; nor do the kernels for GPUs, which Triton's interpreter computes in NumPy; and exported
+# models and encoders of other families run the same functions as the model's own tests.
+PORTABLE := $(addprefix tests/,kernels/contrastive kernels/gradients $(addprefix engine/,backends \
+  inference integrations model objectives training))
+WITHOUT := $(addprefix tests/,kernels/contrastive/gpu kernels/gradients/test_gpu.py \
+  $(addprefix engine/,inference/export model/test_adapters_and_export.py model/test_encoder_zoo.py \
+  model/test_hugging_face.py training/logs training/storage))
 test-portable: $(VENV)/.dev
-	ATEN_CPU_CAPABILITY=default $(PYTEST) $(IN_PARALLEL) tests/kernels tests/engine \
-	  --ignore tests/kernels/targets -m 'not real_data'
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(IN_PARALLEL) -m 'not real_data' \
+	  $(PORTABLE) $(addprefix --ignore ,$(WITHOUT))
 
 # Training runs with combinations of options drawn at random: `make combinations SEED=3 NUMBER=50`.
 SEED ?= 1

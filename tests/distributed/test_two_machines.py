@@ -17,7 +17,7 @@ pytest.importorskip("deepspeed")
 from tiny_runs import flags, records, run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
-MEETING = Path(__file__).parents[1] / "support" / "meeting.py"
+MEETING = Path(__file__).parent / "cases" / "meeting.py"
 SECONDS = 240
 
 

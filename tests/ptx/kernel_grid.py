@@ -1,7 +1,7 @@
 """The kernels as PTX; any two values of different options of the losses meet in some case.
 
-Run by test_kernels.py, in a process where impl="triton" runs on the machine for PTX. PTX_GRID_STEP=4
-takes every fourth case.
+Run by test_kernels.py, in a process where impl="triton" runs on the machine for PTX.
+PTX_GRID_STEP=4 takes every fourth case.
 """
 
 from __future__ import annotations

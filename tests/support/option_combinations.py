@@ -147,9 +147,7 @@ def check(combination: Combination) -> None:
     TrainingConfig.create(**options).resolved()
 
 
-def _completed(
-    pair: Combination, generator: random.Random, missing: set[Pair]
-) -> Combination:
+def _completed(pair: Combination, generator: random.Random, missing: set[Pair]) -> Combination:
     """A combination with these values that the configuration allows; of some candidates the one
     with most of the missing pairs."""
     for _ in range(MAX_DRAWS):

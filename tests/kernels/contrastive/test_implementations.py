@@ -68,9 +68,8 @@ def test_error_is_that_of_eager_pytorch(
         if reason is not None:
             pytest.skip(reason)
     factors = *GRIDS[name], DTYPES, tuple(LABELS), (None, 1, 3), KINDS, DENOMINATORS, REDUCTIONS
-    for num_samples, width, temperature, dtype, layout, exits, kind, denominator, reduction in (
-        combine(*factors)
-    ):
+    for num_samples, width, temperature, dtype, layout, exits, kind, *of_loss in combine(*factors):
+        denominator, reduction = of_loss
         inputs = make_inputs(
             num_samples, width=width, exits=exits, dtype=dtype, device=DEVICE, **kind
         )

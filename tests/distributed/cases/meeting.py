@@ -1,6 +1,6 @@
 """Processes that only meet: each adds its rank, counted from 1, and prints the sum or why not.
 
-    MEETING_SECONDS=4 RANK=0 WORLD_SIZE=2 … python tests/support/meeting.py
+    MEETING_SECONDS=4 RANK=0 WORLD_SIZE=2 … python tests/distributed/cases/meeting.py
 
 Importing what trains takes much longer.
 """
