@@ -7,7 +7,8 @@ CONSTRAINTS := -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt
 
 # Test files at a time; tests of several ranks start up to four processes of their own. A file runs
-# in one process, because its tests share ranks. conftest.py puts the longest files first.
+# in one process, because its tests share ranks; conftest.py adds other files with the same ranks,
+# and puts the longest first.
 TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest
 IN_PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
