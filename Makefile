@@ -7,7 +7,8 @@ CONSTRAINTS := -c constraints.txt
 SOURCES := setup.py pyproject.toml constraints.txt
 
 # Test files at a time; tests of several ranks start up to four processes of their own. A file runs
-# in one process, because its tests share ranks. conftest.py puts the longest files first.
+# in one process, because its tests share ranks; conftest.py adds other files with the same ranks,
+# and puts the longest first.
 TEST_PROCESSES ?= 2
 PYTEST := $(BIN)/python -m pytest
 IN_PARALLEL := --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
@@ -24,10 +25,18 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	$(PYTEST) $(IN_PARALLEL)
 
-# Kernels and engine once more, with the arithmetic of a processor without vector instructions.
+# Once more with the arithmetic of a processor without vector instructions: the folders that compute
+# with PyTorch and compare within bounds. What reads, writes, reports or starts processes does not
+# depend on it; nor do the kernels for GPUs, which Triton's interpreter computes in NumPy; and exported
+# models and encoders of other families run the same functions as the model's own tests.
+PORTABLE := $(addprefix tests/,kernels/contrastive kernels/gradients $(addprefix engine/,backends \
+  inference integrations model objectives training))
+WITHOUT := $(addprefix tests/,kernels/contrastive/gpu kernels/gradients/test_gpu.py \
+  $(addprefix engine/,inference/export model/test_adapters_and_export.py model/test_encoder_zoo.py \
+  model/test_hugging_face.py training/logs training/storage))
 test-portable: $(VENV)/.dev
-	ATEN_CPU_CAPABILITY=default $(PYTEST) $(IN_PARALLEL) tests/kernels tests/engine \
-	  --ignore tests/kernels/targets -m 'not real_data'
+	ATEN_CPU_CAPABILITY=default $(PYTEST) $(IN_PARALLEL) -m 'not real_data' \
+	  $(PORTABLE) $(addprefix --ignore ,$(WITHOUT))
 
 # Training runs with combinations of options drawn at random: `make combinations SEED=3 NUMBER=50`.
 SEED ?= 1
@@ -44,12 +53,14 @@ lint: $(VENV)/.dev
 	$(PIP) install -q --no-deps --target build/typed .
 	MYPYPATH=build/typed $(BIN)/mypy
 
-# Every Triton kernel for every GPU, compiled without a GPU; `test` compiles a selection. The tables
-# in docs/kernel_resources.md are those of the pinned Triton.
+# Every Triton kernel for every GPU, compiled without a GPU by the pinned Triton, whose tables are in
+# docs/kernel_resources.md. The others compile for one GPU of each kind of matrix unit what any two
+# properties of a kernel need to occur together; `test` compiles the smaller files for one GPU.
 targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/.installed
 	$(BIN)/python -m fusedacl.kernels.targets --check docs/kernel_resources.md
 	for version in $(OLDEST_TRITON) $(NEWEST_TRITON); do PYTHONPATH=build/triton-$$version \
-	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions || exit 1; done
+	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions --pairs \
+	  --capability 70 80 90 100 || exit 1; done
 
 build/triton-%/.installed: $(VENV)/.dev
 	$(PIP) install -q --no-deps --upgrade --target build/triton-$* triton==$*

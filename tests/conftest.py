@@ -33,6 +33,40 @@ LABELS = ("negative", "positive")
 TINY: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 # Where the longest test files are. They start first, so that the processes finish together.
 LONGEST = ("ptx", "kernels/targets", "test_", "distributed", "kernels", "engine")
+# Files of tests/distributed that use the same ranks, which take longer to start than most tests:
+# they run in one process, which starts them once.
+SHARED_RANKS = {
+    "two_ranks": (
+        "test_option_combinations", "test_recovery", "test_training", "loops/test_trainer",
+    ),
+    "zero_ranks": (
+        "test_zero_parity", "test_zero_defects", "test_gate_scope", "loops/test_zero_gate",
+        "loops/test_examples",
+    ),
+    "four_ranks": (
+        "test_global_negatives", "test_group_agreement", "loops/test_gate_in_loops",
+        "loops/test_gate_fsdp2",
+    ),
+}  # fmt: skip
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The scheduler of --dist loadfile, for which files that share ranks are one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    name_of = {
+        f"tests/distributed/{file}.py": name
+        for name, files in SHARED_RANKS.items()
+        for file in files
+    }
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return name_of.get(file, file)
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -152,18 +152,6 @@ def test_more_processes_than_texts(options, monkeypatch: pytest.MonkeyPatch) -> 
         build_run(TrainingConfig.create(**options))
 
 
-def test_deepspeed_in_one_process(options, tmp_path: Path) -> None:
-    """Without a launcher, in a process of its own: a group once joined stays."""
-    file = deepspeed_file(tmp_path)
-    with Ranks(1) as ranks:
-        ranks.run(trained, {**options, "deepspeed_config": file})
-    of_local = train(TrainingConfig.create(**{**options, "output_dir": str(tmp_path / "local")}))
-    of_one = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
-    assert of_one["validation"]["2"] == pytest.approx(
-        of_local["metrics"]["validation"][2], rel=1e-3
-    )
-
-
 def test_the_first_process_profiles_its_exchanges(
     two_ranks: Ranks, options, tmp_path: Path
 ) -> None:
@@ -184,16 +172,19 @@ def test_the_first_process_profiles_its_exchanges(
 
 
 def test_zero_3_without_a_launcher(options: dict[str, Any], tmp_path: Path) -> None:
-    """In a process of its own, which has none of a launcher's variables."""
-    options |= {
-        "max_steps": 2,
-        "strategy": "single",
-        "deepspeed_config": deepspeed_file(tmp_path, 3),
-    }
-    write_yaml(TrainingConfig.create(**options), tmp_path / "options.yaml")
+    """In a process of its own, which has none of a launcher's variables, as the local backend."""
+    options["strategy"] = "single"
+    options["max_steps"] = 4
+    sharding = {**options, "deepspeed_config": deepspeed_file(tmp_path, 3)}
+    write_yaml(TrainingConfig.create(**sharding), tmp_path / "options.yaml")
     command = [sys.executable, "-m", "fusedacl.engine", "train", str(tmp_path / "options.yaml")]
     launchers = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     environment = {name: value for name, value in os.environ.items() if name not in launchers}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "validation, exit at layer 2: accuracy" in done.stdout
+    of_local = train(TrainingConfig.create(**{**options, "output_dir": str(tmp_path / "local")}))
+    of_one = json.loads((tmp_path / "run" / "results.json").read_text())["metrics"]
+    assert of_one["validation"]["2"] == pytest.approx(
+        of_local["metrics"]["validation"][2], rel=1e-3
+    )

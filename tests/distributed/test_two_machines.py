@@ -17,6 +17,7 @@ pytest.importorskip("deepspeed")
 from tiny_runs import flags, records, run
 
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
+MEETING = Path(__file__).parent / "cases" / "meeting.py"
 SECONDS = 240
 
 
@@ -73,17 +74,6 @@ def machines() -> Iterator[Machines]:
     made.close()
 
 
-def train_command(launcher: str, node: int, hostfile: Path) -> list[str]:
-    master = ["--node_rank", str(node), "--master_addr", ADDRESSES[0], "--master_port"]
-    if launcher == "torchrun":
-        words = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
-        program = [*master, "29511", "-m", "fusedacl.engine", "train"]
-    else:
-        words = ["deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
-        program = [*master, "29512", "--module", "fusedacl.engine", "train"]
-    return [sys.executable, "-m", *words, *program]
-
-
 def ended(processes: list[subprocess.Popen[str]]) -> list[str]:
     """The output of the processes, which must end in time."""
     try:
@@ -106,14 +96,15 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
 def test_two_machines_train_as_one(
-    launcher: str, machines: Machines, options: dict[str, Any], tmp_path: Path
+    machines: Machines, options: dict[str, Any], tmp_path: Path
 ) -> None:
-    hostfile = tmp_path / "hostfile"
-    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    """Under torchrun."""
+    launcher = ["torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launcher += ["--master_addr", ADDRESSES[0], "--master_port", "29511", "--node_rank"]
+    train = ["-m", "fusedacl.engine", "train", *flags(options)]
     processes = [
-        machines.start(node, [*train_command(launcher, node, hostfile), *flags(options)])
+        machines.start(node, [sys.executable, "-m", *launcher, str(node), *train])
         for node in (0, 1)
     ]
     outputs = ended(processes)
@@ -125,23 +116,33 @@ def test_two_machines_train_as_one(
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_what_goes_wrong_is_said_in_time(machines: Machines, options: dict[str, Any]) -> None:
+def test_deepspeeds_launcher_lets_two_machines_meet(machines: Machines, tmp_path: Path) -> None:
+    """What they then do is what they do under torchrun."""
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    launcher = ["deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]
+    launcher += ["--master_addr", ADDRESSES[0], "--master_port", "29512", "--node_rank"]
+    processes = [
+        machines.start(node, [sys.executable, "-m", *launcher, str(node), str(MEETING)])
+        for node in (0, 1)
+    ]
+    outputs = ended(processes)
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(outputs)
+    assert all("2 processes, sum 3" in words for words in outputs), "\n".join(outputs)
+
+
+def test_what_goes_wrong_is_said_in_time(machines: Machines) -> None:
     """A process that never comes; an interface that is not there. The rest ends by itself."""
     environment = {
         "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": ADDRESSES[0],
-        "MASTER_PORT": "29513",
+        "MASTER_PORT": "29513", "MEETING_SECONDS": "4",
     }  # fmt: skip
-    program = (
-        "import sys; from fusedacl.engine.cli.main import main; "
-        "from fusedacl.engine.runtime import processes; processes.MEETING_SECONDS = 8.0; "
-        "sys.exit(main())"
-    )
-    command = [sys.executable, "-c", program, "train", *flags(options)]
-    alone = machines.start(0, command, **environment)
-    (words,) = ended([alone])
-    assert alone.returncode == 1
-    assert "process 0 of 2 on" in words and "process(es) 1 did not connect" in words, words
-    wrong = machines.start(0, command, **environment, GLOO_SOCKET_IFNAME="eth9")
-    (words,) = ended([wrong])
-    assert wrong.returncode == 2
-    assert "GLOO_SOCKET_IFNAME=eth9" in words and machines.interfaces[0] in words
+    command = [sys.executable, str(MEETING)]
+    processes = [
+        machines.start(0, command, **environment),
+        machines.start(0, command, **environment, GLOO_SOCKET_IFNAME="eth9"),
+    ]
+    alone, wrong = ended(processes)
+    assert [process.returncode for process in processes] == [1, 1]
+    assert "OSError: process 0 of 2 on" in alone and "process(es) 1 did not connect" in alone, alone
+    assert "ValueError: GLOO_SOCKET_IFNAME=eth9" in wrong and machines.interfaces[0] in wrong

@@ -58,7 +58,8 @@ def check(case: dict[str, Any], results: list[dict[str, Any]]) -> None:
 
 
 # Each case on two stages, alternately 0 and 2 or 1 and 3, so that every stage has every dtype,
-# groups, clipping and no gate; stages differ in how they take a scale that grows.
+# groups, clipping and no gate; stages differ in how they take a scale that grows. In host memory
+# there is no stage 0.
 PAIRS = [
     (stage, case)
     for number, case in enumerate(CASES)
@@ -67,12 +68,15 @@ PAIRS = [
 ] + [
     (stage, case | {"zero": ON_HOST})
     for stage in STAGES[1:]
-    for case in (
-        FP32 | {"accumulation": 1},
-        FP32 | {"clip": 0.5, "groups": True},
-        FP16 | {"accumulation": 2, "clip": 0.5},
-        BF16 | {"accumulation": 2},
+    for number, case in enumerate(
+        (
+            FP32 | {"accumulation": 1},
+            FP32 | {"clip": 0.5, "groups": True},
+            FP16 | {"accumulation": 2, "clip": 0.5},
+            BF16 | {"accumulation": 2},
+        )
     )
+    if (stage + number) % 2 == 0
 ]
 
 

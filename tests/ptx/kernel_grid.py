@@ -1,11 +1,13 @@
 """The kernels as PTX; any two values of different options of the losses meet in some case.
 
 Run by test_kernels.py, in a process where impl="triton" runs on the machine for PTX.
+PTX_GRID_STEP=4 takes every fourth case.
 """
 
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ from fusedacl.kernels.support import machine
 
 HAS_MATRIX_UNIT = machine.capability(torch.device("cpu")) >= 80
 
+STEP = int(os.environ.get("PTX_GRID_STEP", "1"))
+DTYPES = list(itertools.product([torch.float16, torch.float32], repeat=2))
 OPTIONS: dict[str, Sequence[Any]] = {
     "labels": tuple(LABELS),
     "shape": ((1, 2), (7, 33), (17, 6), (33, 16)),
@@ -59,7 +63,7 @@ def pairwise(options: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield {name: options[name][case[name]] for name in names}
 
 
-@pytest.mark.parametrize("case", [pytest.param(case) for case in pairwise(OPTIONS)])
+@pytest.mark.parametrize("case", list(pairwise(OPTIONS))[::STEP])
 def test_error_is_that_of_eager_pytorch(
     monkeypatch: pytest.MonkeyPatch, case: dict[str, Any]
 ) -> None:
@@ -77,8 +81,7 @@ def test_error_is_that_of_eager_pytorch(
 
 
 @pytest.mark.skipif(HAS_MATRIX_UNIT, reason="the kernels of the gradients do not use it")
-@pytest.mark.parametrize("other", [torch.float16, torch.float32])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype, other", DTYPES[::STEP])
 def test_gradients_in_the_shipped_blocks(dtype: torch.dtype, other: torch.dtype) -> None:
     """Whole and partial blocks, aligned and not, and another order of the same elements."""
     a, b = ([torch.randn(size).to(kind) for size in (5000, 1, 0, 35)] for kind in (dtype, other))

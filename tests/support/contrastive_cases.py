@@ -156,11 +156,17 @@ def check_error(
     """Compare loss and gradients of `impl` with float64: at most twice eager PyTorch's error.
 
     Eager PyTorch computes in the dtype of the inputs or, if asked for, in float32. The largest
-    error of each output counts: no wrong row is averaged away. Where eager PyTorch happens to be
-    exact, a floor allows half a unit in the last place of the inputs' dtype (eager's own rounding),
-    and 8 units of the output's dtype for sums in another order. A loss is a difference of terms of
-    up to 1 / temperature that may cancel: its units are those of its terms. leeway: factor of all
-    that is allowed.
+    error of each output counts: no wrong row is averaged away. Eager's error differs between
+    processors and may happen to be 0, so a floor allows what follows from the number formats:
+
+        half a unit in the last place of the dtype in which eager computes,
+        8 units of the output's dtype, for sums in another order, and
+        in gradients 2 units of float32 / temperature: s, up to 1 / temperature, is rounded as a
+        product and when it is scaled, and so is log D, which makes that the relative error of
+        exp(s - log D), the weights of a gradient.
+
+    A loss is a difference of terms of up to 1 / temperature that may cancel: its units are those of
+    its terms. leeway: factor of all that is allowed.
     """
     doubles = {name: tensor.double() for name, tensor in inputs.items()}
     exact = run(doubles, labels, upstream, impl="reference", **options)
@@ -177,7 +183,8 @@ def check_error(
     num_terms = 1
     if options.get("reduction") == "sum":
         num_terms = sum(tensor.shape[-2] for tensor in inputs.values())
-    term = num_terms / options.get("temperature", 0.5)
+    temperature = options.get("temperature", 0.5)
+    single = torch.finfo(torch.float32).eps
     of_inputs = [tensor.dtype for name, tensor in inputs.items() if "teacher" not in name]
     of_loss = torch.float64 if torch.float64 in of_inputs else torch.float32
     assert [tensor.dtype for tensor in found] == [of_loss, *of_inputs]
@@ -186,11 +193,12 @@ def check_error(
         if wanted.numel() == 0:
             continue
         largest = wanted.abs().max()
-        size = largest.clamp(min=term) if index == 0 else largest
-        allowed = 2 * (same_dtype.double() - wanted).abs().max()
-        allowed += torch.maximum(
-            8 * torch.finfo(got.dtype).eps * size, 0.5 * input_rounding * largest
-        )
+        units = max(8 * torch.finfo(got.dtype).eps, 0.5 * input_rounding)
+        if index == 0:
+            largest = largest.clamp(min=num_terms / temperature)
+        else:
+            units = max(units, 2 * single / temperature)
+        allowed = 2 * (same_dtype.double() - wanted).abs().max() + units * largest
         allowed *= leeway
         error = (got.double() - wanted).abs().max()
         # `not <=` also catches a NaN.

@@ -12,7 +12,12 @@ from typing import Any
 from fusedacl.engine import TrainingConfig
 
 Combination = dict[str, Any]
+# Two options with a value each.
+Pair = frozenset[tuple[str, Any]]
 
+# More of them need fewer combinations and a longer choice.
+CANDIDATES = 50
+MAX_DRAWS = 40
 STEP_TEXTS = 8
 CLASS_WEIGHTS = {"negative": 1, "positive": 3}
 # The end of an odd epoch, and the middle of an even one; epochs have two steps.
@@ -124,11 +129,14 @@ def draw(seed: int, number: int | None = None) -> list[Combination]:
     values but those of `REFUSED`."""
     generator = random.Random(seed)
     if number is not None:
-        return [_completed({}, generator) for _ in range(number)]
+        return [_completed({}, generator, set()) for _ in range(number)]
+    wanted = [frozenset(pair.items()) for pair in pairs() if pair not in REFUSED]
+    missing = set(wanted)
     drawn: list[Combination] = []
-    for pair in pairs():
-        if pair not in REFUSED and not any(pair.items() <= found.items() for found in drawn):
-            drawn.append(_completed(pair, generator))
+    for pair in wanted:
+        if pair in missing:
+            drawn.append(_completed(dict(pair), generator, missing))
+            missing -= _pairs_of(drawn[-1])
     return drawn
 
 
@@ -142,14 +150,24 @@ def check(combination: Combination) -> None:
     TrainingConfig.create(**options).resolved()
 
 
-def _completed(pair: Combination, generator: random.Random) -> Combination:
-    """A combination with these values that the configuration allows."""
-    for _ in range(2000):
-        found = {name: generator.choice(values) for name, values in VALUES.items()} | pair
-        with contextlib.suppress(ValueError):
-            check(found)
-            return found
+def _completed(pair: Combination, generator: random.Random, missing: set[Pair]) -> Combination:
+    """A combination with these values that the configuration allows; of some candidates the one
+    with most of the missing pairs."""
+    for _ in range(MAX_DRAWS):
+        candidates = [
+            {name: generator.choice(values) for name, values in VALUES.items()} | pair
+            for _ in range(CANDIDATES)
+        ]
+        candidates.sort(key=lambda candidate: -len(_pairs_of(candidate) & missing))
+        for candidate in candidates:
+            with contextlib.suppress(ValueError):
+                check(candidate)
+                return candidate
     raise AssertionError(f"no combination with {pair} is allowed: is it one of REFUSED?")
+
+
+def _pairs_of(combination: Combination) -> set[Pair]:
+    return {frozenset(pair) for pair in itertools.combinations(combination.items(), 2)}
 
 
 def name_of(combination: Combination) -> str:

@@ -33,11 +33,11 @@ def test_plain(tiny_bert: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "num_steps"), [("ddp.py", 2), ("fsdp2.py", 4), ("accelerate_loop.py", 4)]
 )
-def test_on_two_ranks(two_ranks: Ranks, tiny_bert: Path, name: str, num_steps: int) -> None:
+def test_on_two_ranks(zero_ranks: Ranks, tiny_bert: Path, name: str, num_steps: int) -> None:
     if name.startswith("accelerate"):
         pytest.importorskip("accelerate")
     arguments = ["--model_name_or_path", str(tiny_bert), *SIZES]
-    first, second = two_ranks.run(run_example, name, arguments)
+    first, second = zero_ranks.run(run_example, name, arguments)
     check(first, num_steps)
     check(second, 0)
 

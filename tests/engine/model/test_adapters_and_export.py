@@ -183,9 +183,9 @@ def test_exported_graphs_take_any_batch(config_class: Any, tmp_path: Path) -> No
         model, (), {**BATCH, "return_dict": False}, dynamic_shapes={**shapes, "return_dict": None}
     )
     file = tmp_path / "model.onnx"
+    # As for the model itself, which it would trace once more.
     torch.onnx.export(
-        model, (), str(file), kwargs={**BATCH, "return_dict": False}, dynamo=True,
-        dynamic_shapes={**shapes, "return_dict": None}, input_names=list(BATCH),
+        program, (), str(file), kwargs=dict(BATCH), dynamo=True, input_names=list(BATCH),
         output_names=names, verbose=False,
     )  # fmt: skip
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])

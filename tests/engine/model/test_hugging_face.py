@@ -309,23 +309,28 @@ def test_gradients_with_checkpointing(config_class: Any) -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "assert not {'torch', 'transformers'} & set(sys.modules)",
-        "from transformers import GenerationMixin, Trainer",
-        "from fusedacl.engine import train",
+        "import fusedacl.engine\nassert not {'torch', 'transformers'} & set(sys.modules)",
+        "import fusedacl.engine\nfrom transformers import GenerationMixin, Trainer",
+        "from transformers import AutoConfig\nimport fusedacl.engine",
     ],
-    ids=["alone", "transformers is used first", "the engine is used first"],
+    ids=["alone", "transformers is used first", "transformers was imported before"],
 )
 def test_auto_classes_after_the_import(code: str, directory: str) -> None:
-    check_in_a_new_process(f"import fusedacl.engine\n{code}", directory)
+    check_in_a_new_process(code, directory)
 
 
-def test_auto_classes_when_transformers_was_imported_before(directory: str) -> None:
-    check_in_a_new_process("from transformers import AutoConfig\nimport fusedacl.engine", directory)
+def test_auto_classes_and_a_pipeline_when_the_engine_is_used_first(directory: str) -> None:
+    """A pipeline finds its model as the auto classes do; most that it imports is here already."""
+    answer = f'pipeline("text-classification", {directory!r})("a dog")'
+    check_in_a_new_process(
+        "from fusedacl.engine import train", directory,
+        f"from transformers import pipeline\nassert {answer}[0]['label']",
+    )  # fmt: skip
 
 
-def check_in_a_new_process(code: str, directory: str) -> None:
+def check_in_a_new_process(code: str, directory: str, further: str = "") -> None:
     uses = f"""
-from transformers import AutoConfig, AutoModelForSequenceClassification, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 config = AutoConfig.from_pretrained({directory!r})
 assert config.exit_layers == [1, 2], config
@@ -333,11 +338,11 @@ model = AutoModelForSequenceClassification.from_pretrained({directory!r})
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
 assert type(config) is MultiExitConfig and type(model) is MultiExitForSequenceClassification
 assert type(AutoConfig.for_model("fusedacl_multi_exit", exit_head="linear")) is MultiExitConfig
-assert pipeline("text-classification", {directory!r})("a dog")[0]["label"]
 """
     done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}{uses}"], capture_output=True, text=True
-    )
+        [sys.executable, "-c", f"import sys\n{code}{uses}{further}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
 
 

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,17 +90,24 @@ def test_the_seed_decides_everything(options, tmp_path: Path) -> None:
     assert first != other
 
 
-def test_under_nohup_a_closed_terminal_stops_nothing() -> None:
+@pytest.fixture
+def with_a_terminal() -> Iterator[None]:
+    """SIGHUP as a shell leaves it to a program, also where pytest itself was started by nohup."""
+    previous = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, previous)
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing(with_a_terminal: None) -> None:
     assert signal.SIGHUP in stopping_signals()
-    previous = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        assert stopping_signals() == [signal.SIGINT, signal.SIGTERM]
-    finally:
-        signal.signal(signal.SIGHUP, previous)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert stopping_signals() == [signal.SIGINT, signal.SIGTERM]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_saves_and_stops(options, number: signal.Signals, monkeypatch) -> None:
+def test_a_signal_saves_and_stops(
+    options, number: signal.Signals, with_a_terminal: None, monkeypatch
+) -> None:
     at_step(monkeypatch, 3, lambda trainer: os.kill(os.getpid(), number))
     before = signal.getsignal(number)
     message = f"Stopped by {number.name}. Saved .*checkpoint-3"

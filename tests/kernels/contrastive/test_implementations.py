@@ -57,20 +57,19 @@ if DEVICE == "cuda":
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("name", GRIDS)
 def test_error_is_that_of_eager_pytorch(
-    monkeypatch: pytest.MonkeyPatch, poison: None, name: str, reduction: str
+    monkeypatch: pytest.MonkeyPatch, poison: None, name: str
 ) -> None:
-    """Any two values of size, width, temperature, dtype, labels, exits, inputs and denominator."""
+    """Any two of size, width, temperature, dtype, labels, exits, inputs and the two options."""
     impl = use_implementation(monkeypatch, name)
     if impl == "triton":
         reason = dispatch.obstacle("supcon_" + name.split()[0], Workload(torch.device(DEVICE)))
         if reason is not None:
             pytest.skip(reason)
-    for num_samples, width, temperature, dtype, layout, exits, kind, denominator in combine(
-        *GRIDS[name], DTYPES, tuple(LABELS), (None, 1, 3), KINDS, DENOMINATORS
-    ):
+    factors = *GRIDS[name], DTYPES, tuple(LABELS), (None, 1, 3), KINDS, DENOMINATORS, REDUCTIONS
+    for num_samples, width, temperature, dtype, layout, exits, kind, *of_loss in combine(*factors):
+        denominator, reduction = of_loss
         inputs = make_inputs(
             num_samples, width=width, exits=exits, dtype=dtype, device=DEVICE, **kind
         )

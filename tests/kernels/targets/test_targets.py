@@ -26,6 +26,11 @@ from fusedacl.kernels.targets.chips import CHIPS  # noqa: E402
 from fusedacl.kernels.targets.compilation import Resources, Task  # noqa: E402
 
 PAGE = Path(__file__).parents[3] / "docs" / "kernel_resources.md"
+FILES = {
+    name: importlib.import_module(f"fusedacl.kernels.{module}")
+    for name, module in targets.KERNEL_FILES.items()
+}
+LARGEST = "supcon_fused"
 
 
 @triton.jit
@@ -136,11 +141,18 @@ sys.exit(targets.main({json.dumps(arguments)}, files))
 
 
 def test_shipped_kernels_are_as_promised_and_the_page_shows_them() -> None:
-    """Every pair of properties; `make targets` compiles every combination."""
-    command = [sys.executable, "-m", "fusedacl.kernels.targets", "--pairs", "--check", str(PAGE)]
+    """The files of few kernels on one GPU; `make targets` compiles all files for all GPUs."""
+    command = [sys.executable, "-m", "fusedacl.kernels.targets", "--check", str(PAGE), "--pairs"]
+    command += ["--capability", "90", "--kernels", *(name for name in FILES if name != LARGEST)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=1200, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("all as promised\n")
+
+
+def test_the_page_has_a_cell_for_every_variant_and_no_other() -> None:
+    tasks = compilation.list_tasks(FILES, list(CHIPS))
+    cells = tables.read_cells(PAGE.read_text(encoding="utf-8"))
+    assert cells.keys() == {(task.file, task.variant.name, task.capability) for task in tasks}
 
 
 def test_pairs_of_properties_are_covered_by_fewer_tasks() -> None:
@@ -341,13 +353,12 @@ def test_the_table_replaces_what_lies_between_the_markers() -> None:
         tables.replace_generated("no markers", "new")
 
 
-@pytest.mark.parametrize("file", targets.KERNEL_FILES)
+@pytest.mark.parametrize("file", FILES)
 def test_variants_name_every_argument_once(file: str) -> None:
-    module = importlib.import_module(f"fusedacl.kernels.{targets.KERNEL_FILES[file]}")
     with_products = ("supcon_small", "row_sums", "pair_gradient")
     for capability in CHIPS:
-        variants = module.variants(capability)
-        assert bool(variants) == (file != "supcon_fused" or capability >= 80)
+        variants = FILES[file].variants(capability)
+        assert bool(variants) == (file != LARGEST or capability >= 80)
         for variant in variants:
             arguments = [*variant.types, *variant.constants]
             assert sorted(arguments) == sorted(variant.kernel.arg_names)

@@ -85,7 +85,7 @@ def kill_at_a_random_moment(runs: ForkedRuns, options: dict[str, Any], chance: A
 @pytest.mark.parametrize(
     ("strategy", "changes", "num_kills"),
     [
-        ("two_stage", {"num_train_epochs": 4}, 10),
+        ("two_stage", {"num_train_epochs": 4}, 5),
         ("joint", {"num_train_epochs": 5, "gradient_accumulation_steps": 2, "fp16": True}, 2),
         ("alternating", {"num_train_epochs": 4, "bf16": True}, 2),
     ],
