@@ -75,7 +75,7 @@ def wider_loss(wider: WiderBatch) -> Tensor:
     an anchor, sum of w_c over its labels that another row has. "mean" divides by the weights.
     """
     batch, num_anchors = wider.batch, wider.num_anchors
-    exists, shared, weights = pair_memberships(wider)
+    exists, overlap, shared, weights = pair_memberships(wider)
     anchors = slice(0, num_anchors)
     dtype = accumulate_dtype(*(part.dtype for part in batch.parts))
     shared, weights = shared.to(dtype), weights.to(dtype)  # [A, R], [A]
@@ -94,7 +94,7 @@ def wider_loss(wider: WiderBatch) -> Tensor:
     in_denominator = {
         "all": pair_exists,
         "others": pair_exists & ~itself,
-        "negatives": pair_exists & (shared == 0) & ~itself,
+        "negatives": pair_exists & (overlap == 0) & ~itself,
     }[batch.denominator]
     total = p.sum(1)
     counts = (total > 0) & in_denominator.any(1)
@@ -111,8 +111,8 @@ def wider_loss(wider: WiderBatch) -> Tensor:
     return losses
 
 
-def pair_memberships(wider: WiderBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """Return which rows exist [R], what pairs share [A, R], and the weights of anchors [A]."""
+def pair_memberships(wider: WiderBatch) -> tuple[Tensor, ...]:
+    """Return which rows exist [R], y_i . y_j and p_ij [A, R], and the weights of anchors [A]."""
     batch = wider.batch
     exists, num_classes = existing_rows(wider), count_classes(wider)
     labels, memory_labels = [batch.labels], wider.memory_labels
@@ -133,12 +133,14 @@ def pair_memberships(wider: WiderBatch) -> tuple[Tensor, Tensor, Tensor]:
     if wider.class_weights is not None:
         class_weights = wider.class_weights.double()
     of_anchors = y[: wider.num_anchors]
+    overlap = of_anchors @ y.T
     if wider.positives == "each":
         others = y.sum(0) - 1
         factors = torch.where(others > 0, class_weights / others.clamp(min=1), 0)
-        return exists, (of_anchors * factors) @ y.T, of_anchors @ (class_weights * (others > 0))
+        weights = of_anchors @ (class_weights * (others > 0))
+        return exists, overlap, (of_anchors * factors) @ y.T, weights
     weights = of_anchors @ class_weights / of_anchors.sum(1).clamp(min=1e-300)
-    return exists, of_anchors @ y.T, weights
+    return exists, overlap, overlap, weights
 
 
 def normalize(x: Tensor, exists: Tensor) -> Tensor:

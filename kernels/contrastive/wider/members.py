@@ -20,6 +20,7 @@ class Members:
 
     exists: bool [R]. ids: int64, in [0, num_classes); num_classes for a row that does not exist.
     memberships: float64, 0 for such a row. Two rows share p_ij = y_i . y_j, 1 or 0 for ids.
+    labels: the memberships that were given, where those of positives="each" are scaled, or ids.
     are_bools: whether labels were bools or integers.
     shared: float64 [A], the sum of p_ij over the others, of each anchor.
     anchor_weights: float64 [A], 0 for an anchor without a positive.
@@ -30,6 +31,7 @@ class Members:
     ids: Tensor | None
     memberships: Tensor | None
     are_bools: bool
+    labels: Tensor
     shared: Tensor
     anchor_weights: Tensor
 
@@ -74,6 +76,7 @@ def find_members(wider: WiderBatch) -> Members:
     memberships = torch.cat(parts).masked_fill_(~exists[:, None], 0)
     anchors = slice(0, wider.num_anchors)
     given = [one for one in (labels, memory_labels) if one is not None]
+    unscaled = memberships
     are_bools = not any(one.is_floating_point() for one in given)
     weights = wider.class_weights
     if wider.positives == "each":
@@ -83,16 +86,18 @@ def find_members(wider: WiderBatch) -> Members:
         factors = torch.where(num_others > 0.5, 1 / num_others, 0)
         if weights is not None:
             factors = factors * weights.double()
-        memberships *= factors.sqrt()
+        memberships = memberships * factors.sqrt()
         shared = find_shared(memberships, anchors)
-        return Members(exists, num_classes, None, memberships, are_bools, shared, shared)
+        return Members(exists, num_classes, None, memberships, are_bools, unscaled, shared, shared)
     shared = find_shared(memberships, anchors)
     anchor_weights = shared.sign()
     if weights is not None:
         of_anchors = memberships[anchors]
         total = of_anchors.sum(1).clamp(min=torch.finfo(torch.float64).tiny)
         anchor_weights = anchor_weights * (of_anchors @ weights.double()) / total
-    return Members(exists, num_classes, None, memberships, are_bools, shared, anchor_weights)
+    return Members(
+        exists, num_classes, None, memberships, are_bools, unscaled, shared, anchor_weights
+    )
 
 
 def find_shared(memberships: Tensor, anchors: slice) -> Tensor:
@@ -125,7 +130,7 @@ def members_by_id(wider: WiderBatch, exists: Tensor, num_classes: int | None) ->
     if wider.class_weights is not None:
         weights = torch.nn.functional.pad(wider.class_weights.double(), (0, 1))
         anchor_weights = anchor_weights * weights.index_select(0, anchor_ids)
-    return Members(exists, num_classes, ids, None, True, shared, anchor_weights)
+    return Members(exists, num_classes, ids, None, True, ids, shared, anchor_weights)
 
 
 def any_integers(labels: Tensor, ignore_index: int) -> tuple[Tensor, int]:

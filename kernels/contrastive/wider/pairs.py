@@ -66,11 +66,7 @@ def log_denominators(
     compute: what computes log D [E, A] from z and the arguments of `Pairs`, if it is not this
     process alone.
     """
-    if members.ids is not None:
-        keys = members.ids
-    else:
-        assert members.memberships is not None, "one of the two is given"
-        keys = members.memberships.to(z.dtype)
+    keys = members.labels if members.labels.dim() == 1 else members.labels.to(z.dtype)
     exists = members.exists.to(z.dtype)
     num_exits = as_exits(z).shape[0]
     if scale.dim() == z.dim() - 1:
