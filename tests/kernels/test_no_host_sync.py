@@ -28,6 +28,7 @@ from tiny_runs import records
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from tqdm import tqdm
+from wider_cases import make_problem, results
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -106,6 +107,26 @@ def test_losses(monkeypatch: pytest.MonkeyPatch, implementation: str, kind: str)
         options = {"impl": impl, "reduction": reduction, "denominator": denominator}
         with no_reads(monkeypatch):
             run(inputs, labels, None, **options)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_wider_losses(monkeypatch: pytest.MonkeyPatch, impl: str) -> None:
+    """On the device "meta", where every read of a value raises, and autocast is not known."""
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device_type: False)
+    for labels, temperature, kind in (
+        ("several", "scalar", {"memory": 4, "class_weights": True, "mask": True}),
+        ("ignored", "by sample", {"teacher": True, "memory": 4}),
+        ("soft", None, {"exits": 2}),
+        ("integers", "by label", {"label_embeddings": False}),
+    ):
+        for denominator in ("all", "others", "negatives"):
+            problem = make_problem(9, labels, temperature, **kind, denominator=denominator)
+            moved = {
+                name: value.to("meta") if isinstance(value, Tensor) else value
+                for name, value in problem.items()
+            }
+            found = results(moved, impl)
+            assert found["embeddings"].shape == problem["embeddings"].shape
 
 
 @pytest.mark.parametrize("tile", [4, 512])
