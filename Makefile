@@ -55,9 +55,11 @@ lint: $(VENV)/.dev
 
 # Every Triton kernel for every GPU, compiled without a GPU by the pinned Triton, whose tables are in
 # docs/kernel_resources.md. The others compile for one GPU of each kind of matrix unit what any two
-# properties of a kernel need to occur together; `test` compiles the smaller files for one GPU.
+# properties of a kernel need to occur together; `test` compiles the smaller files for one GPU. CI has
+# CHOICE=--pairs: such a part by the pinned Triton too, for all GPUs.
+CHOICE ?=
 targets: build/triton-$(OLDEST_TRITON)/.installed build/triton-$(NEWEST_TRITON)/.installed
-	$(BIN)/python -m fusedacl.kernels.targets --check docs/kernel_resources.md
+	$(BIN)/python -m fusedacl.kernels.targets --check docs/kernel_resources.md $(CHOICE)
 	for version in $(OLDEST_TRITON) $(NEWEST_TRITON); do PYTHONPATH=build/triton-$$version \
 	  $(BIN)/python -m fusedacl.kernels.targets --quiet --keep-exceptions --pairs \
 	  --capability 70 80 90 100 || exit 1; done

@@ -24,6 +24,8 @@ Capture = pytest.CaptureFixture[str]
 
 @pytest.fixture
 def model_dir(tiny_bert: Path, tmp_path: Path) -> Path:
+    """A model whose answers differ much from text to text, the same in whatever order tests run."""
+    torch.manual_seed(0)
     model = MultiExitForSequenceClassification.from_encoder(
         str(tiny_bert),
         label_names=["negative", "positive"],
@@ -33,6 +35,8 @@ def model_dir(tiny_bert: Path, tmp_path: Path) -> Path:
     with torch.no_grad():
         words = model.backbone.get_input_embeddings().weight
         words.copy_(torch.randn_like(words))
+        for weight in model.exits.parameters():
+            weight.copy_(torch.randn_like(weight))
     return save_model(model, tiny_bert, tmp_path / "model")
 
 
