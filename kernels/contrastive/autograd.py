@@ -27,6 +27,10 @@ BACKWARD_SCHEMA = (
     "bool trains_labels, SymInt pair_memory) -> Tensor[]"
 )
 
+NO_SECOND_DERIVATIVE = (
+    "impl={!r} has no second derivative (impl='reference' can be differentiated twice)"
+)
+
 Forward = Callable[..., tuple[Tensor, list[Tensor]]]
 Backward = Callable[[Tensor, list[Tensor], BatchShape], list[Tensor]]
 BothPasses = tuple[Forward, Backward]
@@ -84,9 +88,7 @@ class EagerLoss(torch.autograd.Function):
     def backward(ctx: Any, loss_gradient: Tensor | None) -> tuple[Tensor | None, ...]:
         if loss_gradient is None:
             return (None,) * 5
-        if torch.is_grad_enabled():
-            # PyTorch would treat this gradient as a constant and return wrong second derivatives.
-            raise RuntimeError(f"backward was called with create_graph=True: {ctx.refusal}")
+        refuse_second_derivative(ctx.refusal)
         with without_autocast(loss_gradient.device.type):
             gradients = ctx.run_backward(loss_gradient, list(ctx.saved_tensors), ctx.shape)
         return None, None, None, *input_gradients(ctx, gradients)
@@ -104,9 +106,7 @@ class Implementation(Passes):
     ) -> None:
         forward, backward = passes
         fake_forward, fake_backward = fakes
-        refusal = (
-            f"impl={impl!r} has no second derivative (impl='reference' can be differentiated twice)"
-        )
+        refusal = NO_SECOND_DERIVATIVE.format(impl)
         super().__init__(refusal, forward, backward, **options)
 
         def forward_operator(*arguments: Any) -> tuple[Tensor, list[Tensor]]:
@@ -179,6 +179,15 @@ def input_gradients(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, T
         labels = gradients[-1][..., -shape.num_labels :, :] if ctx.joint else gradients[-1]
         labels = labels.to(shape.label_dtype)
     return samples, labels
+
+
+def refuse_second_derivative(refusal: str) -> None:
+    """Raise RuntimeError in a backward pass of which a graph is wanted.
+
+    PyTorch would treat the gradient as a constant and return wrong second derivatives.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(f"backward was called with create_graph=True: {refusal}")
 
 
 def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:

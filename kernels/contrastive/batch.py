@@ -13,6 +13,7 @@ from torch import Tensor
 
 # A vector this short has no direction: it normalizes to zero and its gradient is zero.
 ZERO_NORM = 1e-12
+LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Bytes of exponentials of pairs that a CPU keeps for the gradient, unless a call says otherwise.
 PAIR_MEMORY = 64 * 2**20
 
@@ -160,12 +161,12 @@ class WiderBatch(NamedTuple):
         if of_labels is None and not per_sample:
             return of_samples
         if of_labels is None:
-            if of_samples.shape[-1] == 0:
+            if of_samples.shape[-1] == 0 and self.num_anchors > 0:
                 raise ValueError(
                     "temperature is empty: there is no sample whose mean the label embeddings "
                     "could take (pass label_temperature)"
                 )
-            of_labels = of_samples.mean(-1)
+            of_labels = of_samples.mean(-1) if self.num_anchors else of_samples.sum(-1)
         of_labels = torch.as_tensor(of_labels, dtype=dtype, device=device)
         num_samples = batch.embeddings.shape[-2]
         if not per_sample:
@@ -299,12 +300,12 @@ def not_ignored(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.ones(labels.shape[0], dtype=torch.bool, device=labels.device)
 
 
-def memberships_of(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
+def memberships_of(labels: Tensor, num_classes: int) -> Tensor:
     """Return float64 [.., K]; one-hot rows for integers [..]."""
     if labels.dim() == 2:
         return labels.double()
-    labels = labels.long()
-    inside = labels.masked_fill(labels == ignore_index, 0)
+    # Others outside are of rows that do not exist.
+    inside = labels.masked_fill((labels < 0) | (labels >= num_classes), 0)
     return torch.nn.functional.one_hot(inside, num_classes).double()
 
 

@@ -6,19 +6,19 @@ Values of tensors are read on the CPU only, where that waits for nothing, and no
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..support.names import check_name
 from . import dispatch
-from .batch import WiderBatch, check_range, count_classes
+from .batch import LABEL_DTYPES, WiderBatch, check_range, count_classes
 from .options import Options
 
 DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum", "none")
 POSITIVES = ("overlap", "each")
-LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Less would make every tile a phase of its own, for which all threads wait.
 MIN_PAIR_MEMORY = 2**20
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -139,10 +139,10 @@ def check_shapes(tensors: dict[str, Tensor], labels: Tensor) -> None:
 
 def check_wider(wider: WiderBatch) -> None:
     """Raise TypeError or ValueError that names the argument, its value and a remedy."""
+    check_mask(wider)
     check_class_weights(wider)
     check_labels(wider)
     check_memory(wider)
-    check_mask(wider)
     for name, value in (
         ("temperature", wider.temperature),
         ("label_temperature", wider.label_temperature),
@@ -164,7 +164,10 @@ def check_labels(wider: WiderBatch) -> None:
         if labels.dim() == 1:
             check_integers(name, labels)
             if num_classes is not None and can_read(labels):
-                check_range(labels, num_classes, batch.ignore_index, name, of)
+                counted = labels
+                if name == "labels" and wider.ignore_mask is not None:
+                    counted = labels[~wider.ignore_mask]
+                check_range(counted, num_classes, batch.ignore_index, name, of)
             continue
         if labels.dim() != 2:
             raise ValueError(
@@ -174,7 +177,8 @@ def check_labels(wider: WiderBatch) -> None:
         if labels.dtype != torch.bool and labels.dtype not in FLOAT_DTYPES:
             raise ValueError(
                 f"{name} has shape {tuple(labels.shape)} and {labels.dtype}: one label a row is an "
-                f"integer, [rows]; several are floats or bools, [rows, K] ({name}.bool() converts)"
+                f"integer, [rows] ({name}.squeeze(1) of [rows, 1]); several are floats or bools, "
+                f"[rows, K] ({name}.bool() of zeros and ones)"
             )
         if labels.shape[1] != num_classes:
             raise ValueError(
@@ -189,6 +193,8 @@ def check_labels(wider: WiderBatch) -> None:
             )
         if labels.is_floating_point() and can_read(labels):
             wrong = ~((labels >= 0) & (labels < math.inf))
+            if name == "labels" and wider.ignore_mask is not None:
+                wrong &= ~wider.ignore_mask[:, None]
             if wrong.any():
                 row, column = wrong.nonzero()[0].tolist()
                 raise ValueError(
@@ -246,9 +252,7 @@ def check_class_weights(wider: WiderBatch) -> None:
     weights = wider.class_weights
     if weights is None:
         return
-    if not isinstance(weights, Tensor) or not weights.is_floating_point():
-        found = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
-        raise TypeError(f"class_weights must be a tensor of floats [K], not {found}")
+    check_weights(weights)
     num_classes = wider.batch.num_labels
     if num_classes is None:
         for labels in (wider.batch.labels, wider.memory_labels):
@@ -259,9 +263,16 @@ def check_class_weights(wider: WiderBatch) -> None:
             f"class_weights has shape {tuple(weights.shape)}: it must hold one weight per class, "
             f"[{'K' if num_classes is None else num_classes}]"
         )
+    check_device("class_weights", weights, wider.batch.embeddings.device)
+
+
+def check_weights(weights: Any) -> None:
+    """Check what does not depend on a batch."""
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        found = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise TypeError(f"class_weights must be a tensor of floats [K], not {found}")
     if weights.requires_grad:
         raise ValueError("class_weights requires a gradient: it is a constant (.detach() it)")
-    check_device("class_weights", weights, wider.batch.embeddings.device)
     if can_read(weights):
         wrong = ~((weights >= 0) & (weights < math.inf))
         if wrong.any():
@@ -272,12 +283,28 @@ def check_class_weights(wider: WiderBatch) -> None:
             )
 
 
-def check_temperature(name: str, temperature: float | Tensor, wider: WiderBatch) -> None:
+def check_temperature_values(name: str, temperature: Any) -> None:
+    """Check what does not depend on a batch."""
     if not isinstance(temperature, Tensor):
         check_number(name, temperature)
         return
     if temperature.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name} is {temperature.dtype}: it must be a tensor of floats")
+    if can_read(temperature):
+        wrong = ~((temperature > 0) & (temperature < math.inf)).detach()
+        if wrong.any():
+            place = wrong.nonzero()[0].tolist()
+            index = f"[{', '.join(map(str, place))}]" if place else ""
+            raise ValueError(
+                f"{name}{index} is {float(temperature[tuple(place)])}: temperatures must be finite "
+                "numbers > 0"
+            )
+
+
+def check_temperature(name: str, temperature: float | Tensor, wider: WiderBatch) -> None:
+    """Check its shape beside the batch, and its device."""
+    if not isinstance(temperature, Tensor):
+        return
     embeddings, leading = wider.batch.embeddings, wider.batch.leading
     check_device(name, temperature, embeddings.device)
     shape, num_samples = tuple(temperature.shape), embeddings.shape[-2]
@@ -299,12 +326,3 @@ def check_temperature(name: str, temperature: float | Tensor, wider: WiderBatch)
             f"{name} has shape {shape}: beside embeddings {tuple(embeddings.shape)} it must be "
             f"{listed}"
         )
-    if can_read(temperature):
-        wrong = ~((temperature > 0) & (temperature < math.inf)).detach()
-        if wrong.any():
-            place = wrong.nonzero()[0].tolist()
-            index = f"[{', '.join(map(str, place))}]" if place else ""
-            raise ValueError(
-                f"{name}{index} is {float(temperature[tuple(place)])}: temperatures must be finite "
-                "numbers > 0"
-            )

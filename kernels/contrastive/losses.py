@@ -13,6 +13,7 @@ from .checks import (
     check_number,
     check_options,
     check_shapes,
+    check_temperature_values,
     check_tensors,
     check_wider,
 )
@@ -246,6 +247,10 @@ def _contrastive_loss(labels: Tensor, tensors: dict[str, Tensor], options: Optio
         check_options(options)
         if not needs:
             check_number("temperature", options.temperature)
+        else:
+            for name in ("temperature", "label_temperature"):
+                if (value := getattr(options, name)) is not None or name == "temperature":
+                    check_temperature_values(name, value)
         check_tensors(tensors, labels, options)
         if not needs:
             check_integers("labels", labels)

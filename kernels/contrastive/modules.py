@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .batch import PAIR_MEMORY
-from .checks import check_number, check_options
+from .checks import check_options, check_temperature_values, check_weights
 from .losses import acl_cl_loss, acl_loss, supcon_loss
 from .options import Options
 from .sharded.agreement import ProcessGroup
@@ -49,12 +49,11 @@ class ContrastiveLoss(nn.Module):
                 pair_memory=pair_memory, positives=positives,
             )
         )  # fmt: skip
-        for name, value in (
-            ("temperature", temperature),
-            ("label_temperature", label_temperature),
-        ):
-            if value is not None and not isinstance(value, Tensor):
-                check_number(name, value)
+        check_temperature_values("temperature", temperature)
+        if label_temperature is not None:
+            check_temperature_values("label_temperature", label_temperature)
+        if class_weights is not None:
+            check_weights(class_weights)
         # A parameter is trained with the module's; other tensors move with it.
         for name, tensor in (
             ("temperature", temperature),
@@ -81,7 +80,9 @@ class ContrastiveLoss(nn.Module):
     def extra_repr(self) -> str:
         shown = {name: value for name, value in self.options.items() if value is not None}
         for name, value in shown.items():
-            if isinstance(value, Tensor) and value.numel() > 1:
+            if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
+                shown[name] = value.item()
+            elif isinstance(value, Tensor):
                 shown[name] = f"tensor{list(value.shape)}"
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 

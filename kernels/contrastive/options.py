@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .batch import PAIR_MEMORY, Batch, WiderBatch
+from .batch import LABEL_DTYPES, PAIR_MEMORY, Batch, WiderBatch, by_sample
 
 # What makes a batch a wider one, beside names of arguments.
 TENSOR_TEMPERATURE = "a tensor as temperature"
@@ -63,9 +63,15 @@ def needs_wider(labels: Tensor, options: Options) -> tuple[str, ...]:
 
 
 def make_wider(batch: Batch, options: Options) -> WiderBatch:
+    # Narrow integers hold neither every number of classes nor `ignore_index`.
+    labels, memory_labels = (
+        each.long() if each is not None and each.dim() == 1 and each.dtype in LABEL_DTYPES else each
+        for each in (batch.labels, options.memory_labels)
+    )
+    assert labels is not None, "only a memory's may be missing"
     return WiderBatch(
-        batch, options.temperature, options.label_temperature, options.positives,
-        options.ignore_mask, options.memory_embeddings, options.memory_labels,
+        batch._replace(labels=labels), options.temperature, options.label_temperature,
+        options.positives, options.ignore_mask, options.memory_embeddings, memory_labels,
         options.class_weights,
     )  # fmt: skip
 
@@ -92,8 +98,11 @@ def describe_temperatures(wider: WiderBatch) -> list[Any]:
         elif temperature.dim() == 0 and temperature.device.type == "cpu":
             found.append(float(temperature.detach()))
         else:
-            # Sizes of samples differ.
-            found.append(f"{temperature.dim()}-dim {temperature.dtype}".replace("torch.", ""))
+            # The number of samples may differ.
+            shape = [str(size) for size in by_sample(temperature, wider.batch).shape]
+            if len(shape) > len(wider.batch.leading):
+                shape[-1] = "N"
+            found.append(f"{' x '.join(shape)} {temperature.dtype}".replace("torch.", ""))
     return found
 
 

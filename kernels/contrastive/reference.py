@@ -120,14 +120,14 @@ def pair_memberships(wider: WiderBatch) -> tuple[Tensor, ...]:
         # Any integers: as positions among the different ones.
         found = labels if memory_labels is None else [*labels, memory_labels]
         different, positions = torch.cat(found).unique(return_inverse=True)
-        num_classes, num_samples = different.shape[0], batch.labels.shape[0]
+        num_classes, num_samples = max(different.shape[0], 1), batch.labels.shape[0]
         labels, memory_labels = [positions[:num_samples]], positions[num_samples:]
-    parts = [memberships_of(one, num_classes, batch.ignore_index) for one in labels]
+    parts = [memberships_of(one, num_classes) for one in labels]
     if batch.num_labels is not None:
         parts.append(torch.eye(num_classes, dtype=torch.float64, device=exists.device))
     parts *= batch.num_copies
     if memory_labels is not None:
-        parts.append(memberships_of(memory_labels, num_classes, batch.ignore_index))
+        parts.append(memberships_of(memory_labels, num_classes))
     y = torch.cat(parts).masked_fill(~exists[:, None], 0)  # [R, K]
     class_weights = y.new_ones(num_classes)
     if wider.class_weights is not None:

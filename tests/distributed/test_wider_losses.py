@@ -62,6 +62,24 @@ def test_ranks_are_one_process(four_ranks: Ranks, name: str) -> None:
             torch.testing.assert_close(got.double(), wanted, **tolerance)
 
 
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_exits_and_samples_of_equal_number_and_one_small_temperature(
+    two_ranks: Ranks, name: str
+) -> None:
+    """Temperatures by sample stay so where all ranks' samples are as many as exits; ranks compute
+    in one dtype although one of them alone has a temperature that needs float64."""
+    by_sample = torch.tensor([0.005, 0.3, 0.4, 0.5])
+    problem = make_problem(4, label_embeddings=False, exits=4) | {"temperature": by_sample[None]}
+    split = [(problem | {"reduction": "mean"}, [2, 2])]
+    by_rank = two_ranks.run(wider_on_rank, split, name)
+    whole = problem | {"impl": "reference"}
+    expected = differentiate(
+        lambda **arguments: loss_of(arguments)(**arguments).sum(), whole, torch.float64
+    )
+    for results in by_rank:
+        torch.testing.assert_close(results[0]["loss"], expected["loss"])
+
+
 def test_ranks_must_agree(two_ranks: Ranks) -> None:
     problems = [
         (make_problem(6, memory=4), [3, 3]),

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..autograd import without_autocast
-from ..batch import WiderBatch
+from ..autograd import refuse_second_derivative, without_autocast
+from ..batch import WiderBatch, by_sample
 from ..wider import loss as by_pairs
 from ..wider import pairs as over_pairs
 from .batch import Spread, gather_parts
@@ -45,16 +44,19 @@ def gather_wider(spread: Spread, wider: WiderBatch) -> WiderBatch:
     The own samples and their temperatures get W times their gradient, which data-parallel training
     averages with that of ranks where they are constants.
     """
-    batch = wider.batch
-    temperature = wider.temperature
-    by_sample = isinstance(temperature, Tensor) and is_by_sample(temperature, wider)
+    batch, temperature = wider.batch, wider.temperature
+    is_by_sample = False
+    if isinstance(temperature, Tensor):
+        # [1, N] of exits, since the number of all samples may be that of exits.
+        temperature = by_sample(temperature, batch)
+        is_by_sample = temperature.dim() > len(batch.leading)
     # The sample dimension comes first, so that a rank's samples are a slice.
     own = {"labels": batch.labels, "embeddings": batch.embeddings.movedim(-2, 0)}
     if batch.teacher_embeddings is not None:
         own["teacher_embeddings"] = batch.teacher_embeddings
     if wider.ignore_mask is not None:
         own["ignore_mask"] = wider.ignore_mask
-    if isinstance(temperature, Tensor) and by_sample:
+    if isinstance(temperature, Tensor) and is_by_sample:
         own["temperature"] = temperature.movedim(-1, 0)
     gathered = dict(
         zip(
@@ -74,6 +76,7 @@ def gather_wider(spread: Spread, wider: WiderBatch) -> WiderBatch:
     return wider._replace(
         batch=batch._replace(
             embeddings=gathered["embeddings"],
+            temperature=smallest(batch.temperature, gathered.get("temperature")),
             labels=gathered["labels"],
             teacher_embeddings=gathered.get("teacher_embeddings"),
         ),
@@ -84,13 +87,11 @@ def gather_wider(spread: Spread, wider: WiderBatch) -> WiderBatch:
     )
 
 
-def is_by_sample(temperature: Tensor, wider: WiderBatch) -> bool:
-    """Return whether the last dimension of a temperature is that of the samples."""
-    leading = tuple(wider.batch.leading)
-    # `check_temperature` refuses one that could be both.
-    return temperature.dim() == 2 or (
-        temperature.dim() == 1 and tuple(temperature.shape) != leading
-    )
+def smallest(own: float, gathered: Tensor | None) -> float:
+    """Return the smallest temperature of all ranks, on which the dtype depends, as far as known."""
+    if gathered is None or gathered.device.type != "cpu" or gathered.numel() == 0:
+        return own
+    return min(own, float(gathered.detach().min()))
 
 
 def place(spread: Spread, own: Tensor, gathered: Tensor) -> Tensor:
@@ -131,8 +132,11 @@ class SharedLogDenominators(torch.autograd.Function):
         return over_pairs.logarithms(pairs, everyones[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(
+            "with a process_group only impl='reference' (reduction 'mean' or 'sum') can be "
+            "differentiated twice"
+        )
         own_first, *tensors = ctx.saved_tensors
         ordered, found = over_pairs.Pairs(*tensors[:4], *ctx.options), tensors[4:]
         of_z = of_scale = None

@@ -25,8 +25,9 @@ struct pairs {
     const float *u;          /* [M], for the gradient, else null */
     float *result;           /* D [n], or G [n][d], of the first n rows */
     float *products;         /* [n]: sums of e times s, beside D, or null */
-    /* M, n, rows whose exponentials are kept beside D, and tiles that hold them beside G. */
-    int64_t num_rows, num_own, num_kept_rows, num_kept_tiles, width, denominator;
+    /* M; n; beside D the first rows whose exponentials are kept for the gradient; and beside G whether
+     * the tiles hold those. */
+    int64_t num_rows, num_own, num_kept_rows, are_kept, width, denominator;
     double temperature;
 };
 
@@ -63,7 +64,7 @@ struct plan {
     int32_t *numbers, *nothing, *incomplete; /* [padded], [TILE], [blocks] */
     float *given_u, *given_scales;           /* [padded] */
     const float *u, *scales;                 /* those, or null */
-    int64_t sums_products, slots_size, num_kept_tiles, all_are_kept;
+    int64_t sums_products, slots_size, are_kept, all_are_kept;
     int64_t num_rows, num_trained, padded, width, num_panels, num_classes, denominator;
     int64_t blocks, sum_blocks, trained_blocks, num_tiles, capacity; /* num_tiles: of the gradient */
     int64_t group, num_groups, strip, num_phases, num_threads, own_size;
@@ -100,7 +101,7 @@ static int64_t lay_out(struct plan *q, float *start, int64_t capacity, int64_t n
     q->trained_blocks = (q->num_trained + TILE - 1) / TILE;
     q->num_tiles = tile_index(q, q->trained_blocks, q->trained_blocks);
     q->capacity = smaller(capacity, q->num_tiles);
-    q->all_are_kept = q->num_kept_tiles && q->capacity == q->num_tiles;
+    q->all_are_kept = q->are_kept && q->capacity == q->num_tiles;
     q->num_panels = (q->width + PANEL - 1) / PANEL;
     q->group = larger((q->blocks + MAX_GROUPS - 1) / MAX_GROUPS, MIN_GROUP);
     q->num_groups = (q->blocks + q->group - 1) / q->group;

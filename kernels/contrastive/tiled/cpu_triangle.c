@@ -202,7 +202,7 @@ static void take_gradient(const struct plan *q, int64_t exit, int64_t task, int6
         const float *ahead = other + 1 < last ? q->kept + (INDEX(other + 1) - start) * TILE * TILE
                                               : tile;
         q->f->contribute(q, tile, other < block, first, q->strip,
-                         start == 0 && (q->p || q->num_kept_tiles) ? u + block * TILE + first : 0,
+                         start == 0 && (q->p || q->are_kept) ? u + block * TILE + first : 0,
                          u + other * TILE,
                          other, products, scratch, ahead);
     }
@@ -254,7 +254,7 @@ static struct phase *take_part(const struct plan *q, int64_t exit, struct phase 
     }
     for (int64_t start = 0; gives_gradient && start < q->num_tiles; start += q->capacity) {
         int64_t stop = smaller(start + q->capacity, q->num_tiles);
-        if (start > 0 || (q->u && !q->num_kept_tiles)) {
+        if (start > 0 || (q->u && !q->are_kept)) {
             num_tasks = stop - start;
             EACH_TASK {
                 int64_t i = 0, j = start + task;
@@ -329,7 +329,7 @@ static struct plan plan_of_pass(const struct pairs *p)
     q.sum_blocks = (p->num_own + TILE - 1) / TILE;
     q.denominator = p->denominator;
     q.sums_products = p->products != 0;
-    q.num_kept_tiles = p->num_kept_tiles;
+    q.are_kept = p->are_kept;
     set_scale(&q, p->temperature * LN2);
     return q;
 }

@@ -26,7 +26,7 @@ VECTORS = ("plain", "avx2", "avx512")
 # Names the widest vectors to be used.
 VARIABLE = "FUSEDACL_CPU_VECTORS"
 POINTERS = ("y", "exists", "classes", "scales", "u", "result", "products")
-INTEGERS = ("num_rows", "num_own", "num_kept_rows", "num_kept_tiles", "width", "denominator")
+INTEGERS = ("num_rows", "num_own", "num_kept_rows", "are_kept", "width", "denominator")
 
 
 class Pairs(ctypes.Structure):
@@ -109,7 +109,7 @@ def run_pairs(
     *,
     num_own: int,
     num_kept_rows: int = 0,
-    num_kept_tiles: int = 0,
+    are_kept: bool = False,
     temperature: float = 1.0,
 ) -> None:
     """Run one pass over pairs, whose arguments are those of `struct pairs` in cpu_plan.h.
@@ -122,7 +122,7 @@ def run_pairs(
     pairs = Pairs(
         **{name: part.data_ptr() for name, part in read.items()},
         num_rows=read["y"].shape[0], num_own=num_own, num_kept_rows=num_kept_rows,
-        num_kept_tiles=num_kept_tiles, width=read["y"].shape[1],
+        are_kept=are_kept, width=read["y"].shape[1],
         denominator=cpu_loop.DENOMINATORS.index(denominator), temperature=temperature,
     )  # fmt: skip
     capacity = tiles.numel() // TILE_ELEMENTS

@@ -1,6 +1,7 @@
 """Sums over pairs of a wider batch on the matrix unit, by the kernels of `gpu.pair_sums`.
 
-Their exponentials are exp((z_i . z_j - 1) / temperature), which stay in range at any temperature.
+Their exponentials are exp((z_i . z_j - 1) / temperature), which stay in range from the
+`MIN_TEMPERATURE` of `gpu.tiles` on.
 """
 
 from __future__ import annotations

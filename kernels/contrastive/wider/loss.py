@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..autograd import NO_SECOND_DERIVATIVE, refuse_second_derivative
 from ..batch import ZERO_NORM, WiderBatch
 from ..tiled.loss import batch_dtype
 from .members import Members, find_members
@@ -34,7 +34,7 @@ def contrastive_loss(
     """Return the loss: a scalar or [E]; for reduction "none" [.., A].
 
     name: "tiled" or "supcon_fused", the implementation of sums over pairs.
-    log_denominators: `pairs.log_denominators`, or what does its work for several processes.
+    log_denominators: `pairs.log_denominators`; with several processes, one that shares its work.
     """
     batch, num_anchors = wider.batch, wider.num_anchors
     members = find_members(wider)
@@ -80,14 +80,17 @@ def all_rows(wider: WiderBatch, z: Tensor, members: Members) -> Tensor:
     return rows
 
 
-def masked_norms(x: Tensor, exists: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x, 0 for rows that are ignored, and ||x|| [.., 1], infinity for rows of zeros."""
+def masked_norms(x: Tensor, exists: Tensor, shortest: float = ZERO_NORM) -> tuple[Tensor, Tensor]:
+    """Return x, 0 for rows that are ignored, and ||x|| [.., 1], infinity for rows of zeros.
+
+    shortest: a default, because torch.compile with dynamic shapes loses track of a global number.
+    """
     # On a GPU all rows are masked, since reading which exist would wait for it.
     if exists.device.type != "cpu" or torch.compiler.is_compiling() or not bool(exists.all()):
         x = x.masked_fill(~exists[:, None], 0)
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
     # A NaN is not <= anything.
-    return x, norm.masked_fill_(norm <= ZERO_NORM, torch.inf)
+    return x, norm.masked_fill_(norm <= shortest, torch.inf)
 
 
 class Normalize(torch.autograd.Function):
@@ -101,8 +104,8 @@ class Normalize(torch.autograd.Function):
         return z
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
         z, norm = ctx.saved_tensors
         projection = (gradient * z).sum(-1, keepdim=True)
         return torch.addcmul(gradient, z, projection, value=-1).div_(norm), None
@@ -123,8 +126,8 @@ class PositiveProducts(torch.autograd.Function):
         return (anchors * sums).sum(-1)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
         anchors, sums = ctx.saved_tensors
         weighted = anchors * upstream[..., None]
         # p is symmetric.

@@ -67,12 +67,12 @@ def find_members(wider: WiderBatch) -> Members:
     if labels.dim() == 1 and (memory_labels is None or memory_labels.dim() == 1):
         return members_by_id(wider, exists, num_classes)
     assert num_classes is not None, "memberships name the number of classes"
-    parts = [memberships_of(labels, num_classes, batch.ignore_index)]
+    parts = [memberships_of(labels, num_classes)]
     if batch.num_labels is not None:
         parts.append(torch.eye(num_classes, dtype=torch.float64, device=labels.device))
     parts *= batch.num_copies
     if memory_labels is not None:
-        parts.append(memberships_of(memory_labels, num_classes, batch.ignore_index))
+        parts.append(memberships_of(memory_labels, num_classes))
     memberships = torch.cat(parts).masked_fill_(~exists[:, None], 0)
     anchors = slice(0, wider.num_anchors)
     given = [one for one in (labels, memory_labels) if one is not None]
@@ -110,13 +110,19 @@ def find_shared(memberships: Tensor, anchors: slice) -> Tensor:
 
 def members_by_id(wider: WiderBatch, exists: Tensor, num_classes: int | None) -> Members:
     batch, memory_labels = wider.batch, wider.memory_labels
-    integers = [batch.labels.long()]
+    integers = [batch.labels]
     if memory_labels is not None:
-        integers.append(memory_labels.long())
+        integers.append(memory_labels)
     labels = torch.cat(integers)
     num_samples = batch.labels.shape[0]
     if num_classes is None:
         labels, num_classes = any_integers(labels, batch.ignore_index)
+    else:
+        # Where labels were not checked, one outside [0, K) stops at this operation's bounds.
+        num_copied = wider.num_anchors - num_samples
+        of_labels = torch.cat([exists[:num_samples], exists[num_samples + num_copied :]])
+        every = torch.arange(num_classes, device=labels.device)
+        labels = every.index_select(0, labels.masked_fill(~of_labels, 0))
     parts = [labels[:num_samples]]
     if batch.num_labels is not None:
         parts.append(torch.arange(batch.num_labels, device=labels.device))

@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..autograd import without_autocast
+from ..autograd import NO_SECOND_DERIVATIVE, refuse_second_derivative, without_autocast
 from ..tiled import cpu_triangle
-from ..tiled.loss import as_exits, block_pairs, shaped, tile_rows
+from ..tiled.loss import MAX_EXPONENT, as_exits, block_pairs, shaped, tile_rows
 from .members import Members
+
+# Floats; a loss that waits for its backward pass keeps what it has borrowed from the others.
+WORTH_BORROWING = 2**18
 
 
 class Pairs(NamedTuple):
@@ -63,10 +65,13 @@ def log_denominators(
     """Return log D [.., A], -inf for an anchor without a pair, as a function of z and the scale.
 
     z: [.., n, d], the trained rows. rows: [.., R, d], z and constants. scale: [..] or [.., A].
-    compute: what computes log D [E, A] from z and the arguments of `Pairs`, if it is not this
-    process alone.
+    compute: a function of z and the fields of `Pairs` that returns log D [E, A]; for several
+    processes, which share the work.
     """
-    keys = members.labels if members.labels.dim() == 1 else members.labels.to(z.dtype)
+    keys = members.labels
+    if keys.dim() == 2:
+        # Not the memberships, whose products may be too small for float32.
+        keys = (keys != 0).to(z.dtype)
     exists = members.exists.to(z.dtype)
     num_exits = as_exits(z).shape[0]
     if scale.dim() == z.dim() - 1:
@@ -200,7 +205,7 @@ def compiled_gradient(pairs: Pairs, u: Tensor, tiles: Tensor, are_kept: bool) ->
         outputs = {"u": u[exit], "result": result[exit]}
         run_exit(
             pairs, exit, tiles[exit], outputs,
-            num_own=pairs.num_trained, num_kept_tiles=int(are_kept),
+            num_own=pairs.num_trained, are_kept=are_kept,
         )  # fmt: skip
     return result
 
@@ -224,14 +229,18 @@ def run_exit(
 def memory_for_tiles(pairs: Pairs) -> Tensor:
     """Borrow memory for tiles of the gradient, [E, floats]; to be given back."""
     num_exits, num_rows, _ = pairs.z.shape
-    each = cpu_triangle.num_tiles(num_rows, pairs.num_trained, pairs.pair_memory // num_exits)
-    each = max(each, 1)
+    share = pairs.pair_memory // max(num_exits, 1)
+    each = max(cpu_triangle.num_tiles(num_rows, pairs.num_trained, share), 1)
+    size = num_exits * each * cpu_triangle.TILE_ELEMENTS
+    if size <= WORTH_BORROWING:
+        return cpu_triangle.floats(size)
     return cpu_triangle.borrow(num_exits * each)
 
 
 def by_exit(memory: Tensor, num_exits: int) -> Tensor:
     """Return memory as [E, floats], whole tiles each."""
-    each = memory.numel() // (num_exits * cpu_triangle.TILE_ELEMENTS) * cpu_triangle.TILE_ELEMENTS
+    tiles = memory.numel() // (max(num_exits, 1) * cpu_triangle.TILE_ELEMENTS)
+    each = tiles * cpu_triangle.TILE_ELEMENTS
     return memory[: num_exits * each].view(num_exits, each)
 
 
@@ -266,8 +275,8 @@ class LogDenominators(torch.autograd.Function):
         return logarithms(pairs, found[0])
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
         pairs = Pairs(*ctx.saved_tensors[:4], *ctx.options)
         found = ctx.saved_tensors[4:]
         of_z = of_scale = None
@@ -344,8 +353,21 @@ PAIRS_SCHEMA = (
 def denominators_operator(z: Tensor, *arguments: Any) -> list[Tensor]:
     """Return log D, D and, for tiles, the sums of products [E, A]."""
     pairs = Pairs(*arguments)
+    check_scale(pairs)
     found, _ = denominators(pairs, False, pairs.fused_temperature is None)
     return [logarithms(pairs, found[0]), *found]
+
+
+def check_scale(pairs: Pairs) -> None:
+    """Raise ValueError, on the CPU, for temperatures that were not known when a graph was made."""
+    if pairs.fused_temperature is not None or pairs.z.device.type != "cpu":
+        return
+    largest = MAX_EXPONENT[pairs.z.dtype]
+    if not bool(((pairs.scale > 0) & (pairs.scale <= largest)).all()):
+        raise ValueError(
+            f"temperature has a value outside [1 / {largest:g}, inf): a compiled graph computes in "
+            f"{pairs.z.dtype}, which holds no smaller one (a call that is not compiled does)"
+        )
 
 
 @denominators_operator.register_fake

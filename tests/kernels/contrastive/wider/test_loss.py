@@ -256,3 +256,82 @@ def test_bits_do_not_depend_on_threads() -> None:
     for others in found[1:]:
         for name, ours in found[0].items():
             assert torch.equal(ours, others[name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"ignore_mask": torch.arange(12) == 2}, {"temperature": torch.tensor(0.4)}],
+    ids=["mask", "temperature"],
+)
+def test_a_second_derivative_is_refused(changes: dict[str, Any]) -> None:
+    x = torch.randn(12, 4, requires_grad=True)
+    loss = supcon_loss(x, torch.arange(12) % 3, **changes)
+    with pytest.raises(RuntimeError, match="create_graph=True: impl='tiled' has no second"):
+        torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_narrow_integers_and_any_ignore_index(impl: str) -> None:
+    x, labels = torch.randn(6, 4), torch.tensor([10, 10, 20, 20, 30, 30])
+    mask = torch.zeros(6, dtype=torch.bool)
+    wanted = supcon_loss(x, labels)
+    for ignore_index in (-100, 1, 2):
+        for dtype in (torch.uint8, torch.int8, torch.int64):
+            found = supcon_loss(
+                x, labels.to(dtype), ignore_mask=mask, ignore_index=ignore_index, impl=impl
+            )
+            torch.testing.assert_close(found, wanted)
+    many = torch.randn(300, 4)
+    plain = acl_loss(x, labels.to(torch.uint8), many)
+    found = acl_loss(x, labels.to(torch.uint8), many, ignore_mask=mask, impl=impl)
+    torch.testing.assert_close(found, plain)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_batches_without_rows(impl: str) -> None:
+    for shape, temperature in (((0, 4), torch.tensor(0.3)), ((0, 4), torch.ones(0))):
+        x = torch.randn(shape, requires_grad=True)
+        loss = supcon_loss(x, torch.zeros(0, dtype=torch.long), temperature=temperature, impl=impl)
+        loss.backward()
+        assert loss == 0
+    labels = torch.zeros(3, dtype=torch.long)
+    none = supcon_loss(torch.randn(0, 3, 4), labels, temperature=torch.tensor(0.3), impl=impl)
+    assert none.shape == (0,)
+
+
+@pytest.mark.parametrize("impl", ["reference", "tiled"])
+def test_a_masked_row_may_hold_anything(impl: str) -> None:
+    x, weight = torch.randn(5, 4), torch.randn(3, 4)
+    labels, mask = torch.tensor([0, 1, -1, 2, 0]), torch.arange(5) == 2
+    wanted = acl_loss(x[~mask], labels[~mask], weight)
+    torch.testing.assert_close(acl_loss(x, labels, weight, ignore_mask=mask, impl=impl), wanted)
+    several = torch.nn.functional.one_hot(labels.clamp(min=0), 3).float()
+    several[2] = torch.nan
+    torch.testing.assert_close(acl_loss(x, several, weight, ignore_mask=mask, impl=impl), wanted)
+
+
+def test_tiny_memberships_are_common_labels() -> None:
+    """Their product is 0 in float32."""
+    labels = torch.tensor([[1, 0, 1e-25], [0, 1, 1e-25], [1, 0, 0], [0, 1, 0]])
+    x = torch.randn(4, 3)
+    found, wanted = (
+        supcon_loss(x, labels, denominator="negatives", impl=impl)
+        for impl in ("tiled", "reference")
+    )
+    torch.testing.assert_close(found, wanted)
+
+
+def test_compiled_graphs_check_temperatures_and_labels() -> None:
+    x, labels, weight = torch.randn(6, 4), torch.arange(6) % 3, torch.randn(3, 4)
+    compiled = torch.compile(acl_loss, backend="aot_eager")
+    for temperature in (0.01, -0.5):
+        with pytest.raises(ValueError, match=r"temperature has a value outside \[1 / 70, inf\)"):
+            compiled(x, labels, weight, temperature=torch.tensor(temperature))
+    with pytest.raises(IndexError):
+        compiled(x, labels + 1, weight, temperature=torch.tensor(0.3))
+
+
+def test_compiled_with_dynamic_shapes() -> None:
+    problem = make_problem(20, temperature="scalar", teacher=True, memory=6)
+    compiled = torch.compile(loss_of(problem), backend="aot_eager", dynamic=True)
+    torch.testing.assert_close(compiled(**problem), loss_of(problem)(**problem))
