@@ -211,7 +211,7 @@ def compiled_gradient(pairs: Pairs, u: Tensor, tiles: Tensor, are_kept: bool) ->
 
 
 def run_exit(
-    pairs: Pairs, exit: int, tiles: Tensor, outputs: dict[str, Tensor], **options: int
+    pairs: Pairs, exit: int, tiles: Tensor, outputs: dict[str, Tensor], **options: Any
 ) -> None:
     temperature, scales = 1.0, None
     if pairs.by_row:
