@@ -231,7 +231,8 @@ class _Reader:
     def _cells(self, table: pa.Table, columns: list[str], where: str) -> LabelCells:
         """The labels of a table; the first one that is read decides whether there are several."""
         given, decides = self.options.label_separator, self.several is None
-        if given is not None:
+        if given is not None and (decides or self.model is not None):
+            # Other files of a training run may hold lists where one joins its labels.
             check_separator(table, columns, given, where)
         if self.several is None:
             self.several = may_be_several(

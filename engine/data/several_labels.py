@@ -47,6 +47,8 @@ class LabelCells:
             if self.rows is None:
                 raise
             rows, words = self.rows, str(error).removeprefix(where)
+            words = re.sub(r"(\d+) such rows", r"\1 such labels", words)
+            words = words.replace("every label is -1 (unlabelled)", "no text has a label")
             words = re.sub(
                 r"data row (\d+)", lambda found: f"data row {rows[int(found[1]) - 1] + 1}", words
             )
@@ -184,10 +186,11 @@ def notes_on(cells: LabelCells, where: str) -> list[str]:
         )
     pairs = set(zip(cells.rows, map(str, cells.values.to_pylist()), strict=True))
     if len(pairs) < len(cells.rows):
-        notes.append(
-            f"{where}: {len(cells.rows) - len(pairs)} labels are repeated in their cell: they "
-            "count once"
-        )
+        repeated = len(cells.rows) - len(pairs)
+        notes.append(f"{where}: labels that are repeated in their cell count once ({repeated})")
+    never = sorted(set(cells.columns) - {name for _, name in pairs}, key=cells.columns.index)
+    if never:
+        notes.append(f"{where}: no text has the label {quoted(never[:5])}: it is never learned")
     return notes
 
 
@@ -199,7 +202,10 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _one_per_cell(table: pa.Table, column: str, where: str, wanted: str) -> str:
     """Words for a column of single labels where several are meant."""
-    remedy = "write lists (jsonl, parquet), or name a column of zeros and ones for each label"
+    remedy = (
+        "write lists (jsonl, parquet), or name a column of zeros and ones for each label; all "
+        "files of a training run in the same form"
+    )
     if pa.types.is_string(plain_array(table[column]).type):
         remedy += ", or give the label_separator that joins them"
     return f"{where}: {wanted}, but column {column!r} holds one label per cell: {remedy}."
@@ -227,9 +233,23 @@ def _divided(cells: pa.Array, column: str, separator: str, where: str) -> pa.Arr
     refuse_rows(pa.compute.is_null(cells), "label is missing (an empty text is no label)", where)
     trimmed = pa.compute.utf8_trim_whitespace(cells)
     parts = pa.compute.split_pattern(trimmed, separator)
+    one_is_empty = pa.compute.match_substring_regex(
+        trimmed, rf"^\s*{_escaped(separator)}|{_escaped(separator)}\s*({_escaped(separator)}|$)"
+    )
+    refuse_rows(
+        one_is_empty,
+        f"label is empty: the label_separator {separator!r} stands first, last, or twice in a row",
+        where,
+        cells,
+    )
     is_empty = pa.compute.equal(trimmed, "")
     nothing = pa.array([[]] * len(cells), parts.type)
     return pa.compute.if_else(is_empty, nothing, parts)
+
+
+def _escaped(separator: str) -> str:
+    """The separator in a regular expression of RE2."""
+    return "".join(rf"\x{{{ord(character):x}}}" for character in separator)
 
 
 def _refuse_zeros_and_ones(lists: pa.Array, values: pa.Array, rows: list[int], what: str) -> None:
@@ -241,6 +261,11 @@ def _refuse_zeros_and_ones(lists: pa.Array, values: pa.Array, rows: list[int], w
         # Indices of labels are not repeated in a list.
         repeats = len(set(zip(rows, found, strict=True))) < len(rows)
         is_truth = len(lengths) == 1 and repeats and set(found) <= {0, 1}
+    elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+        lengths = pa.compute.unique(pa.compute.list_value_length(lists))
+        words = pa.compute.utf8_lower(pa.compute.utf8_trim_whitespace(values)).to_pylist()
+        repeats = len(set(zip(rows, words, strict=True))) < len(rows)
+        is_truth = len(lengths) == 1 and repeats and set(words) <= {*_NO, *_YES}
     if is_truth:
         raise ValueError(
             f"{what} are zeros and ones. Write the names or indices of the labels that apply, or a "
@@ -251,7 +276,7 @@ def _refuse_zeros_and_ones(lists: pa.Array, values: pa.Array, rows: list[int], w
 def _cells_of_columns(table: pa.Table, columns: Sequence[str], where: str) -> LabelCells:
     """The names of the columns that hold a one, row by row."""
     is_set = []
-    num_unlabelled = 0
+    unlabelled: list[str] = []
     for name in columns:
         column = plain_array(table[name])
         refuse_rows(
@@ -261,19 +286,19 @@ def _cells_of_columns(table: pa.Table, columns: Sequence[str], where: str) -> La
         )
         words = pa.compute.utf8_lower(pa.compute.utf8_trim_whitespace(column.cast(pa.string())))
         if set(pa.compute.unique(words).to_pylist()) <= {str(UNLABELLED), f"{UNLABELLED}.0"}:
-            num_unlabelled += 1
+            unlabelled.append(name)
             continue
         known = pa.compute.is_in(words, pa.array([*_NO, *_YES]))
         refuse_rows(
             pa.compute.invert(known), f"value in column {name!r} is neither 0 nor 1", where, column
         )
         is_set.append(pa.compute.is_in(words, pa.array(_YES)).to_pylist())
-    if num_unlabelled == len(columns):
+    if len(unlabelled) == len(columns):
         return _found(pa.array([]), [], table.num_rows, columns)
-    if num_unlabelled:
+    if unlabelled:
         raise ValueError(
-            f"{where}: {num_unlabelled} of the {len(columns)} label columns hold -1 (unlabelled) "
-            "alone. Leave them out of label_column."
+            f"{where}: {quoted(unlabelled[:5])} of the {len(columns)} label columns hold -1 "
+            "(unlabelled) alone. Train without them (label_column), or label their texts here."
         )
     rows, names = [], []
     for row, here in enumerate(zip(*is_set, strict=True)):

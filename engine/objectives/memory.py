@@ -47,8 +47,8 @@ class MemoryBank(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("size", size), ("width", width)):
-            if value < 1:
-                raise ValueError(f"{name}={value} must be at least 1.")
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value} must be an integer of at least 1.")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point type, such as torch.float32.")
         self.register_buffer("embeddings", torch.zeros(size, width, dtype=dtype, device=device))
@@ -62,7 +62,8 @@ class MemoryBank(nn.Module):
         Losses that were computed before keep the rows that they have read.
 
         Args:
-            embeddings: [N, d], of which the last Q are kept.
+            embeddings: [N, d], of which the last Q are kept; finite, which is not checked, since a
+                GPU would have to be waited for.
             labels: [N] integers. A sample with `ignore_index` takes a row that does not exist.
 
         Raises:
@@ -75,7 +76,8 @@ class MemoryBank(nn.Module):
                 f"embeddings has shape {tuple(embeddings.shape)}: this memory takes [N, {width}] "
                 "(of several exits, those of one)."
             )
-        if labels.shape != embeddings.shape[:1] or labels.dtype.is_floating_point:
+        is_integer = not labels.dtype.is_floating_point and labels.dtype != torch.bool
+        if labels.shape != embeddings.shape[:1] or not is_integer:
             raise ValueError(
                 f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: expected is one "
                 f"integer per sample, [{len(embeddings)}]."

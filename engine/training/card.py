@@ -118,8 +118,14 @@ def _terms(config: TrainingConfig, learned: float | None) -> str:
         f"- Contrastive term: lambda {objective.aux_weight:g}, {tau}, "
         f"{objective.contrastive_reduction} over anchors, denominator {objective.denominator}"
     )
+    if objective.positives == "each":
+        words += ", every label an anchor"
     if objective.memory_size:
         words += f", a memory of {objective.memory_size} samples per process"
+        if objective.memory_warmup_steps:
+            words += f", read after {objective.memory_warmup_steps} steps"
+        if config.optimization.strategy == "two_stage":
+            words += ", in the first stage"
     return words
 
 

@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "empty part": (
         [{"text": "a", "label": "joy|"}, {"text": "b", "label": "joy|anger"}],
         {"label_separator": "|"},
-        "data row 1: the label is missing",
+        "data row 1 = 'joy.': the label is empty: the label_separator '.' stands first, last",
     ),
     "printed lists": (
         [{"text": "a", "label": "['joy', 'anger']"}, {"text": "b", "label": "[]"}],
@@ -126,7 +126,13 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "zeros and ones of two labels": (lists([0, 1], [1, 1], [0, 0]), {}, "are zeros and ones"),
     "floats": (lists([0.0, 1.0, 1.0], [1.0, 0.0, 0.0]), {}, "are zeros and ones"),
     "truth values": (lists([True, False], [False, True]), {}, "are zeros and ones"),
-    "no label at all": (lists([], []), {}, "unlabelled"),
+    "words for them": (lists(["1", "0", "0"], ["0", "1", "0"]), {}, "are zeros and ones"),
+    "no label at all": (lists([], []), {}, "no text has a label"),
+    "a separator twice": (
+        [{"text": "a", "labels": "x||y"}, {"text": "b", "labels": "x"}],
+        {"label_separator": "|"},
+        "data row 1 = 'x..y': the label is empty",
+    ),
     "all alike": (lists(["a", "b"], ["b", "a"]), {}, "all texts have the same labels"),
     "neither 0 nor 1": (
         [{"text": "a", "x": 1, "y": 0}, {"text": "b", "x": 2, "y": 0}],
@@ -138,7 +144,7 @@ REFUSED: dict[str, tuple[list[dict[str, Any]], dict[str, Any], str]] = {
     "one column of -1": (
         [{"text": "a", "x": 1, "y": -1}, {"text": "b", "x": 0, "y": -1}],
         {"label_column": "x,y"},
-        "1 of the 2 label columns hold -1",
+        "'y' of the 2 label columns hold -1",
     ),
     "per class": (ROWS, {"max_train_samples_per_class": 3}, "belongs to no single class"),
 }  # fmt: skip
@@ -171,7 +177,7 @@ def test_a_repeated_label_counts_once_and_a_note_says_so(tmp_path: Path) -> None
     train = write_table(tmp_path / "train.jsonl", lists(["joy", "joy"], ["anger"]))
     data = load(train_file=train)
     assert data.splits["train"].labels == [[1], [0]]
-    assert "1 labels are repeated in their cell" in data.notes[0]
+    assert "labels that are repeated in their cell count once (1)" in data.notes[0]
 
 
 def test_a_model_reads_other_forms_of_its_labels(tmp_path: Path) -> None:
@@ -225,3 +231,20 @@ def test_a_share_is_held_out_and_the_record_tells_the_labels(tmp_path: Path) -> 
     assert "the labels of train are others" in again.differences(record)
     single = DataRecord(NAMES, "names", ["text"], "labels")
     assert single.differences(record)[0] == "several labels per text: True, not False"
+
+
+def test_a_validation_file_of_lists_beside_joined_training_labels(tmp_path: Path) -> None:
+    train = [{"text": "a", "labels": "x|y"}, {"text": "b", "labels": "y"}]
+    dev = [{"text": "c", "labels": ["x"]}]
+    data = load(
+        train_file=write_table(tmp_path / "train.csv", train),
+        validation_file=write_table(tmp_path / "dev.jsonl", dev),
+        label_separator="|",
+    )
+    assert data.splits["validation"].labels == [[0]]
+
+
+def test_a_label_that_no_text_has_is_noted(tmp_path: Path) -> None:
+    rows = [{"text": "a", "x": 1, "y": 0, "z": 0}, {"text": "b", "x": 1, "y": 1, "z": 0}]
+    data = load(train_file=write_table(tmp_path / "train.jsonl", rows), label_column="x,y,z")
+    assert any("no text has the label 'z'" in note for note in data.notes)

@@ -75,8 +75,8 @@ def test_the_state_is_all_of_it() -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: MemoryBank(0, 4), "size=0 must be at least 1"),
-        (lambda: MemoryBank(4, 0), "width=0 must be at least 1"),
+        (lambda: MemoryBank(0, 4), "size=0 must be an integer of at least 1"),
+        (lambda: MemoryBank(4, 0), "width=0 must be an integer of at least 1"),
         (lambda: MemoryBank(4, 4, dtype=torch.int64), "must be a floating-point type"),
         (lambda: MemoryBank(4, 4).add(*samples(3)), r"\(3, 5\): this memory takes \[N, 4\]"),
         (
