@@ -150,7 +150,7 @@ class Setting:
         methods: dict[str, dict[str, Any]] = {}
         for objective, name in OBJECTIVE_NAMES.items():
             methods[name] = {"objective": objective}
-            own = () if objective == "ce" else _CONTRASTIVE_OPTIONS
+            own: tuple[str, ...] = () if objective == "ce" else _CONTRASTIVE_OPTIONS
             own += _GATE_OPTIONS if objective == "acl" else ()
             methods[name] |= {option: options[option] for option in own if option in options}
         of_methods = (*_CONTRASTIVE_OPTIONS, *_GATE_OPTIONS)

@@ -92,6 +92,17 @@ def test_without_a_validation_split_texts_are_held_out(tiny_bert: Path, tmp_path
     assert read_setting(options).num_evaluated == 40
 
 
+def test_several_labels_per_text_and_the_embedded_data(emotion_files: dict[str, str]) -> None:
+    several = read_setting({**emotion_files, "model_name_or_path": "bert"})
+    # No text belongs to one class, so that all of them are taken.
+    assert several.class_counts is None and several.constant_score is None
+    assert [size.per_class for size in several.sizes()] == [None]
+    # Neither a path nor an encoder has to be named.
+    embedded = read_setting({"task_name": "quickstart"})
+    assert (embedded.task, embedded.num_train, embedded.num_evaluated) == ("quickstart", 2000, 400)
+    assert plan_cells(embedded.pilot())
+
+
 def test_short_runs_get_more_epochs_unless_they_are_given() -> None:
     setting = large()
     whole, few = setting.size(None), setting.size(5)
