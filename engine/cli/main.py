@@ -182,6 +182,8 @@ def _try(arguments: list[str]) -> int:
     try:
         failures = trial.run()
     except SweepStopped as stop:
+        for line in answer(trial, own.min_gain):
+            print(line)
         print(f"fusedacl try: {stop}", file=sys.stderr)
         return stop.exit_code
     lines = answer(trial, own.min_gain)

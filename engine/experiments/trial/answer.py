@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ..results import Comparison, SweepResults, SweepRun, read_sweep
@@ -98,7 +98,10 @@ def answer(trial: Trial, min_gain: float) -> list[str]:
     """
     if not trial.draws:
         return []
-    sweep = read_sweep(trial.directory)
+    whole = read_sweep(trial.directory)
+    # The seeds of draws are 1, 2, …; one that was stopped is left out.
+    complete = tuple(run for run in whole.runs if run.seed <= len(trial.draws))
+    sweep = replace(whole, runs=complete)
     (task,) = sweep.tasks
     metric = sweep.metric(task)
     assert metric is not None  # a draw is complete
