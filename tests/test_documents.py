@@ -43,7 +43,10 @@ GENERATED = (
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 WRITTEN = [page for page in PAGES if str(page.relative_to(ROOT)) not in GENERATED]
 LANGUAGES = {"python", "py", "sh", "console", "yaml", "text"}
-VERBS = ("train", "evaluate", "predict", "exits", "export", "sweep", "angles", "tsne", "report")
+VERBS = (
+    *("train", "try", "evaluate", "predict", "exits", "export", "sweep", "angles", "tsne"),
+    "report",
+)
 SUITES = (
     *("loss", "angle", "growth", "step", "loops", "exits", "scaling", "all", "compare", "report"),
 )
@@ -169,7 +172,7 @@ def check_command(words: list[str], where: str) -> None:
             assert not used, where
         else:
             known |= options(f"bench {rest[0]}" if verb == "bench" else verb).keys()
-            known |= options("train").keys() if verb == "sweep" else set()
+            known |= options("train").keys() if verb in ("sweep", "try") else set()
     elif "-m" in words:
         source = ROOT.joinpath(*words[words.index("-m") + 1].split(".")[1:])
         source = source / "__main__.py" if source.is_dir() else source.with_suffix(".py")

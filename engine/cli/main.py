@@ -21,6 +21,7 @@ from ..config import commands
 from ..config.fields import given, parse
 from ..config.spellings import translated
 from ..config.training import TrainingConfig
+from ..runtime.files import read_file
 from ..runtime.signals import Interrupted
 from ..runtime.text import did_you_mean
 
@@ -31,6 +32,7 @@ USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
   predict    write labels and probabilities for a file of texts
   exits      sweep early-exit policies, calibrate one and store it with the model
   export     write a model with its early-exit policy for onnxruntime
+  try        tell on your own data whether the contrastive term pays, in a stated time
   sweep      run a recipe of tasks, methods and seeds; can be stopped and continued
   angles     measure the angles between the gradients of two losses in trained runs
   tsne       draw and measure an exit's representations and the label embeddings
@@ -139,6 +141,58 @@ def _train(arguments: list[str]) -> int:
         print(line)
     print(f"model, metrics.jsonl and results.json are in {config.run.output_dir}")
     return 0
+
+
+def _try(arguments: list[str]) -> int:
+    made = argparse.ArgumentParser(
+        prog="fusedacl try",
+        usage="%(prog)s [config.yaml] [--minutes N] [--output_dir DIR] [--option value ...]",
+        description="Train with cross-entropy, CE+SCL and ACL a few times on draws of your data,"
+        " and tell whether the contrastive term pays there, and what it costs. The same command"
+        " continues a trial that was stopped, and with more minutes adds draws. Options of"
+        " `fusedacl train` name the data and the encoder and hold for all runs.",
+        allow_abbrev=False,
+    )
+    words = "time of the runs, of all sessions; a draw that would not end in time is not started"
+    made.add_argument("--minutes", type=float, default=20.0, help=f"{words} (default: 20)")
+    words = "at most so many draws, however short they are"
+    made.add_argument("--draws", type=int, default=10, help=f"{words} (default: 10)")
+    words = "smallest gain, in points, that is worth the price"
+    made.add_argument("--min_gain", type=float, default=0.5, help=f"{words} (default: 0.5)")
+    words = "directory of the trial"
+    made.add_argument("--output_dir", type=Path, help=f"{words} (default: runs/try)")
+    own, rest = made.parse_known_args(arguments)
+    if not 0 <= own.min_gain <= 100:
+        raise ValueError(f"min_gain={own.min_gain:g}: points from 0 to 100.")
+    options = given(TrainingConfig, rest)
+    config_file = options.pop("config_file", None)
+    from_file = read_file(config_file) if config_file else {}
+    directory = own.output_dir or Path(from_file.pop("output_dir", None) or Path("runs") / "try")
+    options = {**translated(from_file, options), **translated(options, from_file)}
+    from ..experiments.sweep import SweepStopped
+    from ..experiments.trial.answer import answer
+    from ..experiments.trial.setting import read_setting
+    from ..experiments.trial.trial import Trial
+    from ..reports.sweep_report import report_sweep
+    from ..runtime.plots import require_matplotlib
+
+    require_matplotlib()
+    _quiet_transformers()
+    trial = Trial(read_setting(options), directory, own.minutes, own.draws)
+    try:
+        failures = trial.run()
+    except SweepStopped as stop:
+        for line in answer(trial, own.min_gain):
+            print(line)
+        print(f"fusedacl try: {stop}", file=sys.stderr)
+        return stop.exit_code
+    lines = answer(trial, own.min_gain)
+    if lines:
+        page = report_sweep(directory, answer=lines).page
+        print("\n".join([*lines, f"page: {page}"]))
+    for failure in failures:
+        print(f"fusedacl try: {failure}", file=sys.stderr)
+    return 1 if failures else 0
 
 
 def _sweep(arguments: list[str]) -> int:
@@ -330,5 +384,5 @@ _COMMANDS: dict[str, tuple[str, type, str, str, Callable[[Any], int]]] = {
 }
 _VERBS: dict[str, Callable[[list[str]], int]] = {
     **{verb: partial(_run, verb) for verb in _COMMANDS},
-    **{"train": _train, "sweep": _sweep, "report": _report, "doctor": _doctor},
+    **{"train": _train, "try": _try, "sweep": _sweep, "report": _report, "doctor": _doctor},
 }

@@ -60,9 +60,14 @@ def write_report(
 
 
 def report_sweep(
-    directory: Path, output_dir: Path | None = None, metric: str | None = None
+    directory: Path,
+    output_dir: Path | None = None,
+    metric: str | None = None,
+    answer: Sequence[str] = (),
 ) -> Report:
     """The analyses that the recipe of a sweep asks for, of the runs that are done.
+
+    answer: sentences that come before the findings.
 
     Raises:
         ValueError: no sweep, a mistake in its `report` section, no run is done, or the runs of a
@@ -106,6 +111,7 @@ def report_sweep(
     sections += [_extras(output_dir, [directory]), _missing(sweep), _commands(sweep)]
     done, every = len(sweep.done), len(sweep.runs)
     findings = [
+        *answer,
         f"**Unfinished**: {done} of {every} runs are done; tables and figures name what is missing."
         if done < every
         else "",
