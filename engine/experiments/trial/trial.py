@@ -185,7 +185,11 @@ class Trial:
                     self.record["per_class"] = size.per_class
                     self._write()
                     return
-        raise ValueError(self._too_short(min(sizes, key=self.draw_seconds)))
+        words = self._too_short(min(sizes, key=self.draw_seconds))
+        # The machine may have been busy: the next session times the steps anew.
+        del self.record["step_seconds"], self.record["other_seconds"]
+        self._before, self._started = 0.0, self._clock()
+        raise ValueError(words)
 
     def _too_short(self, size: Size) -> str:
         steps, others = self.record["step_seconds"], self.record["other_seconds"]
