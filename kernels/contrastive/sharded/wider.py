@@ -125,7 +125,7 @@ class SharedLogDenominators(torch.autograd.Function):
             ordered = ordered._replace(scale=pairs.scale.index_select(1, of_anchors))
         _, trains_z, _, trains_scale, *_ = ctx.needs_input_grad
         own = ordered._replace(num_anchors=spread.num_own_rows)
-        found, ctx.memory = over_pairs.denominators(own, trains_z, trains_scale)
+        found, ctx.memory = over_pairs.denominators(own, trains_z, trains_scale, False)
         everyones = spread.gather_rows(torch.stack(found)).unbind()
         ctx.save_for_backward(own_first, *ordered[:4], *everyones)
         ctx.options, ctx.shape = ordered[4:], z.shape

@@ -76,7 +76,8 @@ def all_rows(wider: WiderBatch, z: Tensor, members: Members) -> Tensor:
     constants, norm = masked_norms(constants, members.exists[num_trained:])
     rows = z.new_empty(*z.shape[:-2], num_trained + num_constants, z.shape[-1])
     rows[..., :num_trained, :] = z
-    rows[..., num_trained:, :] = constants / norm
+    out = rows[..., num_trained:, :]
+    torch.div(constants.expand(out.shape), norm, out=out)
     return rows
 
 

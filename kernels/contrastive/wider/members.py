@@ -12,14 +12,16 @@ from ..batch import WiderBatch, count_classes, existing_rows, memberships_of
 # Sums over memberships are in float64, which holds products of float32 numbers. What a row shares
 # with all others, as a part of what it shares with all, is rounding below this.
 NOTHING_SHARED = 2.0**-40
+# Up to this many classes products are faster than sums over rows, which no second thread takes.
+FEW_CLASSES = 64
 
 
 @dataclass(frozen=True)
 class Members:
-    """Classes of all rows: ids [R] or memberships [R, K], of which one is None.
+    """Classes of all rows: ids [R] or memberships [R, K], one of which may be None.
 
     exists: bool [R]. ids: int64, in [0, num_classes); num_classes for a row that does not exist.
-    memberships: float64, 0 for such a row. Two rows share p_ij = y_i . y_j, 1 or 0 for ids.
+    memberships: float64 or bool, 0 for such a row. Two rows share p_ij = y_i . y_j, 1 or 0 for ids.
     labels: the memberships that were given, where those of positives="each" are scaled, or ids.
     are_bools: whether labels were bools or integers.
     shared: float64 [A], the sum of p_ij over the others, of each anchor.
@@ -38,7 +40,8 @@ class Members:
     def positive_sums(self, values: Tensor, num_rows: int) -> Tensor:
         """Return sum_{j != i} p_ij values_j [.., num_rows, d] over the rows j of values."""
         num_values = values.shape[-2]
-        if self.ids is not None:
+        if self.memberships is None:
+            assert self.ids is not None, "one of the two is given"
             by_row = values.movedim(-2, 0)
             by_class = values.new_zeros(self.num_classes + 1, *by_row.shape[1:])
             # Unlike `index_add_`, `index_put_` adds in a fixed order on every device.
@@ -46,16 +49,14 @@ class Members:
             sums = by_class.index_select(0, self.ids[:num_rows]).movedim(0, -2)
             with_itself = self.exists[:, None].to(values.dtype)
         else:
-            assert self.memberships is not None, "one of the two is given"
             # What a row shares with itself may be far more than with all others, but not for bools.
             y = self.memberships.to(values.dtype) if self.are_bools else self.memberships
             values = values.to(y.dtype)
-            by_class = y[:num_values].mT @ values
-            sums = y[:num_rows] @ by_class
+            sums = y[:num_rows] @ (y[:num_values].mT @ values)
             with_itself = y.square().sum(1, keepdim=True)
         both = min(num_values, num_rows)
-        own = values[..., :both, :] * with_itself[:both]
-        return sums - torch.nn.functional.pad(own, (0, 0, 0, num_rows - both))
+        sums[..., :both, :].addcmul_(values[..., :both, :], with_itself[:both], value=-1)
+        return sums
 
 
 def find_members(wider: WiderBatch) -> Members:
@@ -136,7 +137,10 @@ def members_by_id(wider: WiderBatch, exists: Tensor, num_classes: int | None) ->
     if wider.class_weights is not None:
         weights = torch.nn.functional.pad(wider.class_weights.double(), (0, 1))
         anchor_weights = anchor_weights * weights.index_select(0, anchor_ids)
-    return Members(exists, num_classes, ids, None, True, ids, shared, anchor_weights)
+    memberships = None
+    if ids.device.type == "cpu" and num_classes <= FEW_CLASSES:
+        memberships = ids[:, None] == torch.arange(num_classes)
+    return Members(exists, num_classes, ids, memberships, True, ids, shared, anchor_weights)
 
 
 def any_integers(labels: Tensor, ignore_index: int) -> tuple[Tensor, int]:

@@ -245,9 +245,12 @@ def by_exit(memory: Tensor, num_exits: int) -> Tensor:
 
 
 def denominators(
-    pairs: Pairs, trains_z: bool, trains_scale: bool
+    pairs: Pairs, trains_z: bool, trains_scale: bool, is_whole: bool = True
 ) -> tuple[list[Tensor], Tensor | None]:
-    """Return D [E, A], sums of products to train the scale, and tiles kept to train z, or None."""
+    """Return D [E, A], sums of products to train the scale, and tiles kept to train z, or None.
+
+    is_whole: whether the pairs are all there are, so that sums which follow from dz are left out.
+    """
     if pairs.fused_temperature is not None:
         from . import fused_pairs
 
@@ -257,6 +260,7 @@ def denominators(
         ], None
     if not compiled_loop_takes(pairs):
         return tiled_sums(pairs, trains_scale), None
+    trains_scale = trains_scale and not (is_whole and trains_z and follows_from_z(pairs))
     memory = memory_for_tiles(pairs) if trains_z and not pairs.by_row else None
     tiles = by_exit(pairs.z.new_empty(0) if memory is None else memory, len(pairs.z))
     return compiled_sums(pairs, trains_scale, tiles), memory
@@ -284,9 +288,23 @@ class LogDenominators(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 memory, ctx.memory = ctx.memory, None
                 of_z = gradient(pairs, upstream, found[0], memory)
-            if ctx.needs_input_grad[2]:
+            if ctx.needs_input_grad[2] and len(found) > 1:
                 of_scale = scale_gradient(pairs, upstream, *found)
+            elif ctx.needs_input_grad[2]:
+                assert of_z is not None, "denominators() has checked"
+                both = pairs.z.flatten(1)[:, None] @ of_z.flatten(1)[:, :, None]
+                of_scale = both[:, 0, 0] / (2 * pairs.scale)
         return of_z, None, of_scale, *(None,) * (2 + len(ctx.options))
+
+
+def follows_from_z(pairs: Pairs) -> bool:
+    """Return whether dscale follows from dz of the compiled loop, which has the diagonal too.
+
+    Where all rows are anchors and trained, sum_i z_i . dz_i = 2 scale dscale, since each pair's
+    product occurs once with u_i and once with u_j.
+    """
+    all_rows = pairs.z.shape[1]
+    return not pairs.by_row and pairs.num_anchors == pairs.num_trained == all_rows
 
 
 def logarithms(pairs: Pairs, sums: Tensor) -> Tensor:
