@@ -53,7 +53,6 @@ BARS = (
     ("dense formula over ours, several labels", "dense_several", "several", 10.0, False),
     ("dense formula over ours, learned temperature", "dense_learned", "learned", 10.0, False),
     ("dense formula over ours, temperatures by row", "dense_by_row", "by_row", 10.0, False),
-    ("dense formula over ours, memory", "dense_memory", "memory", 10.0, False),
 )
 
 Problem = dict[str, Any]

@@ -50,10 +50,11 @@ class Members:
             with_itself = self.exists[:, None].to(values.dtype)
         else:
             # What a row shares with itself may be far more than with all others, but not for bools.
-            y = self.memberships.to(values.dtype) if self.are_bools else self.memberships
+            y = self.memberships[: max(num_values, num_rows)]
+            y = y.to(values.dtype) if self.are_bools else y
             values = values.to(y.dtype)
             sums = y[:num_rows] @ (y[:num_values].mT @ values)
-            with_itself = y.square().sum(1, keepdim=True)
+            with_itself = y[: min(num_values, num_rows)].square().sum(1, keepdim=True)
         both = min(num_values, num_rows)
         sums[..., :both, :].addcmul_(values[..., :both, :], with_itself[:both], value=-1)
         return sums
@@ -129,17 +130,19 @@ def members_by_id(wider: WiderBatch, exists: Tensor, num_classes: int | None) ->
         parts.append(torch.arange(batch.num_labels, device=labels.device))
     ids = torch.cat([*parts * batch.num_copies, labels[num_samples:]])
     ids = ids.masked_fill(~exists, num_classes)
-    num_members = torch.zeros(num_classes + 1, dtype=torch.float64, device=ids.device)
-    num_members.index_put_((ids,), exists.double(), accumulate=True)
+    memberships = None
+    if ids.device.type == "cpu" and num_classes <= FEW_CLASSES:
+        memberships = ids[:, None] == torch.arange(num_classes, device=ids.device)
+        num_members = torch.nn.functional.pad(memberships.sum(0), (0, 1)).double()
+    else:
+        num_members = torch.zeros(num_classes + 1, dtype=torch.float64, device=ids.device)
+        num_members.index_put_((ids,), exists.double(), accumulate=True)
     anchor_ids = ids[: wider.num_anchors]
     shared = (num_members.index_select(0, anchor_ids) - 1).clamp_(min=0)
     anchor_weights = shared.clamp(max=1)
     if wider.class_weights is not None:
         weights = torch.nn.functional.pad(wider.class_weights.double(), (0, 1))
         anchor_weights = anchor_weights * weights.index_select(0, anchor_ids)
-    memberships = None
-    if ids.device.type == "cpu" and num_classes <= FEW_CLASSES:
-        memberships = ids[:, None] == torch.arange(num_classes)
     return Members(exists, num_classes, ids, memberships, True, ids, shared, anchor_weights)
 
 
