@@ -86,7 +86,7 @@ counts: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.benchmarks.counts
 	$(KERNEL_COUNTS) --small
 
-# All benchmarks at small size: under two minutes on two idle cores, files in runs/bench/.
+# All benchmarks at small size: a good two minutes on two idle cores, files in runs/bench/.
 bench-quick: $(VENV)/.dev
 	$(BIN)/fusedacl bench all --preset quick
 
