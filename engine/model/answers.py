@@ -1,4 +1,4 @@
-"""What logits answer: one class per text, or the labels that apply, and the loss of an answer."""
+"""The answer that logits give, one class per text or the labels that apply, and its loss."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_two_machines_train_as_one(
 
 
 def test_deepspeeds_launcher_lets_two_machines_meet(machines: Machines, tmp_path: Path) -> None:
-    """What they then do is what they do under torchrun."""
+    """DeepSpeed's launcher starts a process per machine, and both join one group."""
     hostfile = tmp_path / "hostfile"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     launcher = ["deepspeed.launcher.runner", "--hostfile", str(hostfile), "--no_ssh"]

@@ -92,3 +92,14 @@ def test_ranks_must_agree(two_ranks: Ranks) -> None:
 def of_other_kinds(rank: int, problems: list[Any]) -> None:
     """Each rank computes another problem."""
     wider_on_rank(rank, problems[rank : rank + 1], "tiled")
+
+
+@pytest.mark.parametrize("name", ["reference", "tiled"])
+def test_no_samples_beside_memories(two_ranks: Ranks, name: str) -> None:
+    problem = make_problem(0, memory=8) | {"reduction": "sum"}
+    found = two_ranks.run(wider_on_rank, [(problem, [0, 0])], name)
+    expected = differentiate(
+        lambda **arguments: loss_of(arguments)(**arguments).sum(), problem, torch.float64
+    )
+    for results in found:
+        torch.testing.assert_close(results[0], expected)

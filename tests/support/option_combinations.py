@@ -44,8 +44,8 @@ VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-# Of these every pair is drawn. The other stages of ZeRO differ in what they shard, not in what an
-# option does to a step: test_zero_parity compares all, and `make combinations` draws them.
+# Every pair of these values is drawn. The other stages of ZeRO differ in what they shard, not in
+# what an option does to a step: test_zero_parity compares all, and `make combinations` draws them.
 PAIRED = VALUES | {"engine": ("local", "zero2", "zero3")}
 DEFAULTS: Combination = {name: values[0] for name, values in VALUES.items()}
 # Pairs that are refused whatever the other options are.

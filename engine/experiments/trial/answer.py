@@ -166,7 +166,7 @@ def _price_words(sweep: SweepResults) -> str:
 
 
 def _gate_words(sweep: SweepResults) -> list[str]:
-    """What the gate dropped, and the mean of the logged angles; empty without a gate."""
+    """A line on the share of dropped gradients and the mean logged angle; empty without a gate."""
     gated = [run for run in sweep.done if run.gate]
     steps = sum(row["steps"] for run in gated for row in run.gate)
     if not steps:

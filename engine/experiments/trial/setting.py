@@ -22,7 +22,7 @@ logger = logging.getLogger("fusedacl")
 
 BASE = OBJECTIVE_NAMES["ce"]
 METHODS = tuple(OBJECTIVE_NAMES.values())
-# Of training texts and of texts to evaluate on; with fewer, one text moves a score by 5 points.
+# Least number of training texts, and of texts to evaluate on, where one is 5 points of a score.
 FEWEST_TEXTS = 20
 # An encoder learns next to nothing in fewer steps, and all methods would score alike.
 FEWEST_STEPS = 100
@@ -83,7 +83,7 @@ class Setting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What must not change while a trial is continued: options and numbers of texts."""
+        """Options and numbers of texts, which must not change while a trial is continued."""
         numbers = {"training texts": self.num_train, "evaluated texts": self.num_evaluated}
         return {**self.options, **numbers}
 

@@ -138,6 +138,9 @@ def gather_batch(spread: Spread, batch: Batch) -> Batch:
 def gather_parts(spread: Spread, own: list[Tensor], counts: tuple[int, ...]) -> list[Tensor]:
     """Return parts [sum of counts, ..] from those of all ranks [n, ..], after one all-gather."""
     largest = max(counts)
+    if largest == 0:
+        # No rank has a row, and none sends.
+        return own
     sent = torch.cat([padded_bytes(part, largest) for part in own])
     received = sent.new_empty(spread.num_ranks, sent.numel())
     all_gather(received, sent, spread.process_group)

@@ -14,7 +14,7 @@ import pyarrow.parquet
 # Label -> the word that says it.
 EMOTIONS = {"anger": "bad", "joy": "good", "love": "cat", "surprise": "dog"}
 NAMES = list(EMOTIONS)
-# Of the vocabulary of `tiny_bert`.
+# Words that the vocabulary of `tiny_bert` has.
 _OTHERS = (
     "a",
     "the",

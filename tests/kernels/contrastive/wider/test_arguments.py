@@ -1,4 +1,4 @@
-"""What the wider losses refuse, and how they say so."""
+"""Arguments that the wider losses refuse, with the words of each refusal."""
 
 from collections.abc import Callable
 from typing import Any
