@@ -177,13 +177,13 @@ def tunable_kernels(
     classes = torch.zeros(num_padded, dtype=torch.int32, device=device)
     u = torch.full((1, num_padded), 1 / num_rows, device=device)
     u[:, num_rows:] = 0
-    options = (shifts, classes, num_rows, num_rows, TEMPERATURE, "all")
+    options = (num_rows, TEMPERATURE, "all")
 
     def row_sums(tile: Tile) -> Tensor:
-        return pair_sums.row_sums(z, *options, tile).sum(0)
+        return pair_sums.symmetric_row_sums(z, shifts, classes, *options, tile).total()
 
     def pair_gradient(tile: Tile) -> Tensor:
-        return pair_sums.pair_gradient(z, u, *options, tile).sum(0)
+        return pair_sums.pair_gradient(z, u, shifts, classes, num_rows, *options, tile).sum(0)
 
     return [
         Kernel("row_sums", blocks.forward, row_sums),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,7 +38,8 @@ LONGEST = ("ptx", "kernels/targets", "test_", "distributed", "kernels", "engine"
 # they run in one process, which starts them once.
 SHARED_RANKS = {
     "two_ranks": (
-        "test_option_combinations", "test_recovery", "test_training", "loops/test_trainer",
+        "test_option_combinations", "resuming/test_recovery", "resuming/test_other_processes",
+        "test_training", "loops/test_trainer",
     ),
     "zero_ranks": (
         "test_zero_parity", "test_zero_defects", "test_gate_scope", "loops/test_zero_gate",
@@ -77,6 +79,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_group_left() -> Iterator[None]:
+    """Fail the test that leaves a process group, not the later one that wants to start its own."""
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        pytest.fail("the test left a process group in this process")
 
 
 @pytest.fixture(scope="session")

@@ -111,6 +111,18 @@ class Backend(ABC):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict` of the same process. Collective."""
 
+    def load_parts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Continue from the `state_dict` of each process of a run of more, or fewer. Collective.
+
+        Raises:
+            ValueError: this backend cannot, or the states do not hold all that is trained now.
+        """
+        raise ValueError(
+            f"The checkpoint holds the parts of {len(states)} processes, which a run under "
+            "DeepSpeed joins. Start it with a launcher, also for one process: torchrun "
+            "--nproc_per_node 1."
+        )
+
     @abstractmethod
     def full_state_dict(self) -> dict[str, Tensor]:
         """The model's `state_dict`, whole and in float32, on every CPU. Collective."""

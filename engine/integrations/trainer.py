@@ -15,6 +15,7 @@ from ..backends.deepspeed.zero_gate import ZeroGate
 from ..config.gate_scope import parse_scope
 from ..objectives.gate import GateDecision, GradientGate
 from ..objectives.losses import ExitLosses
+from ..training.forward.dropout import fast_dropout, runs_again
 from .arguments import ACLTrainingArguments
 from .gates import GateLog, ScopeDecision, decided_loss
 from .monitor import AngleMonitor
@@ -229,7 +230,9 @@ class ACLTrainer(Trainer):
         assert self._objective is not None
         is_global = self._objective.config.optimization.negatives == "global"
         group = self._process_group if is_global else None
-        losses, output = self._objective.losses(model, inputs, group)
+        compiled = self.args.torch_compile or runs_again(model)
+        with fast_dropout(self.args.device, compiled):
+            losses, output = self._objective.losses(model, inputs, group)
         share = self._share(inputs)
         assert losses.cross_entropy is not None
         values = {"loss_ce": losses.cross_entropy.sum()}

@@ -7,6 +7,8 @@ import inspect
 import logging
 import re
 import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,8 +123,12 @@ def load_complete(
     return model
 
 
-def checkpoint_layers(encoder: PreTrainedModel) -> None:
+def checkpoint_layers(
+    encoder: PreTrainedModel, again: Callable[[], AbstractContextManager[Any]] = nullcontext
+) -> None:
     """Keep the states between layers only in training; backward passes compute the rest again.
+
+    again: makes the context in which they do, which must be that of the forward pass.
 
     Non-reentrant checkpoints: the reentrant ones of PyTorch refuse the second backward pass of the
     gate.
@@ -138,7 +144,7 @@ def checkpoint_layers(encoder: PreTrainedModel) -> None:
     current: Any = encoder  # transformers 4 has the second name only
     name = "activation_checkpointing_enable"
     getattr(current, name if hasattr(encoder, name) else "gradient_checkpointing_enable")(
-        {"use_reentrant": False}
+        {"use_reentrant": False, "context_fn": lambda: (nullcontext(), again())}
     )
     if getattr(current, "_require_grads_hooks", None):
         # Made for reentrant checkpoints: they would build a graph through frozen layers.

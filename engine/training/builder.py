@@ -7,6 +7,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ from ..runtime import processes
 from ..runtime.device import choose_device, choose_dtype
 from ..runtime.lock import RunLock
 from .feature_cache import FeatureCache, check_directory
+from .forward.dropout import fast_dropout
 from .logs.services import require_services
 from .stages import Stage, StepPlan, check_exits, needed_exits, plan_steps
 from .storage.best_model import BestModel, EarlyStopping
@@ -312,7 +314,7 @@ def _set_up_encoder(config: TrainingConfig, model: MultiExitForSequenceClassific
                 f"gate_scope={config.objective.gate_scope}. Use gate_scope=all, or freeze fewer."
             )
     if options.gradient_checkpointing:
-        checkpoint_layers(encoder)
+        checkpoint_layers(encoder, partial(fast_dropout, encoder.device, options.torch_compile))
     if options.torch_compile:
         if config.gated:
             # Otherwise the graph's buffers serve one backward pass alone.

@@ -23,7 +23,8 @@ from ..runtime import collectives, processes
 from ..runtime.profiler_marks import DATA, FORWARD, part
 from .builder import RunParts
 from .feature_cache import FeatureCache
-from .padding import KnownPadding
+from .forward.dropout import fast_dropout
+from .forward.padding import KnownPadding
 from .stages import Stage, stage_outputs
 from .transfers import to_device
 
@@ -150,6 +151,7 @@ class StepLosses:
         """Outputs of the trained exits, and of their teacher, for some training texts."""
         states = None
         known_padding: AbstractContextManager[Any] = nullcontext()
+        compiled = self.config.optimization.torch_compile
         with part(DATA):
             if self.features is None:
                 batch = collate(self.encoded, rows, self.pad_token_id)
@@ -158,7 +160,7 @@ class StepLosses:
                 offsets = self.encoded.offsets
                 is_full = len(set(offsets[rows + 1] - offsets[rows])) == 1
                 # A compiled encoder does not ask.
-                if not self.config.optimization.torch_compile:
+                if not compiled:
                     known_padding = KnownPadding(batch["attention_mask"], is_full)
             else:
                 assert self.encoded.labels is not None
@@ -166,7 +168,8 @@ class StepLosses:
                 dtype = next(self.model.exits.parameters()).dtype
                 states, mask = self.features.batch(rows, self.device, dtype)
                 batch = {"attention_mask": mask}
-        with self.backend.forward_context(), known_padding:
+        dropout = fast_dropout(self.device, compiled)
+        with self.backend.forward_context(), known_padding, dropout:
             output, teacher = stage_outputs(self.model, self.stage, positions, batch, states)
         # A large batch runs the model twice on each chunk, the first time without a graph.
         if torch.is_grad_enabled():

@@ -127,13 +127,22 @@ class Trainer:
         for ended in range(index):
             self.plan = self.plan.ending(ended, ends[ended])
         self._start_stage(index)
-        self.backend.load_state_dict(state["engine"])
+        of_others = state.get("seeded_anew")
+        if of_others is None:
+            self.backend.load_state_dict(state["engine"])
+        else:
+            self.backend.load_parts(state["engine"])
         self.history.load_state_dict(state["history"])
         # Checkpoints of earlier versions have none, and their runs neither memory nor temperature.
         self.losses.load_state_dict(state.get("losses", {}))
-        torch.set_rng_state(state["rng"])
-        if self.parts.device.type == "cuda" and "cuda_rng" in state:
-            torch.cuda.set_rng_state(state["cuda_rng"], self.parts.device)
+        if of_others is not None:
+            # Numbers that none of those processes has drawn.
+            seeds = _RANK_SEEDS * (of_others + processes.rank())
+            torch.manual_seed(self.config.optimization.seed + seeds)
+        else:
+            torch.set_rng_state(state["rng"])
+            if self.parts.device.type == "cuda" and "cuda_rng" in state:
+                torch.cuda.set_rng_state(state["cuda_rng"], self.parts.device)
         self.step = self.resume_step = state["step"]
         if self.stopping is not None:
             self.stopping.load_state_dict(state.get("early_stopping"))
@@ -343,8 +352,7 @@ class Trainer:
         """Load the weights of the best checkpoint into the model; returns its evaluations."""
         checkpoint = checkpoint_of(self.output_dir, step)
         trained = collectives.together(lambda: load_trained(str(checkpoint)))
-        place = processes.rank(), processes.world_size()
-        state = collectives.together(lambda: load_state(checkpoint, *place))
+        state = collectives.together(lambda: load_state(checkpoint))
         self.model.load_state_dict(trained.state_dict())
         self.losses.load_state_dict(state.get("losses", {}))
         logger.info("The final model is that of step %d, the best one.", step)

@@ -48,7 +48,9 @@ CASES: dict[str, dict[str, Any]] = {
         "per_device_train_batch_size": 4, "gradient_accumulation_steps": 4,
         "contrastive_batch_size": 8, "max_train_samples": 60,
     },
-    "memory, temperature": {"memory_size": 12, "temperature_learning_rate": 0.05},
+    "ZeRO 3, memory, temperature": {
+        "stage": 3, "memory_size": 12, "temperature_learning_rate": 0.05,
+    },
 }  # fmt: skip
 
 
@@ -101,8 +103,6 @@ def test_stops_at_one_step_and_goes_on(options, two_ranks: Ranks, tmp_path: Path
         two_ranks.run(trained, {**parts, "resume_from_checkpoint": "latest"})
         assert model_of(tmp_path / f"parts{step}") == model_of(tmp_path / "whole")
         assert len(records(tmp_path / f"parts{step}")) == len(records(tmp_path / "whole"))
-    with pytest.raises(ValueError, match=r"saved by a run of 2 process\(es\); this one has 1"):
-        train(TrainingConfig.create(**parts, resume_from_checkpoint="latest"))
 
 
 def test_own_memories_and_one_temperature(options, two_ranks: Ranks, tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_own_memories_and_one_temperature(options, two_ranks: Ranks, tmp_path: P
     assert results["temperature"] == others["temperature"] != 0.5
     answers = two_ranks.run(stopped, parts, 5)
     assert [code for code, _ in answers] == [143, 143]
-    saved = [load_state(tmp_path / "parts" / "checkpoint-5", rank, 2) for rank in (0, 1)]
+    saved = [load_state(tmp_path / "parts" / "checkpoint-5", rank) for rank in (0, 1)]
     rows = [state["losses"]["memory"]["embeddings"] for state in saved]
     assert not rows[0].isclose(rows[1]).all(dim=1).any()
     resumed = two_ranks.run(trained_model, {**parts, "resume_from_checkpoint": "latest"})

@@ -4,6 +4,8 @@ HUGGING_FACE = "hugging_face_ce"
 TWO_BACKWARD = "two_backward_loop"
 CE = "fusedacl_ce"
 ACL = "fusedacl_acl"
+COMPILED = "fusedacl_ce_compiled"
+ACL_TRAINER, UNGATED, MONITORED = "acl_trainer", "acl_trainer_ungated", "acl_trainer_monitored"
 WORDS = {
     CE: "fusedacl, CE",
     HUGGING_FACE: "Hugging Face Trainer, CE",
@@ -15,6 +17,10 @@ WORDS = {
     TWO_BACKWARD: "a loop by hand: two backward passes, cosine of the flat gradients",
     "deepspeed_ce": "fusedacl, CE, DeepSpeed with one process",
     "deepspeed_acl": "fusedacl, ACL-Grad, DeepSpeed with one process",
+    COMPILED: "fusedacl, CE, torch_compile",
+    ACL_TRAINER: "ACLTrainer, ACL-Grad, all parameters (exact)",
+    UNGATED: "ACLTrainer, ACL without the gate",
+    MONITORED: "ACLTrainer, ACL without the gate, AngleMonitor in every step",
 }
 # Targets: words, two providers, and the largest ratio of the first one's time to the second one's.
 BARS = (
@@ -23,7 +29,12 @@ BARS = (
     ("gate on the representation over CE", "fusedacl_acl_head", CE, 1.05),
     ("CE under DeepSpeed over local", "deepspeed_ce", CE, 1.15),
     ("exact gate under DeepSpeed over local", "deepspeed_acl", ACL, 1.15),
+    ("exact gate, ACLTrainer over ours", ACL_TRAINER, ACL, 1.05),
+    ("CE, torch_compile over eager", COMPILED, CE, 1.0),
 )
+# The largest ratio of the time with an AngleMonitor, which measures every so many steps, to that
+# without: by the time of a step that it measures.
+MONITOR_EVERY, MAX_MONITORED = 50, 1.02
 CACHED_BATCH = "cached"
 CASES = ("minilm", "bert-base", CACHED_BATCH)
 # The providers of the case CACHED_BATCH.

@@ -34,18 +34,24 @@ from ...measuring.times_table import times_table
 from ..suite import WrongResult
 from .names import (
     ACL,
+    ACL_TRAINER,
     BARS,
     CACHED,
     CACHED_BATCH,
     CACHED_WORDS,
     CE,
+    COMPILED,
     HUGGING_FACE,
+    MAX_MONITORED,
+    MONITOR_EVERY,
+    MONITORED,
     ONE_CHUNK,
     ONE_SHOT,
     TWO_BACKWARD,
+    UNGATED,
     WORDS,
 )
-from .trainers import OURS, Case, Files, Ours, StepTrainer, make_trainer, obstacle
+from .trainers import ON_TRAINER, OURS, Case, Files, Ours, StepTrainer, make_trainer, obstacle
 
 # Cross-entropy and auxiliary loss of each step.
 Losses = list[tuple[float, float | None]]
@@ -61,7 +67,10 @@ CACHED_CHECK_STEPS = 2
 # Seconds for which the peak memory of one provider is awaited.
 CHILD_SECONDS = 900.0
 # Provider -> the provider that must have the same losses at every step.
-ALIKE = {HUGGING_FACE: CE, "deepspeed_ce": CE, TWO_BACKWARD: ACL, "deepspeed_acl": ACL}
+ALIKE = {
+    HUGGING_FACE: CE, COMPILED: CE, "deepspeed_ce": CE, TWO_BACKWARD: ACL, "deepspeed_acl": ACL,
+    ACL_TRAINER: ACL, MONITORED: "fusedacl_acl_ungated", UNGATED: "fusedacl_acl_ungated",
+}  # fmt: skip
 MAX_CACHED_MEMORY = 1.3
 MAX_CACHED_TIME = 1.45
 
@@ -82,7 +91,10 @@ class Turns:
 
 
 # Providers on the large model, whose steps take seconds.
-LARGE = tuple(WORDS.keys() - {"fusedacl_scl", "deepspeed_ce", "deepspeed_acl"})
+LARGE = tuple(
+    WORDS.keys()
+    - {"fusedacl_scl", "deepspeed_ce", "deepspeed_acl", COMPILED, ACL_TRAINER, UNGATED, MONITORED}
+)
 QUICK = (CE, HUGGING_FACE, ACL, "fusedacl_acl_head")
 PRESETS: dict[str, list[tuple[Case, Turns]]] = {
     "full": [
@@ -160,6 +172,9 @@ def measure(case: Case, turns: Turns, names: Iterable[str], files: Files, thread
         for what, slower, faster, most in BARS
         if turns.has_bars and slower in times and faster in times
     ]
+    if turns.has_bars and MONITORED in times and UNGATED in times:
+        value = 1 + (ratio(times, MONITORED, UNGATED) - 1) / MONITOR_EVERY
+        bars.append(bar(f"AngleMonitor every {MONITOR_EVERY} steps", value, MAX_MONITORED))
     return found | {"losses": losses, "left_out": left_out | wrong, "bars": bars}
 
 
@@ -204,7 +219,7 @@ def check(
     """Losses of some steps, FLOP per step, and why others are not timed; WrongResult for ours."""
     # Trainers that others are compared with run even if nobody asked for them.
     needed = dict.fromkeys([*trainers, CE, *(ALIKE[n] for n in trainers if n in ALIKE)])
-    if any(name not in (CE, HUGGING_FACE) for name in trainers):
+    if any(name not in (CE, HUGGING_FACE, COMPILED) for name in trainers):
         needed[ACL] = None
     losses, flops, wrong = {}, {}, {}
     for name in tqdm(needed, desc="check", leave=False):
@@ -216,7 +231,7 @@ def check(
         error = _error(losses[name], losses[ALIKE.get(name, CE)], steps, part=0)
         if losses[name][0][1] is not None and name != "fusedacl_scl":
             error = max(error, _error(losses[name], losses[ACL], steps, part=1))
-        if not error <= (MAX_LOGGED_ERROR if name == HUGGING_FACE else MAX_ERROR):
+        if not error <= (MAX_LOGGED_ERROR if name in ON_TRAINER else MAX_ERROR):
             why = f"its losses differ by {error:.1e} (relative): not timed"
             if name in OURS:
                 raise WrongResult(f"{case.words}, {name}: {why}")

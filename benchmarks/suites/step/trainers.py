@@ -24,13 +24,25 @@ from ....engine.backends.optimizers import decay_groups
 from ....engine.config.training import TrainingConfig
 from ....engine.data.batching import collate, epoch_batches
 from ....engine.data.quickstart import LABEL_NAMES, minilm_path, quickstart_splits
+from ....engine.integrations.arguments import ACLTrainingArguments
+from ....engine.integrations.monitor import AngleMonitor
+from ....engine.integrations.trainer import ACLTrainer
 from ....engine.model.saved import load_tokenizer
 from ....engine.training.builder import RunParts, build_run
 from ....engine.training.logs.metrics_log import read_records
 from ..baselines import dense_acl
 from ..exits.second_stage import SteppedTrainer
 from ..suite import flat_gradient
-from .names import ACL, CE, HUGGING_FACE, TWO_BACKWARD
+from .names import (
+    ACL,
+    ACL_TRAINER,
+    CE,
+    COMPILED,
+    HUGGING_FACE,
+    MONITORED,
+    TWO_BACKWARD,
+    UNGATED,
+)  # fmt: skip
 
 # A multiple of every batch size here, so that all batches are full.
 NUM_TEXTS = 512
@@ -47,10 +59,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "fusedacl_acl_head": {"objective": "acl", "gate_scope": "head"},
     "deepspeed_ce": {"objective": "ce", "deepspeed_config": "deepspeed.json"},
     "deepspeed_acl": {"objective": "acl", "deepspeed_config": "deepspeed.json"},
+    COMPILED: {"objective": "ce", "torch_compile": True},
     HUGGING_FACE: {"objective": "ce"},
     TWO_BACKWARD: {"objective": "acl"},
+    ACL_TRAINER: {"objective": "acl"},
+    UNGATED: {"objective": "acl", "gate": "none"},
+    MONITORED: {"objective": "acl", "gate": "none"},
 }
-OURS = OPTIONS.keys() - {HUGGING_FACE, TWO_BACKWARD}
+# Made on transformers' Trainer, which logs four decimals.
+ON_TRAINER = (HUGGING_FACE, ACL_TRAINER, UNGATED, MONITORED)
+OURS = OPTIONS.keys() - {*ON_TRAINER, TWO_BACKWARD}
 
 
 @dataclass(frozen=True)
@@ -205,45 +223,56 @@ class Ours(StepTrainer):
         trainer.backend.close()
 
 
-class HuggingFace(StepTrainer):
-    """The Hugging Face Trainer with the same model and the loss that the model returns."""
+class OnTrainer(StepTrainer):
+    """transformers' Trainer with the same model; `ACLTrainer` for other losses than the model's."""
 
     def train(self, num_steps: int, clock: Clock, **changes: Any) -> None:
-        trainer = build_run(self.config(num_steps, **changes))
-        options = trainer.config.optimization
-        callback = _ClockCallback(clock)
-        made = transformers.Trainer(
-            model=trainer.model,
-            args=transformers.TrainingArguments(
-                output_dir=str(self._files.directory / HUGGING_FACE),
-                max_steps=num_steps,
-                per_device_train_batch_size=options.per_device_train_batch_size,
-                learning_rate=options.learning_rate,
-                warmup_steps=round(options.warmup_ratio * num_steps),
-                weight_decay=options.weight_decay,
-                max_grad_norm=options.max_grad_norm,
-                optim="adamw_torch_fused",
-                use_cpu=True,
-                save_strategy="no",
-                logging_steps=trainer.config.run.logging_steps,
-                report_to="none",
-                disable_tqdm=True,
-                # Keeps the order of our batches.
-                train_sampling_strategy="sequential",
-            ),
-            train_dataset=_features(trainer),
-            data_collator=transformers.DataCollatorWithPadding(trainer.tokenizer),
-            callbacks=[callback],
-        )
+        parts = build_run(self.config(num_steps, **changes))
+        options, callback = parts.config.optimization, _ClockCallback(clock)
+        arguments: dict[str, Any] = {
+            "output_dir": str(self._files.directory / self._name),
+            "max_steps": num_steps,
+            "per_device_train_batch_size": options.per_device_train_batch_size,
+            "learning_rate": options.learning_rate,
+            "warmup_steps": round(options.warmup_ratio * num_steps),
+            "weight_decay": options.weight_decay,
+            "max_grad_norm": options.max_grad_norm,
+            "optim": "adamw_torch_fused",
+            "use_cpu": True,
+            "save_strategy": "no",
+            "logging_steps": parts.config.run.logging_steps,
+            "report_to": "none",
+            "disable_tqdm": True,
+            # Keeps the order of our batches.
+            "train_sampling_strategy": "sequential",
+        }
+        settings: dict[str, Any] = {
+            "model": parts.model,
+            "train_dataset": _features(parts),
+            "data_collator": transformers.DataCollatorWithPadding(parts.tokenizer),
+            "callbacks": [callback],
+        }
+        if self._name == HUGGING_FACE:
+            made = transformers.Trainer(
+                args=transformers.TrainingArguments(**arguments), **settings
+            )
+        else:
+            objective = parts.config.objective
+            own = ACLTrainingArguments(
+                **arguments, objective="acl", gate=objective.gate, aux_weight=objective.aux_weight
+            )
+            if self._name == MONITORED:
+                settings["callbacks"].insert(0, AngleMonitor(every=1))
+            made = ACLTrainer(args=own, **settings)
         made.remove_callback(transformers.PrinterCallback)
         made.train()
-        self.losses = [(loss, None) for loss in callback.losses]
+        self.losses = callback.losses
 
 
 class _ClockCallback(transformers.TrainerCallback):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
-        self.losses: list[float] = []
+        self.losses: list[tuple[float, float | None]] = []
 
     def on_train_begin(self, *arguments: Any, **options: Any) -> None:
         self.clock.restart()
@@ -253,7 +282,7 @@ class _ClockCallback(transformers.TrainerCallback):
 
     def on_log(self, *arguments: Any, logs: dict[str, float] | None = None, **options: Any) -> None:
         if logs and "loss" in logs:
-            self.losses.append(float(logs["loss"]))
+            self.losses.append((logs.get("loss_ce", logs["loss"]), logs.get("loss_aux")))
 
 
 def _features(trainer: RunParts) -> list[dict[str, Any]]:
@@ -323,7 +352,8 @@ class TwoBackward(StepTrainer):
 
 def make_trainer(name: str, case: Case, files: Files, **more: Any) -> StepTrainer:
     """Make the trainer of that name; `more` are further options of ours."""
-    cls = {HUGGING_FACE: HuggingFace, TWO_BACKWARD: TwoBackward}.get(name, Ours)
+    others: dict[str, type[StepTrainer]] = dict.fromkeys(ON_TRAINER, OnTrainer)
+    cls = {**others, TWO_BACKWARD: TwoBackward}.get(name, Ours)
     return cls(case, files, name, **{**OPTIONS[name], **more})
 
 

@@ -24,6 +24,7 @@ from ..optimizers import decay_groups, new_optimizer, new_schedule
 from .gate_scope import SharedScope
 from .gradients import ZeroGradients, check_version
 from .offload import zero_gradients
+from .resharding import load_parts, places
 from .settings import complete
 from .zero_step import ZeroStep
 
@@ -186,12 +187,14 @@ class DeepSpeedBackend(Backend):
     def state_dict(self) -> dict[str, Any]:
         with self.gradients.wrapped_optimizer() as optimizer:
             optimizer_state = optimizer.state_dict()
+            held = [tuple(place) for place in places(self.gradients, optimizer)]
         return {
             "masters": [master.detach().clone() for master in self.gradients.masters()],
             "optimizer": optimizer_state,
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
             "layout": self._layout(),
+            "places": held,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -213,6 +216,13 @@ class DeepSpeedBackend(Backend):
                 master.data.copy_(saved)
         with self.gradients.wrapped_optimizer() as optimizer:
             optimizer.load_state_dict(state["optimizer"])
+        self._go_on(state)
+
+    def load_parts(self, states: Sequence[dict[str, Any]]) -> None:
+        load_parts(self.gradients, states)
+        self._go_on(states[0])
+
+    def _go_on(self, state: dict[str, Any]) -> None:
         self.scheduler.load_state_dict(state["scheduler"])
         self.scaler.load_state_dict(state["scaler"])
         self.gradients.publish()

@@ -283,26 +283,20 @@ def set_aside(output_dir: Path, step: int) -> None:
             logger.info("%s is later than step %d: it is now %s.", path.name, step, aside.name)
 
 
-def load_state(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+def load_state(checkpoint: Path, rank: int = 0) -> dict[str, Any]:
     """The training state of a process in a checkpoint: tensors and plain values, never code.
 
+    The tensors stay in the file until they are read.
+
     Raises:
-        ValueError: the file is damaged, or a run with another number of processes wrote it.
+        ValueError: the file is missing or damaged.
     """
-    state = _load(checkpoint / STATE_FILE)
-    before = state.get("world_size", 1)
-    if before != world_size:
-        raise ValueError(
-            f"{str(checkpoint)!r} was saved by a run of {before} process(es); this one has "
-            f"{world_size}. Each holds its part of the optimizer: resume with {before}, or start a "
-            f"new run from the weights alone (model_name_or_path={str(checkpoint)!r})."
-        )
-    return state if rank == 0 else _load(checkpoint / state_file(rank))
+    return _load(checkpoint / state_file(rank))
 
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
         raise ValueError(f"{str(path)!r} is damaged and cannot be resumed from: {error}") from None
 

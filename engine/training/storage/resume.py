@@ -1,8 +1,10 @@
 """The checkpoint from which a run continues."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+from ...config.training import TrainingConfig
 from ...model.saved import load_trained, record_of
 from ...runtime import collectives, processes
 from ...runtime.manifest import fault
@@ -17,6 +19,10 @@ from .checkpoint import (
     load_state,
     tidy,
 )
+
+logger = logging.getLogger("fusedacl")
+# Options that other processes need otherwise, for as many texts in a step.
+_BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 
 def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
@@ -42,15 +48,21 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
     checkpoint = collectives.from_first(find)
 
     def load() -> dict[str, Any]:
-        changed = changed_options(output_dir, config)
+        state = load_state(checkpoint)
+        other_processes = state.get("world_size", 1) != processes.world_size()
+        now = lasting_options(config)
+        # config.yaml may be that of other processes which saved no checkpoint.
+        changed = changed_options(output_dir, config, _BATCH_OPTIONS)
+        if not other_processes:
+            then = {name: state["options"][name] for name in _BATCH_OPTIONS}
+            changed += differences(then, now)
         if changed:
             raise ValueError(
                 f"resume_from_checkpoint: the options differ from those in "
                 f"{str(output_dir / CONFIG_FILE)!r} ({'; '.join(changed)}). "
                 "Resume with the same options, or start a new run."
             )
-        state = load_state(checkpoint, processes.rank(), processes.world_size())
-        changed = differences(state["options"], lasting_options(config))
+        changed = differences(state["options"], now, _BATCH_OPTIONS)
         if changed:
             raise ValueError(
                 f"{str(checkpoint)!r} was saved by a run with other options ({'; '.join(changed)})."
@@ -74,7 +86,9 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
             parts.model.load_state_dict(trained.state_dict())
         except RuntimeError as error:
             raise ValueError(f"{str(checkpoint)!r} holds another model: {error}") from None
-        return state
+        if other_processes:
+            return _of_other_processes(checkpoint, state, config)
+        return state if processes.rank() == 0 else load_state(checkpoint, processes.rank())
 
     state = collectives.together(load)
     if best is not None:
@@ -88,3 +102,48 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
                     "Resume without load_best_model_at_end, or from a checkpoint before it."
                 )
     return checkpoint, state
+
+
+def _of_other_processes(
+    checkpoint: Path, state: dict[str, Any], config: TrainingConfig
+) -> dict[str, Any]:
+    """The state from which this process continues a run of more, or fewer, processes.
+
+    Args:
+        state: that of the run's first process. The others differ in what `engine` and `losses`
+            hold, and in their random numbers.
+
+    Raises:
+        ValueError: the parts cannot be joined, or a step would have another number of texts.
+    """
+    before, now = state["world_size"], processes.world_size()
+    saved = f"{str(checkpoint)!r} was saved by {before} process(es), and this run has {now}"
+    remedy = f"Resume with {before}, or start a new run from the weights (model_name_or_path)."
+    if "places" not in state["engine"]:
+        raise ValueError(
+            f"{saved}: it does not say which parts of the optimizer each process held, as runs "
+            f"under DeepSpeed do now. {remedy}"
+        )
+    if state.get("losses", {}).get("memory") is not None:
+        raise ValueError(
+            f"{saved}: each process has a memory of its own (memory_size), of other texts. {remedy}"
+        )
+
+    def texts(options: dict[str, Any], num_processes: int) -> int:
+        return num_processes * options[_BATCH_OPTIONS[0]] * options[_BATCH_OPTIONS[1]]
+
+    was, is_ = texts(state["options"], before), texts(lasting_options(config), now)
+    if was != is_:
+        remedy = f"{was} texts do not divide among {now} processes: start another number"
+        if was % now == 0:
+            remedy = f"the product of {' and '.join(_BATCH_OPTIONS)} must be {was // now}"
+        raise ValueError(f"{saved}: a step had {was} texts and would have {is_}; {remedy}.")
+    logger.info(
+        f"{saved}: the parts of the optimizer are joined and divided anew. Dropout draws other "
+        "numbers, and a contrastive batch without negatives=global has other texts."
+    )
+    parts = [
+        state["engine"],
+        *(load_state(checkpoint, rank)["engine"] for rank in range(1, before)),
+    ]
+    return {**state, "engine": parts, "seeded_anew": before}

@@ -14,7 +14,7 @@ from ...support import machine
 from ...support.variant import Variant
 from ..autograd import Implementation
 from ..batch import Batch, BatchShape
-from .pair_sums import padded, padded_width, pair_gradient, pair_variants, row_sums
+from .pair_sums import padded, padded_width, pair_gradient, pair_variants, symmetric_row_sums
 from .row_steps import (
     Rows,
     class_sums,
@@ -61,8 +61,8 @@ def forward(batch: Batch, trains_samples: bool, trains_labels: bool) -> tuple[Te
     with torch.cuda.device_of(batch.embeddings):
         rows = prepare(batch)
         num_rows = rows.order.shape[0]
-        partial_sums = row_sums(
-            rows.z, rows.shifts, rows.classes, num_rows, num_rows, temperature, denominator,
+        partial_sums = symmetric_row_sums(
+            rows.z, rows.shifts, rows.classes, num_rows, temperature, denominator,
             tiles(rows.z).forward,
         )  # fmt: skip
         loss, u, inverse_positives = losses(partial_sums, rows, temperature, denominator)

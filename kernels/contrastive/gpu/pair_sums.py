@@ -21,8 +21,7 @@ largest number.
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -30,16 +29,15 @@ import triton.language as tl
 from torch import Tensor
 
 from ...support.variant import Variant, make_variant
+from .splits import BLOCKS_AROUND_GRADIENT, BLOCKS_AROUND_SUMS, split_columns, split_triangle
 from .tiles import ONE_CHUNK, PADDED_ROWS, Tile, shipped
 
-# A multiprocessor needs this number of programs to hide their waiting.
-PROGRAMS_PER_MULTIPROCESSOR = 2
-# Time of a program beside its blocks of columns, as a number of blocks (by a model): it loads its
-# rows, and writes its sums or, in the backward pass, its part of the gradient.
-BLOCKS_AROUND_SUMS, BLOCKS_AROUND_GRADIENT = 1, 3
-# Limits of a split.
-MAX_SPLITS = 32
-MAX_PARTIAL_BYTES = 32 * 1024 * 1024
+# Of the sums that a triangle keeps for each pair of blocks: up to 46,000 rows in blocks of 128.
+MAX_TRIANGLE_BYTES = 64 * 1024 * 1024
+# More than any batch has.
+MAX_ROWS = 2**31 - 1
+# With fewer blocks of rows the diagonal, which a triangle computes whole, is too large a part.
+TRIANGLE_BLOCKS = 8
 
 UNIT_TYPES = {torch.float16: "*fp16", torch.float32: "*fp32"}
 
@@ -49,7 +47,7 @@ LIFT = tl.constexpr(14.0)
 UNLIFT = tl.constexpr(2.0**-14)
 
 # Numbers whose divisibility gains nothing: one compilation serves all sizes.
-NUMBERS = ["num_rows", "num_padded_rows", "num_columns", "blocks_per_split"]
+NUMBERS = ["num_rows", "num_padded_rows", "num_columns", "num_splits", "blocks_per_split"]
 
 
 @triton.jit
@@ -148,6 +146,62 @@ def row_sums_kernel(
     tl.store(partial_sums + rows, sums, mask=rows < num_rows)
 
 
+@triton.jit(do_not_specialize=NUMBERS)
+def triangle_sums_kernel(
+    z, shifts, classes,
+    # [splits + blocks of rows, E, num_rows]: own sums by split, then those of each block of rows
+    # for the columns behind it; written there.
+    partial_sums,
+    num_rows, num_padded_rows, num_splits, blocks_per_split, scale,
+    DENOMINATOR: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: blocks of rows, splits of the columns, exits. BLOCK_COLUMNS divides BLOCK_ROWS."""
+    row_block = tl.program_id(0)
+    first_row = row_block * BLOCK_ROWS
+    split = tl.program_id(1)
+    exit = tl.program_id(2).to(tl.int64)
+    num_exits = tl.num_programs(2)
+    block_rows = tl.arange(0, BLOCK_ROWS)
+    block_columns = tl.arange(0, BLOCK_COLUMNS)
+    z += exit * num_padded_rows * WIDTH
+    z_rows = z + tl.cast(first_row, tl.int64) * WIDTH
+    x = tl.load(z_rows + block_rows[:, None] * WIDTH + tl.arange(0, CHUNK)[None, :])
+    rows = first_row + block_rows
+    row_class = tl.load(classes + rows)
+    exists = tl.load(shifts + rows) > -float("inf")
+
+    first = tl.maximum(split * blocks_per_split, first_row // BLOCK_COLUMNS)
+    last = tl.minimum((split + 1) * blocks_per_split, tl.cdiv(num_rows, BLOCK_COLUMNS))
+    middle = tl.minimum(tl.maximum((first_row + BLOCK_ROWS) // BLOCK_COLUMNS, first), last)
+    sums = tl.zeros([BLOCK_ROWS], tl.float32)
+    for block in range(first, middle):
+        first_column = block * BLOCK_COLUMNS
+        exponential, _ = block_exponentials(
+            x, z_rows, z + tl.cast(first_column, tl.int64) * WIDTH, shifts, rows, row_class,
+            classes, first_column, scale, 0.0, DENOMINATOR, DENOMINATOR == "others",
+            WIDTH, CHUNK, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION,
+        )  # fmt: skip
+        sums += tl.sum(exponential, 1)
+    for_columns = (
+        partial_sums + ((num_splits + row_block).to(tl.int64) * num_exits + exit) * num_rows
+    )
+    for block in range(middle, last):
+        first_column = block * BLOCK_COLUMNS
+        exponential, _ = block_exponentials(
+            x, z_rows, z + tl.cast(first_column, tl.int64) * WIDTH, shifts, rows, row_class,
+            classes, first_column, scale, 0.0, DENOMINATOR, False,
+            WIDTH, CHUNK, BLOCK_ROWS, BLOCK_COLUMNS, PRECISION,
+        )  # fmt: skip
+        sums += tl.sum(exponential, 1)
+        columns = first_column + block_columns
+        of_columns = tl.sum(tl.where(exists[:, None], exponential, 0.0), 0)
+        tl.store(for_columns + columns, of_columns, mask=columns < num_rows)
+
+    partial_sums += (split * num_exits + exit) * num_rows
+    tl.store(partial_sums + rows, sums, mask=rows < num_rows)
+
+
 @triton.jit
 def block_gradient(
     gradient, x, z_rows, z_columns, u_row, u, shifts, rows, row_class, classes, first_column,
@@ -227,6 +281,68 @@ def pair_gradient_kernel(
     tl.store(partial_gradients + offsets, gradient * UNLIFT, mask=(rows < num_rows)[:, None])
 
 
+class PartialSums(NamedTuple):
+    """Sums over pairs in parts, to be added in their order.
+
+    sums: float32 [parts, E, M]. The first `num_splits` parts are for all rows, each further one, of
+        a block of rows, is written for the rows behind this block only: row i has
+        num_splits + i // rows_per_part parts.
+    """
+
+    sums: Tensor
+    num_splits: int
+    rows_per_part: int
+
+    @classmethod
+    def of_splits(cls, sums: Tensor) -> PartialSums:
+        """Return parts [splits, E, M] of which each is for all rows."""
+        return cls(sums, sums.shape[0], MAX_ROWS)
+
+    def total(self) -> Tensor:
+        """Return the sums [E, M]."""
+        num_parts, _, num_rows = self.sums.shape
+        rows, parts = (torch.arange(n, device=self.sums.device) for n in (num_rows, num_parts))
+        is_written = parts[:, None] < self.num_splits + rows // self.rows_per_part
+        return torch.where(is_written[:, None], self.sums, 0).sum(0)
+
+
+def symmetric_row_sums(
+    z: Tensor,
+    shifts: Tensor,
+    classes: Tensor,
+    num_rows: int,
+    temperature: float,
+    denominator: str,
+    tile: Tile,
+) -> PartialSums:
+    """Return the sums of `row_sums` of the first `num_rows` rows over themselves.
+
+    From `TRIANGLE_BLOCKS` blocks of rows on, a pair of blocks is computed once for both its sides,
+    if there is memory for the parts.
+    """
+    num_exits, num_padded_rows, width = z.shape
+    row_blocks = triton.cdiv(num_rows, tile.rows)
+    num_bytes = 4 * row_blocks * num_exits * num_rows
+    is_triangle = (
+        row_blocks >= TRIANGLE_BLOCKS
+        and num_bytes <= MAX_TRIANGLE_BYTES
+        and tile.rows % tile.columns == 0
+        and has_triangle(z.dtype, width)
+    )
+    if not is_triangle:
+        sums = row_sums(z, shifts, classes, num_rows, num_rows, temperature, denominator, tile)
+        return PartialSums.of_splits(sums)
+    num_splits, blocks_per_split = split_triangle(num_rows, num_exits, tile, z.device)
+    sums = shifts.new_empty(num_splits + row_blocks, num_exits, num_rows)
+    triangle_sums_kernel[row_blocks, num_splits, num_exits](
+        z, shifts, classes, sums,
+        num_rows, num_padded_rows, num_splits, blocks_per_split, exponent_scale(temperature),
+        **pair_constants(z.dtype, width, denominator, tile),
+        num_warps=tile.num_warps, num_stages=tile.num_stages,
+    )  # fmt: skip
+    return PartialSums(sums, num_splits, tile.rows)
+
+
 def row_sums(
     z: Tensor,
     shifts: Tensor,
@@ -291,53 +407,10 @@ def pair_gradient(
     return partial_gradients
 
 
-def split_columns(
-    num_programs: int,
-    num_columns: int,
-    tile: Tile,
-    partial_bytes: int,
-    device: torch.device,
-    blocks_around: int,
-) -> tuple[int, int]:
-    """Return the number of splits that keeps the GPU busy, and the blocks of columns in each.
-
-    partial_bytes: size of the result, which every split writes separately. blocks_around: what a
-    program does once, as a number of blocks.
-    """
-    num_blocks = max(1, triton.cdiv(num_columns, tile.columns))
-    affordable = MAX_PARTIAL_BYTES // max(1, partial_bytes)
-    most = max(1, min(affordable, MAX_SPLITS, num_blocks))
-    multiprocessors = num_multiprocessors(device)
-    return balanced_split(num_programs, num_blocks, most, multiprocessors, blocks_around)
-
-
-@functools.cache
-def balanced_split(
-    num_programs: int, num_blocks: int, most: int, multiprocessors: int, blocks_around: int
-) -> tuple[int, int]:
-    """Return the split, into at most `most` parts, with which the last multiprocessor ends first.
-
-    Programs that run on a multiprocessor at once share it, so that the one with most of them is the
-    last: 128 programs on 108 multiprocessors keep them busy for 59 % of the time, 5 x 128 for 99 %.
-    """
-
-    def cost(num_splits: int) -> int:
-        blocks = triton.cdiv(num_blocks, num_splits)
-        launched = num_programs * triton.cdiv(num_blocks, blocks)
-        load = max(PROGRAMS_PER_MULTIPROCESSOR, triton.cdiv(launched, multiprocessors))
-        return load * (blocks + blocks_around)
-
-    # The fewest of several that are equal.
-    blocks_per_split = triton.cdiv(num_blocks, min(range(1, most + 1), key=cost))
-    return triton.cdiv(num_blocks, blocks_per_split), blocks_per_split
-
-
-@functools.cache
-def num_multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        # The interpreter stands in for an A100.
-        return 108
-    return torch.cuda.get_device_properties(device).multi_processor_count
+def has_triangle(dtype: torch.dtype, width: int) -> bool:
+    """Return whether there is a triangle for unit rows of a padded width."""
+    # Wider 16-bit rows, which spill on compute capability 10.0, are left to `tiled`.
+    return dtype == torch.float32 or width <= ONE_CHUNK
 
 
 def pair_constants(
@@ -383,6 +456,11 @@ def pair_variants(capability: int, dtype: torch.dtype, width: int) -> list[Varia
     output = {"OUTPUT": blocks.backward.output}
     kernels: list[tuple[Any, Tile, dict[str, int], str, str]] = [
         *((row_sums_kernel, blocks.forward, {}, kind, kind) for kind in DENOMINATORS),
+        *(
+            (triangle_sums_kernel, blocks.forward, {}, kind, kind)
+            for kind in DENOMINATORS
+            if has_triangle(dtype, width)
+        ),
         (pair_gradient_kernel, blocks.backward, output, "all or others", "others"),
         (pair_gradient_kernel, blocks.backward, output, "negatives", "negatives"),
     ]

@@ -23,15 +23,9 @@ from torch import Tensor
 
 from ...support.variant import Variant, make_variant
 from ..batch import ZERO_NORM, Batch, BatchShape
-from .pair_sums import (
-    MAX_PARTIAL_BYTES,
-    MAX_SPLITS,
-    UNIT_TYPES,
-    exponent_scale,
-    padded,
-    padded_width,
-)
+from .pair_sums import UNIT_TYPES, PartialSums, exponent_scale, padded, padded_width
 from .parts import gather, part_arguments, part_types
+from .splits import MAX_PARTIAL_BYTES, MAX_SPLITS
 from .tiles import PADDED_ROWS
 
 # Few values per thread spill no registers; class sums loop over rows and take more at once.
@@ -141,29 +135,30 @@ def class_sums_kernel(
     tl.store(sums + columns, tl.sum(class_sum, 0), mask=columns < WIDTH)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_splits", "num_classes"])
+@triton.jit(do_not_specialize=["num_rows", "num_splits", "rows_per_part", "num_classes"])
 def losses_kernel(
-    # [splits, E, M]
+    # [splits, E, M], or with the parts of a triangle behind them.
     partial_sums,
     z, padded_classes,
     # float32 [C + 1, E, WIDTH], and int64 [C + 1]: start of each class among the sorted rows.
     class_sums, starts,
     # [E, M], [E, M_padded] and [M_padded]: written.
     losses, u, inverse_positives,
-    num_rows, num_padded_rows, num_splits, num_classes, inverse_temperature,
+    num_rows, num_padded_rows, num_splits, rows_per_part, num_classes, inverse_temperature,
     DENOMINATOR: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """Grid: blocks of padded rows, exits. u and 1 / n_i are 0 for rows that are no anchors."""
-    rows = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first_row = tl.program_id(0) * BLOCK_ROWS
+    rows = first_row + tl.arange(0, BLOCK_ROWS)
     exit = tl.program_id(1).to(tl.int64)
     num_exits = tl.num_programs(1)
     columns = tl.arange(0, BLOCK_WIDTH)
     inside = rows < num_rows
 
     sums = tl.zeros([BLOCK_ROWS], tl.float32)
-    for split in range(num_splits):
-        start = (split * num_exits + exit) * num_rows
+    for part in range(num_splits + first_row // rows_per_part):
+        start = (part * num_exits + exit) * num_rows
         sums += tl.load(partial_sums + start + rows, mask=inside, other=0.0)
     # A row with nothing to compare has the sum 0 and does not count; a NaN is kept.
     sums = tl.where(sums < SMALLEST, SMALLEST, sums)
@@ -322,22 +317,20 @@ def class_sums(z: Tensor, weights: Tensor | None, order: Tensor, starts: Tensor)
 
 
 def losses(
-    partial_sums: Tensor, rows: Rows, temperature: float, denominator: str
+    partial: PartialSums, rows: Rows, temperature: float, denominator: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return losses [E, M], u = 1 / D [E, M padded] and 1 / number of positives [M padded].
-
-    partial_sums: result of `row_sums` [splits, E, M].
-    """
-    num_splits, num_exits, num_rows = partial_sums.shape
+    """Return losses [E, M], u = 1 / D [E, M padded] and 1 / number of positives [M padded]."""
+    _, num_exits, num_rows = partial.sums.shape
     z, num_padded_rows, width = rows.z, *rows.z.shape[1:]
     found = z.new_empty(num_exits, num_rows, dtype=torch.float32)
     u = z.new_empty(num_exits, num_padded_rows, dtype=torch.float32)
     inverse_positives = z.new_empty(num_padded_rows, dtype=torch.float32)
     constants = row_constants(width)
     losses_kernel[num_padded_rows // constants["BLOCK_ROWS"], num_exits](
-        partial_sums, z, rows.classes, rows.sums_by_class, rows.starts, found, u,
+        partial.sums, z, rows.classes, rows.sums_by_class, rows.starts, found, u,
         inverse_positives,
-        num_rows, num_padded_rows, num_splits, rows.starts.shape[0] - 1, 1 / temperature,
+        num_rows, num_padded_rows, partial.num_splits, partial.rows_per_part,
+        rows.starts.shape[0] - 1, 1 / temperature,
         DENOMINATOR=denominator, **constants, num_warps=NUM_WARPS,
     )  # fmt: skip
     return found, u, inverse_positives

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ..batch import Batch, BatchShape
 from ..gpu import large_batches
-from ..gpu.pair_sums import row_sums
+from ..gpu.pair_sums import PartialSums, row_sums
 from ..gpu.row_steps import losses
 from .batch import Spread
 
@@ -34,7 +34,9 @@ def forward(spread: Spread, batch: Batch, with_gradient: bool) -> tuple[Tensor, 
                 batch.temperature, batch.denominator, large_batches.tiles(z).forward,
             ).sum(0)  # fmt: skip
         sums = spread.all_sums(own_sums, batch.reduction)
-        loss, u, inverse_positives = losses(sums[None], rows, batch.temperature, batch.denominator)
+        loss, u, inverse_positives = losses(
+            PartialSums.of_splits(sums[None]), rows, batch.temperature, batch.denominator
+        )
     if batch.reduction == "none":
         loss = loss.index_select(-1, order[:num_own_rows])
     loss, num_anchors = large_batches.reduced(loss, inverse_positives, batch)

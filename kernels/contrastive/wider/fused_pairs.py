@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..gpu import large_batches
-from ..gpu.pair_sums import LOG2_E, padded, padded_width, pair_gradient, row_sums
+from ..gpu.pair_sums import (
+    LOG2_E,
+    padded,
+    padded_width,
+    pair_gradient,
+    row_sums,
+    symmetric_row_sums,
+)  # fmt: skip
 
 
 def sums(
@@ -18,12 +25,12 @@ def sums(
 ) -> Tensor:
     """Return D_i exp(-1 / temperature) [E, A]; z [E, R, d] float16 or float32."""
     arguments = padded_rows(z, exists, keys, temperature)
+    options, num_rows = (temperature, denominator), z.shape[1]
+    tile = large_batches.tiles(arguments[0]).forward
     with torch.cuda.device_of(z):
-        partial_sums = row_sums(
-            *arguments, num_anchors, z.shape[1], temperature, denominator,
-            large_batches.tiles(arguments[0]).forward,
-        )  # fmt: skip
-    return partial_sums.sum(0)
+        if num_anchors == num_rows:
+            return symmetric_row_sums(*arguments, num_rows, *options, tile).total()
+        return row_sums(*arguments, num_anchors, num_rows, *options, tile).sum(0)
 
 
 def gradient(

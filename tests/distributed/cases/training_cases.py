@@ -14,7 +14,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import torch
 from fusedacl.engine import TrainingConfig
+from fusedacl.engine.backends.deepspeed.resharding import places
 from fusedacl.engine.runtime.signals import Interrupted
+from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.run import train
 from fusedacl.engine.training.trainer import Trainer
 
@@ -32,13 +34,13 @@ def linear_is_torchs(rank: int) -> bool:
     return torch.nn.functional.linear.__module__.startswith("torch")
 
 
-def stopped(rank: int, options: dict[str, Any], step: int) -> tuple[int, str]:
-    """The exit code and the checkpoint's name of a run that rank 1 alone is told to stop."""
+def stopped(rank: int, options: dict[str, Any], step: int, told: int = 1) -> tuple[int, str]:
+    """The exit code and the checkpoint's name of a run that one rank alone is told to stop."""
     original = Trainer._train_step
 
     def interrupted(self: Trainer, *arguments: Any) -> None:
         original(self, *arguments)
-        if rank == 1 and self.step == step:
+        if rank == told and self.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Trainer._train_step = interrupted  # type: ignore[method-assign]
@@ -49,6 +51,31 @@ def stopped(rank: int, options: dict[str, Any], step: int) -> tuple[int, str]:
     finally:
         Trainer._train_step = original  # type: ignore[method-assign]
     return 0, "was not stopped"
+
+
+def held(rank: int, options: dict[str, Any]) -> list[tuple[str, int, list[Any]]]:
+    """What this process holds of the optimizer of a run that would go on: name, start, values.
+
+    The values are the master weights, the moments and the number of steps.
+    """
+    parts = build_run(TrainingConfig.create(**options))
+    trainer = Trainer(parts)
+    found = []
+    gradients: Any = trainer.backend.gradients  # type: ignore[attr-defined]
+    with gradients.wrapped_optimizer() as optimizer:
+        for piece, place in zip(gradients.pieces, places(gradients, optimizer), strict=True):
+            size = getattr(piece.parameter, "ds_numel", piece.parameter.numel())
+            length = min(piece.length, size - piece.start)
+            values: list[Any] = [
+                state[:length].float().tolist() for state in gradients.states(piece)
+            ]
+            entry = optimizer.state.get(gradients.masters()[piece.group], {})
+            values.append(float(entry.get("step", 0)))
+            if length > 0:
+                found.append((place.name, piece.start, values))
+    trainer.backend.close()
+    parts.lock.release()
+    return found
 
 
 def refused(rank: int, options: dict[str, Any], of_rank_1: dict[str, Any]) -> str:

@@ -209,21 +209,6 @@ def test_resuming_without_the_memory_would_differ(options, monkeypatch, tmp_path
     assert records(options["output_dir"], "train")[9] != whole[9]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_under_deepspeed(options, stage: int, tmp_path: Path) -> None:
-    """A memory and a learned temperature train as with the local backend."""
-    pytest.importorskip("deepspeed")
-    config = tmp_path / "deepspeed.json"
-    config.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-    options |= {"max_steps": 4, "memory_size": 24, "dropout": 0.0, "max_angle": 180, **LEARNED}
-    run(options)
-    run(options, deepspeed_config=str(config), output_dir=str(tmp_path / "zero"))
-    ours, theirs = records(tmp_path / "zero", "train"), records(options["output_dir"], "train")
-    for name in ("temperature", "loss_aux", "loss_ce"):
-        expected = pytest.approx([line[name] for line in theirs], rel=1e-4)
-        assert [line[name] for line in ours] == expected
-
-
 def test_class_weights_are_those_of_the_anchors(options, calls, tmp_path: Path) -> None:
     file = tmp_path / "weights.json"
     file.write_text('{"negative": 1, "positive": 3}')

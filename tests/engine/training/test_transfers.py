@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from fusedacl.engine.training import transfers
-from fusedacl.engine.training.padding import KnownPadding
+from fusedacl.engine.training.forward.padding import KnownPadding
 from fusedacl.engine.training.transfers import PendingValues, Stopwatch, to_device
 
 CPU = torch.device("cpu")

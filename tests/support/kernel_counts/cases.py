@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 from fusedacl.kernels import acl_loss, gated_combine_, grad_dot_norm
 from fusedacl.kernels.contrastive import dispatch
+from fusedacl.kernels.contrastive.gpu import pair_sums
 from fusedacl.kernels.contrastive.tiled import gpu_epilogue
 
 DTYPES = (torch.float16, torch.float32)
@@ -52,13 +53,18 @@ def cases() -> Iterator[Case]:
     yield from gradients()
 
 
-def contrastive(num_rows: int, width: int, dtype: torch.dtype, small_rows: int) -> None:
+def contrastive(
+    num_rows: int, width: int, dtype: torch.dtype, small_rows: int, triangle_blocks: int = 8
+) -> None:
     """Forward and backward pass of samples and two label embeddings, `num_rows` in all."""
     torch.manual_seed(0)
     samples = torch.randn(num_rows - 2, width).to(dtype).requires_grad_()
     label_embeddings = torch.randn(2, width).to(dtype).requires_grad_()
     labels = torch.randint(2, (num_rows - 2,))
-    with mock.patch.object(dispatch, "SMALL_ROWS", small_rows):
+    with (
+        mock.patch.object(dispatch, "SMALL_ROWS", small_rows),
+        mock.patch.object(pair_sums, "TRIANGLE_BLOCKS", triangle_blocks),
+    ):
         acl_loss(samples, labels, label_embeddings, impl="triton").backward()
 
 
@@ -76,7 +82,16 @@ def small_batches() -> Iterator[Case]:
 
 
 def large_batches() -> Iterator[Case]:
-    """Every row against every column."""
+    """Every row against every column, and the forward pass above the diagonal."""
+    for dtype in DTYPES:
+        pairs = 512**2 / 2
+        yield Case(
+            f"M = 512, d = 64, {name_of(dtype)}",
+            lambda t=dtype: contrastive(512, 64, t, small_rows=0, triangle_blocks=4),
+            {"triangle_sums_kernel": Work(dtype, pairs * 64, pairs)},
+            WITH_MATRIX_UNIT,
+            is_small=False,
+        )
     for num_rows, width, dtype in (
         (256, 64, torch.float16), (256, 64, torch.float32), (256, 128, torch.float16),
         (256, 256, torch.float16),

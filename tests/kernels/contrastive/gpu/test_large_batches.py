@@ -14,7 +14,7 @@ from contrastive_cases import (
     use_implementation,
 )
 from fusedacl.kernels.contrastive import dispatch
-from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps
+from fusedacl.kernels.contrastive.gpu import large_batches, pair_sums, row_steps, splits
 from fusedacl.kernels.contrastive.gpu.tiles import Blocks, Tile
 
 # NumPy, in the interpreter, warns of the NaN and infinity that some tests are about.
@@ -64,16 +64,20 @@ def test_weights_far_below_the_largest(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("denominator", DENOMINATORS)
+@pytest.mark.parametrize("triangle", [False, True])
 def test_splits_of_the_columns_change_nothing_but_rounding(
-    monkeypatch: pytest.MonkeyPatch, poison: None, denominator: str
+    monkeypatch: pytest.MonkeyPatch, poison: None, triangle: bool, denominator: str
 ) -> None:
+    if triangle:
+        monkeypatch.setattr(pair_sums, "TRIANGLE_BLOCKS", 2)
+        tile = Tile(32, 16, 32, 0, 4, 2)
+        blocks = Blocks(tile, Tile(16, 32, 32, 32, 4, 2))
+        monkeypatch.setattr(large_batches, "tiles", lambda z: blocks)
     inputs = make_inputs(70, 5, width=8, dtype=torch.float32, device=DEVICE)
     labels = LABELS["random"](70, 5).to(DEVICE)
     found = []
     for multiprocessors in (1, 6, 1000):
-        monkeypatch.setattr(
-            pair_sums, "num_multiprocessors", lambda device, num=multiprocessors: num
-        )
+        monkeypatch.setattr(splits, "num_multiprocessors", lambda device, num=multiprocessors: num)
         found.append(run(inputs, labels, None, impl="triton", denominator=denominator))
     for split in found[1:]:
         for wanted, got in zip(found[0], split, strict=True):

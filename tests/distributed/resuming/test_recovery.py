@@ -110,7 +110,7 @@ def assert_goes_on(options: dict[str, Any], two_ranks: Ranks, undisturbed: Path)
 
 def test_a_rank_dies_in_the_middle_of_a_save(options, two_ranks: Ranks, tmp_path: Path) -> None:
     options["deepspeed_config"] = deepspeed_file(tmp_path, 2)
-    started = launch(options, str(HERE.parent / "support" / "killed_runs" / "dying_rank.py"))
+    started = launch(options, str(HERE.parents[1] / "support" / "killed_runs" / "dying_rank.py"))
     wait_for(tmp_path / "run" / "checkpoint-3", started)
     words = ended(started, options["output_dir"])
     assert started.returncode == 1
