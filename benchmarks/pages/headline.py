@@ -78,7 +78,16 @@ def comparisons(found: Mapping[str, Result]) -> list[Comparison]:
 
 
 def headline(results: Mapping[str, Mapping[str, Result]]) -> str:
-    """A row for each comparison on each machine; empty if nothing was measured."""
+    """A row for each comparison on the machine that was measured last; empty if none was."""
+    compared = {machine: found for machine, found in results.items() if comparisons(found)}
+    if not compared:
+        return ""
+
+    def date(machine: str) -> str:
+        files = (compared[machine].get(name) for name in ("loss", "angle"))
+        return max(file["environment"]["date"] for file in files if file)
+
+    machine = max(compared, key=date)
     rows = [
         [
             each.title,
@@ -90,10 +99,9 @@ def headline(results: Mapping[str, Mapping[str, Result]]) -> str:
             f"{each.fastest}: {each.factor:.2f} times",
             machine,
         ]
-        for machine, found in results.items()
-        for each in comparisons(found)
+        for each in comparisons(compared[machine])
     ]
-    return markdown_table(HEADER, rows) if rows else ""
+    return markdown_table(HEADER, rows)
 
 
 def write_headline(readme: Path, table: str) -> None:

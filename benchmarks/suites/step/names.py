@@ -30,7 +30,6 @@ BARS = (
     ("CE under DeepSpeed over local", "deepspeed_ce", CE, 1.15),
     ("exact gate under DeepSpeed over local", "deepspeed_acl", ACL, 1.15),
     ("exact gate, ACLTrainer over ours", ACL_TRAINER, ACL, 1.05),
-    ("CE, torch_compile over eager", COMPILED, CE, 1.0),
 )
 # The largest ratio of the time with an AngleMonitor, which measures every so many steps, to that
 # without: by the time of a step that it measures.

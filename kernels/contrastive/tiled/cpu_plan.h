@@ -65,6 +65,7 @@ struct plan {
     float *given_u, *given_scales;           /* [padded] */
     const float *u, *scales;                 /* those, or null */
     int64_t sums_products, slots_size, are_kept, all_are_kept;
+    int64_t num_needed; /* rows with a sum or a gradient: the first ones */
     int64_t num_rows, num_trained, padded, width, num_panels, num_classes, denominator;
     int64_t blocks, sum_blocks, trained_blocks, num_tiles, capacity; /* num_tiles: of the gradient */
     int64_t group, num_groups, strip, num_phases, num_threads, own_size;

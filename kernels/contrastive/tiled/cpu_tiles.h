@@ -156,9 +156,11 @@ INLINE void NAME(finish_pairs)(const struct NAME(ending) *end, float *tile, int 
     }
 }
 
+/* Rows of block i that nobody needs are left as they are. */
 INLINE void NAME(fill_tile)(const struct plan *q, int64_t i, int64_t j, float *tile,
                             const struct NAME(ending) *end, int kind)
 {
+    const int64_t num_rows = smaller(TILE, q->num_needed - i * TILE);
     const float *a = q->transposed + i * q->width * TILE, *b = q->transposed + j * q->width * TILE;
     /* For each k the tile has TILE * TILE / (ROWS * COLUMNS) steps, which fetch TILE floats. */
     const float *next = j + 1 < q->blocks ? b + q->width * TILE : a;
@@ -166,7 +168,7 @@ INLINE void NAME(fill_tile)(const struct plan *q, int64_t i, int64_t j, float *t
     for (int64_t start = 0; start < q->width; start += DEPTH) {
         int64_t depth = smaller(DEPTH, q->width - start);
         for (int column = 0; column < TILE; column += COLUMNS)
-            for (int row = 0; row < TILE; row += ROWS) {
+            for (int row = 0; row < num_rows; row += ROWS) {
                 NAME(multiply)(a + start * TILE + row, 1, TILE, b + start * TILE + column, TILE,
                                depth, tile + row * TILE + column, TILE, start > 0, &ahead);
                 if (start + depth == q->width)

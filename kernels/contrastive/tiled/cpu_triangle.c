@@ -187,6 +187,10 @@ static void take_gradient(const struct plan *q, int64_t exit, int64_t task, int6
                           int64_t stop, const float *u, float *scratch)
 {
     int64_t strips = TILE / q->strip, block = task / strips, first = task % strips * q->strip;
+    /* The last strips may have fewer rows, or none; a multiple of every ROWS. */
+    int64_t count = smaller(q->strip, rounded_up(q->num_trained - block * TILE - first, 12));
+    if (count <= 0)
+        return;
     float *products = q->products + block * q->num_panels * TILE * PANEL + first * PANEL;
     int64_t other = 0, last = q->blocks;
     if (start == 0)
@@ -201,7 +205,7 @@ static void take_gradient(const struct plan *q, int64_t exit, int64_t task, int6
         const float *tile = q->kept + (INDEX(other) - start) * TILE * TILE;
         const float *ahead = other + 1 < last ? q->kept + (INDEX(other + 1) - start) * TILE * TILE
                                               : tile;
-        q->f->contribute(q, tile, other < block, first, q->strip,
+        q->f->contribute(q, tile, other < block, first, count,
                          start == 0 && (q->p || q->are_kept) ? u + block * TILE + first : 0,
                          u + other * TILE,
                          other, products, scratch, ahead);
@@ -210,7 +214,7 @@ static void take_gradient(const struct plan *q, int64_t exit, int64_t task, int6
     if (stop < q->num_tiles)
         return;
     float *gradient = q->p ? q->p->gradient + exit * q->num_trained * q->width : q->pairs_p->result;
-    for (int64_t row = 0; row < q->strip; row++) {
+    for (int64_t row = 0; row < count; row++) {
         int64_t i = block * TILE + first + row;
         if (i < q->num_trained)
             q->f->finish_row(q, i, products + row * PANEL, gradient + i * q->width);
@@ -314,6 +318,7 @@ static struct plan plan_of(const struct problem *p)
 {
     struct plan q = {.p = p, .width = p->width, .num_rows = num_rows(p)};
     q.num_trained = num_trained(p);
+    q.num_needed = q.num_rows;
     q.sum_blocks = (q.num_rows + TILE - 1) / TILE;
     q.num_classes = p->num_labels ? p->num_labels : p->num_samples;
     q.denominator = p->denominator;
@@ -326,6 +331,7 @@ static struct plan plan_of_pass(const struct pairs *p)
 {
     struct plan q = {.pairs_p = p, .width = p->width, .num_rows = p->num_rows};
     q.num_trained = p->u ? p->num_own : p->num_kept_rows;
+    q.num_needed = p->num_own;
     q.sum_blocks = (p->num_own + TILE - 1) / TILE;
     q.denominator = p->denominator;
     q.sums_products = p->products != 0;
