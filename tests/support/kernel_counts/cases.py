@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from fusedacl.kernels import acl_loss, gated_combine_, grad_dot_norm
 from fusedacl.kernels.contrastive import dispatch
-from fusedacl.kernels.contrastive.gpu import pair_sums
+from fusedacl.kernels.contrastive.gpu import pair_sums, splits
 from fusedacl.kernels.contrastive.tiled import gpu_epilogue
 
 DTYPES = (torch.float16, torch.float32)
@@ -81,13 +81,19 @@ def small_batches() -> Iterator[Case]:
             )
 
 
+def above_the_diagonal(num_rows: int, width: int, dtype: torch.dtype) -> None:
+    """A batch with few blocks of rows, whose columns are not split, as those of a large one are."""
+    with mock.patch.object(splits, "num_multiprocessors", lambda device: 1):
+        contrastive(num_rows, width, dtype, small_rows=0, triangle_blocks=4)
+
+
 def large_batches() -> Iterator[Case]:
     """Every row against every column, and the forward pass above the diagonal."""
     for dtype in DTYPES:
         pairs = 512**2 / 2
         yield Case(
             f"M = 512, d = 64, {name_of(dtype)}",
-            lambda t=dtype: contrastive(512, 64, t, small_rows=0, triangle_blocks=4),
+            lambda t=dtype: above_the_diagonal(512, 64, t),
             {"triangle_sums_kernel": Work(dtype, pairs * 64, pairs)},
             WITH_MATRIX_UNIT,
             is_small=False,
