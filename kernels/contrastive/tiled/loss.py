@@ -32,8 +32,9 @@ from ..autograd import Implementation
 from ..batch import ZERO_NORM, Batch, BatchShape, accumulate_dtype
 from . import cpu_loop, cpu_triangle
 
-# Rows and columns of a tile on the CPU; the backward pass holds two of them, 2 MiB in float32.
-TILE = 512
+# Rows and columns of a tile on the CPU; the backward pass holds two of them, 8 MiB in float32. As fast
+# as 512 on idle cores, and less is waited for beside a busy one: 2.4 instead of 3.1 times slower.
+TILE = 1024
 # On a GPU one tile must fill the chip: 32 MiB in float16, 64 MiB in float32.
 GPU_TILE = 4096
 # Up to this many pairs of all exits are computed at once and kept for the gradient.
