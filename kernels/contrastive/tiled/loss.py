@@ -32,9 +32,11 @@ from ..autograd import Implementation
 from ..batch import ZERO_NORM, Batch, BatchShape, accumulate_dtype
 from . import cpu_loop, cpu_triangle
 
-# Rows and columns of a tile on the CPU; the backward pass holds two of them, 8 MiB in float32. As fast
-# as 512 on idle cores, and less is waited for beside a busy one: 2.4 instead of 3.1 times slower.
-TILE = 1024
+# Rows and columns of a tile on the CPU; the backward pass holds two of them, 2 MiB in float32.
+TILE = 512
+# From four of them on. They are as fast on idle cores, and threads wait for each other less often:
+# beside a busy core M = 4096 took 2.4 to 2.5 times as long, and 3.1 to 3.9 times in tiles of 512.
+LARGE_TILE = 1024
 # On a GPU one tile must fill the chip: 32 MiB in float16, 64 MiB in float32.
 GPU_TILE = 4096
 # Up to this many pairs of all exits are computed at once and kept for the gradient.
@@ -356,8 +358,11 @@ def fits_one_tile(y: Tensor) -> bool:
 
 def tile_rows(y: Tensor) -> int:
     """Return the number of rows and columns of a tile on the device of y."""
-    largest = GPU_TILE if y.device.type == "cuda" else TILE
-    return max(1, min(largest, y.shape[-2]))
+    num_rows = y.shape[-2]
+    if y.device.type == "cuda":
+        return max(1, min(GPU_TILE, num_rows))
+    largest = LARGE_TILE if num_rows >= 4 * LARGE_TILE else TILE
+    return max(1, min(largest, num_rows))
 
 
 def as_exits(tensor: Tensor, num_dims: int = 2) -> Tensor:
