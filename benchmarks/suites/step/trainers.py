@@ -352,8 +352,9 @@ class TwoBackward(StepTrainer):
 
 def make_trainer(name: str, case: Case, files: Files, **more: Any) -> StepTrainer:
     """Make the trainer of that name; `more` are further options of ours."""
-    others: dict[str, type[StepTrainer]] = dict.fromkeys(ON_TRAINER, OnTrainer)
-    cls = {**others, TWO_BACKWARD: TwoBackward}.get(name, Ours)
+    others: dict[str, type[StepTrainer]] = {TWO_BACKWARD: TwoBackward}
+    others |= dict.fromkeys(ON_TRAINER, OnTrainer)
+    cls = others.get(name, Ours)
     return cls(case, files, name, **{**OPTIONS[name], **more})
 
 
