@@ -355,7 +355,7 @@ def test_the_table_replaces_what_lies_between_the_markers() -> None:
 
 @pytest.mark.parametrize("file", FILES)
 def test_variants_name_every_argument_once(file: str) -> None:
-    with_products = ("supcon_small", "row_sums", "pair_gradient")
+    with_products = ("supcon_small", "row_sums", "triangle_sums", "pair_gradient")
     for capability in CHIPS:
         variants = FILES[file].variants(capability)
         assert bool(variants) == (file != LARGEST or capability >= 80)
