@@ -409,8 +409,8 @@ def pair_gradient(
 
 def has_triangle(dtype: torch.dtype, width: int) -> bool:
     """Return whether there is a triangle for unit rows of a padded width."""
-    # Wider 16-bit rows spill on compute capability 10.0, as Triton 3.3.1 compiles them.
-    return dtype == torch.float32 or width < ONE_CHUNK
+    # Wider 16-bit rows spill on compute capability 10.0, as Triton 3.3.1 or 3.9.0 compiles them.
+    return dtype == torch.float32 or width <= 64
 
 
 def pair_constants(
