@@ -16,7 +16,7 @@ from .gradients import ZeroGradients
 
 
 class Place(NamedTuple):
-    """Where a part of a parameter lies.
+    """Place of a part of a parameter.
 
     The elements [start, start + length) of the flattened parameter lie at `offset` of the flattened
     master, whose moments are entry `entry` of the optimizer's `state_dict`.

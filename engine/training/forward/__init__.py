@@ -1,1 +1,1 @@
-"""What a forward pass in training does otherwise than the encoder asks for, to take less time."""
+"""Shortcuts of a forward pass in training."""

@@ -45,7 +45,7 @@ def fast_dropout(device: torch.device, compiled: bool) -> AbstractContextManager
 
 def runs_again(model: nn.Module) -> bool:
     """True if a part of the model repeats its forward pass in the backward pass."""
-    # Of transformers and of torch.distributed.
+    # transformers marks such modules; torch.distributed wraps them.
     return any(
         getattr(module, "gradient_checkpointing", False) is True
         or isinstance(module, CheckpointWrapper)

@@ -32,7 +32,7 @@ from ...support.variant import Variant, make_variant
 from .splits import BLOCKS_AROUND_GRADIENT, BLOCKS_AROUND_SUMS, split_columns, split_triangle
 from .tiles import ONE_CHUNK, PADDED_ROWS, Tile, shipped
 
-# Of the sums that a triangle keeps for each pair of blocks: up to 46,000 rows in blocks of 128.
+# Limit of the sums that a triangle keeps per pair of blocks: 46,000 rows in blocks of 128.
 MAX_TRIANGLE_BYTES = 64 * 1024 * 1024
 # More than any batch has.
 MAX_ROWS = 2**31 - 1

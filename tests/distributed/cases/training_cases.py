@@ -54,7 +54,7 @@ def stopped(rank: int, options: dict[str, Any], step: int, told: int = 1) -> tup
 
 
 def held(rank: int, options: dict[str, Any]) -> list[tuple[str, int, list[Any]]]:
-    """What this process holds of the optimizer of a run that would go on: name, start, values.
+    """Return the optimizer's parts on this process, of a resumed run: name, start, values.
 
     The values are the master weights, the moments and the number of steps.
     """
