@@ -14,6 +14,7 @@ from . import reference
 from .batch import Batch, WiderBatch, accumulate_dtype
 from .gpu import tiles
 from .tiled import loss as tiled
+from .wider import compiled
 from .wider import loss as wider
 
 logger = logging.getLogger(__name__)
@@ -166,10 +167,12 @@ def loss_function(name: str) -> Callable[[Batch], Tensor]:
     return module.implementation.loss
 
 
-def wider_function(name: str) -> Callable[[WiderBatch], Tensor]:
+def wider_function(name: str, batch: WiderBatch) -> Callable[[WiderBatch], Tensor]:
     """Return the function of the implementation that was chosen for a wider batch."""
     if name == "reference":
         return reference.wider_loss
+    if name == "tiled" and compiled.takes(batch):
+        return compiled.contrastive_loss
     return functools.partial(wider.contrastive_loss, name)
 
 

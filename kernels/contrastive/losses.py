@@ -283,7 +283,7 @@ def _contrastive_loss(labels: Tensor, tensors: dict[str, Tensor], options: Optio
             if wider is None and any(spread.num_samples):
                 return sharded.contrastive_loss(name, spread, batch)
         if wider is not None:
-            return dispatch.wider_function(name)(wider)
+            return dispatch.wider_function(name, wider)(wider)
         return dispatch.loss_function(name)(batch)
 
 

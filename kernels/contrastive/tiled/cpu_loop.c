@@ -217,6 +217,8 @@ INLINE void differentiate(const struct problem *p, struct scratch *s, int64_t ex
         float *gradient = p->gradient + (exit * num_trained(p) + i) * p->width;
         if (s->of.classes[i] < 0) {
             memset(gradient, 0, sizeof(float) * p->width);
+            if (p->products)
+                p->products[exit * num_trained(p) + i] = 0;
             continue;
         }
         const float *y = s->y + i * s->width, *sum = s->sums + s->of.classes[i] * s->width;
@@ -225,7 +227,9 @@ INLINE void differentiate(const struct problem *p, struct scratch *s, int64_t ex
         for (int64_t k = 0; k < s->width; k += LANES)
             *(lanes *)(product + k) -=
                 twice_v * (*(const lanes *)(sum + k) - *(const lanes *)(y + k));
-        float projection = (float)p->temperature * dot(product, y, s->width);
+        float both = dot(product, y, s->width), projection = (float)p->temperature * both;
+        if (p->products)
+            p->products[exit * num_trained(p) + i] = both;
         for (int64_t k = 0; k < s->width; k += LANES)
             *(lanes *)(product + k) =
                 (*(lanes *)(product + k) - *(const lanes *)(y + k) * projection) *

@@ -5,6 +5,7 @@ For float32 and up to MAX_ROWS rows, where cpu_loop.c was compiled at installati
 
 import ctypes
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +24,8 @@ DENOMINATORS = ("all", "others", "negatives")
 REDUCTIONS = ("mean", "sum")
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 INTEGERS = (
-    "num_exits", "num_samples", "num_labels", "num_copies", "width", "ignore_index", "denominator",
-    "reduction",
+    "num_exits", "num_samples", "num_labels", "num_copies", "num_memory", "width", "ignore_index",
+    "denominator", "reduction",
 )  # fmt: skip
 
 
@@ -32,11 +33,12 @@ class Problem(ctypes.Structure):
     """`struct problem` of cpu_rows.h, with the same fields."""
 
     _fields_ = (
-        ("parts", ctypes.c_void_p * 4),
-        ("dtypes", ctypes.c_int64 * 4),
+        ("parts", ctypes.c_void_p * 5),
+        ("dtypes", ctypes.c_int64 * 5),
         ("labels", ctypes.c_void_p),
         ("losses", ctypes.c_void_p),
         ("gradient", ctypes.c_void_p),
+        ("products", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in INTEGERS),
         ("temperature", ctypes.c_double),
     )
@@ -57,38 +59,66 @@ def can_run(batch: Batch, dtype: torch.dtype) -> bool:
     )
 
 
-class Call:
-    """A batch as a compiled loop reads it, and what the loop writes.
+class Outputs(NamedTuple):
+    """What a compiled loop writes.
 
-    losses: a scalar or [E]; gradient: [.., N + K, d] of the student's rows, or None.
-    num_threads: as many as are worth starting.
+    losses: a scalar or [E]. gradient: [.., N + K, d] of the student's rows, or None. products:
+    [.., N + K], y . G of these rows in the notation of loss.py, or None.
     """
 
-    def __init__(self, batch: Batch, with_gradient: bool) -> None:
+    losses: Tensor
+    gradient: Tensor | None
+    products: Tensor | None
+
+
+class Call:
+    """A batch as a compiled loop reads it, its outputs, and the number of threads worth starting.
+
+    memory: rows [Q, d] and labels [Q], constants that are no anchors.
+    """
+
+    def __init__(
+        self,
+        batch: Batch,
+        with_gradient: bool,
+        with_products: bool,
+        memory: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        labels, parts = batch.labels.long(), batch.parts
+        addresses: list[int | None] = [None] * 5
+        dtypes = [0] * 5
         # Copies made here must live until the loop has returned.
-        self.parts = parts = [part.contiguous() for part in batch.parts]
-        self.labels = batch.labels.long().contiguous()
+        self.parts = [part.contiguous() for part in parts]
+        for place, part in enumerate(self.parts):
+            addresses[place], dtypes[place] = part.data_ptr(), DTYPES[part.dtype]
+        num_memory = 0
+        if memory is not None:
+            rows = memory[0].contiguous()
+            self.parts.append(rows)
+            addresses[4], dtypes[4] = rows.data_ptr(), DTYPES[rows.dtype]
+            labels, num_memory = torch.cat([labels, memory[1].long()]), rows.shape[0]
+        self.labels = labels.contiguous()
         self.batch = batch
         *exits, num_samples, width = batch.embeddings.shape
         self.num_exits = exits[0] if exits else 1
         num_labels, num_copies = batch.num_labels or 0, batch.num_copies
         num_trained = num_samples + num_labels
-        work = self.num_exits * num_copies * (num_copies + 1) * num_trained**2 * width
+        self.num_rows = num_copies * num_trained + num_memory
+        work = self.num_exits * (num_copies + 1) * num_trained * self.num_rows * width
         self.num_threads = torch.get_num_threads() if work >= WORTH_THREADS else 1
-        # Not on the default device, which may be another one.
-        self.losses = torch.empty(exits, dtype=torch.float32, device="cpu")
-        self.gradient = address = None
-        if with_gradient:
-            shape = (*exits, num_trained, width)
-            self.gradient = torch.empty(shape, dtype=torch.float32, device="cpu")
-            address = self.gradient.data_ptr()
+        self.outputs = Outputs(
+            floats(*exits),
+            floats(*exits, num_trained, width) if with_gradient else None,
+            floats(*exits, num_trained) if with_products else None,
+        )
         self.problem = Problem(
-            tuple([part.data_ptr() for part in parts]),
-            tuple([DTYPES[part.dtype] for part in parts]),
-            self.labels.data_ptr(), self.losses.data_ptr(), address, self.num_exits, num_samples,
-            num_labels, num_copies, width, batch.ignore_index,
-            DENOMINATORS.index(batch.denominator), REDUCTIONS.index(batch.reduction),
-            batch.temperature,
+            tuple(addresses),
+            tuple(dtypes),
+            self.labels.data_ptr(),
+            *[None if output is None else output.data_ptr() for output in self.outputs],
+            self.num_exits, num_samples, num_labels, num_copies, num_memory, width,
+            batch.ignore_index, DENOMINATORS.index(batch.denominator),
+            REDUCTIONS.index(batch.reduction), batch.temperature,
         )  # fmt: skip
 
     def check(self, position: int) -> None:
@@ -97,14 +127,18 @@ class Call:
             check_range(self.labels, self.problem.num_labels, self.batch.ignore_index)
 
 
-def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
-    call, loop = Call(batch, with_gradient), compiled_loop()
+def floats(*shape: int) -> Tensor:
+    # Not on the default device, which may be another one.
+    return torch.empty(shape, dtype=torch.float32, device="cpu")
+
+
+def loss_and_gradient(batch: Batch, with_gradient: bool, with_products: bool = False) -> Outputs:
+    """Compute the loss and, where they are wanted, its gradient and its products."""
+    call, loop = Call(batch, with_gradient, with_products), compiled_loop()
     assert loop is not None, "takes() has checked"
-    size = min(call.num_threads, call.num_exits) * loop.supcon_scratch(call.problem)
-    scratch = torch.empty(size, dtype=torch.float32, device="cpu")
+    scratch = floats(min(call.num_threads, call.num_exits) * loop.supcon_scratch(call.problem))
     call.check(loop.supcon_loss(call.problem, scratch.data_ptr(), call.num_threads))
-    return call.losses, call.gradient
+    return call.outputs
 
 
 @functools.cache

@@ -55,7 +55,8 @@ struct plan {
     float *inverse_norm, *losses; /* [padded], [E][padded] */
     float *transposed;            /* [blocks][d][TILE]: y */
     float *panels;                /* [num_panels][padded][PANEL]: y */
-    float *class_sums;            /* [num_panels][num_classes][PANEL] */
+    float *class_sums;            /* [num_panels][num_classes][PANEL]: Y */
+    float *mean_sums;             /* the means of Y and the sums over anchors */
     float *slots;                 /* [num_groups][sum_blocks * TILE]: shares of D, then of products */
     float *products;              /* [trained_blocks][num_panels][TILE][PANEL]: G */
     float *kept;                  /* [capacity][TILE][TILE]: e, then weights of other tiles */
@@ -83,7 +84,7 @@ struct functions {
     void (*pack_block)(const struct plan *, int64_t, int64_t, float *);
     void (*sum_classes)(const struct plan *, int64_t);
     float (*sum_positives)(const struct plan *, int64_t);
-    void (*finish_row)(const struct plan *, int64_t, float *, float *);
+    void (*finish_row)(const struct plan *, int64_t, int64_t, float *);
 };
 
 /* Place of a tile among those on or above the diagonal, row by row. */
@@ -117,6 +118,9 @@ static int64_t lay_out(struct plan *q, float *start, int64_t capacity, int64_t n
     TAKE(transposed, q->padded * q->width);
     TAKE(panels, q->padded * q->num_panels * PANEL);
     TAKE(class_sums, q->num_classes * q->num_panels * PANEL);
+    q->mean_sums = q->class_sums;
+    if (q->num_needed < q->num_rows)
+        TAKE(mean_sums, q->num_classes * q->num_panels * PANEL);
     q->slots_size = q->num_groups * q->sum_blocks * TILE;
     TAKE(slots, q->slots_size * (1 + q->sums_products));
     TAKE(products, gives_gradient ? q->trained_blocks * TILE * q->num_panels * PANEL : 0);

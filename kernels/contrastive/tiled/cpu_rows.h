@@ -23,15 +23,16 @@ enum { IGNORED = -1, PADDING = -2 };
 
 /* Problem in cpu_loop.py has the same fields. */
 struct problem {
-    /* Samples [E][N][d], label embeddings [E][K][d], and their teacher counterparts [N][d] and
-     * [K][d]; null where absent. */
-    const void *parts[4];
-    int64_t dtypes[4];
-    const int64_t *labels; /* [N] */
+    /* Samples [E][N][d], label embeddings [E][K][d], their teacher counterparts [N][d] and [K][d], and
+     * the memory [Q][d], whose rows are no anchors; null where absent. */
+    const void *parts[5];
+    int64_t dtypes[5];
+    const int64_t *labels; /* [N + Q] */
     float *losses;         /* [E] */
     float *gradient;       /* [E][N + K][d], or null */
+    float *products;       /* [E][N + K] beside the gradient: y . G, or null */
     int64_t num_exits, num_samples, num_labels, num_copies; /* 2 copies with teachers, else 1 */
-    int64_t width, ignore_index, denominator, reduction;
+    int64_t num_memory, width, ignore_index, denominator, reduction;
     double temperature;
 };
 
@@ -40,7 +41,7 @@ struct rows {
     float *exists, *inverse_positives, *weight; /* [padded] */
     int32_t *classes, *members;                 /* [padded] */
     int32_t *table;                             /* [table_size]: finds equal labels */
-    int64_t padded, table_size;
+    int64_t padded, table_size, num_classes; /* those found */
 };
 
 INLINE int64_t rounded_up(int64_t count, int64_t multiple)
@@ -63,21 +64,32 @@ INLINE int64_t num_trained(const struct problem *p)
     return p->num_samples + p->num_labels;
 }
 
-INLINE int64_t num_rows(const struct problem *p)
+INLINE int64_t num_anchors(const struct problem *p)
 {
     return num_trained(p) * p->num_copies;
 }
 
-/* Twice the number of samples or more, a power of 2; none where label embeddings number classes. */
+INLINE int64_t num_rows(const struct problem *p)
+{
+    return num_anchors(p) + p->num_memory;
+}
+
+/* Row of the label at position i. */
+INLINE int64_t row_of(const struct problem *p, int64_t i)
+{
+    return i < p->num_samples ? i : i - p->num_samples + num_anchors(p);
+}
+
+/* Twice the number of labels or more, a power of 2; none where label embeddings number classes. */
 INLINE int64_t label_table_size(const struct problem *p)
 {
     int64_t size = 16;
-    while (p->num_labels == 0 && size < 2 * p->num_samples)
+    while (p->num_labels == 0 && size < 2 * (p->num_samples + p->num_memory))
         size *= 2;
     return size;
 }
 
-/* Return the first sample with the label of sample i, which is in the table afterwards. */
+/* Return the first position of the label at position i, which is in the table afterwards. */
 INLINE int64_t first_with_label(const struct problem *p, struct rows *rows, int64_t i)
 {
     int64_t label = p->labels[i], mask = rows->table_size - 1;
@@ -94,26 +106,29 @@ INLINE int64_t first_with_label(const struct problem *p, struct rows *rows, int6
  * before) and its size. Return the position of a label outside [0, K), or -1. */
 static int64_t find_classes(const struct problem *p, struct rows *rows)
 {
-    int32_t num_classes = 0;
+    int32_t num_classes = (int32_t)p->num_labels;
     memset(rows->members, 0, sizeof(int32_t) * rows->padded);
     memset(rows->table, -1, sizeof(int32_t) * rows->table_size);
-    for (int64_t i = 0; i < p->num_samples; i++) {
-        int64_t label = p->labels[i];
+    for (int64_t i = 0; i < p->num_samples + p->num_memory; i++) {
+        int64_t label = p->labels[i], row = row_of(p, i);
         if (label == p->ignore_index) {
-            rows->classes[i] = IGNORED;
+            rows->classes[row] = IGNORED;
         } else if (p->num_labels > 0) {
             if (label < 0 || label >= p->num_labels)
                 return i;
-            rows->classes[i] = (int32_t)label;
+            rows->classes[row] = (int32_t)label;
         } else {
             int64_t first = first_with_label(p, rows, i);
-            rows->classes[i] = first == i ? num_classes++ : rows->classes[first];
+            rows->classes[row] = first == i ? num_classes++ : rows->classes[row_of(p, first)];
         }
     }
     for (int64_t label = 0; label < p->num_labels; label++)
         rows->classes[p->num_samples + label] = (int32_t)label;
-    for (int64_t i = num_trained(p); i < rows->padded; i++)
-        rows->classes[i] = i < num_rows(p) ? rows->classes[i - num_trained(p)] : PADDING;
+    for (int64_t i = num_trained(p); i < num_anchors(p); i++)
+        rows->classes[i] = rows->classes[i - num_trained(p)];
+    for (int64_t i = num_rows(p); i < rows->padded; i++)
+        rows->classes[i] = PADDING;
+    rows->num_classes = num_classes;
     for (int64_t i = 0; i < rows->padded; i++) {
         rows->exists[i] = rows->classes[i] >= 0;
         if (rows->classes[i] >= 0)
@@ -131,7 +146,8 @@ static void weigh_rows(const struct problem *p, struct rows *rows)
     for (int64_t i = 0; i < rows->padded; i++) {
         int32_t members = rows->classes[i] < 0 ? 1 : rows->members[rows->classes[i]];
         int no_negative = p->denominator == NEGATIVES && members == num_existing;
-        rows->inverse_positives[i] = no_negative || members == 1 ? 0 : 1.0f / (members - 1);
+        int no_anchor = i >= num_anchors(p) || no_negative || members == 1;
+        rows->inverse_positives[i] = no_anchor ? 0 : 1.0f / (members - 1);
         num_counted += rows->inverse_positives[i] > 0;
     }
     float weight = p->reduction == MEAN && num_counted > 0 ? 1.0f / num_counted : 1.0f;

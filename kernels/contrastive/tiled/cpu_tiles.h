@@ -323,14 +323,21 @@ static void NAME(pack_block)(const struct plan *q, int64_t exit, int64_t block, 
 /* Sum the columns of one panel over every class. */
 static void NAME(sum_classes)(const struct plan *q, int64_t panel)
 {
+    const int64_t size = q->rows.num_classes * PANEL;
     float *sums = q->class_sums + panel * q->num_classes * PANEL;
-    memset(sums, 0, sizeof(float) * PANEL * q->num_classes);
+    float *means = q->mean_sums + panel * q->num_classes * PANEL;
+    memset(sums, 0, sizeof(float) * size);
     for (int64_t i = 0; i < q->num_rows; i++) {
+        if (i == q->num_needed)
+            memcpy(means, sums, sizeof(float) * size);
         const float *y = q->panels + (panel * q->padded + i) * PANEL;
         if (q->rows.classes[i] >= 0)
             for (int k = 0; k < PANEL; k += LANES)
                 *(lanes *)(sums + q->rows.classes[i] * PANEL + k) += *(const lanes *)(y + k);
     }
+    if (means != sums)
+        for (int64_t k = 0; k < size; k++)
+            means[k] = 0.5f * (means[k] + sums[k]);
 }
 
 /* Return the sum of s over the positives of row i. */
@@ -343,10 +350,13 @@ static float NAME(sum_positives)(const struct plan *q, int64_t i)
 }
 
 /* Write the gradient of row i from its G, which is changed. */
-static void NAME(finish_row)(const struct plan *q, int64_t i, float *products, float *gradient)
+static void NAME(finish_row)(const struct plan *q, int64_t exit, int64_t i, float *products)
 {
     int64_t step = q->padded * PANEL, width = q->width;
     const float *y = q->panels + i * PANEL;
+    float *gradient = q->p ? q->p->gradient + (exit * q->num_trained + i) * width
+                           : q->pairs_p->result + i * width;
+    float *both = q->p && q->p->products ? q->p->products + exit * q->num_trained + i : 0;
     if (!q->p) {
         for (int64_t k = 0; k < width; k++)
             gradient[k] = products[k / PANEL * TILE * PANEL + k % PANEL] * q->unscale;
@@ -354,18 +364,23 @@ static void NAME(finish_row)(const struct plan *q, int64_t i, float *products, f
     }
     if (q->rows.classes[i] < 0) {
         memset(gradient, 0, sizeof(float) * width);
+        if (both)
+            *both = 0;
         return;
     }
-    const float *sum = q->class_sums + q->rows.classes[i] * PANEL;
-    /* All rows of a class have the same v, so both class terms are equal. */
+    const float *sum = q->mean_sums + q->rows.classes[i] * PANEL;
+    /* All anchors of a class have the same v, so A is v times their sum. */
     float twice_v = 2 * q->rows.weight[i] * q->rows.inverse_positives[i];
     for (int64_t c = 0; c < q->num_panels; c++)
         for (int k = 0; k < PANEL; k += LANES)
             *(lanes *)(products + c * TILE * PANEL + k) -=
                 twice_v * (*(const lanes *)(sum + c * q->num_classes * PANEL + k) -
                            *(const lanes *)(y + c * step + k));
-    float projection = NAME(dot)(products, TILE * PANEL, y, step, q->num_panels) * q->unscale *
-                       q->unscale, factor = q->inverse_norm[i] * q->gradient_scale;
+    float dot = NAME(dot)(products, TILE * PANEL, y, step, q->num_panels);
+    float projection = dot * q->unscale * q->unscale;
+    float factor = q->inverse_norm[i] * q->gradient_scale;
+    if (both)
+        *both = dot * q->gradient_scale;
     for (int64_t c = 0; c < q->num_panels; c++)
         for (int64_t k = 0; k < smaller(PANEL, width - c * PANEL); k++)
             gradient[c * PANEL + k] =

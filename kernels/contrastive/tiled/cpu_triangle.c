@@ -31,8 +31,10 @@ static void load(const struct plan *q, int64_t exit, int64_t i, float *x)
         return;
     }
     int part = 0;
-    for (int64_t size; i >= (size = part % 2 ? p->num_labels : p->num_samples); part++)
+    for (int64_t size; part < 2 * p->num_copies &&
+                       i >= (size = part % 2 ? p->num_labels : p->num_samples); part++)
         i -= size;
+    part = part < 2 * p->num_copies ? part : 4;
     /* Teachers are shared by the exits. */
     if (part < 2)
         i += exit * (part ? p->num_labels : p->num_samples);
@@ -174,7 +176,7 @@ static void take_losses(const struct plan *q, int64_t exit, int64_t block)
 {
     float sums[TILE], *losses = q->losses + exit * q->padded;
     sum_slots(q, block, sums);
-    for (int64_t i = block * TILE; i < smaller((block + 1) * TILE, q->num_rows); i++) {
+    for (int64_t i = block * TILE; i < smaller((block + 1) * TILE, q->num_needed); i++) {
         float positives = q->rows.classes[i] < 0 ? 0 : q->f->sum_positives(q, i) * (float)LN2;
         losses[i] = q->rows.weight[i] *
                     (logf(sums[i - block * TILE]) - positives * q->rows.inverse_positives[i]);
@@ -213,11 +215,10 @@ static void take_gradient(const struct plan *q, int64_t exit, int64_t task, int6
 #undef INDEX
     if (stop < q->num_tiles)
         return;
-    float *gradient = q->p ? q->p->gradient + exit * q->num_trained * q->width : q->pairs_p->result;
     for (int64_t row = 0; row < count; row++) {
         int64_t i = block * TILE + first + row;
         if (i < q->num_trained)
-            q->f->finish_row(q, i, products + row * PANEL, gradient + i * q->width);
+            q->f->finish_row(q, exit, i, products + row * PANEL);
     }
 }
 
@@ -243,10 +244,10 @@ static struct phase *take_part(const struct plan *q, int64_t exit, struct phase 
     }
     if (q->p && gives_gradient) {
         /* Every thread for itself: cheaper than to wait for each other once more. */
-        for (int64_t block = 0; block < q->blocks; block++)
+        for (int64_t block = 0; block < q->sum_blocks; block++)
             sum_slots(q, block, own_u + block * TILE);
         for (int64_t i = 0; i < q->padded; i++)
-            own_u[i] = q->rows.weight[i] / own_u[i];
+            own_u[i] = i < q->num_needed ? q->rows.weight[i] / own_u[i] : 0;
         u = own_u;
     }
     struct phase *losses = 0;
@@ -318,9 +319,9 @@ static struct plan plan_of(const struct problem *p)
 {
     struct plan q = {.p = p, .width = p->width, .num_rows = num_rows(p)};
     q.num_trained = num_trained(p);
-    q.num_needed = q.num_rows;
-    q.sum_blocks = (q.num_rows + TILE - 1) / TILE;
-    q.num_classes = p->num_labels ? p->num_labels : p->num_samples;
+    q.num_needed = num_anchors(p);
+    q.sum_blocks = (q.num_needed + TILE - 1) / TILE;
+    q.num_classes = p->num_labels ? p->num_labels : p->num_samples + p->num_memory;
     q.denominator = p->denominator;
     set_scale(&q, p->temperature * LN2);
     q.gradient_scale = (float)LN2;
@@ -384,7 +385,7 @@ int64_t supcon_triangle(const struct problem *p, float *scratch, float *kept, in
     run(&q);
     for (int64_t exit = 0; exit < p->num_exits; exit++) {
         double loss = 0;
-        for (int64_t i = 0; i < q.num_rows; i++)
+        for (int64_t i = 0; i < q.num_needed; i++)
             loss += q.losses[exit * q.padded + i];
         p->losses[exit] = (float)loss;
     }

@@ -49,19 +49,29 @@ def takes(batch: Batch, dtype: torch.dtype) -> bool:
     return batch.num_rows > cpu_loop.MAX_ROWS and cpu_loop.can_run(batch, dtype) and is_fast()
 
 
-def loss_and_gradient(batch: Batch, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the loss, a scalar or [E], and its gradient [.., N + K, d] for the student's rows."""
-    call, loop = cpu_loop.Call(batch, with_gradient), compiled_loop()
+def loss_and_gradient(
+    batch: Batch,
+    with_gradient: bool,
+    with_products: bool = False,
+    memory: tuple[Tensor, Tensor] | None = None,
+) -> cpu_loop.Outputs:
+    """Compute the loss and, where they are wanted, its gradient and its products.
+
+    memory: rows [Q, d] and labels [Q], constants that are no anchors.
+    """
+    call, loop = cpu_loop.Call(batch, with_gradient, with_products, memory), compiled_loop()
     num_trained = batch.num_rows // batch.num_copies if with_gradient else 0
-    capacity = num_tiles(batch.num_rows, num_trained, batch.pair_memory)
-    scratch = floats(loop.supcon_triangle_scratch(call.problem, capacity, call.num_threads))
+    capacity = num_tiles(call.num_rows, num_trained, batch.pair_memory)
+    scratch = cpu_loop.floats(
+        loop.supcon_triangle_scratch(call.problem, capacity, call.num_threads)
+    )
     tiles = borrow(capacity)
     outside = loop.supcon_triangle(
         call.problem, scratch.data_ptr(), tiles.data_ptr(), capacity, call.num_threads, vectors()
     )
     give_back(tiles)
     call.check(outside)
-    return call.losses, call.gradient
+    return call.outputs
 
 
 def takes_pass(y: Tensor) -> bool:
@@ -94,7 +104,7 @@ def run_pass(
     y, u and G are those of loss.py. exists [M]: 0 for rows that D leaves out; u is 0 for them.
     pair_memory: bytes for tiles of the gradient's weights.
     """
-    result = floats(num_own) if u is None else floats(num_own, y.shape[1])
+    result = cpu_loop.floats(num_own) if u is None else cpu_loop.floats(num_own, y.shape[1])
     parts = {"y": y, "classes": classes.int(), "exists": exists, "u": u, "result": result}
     tiles = borrow(num_tiles(y.shape[0], 0 if u is None else num_own, pair_memory))
     run_pairs(parts, tiles, denominator, num_own=num_own)
@@ -126,7 +136,7 @@ def run_pairs(
         denominator=cpu_loop.DENOMINATORS.index(denominator), temperature=temperature,
     )  # fmt: skip
     capacity = tiles.numel() // TILE_ELEMENTS
-    scratch = floats(loop.supcon_pass_scratch(pairs, capacity, num_threads))
+    scratch = cpu_loop.floats(loop.supcon_pass_scratch(pairs, capacity, num_threads))
     loop.supcon_pass(pairs, scratch.data_ptr(), tiles.data_ptr(), capacity, num_threads, vectors())
 
 
@@ -137,19 +147,15 @@ def num_tiles(num_rows: int, num_trained: int, pair_memory: int) -> int:
     return min(needed, pair_memory // (4 * TILE_ELEMENTS))
 
 
-def floats(*shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device="cpu")
-
-
 def borrow(capacity: int) -> Tensor:
     """Return memory for `capacity` tiles or more that no other thread uses."""
     size = capacity * TILE_ELEMENTS
     try:
         memory = spare.pop()
     except IndexError:
-        memory = floats(0)
+        memory = cpu_loop.floats(0)
     if memory.numel() < size:
-        memory = floats(size)
+        memory = cpu_loop.floats(size)
         compiled_loop().supcon_use_large_pages(memory.data_ptr(), size)
     return memory
 

@@ -124,10 +124,9 @@ def prepare(batch: Batch) -> Rows:
 def forward(batch: Batch, trains_samples: bool, trains_labels: bool) -> tuple[Tensor, list[Tensor]]:
     """Return the loss and what `backward` needs: the gradient itself, or what is known of rows."""
     with_gradient = trains_samples or trains_labels
-    for loop in (cpu_loop, cpu_triangle):
-        if loop.takes(batch, batch_dtype(batch)):
-            losses, gradient = loop.loss_and_gradient(batch, with_gradient)
-            return losses, [] if gradient is None else [gradient]
+    if loop := loop_for(batch):
+        losses, gradient, _ = loop.loss_and_gradient(batch, with_gradient)
+        return losses, [] if gradient is None else [gradient]
     rows = prepare(batch)
     y, inverse_norm, classes, weight, others, inverse_positives, reduction_weight, _ = rows
     one_tile = fits_one_tile(y)
@@ -152,6 +151,14 @@ def forward(batch: Batch, trains_samples: bool, trains_labels: bool) -> tuple[Te
     gradient = pairs.mul_(tile[..., :num_trained, :]) @ y
     gradient.addcmul_(others[..., :num_trained, :], v, value=-2)
     return losses, [through_normalization(gradient, y, inverse_norm, batch.temperature)]
+
+
+def loop_for(batch: Batch) -> ModuleType | None:
+    """Return the module whose compiled call computes this batch, or None."""
+    for loop in (cpu_loop, cpu_triangle):
+        if loop.takes(batch, batch_dtype(batch)):
+            return loop
+    return None
 
 
 def reduced_losses(rows: Rows, sums: Tensor, batch: Batch) -> Tensor:
@@ -399,7 +406,7 @@ def fake_forward(
     if not (trains_samples or trains_labels):
         return loss, []
     at_once = fits_one_tile(y) and batch.reduction != "none"
-    if at_once or any(loop.takes(batch, y.dtype) for loop in (cpu_loop, cpu_triangle)):
+    if at_once or loop_for(batch) is not None:
         num_trained = batch.shape(True, True).num_student_rows
         return loss, [y.new_empty(*leading, num_trained, y.shape[-1])]
     return loss, [

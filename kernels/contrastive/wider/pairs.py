@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import NO_SECOND_DERIVATIVE, refuse_second_derivative, without_autocast
-from ..tiled import cpu_triangle
+from ..tiled import cpu_loop, cpu_triangle
 from ..tiled.loss import MAX_EXPONENT, as_exits, block_pairs, shaped, tile_rows
 from .members import Members
 
@@ -233,7 +233,7 @@ def memory_for_tiles(pairs: Pairs) -> Tensor:
     each = max(cpu_triangle.num_tiles(num_rows, pairs.num_trained, share), 1)
     size = num_exits * each * cpu_triangle.TILE_ELEMENTS
     if size <= WORTH_BORROWING:
-        return cpu_triangle.floats(size)
+        return cpu_loop.floats(size)
     return cpu_triangle.borrow(num_exits * each)
 
 

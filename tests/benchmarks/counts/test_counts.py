@@ -194,7 +194,7 @@ def test_the_command_compares_and_accepts(
     assert counts.main(["--write"]) == 0
     assert counts.main(["--only", "scl tiled", "--places"]) == 0
     shown = capsys.readouterr().out
-    assert "kernels.contrastive.tiled.cpu_loop.loss_and_gradient: " in shown
+    assert "kernels.contrastive.tiled.cpu_loop.floats: " in shown
     record = json.loads(file.read_text())
     assert list(record["cases"]) == [case.name for case in small]
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from contrastive_cases import DENOMINATORS, LABELS, check_error, make_inputs
 from fusedacl.kernels.contrastive.tiled import cpu_loop, cpu_triangle
+from wider_cases import check, make_problem
 
 SOURCES = Path(cpu_loop.__file__).parent
 COMPILERS: dict[str, tuple[list[str], list[str]]] = {
@@ -22,7 +23,7 @@ COMPILERS: dict[str, tuple[list[str], list[str]]] = {
 }
 SIZES = (
     "num_exits", "num_samples", "num_labels", "num_copies", "width", "ignore_index", "denominator",
-    "reduction",
+    "reduction", "num_memory",
 )  # fmt: skip
 BYTES = {0: 4, 1: 2, 2: 2}
 THREADS = 2
@@ -59,7 +60,10 @@ class OtherLoop:
         self.calls.append(name)
         sizes = [getattr(problem, size) for size in SIZES]
         num_exits, num_samples, num_labels, _, width = sizes[:5]
-        rows = (num_exits * num_samples, num_exits * num_labels, num_samples, num_labels)
+        num_memory, num_trained = sizes[-1], num_exits * (num_samples + num_labels)
+        rows = (
+            num_exits * num_samples, num_exits * num_labels, num_samples, num_labels, num_memory
+        )  # fmt: skip
         with (self.directory / "in").open("wb") as file:
             for numbers in (sizes, [name == "triangle", capacity, THREADS]):
                 file.write(np.array(numbers, np.int64).tobytes())
@@ -69,14 +73,19 @@ class OtherLoop:
                 size = number * width * BYTES[kind] if address else 0
                 file.write(np.array([kind, size], np.int64).tobytes())
                 file.write(ctypes.string_at(address, size) if size else b"")
-            file.write(ctypes.string_at(problem.labels, 8 * num_samples))
+            file.write(ctypes.string_at(problem.labels, 8 * (num_samples + num_memory)))
         files = [str(self.directory / name) for name in ("in", "out")]
         subprocess.run([*self.command, *files], check=True, timeout=120)
         found = (self.directory / "out").read_bytes()
-        ctypes.memmove(problem.losses, found[8:], 4 * num_exits)
-        if problem.gradient:
-            gradient = found[8 + 4 * num_exits :]
-            ctypes.memmove(problem.gradient, gradient, len(gradient))
+        start = 8
+        for address, size in (
+            (problem.losses, num_exits),
+            (problem.gradient, num_trained * width),
+            (problem.products, num_trained),
+        ):
+            if address:
+                ctypes.memmove(address, found[start : start + 4 * size], 4 * size)
+            start += 4 * size
         return int.from_bytes(found[:8], "little", signed=True)
 
 
@@ -133,3 +142,10 @@ def test_tiles(other: OtherLoop, shape: tuple[Any, ...], monkeypatch: pytest.Mon
         labels = LABELS["ignored"](110, num_labels or 3)
         check_error(inputs, labels, impl="tiled", denominator=denominator, temperature=0.2)
     assert set(other.calls) == {"triangle"}
+
+
+@pytest.mark.parametrize("change", [{"memory": 130}, {"temperature": "scalar"}], ids=str)
+def test_wider_losses(other: OtherLoop, change: dict[str, Any]) -> None:
+    for denominator in DENOMINATORS:
+        check(make_problem(50, "ignored", width=33, denominator=denominator, **change), "tiled")
+    assert set(other.calls) == {"triangle" if "memory" in change else "loss"}

@@ -8,7 +8,7 @@ from contrastive_cases import DENOMINATORS, REDUCTIONS, combine, use_implementat
 from fusedacl.kernels import acl_loss, supcon_loss
 from fusedacl.kernels.contrastive.tiled import cpu_triangle
 from fusedacl.kernels.contrastive.tiled import loss as tiled
-from fusedacl.kernels.contrastive.wider import pairs
+from fusedacl.kernels.contrastive.wider import compiled, pairs
 from torch.autograd import gradcheck
 from wider_cases import LABELS, TEMPERATURES, check, loss_of, make_problem, results
 
@@ -25,10 +25,12 @@ KINDS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.fixture(params=["compiled loop", "tiles", "tiles of 4 rows"])
+@pytest.fixture(params=["compiled loop", "compiled pairs", "tiles", "tiles of 4 rows"])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The `impl` of what is meant."""
-    if request.param == "compiled loop":
+    if request.param != "compiled loop":
+        monkeypatch.setattr(compiled, "takes", lambda wider: False)
+    if request.param.startswith("compiled"):
         if not cpu_triangle.can_run(torch.empty(1, 1)):
             pytest.skip("the compiled loop was not built: no C compiler at installation")
         return "tiled"
