@@ -20,10 +20,12 @@ CPU = torch.device("cpu")
 
 
 def machine_name(device: torch.device = CPU) -> str:
-    """A folder name such as intel-xeon-2core or nvidia-h200."""
+    """A folder name such as intel-xeon-avx512-2core or nvidia-h200."""
     if device.type == "cuda":
         return "-".join(re.findall(r"[a-z0-9]+", gpu_name(device).lower()))
     words = re.sub(r"\(.*?\)|@.*|\b(CPU|Processor)\b", " ", cpu_model()).lower()
+    # Processors of one name may differ in their vector instructions.
+    words += f" {torch.backends.cpu.get_cpu_capability().lower()}"
     return "-".join([*re.findall(r"[a-z0-9]+", words), f"{os.cpu_count()}core"])
 
 

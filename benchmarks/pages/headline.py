@@ -78,16 +78,17 @@ def comparisons(found: Mapping[str, Result]) -> list[Comparison]:
 
 
 def headline(results: Mapping[str, Mapping[str, Result]]) -> str:
-    """A row for each comparison on the machine that was measured last; empty if none was."""
+    """A row for each comparison on the machine with most of them that was measured last, if any."""
     compared = {machine: found for machine, found in results.items() if comparisons(found)}
     if not compared:
         return ""
 
-    def date(machine: str) -> str:
-        files = (compared[machine].get(name) for name in ("loss", "angle"))
-        return max(file["environment"]["date"] for file in files if file)
+    def order(machine: str) -> tuple[int, str]:
+        found = compared[machine]
+        dates = [found[name]["environment"]["date"] for name in ("loss", "angle") if name in found]
+        return len(comparisons(found)), max(dates)
 
-    machine = max(compared, key=date)
+    machine = max(compared, key=order)
     rows = [
         [
             each.title,
