@@ -17,6 +17,7 @@ from ...engine.runtime.plots import COLORS, legend_below, new_figure, plain, sav
 from ..measuring.environment import Result
 from ..suites.gate.case import AngleCase
 
+LINES = ("--", ":", "-.")
 MARKERS = {"supcon": "o", "acl": "s", "angle": "^"}
 KINDS = {"supcon": "supcon_loss", "acl": "acl_loss", "angle": "angle's sums"}
 
@@ -109,10 +110,12 @@ def draw(results: Sequence[Result], path: Path) -> None:
     axes.text(start, 0.6 * start * limits["bytes"], words, fontsize=8, va="top")
     words = f"matrix product {limits['flops'] / 1e9:.0f} GFLOP/s"
     axes.text(high, limits["flops"] * 1.08, words, fontsize=8, ha="right")
-    for width in sorted({each["width"] for each in shown if each["width"]}):
+    # In the legend: beside the lines, which may be close to each other, words would overlap.
+    lower: dict[str, Line2D] = {}
+    for place, width in enumerate(sorted({each["width"] for each in shown if each["width"]})):
         height, words = exponential_roof(limits, width)
-        axes.plot([ridge, high], [height, height], "--", color="#777777", linewidth=1)
-        axes.text(ridge, height, f"{words} at d = {width}", fontsize=8, color="#555555", va="top")
+        style = {"linestyle": LINES[place % len(LINES)], "color": "#777777", "linewidth": 1}
+        (lower[f"{words} at d = {width}"],) = axes.plot([ridge, high], [height, height], **style)
     for each in shown:
         axes.plot(
             each["intensity"], each["per_second"], MARKERS[each["kind"]], markersize=6, alpha=0.85,
@@ -129,7 +132,8 @@ def draw(results: Sequence[Result], path: Path) -> None:
         Line2D([], [], marker=MARKERS[kind], linestyle="", color="#555555", fillstyle="none")
         for kind in kinds
     ]
-    legend_below(figure, handles, [*names, *(KINDS[kind] for kind in kinds)])
+    labels = [*names, *(KINDS[kind] for kind in kinds), *lower]
+    legend_below(figure, [*handles, *lower.values()], labels)
     figure.suptitle(
         f"Roofline, {path.parent.name}: forward + backward; roofs measured in the same runs"
     )
