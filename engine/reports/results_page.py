@@ -16,6 +16,7 @@ REPORTS = "reports"
 # Sections of a sweep's report that the page repeats.
 _SHOWN = ("Layer scores", "Full models", "Ablation", "Values of", "Early exit")
 
+_CLEAR, _NOT_CLEAR = "clear", "no clear difference on"
 _TERMS = (
     "- CE: cross-entropy alone. CE+SCL: with the supervised contrastive loss. ACL: with label "
     "embeddings in the contrastive batch, and with the gate, which drops the contrastive gradient "
@@ -38,6 +39,9 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
     parts = [
         "# Results on real data",
         "",
+        *_in_short(reports),
+        "## Terms",
+        "",
         "Made by `make docs` from the files in `docs/results/`; no number is typed by hand. Scores "
         "are those after the last step, in percent, mean ± standard deviation (n - 1) over the "
         "seeds; a single seed has no deviation. Methods are compared seed by seed: a best mean is "
@@ -59,6 +63,45 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
             if section.title.startswith(_SHOWN):
                 parts += ["", f"### {section.title}", *_section(section, folder)]
     return "\n".join(parts) + "\n"
+
+
+def _in_short(reports: Mapping[str, Report]) -> list[str]:
+    """What was found with several seeds, a line for each pair of methods and measure."""
+    found: dict[str, dict[str, list[str]]] = {}
+    for section in (section for report in reports.values() for section in report.sections):
+        for table in section.tables if section.title == "Claims" else ():
+            _, better, than, *_ = table.header
+            measure = table.caption.partition(": ")[2].rstrip(".")
+            words = f"**{better} instead of {than}**"
+            _, spreads, option = measure.partition("over the values of ")
+            if spreads:
+                words += f" (how much less the score depends on {option})"
+            elif measure != "the mean score over the exits":
+                words += f" ({measure})"
+            for task, _, _, difference, interval, verdict in table.rows:
+                if verdict == "not clear":
+                    found.setdefault(words, {}).setdefault(_NOT_CLEAR, []).append(task)
+                elif interval:
+                    clear = f"{difference} points on {task} ({interval})"
+                    found.setdefault(words, {}).setdefault(_CLEAR, []).append(clear)
+    if not found:
+        return []
+    lines = []
+    # What concerns every user first: the loss of a classifier without early exits.
+    for words, tasks in sorted(found.items(), key=lambda item: "of CE**" not in item[0]):
+        parts = [", ".join(tasks[_CLEAR])] if _CLEAR in tasks else []
+        if _NOT_CLEAR in tasks:
+            parts.append(f"{_NOT_CLEAR} {', '.join(tasks[_NOT_CLEAR])}")
+        lines.append(f"- {words}: {'; '.join(parts)}.")
+    return [
+        "Differences of the scores in points, with their 95 % intervals; trec6-10: 10 training "
+        "texts of each class. A difference that favours the first method is positive.",
+        "",
+        *lines,
+        "- What a step costs is in [performance.md](performance.md); whether the contrastive term "
+        "pays on your own data, `fusedacl try` measures ([experiments.md](experiments.md)).",
+        "",
+    ]
 
 
 def _section(section: Section, folder: Path) -> list[str]:
