@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from functools import partial
 
@@ -21,6 +22,8 @@ def test_a_gpu_gives_its_results_their_folder(monkeypatch: pytest.MonkeyPatch) -
     assert machine_name(torch.device("cuda")) == "nvidia-h200-x"
     # Results of the CPU keep the CPU's name.
     assert machine_name() == machine_name(CPU) != "nvidia-h200-x"
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert machine_name().endswith(f"-avx512-{os.cpu_count()}core")
 
 
 def test_fast_calls_are_repeated_and_slow_ones_get_fewer_rounds(

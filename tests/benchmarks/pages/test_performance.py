@@ -102,7 +102,11 @@ def test_the_command_draws_and_writes(
         "| 40 ms | 400 ms | 10.00 times | 1.0 against 1.0 MiB | dense: 0.75 times | some-machine |"
         in text
     )
-    # A second run changes nothing.
+    # A second run changes nothing, nor does a later machine with fewer comparisons.
+    later = tmp_path / "later-machine"
+    later.mkdir()
+    (later / "loss.json").write_bytes((directory / "loss.json").read_bytes())
+    monkeypatch.setattr(sys, "argv", ["report", str(later), *words])
     assert performance.main() == 0
     assert readme.read_text() == text
     readme.write_text("No markers.\n")

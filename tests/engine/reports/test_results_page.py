@@ -29,6 +29,8 @@ def test_sweeps_on_one_page(
     monkeypatch.setattr(sys, "argv", ["results_page", str(results), "--output", str(output)])
     main()
     page = output.read_text()
+    found = "- **ACL instead of 2ST-MHA** (the mean score over the lower half of the exits): +"
+    assert found in page[: page.index("## Terms")]
     claims = page[page.index("## Claims") : page.index("## Several exits")]
     assert "“ACL wins”: holds on mrpc, rte." in claims
     assert "| task | ACL | 2ST-MHA | difference | 95 % interval | verdict |" in claims
