@@ -167,6 +167,11 @@ class ExportOptions:
         "int8: weights in int8; needs a labelled data set, on which the score is measured",
         choices=("none", "int8"),
     )
+    measure: bool = option(
+        False,
+        "time the graphs and PyTorch's early exit in turns, at batch sizes 1 and 32, on up to 200"
+        " texts of a labelled data set",
+    )
     output_dir: str | None = option(None, "new directory for the graphs and the tokenizer")
 
 

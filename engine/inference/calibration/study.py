@@ -38,11 +38,10 @@ from .search import (
     store_policy,
     sweep,
 )
-from .timing import MeasuredSpeed, measure_speed
+from .timing import MEASURED_BATCH_SIZES, MeasuredSpeed, measure_speed
 
 logger = logging.getLogger("fusedacl")
 DEFAULT_MAX_QUALITY_LOSS = 0.01
-MEASURED_BATCH_SIZES = (1, 32)
 # Settings of a policy that are timed: enough to show the shape of its curve.
 MAX_TIMED_SETTINGS = 6
 _DEFAULT_SAMPLES = ExitsConfig().exits.measured_samples

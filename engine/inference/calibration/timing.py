@@ -21,9 +21,12 @@ if TYPE_CHECKING:
     from ...model.multi_exit import MultiExitForSequenceClassification
 
 
+MEASURED_BATCH_SIZES = (1, 32)
+
+
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """Wall-clock times of a policy and of the full model on the same texts.
+    """Wall-clock times of early exit and of the full model on the same texts.
 
     early_ms, full_ms: milliseconds per text, medians over `repeats` passes; speedup: median of
     full / early over the passes. In a pass, all that is timed takes turns batch by batch.
@@ -49,8 +52,9 @@ def measure_speed(
     max_texts: int = 200,
     repeats: int = 3,
     progress: bool = False,
+    others: Sequence[Callable[..., Any]] = (),
 ) -> list[MeasuredSpeed]:
-    """Time policies and the plain full model (backbone and last exit) in turns.
+    """Time policies, `others`, and the plain full model (backbone and last exit) in turns.
 
     At most `max_texts` texts are used, evenly spaced in the split; their batches are on the model's
     device before the clock starts. The model is left in evaluation mode.
@@ -66,7 +70,7 @@ def measure_speed(
         torch.softmax(logits.float(), dim=-1).cpu()
 
     engines = [EarlyExit(model, policy, dtype=dtype) for policy in policies]
-    runs: list[Callable[..., Any]] = [full, *engines]
+    runs: list[Callable[..., Any]] = [full, *engines, *others]
     for run in runs:
         run(**inputs[0])
     seconds = np.zeros((repeats, len(runs)))

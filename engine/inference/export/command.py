@@ -21,6 +21,7 @@ from ...model.saved import TrainedModel
 from ...runtime.files import write_json
 from ...runtime.machine import versions
 from ...runtime.manifest import sealed, write_manifest
+from ..calibration.timing import MEASURED_BATCH_SIZES, measure_speed
 from ..evaluation import load_labelled, score
 from .onnx_early_exit import EXPORT_FILE, FORMAT, TOKENIZER_FILE, OnnxEarlyExit
 from .onnx_files import MAX_ERROR, largest_error, quantise, require_onnx, write_segments
@@ -47,6 +48,11 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
         raise ValueError(
             "quantize=int8 changes answers, and its score has to be measured: name a labelled data "
             "set as for `fusedacl evaluate`, such as --validation_file dev.csv."
+        )
+    if options.measure and not has_data:
+        raise ValueError(
+            "measure times the answers to texts: name a labelled data set as for `fusedacl "
+            "evaluate`, such as --validation_file dev.csv."
         )
     model_options = InferenceOptions(**vars(config.model), device="cpu")
     data: TextData | None = None
@@ -87,6 +93,8 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
             encoded = trained.encode(data.splits[name], name)
             measured = _compare(engine, partial, encoded, trained, data.metrics[0], model_options)
             record["measured"] = {"data": f"{data.name}, {name}", **measured}
+            if options.measure:
+                record["measured"]["speed"] = _time(engine, partial, encoded, trained)
             _write(partial, record)
         partial.replace(output_dir)
     finally:
@@ -108,6 +116,12 @@ def lines_of(results: dict[str, Any]) -> list[str]:
             f"{measured['pytorch_score']:.4f}; {measured['num_other_answers']} of "
             f"{measured['num_texts']} answers and {measured['num_other_layers']} exit layers differ"
         )
+        lines += [
+            f"batch {speed['batch_size']}: {speed['onnx_ms']:.2f} ms a text; early exit in PyTorch "
+            f"{speed['pytorch_ms'] / speed['onnx_ms']:.2f} times that, the full model there "
+            f"{speed['full_ms'] / speed['onnx_ms']:.2f} times"
+            for speed in measured.get("speed", ())
+        ]
     lines.append(f"use: fusedacl.engine.OnnxEarlyExit({results['output_dir']!r}).predict(texts)")
     return lines
 
@@ -219,3 +233,25 @@ def _compare(
         "num_other_layers": int((layers != left.exit_layers).sum()),
         "largest_probability_error": float((probabilities - left.probabilities).abs().max()),
     }
+
+
+def _time(
+    engine: EarlyExit, output_dir: Path, encoded: EncodedSplit, trained: TrainedModel
+) -> list[dict[str, Any]]:
+    """Milliseconds per text of the export, of PyTorch's early exit and of its full model."""
+    found = []
+    for batch_size in MEASURED_BATCH_SIZES:
+        early, exported = measure_speed(
+            trained.model, encoded, [engine.policy], batch_size,
+            pad_token_id=trained.tokenizer.pad_token_id, others=[OnnxEarlyExit(output_dir)],
+        )  # fmt: skip
+        found.append(
+            {
+                "batch_size": batch_size,
+                "num_texts": early.num_texts,
+                "onnx_ms": exported.early_ms,
+                "pytorch_ms": early.early_ms,
+                "full_ms": early.full_ms,
+            }
+        )
+    return found

@@ -70,7 +70,7 @@ def exported(
     data = ["--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
     named = ["--model_name_or_path", str(model), *data]
     assert main(["exits", *named, "--policy", "entropy", "--max_mean_layer", "1.5"]) == 0
-    assert main(["export", *named, "--output_dir", str(home / "onnx")]) == 0
+    assert main(["export", *named, "--output_dir", str(home / "onnx"), "--measure"]) == 0
     return model, home / "onnx"
 
 
@@ -119,6 +119,11 @@ def test_what_the_export_says_of_itself(exported: tuple[Path, Path], capsys: Cap
     assert measured["num_other_answers"] == measured["num_other_layers"] == 0
     assert measured["onnx_score"] == measured["pytorch_score"]
     assert measured["largest_probability_error"] < 1e-5
+    assert [speed["batch_size"] for speed in measured["speed"]] == [1, 32]
+    for speed in measured["speed"]:
+        assert speed["num_texts"] == 24
+        assert min(speed[f"{name}_ms"] for name in ("onnx", "pytorch", "full")) > 0
+    assert "batch 32: " in "\n".join(command.lines_of({**record, "output_dir": str(directory)}))
     assert [segment["layer"] for segment in record["segments"]] == [1, 2]
     # Each graph holds its own weights only: the embeddings are in the first.
     first, second = ((directory / segment["file"]).stat().st_size for segment in record["segments"])
@@ -239,6 +244,7 @@ def test_int8_with_its_score_and_without_the_guarantee(
         ({"output_dir": None}, "output_dir is missing"),
         ({"format": "tflite"}, "format='tflite' is not a choice"),
         ({"policy": "voting:votes=2", "quantize": "int8"}, "its score has to be measured"),
+        ({"policy": "voting:votes=2", "measure": True}, "measure times the answers to texts"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"policy": "voting:votes=2", "max_seq_length": 99}, "99 is beyond the model, .* 64 tok"),
     ],
