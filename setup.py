@@ -5,6 +5,7 @@ names because Hugging Face publishes a distribution whose import name is `kernel
 """
 
 import sys
+import zlib
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -72,15 +73,21 @@ PACKAGES = [
     for folder in FOLDERS
     for name in (folder, *(f"{folder}.{inner}" for inner in find_packages(folder)))
 ]
-TILED = "kernels/contrastive/tiled"
-# Module -> its sources and headers.
-C_LOOPS = {
-    "kernels.gradients._cpu_loop": (["kernels/gradients/cpu_loop.c"], []),
-    "kernels.contrastive.tiled._cpu_loop": (
-        [f"{TILED}/cpu_loop.c", f"{TILED}/cpu_triangle.c"],
-        [f"{TILED}/{name}.h" for name in ("cpu_rows", "cpu_plan", "cpu_tiles")],
-    ),
-}
+
+
+def c_loop(folder: str) -> Extension:
+    """The library of a folder's C files, which knows what it was built from (c_loops.py)."""
+    files = {end: sorted(str(file) for file in Path(folder).glob(f"*.{end}")) for end in "ch"}
+    checksum = zlib.crc32(b"".join(Path(file).read_bytes() for file in files["c"] + files["h"]))
+    return Extension(
+        f"fusedacl.{folder.replace('/', '.')}._cpu_loop",
+        files["c"],
+        depends=files["h"],
+        define_macros=[("SOURCES", str(checksum))],
+        optional=True,
+        **OPENMP,
+    )
+
 
 setup(
     name="fusedacl",
@@ -94,10 +101,7 @@ setup(
     package_dir={f"fusedacl.{folder}": folder for folder in FOLDERS},
     # These need a C compiler, but no headers of Python. Without a compiler the installation
     # continues, and operations of PyTorch are used instead.
-    ext_modules=[
-        Extension(f"fusedacl.{module}", sources, depends=headers, optional=True, **OPENMP)
-        for module, (sources, headers) in C_LOOPS.items()
-    ],
+    ext_modules=[c_loop("kernels/gradients"), c_loop("kernels/contrastive/tiled")],
     package_data={
         "fusedacl.engine": ["py.typed"],
         "fusedacl.engine.data": ["quickstart.yaml"],

@@ -87,7 +87,7 @@ def supcon_loss(
         pair_memory: bytes, at least 2^20, for exponentials of pairs on a CPU: half a matrix [M, M]
             as far as it fits (64 MiB: 5,600 rows); the rest is computed twice. The result does not
             depend on it. Up to 64 MiB are kept for the next call. Not used on a GPU, in float64, by
-            the reference, and up to 640 rows.
+            the reference and, without a memory, up to 640 rows.
         positives: for labels [N, K]: "overlap" is the formula above; "each" (MulSupCon, AAAI 2024;
             bools only) makes every label of a row an anchor of its own, whose positives are the
             other rows with that label, and "mean" that over all such anchors.

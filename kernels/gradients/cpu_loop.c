@@ -7,6 +7,12 @@
  */
 #include <stdint.h>
 
+/* A checksum of the files that this was built from; setup.py defines it, c_loops.py compares it. */
+#ifndef SOURCES
+#define SOURCES 0
+#endif
+const uint32_t fusedacl_sources = SOURCES;
+
 /* Independent sums, so that the compiler can vectorize without reordering a sum: six 512-bit or
  * twelve 256-bit registers. */
 #define LANES 32

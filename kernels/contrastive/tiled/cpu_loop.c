@@ -10,6 +10,12 @@
 
 #include "cpu_rows.h"
 
+/* A checksum of the files that this was built from; setup.py defines it, c_loops.py compares it. */
+#ifndef SOURCES
+#define SOURCES 0
+#endif
+const uint32_t fusedacl_sources = SOURCES;
+
 /* Block of a product: twelve sums, two loads and a broadcast use fifteen of sixteen registers. */
 #define ROWS 6
 #define LANES 8

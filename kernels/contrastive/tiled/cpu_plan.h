@@ -56,7 +56,7 @@ struct plan {
     float *transposed;            /* [blocks][d][TILE]: y */
     float *panels;                /* [num_panels][padded][PANEL]: y */
     float *class_sums;            /* [num_panels][num_classes][PANEL]: Y */
-    float *mean_sums;             /* the means of Y and the sums over anchors */
+    float *mean_sums;             /* like Y: (Y + sums over anchors) / 2; Y where all are anchors */
     float *slots;                 /* [num_groups][sum_blocks * TILE]: shares of D, then of products */
     float *products;              /* [trained_blocks][num_panels][TILE][PANEL]: G */
     float *kept;                  /* [capacity][TILE][TILE]: e, then weights of other tiles */

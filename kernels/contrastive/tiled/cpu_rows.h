@@ -24,7 +24,8 @@ enum { IGNORED = -1, PADDING = -2 };
 /* Problem in cpu_loop.py has the same fields. */
 struct problem {
     /* Samples [E][N][d], label embeddings [E][K][d], their teacher counterparts [N][d] and [K][d], and
-     * the memory [Q][d], whose rows are no anchors; null where absent. */
+     * the memory [Q][d], whose rows are no anchors (supcon_triangle alone takes one); null where
+     * absent. */
     const void *parts[5];
     int64_t dtypes[5];
     const int64_t *labels; /* [N + Q] */
@@ -41,7 +42,7 @@ struct rows {
     float *exists, *inverse_positives, *weight; /* [padded] */
     int32_t *classes, *members;                 /* [padded] */
     int32_t *table;                             /* [table_size]: finds equal labels */
-    int64_t padded, table_size, num_classes; /* those found */
+    int64_t padded, table_size, num_classes; /* num_classes: those found */
 };
 
 INLINE int64_t rounded_up(int64_t count, int64_t multiple)

@@ -349,7 +349,7 @@ static float NAME(sum_positives)(const struct plan *q, int64_t i)
            NAME(dot)(y, step, y, step, q->num_panels);
 }
 
-/* Write the gradient of row i from its G, which is changed. */
+/* Write the gradient of row i, and y . G where wanted, from its G, which is changed. */
 static void NAME(finish_row)(const struct plan *q, int64_t exit, int64_t i, float *products)
 {
     int64_t step = q->padded * PANEL, width = q->width;

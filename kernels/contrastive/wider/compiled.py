@@ -15,14 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import NO_SECOND_DERIVATIVE, input_gradients, refuse_second_derivative
+from ..autograd import (
+    NO_SECOND_DERIVATIVE,
+    input_gradients,
+    refuse_second_derivative,
+    trained_inputs,
+)
 from ..batch import Batch, WiderBatch
 from ..tiled import cpu_loop, cpu_triangle
 from ..tiled.loss import batch_dtype, loop_for
 
 
 def takes(wider: WiderBatch) -> bool:
-    """Return whether one temperature and a memory are all that makes this batch a wider one."""
+    """Return whether a compiled loop computes this batch.
+
+    One temperature and a memory must be all that makes it a wider one, and the temperature may
+    learn only where every row is trained.
+    """
     batch, temperature = wider.batch, wider.temperature
     others = (wider.label_temperature, wider.ignore_mask, wider.class_weights)
     labels = (batch.labels, wider.memory_labels)
@@ -57,8 +66,10 @@ def contrastive_loss(wider: WiderBatch) -> Tensor:
     if wider.memory_embeddings is not None:
         assert wider.memory_labels is not None, "check_memory has checked"
         memory = wider.memory_embeddings.detach(), wider.memory_labels
+    # Autograd tells a Function which inputs need a gradient even where it is disabled.
+    trained = (*trained_inputs(batch), learns(wider.temperature))
     return CompiledLoss.apply(
-        batch, memory, batch.embeddings, batch.label_embeddings, wider.temperature
+        batch, memory, trained, batch.embeddings, batch.label_embeddings, wider.temperature
     )
 
 
@@ -70,20 +81,21 @@ class CompiledLoss(torch.autograd.Function):
         ctx: Any,
         batch: Batch,
         memory: tuple[Tensor, Tensor] | None,
+        trained: tuple[bool, bool, bool],
         embeddings: Tensor,
         label_embeddings: Tensor | None,
         temperature: float | Tensor,
     ) -> Tensor:
-        _, _, *trained, trains_temperature = ctx.needs_input_grad
-        options = trains_temperature or any(trained), trains_temperature
+        *trains_rows, trains_temperature = trained
+        options = any(trained), trains_temperature
         if memory is not None:
             found = cpu_triangle.loss_and_gradient(batch, *options, memory)
         else:
             loop = loop_for(batch)
             assert loop is not None, "takes() has checked"
             found = loop.loss_and_gradient(batch, *options)
-        ctx.shape, ctx.joint = batch.shape(*trained), True
-        ctx.save_for_backward(found.gradient, found.products)
+        ctx.shape, ctx.joint = batch.shape(*trains_rows), True
+        ctx.save_for_backward(found.gradient if any(trains_rows) else None, found.products)
         ctx.dtype = temperature.dtype if isinstance(temperature, Tensor) else None
         return found.losses
 
@@ -91,10 +103,12 @@ class CompiledLoss(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
         gradient, products = ctx.saved_tensors
-        factors = upstream[:, None, None] if upstream.dim() else upstream
-        of_rows = input_gradients(ctx, [gradient * factors])
+        of_rows: tuple[Tensor | None, Tensor | None] = None, None
+        if gradient is not None:
+            factors = upstream[:, None, None] if upstream.dim() else upstream
+            of_rows = input_gradients(ctx, [gradient * factors])
         of_temperature = None
         if products is not None:
             total = (products.sum(-1) * upstream).sum()
             of_temperature = (total / (-2 * ctx.shape.temperature)).to(ctx.dtype)
-        return None, None, *of_rows, of_temperature
+        return None, None, None, *of_rows, of_temperature

@@ -65,6 +65,28 @@ def test_a_temperature_alone_is_trained() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_without_autograd_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    for loop in (cpu_loop, cpu_triangle):
+        compute = loop.loss_and_gradient
+
+        def noting(batch: Any, *options: Any, compute: Any = compute) -> Any:
+            asked.append(options[:2])
+            return compute(batch, *options)
+
+        monkeypatch.setattr(loop, "loss_and_gradient", noting)
+    x, labels = torch.randn(30, 8, requires_grad=True), torch.arange(30) % 4
+    learned = {"temperature": torch.tensor(0.3, requires_grad=True)}
+    memory = {"memory_embeddings": torch.randn(20, 8), "memory_labels": labels[:20]}
+    for disabled in (torch.no_grad, torch.inference_mode):
+        with disabled():
+            supcon_loss(x, labels, **learned)
+            supcon_loss(x, labels, **learned, **memory)
+    assert asked == [(False, False)] * 4
+    supcon_loss(x, labels, **memory).backward()
+    assert asked[4] == (True, False)
+
+
 @pytest.mark.parametrize("vectors", cpu_triangle.VECTORS)
 def test_memories(vectors: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(cpu_triangle.VARIABLE, vectors)
