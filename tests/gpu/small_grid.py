@@ -33,12 +33,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--as_volta", action="store_true")
     parser.add_argument("--few", action="store_true")
-    parser.add_argument("names", nargs="*", choices=names)
+    # Not `choices`: with them Python 3.11 refuses an empty list.
+    parser.add_argument("names", nargs="*", help=", ".join(names))
     arguments = parser.parse_args()
     checks = {
         **{name: partial(check_losses, name, few=arguments.few) for name in LOSSES},
         "gradients": partial(check_gradients, few=arguments.few),
     }
+    if unknown := set(arguments.names) - checks.keys():
+        parser.error(f"no kernel is named {', '.join(sorted(unknown))}")
     compiled: list[str] = []
     if arguments.as_volta:
         compile_for_volta(compiled)

@@ -39,6 +39,8 @@ def run_small_grid(*arguments: str, under: tuple[str, ...] = (), **changes: str)
 def test_the_script_runs_without_a_gpu() -> None:
     """The interpreter runs it, so that a renamed kernel is noticed before a GPU is at hand."""
     run_small_grid(*KERNELS)
+    # As `make gpu` calls it.
+    assert "tiled: right" in run_small_grid("--few")
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
