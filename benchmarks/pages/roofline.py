@@ -114,7 +114,11 @@ def draw(results: Sequence[Result], path: Path) -> None:
     lower: dict[str, Line2D] = {}
     for place, width in enumerate(sorted({each["width"] for each in shown if each["width"]})):
         height, words = exponential_roof(limits, width)
-        style = {"linestyle": LINES[place % len(LINES)], "color": "#777777", "linewidth": 1}
+        style: dict[str, Any] = {
+            "linestyle": LINES[place % len(LINES)],
+            "color": "#777777",
+            "linewidth": 1,
+        }
         (lower[f"{words} at d = {width}"],) = axes.plot([ridge, high], [height, height], **style)
     for each in shown:
         axes.plot(
