@@ -1,4 +1,7 @@
-"""Early exit of several runs in one table, from the files of `fusedacl exits` in RUN/exits."""
+"""Early exit of several runs in one table, from the files of `fusedacl exits` in RUN/exits.
+
+Beside them the times of an export in RUN/onnx that was made with --measure.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from ...experiments.results import SweepRun
+from ...inference.calibration.guarantee import words as guarantee_words
 from ...inference.calibration.search import AREA_WORDS
+from ...inference.export.onnx_early_exit import EXPORT_FILE
 from ...runtime.plots import legend_below, look, new_figure, plain, save_figure
 from ..page.page import Figure, Section, Table, write_section
 from .score_figures import metric_words
 
 EXITS_FILE = Path("exits") / "exits.json"
+ONNX_FILE = Path("onnx") / EXPORT_FILE
 
 
 def exits_section(
@@ -38,6 +44,9 @@ def exits_section(
     sizes = sorted(timed)
     header = ["method", "seed", "policy", "setting", "score", "cross-fitted", "full model"]
     header += ["mean layer", "FLOPs", "area", *(f"speed-up, batch {size}" for size in sizes)]
+    exported = {run.directory: _onnx_speeds(run, label, notes) for label, run, _ in found}
+    onnx_sizes = sorted({size for _, speeds in exported.values() for size in speeds})
+    header += [f"onnxruntime, batch {size}" for size in onnx_sizes]
     rows = []
     points: list[tuple[str, str, float, float]] = []
     for label, run, study in found:
@@ -57,6 +66,12 @@ def exits_section(
             costs = [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}", percent.pop()]
             speeds = {speed["batch_size"]: speed["speedup"] for speed in facts.get("measured", ())}
             times = [f"{speeds[size]:.2f}x" if size in speeds else "" for size in sizes]
+            served, speeds = exported[run.directory]
+            speeds = speeds if served == policy else {}
+            times += [f"{speeds[size]:.2f}x" if size in speeds else "" for size in onnx_sizes]
+            if "guarantee" in chosen:
+                promise = guarantee_words(chosen["guarantee"])
+                notes.append(f"{label}, seed {run.seed}, {policy.replace('_', ' ')}: {promise}")
             row = [label, str(run.seed), policy.replace("_", " "), setting]
             rows.append([*row, *percent, *costs, *times])
             best = chosen["score"] if unseen is None else unseen
@@ -70,6 +85,8 @@ def exits_section(
     )
     if not rows:
         return Section(title, words, notes=notes)
+    if sizes or onnx_sizes:
+        words += " Speed-up: measured against the full model in PyTorch, in turns."
     for name in ("cross-fitted", "area"):
         place = header.index(name)
         if not any(row[place] for row in rows):
@@ -113,6 +130,22 @@ def _read(run: SweepRun, label: str, notes: list[str]) -> dict[str, Any] | None:
         notes.append(f"{label}, seed {run.seed}: its {EXITS_FILE} is damaged and left out.")
         return None
     return dict(study)
+
+
+def _onnx_speeds(
+    run: SweepRun, label: str, notes: list[str]
+) -> tuple[str | None, dict[int, float]]:
+    """The policy of a run's export, and batch size -> how much faster than the full model it is."""
+    try:
+        record = json.loads((run.directory / ONNX_FILE).read_text(encoding="utf-8"))
+        speeds = record.get("measured", {}).get("speed", ())
+        found = {int(each["batch_size"]): each["full_ms"] / each["onnx_ms"] for each in speeds}
+        return str(record["policy"]["name"]), found
+    except FileNotFoundError:
+        return None, {}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
+        notes.append(f"{label}, seed {run.seed}: its {ONNX_FILE} is damaged and left out.")
+        return None, {}
 
 
 def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Path) -> list[Path]:

@@ -67,6 +67,30 @@ def test_what_no_run_has_is_no_column(tmp_path: Path) -> None:
     assert table.header[4:] == names and len(table.rows[0]) == 4 + len(names)
 
 
+def test_exports_and_guarantees(tmp_path: Path) -> None:
+    promised = study(None, patience=study(None)["policies"]["entropy"])
+    promised["policies"]["entropy"]["calibration"]["guarantee"] = {
+        "confidence": 0.95, "risk": "lost_answers", "limit": 0.01, "num_texts": 800,
+        "num_lost": 3, "enough_texts": 700, "least_texts": 299,
+    }  # fmt: skip
+    speed = [{"batch_size": 1, "onnx_ms": 2.0, "pytorch_ms": 4.0, "full_ms": 5.0}]
+    export = {"policy": {"name": "entropy"}, "measured": {"speed": speed}}
+    runs = [a_run(tmp_path, seed, promised) for seed in (1, 2, 3)]
+    for run, text in zip(runs, (json.dumps(export), "{", None), strict=True):
+        (run.directory / "onnx").mkdir()
+        if text is not None:
+            (run.directory / "onnx" / "early_exit.json").write_text(text)
+    section = exits_section({"ACL": runs}, "mrpc", tmp_path / "exits", "Early exit")
+    assert section is not None
+    (table,) = section.tables
+    assert table.header[-2:] == ["speed-up, batch 1", "onnxruntime, batch 1"]
+    assert [row[-1] for row in table.rows] == ["2.50x", "", "", "", "", ""]
+    damaged, promise, *_ = section.notes
+    assert damaged == "ACL, seed 2: its onnx/early_exit.json is damaged and left out."
+    assert promise.startswith("ACL, seed 1, entropy: With confidence 0.95, ")
+    assert "800 texts, of which 3 were lost" in promise
+
+
 def test_no_studies(tmp_path: Path) -> None:
     runs = {"ACL": [a_run(tmp_path, 1)]}
     assert exits_section(runs, "mrpc", tmp_path / "exits", "Early exit") is None
