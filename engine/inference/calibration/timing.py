@@ -26,7 +26,7 @@ MEASURED_BATCH_SIZES = (1, 32)
 
 @dataclass(frozen=True)
 class MeasuredSpeed:
-    """Wall-clock times of early exit and of the full model on the same texts.
+    """Wall-clock times of a policy and of the full model on the same texts.
 
     early_ms, full_ms: milliseconds per text, medians over `repeats` passes; speedup: median of
     full / early over the passes. In a pass, all that is timed takes turns batch by batch.
@@ -38,6 +38,12 @@ class MeasuredSpeed:
     early_ms: float
     full_ms: float
     speedup: float
+
+
+def spread_texts(encoded: EncodedSplit, max_texts: int) -> EncodedSplit:
+    """At most so many texts of a split, evenly spaced."""
+    places = np.linspace(0, len(encoded) - 1, min(max_texts, len(encoded)))
+    return encoded.take(np.unique(places.astype(int)))
 
 
 @torch.inference_mode()
@@ -52,15 +58,14 @@ def measure_speed(
     max_texts: int = 200,
     repeats: int = 3,
     progress: bool = False,
-    others: Sequence[Callable[..., Any]] = (),
 ) -> list[MeasuredSpeed]:
-    """Time policies, `others`, and the plain full model (backbone and last exit) in turns.
+    """Time policies and the plain full model (backbone and last exit) in turns.
 
     At most `max_texts` texts are used, evenly spaced in the split; their batches are on the model's
     device before the clock starts. The model is left in evaluation mode.
     """
-    texts = np.unique(np.linspace(0, len(encoded) - 1, min(max_texts, len(encoded))).astype(int))
-    batches = evaluation_batches(encoded.take(texts), batch_size, pad_token_id, device=model.device)
+    texts = spread_texts(encoded, max_texts)
+    batches = evaluation_batches(texts, batch_size, pad_token_id, device=model.device)
     inputs = [batch for _, batch in batches]
 
     def full(**batch: Tensor) -> None:
@@ -70,7 +75,7 @@ def measure_speed(
         torch.softmax(logits.float(), dim=-1).cpu()
 
     engines = [EarlyExit(model, policy, dtype=dtype) for policy in policies]
-    runs: list[Callable[..., Any]] = [full, *engines, *others]
+    runs: list[Callable[..., Any]] = [full, *engines]
     for run in runs:
         run(**inputs[0])
     seconds = np.zeros((repeats, len(runs)))
