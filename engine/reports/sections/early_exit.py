@@ -161,6 +161,10 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
     axes.axhline(0, color="#000000", linewidth=0.8, linestyle="--")
     axes.axvline(100, color="#000000", linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, None), xlabel="operations per text (% of the full model's FLOPs)")
+    low, high = axes.get_ylim()
+    if high - low < 1:
+        # Else rounding would be drawn as a difference.
+        axes.set_ylim((low + high) / 2 - 0.5, (low + high) / 2 + 0.5)
     axes.set_ylabel(f"{metric}: difference to the full model (points)")
     plain(axes)
     # Methods before policies, so that the numbers of their legend entries are those of the series.
