@@ -238,6 +238,8 @@ def _session(
             "'fusedacl[onnx]')."
         ) from None
     options = onnxruntime.SessionOptions()
+    # Each graph has threads of its own, which would wait on the cores that the next graph needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if num_threads is not None:
         options.intra_op_num_threads = num_threads
     return onnxruntime.InferenceSession(str(file), options, providers=providers)

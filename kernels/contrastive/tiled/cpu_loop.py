@@ -84,18 +84,17 @@ class Call:
         with_products: bool,
         memory: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        labels, parts = batch.labels.long(), batch.parts
-        addresses: list[int | None] = [None] * 5
-        dtypes = [0] * 5
+        labels, num_memory = batch.labels.long(), 0
         # Copies made here must live until the loop has returned.
-        self.parts = [part.contiguous() for part in parts]
-        for place, part in enumerate(self.parts):
-            addresses[place], dtypes[place] = part.data_ptr(), DTYPES[part.dtype]
-        num_memory = 0
+        self.parts = parts = [part.contiguous() for part in batch.parts]
+        addresses: list[int | None] = [part.data_ptr() for part in parts]
+        dtypes = [DTYPES[part.dtype] for part in parts]
         if memory is not None:
             rows = memory[0].contiguous()
-            self.parts.append(rows)
-            addresses[4], dtypes[4] = rows.data_ptr(), DTYPES[rows.dtype]
+            missing = 4 - len(parts)
+            addresses += [None] * missing + [rows.data_ptr()]
+            dtypes += [0] * missing + [DTYPES[rows.dtype]]
+            parts.append(rows)
             labels, num_memory = torch.cat([labels, memory[1].long()]), rows.shape[0]
         self.labels = labels.contiguous()
         self.batch = batch
