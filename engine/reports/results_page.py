@@ -66,7 +66,7 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
 
 
 def _in_short(reports: Mapping[str, Report]) -> list[str]:
-    """What was found with several seeds, a line for each pair of methods and measure."""
+    """Lines on the differences that several seeds show, for each pair of methods and measure."""
     found: dict[str, dict[str, list[str]]] = {}
     for section in (section for report in reports.values() for section in report.sections):
         for table in section.tables if section.title == "Claims" else ():

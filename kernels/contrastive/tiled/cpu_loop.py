@@ -60,7 +60,7 @@ def can_run(batch: Batch, dtype: torch.dtype) -> bool:
 
 
 class Outputs(NamedTuple):
-    """What a compiled loop writes.
+    """Results of a compiled loop.
 
     losses: a scalar or [E]. gradient: [.., N + K, d] of the student's rows, or None. products:
     [.., N + K], y . G of these rows in the notation of loss.py, or None.
