@@ -78,6 +78,7 @@ PACKAGES = [
 def c_loop(folder: str) -> Extension:
     """The library of a folder's C files, which knows what it was built from (c_loops.py)."""
     files = {end: sorted(str(file) for file in Path(folder).glob(f"*.{end}")) for end in "ch"}
+    files["h"] += sorted(str(file) for file in Path("kernels/support").glob("*.h"))
     checksum = zlib.crc32(b"".join(Path(file).read_bytes() for file in files["c"] + files["h"]))
     return Extension(
         f"fusedacl.{folder.replace('/', '.')}._cpu_loop",

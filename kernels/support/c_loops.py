@@ -37,6 +37,9 @@ def built_from(loop: ctypes.CDLL) -> int | None:
 
 
 def checksum_of(folder: Path) -> int | None:
-    """Return what setup.py computes from the C files of a folder; None without them."""
+    """Return what setup.py computes from a folder's C files and the headers here; None without."""
     files = [*sorted(folder.glob("*.c")), *sorted(folder.glob("*.h"))]
-    return zlib.crc32(b"".join(file.read_bytes() for file in files)) if files else None
+    if not files:
+        return None
+    files += sorted(Path(__file__).parent.glob("*.h"))
+    return zlib.crc32(b"".join(file.read_bytes() for file in files))

@@ -7,6 +7,7 @@
  * Formulas and names are those of loss.py, but y is longer by sqrt(log2(e)), so that e = 2^(y . y).
  * Plain C without Python's headers, called through ctypes (cpu_triangle.py).
  */
+#define _GNU_SOURCE /* sched_getcpu */
 #include <math.h>
 #include <sched.h>
 #include <stdint.h>
@@ -20,6 +21,7 @@
 #define omp_get_thread_num() 0
 #endif
 
+#include "../../support/cores.h"
 #include "cpu_plan.h"
 
 /* Copy row i to x. */
@@ -283,13 +285,19 @@ static struct phase *take_part(const struct plan *q, int64_t exit, struct phase 
 static void run(const struct plan *q)
 {
     int64_t num_exits = q->p ? q->p->num_exits : 1;
+    struct cores cores;
     memset(q->phases, 0, sizeof(struct phase) * q->num_phases);
+    note_first_core(&cores, q->num_threads);
 #pragma omp parallel num_threads(q->num_threads) if (q->num_threads > 1)
     {
+        int64_t thread = omp_get_thread_num();
         struct phase *phase = q->phases;
-        float *own = q->own + omp_get_thread_num() * q->own_size;
+        float *own = q->own + thread * q->own_size;
+        struct place place;
+        take_core(&cores, thread, &place);
         for (int64_t exit = 0; exit < num_exits; exit++)
             phase = take_part(q, exit, phase, own);
+        leave_core(&place);
     }
 }
 

@@ -215,6 +215,27 @@ def test_two_python_threads_at_once() -> None:
         assert all(torch.equal(*pair) for pair in zip(expected, of_call, strict=True))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are placed on cores on Linux only")
+def test_threads_that_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be moved apart while a call lasts; their cores are the same before and after."""
+    count = max(2, torch.get_num_threads())
+    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
+    expected = bits_of()
+    threads = [int(thread) for thread in os.listdir("/proc/self/task")]
+    cores = {thread: os.sched_getaffinity(thread) for thread in threads}
+    for allowed in ({min(cores[os.getpid()])}, cores[os.getpid()]):
+        try:
+            for thread in threads:
+                os.sched_setaffinity(thread, {min(allowed)})
+                os.sched_setaffinity(thread, allowed)
+            for _ in range(3):
+                assert all(torch.equal(*pair) for pair in zip(expected, bits_of(), strict=True))
+            assert [os.sched_getaffinity(thread) for thread in threads] == [allowed] * len(threads)
+        finally:
+            for thread in threads:
+                os.sched_setaffinity(thread, cores[thread])
+
+
 class Losses(Dataset[Tensor]):
     def __len__(self) -> int:
         return 4
