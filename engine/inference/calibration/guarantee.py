@@ -45,6 +45,9 @@ RISKS = {
 # Log odds of the thresholds that are tried: from where hardly any text leaves to where most do.
 _LOG_ODDS = {"max_probability": (9.2, -9.2), "entropy": (-7.0, 7.0), "learned": (9.2, -4.0)}
 _MOST_TEXTS = 10**9
+# Thresholds to test for each of the ordinary search's: a fixed sequence of more tests needs no smaller
+# p-values, and steps between them are lost.
+_FINER = 10
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,8 @@ def choose_certified(
 ) -> tuple[SweepRow, dict[str, Any]]:
     """The cheapest setting of a policy that keeps a promise, and the record of the guarantee.
 
-    The texts must be new to the model: neither trained on, nor used to choose it.
+    The texts must be new to the model: neither trained on, nor used to choose it. Ten thresholds are
+    tested for each of `num_thresholds`.
 
     Raises:
         ValueError: too few texts, or no setting with which a text leaves early passes; the message
@@ -241,7 +245,7 @@ def choose_certified(
     """
     # The answer to a label is a choice of two.
     num_labels = 2 if readings.several else readings.logits.shape[-1]
-    sequences = sequences_of(name, readings.exit_layers, num_labels, num_thresholds)
+    sequences = sequences_of(name, readings.exit_layers, num_labels, _FINER * num_thresholds)
     # Several sequences share the error probability (Bonferroni).
     level = (1 - promise.confidence) / len(sequences)
     least = least_texts(promise.limit, level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +25,7 @@ from fusedacl.engine.inference.calibration.guarantee import (
 from fusedacl.engine.inference.calibration.readings import ExitReadings
 from fusedacl.engine.inference.calibration.search import replay
 from fusedacl.engine.model.exit_policies import POLICIES
+from fusedacl.engine.model.multi_exit import MultiExitForSequenceClassification
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def test_the_cheapest_setting_that_passed(
     chosen, record = choose_certified(name, exit_readings, "accuracy", promise)
     assert chosen.flops_share < 1
     assert record["num_texts"] == (64 if risk == "lost_answers" else 80)
-    sequences = sequences_of(name, exit_readings.exit_layers, 3, 33)
+    sequences = sequences_of(name, exit_readings.exit_layers, 3, 330)
     level = 0.5 / len(sequences)
     assert record["p_value"] <= level
     assert record["p_value"] == p_values(record["num_lost"], record["num_texts"], 0.9)
@@ -149,6 +151,18 @@ def test_the_cheapest_setting_that_passed(
         for test in passed:
             assert replay(test.policy, exit_readings).sum() >= 0
     assert f"{record['num_lost']} were lost" in words(record)
+
+
+def test_thresholds_are_fine_enough_to_use_the_losses_that_are_allowed(
+    exit_model: MultiExitForSequenceClassification,
+) -> None:
+    """Hardly a text could be lost on top of those of the chosen setting."""
+    readings = dataclasses.replace(synthetic(3000, seed=6), model=exit_model)
+    for name in ("max_probability", "entropy"):
+        _, record = choose_certified(name, readings, "accuracy", Promise(0.05, 0.95))
+        number = record["num_texts"]
+        allowed = int(np.sum(p_values(np.arange(number), number, 0.05) <= 0.05)) - 1
+        assert allowed - 5 <= record["num_lost"] <= allowed
 
 
 def test_what_is_too_small_or_too_bad(exit_readings: ExitReadings) -> None:
