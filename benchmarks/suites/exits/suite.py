@@ -11,6 +11,7 @@ Losses, gradients and predictions are compared before anything is timed.
 import os
 import random
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from ....engine.config.commands import ExportConfig
 from ....engine.config.fields import build
 from ....engine.data.batching import collate
 from ....engine.data.quickstart import minilm_path
-from ....engine.inference.export.command import export_model
+from ....engine.inference.export.command import PAUSE_SECONDS, export_model
 from ....engine.inference.export.onnx_early_exit import OnnxEarlyExit
 from ....engine.model.early_exit import EarlyExit
 from ....engine.model.exit_policies import parse_policy
@@ -109,7 +110,7 @@ def early_exit(
 ) -> Result:
     """Time early exit that no text leaves, and the full model; WrongResult if they differ.
 
-    served: the same on onnxruntime, which takes turns with them.
+    served: the same on onnxruntime, which takes turns with them by passes.
     """
     trainer = runs.first_stage(head)
     model = trainer.model.eval()
@@ -140,10 +141,11 @@ def early_exit(
         for name, call in calls.items()
     }
     extra: Result = {}
+    apart: dict[str, Callable[[dict[str, Tensor]], object]] = {}
     if served is not None:
-        calls["onnx"] = lambda batch: served(**batch)
+        apart["onnx"] = lambda batch: served(**batch)
         flops["onnx"] = flops["early_exit"]  # the same products, which PyTorch cannot count there
-    times = interleave_passes(calls, batches, {PRODUCTS: product_turn(WIDTH)}, rounds)
+    times = interleave_passes(calls, apart, batches, {PRODUCTS: product_turn(WIDTH)}, rounds)
     rate = add_floors(times, flops, WIDTH)
     if served is not None:
         extra["onnx_faster"] = ratio(times, "early_exit", "onnx")
@@ -156,6 +158,7 @@ def early_exit(
 
 def interleave_passes(
     calls: Mapping[str, Callable[[dict[str, Tensor]], object]],
+    apart: Mapping[str, Callable[[dict[str, Tensor]], object]],
     batches: Sequence[dict[str, Tensor]],
     beside: Mapping[str, Callable[[], object]],
     rounds: int,
@@ -163,9 +166,10 @@ def interleave_passes(
     """Times of passes over the batches, in turns of one batch; `beside` runs once per pass.
 
     Turns of whole passes would hide differences of a few percent: the machine's speed changes by
-    more than that within a second.
+    more than that within a second. Only the calls of `apart`, which have threads of their own, take
+    whole passes and come after a pause: the threads of PyTorch keep the cores busy after a call.
     """
-    samples: dict[str, list[float]] = {name: [] for name in (*calls, *beside)}
+    samples: dict[str, list[float]] = {name: [] for name in (*calls, *apart, *beside)}
     order = random.Random(0)
     for _ in range(rounds):
         spent = dict.fromkeys(calls, 0.0)
@@ -173,6 +177,10 @@ def interleave_passes(
             for name in order.sample(list(calls), len(calls)):
                 spent[name] += seconds(partial(calls[name], batch))
         spent |= {name: seconds(call) for name, call in beside.items()}
+        for name, call in apart.items():
+            time.sleep(PAUSE_SECONDS)
+            call(batches[0])
+            spent[name] = sum(seconds(partial(call, batch)) for batch in batches)
         for name, value in spent.items():
             samples[name].append(value)
     return {name: quantiles(values) for name, values in samples.items()}
