@@ -45,8 +45,8 @@ RISKS = {
 # Log odds of the thresholds that are tried: from where hardly any text leaves to where most do.
 _LOG_ODDS = {"max_probability": (9.2, -9.2), "entropy": (-7.0, 7.0), "learned": (9.2, -4.0)}
 _MOST_TEXTS = 10**9
-# Thresholds to test for each of the ordinary search's: a fixed sequence of more tests needs no smaller
-# p-values, and steps between them are lost.
+# Thresholds to test for each of the ordinary search's: a longer fixed sequence needs no smaller
+# p-values, and comes closer to the losses that are allowed.
 _FINER = 10
 
 
@@ -236,8 +236,8 @@ def choose_certified(
 ) -> tuple[SweepRow, dict[str, Any]]:
     """The cheapest setting of a policy that keeps a promise, and the record of the guarantee.
 
-    The texts must be new to the model: neither trained on, nor used to choose it. Ten thresholds are
-    tested for each of `num_thresholds`.
+    The texts must be new to the model: neither trained on, nor used to choose it. For each of
+    `num_thresholds` ten are tested.
 
     Raises:
         ValueError: too few texts, or no setting with which a text leaves early passes; the message

@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...experiments.results import SweepRun
 from ...inference.calibration.guarantee import words as guarantee_words
 from ...inference.calibration.search import AREA_WORDS
@@ -21,6 +23,17 @@ from .score_figures import metric_words
 
 EXITS_FILE = Path("exits") / "exits.json"
 ONNX_FILE = Path("onnx") / EXPORT_FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mark:
+    """A policy's chosen setting, and the settings that were timed: operations and difference."""
+
+    label: str
+    policy: str
+    share: float
+    difference: float
+    tried: list[tuple[float, float]]
 
 
 def exits_section(
@@ -48,7 +61,7 @@ def exits_section(
     onnx_sizes = sorted({size for _, speeds in exported.values() for size in speeds})
     header += [f"onnxruntime, batch {size}" for size in onnx_sizes]
     rows = []
-    points: list[tuple[str, str, float, float]] = []
+    marks: list[_Mark] = []
     for label, run, study in found:
         full = study["full_score"]
         for policy, facts in study["policies"].items():
@@ -75,7 +88,8 @@ def exits_section(
             row = [label, str(run.seed), policy.replace("_", " "), setting]
             rows.append([*row, *percent, *costs, *times])
             best = chosen["score"] if unseen is None else unseen
-            points.append((label, policy, chosen["flops_share"], best - full))
+            tried = [(each["flops_share"], each["score"] - full) for each in facts.get("timed", ())]
+            marks.append(_Mark(label, policy, chosen["flops_share"], best - full, sorted(tried)))
     metric = metric_words(found[0][2]["metric"])
     words = (
         f"The setting that `fusedacl exits` chose for each policy on {data}: {metric} in percent, "
@@ -94,8 +108,9 @@ def exits_section(
                 del row[place]
     caption = (
         f"Difference in {metric} to the full model against operations on {data}, a mark per policy "
-        "and run at the chosen setting; cross-fitted scores where there are any. Up and to the "
-        "left is better; the full model is at 100 % and 0."
+        "and run at the chosen setting; cross-fitted scores where there are any. Lines join the "
+        "settings that were timed, with scores on the texts of the choice. Up and to the left is "
+        "better; the full model is at 100 % and 0."
     )
     curve_words = (
         f"the best settings of each policy on {data}, against operations and, where they were "
@@ -108,7 +123,7 @@ def exits_section(
         if (picture := run.directory / "exits" / "exits.svg").is_file()
     ][::-1]
     table = Table(header, rows, words)
-    section = write_section(path, title, table, _draw(points, metric, path), caption, notes)
+    section = write_section(path, title, table, _draw(marks, metric, path, title), caption, notes)
     return dataclasses.replace(section, figures=[*section.figures, *curves])
 
 
@@ -123,7 +138,8 @@ def _read(run: SweepRun, label: str, notes: list[str]) -> dict[str, Any] | None:
             if "calibration" in policy:
                 policy["parameters"].items()
                 0.0 * policy.get("area_under_curve", 0)
-                0 * policy["calibration"]["score"] * policy["calibration"]["flops_share"]
+                for setting in (policy["calibration"], *policy.get("timed", ())):
+                    0 * setting["score"] * setting["flops_share"]
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -148,16 +164,20 @@ def _onnx_speeds(
         return None, {}
 
 
-def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Path) -> list[Path]:
-    labels = list(dict.fromkeys(label for label, *_ in points))
-    policies = list(dict.fromkeys(policy for _, policy, *_ in points))
+def _draw(marks: Sequence[_Mark], metric: str, path: Path, title: str) -> list[Path]:
+    labels = list(dict.fromkeys(mark.label for mark in marks))
+    policies = list(dict.fromkeys(mark.policy for mark in marks))
     figure = new_figure(7.5, 4.6)
     axes = figure.subplots()
-    for label, policy, share, difference in points:
-        place, marker = labels.index(label), look(policies.index(policy))["marker"]
+    for mark in marks:
+        place, marker = labels.index(mark.label), look(policies.index(mark.policy))["marker"]
         style = look(place) | {"marker": marker, "markersize": 7, "alpha": 0.8, "linestyle": ""}
+        if mark.tried:
+            thin = style | {"markersize": 3, "alpha": 0.5, "linestyle": "-", "linewidth": 0.8}
+            shares, differences = 100 * np.array(mark.tried).T
+            axes.plot(shares, differences, **thin, gid=f"series-{place}-{len(axes.lines)}")
         gid = f"series-{place}-{len(axes.lines)}"
-        axes.plot(100 * share, 100 * difference, **style, gid=gid)
+        axes.plot(100 * mark.share, 100 * mark.difference, **style, gid=gid)
     axes.axhline(0, color="#000000", linewidth=0.8, linestyle="--")
     axes.axvline(100, color="#000000", linewidth=0.8, linestyle="--")
     axes.set(xlim=(0, None), xlabel="operations per text (% of the full model's FLOPs)")
@@ -166,6 +186,7 @@ def _draw(points: Sequence[tuple[str, str, float, float]], metric: str, path: Pa
         # Else rounding would be drawn as a difference.
         axes.set_ylim((low + high) / 2 - 0.5, (low + high) / 2 + 0.5)
     axes.set_ylabel(f"{metric}: difference to the full model (points)")
+    axes.set_title(title, fontsize=11)
     plain(axes)
     # Methods before policies, so that the numbers of their legend entries are those of the series.
     handles: list[Any] = []

@@ -58,6 +58,21 @@ def test_settings_of_several_runs(tmp_path: Path) -> None:
     assert all(file.stat().st_size > 100 for file in section.files)
 
 
+def test_timed_settings_are_drawn_as_a_line(tmp_path: Path) -> None:
+    timed = [{"score": 0.7, "flops_share": 0.3}, {"score": 0.5, "flops_share": 0.2}]
+    pictures, notes = {}, []
+    for name, settings in (("without", []), ("with", timed), ("damaged", [0.5])):
+        content = study(None)
+        content["policies"]["entropy"]["timed"] = settings
+        runs = {"ACL": [a_run(tmp_path / name, 1, content)]}
+        section = exits_section(runs, "mrpc", tmp_path / name / "exits", "Early exit: mrpc")
+        if section is not None:
+            pictures[name] = (tmp_path / name / "exits.svg").read_text()
+            notes += section.notes
+    assert list(pictures) == ["without", "with"] and notes == []
+    assert [picture.count('id="series-0-') for picture in pictures.values()] == [1, 2]
+
+
 def test_what_no_run_has_is_no_column(tmp_path: Path) -> None:
     runs = {"ACL": [a_run(tmp_path, 1, OLDER)]}
     section = exits_section(runs, "mrpc", tmp_path / "exits", "Early exit")
