@@ -1,9 +1,9 @@
-/* Threads of a parallel region on different cores, while another process keeps one of them busy.
+/* Threads of a parallel region moved to different cores, while another process keeps one of them busy.
  *
- * Linux leaves two threads of a region on one core and another process alone on the other: that is as
- * even as the reverse. But OpenMP's threads spin at the end of a region and after it, for up to 20 ms,
- * and take the core from the very thread that they wait for. Where threads of a region met on a core
- * lately, each is kept off the cores of those before it, until the region ends.
+ * For Linux, two threads of a region on one core and the other process alone on the other are as
+ * balanced as a thread of the region on each, so that it may leave them there. But OpenMP's threads spin
+ * at the end of a region and after it, for up to 20 ms on a Xeon, and then take the core from the very
+ * thread that they wait for.
  */
 #ifndef FUSEDACL_CORES_H
 #define FUSEDACL_CORES_H
@@ -12,76 +12,62 @@
 
 #ifdef __linux__
 #include <sched.h>
+#include <string.h>
+
+#ifndef CPU_COUNT
+#error "define _GNU_SOURCE before the first header"
+#endif
 
 #define MAX_THREADS 256
-/* Number of regions for which threads are kept apart after two of them met. */
-#define LATELY 64
 
 struct cores {
-    int32_t used[MAX_THREADS]; /* by thread: its core + 1, 0 before it arrives */
+    int64_t num_arrived;
+    int32_t used[MAX_THREADS]; /* core + 1 by order of arrival, 0: not known yet */
 };
 
-struct place {
-    cpu_set_t allowed;
-    int is_narrowed;
-};
-
-static int32_t regions_left;
-
-/* Note where the first thread is, which stays there; to be called before the region. */
-static void note_first_core(struct cores *cores, int64_t num_threads)
+/* To be called before the region, by its first thread, which is assumed to stay on its core. */
+static void note_first_core(struct cores *cores)
 {
+    memset(cores, 0, sizeof *cores);
+    cores->num_arrived = 1;
     cores->used[0] = sched_getcpu() + 1;
-    for (int64_t i = 1; i < num_threads && i < MAX_THREADS; i++)
-        cores->used[i] = 0;
-    if (__atomic_load_n(&regions_left, __ATOMIC_RELAXED) > 0)
-        __atomic_fetch_sub(&regions_left, 1, __ATOMIC_RELAXED);
 }
 
-/* Return the core + 1 of a thread that is here, else 0. */
-static int32_t core_of(struct cores *cores, int64_t thread)
+/* Move a thread away if it is on the core of one that arrived before, and if another one is left. */
+static void take_core(struct cores *cores, int64_t thread)
 {
-    return __atomic_load_n(cores->used + thread, __ATOMIC_RELAXED);
-}
-
-/* Keep a thread off the cores of those before it, if that leaves one, until it calls leave_core. */
-static void take_core(struct cores *cores, int64_t thread, struct place *place)
-{
+    if (thread == 0)
+        return;
     int32_t own = sched_getcpu() + 1;
-    place->is_narrowed = 0;
-    if (thread == 0 || thread >= MAX_THREADS || own <= 0)
+    int64_t place = __atomic_fetch_add(&cores->num_arrived, 1, __ATOMIC_RELAXED), shares = 0;
+    cpu_set_t allowed, left, found;
+    if (place >= MAX_THREADS || own <= 0)
         return;
-    __atomic_store_n(cores->used + thread, own, __ATOMIC_RELAXED);
-    for (int64_t i = 0; i < thread; i++)
-        if (core_of(cores, i) == own)
-            __atomic_store_n(&regions_left, LATELY, __ATOMIC_RELAXED);
-    if (__atomic_load_n(&regions_left, __ATOMIC_RELAXED) <= 0 ||
-        sched_getaffinity(0, sizeof place->allowed, &place->allowed))
+    __atomic_store_n(cores->used + place, own, __ATOMIC_RELAXED);
+    if (sched_getaffinity(0, sizeof allowed, &allowed))
         return;
-    cpu_set_t left = place->allowed;
-    for (int64_t i = 0; i < thread; i++)
-        if (core_of(cores, i) > 0)
-            CPU_CLR(core_of(cores, i) - 1, &left);
-    if (CPU_COUNT(&left) == 0 || sched_setaffinity(0, sizeof left, &left))
+    left = allowed;
+    for (int64_t i = 0; i < place; i++) {
+        int32_t used = __atomic_load_n(cores->used + i, __ATOMIC_RELAXED);
+        shares |= used == own;
+        if (used > 0)
+            CPU_CLR(used - 1, &left);
+    }
+    if (!shares || CPU_COUNT(&left) == 0 || sched_setaffinity(0, sizeof left, &left))
         return;
-    place->is_narrowed = 1;
-    __atomic_store_n(cores->used + thread, sched_getcpu() + 1, __ATOMIC_RELAXED);
-}
-
-static void leave_core(const struct place *place)
-{
-    if (place->is_narrowed)
-        sched_setaffinity(0, sizeof place->allowed, &place->allowed);
+    __atomic_store_n(cores->used + place, sched_getcpu() + 1, __ATOMIC_RELAXED);
+    /* All cores, of which the kernel takes those that the container has: a thread that asked for these
+     * alone would not get those that are added later. */
+    memset(&left, 0xff, sizeof left);
+    if (sched_setaffinity(0, sizeof left, &left) || sched_getaffinity(0, sizeof found, &found) ||
+        !CPU_EQUAL(&found, &allowed))
+        sched_setaffinity(0, sizeof allowed, &allowed);
 }
 #else
 struct cores {
     char none;
 };
-struct place {
-    char none;
-};
-#define note_first_core(CORES, NUM_THREADS) ((void)(CORES))
-#define take_core(CORES, THREAD, PLACE) ((void)(CORES), (void)(PLACE))
-#define leave_core(PLACE) ((void)(PLACE))
+#define note_first_core(CORES) ((void)(CORES))
+#define take_core(CORES, THREAD) ((void)(CORES), (void)(THREAD))
 #endif
 #endif

@@ -7,7 +7,7 @@
  * Formulas and names are those of loss.py, but y is longer by sqrt(log2(e)), so that e = 2^(y . y).
  * Plain C without Python's headers, called through ctypes (cpu_triangle.py).
  */
-#define _GNU_SOURCE /* sched_getcpu */
+#define _GNU_SOURCE /* for cores.h */
 #include <math.h>
 #include <sched.h>
 #include <stdint.h>
@@ -19,10 +19,16 @@
 #include <omp.h>
 #else
 #define omp_get_thread_num() 0
+#define omp_get_num_threads() 1
 #endif
 
 #include "../../support/cores.h"
 #include "cpu_plan.h"
+
+/* Microseconds: Linux takes a core from a process after 4 ms, or less. */
+#define PATIENCE 5000
+/* Tries before the clock is read. */
+#define FREE_TRIES 64
 
 /* Copy row i to x. */
 static void load(const struct plan *q, int64_t exit, int64_t i, float *x)
@@ -107,15 +113,27 @@ static void finish(struct phase *phase)
     __atomic_fetch_add(&phase->done, 1, __ATOMIC_RELEASE);
 }
 
-/* Wait until all tasks of a phase are done; who waits long sleeps, and leaves its core to others. */
+static int64_t microseconds(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000 + now.tv_nsec / 1000;
+}
+
+/* Wait until all tasks of a phase are done. Who waits longer than another process usually keeps a core
+ * sleeps: to a core without work the kernel moves a thread that waits for its own. */
 static void wait_for(struct phase *phase, int64_t num_tasks)
 {
     const struct timespec nap = {0, 20000};
-    for (int tries = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < num_tasks; tries++)
-        if (tries < 1000)
-            sched_yield();
-        else
+    int64_t start = 0;
+    for (int tries = 0; __atomic_load_n(&phase->done, __ATOMIC_ACQUIRE) < num_tasks; tries++) {
+        if (tries == FREE_TRIES)
+            start = microseconds();
+        if (tries > FREE_TRIES && microseconds() - start > PATIENCE)
             nanosleep(&nap, 0);
+        else
+            sched_yield();
+    }
 }
 
 /* Compute a group of tiles and the shares of D that it has. */
@@ -286,18 +304,22 @@ static void run(const struct plan *q)
 {
     int64_t num_exits = q->p ? q->p->num_exits : 1;
     struct cores cores;
+    struct phase last = {0};
     memset(q->phases, 0, sizeof(struct phase) * q->num_phases);
-    note_first_core(&cores, q->num_threads);
+    if (q->num_threads > 1)
+        note_first_core(&cores);
 #pragma omp parallel num_threads(q->num_threads) if (q->num_threads > 1)
     {
-        int64_t thread = omp_get_thread_num();
+        int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
         struct phase *phase = q->phases;
         float *own = q->own + thread * q->own_size;
-        struct place place;
-        take_core(&cores, thread, &place);
+        take_core(&cores, thread);
         for (int64_t exit = 0; exit < num_exits; exit++)
             phase = take_part(q, exit, phase, own);
-        leave_core(&place);
+        /* Not in OpenMP, which would spin. */
+        finish(&last);
+        if (thread == 0)
+            wait_for(&last, team);
     }
 }
 

@@ -1,15 +1,16 @@
-"""Threads of a parallel region are kept on different cores where they met lately."""
+"""Threads of a parallel region that meet on a core are moved apart."""
 
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from fusedacl.kernels.support import c_loops
 
-REGIONS, LATELY = 70, 64
+REGIONS = 70
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or shutil.which("gcc") is None, reason="needs Linux and gcc"
@@ -25,34 +26,28 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> str:
     return made
 
 
-def rows_of(program: str, meetings: int, cores: set[int]) -> list[tuple[bool, ...]]:
-    """For each region: threads on one core at its end, one was kept off, its cores restored."""
+def regions(program: str, cores: Sequence[int]) -> list[tuple[bool, ...]]:
+    """For each region: its threads ended on one core, the second may use the cores it had."""
+    environment = {name: value for name, value in os.environ.items() if "OMP_" not in name}
     printed = subprocess.run(
-        [program, str(meetings)], capture_output=True, text=True, check=True, timeout=60,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+        [program, *map(str, cores)], env=environment, capture_output=True, text=True, check=True,
+        timeout=60,
     ).stdout  # fmt: skip
-    rows = [tuple(value == "1" for value in line.split()) for line in printed.splitlines()]
-    assert len(rows) == REGIONS
-    return rows
+    found = [tuple(value == "1" for value in line.split()) for line in printed.splitlines()]
+    assert len(found) == REGIONS
+    return found
 
 
-@pytest.fixture
-def two_cores() -> set[int]:
-    cores = sorted(os.sched_getaffinity(0))[:2]
+@pytest.mark.parametrize("number", [None, 2])
+def test_threads_that_met_are_parted(program: str, number: int | None) -> None:
+    cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         pytest.skip("one core")
-    return set(cores)
-
-
-def test_threads_that_met_are_parted_for_some_regions(program: str, two_cores: set[int]) -> None:
-    parted = [(False, True, True)] * LATELY
-    assert rows_of(program, 1, two_cores) == parted + [(False, False, True)] * (REGIONS - LATELY)
-
-
-def test_threads_that_never_met_are_left_alone(program: str, two_cores: set[int]) -> None:
-    assert rows_of(program, 0, two_cores) == [(False, False, True)] * REGIONS
+    found = regions(program, () if number is None else cores[:number])
+    # The kernel may move a thread back before it looks where it is.
+    assert sum(same for same, _ in found) <= REGIONS // 10
+    assert all(restored for _, restored in found)
 
 
 def test_one_core_for_both(program: str) -> None:
-    rows = rows_of(program, REGIONS, {min(os.sched_getaffinity(0))})
-    assert rows == [(True, False, True)] * REGIONS
+    assert regions(program, [min(os.sched_getaffinity(0))]) == [(True, True)] * REGIONS

@@ -215,27 +215,6 @@ def test_two_python_threads_at_once() -> None:
         assert all(torch.equal(*pair) for pair in zip(expected, of_call, strict=True))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="threads are placed on cores on Linux only")
-def test_threads_that_share_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They may be moved apart while a call lasts; their cores are the same before and after."""
-    count = max(2, torch.get_num_threads())
-    monkeypatch.setattr(torch, "get_num_threads", lambda: count)
-    expected = bits_of()
-    threads = [int(thread) for thread in os.listdir("/proc/self/task")]
-    cores = {thread: os.sched_getaffinity(thread) for thread in threads}
-    for allowed in ({min(cores[os.getpid()])}, cores[os.getpid()]):
-        try:
-            for thread in threads:
-                os.sched_setaffinity(thread, {min(allowed)})
-                os.sched_setaffinity(thread, allowed)
-            for _ in range(3):
-                assert all(torch.equal(*pair) for pair in zip(expected, bits_of(), strict=True))
-            assert [os.sched_getaffinity(thread) for thread in threads] == [allowed] * len(threads)
-        finally:
-            for thread in threads:
-                os.sched_setaffinity(thread, cores[thread])
-
-
 class Losses(Dataset[Tensor]):
     def __len__(self) -> int:
         return 4
@@ -251,21 +230,48 @@ def test_in_the_workers_of_a_data_loader() -> None:
     assert all(torch.equal(found, expected) for found in loader)
 
 
-def test_a_process_with_one_thread() -> None:
-    code = (
-        "import torch; from fusedacl.kernels.contrastive.tiled import cpu_loop\n"
-        "from fusedacl.kernels import supcon_loss\n"
-        "cpu_loop.MAX_ROWS = 0\n"
-        "x = torch.sin(torch.arange(300 * 20.0)).view(300, 20).requires_grad_()\n"
-        "assert torch.get_num_threads() == 1\n"
-        "supcon_loss(x, torch.arange(300) % 3).backward()\n"
-        "print(x.grad.flatten().view(torch.int32).tolist())"
+# Prints the bits of a gradient.
+PROCESS = """
+import os, torch
+from fusedacl.kernels import supcon_loss
+from fusedacl.kernels.contrastive.tiled import cpu_loop
+cpu_loop.MAX_ROWS = cpu_loop.WORTH_THREADS = 0
+x = torch.sin(torch.arange(300 * 20.0)).view(300, 20).requires_grad_()
+supcon_loss(x, torch.arange(300) % 3).backward()
+"""
+PRINT = "print(x.grad.flatten().view(torch.int32).tolist())"
+# All threads begin on one core, which they may leave or not; the cores they may use stay the same.
+ON_ONE_CORE = """
+threads, every = [int(name) for name in os.listdir("/proc/self/task")], os.sched_getaffinity(0)
+for allowed in ({min(every)}, every):
+    for thread in threads:
+        os.sched_setaffinity(thread, {min(every)})
+        os.sched_setaffinity(thread, allowed)
+    for _ in range(3):
+        expected, x.grad = x.grad, None
+        supcon_loss(x, torch.arange(300) % 3).backward()
+        assert torch.equal(x.grad, expected)
+    assert all(os.sched_getaffinity(thread) == allowed for thread in threads)
+"""
+
+
+@pytest.mark.parametrize(
+    ("num_threads", "code"),
+    [
+        (1, "assert torch.get_num_threads() == 1\n"),
+        pytest.param(
+            2, ON_ONE_CORE, marks=pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+        ),
+    ],
+    ids=["one thread", "two threads on one core"],
+)
+def test_a_process_of_its_own(num_threads: int, code: str) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(num_threads)}
+    command = [sys.executable, "-c", PROCESS + code + PRINT]
+    run_there = subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=False, timeout=300
     )
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code]
-    printed = subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True
-    ).stdout
+    assert run_there.returncode == 0, run_there.stderr
     x = torch.sin(torch.arange(300 * 20.0)).view(300, 20)
     _, gradient = run({"embeddings": x}, torch.arange(300) % 3, None)
-    assert printed.strip() == str(gradient.flatten().view(torch.int32).tolist())
+    assert run_there.stdout.strip() == str(gradient.flatten().view(torch.int32).tolist())
