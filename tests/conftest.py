@@ -23,8 +23,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The tensors of the tests are too small to gain from more threads, which wait for each other on a
-# busy machine.
+# busy machine; nor do those of the processes that tests start.
 torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 WORDS = [
     *("a", "the", "red", "blue", "green", "old", "new", "big", "small", "dog", "cat", "bird"),
