@@ -21,6 +21,7 @@ from fusedacl.engine import EvaluationConfig, evaluate
 from fusedacl.engine.config.fields import build
 from fusedacl.engine.runtime.manifest import step_of
 from option_combinations import (
+    CLASS_WEIGHTS,
     DEFAULTS,
     REFUSED,
     RESUME_STEPS,
@@ -62,6 +63,8 @@ def plain_runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(combination: Combination, options: dict[str, Any], ranks: Ranks) -> dict[str, Any]:
     """The results of a run; its processes end with the same weights."""
+    if "class_weights" in options:
+        Path(options["class_weights"]).write_text(json.dumps(CLASS_WEIGHTS))
     if combination["engine"] == "local":
         return trained_model(0, options)[0]
     (results, digest), (others, other_digest) = ranks.run(trained_model, options)
