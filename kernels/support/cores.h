@@ -44,16 +44,17 @@ static void take_core(struct cores *cores, int64_t thread)
     if (place >= MAX_THREADS || own <= 0)
         return;
     __atomic_store_n(cores->used + place, own, __ATOMIC_RELAXED);
-    if (sched_getaffinity(0, sizeof allowed, &allowed))
+    for (int64_t i = 0; i < place; i++)
+        shares |= __atomic_load_n(cores->used + i, __ATOMIC_RELAXED) == own;
+    if (!shares || sched_getaffinity(0, sizeof allowed, &allowed))
         return;
     left = allowed;
     for (int64_t i = 0; i < place; i++) {
         int32_t used = __atomic_load_n(cores->used + i, __ATOMIC_RELAXED);
-        shares |= used == own;
         if (used > 0)
             CPU_CLR(used - 1, &left);
     }
-    if (!shares || CPU_COUNT(&left) == 0 || sched_setaffinity(0, sizeof left, &left))
+    if (CPU_COUNT(&left) == 0 || sched_setaffinity(0, sizeof left, &left))
         return;
     __atomic_store_n(cores->used + place, sched_getcpu() + 1, __ATOMIC_RELAXED);
     /* All cores, of which the kernel takes those that the container has: a thread that asked for these
