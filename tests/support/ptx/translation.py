@@ -65,12 +65,13 @@ class Translator:
     # Operands
 
     def number(self, register: str) -> int | None:
+        if register in self.numbers:
+            return self.numbers[register]
         kind = self.program.kind_of(register)
         if kind is None:
             return None
-        if register not in self.numbers:
-            self.numbers[register] = len(self.kinds)
-            self.kinds.append(kind)
+        self.numbers[register] = len(self.kinds)
+        self.kinds.append(kind)
         return self.numbers[register]
 
     def read(self, operand: str, kind: str) -> Read:
