@@ -66,9 +66,14 @@ def legend_below(
     """Draw a legend below the axes; entry i has the id of `series[i]` (by default i)."""
     widest = max(map(len, labels))
     columns = max(1, min(len(labels), round(13 * figure.get_figwidth() / (widest + 8))))
-    legend = figure.legend(
-        handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
-    )
+    while True:
+        legend = figure.legend(
+            handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+        )
+        if columns == 1 or legend.get_window_extent().width <= figure.bbox.width:
+            break
+        legend.remove()
+        columns -= 1
     pairs = zip(legend.legend_handles, legend.get_texts(), strict=True)
     for index, (handle, text) in zip(series or range(len(labels)), pairs, strict=True):
         if handle is not None:

@@ -6,10 +6,11 @@ import itertools
 import re
 from pathlib import Path
 
+import pytest
 from fusedacl.engine.experiments.results import Seeds
 from fusedacl.engine.reports.page import page
 from fusedacl.engine.reports.sections.score_figures import draw_dots, draw_values, metric_words
-from fusedacl.engine.runtime.plots import COLORS, MARKERS, look
+from fusedacl.engine.runtime.plots import COLORS, MARKERS, legend_below, look, new_figure
 
 
 def luminance(color: str) -> float:
@@ -36,6 +37,19 @@ def test_looks_differ_and_have_contrast_on_the_light_and_the_dark_page() -> None
             assert contrast(theme[ink], theme[paper]) >= 4.5, (ink, paper)
     assert len(COLORS) == len(MARKERS) == len(set(COLORS)) == len(set(MARKERS))
     assert look(1) == look(1 + len(COLORS)) != look(0)
+
+
+@pytest.mark.parametrize("labels", [["a"] * 30, ["CE+SCL, aux_weight 0.02"] * 5, ["W" * 24] * 3])
+@pytest.mark.parametrize("width", [4.0, 7.2, 12.0])
+def test_a_legend_fits_into_its_figure(labels: list[str], width: float) -> None:
+    figure = new_figure(width, 4)
+    lines = [figure.subplots().plot([0, 1], label=label)[0] for label in labels]
+    legend_below(figure, lines, labels)
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    extent = legend.get_window_extent()
+    assert extent.x0 >= 0 and extent.x1 <= figure.bbox.width
+    assert len(legend.get_texts()) == len(labels)
 
 
 def test_every_part_has_a_name_of_its_own(tmp_path: Path) -> None:
