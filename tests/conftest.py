@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 # Without a GPU, Triton's interpreter runs the kernels on the CPU. Set before a kernel is imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 # The tensors of the tests are too small to gain from more threads, which wait for each other on a
 # busy machine; nor do those of the processes that tests start.

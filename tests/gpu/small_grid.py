@@ -42,6 +42,10 @@ def main() -> None:
     }
     if unknown := set(arguments.names) - checks.keys():
         parser.error(f"no kernel is named {', '.join(sorted(unknown))}")
+    if DEVICE.type == "cpu":
+        import quick_interpreter
+
+        quick_interpreter.install()
     compiled: list[str] = []
     if arguments.as_volta:
         compile_for_volta(compiled)

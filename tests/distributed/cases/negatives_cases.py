@@ -6,9 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import quick_interpreter
 import torch
 from contrastive_cases import LABELS, Inputs, make_inputs, run, use_implementation
 from torch import Tensor, distributed
+
+# For ranks, which import no conftest.py.
+quick_interpreter.install()
 
 GROUPS: dict[int, Any] = {}
 
