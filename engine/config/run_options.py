@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ..runtime.text import did_you_mean
 from .fields import option
@@ -91,6 +92,16 @@ class RunOptions:
         above=0,
     )
     disable_tqdm: bool = disable_tqdm_option()
+
+    @property
+    def choice(self) -> dict[str, Any]:
+        """The options that choose the step whose weights are the final ones; {}: the last step."""
+        names: tuple[str, ...] = ("metric_for_best_model", "greater_is_better", "eval_steps")
+        if self.early_stopping_patience is not None:
+            names += ("early_stopping_patience", "early_stopping_threshold")
+        elif not self.load_best_model_at_end:
+            return {}
+        return {name: getattr(self, name) for name in ("load_best_model_at_end", *names)}
 
 
 def named_services(report_to: str) -> list[str] | None:

@@ -174,12 +174,14 @@ def open_hub(
     for split, dataset in loaded.items():
         where = f"split {split!r} of {dataset_name}"
         splits[split] = SplitSource(where, partial(_rows_of, dataset, where))
-        for column in LABEL_COLUMNS if label_column is None else (label_column,):
-            feature = dataset.features.get(column)
-            # Only features of type datasets.ClassLabel, and lists of them, have names.
-            names = getattr(getattr(feature, "feature", feature), "names", None)
-            if names and classes is None:
-                classes = Classes(list(names), dataset_name, by_index=True)
+        # The column that is read: one beside it may have other names.
+        candidates = LABEL_COLUMNS if label_column is None else (label_column,)
+        read = next((column for column in candidates if column in dataset.features), None)
+        feature = dataset.features.get(read)
+        # Only features of type datasets.ClassLabel, and lists of them, have names.
+        names = getattr(getattr(feature, "feature", feature), "names", None)
+        if names and classes is None:
+            classes = Classes(list(names), dataset_name, by_index=True)
     return DataSource(name, splits, classes, task_name)
 
 

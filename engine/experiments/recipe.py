@@ -206,8 +206,16 @@ def _check_cells(cells: Sequence[Cell]) -> None:
         except ValueError as error:
             raise ValueError(f"{cell.name}: {error}") from None
         optimization = dataclasses.replace(config.optimization, feature_cache=None)
-        what = dataclasses.replace(config, optimization=optimization, run=RunOptions())
-        for key in (cell.directory, (cell.task, cell.method, what)):
+        run = RunOptions(**config.run.choice)
+        what = dataclasses.replace(config, optimization=optimization, run=run)
+        other = seen.setdefault((cell.method, what), cell)
+        if other.task != cell.task:
+            raise ValueError(
+                f"{other.name} and {cell.name} are the same run: the tasks name the same data. "
+                "Take one of them out; train_file, dataset_name and task_name in the defaults, or "
+                "on the command line, are the data of every task."
+            )
+        for key in (cell.directory, (cell.method, what)):
             other = seen.setdefault(key, cell)
             if other is not cell:
                 raise ValueError(
@@ -268,6 +276,11 @@ def _mapping(recipe: Mapping[str, Any], key: str) -> dict[str, Any]:
     if not isinstance(values, Mapping):
         raise ValueError(f"{key}: expected `name: options` lines, got {values!r}.")
     for name, value in values.items():
+        if name is None or isinstance(name, bool):
+            raise ValueError(
+                f"{key}: YAML reads one of the names as {name!r}: put on, off, yes, no, true, "
+                "false and null in quotes."
+            )
         if value is not None and not isinstance(value, Mapping):
             raise ValueError(f"{key}: {name}: expected options, got {value!r}.")
     found = {str(name): dict(value or {}) for name, value in values.items()}

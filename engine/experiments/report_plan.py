@@ -15,12 +15,14 @@ metric of a task; by default, the table has the main one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ..runtime.text import did_you_mean
 from .recipe import check_keys, listed_options
+from .results import grid_value
 
 _KEYS = ("layer_scores", "ablation", "grid", "full_model", "claims")
 _CLAIM_KEYS = ("claim", "better", "than", "exits", "spread_over")
@@ -172,7 +174,7 @@ def _claim(claim: Any, methods: Mapping[str, Any], lists: Mapping[str, list[str]
             )
     if option is not None:
         first, second = (methods[name][option] for name in sides.values())
-        if sorted(first) != sorted(second):
+        if Counter(map(grid_value, first)) != Counter(map(grid_value, second)):
             # More values tend to spread more.
             raise ValueError(
                 f"report.claims: {option} has the values {first} in {sides['better']!r} and "

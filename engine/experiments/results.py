@@ -18,8 +18,11 @@ SWEEP_FILE = "sweep.json"
 SCHEMA = 1
 Grid = tuple[tuple[str, Any], ...]
 Value = TypeVar("Value")
-# Options in which seeds of one experiment may differ: a first stage and a cache belong to a seed.
-_SEED_OPTIONS = ("seed", "stage1_model", "feature_cache")
+# Options in which seeds of one experiment may differ: a first stage, a cache and the texts that are
+# drawn or held out belong to a seed.
+_SEED_OPTIONS = ("seed", "stage1_model", "feature_cache", "subset_seed")
+# Differences that differ by less are equal.
+_EQUAL_POINTS = 1e-9
 _KEYS = ("task", "method", "seed", "grid", "directory", "status", "error")
 
 
@@ -110,9 +113,17 @@ class Comparison:
     num_pairs: int
 
     @property
+    def has_spread(self) -> bool:
+        """False if nothing is known of the spread: fewer than two differences, or all are equal.
+
+        Scores of few texts are often equally far apart in two runs.
+        """
+        return self.half_width is not None and self.half_width > _EQUAL_POINTS
+
+    @property
     def is_clear(self) -> bool:
-        """True if the interval does not contain 0."""
-        return self.half_width is not None and abs(self.difference) > self.half_width
+        """True if there is a spread, and the interval does not contain 0."""
+        return self.has_spread and abs(self.difference) > (self.half_width or 0.0)
 
     @property
     def interval(self) -> str:
@@ -270,6 +281,14 @@ class SweepResults:
         return next(filter(None, evaluated), {})
 
 
+def grid_value(value: Any) -> Any:
+    """A value of a grid, as a number if it is one: YAML reads 1e-4 as text, and 0.0001 not."""
+    try:
+        return value if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return str(value)
+
+
 def grid_label(name: str, grid: Grid) -> str:
     """A name followed by the values of a grid point."""
     return ", ".join([name, *(f"{option} {value}" for option, value in grid)])
@@ -310,13 +329,16 @@ def read_sweep(directory: Path) -> SweepResults:
     """The cells of a sweep, with the results of those that are done.
 
     Raises:
-        ValueError: as `read_record`, or there are no cells.
+        ValueError: as `read_record`, or there are no cells, or runs of one task were evaluated on
+            different texts.
     """
     record = read_record(directory)
     if not record["cells"]:
         where = str(directory / SWEEP_FILE)
         raise ValueError(f"{where!r} has no cells: there is nothing to report.")
     runs = tuple(_run(directory, cell) for cell in record["cells"])
+    for task in dict.fromkeys(run.task for run in runs):
+        _check_same_texts([run for run in runs if run.task == task])
     return SweepResults(directory, record["recipe"], runs, record["environment"])
 
 
@@ -344,7 +366,8 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
 
     Raises:
         ValueError: no run is named, a run has no results, or the runs do not belong together: other
-            data, or, under one name, other layers or options, or the same seed twice.
+            data or evaluated texts, or, under one name, other layers or options, or the same seed
+            twice.
     """
     if not paths:
         raise ValueError("runs is empty: name the directories of some runs.")
@@ -358,6 +381,7 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
     if len(data) > 1:
         words = "runs on different data cannot share a figure"
         raise ValueError(f"{words}: {'; '.join(data)}. Make one report for each.")
+    _check_same_texts(runs)
     first: dict[str, SweepRun] = {}
     of_seed: dict[tuple[str, int], SweepRun] = {}
     for run in runs:
@@ -369,6 +393,33 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
                 f"seed, {run.seed}, and would count as two: name one of them."
             )
     return SweepResults(Path("."), {}, tuple(runs), {})
+
+
+def _check_same_texts(runs: Sequence[SweepRun]) -> None:
+    """Refuse runs that were scored on different texts or labels; held-out texts may be a seed's."""
+    held_out = any(run.options.get("validation_split_percentage") for run in runs)
+    first: dict[int | None, tuple[SweepRun, Any]] = {}
+    for run in runs:
+        content = _evaluated_content(run)
+        if content is None:
+            continue
+        other, theirs = first.setdefault(run.seed if held_out else None, (run, content))
+        if content != theirs:
+            raise ValueError(
+                f"{str(other.directory)!r} and {str(run.directory)!r} were evaluated on different "
+                f"texts or labels ({theirs['rows']} and {content['rows']} rows), so their scores "
+                "cannot be compared. Delete the runs on the old data and train them again, or make "
+                "one report for each."
+            )
+
+
+def _evaluated_content(run: SweepRun) -> dict[str, Any] | None:
+    """Rows and SHA-256 of the texts and labels that a run was scored on; None if not recorded."""
+    try:
+        config = json.loads((run.directory / "config.json").read_text(encoding="utf-8"))
+        return dict(config["data_record"]["splits"][next(iter(run.evaluated))])
+    except (OSError, ValueError, KeyError, TypeError, StopIteration):
+        return None
 
 
 def _check_same_method(first: SweepRun, run: SweepRun) -> None:

@@ -94,12 +94,22 @@ class Sweep:
         self.lock = SweepLock(self.directory)
         for run in self.runs:
             self._inspect(run)
+        for run in self.runs:
+            first = self._first_stage(run)
+            if run.status == "done" and first is not None and first.status != "done":
+                where, lost = (self.directory / of.cell.directory for of in (run, first))
+                raise ValueError(
+                    f"{run.cell.name}: its first stage {str(lost)!r} is deleted or not finished, "
+                    "and a new one would have other weights. Delete "
+                    f"{str(where)!r} too, so that it is trained again."
+                )
 
     def _inspect(self, run: _Run) -> None:
         directory = self.directory / run.cell.directory
         if not (directory / CONFIG_FILE).is_file():
             return
-        changed = changed_options(directory, run.cell.config(self.directory), free=_PATH_OPTIONS)
+        config = run.cell.config(self.directory)
+        changed = changed_options(directory, config, free=_PATH_OPTIONS, choice_too=True)
         if changed:
             raise ValueError(
                 f"{run.cell.name}: {str(directory)!r} holds a run with other options "

@@ -50,12 +50,18 @@ def logged_angles(run: Path) -> list[tuple[str, float, float]]:
     Raises:
         ValueError: the directory has no metrics.jsonl.
     """
-    prefix = "angle_degrees"
+    # "angle_degrees", "angle_degrees exit 3"; angle_degrees_all is compared with these.
     return [
-        (name.removeprefix(prefix).strip() or "model", float(record["epoch"]), float(value))
+        (
+            name.removeprefix("angle_degrees").strip() or "model",
+            float(record["epoch"]),
+            float(value),
+        )
         for record in read_metrics(run)
         for name, value in record.items()
-        if name.startswith(prefix) and isinstance(value, int | float) and math.isfinite(value)
+        if name.split(" ")[0] == "angle_degrees"
+        and isinstance(value, int | float)
+        and math.isfinite(value)
     ]
 
 

@@ -265,9 +265,13 @@ def _facts(sweep: SweepResults) -> dict[str, str]:
 def _texts(sweep: SweepResults, task: str) -> str:
     """The splits of a task and limits on its texts: "validation; 10,000 training texts"."""
     words = [", ".join(sweep.splits(task))]
-    for option, of_what in (("max_train_samples", "training"), ("max_eval_samples", "evaluation")):
+    for option, of_what in (
+        ("max_train_samples", "training texts"),
+        ("max_train_samples_per_class", "training texts of each class"),
+        ("max_eval_samples", "evaluation texts"),
+    ):
         limits = {run.options.get(option) or 0 for run in sweep.done if run.task == task}
-        words += [f"{limit:,} {of_what} texts" for limit in sorted(limits - {0})]
+        words += [f"{limit:,} {of_what}" for limit in sorted(limits - {0})]
     return "; ".join(word for word in words if word)
 
 

@@ -39,7 +39,7 @@ class Verdict:
     def word(self) -> str:
         """ "pays", "does not pay" or "not clear"."""
         half, difference = self.comparison.half_width, self.comparison.difference
-        if half is None or not self.learned:
+        if half is None or not self.comparison.has_spread or not self.learned:
             return "not clear"
         if difference + half < self.min_gain:
             return "does not pay"
@@ -78,6 +78,11 @@ class Verdict:
         start = f"{gain} (95 % interval {found.interval}, {found.num_pairs} draws): {self.word}"
         if not self.learned:
             return f"{start}, as nothing was learned."
+        if not found.has_spread:
+            return (
+                f"{start}, as all draws have the same difference, which says nothing of the "
+                f"spread. For another one: {flags(found.num_pairs + 1)}."
+            )
         if self.word == "pays":
             return f"{start}."
         if self.word == "does not pay":

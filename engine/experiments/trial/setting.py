@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import math
 from collections import Counter
@@ -64,6 +66,7 @@ class Setting:
     options: of all its runs, by name. given: names of those that the user gave. class_counts:
     training texts of each class; None where a text may have several labels. constant_score: the
     best main metric of a model that gives all texts the same answer; None if there is none.
+    content: SHA-256 of the texts and labels.
     """
 
     options: Mapping[str, Any]
@@ -72,6 +75,7 @@ class Setting:
     num_evaluated: int
     class_counts: tuple[int, ...] | None
     constant_score: float | None
+    content: str
 
     @property
     def task(self) -> str:
@@ -83,9 +87,9 @@ class Setting:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Options and numbers of texts, which must not change while a trial is continued."""
+        """Options and texts, which must not change while a trial is continued."""
         numbers = {"training texts": self.num_train, "evaluated texts": self.num_evaluated}
-        return {**self.options, **numbers}
+        return {**self.options, **numbers, "texts and labels": self.content}
 
     def size(self, per_class: int | None) -> Size:
         """The steps of a run on so many texts of each class, or on all."""
@@ -194,7 +198,11 @@ def read_setting(given: Mapping[str, Any]) -> Setting:
     counts = None
     if not data.several_labels:
         counts = tuple(Counter(train.labels or ()).values())
-    return Setting(options, frozenset(given), len(train), len(split), counts, constant_score(data))
+    written = json.dumps(data.record.splits, sort_keys=True).encode()
+    return Setting(
+        options, frozenset(given), len(train), len(split), counts, constant_score(data),
+        content=hashlib.sha256(written).hexdigest(),
+    )  # fmt: skip
 
 
 def constant_score(data: TextData) -> float | None:

@@ -19,7 +19,10 @@ from ..page.page import Section, Table, write_section
 from .score_figures import draw_line, metric_words
 
 # Methods that differ in these are compared on different texts.
-_TEXT_OPTIONS = ("max_train_samples", "max_eval_samples")
+_TEXT_OPTIONS = (
+    "train_file", "max_train_samples", "max_train_samples_per_class", "max_eval_samples",
+    "validation_split_percentage",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,8 @@ def _different_texts(options: Mapping[str, Mapping[str, Any]]) -> list[str]:
     for name in _TEXT_OPTIONS:
         values = {label: of_method.get(name) for label, of_method in options.items()}
         if len(set(values.values())) > 1:
-            words = ", ".join(f"{label} {value or 'all'}" for label, value in values.items())
+            without = "all" if name.startswith("max") else "none"
+            words = ", ".join(f"{label} {value or without}" for label, value in values.items())
             found.append(f"The methods differ in {name}, so their scores compare badly: {words}.")
     return found
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ...experiments.report_plan import GridPlan, Target
-from ...experiments.results import Seeds, SweepResults, grid_label
+from ...experiments.results import Seeds, SweepResults, grid_label, grid_value
 from ...model.exit_policies import FixedLayer
 from ...model.flops import exit_flops, full_flops
 from ...model.multi_exit import MultiExitConfig, MultiExitForSequenceClassification
@@ -61,16 +61,12 @@ def ablation_section(
         header += [column.label, "difference"]
     several = len(columns) > 1
     header += ["mean of tasks", "difference"] if several else []
-    reference, _ = scores.over_tasks(rows[0])
     lines = []
     for row in rows:
         line = [row.label, scores.counts(row)]
         for column in columns:
             line += [scores.cell(row, column), scores.difference(row, column)]
-        mean, words = scores.over_tasks(row)
-        known = mean is not None and reference is not None and row is not rows[0]
-        gain = f"{100 * ((mean or 0) - (reference or 0)):+.1f}" if known else ""
-        lines.append([*line, words, gain] if several else line)
+        lines.append([*line, scores.over_tasks(row), scores.gain(row)] if several else line)
     words = (
         f"Average score over the layers of all exits, in percent ({scores.metrics()}). "
         f"Difference: to {rows[0].label}, in points. {_COUNTS} {_BOLD}"
@@ -129,7 +125,7 @@ def full_model_section(
     for row in rows:
         line = [row.label, scores.counts(row), *(flops[row.label] if flops_words else ())]
         line += [scores.cell(row, column) for column in columns]
-        lines.append([*line, scores.over_tasks(row)[1]] if several else line)
+        lines.append([*line, scores.over_tasks(row)] if several else line)
     words = (
         f"Score of the last exit, or of the exit that a row names, in percent "
         f"({scores.metrics()}). {f'{flops_words} ' if flops_words else ''}{_COUNTS} {_BOLD}"
@@ -145,11 +141,15 @@ def grid_section(
 ) -> Section | None:
     """Cross-layer averages by the value of an option (Table 3), as a table and as lines."""
     # Line -> value -> row; the values of further listed options make separate lines.
-    points: dict[str, dict[Any, Row]] = {}
+    points: dict[str, dict[str, Row]] = {}
+    # Methods may write the same number differently.
+    written: dict[Any, str] = {}
     for name, target in plan.methods.items():
         for row in rows_of(sweep, {name: target}):
             others = tuple(pair for pair in row.grid if pair[0] != plan.option)
-            points.setdefault(grid_label(name, others), {})[dict(row.grid)[plan.option]] = row
+            given = dict(row.grid)[plan.option]
+            value = written.setdefault(grid_value(given), str(given))
+            points.setdefault(grid_label(name, others), {})[value] = row
     rows = [row for of_line in points.values() for row in of_line.values()]
     tasks = list(planned_tasks(sweep, rows))
     columns = main_columns(sweep, tasks, metric)
@@ -167,7 +167,7 @@ def grid_section(
             for of_line in points.values()
         ]
         words = [f"{seeds.words} ({len(seeds)})" if seeds else "" for seeds in cells]
-        lines.append([str(value), *words])
+        lines.append([value, *words])
     caption_of_table = (
         f"Average score over the layers of all exits, in percent ({scores.metrics()}), by "
         f"{plan.option}. Mean ± standard deviation (n - 1), in brackets the number of seeds."

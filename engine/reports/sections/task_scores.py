@@ -71,8 +71,11 @@ class TaskScores:
             there = {row.label: seeds for row in self.rows if (seeds := self.at(row, column))}
             best, *others = sorted(there, key=lambda label: -there[label].mean) or [""]
             several = all(seeds.deviation is not None for seeds in there.values())
-            if others and several and there[best].compare(there[others[0]]).is_clear:
-                found.add((best, column.label))
+            if others and several:
+                lead = there[best].compare(there[others[0]])
+                # Over their common seeds the second may be the better one.
+                if lead.is_clear and lead.difference > 0:
+                    found.add((best, column.label))
         return found
 
     def counts(self, row: Row) -> str:
@@ -89,25 +92,33 @@ class TaskScores:
         return words if self.counts(row).isdigit() else f"{words} ({len(seeds)})"
 
     def difference(self, row: Row, column: Column) -> str:
-        """The difference to the first row, in points."""
+        """The difference to the first row, in points, over the seeds that both have."""
         seeds, reference = self.at(row, column), self.at(self.rows[0], column)
         if row is self.rows[0] or not seeds or not reference:
             return ""
-        return f"{100 * (seeds.mean - reference.mean):+.1f}"
+        return f"{seeds.compare(reference).difference:+.1f}"
 
-    def over_tasks(self, row: Row) -> tuple[float | None, str]:
-        """The mean over the counted tasks if all have scores, as a number and in words.
+    def gain(self, row: Row) -> str:
+        """The mean of the differences on the counted tasks, if both rows have scores on all."""
+        pairs = [(self.at(row, column), self.at(self.rows[0], column)) for column in self.counted]
+        if row is self.rows[0] or not pairs or not all(map(all, pairs)):
+            return ""
+        found = [seeds.compare(reference).difference for seeds, reference in pairs]
+        return f"{statistics.mean(found):+.1f}"
+
+    def over_tasks(self, row: Row) -> str:
+        """The mean over the counted tasks if all have scores, in percent.
 
         It has a deviation if all tasks have the same seeds.
         """
         of_tasks = [self.at(row, column) for column in self.counted]
         if not of_tasks or not all(of_tasks):
-            return None, ""
+            return ""
         mean = statistics.mean(seeds.mean for seeds in of_tasks)
         if len({tuple(seeds.values) for seeds in of_tasks}) > 1:
-            return mean, f"{100 * mean:.1f}"
+            return f"{100 * mean:.1f}"
         by_seed = zip(*(seeds.values.values() for seeds in of_tasks), strict=True)
-        return mean, Seeds(dict(enumerate(map(statistics.mean, by_seed)))).words
+        return Seeds(dict(enumerate(map(statistics.mean, by_seed)))).words
 
     def notes(self) -> list[str]:
         """Notes on missing scores, and on their effect on the means over tasks."""

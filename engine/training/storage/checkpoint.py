@@ -311,14 +311,19 @@ def learned_temperature(run: Path) -> float | None:
 
 
 def changed_options(
-    output_dir: Path, config: TrainingConfig, free: Collection[str] = ()
+    output_dir: Path, config: TrainingConfig, free: Collection[str] = (), choice_too: bool = False
 ) -> list[str]:
     """Differences between the options of a run and `config`, each as "name: this then, that now".
 
-    Options of the section `run` and those named in `free` are ignored.
+    Options of the section `run` and those named in `free` are ignored. choice_too: but not those
+    that choose the step whose weights are the final ones.
     """
     saved = build(TrainingConfig, read_file(output_dir / CONFIG_FILE)).resolved()
-    return differences(lasting_options(saved), lasting_options(config), free)
+    found = differences(lasting_options(saved), lasting_options(config), free)
+    if choice_too and saved.run.choice != config.run.choice:
+        names = saved.run.choice.keys() | config.run.choice.keys()
+        found += differences(*({n: getattr(of.run, n) for n in names} for of in (saved, config)))
+    return found
 
 
 def differences(

@@ -202,6 +202,23 @@ def test_an_unreachable_glue_task_is_named_as_the_user_wrote_it(
         open_task("rte")
 
 
+def test_names_are_those_of_the_column_that_is_read(
+    hub: Callable[[Any], list[tuple[Any, ...]]],
+) -> None:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.Value("int64"),
+            "labels": datasets.ClassLabel(names=["joy", "anger"]),
+        }
+    )
+    rows = {"text": ["a", "b"], "label": [1, 0], "labels": [0, 1]}
+    hub(datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)))
+    assert open_hub("someone/feelings", None).classes is None
+    named = open_hub("someone/feelings", None, label_column="labels").classes
+    assert named is not None and named.names == ["joy", "anger"]
+
+
 def test_a_shuffled_hub_set_is_read_in_its_order(
     hub: Callable[[Any], list[tuple[Any, ...]]],
 ) -> None:

@@ -84,6 +84,12 @@ def test_layers_are_one_value_and_lists_of_layers_several() -> None:
     assert [parse_layers(text) for text in layers] == [[2, 4], [2, 4], [1, 4]]
 
 
+def test_how_long_to_train_is_a_choice_of_its_own() -> None:
+    methods = {"CE": {"objective": "ce", "early_stopping_patience": [1, 3]}}
+    cells = plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods))
+    assert [cell.config(Path("s")).run.early_stopping_patience for cell in cells] == [1, 3]
+
+
 def test_a_path_among_the_values_stays_in_the_sweep() -> None:
     methods = {"CE": {"objective": "ce", "model_name_or_path": ["../../elsewhere", "/tmp/other"]}}
     for cell in plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods)):
@@ -152,6 +158,16 @@ def test_reads_a_file_or_a_shipped_name(tmp_path: Path) -> None:
         ({"methods": {"CE": {"aux_weight": []}}}, "aux_weight has an empty list"),
         ({"methods": {"A": {"aux_weight": [0.1, 0.1]}}}, "are the same run"),
         ({"methods": {"A": {"learning_rate": [1e-3, "1e-3"]}}}, "are the same run"),
+        ({"methods": {True: {"objective": "ce"}}}, "reads one of the names as True: put on, off"),
+        ({"tasks": {None: {}}}, "tasks: YAML reads one of the names as None"),
+        # As --train_file on the command line.
+        (
+            {
+                "tasks": {"a": {}, "b": {}},
+                "defaults": {"model_name_or_path": "b", "task_name": "rte"},
+            },
+            "a, CE, seed 1 and b, CE, seed 1 are the same run: the tasks name the same data",
+        ),
         ({"X": {**SECOND, "exit_head": "linear"}}, "X, seed 1: exit_head='linear', .* has 'mha'"),
         ({"X": {"exit_pooling": "mean"}}, "exit_pooling=mean is for linear exits"),
         ({"X": {**SECOND, "exit_width": 32}}, "rte, X, seed 1: exit_width=32, .* stage1 has 64"),

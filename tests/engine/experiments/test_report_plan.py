@@ -31,6 +31,21 @@ def test_what_is_asked_for() -> None:
     assert named.layer_scores == {"ours": Target("ACL")}
 
 
+def test_values_of_a_grid_are_compared_as_numbers() -> None:
+    """YAML reads 1e-3 as text."""
+    methods = {
+        "CE": {"objective": "scl", "aux_weight": ["1e-3", 0.1]},
+        "ACL": {"objective": "acl", "aux_weight": [0.1, 0.001]},
+    }
+    claim = {"claim": "steadier", "better": "ACL", "than": "CE", "spread_over": "aux_weight"}
+    recipe = {"tasks": {"rte": {}}, "methods": methods, "report": {"claims": [claim]}}
+    (planned,) = plan_report(recipe).claims
+    assert planned.spread_over == "aux_weight"
+    methods["ACL"]["aux_weight"] = [0.1, 0.002]
+    with pytest.raises(ValueError, match="a spread compares equal lists only"):
+        plan_report(recipe)
+
+
 def test_what_suits_a_recipe_that_asks_for_nothing() -> None:
     plan = plan_report({"methods": METHODS})
     assert plan.layer_scores == {"ACL": Target("ACL")} and plan.ablation == {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -216,6 +217,16 @@ def test_features_of_a_first_stage_that_is_trained_anew_are_deleted(tmp_path: Pa
     assert stale.exists()
 
 
+def test_second_stages_of_a_deleted_first_stage_are_refused(tmp_path: Path) -> None:
+    StandInSweep(RECIPE, tmp_path).run()
+    shutil.rmtree(tmp_path / "cells/rte/ce/seed-2")
+    with pytest.raises(ValueError, match=r"rte, ACL, seed 2: .*ce/seed-2' is deleted or.* Delete"):
+        StandInSweep(RECIPE, tmp_path)
+    for name in ("acl", "kd"):
+        shutil.rmtree(tmp_path / f"cells/rte/{name}/seed-2")
+    assert len(StandInSweep(RECIPE, tmp_path).run()) == 6
+
+
 def test_what_killed_a_run(tmp_path: Path) -> None:
     sweep = StandInSweep({**RECIPE, "seeds": [1], "methods": {"CE": METHODS["CE"]}}, tmp_path)
     sweep.seconds = 60
@@ -229,6 +240,13 @@ def test_a_changed_recipe_is_refused(tmp_path: Path) -> None:
     changed = {**RECIPE, "defaults": {"model_name_or_path": "bert", "learning_rate": 1e-3}}
     with pytest.raises(ValueError, match=r"rte, CE, seed 1: .*learning_rate: 2e-05 then, 0.001 no"):
         StandInSweep(changed, tmp_path)
+    for option, value in (("load_best_model_at_end", True), ("early_stopping_patience", 2)):
+        changed = {**RECIPE, "defaults": {"model_name_or_path": "bert", option: value}}
+        with pytest.raises(ValueError, match=rf"CE, seed 1: .*{option}: (None|False) then"):
+            StandInSweep(changed, tmp_path)
+    # It only says what is written meanwhile.
+    often = {**RECIPE, "defaults": {"model_name_or_path": "bert", "eval_steps": 7}}
+    assert [run.status for run in StandInSweep(often, tmp_path).runs] == ["done"] * 6
     with pytest.raises(ValueError, match="workers=0"):
         StandInSweep(RECIPE, tmp_path, workers=0)
     (tmp_path / "file").touch()

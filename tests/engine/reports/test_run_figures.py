@@ -54,6 +54,8 @@ def test_logged_angles(tmp_path: Path) -> None:
         {"step": 1, "epoch": 0.5, "angle_degrees": 80.0},
         {"step": 2, "epoch": 1, "angle_degrees exit 10": 70.0, "angle_degrees backbone": None},
         {"step": 3, "epoch": 1.5, "angle_degrees exit 10": 75.0, "loss": 1.0},
+        # That of all parameters, which is compared with the scope's.
+        {"step": 4, "epoch": 2, "angle_degrees_all": 60.0},
     ]
     records = [json.dumps({**line, "split": "train"}) for line in lines]
     (tmp_path / "metrics.jsonl").write_text("\n".join(records))

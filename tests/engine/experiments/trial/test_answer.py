@@ -41,7 +41,16 @@ def test_does_not_pay() -> None:
     )
     # With no smallest gain, the interval has to leave out 0.
     assert verdict(small, min_gain=0.0).word == "pays"
-    assert verdict([0.0, 0.0, 0.0]).word == "does not pay"
+
+
+@pytest.mark.parametrize("difference", [0.0, -2.0, 5.0])
+def test_equal_differences_say_nothing_of_the_spread(difference: float) -> None:
+    """As of two draws that differ by one text of twenty each."""
+    found = verdict([difference] * 2)
+    assert found.words(flags).endswith(
+        "2 draws): not clear, as all draws have the same difference, which says nothing of the "
+        "spread. For another one: <3>."
+    )
 
 
 @pytest.mark.parametrize("differences", [[2.0, 0.0, 1.5, 0.1], [0.4, -0.8, 1.0, 0.1]])
@@ -93,8 +102,9 @@ def test_the_whole_answer(make_world: Any, opinions: Any, start: Any, tmp_path: 
         "accuracy in percent: CE 80.0 ± 0.0, CE+SCL 80.0 ± 0.0, ACL 82.3 ± 1.5.",
         "ACL over CE: +2.3 points (95 % interval -1.5 to +6.1, 3 draws): not clear. If mean and "
         "spread stay, 5 draws make it clear: --minutes 7.",
-        "CE+SCL over CE: +0.0 points (95 % interval +0.0 to +0.0, 3 draws): does not pay. The "
-        "gain, if there is any, is less than 0.5 points.",
+        "CE+SCL over CE: +0.0 points (95 % interval +0.0 to +0.0, 3 draws): not clear, as all "
+        "draws have the same difference, which says nothing of the spread. For another one: "
+        "--minutes 6.",
         "Price: a step of ACL 2.00 times, a step of CE+SCL 1.00 times as long as one of CE.",
         "The gate dropped 25.0% of 30 contrastive gradients; mean angle 80 degrees.",
     ]

@@ -25,7 +25,7 @@ def write_jsonl(file: Path, rows: list[dict[str, str]]) -> Path:
 def large(given: dict[str, Any] | None = None) -> Setting:
     """A set of two classes with 3,000 and 500 texts."""
     options = {"task_name": "mine", "model_name_or_path": "bert", **(given or {})}
-    return Setting(options, frozenset(given or {}), 3500, 200, (3000, 500), 0.5)
+    return Setting(options, frozenset(given or {}), 3500, 200, (3000, 500), 0.5, "0")
 
 
 @pytest.mark.parametrize(

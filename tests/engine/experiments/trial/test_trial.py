@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def test_the_largest_set_that_leaves_time_for_four_draws(
     world: Any, start: Start, tmp_path: Path
 ) -> None:
     options = {"task_name": "mine", "model_name_or_path": "bert"}
-    setting = Setting(options, frozenset(), 3500, 200, (3000, 500), 0.5)
+    setting = Setting(options, frozenset(), 3500, 200, (3000, 500), 0.5, "0")
     for minutes, per_class in ((92, None), (91, 1000), (40, 500), (32, 200)):
         trial = start(world, setting, tmp_path / str(minutes), minutes=minutes)
         trial._measure()
@@ -158,6 +159,8 @@ def test_the_directory_of_something_else_is_refused(
     changed = opinions(learning_rate=1e-3)
     with pytest.raises(ValueError, match="or data .learning_rate: None then, 0.001 now"):
         start(world, changed, directory)
+    with pytest.raises(ValueError, match="texts and labels: '.*' then, 'another' now"):
+        start(world, replace(setting, content="another"), directory)
     (directory / "trial.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the record of a trial"):
         start(world, setting, directory)

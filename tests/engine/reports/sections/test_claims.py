@@ -38,28 +38,30 @@ def sweep_of(*runs: SweepRun) -> SweepResults:
 
 
 def test_the_lower_half_of_the_exits_decides_where_the_claim_is_about_it() -> None:
-    ours = [run_of("mrpc", "A", seed, [0.7, 0.8, 0.81 + 0.01 * seed]) for seed in (1, 2)]
-    theirs = [run_of("mrpc", "B", seed, [0.6, 0.8, 0.95 + 0.01 * seed]) for seed in (1, 2)]
+    ours = [run_of("mrpc", "A", seed, [0.7 + 0.002 * seed, 0.8, 0.81]) for seed in (1, 2)]
+    theirs = [run_of("mrpc", "B", seed, [0.6, 0.8, 0.95]) for seed in (1, 2)]
     sweep = sweep_of(*ours, *theirs)
     (found,), notes = weigh(sweep, SHALLOW)
-    assert found.cells == ["mrpc", "70.0 ± 0.0", "60.0 ± 0.0", "+10.0", "+10.0 to +10.0", "holds"]
+    assert found.cells == ["mrpc", "70.3 ± 0.1", "60.0 ± 0.0", "+10.3", "+9.0 to +11.6", "holds"]
     (whole,), _ = weigh(sweep, EVERYWHERE)
-    assert whole.comparison.difference == pytest.approx(100 * (0.1 - 0.14) / 3)
+    assert whole.comparison.difference == pytest.approx(100 * (0.103 - 0.14) / 3)
     assert whole.verdict == "the contrary" and notes == []
     assert verdict_words(EVERYWHERE, [whole]) == "“A wins”: the contrary is seen on mrpc."
 
 
 def test_of_spreads_the_smaller_is_better() -> None:
     runs = [
-        run_of("rte", method, seed, [0.1, 0.5 + 0.01 * seed + reach * weight], aux_weight=weight)
+        run_of(
+            "rte", method, seed, [0.1, 0.5 + reach * weight * (1 + 0.01 * seed)], aux_weight=weight
+        )
         for method, reach in (("A", 0.02), ("B", -0.2))
         for seed in (1, 2)
         for weight in (0.0, 0.5, 1.0)
     ]
     (found,), _ = weigh(sweep_of(*runs), CALM)
-    assert found.better.values == pytest.approx({1: 0.01, 2: 0.01})
-    assert found.than.values == pytest.approx({1: 0.1, 2: 0.1})
-    assert found.comparison.difference == pytest.approx(9) and found.verdict == "holds"
+    assert found.better.values == pytest.approx({1: 0.0101, 2: 0.0102})
+    assert found.than.values == pytest.approx({1: 0.101, 2: 0.102})
+    assert found.comparison.difference == pytest.approx(9.135) and found.verdict == "holds"
     # A seed lacks a value, as its run is not done or not there, so it has no spread; the other
     # seed alone makes no claim.
     waiting = run_of("rte", "B", 2, None, aux_weight=1.0)
@@ -71,9 +73,9 @@ def test_of_spreads_the_smaller_is_better() -> None:
 
 def test_what_is_not_sure_is_said(tmp_path: Path) -> None:
     runs = [
-        run_of(task, method, seed, [level + (0.01 * seed if level != 0.815 else 0)])
+        run_of(task, method, seed, [level + gain * seed if level != 0.815 else level])
         for task, levels in (("mrpc", (0.805, 0.815)), ("rte", (0.6, 0.7)), ("cola", (0.5, 0.3)))
-        for method, level in zip("AB", levels, strict=True)
+        for method, level, gain in zip("AB", levels, (0.01, 0.0101), strict=True)
         for seed in (1, 2)
     ]
     single = [run_of("sst2", method, 1, [0.9]) for method in "AB"]

@@ -43,6 +43,33 @@ def read_curves(paths: list[Path]) -> LayerScores:
     return found
 
 
+def record_texts(run: Path, labels: str) -> Path:
+    content = {"rows": 9, "texts": "t", "labels": labels}
+    config = {"data_record": {"splits": {"train": {}, "validation": content}}}
+    (run / "config.json").write_text(json.dumps(config))
+    return run
+
+
+def test_runs_that_were_scored_on_other_texts_are_refused(tmp_path: Path) -> None:
+    """Their data have the same name, as two files called train.csv have."""
+    one = record_texts(write_run(tmp_path / "a"), "x")
+    other = record_texts(write_run(tmp_path / "b", objective="ce", cross_layer=False), "y")
+    with pytest.raises(
+        ValueError, match="a' and '.*b' were evaluated on different texts or labels"
+    ):
+        collect_runs([one, other])
+    record_texts(other, "x")
+    assert len(collect_runs([one, other]).runs) == 2
+    # Held-out texts are another part for each seed.
+    held_out = {"validation_split_percentage": 20, "subset_seed": 1, "seed": 1}
+    first = record_texts(write_run(tmp_path / "c", **held_out), "x")
+    second = write_run(tmp_path / "d", **{**held_out, "subset_seed": 2, "seed": 2})
+    assert len(collect_runs([first, record_texts(second, "y")]).runs) == 2
+    rival = write_run(tmp_path / "e", objective="ce", cross_layer=False, **held_out)
+    with pytest.raises(ValueError, match="c' and '.*e' were evaluated on different texts"):
+        collect_runs([first, record_texts(rival, "y")])
+
+
 def test_labels_are_the_papers() -> None:
     assert run_label(OPTIONS) == "2ST-MHA ACL-CL"
     kd = {**OPTIONS, "objective": "ce", "cross_layer": False, "distill_weight": 0.5}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
 from fusedacl.engine.experiments.report_plan import GridPlan, Target
-from fusedacl.engine.experiments.results import SweepResults, read_sweep
+from fusedacl.engine.experiments.results import Seeds, SweepResults, SweepRun, read_sweep
 from fusedacl.engine.model.flops import full_flops
 from fusedacl.engine.reports.page.page import Section, Table
 from fusedacl.engine.reports.sections.score_tables import (
@@ -20,6 +20,7 @@ from fusedacl.engine.reports.sections.score_tables import (
     grid_section,
     operations,
 )
+from fusedacl.engine.reports.sections.task_scores import Column, Row, TaskScores
 from transformers import BertConfig
 
 
@@ -176,6 +177,46 @@ def test_values_of_an_option(sweep: SweepResults, tmp_path: Path) -> None:
     scores = [100 * run.average("f1") for run in runs]
     assert table_of(section).rows[1][1] == f"{words_of(scores)} (2)"
     assert section is not None and section.notes == []
+
+
+def test_differences_are_of_common_seeds(tmp_path: Path) -> None:
+    """The ablation is behind on both seeds that it has, and has the higher mean."""
+    scores = {"ACL": {1: 0.60, 2: 0.62, 3: 0.20}, "less": {1: 0.58, 2: 0.61}}
+    runs = tuple(
+        SweepRun(
+            "rte", name, seed, (), tmp_path, None, {"metrics": {"validation": {"6": {"f1": score}}}}
+        )
+        for name, of_method in scores.items()
+        for seed, score in of_method.items()
+    )
+    sweep = SweepResults(tmp_path, {}, runs, {})
+    targets = {name: Target(name) for name in scores}
+    table = table_of(ablation_section(sweep, targets, None, tmp_path / "ablation"))
+    assert [row[2:] for row in table.rows] == [["47.3 ± 23.7", ""], ["59.5 ± 2.1", "-1.5"]]
+
+
+def test_the_best_by_unpaired_means_is_bold_only_if_it_leads(tmp_path: Path) -> None:
+    row, other = Row("A", "A", ()), Row("B", "B", ())
+    column = Column("rte", None, "f1", "rte")
+    behind = Seeds({1: 0.580, 2: 0.601, 3: 0.9}), Seeds({1: 0.600, 2: 0.620})
+    of_both = dict(zip((("A", "rte"), ("B", "rte")), behind, strict=True))
+    assert TaskScores([row, other], [column], of_both).leaders == set()
+    ahead = {**of_both, ("A", "rte"): Seeds({1: 0.62, 2: 0.641, 3: 0.9})}
+    assert TaskScores([row, other], [column], ahead).leaders == {("A", "rte")}
+
+
+def test_a_number_in_two_spellings_is_one_value(tmp_path: Path) -> None:
+    runs = tuple(
+        SweepRun(
+            "rte", name, 1, (("aux_weight", value),), tmp_path, None,
+            {"metrics": {"validation": {"6": {"f1": 0.5}}}},
+        )
+        for name, value in (("SCL", "1e-4"), ("ACL", 0.0001))
+    )  # fmt: skip
+    plan = GridPlan("aux_weight", {"SCL": Target("SCL"), "ACL": Target("ACL")})
+    sweep = SweepResults(tmp_path, {}, runs, {})
+    table = table_of(grid_section(sweep, plan, None, tmp_path / "values"))
+    assert [row[0] for row in table.rows] == ["1e-4"] and "" not in table.rows[0]
 
 
 def test_nothing_is_done(make_sweep: Callable[..., Path], tmp_path: Path) -> None:
