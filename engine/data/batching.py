@@ -85,7 +85,7 @@ def encode(
             token at all.
     """
     is_pair = split.second is not None
-    _check_max_length(tokenizer, max_length, model_limit, is_pair)
+    check_max_length(tokenizer, max_length, model_limit, is_pair)
     has_token_types = "token_type_ids" in tokenizer.model_input_names
     tokens, token_types, lengths = [], [], []
     num_truncated = 0
@@ -247,9 +247,14 @@ def collate(
     return batch
 
 
-def _check_max_length(
+def check_max_length(
     tokenizer: "PreTrainedTokenizerBase", max_length: int, model_limit: int | None, is_pair: bool
 ) -> None:
+    """Refuse a length that the model cannot read, or in which no text fits.
+
+    Raises:
+        ValueError: naming the length that would do.
+    """
     limits = [tokenizer.model_max_length, model_limit]
     known = [limit for limit in limits if limit is not None and limit < _NO_LIMIT]
     if known and max_length > min(known):

@@ -184,6 +184,8 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
     output_file = None if config.output.output_file is None else Path(config.output.output_file)
     if output_file is not None and not output_file.parent.is_dir():
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
+    if output_file is not None and output_file.is_dir():
+        raise ValueError(f"output_file={str(output_file)!r} is a directory: name a file.")
     trained, data = load_labelled(config.model, config.data, "evaluate")
     threshold = trained.label_threshold(config.output.label_threshold)
     results = {

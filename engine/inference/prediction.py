@@ -27,6 +27,7 @@ from ..model.exit_policies import calibration_mismatch, parse_policy
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names
 from ..model.saved import TrainedModel
 from ..runtime import collectives, processes
+from ..runtime.files import replacing
 from .evaluation import layer_scores
 from .logits import BROKEN_MODEL, check_finite, predict_logits, predict_logits_together
 
@@ -60,6 +61,8 @@ def predict(config: PredictionConfig) -> Path:
         )
     if not output_file.parent.is_dir():
         raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
+    if output_file.is_dir():
+        raise ValueError(f"output_file={str(output_file)!r} is a directory: name a file.")
     if output_file.resolve() == Path(options.input_file).resolve():
         raise ValueError(f"output_file={str(output_file)!r} is the input_file: name another file.")
     trained = TrainedModel(config.model, options.max_seq_length)
@@ -232,7 +235,8 @@ def _write(
                 f"{path.name}: a ' stands before the labels {', '.join(map(repr, guarded))}, which "
                 "a spreadsheet would run as formulas; jsonl holds them as they are"
             )
-    with path.open("w", encoding="utf-8", newline="") as file:
+    # A link keeps its place, and the file that it names is replaced.
+    with replacing(path.resolve(), newline="") as file:
         if path.suffix == ".csv":
             csv.writer(file).writerows([fields, *rows])
         else:

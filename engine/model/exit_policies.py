@@ -349,12 +349,15 @@ def parse_policy(text: str) -> Policy:
         parameter, _, value = assignment.partition("=")
         try:
             is_integer = value.strip().lstrip("+-").isdigit()
-            parameters[parameter.strip()] = int(value) if is_integer else float(value)
+            number = int(value) if is_integer else float(value)
         except ValueError:
             raise ValueError(
                 f"policy={text!r}: {assignment!r} is not of the form parameter=number, as in "
                 "'entropy:threshold=0.3'."
             ) from None
+        if parameter.strip() in parameters:
+            raise ValueError(f"policy={text!r} gives {parameter.strip()} twice: leave one out.")
+        parameters[parameter.strip()] = number
     return make_policy(name.strip(), **parameters)
 
 
@@ -395,10 +398,11 @@ def calibration_mismatch(
     then, here = (
         " and ".join(f"{name} {values[name]}" for name in differing) for values in (made, now)
     )
+    lost = ", and its guarantee does not hold" if made.get("guarantee") else ""
     return (
         f"The stored policy was calibrated with {then}, this run has {here}: score and speed may "
-        "differ from the calibrated ones. Run `fusedacl exits` with the same options to calibrate "
-        "for them."
+        f"differ from the calibrated ones{lost}. Run `fusedacl exits` with the same options to "
+        "calibrate for them."
     )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import yaml
 
@@ -105,6 +106,14 @@ def read_values(path: str | Path) -> Any:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file in one step: readers see the old content or the new, never a part."""
+    with replacing(path) as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, newline: str | None = None) -> Iterator[TextIO]:
+    """A text file that takes the place of `path` where the block ends without an error."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with partial.open("w", encoding="utf-8", newline=newline) as file:
+        yield file
     partial.replace(path)

@@ -34,7 +34,7 @@ from ...model.exit_policies import (
     policy_class,
 )
 from .readings import ExitReadings
-from .search import SweepRow, replay, sweep
+from .search import SweepRow, patiences, replay, sweep
 
 # Risk -> the share that is bounded, for tables and messages.
 RISKS = {
@@ -181,7 +181,7 @@ def sequences_of(
         thresholds = _thresholds("max_probability", num_labels, num_thresholds)
         return [
             [PatienceConfidence(patience, threshold) for threshold in thresholds]
-            for patience in range(2, num_exits + 1)
+            for patience in patiences(num_exits)
         ]
     thresholds = _thresholds(name, num_labels, num_thresholds)
     return [[make_policy(name, threshold=threshold) for threshold in thresholds]]

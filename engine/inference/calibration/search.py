@@ -132,17 +132,24 @@ def policy_grid(name: str, readings: ExitReadings, num_thresholds: int = 33) -> 
     if found is Voting:
         return [Voting(votes) for votes in range(1, num_exits + 1)]
     if found is PatienceConfidence:
-        # Patience 1 is the policy max_probability.
         thresholds = _thresholds(POLICIES["max_probability"], readings, num_thresholds)
         return [
             PatienceConfidence(patience, threshold)
-            for patience in range(2, num_exits + 1)
+            for patience in patiences(num_exits)
             for threshold in thresholds
         ]
     return [
         make_policy(name, threshold=threshold)
         for threshold in _thresholds(found, readings, num_thresholds)
     ]
+
+
+def patiences(num_exits: int) -> range:
+    """The values of patience_confidence with which a text can leave early, or 2 if there are none.
+
+    Patience 1 is the policy max_probability.
+    """
+    return range(2, max(3, num_exits))
 
 
 def frontier(rows: Sequence[SweepRow]) -> list[SweepRow]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ...config.commands import ExitsConfig
 from ...config.fields import command_line
 from ...model.early_exit import check_has_earlier_exits
-from ...model.exit_policies import Learned, Policy, policy_class
+from ...model.exit_policies import Learned, Policy
 from ...model.multi_exit import MultiExitConfig
 from ...runtime.device import dtype_name
 from ...runtime.files import write_json
@@ -23,13 +22,20 @@ from ..evaluation import load_labelled
 from .card import write_early_exit
 from .cross_fitting import cross_fit
 from .figures import draw_quality_speed, write_speed_tables
-from .guarantee import RISKS, Promise, choose_certified
+from .guarantee import RISKS, choose_certified
 from .learned_exit import NUM_FOLDS, with_learned_exit, with_separate_learned_exit
 from .readings import ExitReadings, read_exits
+from .request import (
+    check_new,
+    check_risk,
+    for_several_labels,
+    policy_names,
+    promise_of,
+    target_of,
+)
 from .search import (
     AREA_WORDS,
     SweepRow,
-    Target,
     area_under_curve,
     calibration_record,
     choose,
@@ -41,7 +47,6 @@ from .search import (
 from .timing import MEASURED_BATCH_SIZES, MeasuredSpeed, measure_speed
 
 logger = logging.getLogger("fusedacl")
-DEFAULT_MAX_QUALITY_LOSS = 0.01
 # Settings of a policy that are timed: enough to show the shape of its curve.
 MAX_TIMED_SETTINGS = 6
 _DEFAULT_SAMPLES = ExitsConfig().exits.measured_samples
@@ -68,9 +73,9 @@ class ExitStudy:
 
     def __init__(self, config: ExitsConfig) -> None:
         self.config, self.options = config, config.exits
-        self.names = _policy_names(config)
-        self.target = _target(config)
-        self.promise = _promise(config, self.target)
+        self.names = policy_names(config)
+        self.target = target_of(config)
+        self.promise = promise_of(config, self.target)
         if not self.options.measure and self.options.measured_samples != _DEFAULT_SAMPLES:
             raise ValueError(
                 f"measured_samples={self.options.measured_samples} belongs to measure: add "
@@ -88,11 +93,15 @@ class ExitStudy:
         self.output_dir = None
         if self.options.output_dir is not None:
             self.output_dir = Path(self.options.output_dir)
+            if self.output_dir.exists() and not self.output_dir.is_dir():
+                raise ValueError(
+                    f"output_dir={str(self.output_dir)!r} is a file; name a directory."
+                )
             require_matplotlib()
         self.trained, data = load_labelled(config.model, config.data, "calibrate")
         check_has_earlier_exits(self.trained.model)
         if data.several_labels:
-            self.names = _for_several_labels(self.names, config)
+            self.names = for_several_labels(self.names, config)
         self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
         if self.metric not in data.metrics:
             raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
@@ -102,9 +111,10 @@ class ExitStudy:
                 "scales of their own: use micro_f1, macro_f1 or exact_match."
             )
         if self.promise is not None:
-            _check_risk(self.promise.risk, self.metric, data.metrics)
+            check_risk(self.promise.risk, self.metric, data.metrics)
         split = data.evaluation_splits[0]
         self.data_name = f"{data.name}, {split}"
+        check_new(self.trained.record, data.splits[split], self.data_name, self.promise)
         self.encoded = self.trained.encode(data.splits[split], split)
         if self.promise is not None:
             self.promise.check_number(len(self.encoded))
@@ -179,10 +189,18 @@ class ExitStudy:
                 )
                 rows += [] if chosen in rows else [chosen]
         except ValueError as error:
+            words = str(error)
+            if name == Learned.name and self.promise is not None:
+                words += " Only half of the texts given are tested; the others fit its layer."
             if name == self.options.policy:
-                raise
-            logger.info(f"{name}: {error}")
+                raise ValueError(words) from None
+            logger.info(f"{name}: {words}")
         else:
+            if chosen.flops_share > 1:
+                logger.warning(
+                    f"{name}: no setting within the target saves operations; {chosen.policy} "
+                    f"takes {chosen.flops_share:.1%} of the full model's."
+                )
             found |= self._record(name, chosen, readings, guarantee)
             self.chosen[name] = chosen
         self.curves[name] = rows
@@ -360,67 +378,6 @@ class ExitStudy:
         swept = f"{len(self.curves)} of {len(self.names)} policies were tried"
         timed = f", {self._num_timed()} of {len(self.to_time)} timed" * self.options.measure
         return f"Interrupted: {swept}{timed}.{where}"
-
-
-def _policy_names(config: ExitsConfig) -> list[str]:
-    names = [name.strip() for name in config.exits.policies.split(",") if name.strip()]
-    if config.exits.policy is not None:
-        names.append(config.exits.policy)
-    if not names:
-        raise ValueError("policies is empty: name at least one policy.")
-    for name in names:
-        policy_class(name)
-    return list(dict.fromkeys(names))
-
-
-def _for_several_labels(names: list[str], config: ExitsConfig) -> list[str]:
-    """Those policies that can decide where a text may have several labels.
-
-    Raises:
-        ValueError: one that cannot was asked for by name.
-    """
-    fitting = [name for name in names if policy_class(name).takes_several]
-    left_out = [name for name in names if name not in fitting]
-    for name in left_out:
-        if name == config.exits.policy or config.exits.policies != ExitsConfig().exits.policies:
-            policy_class(name).check_several()
-    if left_out:
-        logger.info(f"{', '.join(left_out)}: left out, as a text may have several labels.")
-    return fitting
-
-
-def _target(config: ExitsConfig) -> Target:
-    given = {
-        name: getattr(config.exits, name)
-        for name in ("max_quality_loss", "max_mean_layer", "max_flops_share")
-        if getattr(config.exits, name) is not None
-    }
-    return Target(**(given or {"max_quality_loss": DEFAULT_MAX_QUALITY_LOSS}))
-
-
-def _promise(config: ExitsConfig, target: Target) -> Promise | None:
-    options = config.exits
-    if options.confidence is None:
-        if options.risk != ExitsConfig().exits.risk:
-            raise ValueError(f"risk={options.risk} belongs to confidence: add --confidence 0.95.")
-        return None
-    if target.max_quality_loss is None:
-        raise ValueError(
-            "confidence bounds max_quality_loss: give that target, or leave confidence out."
-        )
-    return Promise(target.max_quality_loss, options.confidence, options.risk)
-
-
-def _check_risk(risk: str, metric: str, metrics: Sequence[str]) -> None:
-    """Refuse a metric whose loss the risk does not bound."""
-    # An answer is right or wrong as a whole.
-    bounded = "exact_match" if "exact_match" in metrics else "accuracy"
-    if risk == "lost_answers" and metric != bounded:
-        other = f"--metric {bounded}, or " if bounded in metrics else ""
-        raise ValueError(
-            f"risk={risk} bounds the loss of {bounded}, not of {metric}, which is no mean over "
-            f"texts: add {other}--risk changed_answers."
-        )
 
 
 def _row(found: dict[str, Any], name: str, num_speeds: int) -> list[str]:

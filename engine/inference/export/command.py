@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ...config.commands import ExportConfig, InferenceOptions
-from ...data.batching import EncodedSplit, evaluation_batches
+from ...config.sections import DataOptions
+from ...data.batching import EncodedSplit, check_max_length, evaluation_batches
 from ...data.dataset import TextData
 from ...model.answers import has_several_labels
 from ...model.early_exit import EarlyExit
@@ -50,6 +51,13 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     require_onnx()
     output_dir = _new_directory(options.output_dir)
     has_data = any((config.data.task_name, config.data.dataset_name, config.data.validation_file))
+    for name, value in vars(config.data).items():
+        # The length of texts is the model's too.
+        if not has_data and name != "max_seq_length" and value != getattr(DataOptions(), name):
+            raise ValueError(
+                f"{name}={value!r} belongs to a data set: name one with task_name, dataset_name or "
+                f"validation_file, or leave {name} out."
+            )
     if options.quantize == "int8" and not has_data:
         raise ValueError(
             "quantize=int8 changes answers, and its score has to be measured: name a labelled data "
@@ -73,11 +81,9 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
         )
     is_stored = options.policy == "stored"
     engine = EarlyExit(trained.model, None if is_stored else parse_policy(options.policy))
-    if trained.max_length > trained.limit:
-        raise ValueError(
-            f"max_seq_length={trained.max_length} is beyond the model, which reads at most "
-            f"{trained.limit} tokens."
-        )
+    columns = trained.record.text_columns
+    is_pair = columns is not None and len(columns) == 2
+    check_max_length(trained.tokenizer, trained.max_length, trained.limit, is_pair)
     segments = split(engine)
     record = _record(trained, engine, is_stored, options.quantize)
     # Renamed when it is whole.
@@ -93,6 +99,7 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
                 quantise(file)
         record["segments"] = list(map(described, segments, files))
         trained.tokenizer.save_pretrained(partial)
+        has_tokenizer = (partial / TOKENIZER_FILE).is_file()
         _write(partial, record)
         if data is not None:
             name = data.evaluation_splits[0]
@@ -105,15 +112,17 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
         partial.replace(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {**record, "output_dir": str(output_dir)}
+    return {**record, "output_dir": str(output_dir), "has_tokenizer": has_tokenizer}
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:
     """The output of the command."""
     layers = ", ".join(str(segment["layer"]) for segment in results["segments"])
+    own = results["has_tokenizer"]
     lines = [
-        f"exits on layers {layers}: {len(results['segments'])} graphs, early_exit.json and the "
-        f"tokenizer are in {results['output_dir']}"
+        f"exits on layers {layers}: {len(results['segments'])} graphs"
+        f"{', early_exit.json and the tokenizer' if own else ' and early_exit.json'} are in "
+        f"{results['output_dir']}"
     ]
     measured = results.get("measured")
     if measured is not None:
@@ -128,8 +137,15 @@ def lines_of(results: dict[str, Any]) -> list[str]:
             f"{speed['full_ms'] / speed['onnx_ms']:.2f} times"
             for speed in measured.get("speed", ())
         ]
-    lines.append(f"use: fusedacl.engine.OnnxEarlyExit({results['output_dir']!r}).predict(texts)")
-    return lines
+    runtime = f"fusedacl.engine.OnnxEarlyExit({results['output_dir']!r})"
+    if own:
+        return [*lines, f"use: {runtime}.predict(texts)"]
+    return [
+        *lines,
+        f"The model's tokenizer runs in transformers only and has no {TOKENIZER_FILE}: give its "
+        "tokens.",
+        f"use: {runtime}(input_ids, attention_mask)",
+    ]
 
 
 def _check(engine: EarlyExit, segments: Sequence[Segment], files: Sequence[Path]) -> None:
@@ -157,9 +173,14 @@ def described(segment: Segment, file: Path) -> dict[str, Any]:
 def _new_directory(name: str | None) -> Path:
     if not name:
         raise ValueError("output_dir is missing: name a directory for the export.")
-    path = Path(name)
+    path = Path(name) if Path(name).name else Path(name).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"output_dir={name!r} exists and is not empty: name another directory.")
+    if path.is_mount():
+        raise ValueError(
+            f"output_dir={name!r} is where a file system is mounted, and cannot be replaced: name "
+            "a directory inside it."
+        )
     return path
 
 
@@ -173,9 +194,11 @@ def _record(
         mismatch = calibration_mismatch(policy, trained.dtype, trained.max_length)
         if mismatch is not None:
             logger.warning(mismatch)
-        if quantize != "none" and policy.get("calibration", {}).pop("guarantee", None):
+        as_tested = mismatch is None and quantize == "none"
+        if not as_tested and (policy.get("calibration") or {}).pop("guarantee", None):
             logger.warning(
-                "The stored guarantee was made for float32 and is not exported with int8 weights."
+                "The stored guarantee is of the model as it was calibrated: it is not exported "
+                "with int8 weights, another dtype or another length."
             )
     tokenizer, columns = trained.tokenizer, trained.record.text_columns
     return {

@@ -186,6 +186,7 @@ def test_mistakes(name: str, parameters: dict[str, Any], message: str) -> None:
         (lambda _: parse_policy("entropy"), "needs a value for threshold"),
         (lambda _: parse_policy("entropy:0.3"), "'0.3' is not of the form parameter=number"),
         (lambda _: parse_policy("entropy:threshold=high"), "is not of the form"),
+        (lambda _: parse_policy("entropy:threshold=0.3, threshold=0.9"), "gives threshold twice"),
     ],
 )
 def test_what_the_exits_a_file_or_a_command_cannot_carry(

@@ -157,6 +157,27 @@ def test_policies_that_cannot_serve(run: Run, exits_dir: Path, policy: str, mess
         run(exits_dir, policy=policy)
 
 
+def test_the_output_is_replaced_when_it_is_whole(
+    run: Run, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept, link = tmp_path / "kept.csv", tmp_path / "link.csv"
+    link.symlink_to(kept)
+    run(model_dir, output_file=str(link))
+    assert link.is_symlink() and len(rows_of(kept)) == len(TEXTS)
+    before = kept.read_bytes()
+
+    def full_disk(*_: Any) -> Any:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(csv, "writer", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run(model_dir, output_file=str(kept))
+    assert kept.read_bytes() == before
+    (tmp_path / "folder.csv").mkdir()
+    with pytest.raises(ValueError, match="folder.csv' is a directory: name a file"):
+        run(model_dir, output_file=str(tmp_path / "folder.csv"))
+
+
 @pytest.mark.parametrize("policy", [None, "entropy:threshold=0.5"])
 def test_answers_that_are_none_are_not_written(
     run: Run, exits_dir: Path, tmp_path: Path, policy: str | None

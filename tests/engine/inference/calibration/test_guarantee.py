@@ -165,6 +165,14 @@ def test_thresholds_are_fine_enough_to_use_the_losses_that_are_allowed(
         assert allowed - 5 <= record["num_lost"] <= allowed
 
 
+def test_a_patience_with_which_no_text_leaves_takes_no_share_of_the_error() -> None:
+    def found(layers: list[int]) -> list[int]:
+        sequences = sequences_of("patience_confidence", layers, 3, 33)
+        return [sequence[0].parameters["patience"] for sequence in sequences]
+
+    assert [found([1, 2]), found([1, 2, 3]), found([1, 2, 3, 4])] == [[2], [2], [2, 3]]
+
+
 def test_what_is_too_small_or_too_bad(exit_readings: ExitReadings) -> None:
     def refused(limit: float, confidence: float, risk: str = "lost_answers") -> str:
         with pytest.raises(ValueError) as raised:

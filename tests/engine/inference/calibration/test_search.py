@@ -181,6 +181,10 @@ def test_inference_unlike_the_calibration(
     record = {"calibration": {"dtype": "float32", "max_seq_length": 20}}
     told = calibration_mismatch(record, dtype, length)
     assert told is None if words is None else words in told
+    promised = calibration_mismatch(
+        {"calibration": {**record["calibration"], "guarantee": {1: 2}}}, dtype, length
+    )
+    assert (promised or "").count("its guarantee does not hold") == (words is not None)
     # A record without them cannot be compared.
     assert calibration_mismatch({"calibration": {"score": 0.5}}, dtype, length) is None
     assert calibration_mismatch({"name": "entropy"}, dtype, length) is None

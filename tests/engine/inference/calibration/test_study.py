@@ -12,6 +12,8 @@ import pytest
 import torch
 from fusedacl.engine import MultiExitForSequenceClassification
 from fusedacl.engine.cli.main import main
+from fusedacl.engine.data.columns import TextSplit
+from fusedacl.engine.data.record import content
 from fusedacl.engine.inference.calibration import study as exit_study
 from fusedacl.engine.inference.calibration.search import policy_grid
 from fusedacl.engine.inference.calibration.timing import MeasuredSpeed, measure_speed
@@ -261,9 +263,51 @@ def test_the_guarantee_of_a_learned_exit_is_from_texts_it_was_not_fitted_on(
     assert facts["num_samples"] == facts["guarantee"]["num_texts"] == 12
 
 
+def test_too_few_texts_for_the_half_that_tests_a_learned_exit(run: Run, capsys: Capture) -> None:
+    options = ["--policies", "learned", "--policy", "learned", "--max_quality_loss", "0.1"]
+    assert run(*options, "--confidence", "0.8", "--risk", "changed_answers") == 2
+    assert "12 are given. Only half of the texts given are tested" in capsys.readouterr().err
+
+
+def test_texts_that_the_model_was_trained_on(
+    run: Run, model_dir: Path, tiny_data: Path, capsys: Capture, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(model_dir)
+    rows = (tiny_data / "opinions" / "validation.jsonl").read_text().splitlines()
+    sentences = [json.loads(row)["sentence"] for row in rows]
+    texts = content(TextSplit(sentences, None, None))["texts"]
+    record = {"labels_as": "names", "text_columns": ["sentence"], "label_column": "label"}
+    config["data_record"] = {**record, "splits": {"train": {"rows": 24, "texts": texts}}}
+    (model_dir / "config.json").write_text(json.dumps(config))
+    promise = ["--metric", "accuracy", "--max_quality_loss", "0.7", "--confidence", "0.6"]
+    assert run("--policies", "entropy", *promise) == 2
+    assert (
+        "opinions, validation: the model was trained on these texts, and" in capsys.readouterr().err
+    )
+    assert run("--policies", "fixed_layer", "--max_mean_layer", "1") == 0
+    assert "will look better than they are on others" in caplog.text
+
+
+def test_settings_that_save_nothing_are_warned_of(
+    run: Run, model_dir: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The last exit alone answers as well as the full model."""
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    with torch.no_grad():
+        # The first exit is sure of the contrary of what the last one says.
+        for weight, other in zip(
+            model.exits[0].parameters(), model.exits[1].parameters(), strict=True
+        ):
+            weight.copy_(-9 * other)
+    model.save_pretrained(model_dir)
+    assert run("--policies", "voting", "--max_quality_loss", "0") == 0
+    assert "voting: no setting within the target saves operations; voting" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (["--output_dir", __file__], "test_study.py' is a file; name a directory"),
         (["--confidence", "0"], "confidence=0.0 is out of range"),
         (["--confidence", "95"], "confidence=95.0 is out of range"),
         (["--confidence", "0.9", "--max_mean_layer", "1"], "confidence bounds max_quality_loss"),

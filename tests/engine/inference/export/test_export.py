@@ -123,7 +123,11 @@ def test_what_the_export_says_of_itself(exported: tuple[Path, Path], capsys: Cap
     for speed in measured["speed"]:
         assert speed["num_texts"] == 24
         assert min(speed[f"{name}_ms"] for name in ("onnx", "pytorch", "full")) > 0
-    assert "batch 32: " in "\n".join(command.lines_of({**record, "output_dir": str(directory)}))
+    shown = {**record, "output_dir": str(directory), "has_tokenizer": True}
+    assert "batch 32: " in "\n".join(command.lines_of(shown))
+    # As of a tokenizer in Python, which transformers alone can run.
+    words = "\n".join(command.lines_of({**shown, "has_tokenizer": False}))
+    assert "graphs and early_exit.json are in" in words and "predict(texts)" not in words
     assert [segment["layer"] for segment in record["segments"]] == [1, 2]
     # Each graph holds its own weights only: the embeddings are in the first.
     first, second = ((directory / segment["file"]).stat().st_size for segment in record["segments"])
@@ -223,7 +227,7 @@ def test_int8_with_its_score_and_without_the_guarantee(
     assert main(["exits", *named, "--policy", "fixed_layer", *sure]) == 0
     out = ["--output_dir", str(tmp_path / "int8"), "--quantize", "int8"]
     assert main(["export", *named, *out]) == 0
-    assert "guarantee was made for float32" in caplog.text
+    assert "it is not exported with int8 weights" in caplog.text
     record = json.loads((tmp_path / "int8" / EXPORT_FILE).read_text())
     assert "guarantee" not in record["policy"]["calibration"]
     (graph,) = (tmp_path / "int8").glob("*.onnx")
@@ -232,6 +236,32 @@ def test_int8_with_its_score_and_without_the_guarantee(
     assert 0 < record["measured"]["largest_probability_error"] < 0.2
     assert f"accuracy {record['measured']['onnx_score']:.4f}, in PyTorch" in capsys.readouterr().out
     assert len(OnnxEarlyExit(tmp_path / "int8").predict(TEXTS).labels) == 4
+
+
+def test_the_guarantee_of_another_length_is_not_exported(
+    exported: tuple[Path, Path], tiny_data: Path, tmp_path: Path, caplog: Any
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(exported[0], model)
+    data = ["--task_name", "opinions", "--data_dir", str(tiny_data), "--disable_tqdm"]
+    named = ["--model_name_or_path", str(model)]
+    sure = ["--max_quality_loss", "0.99", "--confidence", "0.1", "--risk", "changed_answers"]
+    assert main(["exits", *named, *data, "--policy", "fixed_layer", *sure]) == 0
+    for length, kept in ((32, False), (64, True)):
+        out = ["--output_dir", str(tmp_path / str(length)), "--max_seq_length", str(length)]
+        assert main(["export", *named, *out]) == 0
+        record = json.loads((tmp_path / str(length) / EXPORT_FILE).read_text())
+        assert ("guarantee" in record["policy"]["calibration"]) == kept
+    assert caplog.text.count("its guarantee does not hold") == 1
+
+
+def test_a_mount_point_is_refused(
+    export: Callable[..., dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "onnx").mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "onnx")
+    with pytest.raises(ValueError, match="a file system is mounted.*name a directory inside it"):
+        export(policy="voting:votes=2")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +277,8 @@ def test_int8_with_its_score_and_without_the_guarantee(
         ({"policy": "voting:votes=2", "measure": True}, "measure times the answers to texts"),
         ({"model_name_or_path": None}, "model_name_or_path is missing"),
         ({"policy": "voting:votes=2", "max_seq_length": 99}, "99 is beyond the model, .* 64 tok"),
+        ({"policy": "voting:votes=2", "data_dir": "data"}, "data_dir='data' belongs to a data set"),
+        ({"policy": "voting:votes=2", "output_dir": "/proc"}, "exists and is not empty"),
     ],
 )
 def test_mistakes(
