@@ -158,6 +158,16 @@ class ScheduledAdamW:
             self._set_rate()
 
 
+def check_schedule(config: TrainingConfig, learning_rate: float, num_steps: int) -> None:
+    """Refuse options with which `new_schedule` will fail for a stage of so many steps.
+
+    Raises:
+        ValueError: as `new_schedule`.
+    """
+    parameter = torch.zeros(1, requires_grad=True)
+    new_schedule(torch.optim.SGD([parameter], lr=learning_rate), config, num_steps)
+
+
 def new_schedule(
     optimizer: torch.optim.Optimizer, config: TrainingConfig, num_steps: int
 ) -> torch.optim.lr_scheduler.LambdaLR:

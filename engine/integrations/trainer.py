@@ -137,6 +137,14 @@ class ACLTrainer(Trainer):
         self._objective = objective = TrainerObjective(model, self.args)
         self._gate_log = GateLog()
         config = objective.config
+        for callback in self.callback_handler.callbacks:
+            if not isinstance(callback, AngleMonitor) or not config.gated:
+                continue
+            if callback.name.partition(" ")[0] == "angle_degrees":
+                raise ValueError(
+                    f"AngleMonitor(name={callback.name!r}): the gate logs its own angle under this "
+                    "name. Give the monitor another one, such as name='measured_angle'."
+                )
         self._is_exact = config.gated and config.objective.gate_scope == "all"
         if config.gated and not self._is_exact:
             self._scoped = ScopeDecision(

@@ -59,7 +59,7 @@ from .feature_cache import FeatureCache, check_directory
 from .forward.dropout import fast_dropout
 from .logs.services import require_services
 from .stages import Stage, StepPlan, check_exits, needed_exits, plan_steps
-from .storage.best_model import BestModel, EarlyStopping
+from .storage.best_model import BestModel, EarlyStopping, check_scores
 from .storage.hub import open_repository
 from .storage.output_dir import check_output_dir
 
@@ -150,7 +150,7 @@ def build_run(given: TrainingConfig) -> RunParts:
     check_vocabulary(model, tokenizer)
     encoded, predicted = _encode(config, data, model, tokenizer)
     plan = plan_steps(config, len(model.exit_layers), len(encoded["train"]))
-    _check_scores(config, data)
+    check_scores(config.run, data, plan)
     best = None
     if config.run.load_best_model_at_end:
         best = BestModel(config.run, data.metrics, model.exit_layers, plan.stages[-1].exits)
@@ -158,7 +158,9 @@ def build_run(given: TrainingConfig) -> RunParts:
         config.objective.class_weights, data.label_names, data.splits["train"].labels or []
     )
     if options.feature_cache is not None:
-        check_directory(Path(options.feature_cache), encoded["train"])
+        last = plan.stages[-1]
+        exits = needed_exits(model, last, last.exits)
+        check_directory(Path(options.feature_cache), model, encoded["train"], exits, dtype)
     balanced = _balance(config, plan, encoded["train"])
     # The last check, because it may leave a new repository.
     repository = None
@@ -169,13 +171,6 @@ def build_run(given: TrainingConfig) -> RunParts:
         model, plan, best, predicted, repository, weights, balanced,
         LearnedTemperature.of(config.objective, options, device),
     )  # fmt: skip
-
-
-def _check_scores(config: TrainingConfig, data: TextData) -> None:
-    """Refuse options that need scores if there is no labelled split for them."""
-    for name in ("load_best_model_at_end", "early_stopping_patience"):
-        if getattr(config.run, name) and not data.evaluation_splits:
-            raise ValueError(f"{name}: {data.name} has no labelled split to choose by.")
 
 
 def _balance(

@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,22 +64,11 @@ class FeatureCache:
         progress: bool = False,
     ) -> None:
         self._one_state = model.config.exit_head == "linear"
-        is_mean = model.config.exit_pooling == "mean"
         self.directory = directory
-        self.offsets = np.arange(len(encoded) + 1) if self._one_state else encoded.offsets
-        width = model.config.backbone_config.hidden_size
-        self.shape = (int(self.offsets[-1]), len(positions), width)
+        self.offsets = _offsets(model, encoded)
+        meta = {**_description(model, encoded, positions, dtype), "weights": weights_hash(model)}
+        self.shape = tuple(meta["shape"])
         self.num_bytes = 2 * math.prod(self.shape)
-        meta = {
-            "texts": texts_hash(encoded),
-            "weights": weights_hash(model),
-            "layers": [model.exit_layers[position] for position in positions],
-            "first_token_only": self._one_state and not is_mean,
-            # Absent otherwise, as in the files of earlier versions.
-            **({"mean_of_tokens": True} if is_mean else {}),
-            "backbone_dtype": str(dtype),
-            "shape": list(self.shape),
-        }
         batches = evaluation_batches(
             encoded,
             batch_size,
@@ -113,12 +102,7 @@ class FeatureCache:
         found = _read_meta(directory)
         if found is None:
             return False
-        differing = [name for name in meta if found.get(name) != meta[name]]
-        if differing:
-            raise ValueError(
-                f"feature_cache={str(directory)!r} holds the states of another run: "
-                f"{', '.join(differing)} differ. Delete it, or name another directory."
-            )
+        _refuse_differences(directory, found, meta)
         states = directory / STATES_FILE
         size = states.stat().st_size if states.is_file() else 0
         if size != self.num_bytes:
@@ -238,19 +222,59 @@ def weights_hash(model: MultiExitForSequenceClassification) -> str:
     return digest.hexdigest()
 
 
-def check_directory(directory: Path, encoded: EncodedSplit) -> None:
+def check_directory(
+    directory: Path,
+    model: MultiExitForSequenceClassification,
+    encoded: EncodedSplit,
+    positions: list[int],
+    dtype: torch.dtype,
+) -> None:
     """Refuse a directory that the second stage could not use, before the first one is trained.
 
     Raises:
-        ValueError: it is a file, or holds the states of other texts.
+        ValueError: it is a file, or holds the states of other texts or layers, or in other form.
     """
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"feature_cache={str(directory)!r} is a file; name a directory.")
     found = _read_meta(directory)
-    if found is not None and found.get("texts") != texts_hash(encoded):
+    if found is not None:
+        _refuse_differences(directory, found, _description(model, encoded, positions, dtype))
+
+
+def _offsets(model: MultiExitForSequenceClassification, encoded: EncodedSplit) -> np.ndarray:
+    """The place of each text's first state: linear exits read one state of a text."""
+    is_linear = model.config.exit_head == "linear"
+    return np.arange(len(encoded) + 1) if is_linear else encoded.offsets
+
+
+def _description(
+    model: MultiExitForSequenceClassification,
+    encoded: EncodedSplit,
+    positions: list[int],
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """The content of a cache but for the weights, which the first stage trains."""
+    is_mean = model.config.exit_pooling == "mean"
+    width = model.config.backbone_config.hidden_size
+    return {
+        "texts": texts_hash(encoded),
+        "layers": [model.exit_layers[position] for position in positions],
+        "first_token_only": model.config.exit_head == "linear" and not is_mean,
+        # Absent otherwise, as in the files of earlier versions.
+        **({"mean_of_tokens": True} if is_mean else {}),
+        "backbone_dtype": str(dtype),
+        "shape": [int(_offsets(model, encoded)[-1]), len(positions), width],
+    }
+
+
+def _refuse_differences(
+    directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> None:
+    differing = [name for name in wanted if found.get(name) != wanted[name]]
+    if differing:
         raise ValueError(
-            f"feature_cache={str(directory)!r} holds the states of other texts. Delete it, or name "
-            "another directory."
+            f"feature_cache={str(directory)!r} holds the states of another run: "
+            f"{', '.join(differing)} differ. Delete it, or name another directory."
         )
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from ..backends.optimizers import check_schedule
 from ..config.training import TrainingConfig
 from ..model.encoder_layers import bottom_parameters
 from ..model.multi_exit import MultiExitForSequenceClassification, MultiExitOutput
@@ -159,7 +160,7 @@ def plan_steps(config: TrainingConfig, num_exits: int, num_texts: int) -> StepPl
 
     Raises:
         ValueError: there are fewer texts than processes, or too few steps for the strategy or for
-            `memory_warmup_steps`.
+            `memory_warmup_steps`, or the schedule of a stage is refused.
     """
     options, world_size = config.optimization, processes.world_size()
     if world_size > num_texts:
@@ -183,6 +184,11 @@ def plan_steps(config: TrainingConfig, num_exits: int, num_texts: int) -> StepPl
                 f"steps, with {steps_per_epoch} per epoch, never reach the others. Use "
                 "num_train_epochs of 2 or more."
             )
+        try:
+            check_schedule(config, stage.learning_rate, steps)
+        except ValueError as error:
+            where = f"stage {stage.name!r}: " if len(stages) > 1 else ""
+            raise ValueError(f"{where}{error}") from None
         ends.append(ends[-1] + steps)
     objective = config.objective
     warmup = objective.memory_warmup_steps

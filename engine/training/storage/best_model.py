@@ -1,13 +1,40 @@
 """The score of an evaluation, by which the best checkpoint is chosen and a stage is ended early."""
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...config.run_options import RunOptions
+from ...data.dataset import TextData
 from ...runtime.text import did_you_mean
+from ..stages import StepPlan
 
+logger = logging.getLogger("fusedacl")
 Scores = Mapping[int, Mapping[str, float]]  # layer -> metrics
+
+
+def check_scores(options: RunOptions, data: TextData, plan: StepPlan) -> None:
+    """Refuse options that need scores if no split has labels; warn if they have nothing to choose.
+
+    Raises:
+        ValueError: naming the option.
+    """
+    num_steps = plan.num_steps - plan.start(len(plan.stages) - 1)
+    evaluated = options.eval_steps or plan.steps_per_epoch
+    saved = options.save_steps or plan.steps_per_epoch
+    for name, every in (
+        ("load_best_model_at_end", max(evaluated, saved)), ("early_stopping_patience", evaluated)
+    ):  # fmt: skip
+        if not getattr(options, name):
+            continue
+        if not data.evaluation_splits:
+            raise ValueError(f"{name}: {data.name} has no labelled split to choose by.")
+        if every >= num_steps:
+            logger.warning(
+                f"{name} has no effect: the first evaluation to choose by is that after the last "
+                f"of {num_steps} steps. Lower eval_steps and save_steps, or train for more epochs."
+            )
 
 
 class Score:

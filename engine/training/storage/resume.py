@@ -93,6 +93,11 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
     state = collectives.together(load)
     if best is not None:
         best.load_state_dict(state["best"])
+        if not best.belongs(state["best"]):
+            logger.warning(
+                f"load_best_model_at_end: steps until {state['step']} are not compared, because "
+                "the run was started without it, or with another metric_for_best_model."
+            )
         if best.step is not None:
             kept = checkpoint_of(output_dir, best.step)
             problem = collectives.from_first(lambda: fault(kept))

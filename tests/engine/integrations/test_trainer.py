@@ -365,6 +365,8 @@ def test_a_monitor_measures_what_the_gate_would_see(tiny_bert: Path, tmp_path: P
     measured = [step.get("measured") for step in steps(trainer)]
     assert measured[0] == pytest.approx(steps(gated)[0]["angle_degrees"], abs=0.02)
     assert measured[1] is None and measured[2] is not None
+    with pytest.raises(ValueError, match="the gate logs its own angle under this name"):
+        trainer_of(plain_model(tiny_bert), tmp_path, callbacks=[AngleMonitor()]).train()
 
 
 def test_a_monitor_refuses_a_loop_with_one_loss(tiny_bert: Path, tmp_path: Path) -> None:

@@ -111,6 +111,20 @@ def test_frozen_layers_stay_as_they_are(options, strategy: str, tiny_bert: Path)
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_kwargs": "[1]"}, "is no JSON object"),
         ({"warmup_steps": 13}, "warmup_steps=13: the stage has 12 steps"),
+        (
+            {"strategy": "two_stage", "stage2_epochs": 0.5, "warmup_steps": 5},
+            "stage 'exits': warmup_steps=5: the stage has 2 steps",
+        ),
+        (
+            {
+                "strategy": "two_stage",
+                "lr_scheduler_type": "polynomial",
+                "learning_rate": 2e-5,
+                "lr_scheduler_kwargs": '{"lr_end": 1e-5}',
+                "stage2_learning_rate": 5e-6,
+            },
+            "stage 'exits': lr_scheduler_type=polynomial",
+        ),
         ({"early_stopping_patience": 2, "eval_steps": 0}, "early_stopping_patience needs eval"),
         ({"early_stopping_threshold": 0.1}, "has no effect without early_stopping_patience"),
         (
@@ -128,6 +142,31 @@ def test_refused_before_training(options, changes: dict[str, Any], message: str)
         run(options, **changes)
     assert message in str(error.value)
     assert not Path(options["output_dir"], "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "has_effect"),
+    [
+        ({"load_best_model_at_end": True, "save_steps": None}, True),
+        ({"load_best_model_at_end": True, "save_steps": None, "num_train_epochs": 1}, False),
+        ({"load_best_model_at_end": True, "eval_steps": 12, "save_steps": 12}, False),
+        ({"early_stopping_patience": 1, "eval_steps": 12}, False),
+        ({"early_stopping_patience": 1, "save_steps": 12}, True),
+    ],
+    ids=str,
+)
+def test_a_choice_without_a_second_evaluation_is_warned_of(
+    options, changes: dict[str, Any], has_effect: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    build_run(TrainingConfig.create(**{**options, **changes}))
+    assert ("has no effect: the first evaluation" not in caplog.text) == has_effect
+
+
+def test_a_resumed_run_says_what_it_cannot_compare(options, caplog) -> None:
+    options |= {"save_steps": 4, "eval_steps": 4, "save_total_limit": None}
+    run(options)
+    run(options, resume_from_checkpoint="checkpoint-4", load_best_model_at_end=True)
+    assert "steps until 4 are not compared, because the run was started without it" in caplog.text
 
 
 def test_an_encoder_without_checkpoints_is_refused(options, monkeypatch) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from fusedacl.engine import MultiExitForSequenceClassification, TrainingConfig
-from fusedacl.engine.data.batching import collate, encode
+from fusedacl.engine.data.batching import EncodedSplit, collate, encode
 from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.model.early_exit import early_exit
 from fusedacl.engine.model.saved import load_tokenizer, load_trained
@@ -31,6 +31,7 @@ from tiny_runs import run
 
 # A model, its encoded texts and the tokenizer.
 Parts = tuple[Any, Any, Any]
+POSITIONS = [0, 1]
 TEXTS = ["the red dog runs", "a bird", "old river near the big house sings", "cat sleeps"]
 
 
@@ -51,7 +52,7 @@ def parts(request: pytest.FixtureRequest, tiny_bert: Path) -> Parts:
 def open_cache(directory: Path, parts: Parts, **changes: Any) -> FeatureCache:
     model, encoded, tokenizer = parts
     options = {"batch_size": 3, "pad_token_id": tokenizer.pad_token_id, **changes}
-    return FeatureCache(directory, model, encoded, [0, 1], **options)
+    return FeatureCache(directory, model, encoded, POSITIONS, **options)
 
 
 def test_holds_what_the_backbone_computes(parts: Parts, tmp_path: Path) -> None:
@@ -106,18 +107,27 @@ def test_one_run_writes_while_others_wait(parts: Parts, tmp_path: Path, caplog) 
 
 
 def test_a_cache_of_other_content_is_refused(parts: Parts, tmp_path: Path) -> None:
-    """Other texts before any training."""
+    """Before any training, but for other weights, which the first stage trains."""
     model, encoded, tokenizer = parts
     open_cache(tmp_path, parts)
-    check_directory(tmp_path, encoded)
-    check_directory(tmp_path / "absent", encoded)
+
+    def check(directory: Path, encoded: EncodedSplit, *positions: int, **changes: Any) -> None:
+        dtype = changes.get("dtype", torch.float32)
+        check_directory(directory, model, encoded, list(positions or POSITIONS), dtype)
+
+    check(tmp_path, encoded)
+    check(tmp_path / "absent", encoded)
     other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
     with pytest.raises(ValueError, match="holds the states of another run: texts differ"):
         open_cache(tmp_path, (model, other, tokenizer))
-    with pytest.raises(ValueError, match="holds the states of other texts"):
-        check_directory(tmp_path, other)
+    with pytest.raises(ValueError, match="holds the states of another run: texts differ"):
+        check(tmp_path, other)
+    with pytest.raises(ValueError, match="another run: layers, shape differ. Delete it"):
+        check(tmp_path, encoded, 0)
+    with pytest.raises(ValueError, match="another run: backbone_dtype differ"):
+        check(tmp_path, encoded, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="is a file; name a directory"):
-        check_directory(tmp_path / META_FILE, encoded)
+        check(tmp_path / META_FILE, encoded)
     with torch.no_grad():
         next(model.backbone.parameters())[0, 0] += 1
     with pytest.raises(ValueError, match="weights differ. Delete it, or name another"):
