@@ -73,10 +73,10 @@ def test_a_configuration_can_be_typed_again() -> None:
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch) -> None:
     write_yaml(Config(Shape(2)), tmp_path / "config.yaml")
 
-    def full(self: Path, *arguments: object, **options: object) -> int:
+    def full(self: Path, *arguments: object, **options: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "open", full)
     with pytest.raises(OSError, match="No space left"):
         write_yaml(Config(Shape(3)), tmp_path / "config.yaml")
     monkeypatch.undo()
