@@ -282,7 +282,7 @@ class SweepResults:
 
 
 def grid_value(value: Any) -> Any:
-    """A value of a grid, as a number if it is one: YAML reads 1e-4 as text, and 0.0001 not."""
+    """A value of a grid, as a number if it is one; YAML reads 1e-4 as text, 0.0001 as a number."""
     try:
         return value if isinstance(value, bool) else float(value)
     except (TypeError, ValueError):
