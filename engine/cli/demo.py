@@ -133,9 +133,13 @@ def _speed(study: Mapping[str, Any]) -> str:
             continue
         facts = found["calibration"]
         speeds = " and ".join(
-            f"{speed['speedup']:.1f} times faster at batch {speed['batch_size']}"
+            f"{_faster(speed['speedup'])} at batch {speed['batch_size']}"
             for speed in found["measured"]
         )
         layers = f"{facts['mean_layer']:.1f} of {study['exit_layers'][-1]} layers"
         lines.append(f"  {name}: accuracy {facts['score']:.1%}, {layers} on average, {speeds}")
     return "\n".join(lines)
+
+
+def _faster(speedup: float) -> str:
+    return f"{speedup:.1f} times faster" if round(speedup, 1) > 1 else "not faster"
