@@ -396,14 +396,18 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
 
 
 def _check_same_texts(runs: Sequence[SweepRun]) -> None:
-    """Refuse runs that were scored on different texts or labels; held-out texts may be a seed's."""
-    held_out = any(run.options.get("validation_split_percentage") for run in runs)
-    first: dict[int | None, tuple[SweepRun, Any]] = {}
+    """Refuse runs that were scored on different texts or labels with the same options.
+
+    Held-out texts belong to a seed. Of different options the sections warn.
+    """
+    first: dict[Any, tuple[SweepRun, Any]] = {}
     for run in runs:
         content = _evaluated_content(run)
         if content is None:
             continue
-        other, theirs = first.setdefault(run.seed if held_out else None, (run, content))
+        held_out = run.options.get("validation_split_percentage")
+        same = held_out, held_out and run.seed, run.options.get("max_eval_samples")
+        other, theirs = first.setdefault(same, (run, content))
         if content != theirs:
             raise ValueError(
                 f"{str(other.directory)!r} and {str(run.directory)!r} were evaluated on different "

@@ -60,6 +60,9 @@ def test_runs_that_were_scored_on_other_texts_are_refused(tmp_path: Path) -> Non
         collect_runs([one, other])
     record_texts(other, "x")
     assert len(collect_runs([one, other]).runs) == 2
+    # Texts that options leave out are warned of.
+    fewer = write_run(tmp_path / "f", objective="ce", cross_layer=False, max_eval_samples=5)
+    assert len(collect_runs([one, record_texts(fewer, "y")]).runs) == 2
     # Held-out texts are another part for each seed.
     held_out = {"validation_split_percentage": 20, "subset_seed": 1, "seed": 1}
     first = record_texts(write_run(tmp_path / "c", **held_out), "x")
