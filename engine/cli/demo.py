@@ -32,8 +32,8 @@ def demo_options(objective: str, output_dir: Path) -> dict[str, Any]:
         **({} if objective == "ce" else {"contrastive_reduction": "sum"}),
         "max_seq_length": 48,
         "group_by_length": True,
-        "learning_rate": 1e-4,
-        "num_train_epochs": 3,
+        "learning_rate": 1.3e-4,
+        "num_train_epochs": 2.5,
         "logging_steps": 1,
         "save_steps": 0,
         "output_dir": str(output_dir),
@@ -100,9 +100,9 @@ def study_options(model: Path) -> dict[str, Any]:
     return {
         "model_name_or_path": str(model),
         "task_name": "quickstart",
-        "policies": "max_probability,patience",
+        "policies": "max_probability",
         "measure": True,
-        "measured_samples": 100,
+        "measured_samples": 50,
         "output_dir": str(model / "exits"),
     }
 

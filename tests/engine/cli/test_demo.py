@@ -45,15 +45,15 @@ def test_table_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(results["exits"]["metrics"]["validation"]) == [1, 2]
     assert not (tmp_path / "features").exists()
     policies = results["early_exit"]["policies"]
-    assert set(policies) == {"max_probability", "patience"}
-    for name, found in policies.items():
-        line = [line for line in shown.splitlines() if line.startswith(f"  {name}: ")][-1]
-        if "calibration" in found:
-            speed = found["measured"][0]["speedup"]
-            words = f"{speed:.1f} times faster" if round(speed, 1) > 1 else "not faster"
-            assert f"{words} at batch 1" in line
-        else:
-            assert line.endswith("no setting comes so close")
+    assert set(policies) == {"max_probability"}
+    found = policies["max_probability"]
+    line = [line for line in shown.splitlines() if line.startswith("  max_probability: ")][-1]
+    if "calibration" in found:
+        speed = found["measured"][0]["speedup"]
+        words = f"{speed:.1f} times faster" if round(speed, 1) > 1 else "not faster"
+        assert f"{words} at batch 1" in line
+    else:
+        assert line.endswith("no setting comes so close")
     page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     for title in ("Layer scores", "Gate angles", "Early exit"):
         assert title in page

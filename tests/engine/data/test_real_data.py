@@ -14,7 +14,7 @@ from fusedacl.engine.config.fields import build
 
 @pytest.mark.real_data
 def test_the_demonstration_learns_what_a_bag_of_words_cannot(minilm: Path, tmp_path: Path) -> None:
-    """40 steps in place of 189, with a higher learning rate: accuracy 0.51 to 0.57 with five seeds.
+    """40 steps in place of 158, with a higher learning rate: accuracy 0.51 to 0.57 with five seeds.
 
     A bag of words stays below 0.45 on these pairs (test_quickstart.py); chance is 0.33.
     """
