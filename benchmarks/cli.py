@@ -25,11 +25,13 @@ from .options import (
     BenchConfig,
     ExitsConfig,
     LoopsConfig,
+    RankRun,
     ScalingConfig,
     StepConfig,
     WiderConfig,
     names_of,
     output_directory,
+    refuse_other_sizes,
     sizes,
 )
 from .suites import growth
@@ -102,7 +104,9 @@ def _status(suite: str, run: Callable[[], int]) -> int:
 
 
 def _known_providers(suite: str, device: torch.device) -> list[str]:
-    """Names of the providers of a suite; of loss and angle for any other name."""
+    """Names of the providers of a suite; of loss and angle for `all`."""
+    if suite == "growth":
+        return [*dict.fromkeys(growth.LOSS_PROVIDERS + growth.ANGLE_PROVIDERS)]
     cases: list[tuple[Suite, Any]] = []
     if suite != "angle":
         cases += [(loss.SUITE, LossCase(kind, 4, 8, 2)) for kind in LOSSES]
@@ -115,6 +119,8 @@ def _known_providers(suite: str, device: torch.device) -> list[str]:
 def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = None) -> int:
     """bench loss, bench angle and bench growth; known: names of providers that may be given."""
     how = config.how
+    if suite == "growth" and known is None:
+        refuse_other_sizes(config)
     with Child(how.threads) as child:
         chosen = sizes(config)
         known = known or _known_providers(suite, torch.device(how.device))
@@ -123,16 +129,15 @@ def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = No
             torch.device(how.device), chosen["rounds"], chosen["case_seconds"], names,
             SKIPPED[how.preset], child if how.peaks else None, busy_core=suite in SUITES,
         )  # fmt: skip
-        torch.set_num_threads(how.threads)
         cases: list[Any] = []
         if suite in SUITES:
             cases = CASES[suite](chosen)
             refuse_what_cannot_fit(SUITES[suite], cases, settings)
-        path = output_directory(config) / f"{suite}.json"
-        file = ResultFile(path, suite, how.preset, settings.device, cases=[])
+        file = _begin(suite, config, settings.device, cases=[])
         rates = _measure_machine(file, settings)
         if suite in SUITES:
             return _finish(file, run_cases(SUITES[suite], cases, settings, file, rates))
+        file.result["growth"] = []
         series = growth.all_series(how.device, how.preset, chosen["dtypes"][0], config.what.samples)
         return _finish(file, _run_series(series, settings, file, rates))
 
@@ -140,10 +145,15 @@ def _run_cases(suite: str, config: BenchConfig, known: Sequence[str] | None = No
 def _run_series(
     all_series: Sequence[growth.Series], settings: Settings, file: ResultFile, rates: Rates
 ) -> list[str]:
-    """Run the points of every series, until the device is lost; returns failures of ours."""
+    """Run the points of every series, until the device is lost; returns failures of ours.
+
+    Series in which none of the named providers takes part are left out.
+    """
     failures = []
     for series in all_series:
         names = tuple(name for name in series.providers if name in settings.providers)
+        if settings.providers and not names:
+            continue
         of_series = replace(
             settings,
             providers=names or series.providers,
@@ -151,9 +161,9 @@ def _run_series(
         )
         labels = [{"axis": series.axis, "size": size} for size in series.sizes]
         failures += run_cases(series.suite, series.cases, of_series, file, rates, labels)
+        file.result["growth"] = growth.fits(file.result["cases"])
         if "stopped" in file.result:
             break
-    file.result["growth"] = growth.fits(file.result["cases"])
     print("\n" + growth.fit_table(file.result["growth"], text_table))
     return failures
 
@@ -187,8 +197,7 @@ def _run_step(config: StepConfig) -> int:
 
     providers, cases = config.names()
     require_matplotlib()
-    name = "_".join(("step", *cases))
-    file = ResultFile(output_directory(config) / f"{name}.json", "step", config.how.preset)
+    file = _begin("step", config, name="_".join(("step", *cases)))
     try:
         run(
             PRESETS[config.how.preset], file,
@@ -204,7 +213,7 @@ def _run_step(config: StepConfig) -> int:
 def _run_loops(config: LoopsConfig) -> int:
     from .suites.loops.suite import run
 
-    file = ResultFile(output_directory(config) / "loops.json", "loops", config.how.preset)
+    file = _begin("loops", config)
     run(file, preset=config.how.preset, threads=config.how.threads)
     return _finish(file, [])
 
@@ -212,7 +221,7 @@ def _run_loops(config: LoopsConfig) -> int:
 def _run_wider(config: WiderConfig) -> int:
     from .suites.wider.suite import run
 
-    file = ResultFile(output_directory(config) / "wider.json", "wider", config.how.preset)
+    file = _begin("wider", config)
     run(file, preset=config.how.preset, threads=config.how.threads)
     return _finish(file, [])
 
@@ -221,7 +230,7 @@ def _run_exits(config: ExitsConfig) -> int:
     from .suites.exits.suite import real_texts, run
 
     quick, data_dir = config.how.preset == "quick", config.what.data_dir
-    file = ResultFile(output_directory(config) / "exits.json", "exits", config.how.preset)
+    file = _begin("exits", config)
     texts = Path(data_dir) if data_dir else None if quick else real_texts()
     run(file, quick=quick, data_dir=texts, threads=config.how.threads)
     return _finish(file, [])
@@ -235,12 +244,21 @@ def _run_scaling(config: ScalingConfig) -> int:
     problem, ranks = config.problem_and_ranks()
     described = config.described_machine(problem)
     require_matplotlib()
-    file = ResultFile(output_directory(config) / "scaling.json", "scaling", config.how.preset)
+    file = _begin("scaling", config)
     run(file, problem, ranks, config.model.memory_budget_gb * 1e9, described)
     print("\n".join([*scaling_section(file.result), "", *model_section(file.result)]))
     status = _finish(file, [])
     scaling_figure.draw(file.result, file.path.with_suffix(""))
     return status
+
+
+def _begin(
+    suite: str, config: Any, device: torch.device = CPU, name: str | None = None, **more: Any
+) -> ResultFile:
+    """Begin a result file, which names the threads that the suite is to have."""
+    torch.set_num_threads(config.how.threads)
+    path = output_directory(config) / f"{name or suite}.json"
+    return ResultFile(path, suite, config.how.preset, device, **more)
 
 
 def _finish(file: ResultFile, failures: list[str]) -> int:
@@ -271,12 +289,15 @@ def _all(arguments: list[str]) -> int:
     known = _known_providers("all", device)
     named = set(names_of("providers", config.what.providers, known))
     shared = {"preset": config.how.preset, "output_dir": config.how.output_dir}
+    threads = {"threads": config.how.threads}
     runs: dict[str, Callable[[], int]] = {}
     for suite, (cls, run) in RUNS.items():
         if cls is not BenchConfig and device != CPU:
             print(f"\nbench {suite} measures the CPU: left out with --device {device}.")
         elif cls is not BenchConfig:
-            runs[suite] = partial(run, build(cls, shared))
+            # A suite with ranks counts threads per rank, and keeps its own number.
+            own = {} if isinstance(cls().how, RankRun) else threads
+            runs[suite] = partial(run, build(cls, shared | own))
         elif named and not named & set(_known_providers(suite, device)):
             print(f"\nbench {suite}: none of the named providers takes part, left out.")
         else:
@@ -323,7 +344,10 @@ def _compare(arguments: list[str]) -> int:
         if options.repeats < 1:
             raise ValueError(f"repeats={options.repeats}: each commit must run once at least.")
         # Finds mistakes before two trees are laid out.
-        _parse(BenchConfig, options.suite, rest)
+        if _parse(BenchConfig, options.suite, rest).how.output_dir is not None:
+            raise ValueError("output_dir: the runs of --commits leave no files; leave it out.")
+        # The runs have a working directory of their own.
+        rest = [str(Path(word).resolve()) if Path(word).is_file() else word for word in rest]
         print(compare_commits(options.commits, options.suite, rest, options.repeats))
         return 0
     if rest:

@@ -112,6 +112,15 @@ class Config:
     @property
     def is_whole(self) -> bool:
         """Return whether the whole preset is measured, so that its file may be committed."""
+        default = replace(type(self.how)(), **{
+            name: getattr(self.how, name)
+            for name in ("preset", "output_dir", "device")
+            if hasattr(self.how, name)
+        })  # fmt: skip
+        return self.has_all_cases and self.how == default
+
+    @property
+    def has_all_cases(self) -> bool:
         return self.what == type(self.what)()
 
 
@@ -138,7 +147,7 @@ class StepConfig(Config):
     how: Run = field(default_factory=Run)
 
     @property
-    def is_whole(self) -> bool:
+    def has_all_cases(self) -> bool:
         return self.what.providers is None
 
     def names(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -158,7 +167,7 @@ class Texts:
 class ExitsConfig(Config):
     what: Texts = field(default_factory=Texts)
     how: Run = field(default_factory=Run)
-    is_whole = True
+    has_all_cases = True
 
 
 @dataclass(frozen=True)
@@ -218,6 +227,10 @@ class ScalingConfig(Config):
     what: Ranks = field(default_factory=Ranks)
     model: ModelledMachine = field(default_factory=ModelledMachine)
     how: RankRun = field(default_factory=RankRun)
+
+    @property
+    def has_all_cases(self) -> bool:
+        return (self.what, self.model) == (Ranks(), ModelledMachine())
 
     def problem_and_ranks(self) -> tuple[Problem, RankOptions]:
         """The loss to measure, and how; ValueError for unordered numbers of ranks or one rank."""
@@ -287,6 +300,19 @@ def sizes(config: BenchConfig) -> dict[str, Any]:
     chosen["losses"] = names_of("losses", config.what.losses, LOSSES)
     chosen["tasks"] = names_of("tasks", config.what.tasks, TASKS)
     return chosen
+
+
+def refuse_other_sizes(config: BenchConfig) -> None:
+    """Raise ValueError for options of loss and angle that growth would ignore."""
+    default = What()
+    for name in ("losses", "tasks", "rows", "widths", "classes", "exits", "parameters"):
+        if (given := getattr(config.what, name)) != getattr(default, name):
+            raise ValueError(
+                f"{name}={given!r}: growth has series of its own along each size. Leave it out, or "
+                "run bench loss or bench angle."
+            )
+    if "," in (config.what.dtypes or ""):
+        raise ValueError(f"dtypes={config.what.dtypes!r}: growth measures one data type a run.")
 
 
 def whole_numbers(name: str, text: str) -> list[int]:

@@ -45,7 +45,7 @@ def compare_commits(
             for index in (0, 1) if number % 2 == 0 else (1, 0):
                 print(f"run {number + 1} of {repeats}, {commits[index]}", flush=True)
                 output = Path(directory) / f"run{number}_{index}"
-                found = run_from(sites[index], suite, [*options, "--output_dir", str(output)])
+                found = run_from(sites[index], suite, options, output)
                 found["environment"]["commit"] = hashes[index]
                 runs[index].append(found)
     return compare(merged(runs[0]), merged(runs[1]), names=(commits[0], commits[1]))
@@ -102,8 +102,11 @@ def lay_out(commit: str, tree: Path) -> Path:
     return site.parent
 
 
-def run_from(site: Path, suite: str, arguments: Sequence[str]) -> Result:
-    """Result of `bench suite` with the packages of a tree; ValueError if the run failed."""
+def run_from(site: Path, suite: str, options: Sequence[str], output: Path) -> Result:
+    """Result of `bench suite` with the packages of a tree; ValueError if the run failed.
+
+    output: directory of the result file.
+    """
     environment = os.environ | {"PYTHONPATH": str(site)}
     where = subprocess.run(
         [sys.executable, "-c", "import fusedacl.kernels as k; print(k.__file__)"],
@@ -114,13 +117,13 @@ def run_from(site: Path, suite: str, arguments: Sequence[str]) -> Result:
             f"commits: fusedacl was imported from {where.stdout.strip()!r} and not from the "
             f"commit's tree {where.stderr.strip()[-300:]}"
         )
-    command = [sys.executable, "-m", "fusedacl.benchmarks", suite, *arguments]
+    arguments = [suite, *options, "--output_dir", str(output)]
+    command = [sys.executable, "-m", "fusedacl.benchmarks", *arguments]
     done = subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True)
-    output = Path(arguments[list(arguments).index("--output_dir") + 1]) / f"{suite}.json"
     if done.returncode != 0:
         words = (done.stderr or done.stdout).strip()[-2000:]
         raise ValueError(f"commits: {' '.join(command[1:])} failed there: {words}")
-    return read_result(output)
+    return read_result(output / f"{suite}.json")
 
 
 def _git(*arguments: str) -> "subprocess.CompletedProcess[bytes]":

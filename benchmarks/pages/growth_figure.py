@@ -36,7 +36,11 @@ def draw(result: Result, path: Path) -> None:
                     if case["providers"].get(name, {}).get(key)
                 }
                 axes.plot(list(line), list(line.values()), "o-", color=color, markersize=3)
-            axes.set(xscale="log", yscale="log", xlabel=AXES[axis])
+            axes.set_xlabel(AXES[axis])
+            if any(len(line.get_xdata()) for line in axes.lines):
+                axes.set(xscale="log", yscale="log")
+            else:
+                axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center")
             axes.set_ylabel(words if column == 0 else "")
             _ticks(axes, [case["size"] for case in axis_cases])
             plain(axes)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..support.memory import has_memory
 from ..support.names import check_name
 from . import dispatch
 from .batch import LABEL_DTYPES, WiderBatch, check_range, count_classes
@@ -70,6 +71,9 @@ def check_tensors(tensors: dict[str, Tensor], labels: Tensor, options: Options) 
     for name, tensor in {**labels_given, **rows}.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, not {type(tensor).__name__}")
+    if not torch.compiler.is_compiling():
+        given = {**labels_given, **rows, **options._asdict()}
+        check_memory_of_tensors({k: v for k, v in given.items() if isinstance(v, Tensor)})
     embeddings = tensors["embeddings"]
     for name, tensor in rows.items():
         if tensor.dtype not in FLOAT_DTYPES:
@@ -87,6 +91,15 @@ def check_tensors(tensors: dict[str, Tensor], labels: Tensor, options: Options) 
         check_device(name, tensor, embeddings.device)
     for name, tensor in labels_given.items():
         check_device(name, tensor, embeddings.device)
+
+
+def check_memory_of_tensors(tensors: dict[str, Tensor]) -> None:
+    for name, tensor in tensors.items():
+        if not has_memory(tensor):
+            raise TypeError(
+                f"{name} is a {type(tensor).__name__}, which has no memory of its own: pass plain "
+                "tensors (of a DTensor the whole, .full_tensor())"
+            )
 
 
 def check_device(name: str, tensor: Tensor, device: torch.device) -> None:
@@ -152,7 +165,12 @@ def check_wider(wider: WiderBatch) -> None:
 
 
 def can_read(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() > 0
+    return (
+        tensor.device.type == "cpu"
+        and not torch.compiler.is_compiling()
+        and has_memory(tensor)
+        and tensor.numel() > 0
+    )
 
 
 def check_labels(wider: WiderBatch) -> None:
@@ -161,6 +179,8 @@ def check_labels(wider: WiderBatch) -> None:
     for name, labels in (("labels", batch.labels), ("memory_labels", wider.memory_labels)):
         if labels is None:
             continue
+        if labels.requires_grad:
+            raise ValueError(f"{name} requires a gradient: it is a constant (.detach() it)")
         if labels.dim() == 1:
             check_integers(name, labels)
             if num_classes is not None and can_read(labels):

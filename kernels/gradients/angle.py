@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..support.machine import triton_obstacle
+from ..support.memory import has_memory
 from ..support.names import check_name
 from . import cpu, reference
 from .reference import Gate, Gradients
@@ -266,14 +267,8 @@ def _is_gradient(tensor: Tensor | None, device: torch.device) -> bool:
         and tensor.layout is torch.strided
         and tensor.is_floating_point()
         and tensor.device == device
-        and _has_memory(tensor)
+        and has_memory(tensor)
     )
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    """False for tensors that stand for others, such as DTensor and FakeTensor: their address means
-    nothing."""
-    return type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _refuse(name: str, tensor: Any, device: torch.device) -> NoReturn:
@@ -286,7 +281,7 @@ def _refuse(name: str, tensor: Any, device: torch.device) -> NoReturn:
         )
     if not tensor.is_floating_point():
         raise TypeError(f"{name} is {tensor.dtype}: a gradient must be a floating-point tensor")
-    if not _has_memory(tensor):
+    if not has_memory(tensor):
         raise TypeError(
             f"{name} is a {type(tensor).__name__}, which has no memory of its own: pass plain "
             "tensors (of a DTensor its part, .to_local(), and sum the stats over the ranks)"

@@ -55,7 +55,7 @@ def grad_dot_norm(
         sums = sums_of_pieces(dtype, table)
         for position, (total, counts) in enumerate(owners[dtype]):
             add(total, counts, sums[3 * position : 3 * position + 3])
-    return torch.tensor(totals, dtype=torch.float64).float()
+    return torch.tensor(totals, dtype=torch.float64, device="cpu").float()
 
 
 def add(total: list[float], counts: Sides, sums: Sequence[float]) -> None:

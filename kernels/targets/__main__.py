@@ -38,6 +38,13 @@ KERNEL_FILES = {
 }
 
 
+def _num_cores() -> int:
+    """Return the number of usable cores; of all where the system does not tell, as on macOS."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m fusedacl.kernels.targets",
@@ -50,7 +57,7 @@ def parse_arguments(argv: Sequence[str] | None, files: Iterable[str]) -> argpars
         help="compile only for these compute capabilities; 70 stands for 7.0",
     )  # fmt: skip
     parser.add_argument(
-        "--jobs", type=int, default=len(os.sched_getaffinity(0)),
+        "--jobs", type=int, default=_num_cores(),
         help="number of processes (default: one per usable core, %(default)s)",
     )  # fmt: skip
     parser.add_argument(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from fusedacl.benchmarks import cli
 from fusedacl.benchmarks.floors.rates import Rates
 from fusedacl.benchmarks.measuring import clock, memory
-from fusedacl.benchmarks.measuring.result_file import read_result
+from fusedacl.benchmarks.measuring.result_file import ResultFile, read_result
 from fusedacl.benchmarks.options import (
     BenchConfig,
     ExitsConfig,
@@ -35,7 +36,7 @@ CPU_SUITES = ("step", "loops", "wider", "exits", "scaling")
 
 
 @pytest.fixture(autouse=True)
-def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Invented rates and few input sets: these tests do not measure anything."""
     rates = Rates("here", {torch.float32: 1e9}, 1e9, 1e9, overlaps_units=False)
     monkeypatch.setattr("fusedacl.benchmarks.floors.cpu.measured", lambda: rates)
@@ -44,6 +45,9 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "MAX_REPEATS", 1)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.delenv("FUSEDACL_DATA", raising=False)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,11 @@ def small_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         (["loss", "--rounds", "0"], "rounds=0 is out of range"),
         (["step", "--providers", "fusedacl_c"], "Did you mean 'fusedacl_ce'?"),
         (["step", "--cases", "minlm"], "cases: there is none named 'minlm'. Did you mean 'minilm'"),
+        (["step", "--quick", "--cases", "bert-base"], "no case of this preset, which has minilm"),
+        (["growth", "--rows", "64"], "rows='64': growth has series of its own"),
+        (["growth", "--dtypes", "float32,float16"], "growth measures one data type a run"),
+        (["growth", "--providers", "SupContrast"], "none named 'SupContrast'"),
+        (["compare", "--commits", "a", "b", "--output_dir", "x"], "leave no files; leave it out"),
         (["exits", "--data_dirs", "x"], "Did you mean 'data_dir'?"),
         (["scaling", "--link_gb_s", "2"], "also needs --matrix_tflops"),
         (["compare", "one.json"], "two files are compared, 1 given"),
@@ -158,11 +167,12 @@ def test_wrong_results_of_ours_are_status_1(
 def test_all_runs_every_suite(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """step, loops, wider, exits and scaling get the preset and the directory."""
-    heard: list[tuple[type, str, str | None]] = []
+    """step, loops, wider, exits and scaling get the preset, the directory and the threads."""
+    heard: list[tuple[type, str, str | None, int]] = []
 
     def stand_in(config: Any) -> int:
-        heard.append((type(config), config.how.preset, config.how.output_dir))
+        how = config.how
+        heard.append((type(config), how.preset, how.output_dir, how.threads))
         return int(isinstance(config, StepConfig))
 
     for suite in CPU_SUITES:
@@ -171,11 +181,15 @@ def test_all_runs_every_suite(
     series = growth.all_series
     monkeypatch.setattr(growth, "all_series", lambda *arguments: series(*arguments, axes=("E",)))
     options = ["--quick", "--output_dir", str(tmp_path), "--providers", "fusedacl"]
-    assert cli.main(["all", *TINY, *options]) == 1
+    assert cli.main(["all", *TINY, *options, "--threads", "3"]) == 1
+    # loops and scaling count threads per rank.
     assert heard == [
-        (cls, "quick", str(tmp_path))
-        for cls in (StepConfig, LoopsConfig, WiderConfig, ExitsConfig, ScalingConfig)
-    ]
+        (cls, "quick", str(tmp_path), threads)
+        for cls, threads in (
+            (StepConfig, 3), (LoopsConfig, 1), (WiderConfig, 3), (ExitsConfig, 3),
+            (ScalingConfig, 1),
+        )
+    ]  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {f"{name}.json" for name in OWN}
     found = read_result(tmp_path / "growth.json")
     assert [(case["axis"], case["size"]) for case in found["cases"]] == [
@@ -190,11 +204,15 @@ def test_all_runs_every_suite(
 def test_a_wrong_result_is_status_1(
     suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Its file names the threads that were asked for."""
+
     def wrong(*arguments: Any, **options: Any) -> None:
+        (file,) = (each for each in arguments if isinstance(each, ResultFile))
+        assert file.result["environment"]["threads"] == 3
         raise WrongResult("losses differ: not timed")
 
     monkeypatch.setattr(f"fusedacl.benchmarks.suites.{suite}.suite.run", wrong)
-    assert cli.main([suite, "--quick", "--output_dir", str(tmp_path)]) == 1
+    assert cli.main([suite, "--quick", "--threads", "3", "--output_dir", str(tmp_path)]) == 1
     assert f"fusedacl bench {suite}: losses differ: not timed" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -212,8 +230,9 @@ def test_a_gpu_run_of_all_leaves_out_what_measures_the_cpu(
         monkeypatch.setitem(cli.RUNS, suite, (cls, partial(stand_in, suite)))
     assert cli.main(["all", "--device", "cuda", "--providers", "inf-cl"]) == 0
     printed = capsys.readouterr().out
-    assert run == ["loss", "growth"]
-    assert "bench angle: none of the named providers takes part" in printed
+    assert run == ["loss"]
+    for suite in ("angle", "growth"):
+        assert f"bench {suite}: none of the named providers takes part" in printed
     assert "bench scaling measures the CPU: left out with --device cuda" in printed
 
 
@@ -226,7 +245,10 @@ def test_a_gpu_run_of_all_leaves_out_what_measures_the_cpu(
         # A file of some cases has their names, so it replaces nothing.
         (StepConfig, {"cases": "minilm"}, True),
         (StepConfig, {"providers": "fusedacl_ce"}, False),
+        (BenchConfig, {"rounds": 1}, False),
+        (WiderConfig, {"threads": 1}, False),
         (ScalingConfig, {"world_sizes": "1,2"}, False),
+        (ScalingConfig, {"memory_budget_gb": 1.0}, False),
     ],
 )
 def test_a_part_of_the_sizes_does_not_replace_the_committed_file(

@@ -122,17 +122,25 @@ def run(
     providers: names to run, empty for all; without `ACL` among them CACHED_BATCH is left out.
     cases: names of CASES, empty for all. WrongResult if ours do not train alike.
     """
+    wanted = providers or tuple(WORDS)
+    chosen = []
+    for case, turns in preset:
+        names = [name for name in wanted if name in (turns.providers or WORDS)]
+        is_wanted = not cases or (CACHED_BATCH if case.chunks else case.model) in cases
+        if is_wanted and names and not (case.chunks and ACL not in names):
+            chosen.append((case, turns, names))
+    if not chosen:
+        there = ", ".join(CACHED_BATCH if case.chunks else case.model for case, _ in preset)
+        raise ValueError(
+            f"cases={','.join(cases) or None} and providers={','.join(providers) or None} leave no "
+            f"case of this preset, which has {there}: choose from these, or another preset."
+        )
     torch.set_num_threads(threads)
     file.result["machine"] = machine_name()
     found = file.result["cases"] = []
-    wanted = providers or tuple(WORDS)
     with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
-        for case, turns in preset:
-            names = [name for name in wanted if name in (turns.providers or WORDS)]
-            is_wanted = not cases or (CACHED_BATCH if case.chunks else case.model) in cases
-            if not is_wanted or not names or (case.chunks and ACL not in names):
-                continue
+        for case, turns, names in chosen:
             make = measure_cached if case.chunks else partial(measure, names=names)
             found.append(make(case, turns, files=files, threads=threads))
             print(text(found[-1]))

@@ -161,11 +161,12 @@ def test_an_unknown_commit_and_another_layout_are_refused(checkout: Path) -> Non
 def test_two_commits_run_in_turns(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order = []
 
-    def run_from(site: Path, suite: str, options: list[str]) -> dict[str, Any]:
+    def run_from(site: Path, suite: str, options: list[str], output: Path) -> dict[str, Any]:
         text = (site / "fusedacl" / "kernels" / "__init__.py").read_text()
         number = int(text.split()[-1])
         order.append(number)
-        assert suite == "loss" and options[:2] == ["--preset", "quick"]
+        assert suite == "loss" and options == ["--preset", "quick"]
+        assert not output.exists()
         return result(fusedacl=(100 / number, 0.02))
 
     monkeypatch.setattr(commits, "run_from", run_from)

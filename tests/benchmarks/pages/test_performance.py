@@ -127,6 +127,20 @@ def test_the_committed_pages_and_figures_are_current(tmp_path: Path) -> None:
         assert drawn == {file.name for file in directory.iterdir() if file.suffix != ".json"}
 
 
+@pytest.mark.parametrize("num_points", [1, 2])
+def test_an_interrupted_series_without_peaks_is_drawn(num_points: int, tmp_path: Path) -> None:
+    directory = bench_directory(tmp_path / "some-machine")
+    result = json.loads((directory / "growth.json").read_text())
+    points = result["cases"][:num_points]
+    for point in points:
+        for measured in point["providers"].values():
+            measured["peak_bytes"] = None
+    bench_file(directory, "growth", points, growth=fits(points))
+    words = ["report", str(directory), "--output", str(tmp_path / "performance.md")]
+    assert performance.main(words[1:]) == 0
+    assert (directory / "growth.png").exists()
+
+
 def test_a_point_is_where_its_operations_put_it() -> None:
     """M = 4096, d = 64, float32: 4 M^2 d operations, M d (3 x 4 + 4) bytes."""
     found = bench_case("c", SUPCON, fusedacl=1000.0)

@@ -7,9 +7,13 @@ import pytest
 import torch
 from fusedacl.kernels import acl_cl_loss, acl_loss, supcon_loss
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 X, W = torch.randn(4, 3), torch.randn(2, 3)
 Y = torch.tensor([0, 1, 1, 0])
+with FakeTensorMode():
+    FAKE = torch.ones(4, 3)
 
 
 def test_shapes_of_the_results() -> None:
@@ -93,6 +97,9 @@ TYPE_ERRORS = {
     "teacher_embeddings must be a torch.Tensor, not NoneType": acl_cl(None, W),
     "teacher_label_embeddings must be a torch.Tensor, not NoneType": acl_cl(X, None),
     "label_embeddings must be a torch.Tensor, not NoneType": acl(X, Y, None),
+    "^embeddings is a FakeTensor, which has no memory": supcon(FAKE, Y),
+    "^labels is a TwoTensor, which has no memory": supcon(X, TwoTensor(Y, Y)),
+    r"label_embeddings is a TwoTensor, .*\.full_tensor\(\)": acl(X, Y, TwoTensor(W, W)),
 }
 
 

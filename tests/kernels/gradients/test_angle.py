@@ -296,6 +296,12 @@ def test_bad_input_is_named(message: str, monkeypatch: pytest.MonkeyPatch) -> No
         (VALUE_ERRORS | TYPE_ERRORS)[message]()
 
 
+def test_another_default_device() -> None:
+    with torch.device("meta"):
+        stats = grad_dot_norm([X], [X])
+    assert stats.device.type == "cpu"
+
+
 def test_a_combined_gradient_has_a_new_version() -> None:
     """Otherwise a backward pass through what it was before would be wrong in silence."""
     a, b = [torch.randn(5)], [torch.randn(5)]

@@ -8,10 +8,13 @@ import torch
 from fusedacl.kernels import ACLLoss, SupConLoss, acl_loss, supcon_loss
 from fusedacl.kernels.contrastive.dispatch import Workload, choose
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 X, W = torch.randn(4, 3), torch.randn(2, 3)
 INTEGERS = torch.tensor([0, 1, 0, 1])
 SEVERAL = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 0.0], [0.5, 0.0]])
+with FakeTensorMode():
+    FAKE = torch.ones(4)
 MEMORY = {"memory_embeddings": torch.randn(5, 3), "memory_labels": torch.tensor([0, 1, 1, 0, 1])}
 
 
@@ -63,6 +66,10 @@ VALUE_ERRORS = {
     r"class_weights has shape \(3,\): .* \[2\]": acl(class_weights=torch.ones(3)),
     r"class_weights\[1\] is -2\.0": acl(class_weights=torch.tensor([1.0, -2.0])),
     "class_weights requires a gradient": acl(class_weights=torch.ones(2, requires_grad=True)),
+    "^labels requires a gradient": acl(SEVERAL.clone().requires_grad_()),
+    "memory_labels requires a gradient": supcon(
+        **MEMORY | {"memory_labels": torch.rand(5, 2, requires_grad=True)}
+    ),
     r"ignore_mask has shape \(3,\): .*\[4\]": supcon(ignore_mask=torch.zeros(3) > 0),
     "ignore_mask is on meta": supcon(ignore_mask=torch.zeros(4, device="meta") > 0),
     "memory_embeddings is on meta": supcon(
@@ -89,6 +96,7 @@ TYPE_ERRORS = {
     "memory_labels is torch.float32: labels must be integers": supcon(
         **MEMORY | {"memory_labels": torch.rand(5)}
     ),
+    "temperature is a FakeTensor, which has no memory": supcon(temperature=FAKE),
     "class_weights must be a tensor of floats": supcon(class_weights=[1.0, 2.0]),
     "ignore_mask must be a tensor of bools, not torch.int64": supcon(ignore_mask=INTEGERS),
 }
