@@ -68,6 +68,8 @@ def _coerce(name: str, value: Any, hint: Any, choices: Sequence[str] | None) -> 
         if str(value).lower() not in words:
             raise ValueError(f"{problem} Write true or false.")
         return words[str(value).lower()]
+    if kind is str and isinstance(value, list | tuple):
+        return ",".join(map(str, value))
     if kind is str:
         return json.dumps(value) if isinstance(value, dict) else str(value)
     if isinstance(value, bool):
@@ -235,6 +237,14 @@ def given(
             raise ValueError(
                 f"Unknown flag {flag.split('=')[0]!r}.{did_you_mean(name, _known(cls))}"
             )
+    values = vars(known)
+    file = values.get("config_file")
+    # Behind an option it may as well be a second value.
+    if file is not None and file != arguments[0] and not Path(file).exists():
+        unknown.insert(0, file)
     if unknown:
-        raise ValueError(f"Unexpected argument {unknown[0]!r}. Options are written --name value.")
-    return vars(known)
+        raise ValueError(
+            f"Unexpected argument {unknown[0]!r}. Options are written --name value; several values "
+            "are joined by commas."
+        )
+    return values

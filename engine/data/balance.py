@@ -5,6 +5,7 @@ The batches are those of `MPerClassSampler` (pytorch-metric-learning) and `GROUP
 epoch, and none is left out.
 """
 
+import contextlib
 import logging
 import math
 from collections.abc import Sequence
@@ -69,15 +70,20 @@ def _read(path: str, label_names: Sequence[str]) -> list[float]:
         found = dict(zip(label_names, found, strict=True))
     if not isinstance(found, dict):
         raise ValueError(f"{where} holds {found!r}: give every class a weight, `class: weight`.")
+    for key in found:
+        if str(key) not in label_names:
+            hint = did_you_mean(str(key), label_names)
+            if isinstance(key, bool):
+                hint = ' YAML reads yes, no, on, off as True, False: put them in quotes, "yes": 2.'
+            raise ValueError(f"{where}: there is no class {str(key)!r}.{hint}")
     found = {str(name): weight for name, weight in found.items()}
-    for name in found:
-        if name not in label_names:
-            raise ValueError(
-                f"{where}: there is no class {name!r}.{did_you_mean(name, label_names)}"
-            )
     weights = []
     for name in label_names:
         weight: Any = found.get(name)
+        if isinstance(weight, str):
+            # YAML reads 1e-1, without a dot, as text.
+            with contextlib.suppress(ValueError):
+                weight = float(weight)
         is_number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not is_number or not math.isfinite(weight) or weight < 0:
             raise ValueError(

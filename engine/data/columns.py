@@ -198,8 +198,9 @@ def holds_texts(column: pa.ChunkedArray) -> bool:
     array = plain_array(column)
     if not pa.types.is_string(array.type):
         return False
-    # csv columns are all read as strings; a column of numbers is no text.
-    return not pa.compute.all(pa.compute.match_substring_regex(array, _NUMBER)).as_py()
+    # csv columns are all read as strings; a column of numbers and blanks is no text.
+    other = pa.compute.invert(pa.compute.match_substring_regex(array, rf"{_NUMBER}|^\s*$"))
+    return bool(pa.compute.any(other).as_py())
 
 
 def quoted(names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from .several_labels import (
     notes_on,
     read_cells,
 )
-from .sources import DataSource, open_directory, open_files, open_hub, open_task
+from .sources import DataSource, open_directory, open_files, open_hub, open_task, usual_split_name
 from .subsets import draw_subsets
 from .tasks import QUICKSTART, SEVERAL_LABELS_METRICS
 
@@ -93,7 +93,7 @@ def load_splits(
     if not isinstance(options, TrainingDataOptions):
         shared = {entry.name: getattr(options, entry.name) for entry in fields(DataOptions)}
         options = TrainingDataOptions(**shared)
-    source = _open_source(options)
+    source = _open_source(options, None if model is None else model.label_column)
     holds_out = options.validation_split_percentage is not None
     if (needs_train or holds_out) and "train" not in source.splits:
         if options.validation_file is not None:
@@ -152,7 +152,7 @@ def read_unlabelled(
     return read_texts(table, chosen, where)
 
 
-def _open_source(options: TrainingDataOptions) -> DataSource:
+def _open_source(options: TrainingDataOptions, recorded: str | None) -> DataSource:
     ways = ("task_name", "dataset_name", "train_file", "validation_file")
     given = [way for way in ways if getattr(options, way) is not None]
     task_name, data_dir = options.task_name, options.data_dir
@@ -173,7 +173,10 @@ def _open_source(options: TrainingDataOptions) -> DataSource:
         return open_task(task_name) if data_dir is None else open_directory(data_dir, task_name)
     if options.dataset_name is not None:
         return open_hub(
-            options.dataset_name, options.dataset_config_name, label_column=options.label_column
+            options.dataset_name,
+            options.dataset_config_name,
+            label_column=options.label_column,
+            recorded=recorded,
         )
     if not given:
         raise ValueError(
@@ -189,9 +192,9 @@ class _Reader:
         self, source: DataSource, options: TrainingDataOptions, model: DataRecord | None
     ) -> None:
         self.source, self.options, self.model = source, options, model
-        self.notes: list[str] = []
+        self.notes = list(source.notes)
         self.columns: list[str] = []
-        self.label_column: str | None = None
+        self.label_column = None if model is None else model.label_column
         self.several = None if model is None else model.several_labels
         self.separator = options.label_separator
         self._labels_as: str | None = None
@@ -219,14 +222,17 @@ class _Reader:
         return list(SEVERAL_LABELS_METRICS if self.several else self.source.metrics)
 
     def _label_columns(self, table: pa.Table, where: str, required: bool) -> list[str]:
-        """The label columns of a table: those of the options, of the model, or a usual name."""
-        chosen = self.options.label_column
-        recorded = None if self.model is None else self.model.label_column
-        if chosen is None and recorded is not None and label_columns(table, recorded):
-            chosen = recorded
+        """The label columns of a table: those of the options, of training, or a usual name."""
+        chosen, recorded = self.options.label_column, self.label_column
         if required:
-            return required_label_columns(table, where, chosen)
-        return label_columns(table, chosen)
+            columns = required_label_columns(table, where, chosen, recorded)
+        else:
+            columns = label_columns(table.column_names, chosen, recorded)
+        taken = ",".join(columns) or None
+        if chosen is None and recorded is not None and taken not in (None, recorded):
+            self._note(f"{where}: takes {taken!r} for the labels: there is no {recorded!r}")
+        self.label_column = recorded or taken
+        return columns
 
     def _cells(self, table: pa.Table, columns: list[str], where: str) -> LabelCells:
         """The labels of a table; the first one that is read decides whether there are several."""
@@ -272,7 +278,7 @@ class _Reader:
         self._decided_classes(self._cells(table, columns, train.where), train.where)
 
     def _note(self, note: str | None) -> None:
-        if note is not None:
+        if note is not None and note not in self.notes:
             self.notes.append(note)
 
     def record(self, splits: Mapping[str, TextSplit]) -> DataRecord:
@@ -281,10 +287,12 @@ class _Reader:
             self._learn_from_train()
         assert self._classes is not None
         names = self._classes.names
-        if self.model is not None and self.model.is_complete:
-            return replace(self.model, splits={})
-        f1_class, note = self.source.f1_class(names)
+        f1_class, note = None if self.model is None else self.model.f1_class, None
+        if f1_class is None:
+            f1_class, note = self.source.f1_class(names)
         self._note(note)
+        if self.model is not None and self.model.is_complete:
+            return replace(self.model, splits={}, f1_class=f1_class)
         return DataRecord(
             names,
             labels_as=self._labels_as or "names",
@@ -300,9 +308,9 @@ class _Reader:
         """Read the texts and labels of one split; labels are None where all are missing or -1."""
         split = self.source.splits[name]
         table = split.read()
-        columns = self._label_columns(table, split.where, labels_required)
         if name != "train" and self._classes is None:
             self._learn_from_train()
+        columns = self._label_columns(table, split.where, labels_required)
         labels = None
         if columns:
             cells = self._cells(table, columns, split.where)
@@ -317,7 +325,6 @@ class _Reader:
                 labels=columns,
             )
             self._note(note)
-            self.label_column = ",".join(columns) or None
             if columns == ["label"] and "labels" in table.column_names:
                 self._note(f"{split.where}: takes 'label' for the labels, not 'labels'")
         texts = read_texts(table, self.columns, split.where)
@@ -407,12 +414,13 @@ class _Reader:
         return {name: self.read(name, labels_required=False).head(limit) for name in names}
 
     def _named_split(self, name: str) -> TextSplit:
-        if name not in self.source.splits:
+        usual = name if name in self.source.splits else usual_split_name(name)
+        if usual not in self.source.splits:
             raise ValueError(
                 f"split={name!r}: {self.source.name} has no such split."
                 f"{did_you_mean(name, self.source.splits)}"
             )
-        split = self.read(name)
+        split = self.read(usual)
         if split.labels is None:
             raise ValueError(f"split={name!r}: every label is -1 (unlabelled); name another split.")
         return split

@@ -6,7 +6,7 @@ rule that decides what a column or a label means is in this file.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -203,27 +203,33 @@ def content(split: TextSplit) -> dict[str, Any]:
     }
 
 
-def label_columns(table: pa.Table, chosen: str | None = None) -> list[str]:
-    """The label column: `chosen` if given, else 'label' or 'labels'; [] if there is none.
+def label_columns(
+    columns: Collection[str], chosen: str | None = None, recorded: str | None = None
+) -> list[str]:
+    """The label column among `columns`; [] if there is none.
 
-    Where no column is called `chosen`, commas in it separate the names of several, all of which the
-    table must have.
+    It is `chosen` if given, else that `recorded` in training, else 'label' or 'labels'. Where no
+    column is called so, commas separate the names of several, all of which must be there.
     """
+    if chosen is None and recorded is not None:
+        return label_columns(columns, recorded) or label_columns(columns)
     names = LABEL_COLUMNS if chosen is None else (chosen,)
-    found = [name for name in names if name in table.column_names][:1]
+    found = [name for name in names if name in columns][:1]
     several = _divided(chosen)
-    if not found and several and all(name in table.column_names for name in several):
+    if not found and several and all(name in columns for name in several):
         return several
     return found
 
 
-def required_label_columns(table: pa.Table, where: str, chosen: str | None = None) -> list[str]:
+def required_label_columns(
+    table: pa.Table, where: str, chosen: str | None = None, recorded: str | None = None
+) -> list[str]:
     """`label_columns` of a table that needs one.
 
     Raises:
         ValueError: there is none (the most similar name is offered), or one is named twice.
     """
-    found = label_columns(table, chosen)
+    found = label_columns(table.column_names, chosen, recorded)
     if len(set(found)) < len(found):
         raise ValueError(f"label_column={chosen!r} names a column twice: name each once.")
     if found:

@@ -19,13 +19,14 @@ from ..runtime.text import did_you_mean
 from .files.tables import COMPRESSED, EXTENSIONS, check_file_exists, read_table, split_extension
 from .files.text_files import read_utf8
 from .quickstart import LABEL_NAMES, quickstart_splits
-from .record import LABEL_COLUMNS, Classes
+from .record import Classes, label_columns
 from .tasks import (
     GLUE_REPOSITORY,
     GLUE_TASKS,
     QUICKSTART,
     GlueTask,
     check_not_excluded,
+    task_key,
     task_metrics,
 )
 
@@ -38,6 +39,11 @@ _OTHER_SPLIT_NAMES = {
     "training": "train",
     "testing": "test",
 }
+
+
+def usual_split_name(name: str) -> str:
+    """Return 'validation' for 'dev' and the like; another name as it is."""
+    return _OTHER_SPLIT_NAMES.get(name, name)
 
 
 @dataclass(frozen=True)
@@ -56,12 +62,13 @@ class SplitSource:
 
 @dataclass(frozen=True)
 class DataSource:
-    """The splits of a data set, and what is known before a row is read."""
+    """The splits of a data set, what is known before a row is read, and notes on choices."""
 
     name: str
     splits: dict[str, SplitSource]
     classes: Classes | None = None
     task_name: str | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def text_columns(self) -> tuple[str, ...]:
@@ -128,8 +135,10 @@ def open_directory(data_dir: str, task_name: str) -> DataSource:
         hint = did_you_mean(directory.name, names) if names else ""
         raise ValueError(f"data_dir={data_dir!r}: no such directory.{hint}")
     tasks = sorted(entry.name for entry in directory.iterdir() if entry.is_dir())
-    if task_name not in tasks and task_name.lower() in tasks:
-        task_name = task_name.lower()
+    key = task_key(task_name)
+    same = [task for task in tasks if task_key(task) == key]
+    if task_name not in tasks and same:
+        task_name = same[-1]  # in lower case, where there are several
     if task_name not in tasks:
         hint = did_you_mean(task_name.lower(), tasks) if tasks else " It holds no folder at all."
         raise ValueError(
@@ -137,15 +146,15 @@ def open_directory(data_dir: str, task_name: str) -> DataSource:
         )
     folder = directory / task_name
     splits = _split_files(folder)
-    glue = GLUE_TASKS.get(task_name)
+    glue = GLUE_TASKS.get(key)
     classes = _labels_json(folder / "labels.json")
     if glue is not None:
-        classes = _checked_against_glue(classes, glue, task_name)
+        classes = _checked_against_glue(classes, glue, key)
     return DataSource(
         task_name,
         {split: _file_split(str(path), path, f"{split} split") for split, path in splits.items()},
         classes,
-        task_name,
+        key if glue is not None else task_name,
     )
 
 
@@ -154,10 +163,12 @@ def open_hub(
     dataset_config_name: str | None,
     task_name: str | None = None,
     label_column: str | None = None,
+    recorded: str | None = None,
 ) -> DataSource:
     """Open a data set of the hub, or of a local directory in hub layout, with `datasets`.
 
-    label_column: name of the label column; None: 'label' or 'labels'.
+    label_column: name of the label column; None: that `recorded` with a model where it is there,
+    else 'label' or 'labels'.
 
     Raises:
         ValueError: no such data set or configuration, damaged files.
@@ -170,19 +181,24 @@ def open_hub(
     loaded = _load_dataset(dataset_name, dataset_config_name, argument)
     name = task_name or dataset_config_name or Path(dataset_name).name
     classes = None
-    splits = {}
+    splits: dict[str, SplitSource] = {}
+    notes = []
     for split, dataset in loaded.items():
         where = f"split {split!r} of {dataset_name}"
-        splits[split] = SplitSource(where, partial(_rows_of, dataset, where))
+        usual = usual_split_name(split)
+        if usual in loaded or usual in splits:
+            usual = split
+        if usual != split:
+            notes.append(f"{where}: read as the {usual} split")
+        splits[usual] = SplitSource(where, partial(_rows_of, dataset, where))
         # The column that is read: one beside it may have other names.
-        candidates = LABEL_COLUMNS if label_column is None else (label_column,)
-        read = next((column for column in candidates if column in dataset.features), None)
-        feature = dataset.features.get(read)
+        read = label_columns(dataset.features, label_column, recorded)
+        feature = dataset.features.get(read[0]) if len(read) == 1 else None
         # Only features of type datasets.ClassLabel, and lists of them, have names.
         names = getattr(getattr(feature, "feature", feature), "names", None)
         if names and classes is None:
             classes = Classes(list(names), dataset_name, by_index=True)
-    return DataSource(name, splits, classes, task_name)
+    return DataSource(name, splits, classes, task_name, tuple(notes))
 
 
 def open_task(task_name: str) -> DataSource:
@@ -193,7 +209,7 @@ def open_task(task_name: str) -> DataSource:
         ConnectionError: as `open_hub`.
     """
     check_not_excluded(task_name)
-    task = task_name.lower()
+    task = task_key(task_name)
     if task == QUICKSTART:
         return _open_quickstart()
     if task not in GLUE_TASKS:
@@ -296,6 +312,13 @@ def _load_dataset(
         cause = error.__cause__ or error
         raise ValueError(
             f"{argument}: a file cannot be read ({cause}); correct it, or copy it again."
+        ) from error
+    except RuntimeError as error:
+        # Such as "Dataset scripts are no longer supported, but found x.py".
+        raise ValueError(
+            f"{argument}: `datasets` cannot read it ({error}); name a version in Parquet, such as "
+            "one that the hub has of it, or keep the files locally: --data_dir DIR with "
+            "<task_name>/train.parquet and the like."
         ) from error
     except ValueError as error:
         # Such as "BuilderConfig 'x' not found. Available: ['a', 'b']".

@@ -48,6 +48,13 @@ _EXCLUDED_TASKS = {
 }
 
 
+def task_key(task_name: str) -> str:
+    """The task's name in lower case; that of a GLUE task also without '-', as in SST-2."""
+    key = task_name.lower()
+    plain = key.replace("-", "")
+    return plain if plain in GLUE_TASKS else key
+
+
 def check_not_excluded(task_name: str) -> None:
     """Refuse the two GLUE tasks that the method does not cover.
 

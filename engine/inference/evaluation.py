@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,10 @@ def load_labelled(
     """
     trained = TrainedModel(model, data.max_seq_length)
     found = load_splits(data, needs_train=False, model=trained.record)
+    if trained.record.is_complete:
+        # The task names the class of f1 where the training data named none.
+        trained.record = replace(trained.record, f1_class=found.record.f1_class)
+        trained.model.config.data_record = trained.record.to_dict()
     for note in found.notes:
         logger.info(note)
     if not found.evaluation_splits:

@@ -28,6 +28,7 @@ _DROPOUT_NAMES = (
     "dropout",
     "dropout_rate",
     "attention_dropout",
+    "activation_dropout",
     "embedding_dropout",
     "mlp_dropout",
     "hidden_dropout",
@@ -60,6 +61,30 @@ def set_dropout(config: PretrainedConfig, probability: float) -> None:
         )
     for name in names:
         setattr(config, name, probability)
+
+
+def truncate(config: PretrainedConfig, num_hidden_layers: int) -> None:
+    """Keep only the first layers in an encoder's configuration.
+
+    Raises:
+        ValueError: it has fewer, or its number of layers cannot be set.
+    """
+    number = config.num_hidden_layers
+    if num_hidden_layers > number:
+        raise ValueError(
+            f"num_hidden_layers={num_hidden_layers}: the encoder has {number} layers only."
+        )
+    try:
+        config.num_hidden_layers = num_hidden_layers
+    except NotImplementedError as error:
+        raise ValueError(
+            f"num_hidden_layers={num_hidden_layers}: the layers of a {config.model_type} encoder "
+            f"cannot be counted by one number ({error}) Leave it out, and save a shorter encoder."
+        ) from None
+    # Such as layer_types of ModernBERT and attention_window of Longformer: an entry per layer.
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == number:
+            setattr(config, name, value[:num_hidden_layers])
 
 
 def random_encoder(config: PretrainedConfig) -> PreTrainedModel:

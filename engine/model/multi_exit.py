@@ -26,6 +26,7 @@ from .encoder import (
     pretrained_encoder,
     random_encoder,
     set_dropout,
+    truncate,
 )
 from .exit_policies import Policy
 from .exits import Exit, ExitModel, Exits, LinearExit, MHAExit, check_padding, checked_attentions
@@ -217,9 +218,19 @@ class MultiExitForSequenceClassification(ExitModel):
                 "directory with config.json and weights nor a model that the hub gave."
                 f"{nearest_directory(name_or_path)} ({error})"
             ) from None
+        except Exception as error:
+            # The checks of a configuration's fields raise errors of their own.
+            raise ValueError(
+                f"model_name_or_path={name_or_path!r} has no config.json that can be used: {error}"
+            ) from None
         is_ours = isinstance(config, MultiExitConfig)
+        if num_hidden_layers is not None and is_ours:
+            raise ValueError(
+                f"num_hidden_layers={num_hidden_layers}: model_name_or_path is a model with exits "
+                "already. Truncate the encoder that it was made from."
+            )
         if num_hidden_layers is not None:
-            _truncate(config, num_hidden_layers)
+            truncate(config, num_hidden_layers)
         if dropout is not None:
             set_dropout(config.backbone_config if is_ours else config, dropout)
             exit_options.setdefault("exit_dropout", dropout)
@@ -246,6 +257,14 @@ class MultiExitForSequenceClassification(ExitModel):
             label2id={name: index for index, name in enumerate(label_names)},
             **exit_options,
         )
+        try:
+            MultiExitConfig.from_dict(made.to_dict())
+        except Exception as error:
+            # Better known now than when the trained model is loaded.
+            raise ValueError(
+                f"A {backbone.config.model_type} model cannot be trained here: its configuration "
+                f"could not be read again once saved ({error}). Correct its config.json."
+            ) from None
         return cls(made, backbone)
 
     @property
@@ -422,20 +441,6 @@ def label_names(config: PretrainedConfig) -> list[str]:
     """Names of the classes, in the order of the logits."""
     names = cast(dict[int, str], config.id2label)
     return [names[index] for index in sorted(names)]
-
-
-def _truncate(config: PretrainedConfig, num_hidden_layers: int) -> None:
-    if isinstance(config, MultiExitConfig):
-        raise ValueError(
-            f"num_hidden_layers={num_hidden_layers}: model_name_or_path is a model with exits "
-            "already. Truncate the encoder that it was made from."
-        )
-    if num_hidden_layers > config.num_hidden_layers:
-        raise ValueError(
-            f"num_hidden_layers={num_hidden_layers}: the encoder has {config.num_hidden_layers} "
-            "layers only."
-        )
-    config.num_hidden_layers = num_hidden_layers
 
 
 AutoConfig.register(MultiExitConfig.model_type, MultiExitConfig, exist_ok=True)

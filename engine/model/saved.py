@@ -37,8 +37,9 @@ def load_tokenizer(
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision or "main")
-    # TypeError: transformers 4, no vocabulary; ImportError: a package that the tokenizer needs.
-    except (ImportError, OSError, TypeError, ValueError) as error:
+    except Exception as error:
+        # tokenizers raises Exception itself, transformers 4 TypeError, a missing package
+        # ImportError.
         raise ValueError(
             f"{option}={name_or_path!r} has no tokenizer that can be loaded: {error}"
         ) from None

@@ -1,9 +1,11 @@
 """The output directory of a run: checks of its contents, and emptying it if that was asked."""
 
+import os
 import shutil
 from pathlib import Path
 
 from ...config.training import TrainingConfig
+from ...runtime.files import read_file
 from ...runtime.lock import LOCK_FILE
 from .checkpoint import CONFIG_FILE, PARTIAL
 
@@ -13,7 +15,7 @@ def check_output_dir(config: TrainingConfig) -> Path:
 
     Raises:
         ValueError: it is not empty and neither resuming nor overwriting was asked for, or it is to
-            be overwritten and does not hold a run.
+            be overwritten and does not hold a run, or holds what this run reads.
     """
     assert config.run.output_dir is not None  # `TrainingConfig.resolved` has refused None
     path = Path(config.run.output_dir)
@@ -25,12 +27,47 @@ def check_output_dir(config: TrainingConfig) -> Path:
                 f"output_dir={str(path)!r} is not empty. Use --resume_from_checkpoint latest to "
                 "continue that run, --overwrite_output_dir to delete it, or another directory."
             )
-        if not (path / CONFIG_FILE).exists():
+        if not _is_run(path):
             raise ValueError(
-                f"overwrite_output_dir: {str(path)!r} holds files but no {CONFIG_FILE}, so it is "
-                "not a run of fusedacl and is left alone. Empty it yourself."
+                f"overwrite_output_dir: {str(path)!r} holds files but no {CONFIG_FILE} that a run "
+                "wrote, so it is not a run of fusedacl and is left alone. Empty it yourself."
             )
+        for name, read in _inputs(config).items():
+            if path.resolve() in (read.resolve(), *read.resolve().parents):
+                raise ValueError(
+                    f"overwrite_output_dir would delete {name} {str(read)!r}, as it lies in "
+                    f"output_dir={str(path)!r}: name another output_dir."
+                )
     return path
+
+
+def _is_run(path: Path) -> bool:
+    """True if a directory has a configuration as runs of all versions write it."""
+    file = path / CONFIG_FILE
+    try:
+        # A file that a user wrote begins with no section's name.
+        return "output_dir" in read_file(file) and file.read_text("utf-8").startswith("# model\n")
+    except (OSError, ValueError):
+        return False
+
+
+def _inputs(config: TrainingConfig) -> dict[str, Path]:
+    """Name -> path of the files and directories that a run reads; the hub's are left out."""
+    data, model, optimization = config.data, config.model, config.optimization
+    task = data.data_dir and data.task_name and str(Path(data.data_dir) / data.task_name)
+    named = {
+        "the current directory": ".",
+        **{name: getattr(data, name) for name in ("train_file", "validation_file", "test_file")},
+        "data_dir": data.data_dir,
+        "task_name": task,
+        "dataset_name": data.dataset_name,
+        "model_name_or_path": model.model_name_or_path,
+        "tokenizer_name": model.tokenizer_name,
+        "stage1_model": optimization.stage1_model,
+        "class_weights": config.objective.class_weights,
+        "deepspeed_config": optimization.deepspeed_config,
+    }
+    return {name: Path(path) for name, path in named.items() if path and os.path.exists(path)}
 
 
 def _contents(path: Path) -> list[Path]:

@@ -48,9 +48,9 @@ def test_defaults_and_flags() -> None:
 def test_file_and_flags_are_two_spellings(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     # YAML reads 5e-2, without a dot, as text.
-    file.write_text("width: 9\nspeed: 5e-2\n", encoding="utf-8")
-    assert parsed(str(file)) == Config(Shape(9, None), Motion(0.05))
-    assert parsed(str(file), "--width", "3") == Config(Shape(3, None), Motion(0.05))
+    file.write_text("width: 9\nspeed: 5e-2\nname: [joy, 2]\n", encoding="utf-8")
+    assert parsed(str(file)) == Config(Shape(9, "joy,2"), Motion(0.05))
+    assert parsed(str(file), "--width", "3") == Config(Shape(3, "joy,2"), Motion(0.05))
     (tmp_path / "config.json").write_text(json.dumps({"name": "x"}), encoding="utf-8")
     assert parsed(str(tmp_path / "config.json")).shape.name == "x"
 
@@ -107,6 +107,8 @@ def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
         (["--loud", "perhaps"], "Write true or false"),
         (["--width"], "expected one argument"),
         (["absent.yaml"], "'absent.yaml' does not exist"),
+        (["--name", "3", "6"], "Unexpected argument '6'"),
+        (["--name", "3", "6", "9"], "Unexpected argument '6'. Options are written --name value; s"),
     ],
 )
 def test_mistakes_on_the_command_line(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -33,6 +33,9 @@ def test_weights_of_a_file_get_the_mean_1(tmp_path: Path) -> None:
     assert np.mean([found[label] for label in LABELS]) == pytest.approx(1)
     file.write_text("[10, 0, 30]")
     assert class_weights(str(file), NAMES, LABELS) == found
+    file = file.with_suffix(".yaml")
+    file.write_text('"yes": 3e1\n"no": 1e1\nmaybe: 0\n')  # YAML reads 3e1 as text
+    assert class_weights(str(file), NAMES, LABELS) == found
 
 
 @pytest.mark.parametrize(
@@ -46,12 +49,15 @@ def test_weights_of_a_file_get_the_mean_1(tmp_path: Path) -> None:
         ('{"yes": 0, "no": 0, "maybe": 0}', "every training text has weight 0"),
         ("[1, 2]", "lists 2 weights for 3 classes: give one for each, in the order no, maybe, yes"),
         ("[1, 2, -3]", "class 'yes' has -3"),
+        ('{"yes": "much", "no": 1, "maybe": 1}', "class 'yes' has 'much'"),
+        ('{"yes": "nan", "no": 1, "maybe": 1}', "class 'yes' has nan"),
+        ("yes: 2", """there is no class 'True'. YAML reads yes, no, on, off as True, False: put"""),
         ("3", "holds 3: give every class a weight"),
         ("{", "is neither 'balanced' nor a file"),
     ],
 )
 def test_a_bad_file_is_refused(text: str, message: str, tmp_path: Path) -> None:
-    file = tmp_path / "weights.json"
+    file = tmp_path / ("weights.yaml" if text == "yes: 2" else "weights.json")
     file.write_text(text)
     with pytest.raises(ValueError) as error:
         class_weights(str(file), NAMES, LABELS)

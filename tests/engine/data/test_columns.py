@@ -1,6 +1,6 @@
 import pyarrow as pa
 import pytest
-from fusedacl.engine.data.columns import TextSplit, read_texts
+from fusedacl.engine.data.columns import TextSplit, holds_texts, read_texts
 
 
 @pytest.mark.parametrize(
@@ -35,6 +35,21 @@ def test_bad_texts(name: str) -> None:
     chosen = ["text", "pair"] if name == "absent" else list(columns)
     with pytest.raises(ValueError, match=f"here: {message}"):
         read_texts(pa.table(columns), chosen, "here")
+
+
+@pytest.mark.parametrize(
+    ("cells", "holds"),
+    [
+        (["1", "2.5"], False),
+        (["1", "", " ", None], False),
+        (["", " "], False),
+        ([None], False),
+        (["1", "one"], True),
+        (["", "one"], True),
+    ],
+)
+def test_blanks_make_no_text_of_numbers(cells: list[str | None], holds: bool) -> None:
+    assert holds_texts(pa.chunked_array([pa.array(cells, pa.string())])) is holds
 
 
 def test_one_empty_side_of_a_pair_is_allowed() -> None:

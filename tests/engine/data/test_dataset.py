@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 from fusedacl.engine import TrainingConfig
-from fusedacl.engine.config.sections import DataOptions
+from fusedacl.engine.config.sections import DataOptions, EvaluationDataOptions
 from fusedacl.engine.data.columns import TextSplit
 from fusedacl.engine.data.dataset import TextData, load_splits, read_unlabelled
 from fusedacl.engine.data.record import DataRecord
@@ -131,6 +132,24 @@ def test_both_sides_use_the_same_columns(tmp_path: Path) -> None:
         load(train_file=str(train), validation_file=str(validation))
 
 
+def test_both_sides_use_the_same_label_column(tmp_path: Path) -> None:
+    train, validation = tmp_path / "train.jsonl", tmp_path / "dev.jsonl"
+    rows = [{"text": "a", "labels": 0}, {"text": "b", "labels": 1}]
+    train.write_text("\n".join(map(json.dumps, rows)))
+    validation.write_text("\n".join(json.dumps({**row, "label": 1}) for row in rows))
+    files = {"train_file": str(train), "validation_file": str(validation)}
+    data = load(**files)
+    assert (data.splits["validation"].labels, data.record.label_column) == ([0, 1], "labels")
+    assert data.notes == []
+    assert load(**files, needs_train=False).splits["validation"].labels == [0, 1]
+    validation.write_text(json.dumps({"text": "a", "label": 1}))
+    (note,) = load(**files).notes
+    assert note.endswith("dev.jsonl': takes 'label' for the labels: there is no 'labels'")
+    model = replace(data.record, label_column="kind")
+    (note,) = load_splits(TrainingConfig.create(**files).data, needs_train=False, model=model).notes
+    assert note.endswith("dev.jsonl': takes 'label' for the labels: there is no 'kind'")
+
+
 @pytest.mark.parametrize(
     ("splits", "evaluated", "note"),
     [
@@ -235,6 +254,29 @@ def test_a_hub_set_from_end_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.label_names == ["ham", "spam"]
     assert data.splits == {"train": TextSplit(["a", "b"], None, [1, 0])}
     assert "plain: test is unlabelled: not evaluated on" in data.notes
+
+
+def test_a_hub_set_is_evaluated_in_the_label_column_of_training(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["de", "fr"]),
+            "kind": datasets.ClassLabel(names=["ham", "spam"]),
+        }
+    )
+    rows = {"text": ["a", "b"], "label": [1, 1], "kind": [1, 0]}
+    rows = datasets.Dataset.from_dict(rows, features=features)
+    splits = datasets.DatasetDict(train=rows, dev=rows, test=rows)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *arguments: splits)
+    trained = load(dataset_name="someone/mail", label_column="kind")
+    for options, split in ({}, "validation"), ({"split": "dev"}, "dev"):
+        options = EvaluationDataOptions(dataset_name="someone/mail", **options)
+        data = load_splits(options, needs_train=False, model=trained.record)
+        assert list(data.splits) == [split]
+        assert (data.label_names, data.splits[split].labels) == (["ham", "spam"], [1, 0])
+        assert data.notes == ["split 'dev' of someone/mail: read as the validation split"]
 
 
 def test_a_hub_set_without_train_names_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:

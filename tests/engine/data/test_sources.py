@@ -67,10 +67,15 @@ def test_a_directory_gives_its_splits_and_labels(tmp_path: Path) -> None:
     assert source.metrics == ("accuracy", "macro_f1")
 
 
-def test_a_glue_folder_has_glue_names_columns_and_metrics(tmp_path: Path) -> None:
-    write_task(tmp_path / "qqp", "train.csv")
-    source = open_directory(str(tmp_path), "QQP")
-    assert source.name == "qqp"
+@pytest.mark.parametrize(
+    ("folder", "task_name"), [("qqp", "QQP"), ("QQP", "QQP"), ("QQP", "qqp"), ("Q-QP", "qqp")]
+)
+def test_a_glue_folder_has_glue_names_columns_and_metrics(
+    tmp_path: Path, folder: str, task_name: str
+) -> None:
+    write_task(tmp_path / folder, "train.csv")
+    source = open_directory(str(tmp_path), task_name)
+    assert source.name == folder
     assert source.classes is not None
     assert source.classes.names == ["not_duplicate", "duplicate"]
     assert source.text_columns == ("question1", "question2")
@@ -185,7 +190,7 @@ def test_files_are_checked_at_once_and_read_later(tmp_path: Path) -> None:
 
 def test_a_glue_task_comes_from_the_hub(hub: Callable[[Any], list[tuple[Any, ...]]]) -> None:
     calls = hub(hub_set())
-    source = open_task("MRPC")
+    source = open_task("MR-PC")
     assert calls == [("nyu-mll/glue", "mrpc")]
     assert source.name == "mrpc"
     assert source.classes is not None and source.classes.names == ["different", "same"]
@@ -217,6 +222,22 @@ def test_names_are_those_of_the_column_that_is_read(
     assert open_hub("someone/feelings", None).classes is None
     named = open_hub("someone/feelings", None, label_column="labels").classes
     assert named is not None and named.names == ["joy", "anger"]
+    assert open_hub("someone/feelings", None, recorded="labels").classes == named
+    assert open_hub("someone/feelings", None, recorded="kind").classes is None
+
+
+@pytest.mark.parametrize("name", ["dev", "val", "valid"])
+def test_usual_names_of_splits_are_understood(
+    hub: Callable[[Any], list[tuple[Any, ...]]], name: str
+) -> None:
+    rows = hub_set()
+    hub(datasets.DatasetDict({"train": rows["train"], name: rows["train"], "test": rows["test"]}))
+    source = open_hub("someone/pairs", None)
+    assert list(source.splits) == ["train", "validation", "test"]
+    assert source.notes == (f"split {name!r} of someone/pairs: read as the validation split",)
+    hub(datasets.DatasetDict({**rows, name: rows["train"]}))
+    source = open_hub("someone/pairs", None)
+    assert sorted(source.splits) == sorted([*rows, name]) and source.notes == ()
 
 
 def test_a_shuffled_hub_set_is_read_in_its_order(
@@ -243,6 +264,11 @@ def test_an_empty_hub_split_is_refused(hub: Callable[[Any], list[tuple[Any, ...]
             datasets.exceptions.DatasetNotFoundError("doesn't exist"),
             ValueError,
             "dataset_name='someone/pairs': no such data set",
+        ),
+        (
+            RuntimeError("Dataset scripts are no longer supported, but found pairs.py"),
+            ValueError,
+            r"dataset_name='someone/pairs'.*found pairs.*a version in Parquet.*--data_dir",
         ),
         (
             ValueError("BuilderConfig 'subest' not found. Available: ['subset', 'full']"),

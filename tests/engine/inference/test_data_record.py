@@ -173,3 +173,8 @@ def test_f1_is_of_the_class_that_the_task_means(tiny_bert: Path, tmp_path: Path)
     (found,) = results["metrics"]["validation"].values()
     assert found["f1"] == pytest.approx(f1)
     assert scores(run, **data)[2]["f1"] == pytest.approx(f1)
+    # A model that was trained on the same texts under another name has no such class.
+    config = json.loads((run / "config.json").read_text())
+    config["data_record"]["f1_class"] = None
+    (run / "config.json").write_text(json.dumps(config))
+    assert scores(run, **data)[2]["f1"] == pytest.approx(f1)

@@ -8,19 +8,29 @@ from pathlib import Path
 import pytest
 import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
+from fusedacl.engine.model.encoder import set_dropout
+from fusedacl.engine.model.saved import load_trained
 from tiny_runs import BERT_SIZES
 from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForSequenceClassification,
+    BartConfig,
     BertConfig,
     DistilBertConfig,
+    FunnelConfig,
+    LongformerConfig,
     ModernBertConfig,
+    PretrainedConfig,
     RobertaConfig,
 )
 
 INPUTS = torch.arange(5, 26).view(3, 7)
+MODERN_SIZES = {
+    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 2, "pad_token_id": 0,
+}  # fmt: skip
 MASK = torch.tensor([[1] * 7, [1] * 5 + [0] * 2, [1] * 3 + [0] * 4])
 
 
@@ -136,14 +146,7 @@ def test_dropout_reaches_every_module(tiny_bert: Path, tmp_path: Path, again: bo
 
 
 def test_an_encoder_whose_attention_holds_a_number(tmp_path: Path) -> None:
-    config = ModernBertConfig(
-        vocab_size=60,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        pad_token_id=0,
-    )
+    config = ModernBertConfig(**MODERN_SIZES)
     AutoModel.from_config(config).save_pretrained(tmp_path)
     model = MultiExitForSequenceClassification.from_encoder(
         str(tmp_path), label_names=["a", "b"], dropout=0.37
@@ -152,10 +155,61 @@ def test_an_encoder_whose_attention_holds_a_number(tmp_path: Path) -> None:
     assert 0.0 not in dropout_probabilities(model)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModernBertConfig(**MODERN_SIZES),
+        LongformerConfig(**BERT_SIZES, attention_window=[4, 4, 4]),
+    ],
+)
+def test_fewer_layers_are_saved_and_loaded(config: PretrainedConfig, tmp_path: Path) -> None:
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    model = MultiExitForSequenceClassification.from_encoder(
+        str(tmp_path / "encoder"), label_names=["a", "b"], num_hidden_layers=2
+    )
+    model.save_pretrained(tmp_path / "model")
+    loaded = load_trained(str(tmp_path / "model")).eval()
+    assert loaded.exit_layers == [2]
+    assert torch.equal(loaded(INPUTS, MASK).logits, model.eval()(INPUTS, MASK).logits)
+
+
+def test_layers_that_no_number_counts(tmp_path: Path) -> None:
+    FunnelConfig(vocab_size=60).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"num_hidden_layers=1: the layers of a funnel.*Leave it"):
+        MultiExitForSequenceClassification.from_encoder(
+            str(tmp_path), label_names=["a", "b"], num_hidden_layers=1
+        )
+
+
+def test_a_configuration_that_could_not_be_read_again(
+    tiny_bert: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = {"backbone_config": {"model_type": "bert", "num_hidden_layers": 1}, "exit_layers": [2]}
+    monkeypatch.setattr(MultiExitConfig, "to_dict", lambda self: saved)
+    with pytest.raises(
+        ValueError, match=r"A bert model.*could not be read again once saved \(exit"
+    ):
+        MultiExitForSequenceClassification.from_encoder(str(tiny_bert), label_names=["a", "b"])
+
+
+def test_every_dropout_of_a_configuration_is_set() -> None:
+    config = BartConfig()
+    set_dropout(config, 0.37)
+    read = {"dropout", "attention_dropout", "activation_dropout"}
+    assert {getattr(config, name) for name in read} == {0.37}
+
+
 def test_damaged_weights(tiny_bert: Path, tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((tiny_bert / name).read_bytes()[:2000])
     with pytest.raises(ValueError, match="the weights cannot be loaded"):
+        MultiExitForSequenceClassification.from_encoder(str(tmp_path), label_names=["a", "b"])
+
+
+def test_a_wrong_field_of_a_configuration(tiny_bert: Path, tmp_path: Path) -> None:
+    config = json.loads((tiny_bert / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_size": "384"}))
+    with pytest.raises(ValueError, match=r"^model_name_or_path=.*(can be used|cannot be loaded):"):
         MultiExitForSequenceClassification.from_encoder(str(tmp_path), label_names=["a", "b"])
 
 

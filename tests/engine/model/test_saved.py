@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,14 @@ def test_a_changed_file_of_a_final_model_is_refused(
     (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(ValueError, match=f"{name} is not what was saved.*delete manifest.json"):
         load_trained(str(tmp_path))
+
+
+def test_a_tokenizer_of_an_unknown_kind(tiny_bert: Path, tmp_path: Path) -> None:
+    load_tokenizer(str(tiny_bert)).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model": {"type": "Novel"}}))
+    with pytest.raises(ValueError, match="^tokenizer_name=.* has no tokenizer that can be loaded"):
+        load_tokenizer(str(tmp_path), "tokenizer_name")
 
 
 def test_model_is_missing() -> None:

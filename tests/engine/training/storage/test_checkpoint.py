@@ -37,7 +37,6 @@ from fusedacl.engine.training.storage.checkpoint import (
     state_file,
     tidy,
 )
-from fusedacl.engine.training.storage.output_dir import make_output_dir
 
 
 def config_of(output_dir: Path, **options: object) -> TrainingConfig:
@@ -49,7 +48,7 @@ def config_of(output_dir: Path, **options: object) -> TrainingConfig:
 class Saved:
     """Stands for a model and for a tokenizer."""
 
-    def __init__(self, error: OSError | None = None) -> None:
+    def __init__(self, error: Exception | None = None) -> None:
         self.error = error
 
     def save_pretrained(self, directory: Path, state_dict: object = None) -> None:
@@ -58,7 +57,7 @@ class Saved:
             raise self.error
 
 
-def save(output_dir: Path, *steps: int, error: OSError | None = None, **kept: Any) -> list[int]:
+def save(output_dir: Path, *steps: int, error: Exception | None = None, **kept: Any) -> list[int]:
     """The steps of the checkpoints that are there after saving these."""
     for step in steps:
         state, keep = {"step": step, "tensor": torch.arange(3)}, kept.get("keep")
@@ -99,6 +98,20 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     assert "--resume_from_checkpoint latest" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-5"]
     assert load_state(tmp_path / "checkpoint-5")["step"] == 5
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Free some space and run again"),
+        (OSError(errno.EROFS, "Read-only file system"), "Mend that and run again"),
+        # As safetensors reports it.
+        (RuntimeError("I/O error: Input/output error (os error 5)"), "Mend that and run again"),
+    ],
+)
+def test_not_every_error_is_a_full_disk(error: Exception, words: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=f"checkpoint-5 could not be saved .*{words}"):
+        save(tmp_path, 5, error=error)
 
 
 class FullFile(io.RawIOBase):
@@ -171,23 +184,6 @@ def test_a_checkpoint_is_sealed_and_its_copy_is_not(tmp_path: Path) -> None:
     # Without a manifest it belongs to another program.
     (tmp_path / "checkpoint-7").mkdir()
     check_not_sealed(tmp_path / "checkpoint-7")
-
-
-def test_output_dir_is_protected(tmp_path: Path) -> None:
-    output_dir = tmp_path / "deep" / "run"
-    assert make_output_dir(config_of(output_dir)) == output_dir
-    make_output_dir(config_of(output_dir))
-    (output_dir / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="is not empty. Use --resume_from_checkpoint latest"):
-        make_output_dir(config_of(output_dir))
-    with pytest.raises(ValueError, match="not a run of fusedacl and is left alone"):
-        make_output_dir(config_of(output_dir, overwrite_output_dir=True))
-    (output_dir / CONFIG_FILE).write_text("")
-    make_output_dir(config_of(output_dir, overwrite_output_dir=True))
-    assert not any(output_dir.iterdir())
-    (output_dir / "file").touch()
-    with pytest.raises(ValueError, match="is a file; name a directory"):
-        make_output_dir(config_of(output_dir / "file"))
 
 
 def test_options_that_differ_are_named(tmp_path: Path) -> None:
