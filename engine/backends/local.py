@@ -95,6 +95,11 @@ class LocalBackend(Backend):
         return {**self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if "layout" in state:
+            raise ValueError(
+                "The checkpoint was saved by a run under DeepSpeed: resume with a launcher, also "
+                "for one process (torchrun --nproc_per_node 1)."
+            )
         self.optimizer.load_state_dict(state)
         self.scaler.load_state_dict(state["scaler"])
 

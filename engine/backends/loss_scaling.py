@@ -9,6 +9,8 @@ INITIAL_SCALE = 2.0**16
 SMALLEST_SCALE = 2.0**-14
 # Good steps after which the scale doubles.
 GROWTH_INTERVAL = 2000
+# Overflows in a row after which a fixed scale is known to be too large.
+MOST_OVERFLOWS = 50
 NOT_FINITE = (
     "The gradient is NaN or infinite. A lower learning_rate, or max_grad_norm=1, usually helps."
 )
@@ -87,17 +89,27 @@ class DeepSpeedLossScaler:
         self.options = options
         initial = options.loss_scale or 2.0**options.initial_scale_power
         self.scale = initial if enabled else 1.0
-        self.num_good_steps = 0
+        self.num_good_steps = self.num_overflows = 0
         self.patience = options.hysteresis
 
     def update(self, overflow: bool) -> None:
         """Account for one optimizer step, taken or skipped because of an overflow.
 
         Raises:
-            FloatingPointError: an overflow at the smallest loss scale.
+            FloatingPointError: an overflow at the smallest loss scale, or `MOST_OVERFLOWS` in a row
+                at a fixed one.
         """
         options = self.options
-        if not self.enabled or options.loss_scale:
+        if not self.enabled:
+            return
+        if options.loss_scale:
+            self.num_overflows = self.num_overflows + 1 if overflow else 0
+            if self.num_overflows == MOST_OVERFLOWS:
+                raise FloatingPointError(
+                    f"{MOST_OVERFLOWS} steps in a row have overflowed float16 and changed nothing "
+                    f"at the fixed loss_scale={self.scale:g} of deepspeed_config. Lower it, or set "
+                    "it to 0, which adapts it."
+                )
             return
         if overflow:
             self.num_good_steps = 0

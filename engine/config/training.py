@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from .fields import build
@@ -186,6 +187,13 @@ class TrainingConfig:
             if self.model.model_revision is not None:
                 raise ValueError(
                     "model_revision belongs to a model_name_or_path on the hub: leave it out."
+                )
+            # It is written before the directory is taken, which must be empty then.
+            cache, run = options.feature_cache, Path(str(self.run.output_dir)).resolve()
+            if cache is not None and Path(cache).resolve().is_relative_to(run):
+                raise ValueError(
+                    f"feature_cache={cache!r} lies in output_dir={self.run.output_dir!r}: with "
+                    "stage1_model name a directory outside it."
                 )
         if self.compiles and parse_scope(scope):
             raise ValueError(

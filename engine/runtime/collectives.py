@@ -6,8 +6,10 @@ Every process must call them in the same order; in a run of one process they exc
 from __future__ import annotations
 
 import os
+import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -91,20 +93,56 @@ def from_first(make: Callable[[], Result]) -> Result:
     return values[0]  # type: ignore[return-value]
 
 
-def check_alike(what: str, value: Any) -> None:
-    """Refuse a run whose processes have different values.
+def check_alike(values: Mapping[str, Any], remedy: str = "") -> None:
+    """Refuse a run whose processes have different values. Collective.
+
+    Args:
+        values: name -> value; a name that another process lacks stands for None there.
+        remedy: a sentence for the end of the message.
 
     Raises:
         ValueError: naming the first process that differs from process 0, and both values.
     """
-    answers = gathered((socket.gethostname(), value))
-    (first_host, first), *others = answers
+    (first_host, first), *others = gathered((socket.gethostname(), dict(values)))
     for rank, (host, other) in enumerate(others, start=1):
-        if other != first:
+        for name in [*first, *other]:
+            mine, theirs = first.get(name), other.get(name)
+            if mine != theirs:
+                raise ValueError(
+                    f"{name}: process 0 on {first_host} has {mine}, process {rank} on {host} has "
+                    f"{theirs}. All processes of a run need the same. {remedy}".rstrip()
+                )
+
+
+def check_shared(directory: Path, option: str) -> None:
+    """Refuse a directory that is another one on some machine. Collective.
+
+    Raises:
+        ValueError: naming a process that does not see what process 0 writes there.
+        OSError: process 0 cannot write there.
+    """
+
+    def leave_token() -> Path:
+        # Of a name that no earlier run has left on another machine.
+        token = directory / f".shared-{secrets.token_hex(8)}"
+        token.touch()
+        return token
+
+    def see() -> None:
+        if not token.exists():
             raise ValueError(
-                f"{what}: process 0 on {first_host} has {first}, process {rank} on {host} has "
-                f"{other}. All processes of a run need the same."
+                f"{option}={str(directory)!r} is not the directory that process 0 writes to: it "
+                "must lie on a file system that all processes share."
             )
+
+    if processes.world_size() == 1:
+        return
+    token = from_first(leave_token)
+    try:
+        together(see)
+    finally:
+        if processes.rank() == 0:
+            token.unlink(missing_ok=True)
 
 
 class Peers:

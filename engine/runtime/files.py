@@ -28,6 +28,12 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def disk_remedy(error: BaseException) -> str:
+    """Return what to do about a file that could not be written."""
+    full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
+    return "Free some space" if any(words in str(error) for words in full) else "Mend that"
+
+
 def kind_of_file(path: Path) -> str | None:
     """Name what is at `path` if it can be no ordinary file or directory; None if it can."""
     try:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 logger = logging.getLogger("fusedacl")
+# After a Ctrl-C, launchers send signals of their own to processes that have had one already.
+ECHO_SECONDS = 3.0
 
 
 class Interrupted(Exception):
@@ -34,7 +37,8 @@ def stopping_signals() -> list[int]:
 class SignalsNoted:
     """Note the stopping signals within a `with` block.
 
-    words: logged at the first signal. A second one raises KeyboardInterrupt, unless `patient`.
+    words: logged at the first signal. A SIGINT later than `ECHO_SECONDS` after it raises
+        KeyboardInterrupt, unless `patient`.
     received: number of the first signal, None until one came.
     """
 
@@ -42,6 +46,7 @@ class SignalsNoted:
         self.words = words
         self.patient = patient
         self.received: int | None = None
+        self._since = 0.0
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> SignalsNoted:
@@ -54,10 +59,13 @@ class SignalsNoted:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received = number
+            self.received, self._since = number, time.monotonic()
             logger.warning("%s: %s", signal.Signals(number).name, self.words)
-        elif not self.patient:
+        elif number == signal.SIGINT and not self.patient and self._is_late():
             raise KeyboardInterrupt
+
+    def _is_late(self) -> bool:
+        return time.monotonic() - self._since > ECHO_SECONDS
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():

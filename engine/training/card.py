@@ -53,7 +53,8 @@ def model_card(config: TrainingConfig, base_model: str, results: dict[str, Any])
     lines += [f"- Strategy: {_STRATEGIES[config.optimization.strategy]}"]
     if config.optimization.stage1_model is not None:
         lines += [f"- First stage: taken from {config.optimization.stage1_model}"]
-    lines += [_terms(config, results.get("temperature")), *_exits(config), _optimizer(config)]
+    lines += [_terms(config, results.get("temperature")), *_exits(config)]
+    lines += [_optimizer(config, results["num_processes"])]
     lines += [f"- Steps: {results['num_steps']}, seed {config.optimization.seed}", ""]
     best = results.get("best", {})
     is_best = best.get("step") is not None
@@ -89,7 +90,7 @@ def _score_lines(results: Mapping[str, Any]) -> list[str]:
     return [markdown_table(["split", "exit at layer", *names], cells)]
 
 
-def _optimizer(config: TrainingConfig) -> str:
+def _optimizer(config: TrainingConfig, num_processes: int) -> str:
     options = config.optimization
     precision = "float16" if options.fp16 else "bfloat16" if options.bf16 else "float32"
     words = f"- AdamW, peak learning rate {options.learning_rate:g}"
@@ -100,7 +101,7 @@ def _optimizer(config: TrainingConfig) -> str:
         if options.stage2_epochs is not None:
             words += f" (second stage {options.stage2_epochs:g})"
     batch = options.per_device_train_batch_size * options.gradient_accumulation_steps
-    words += f", {batch} texts a step, {precision}"
+    words += f", {num_processes * batch} texts a step, {precision}"
     values, default = flatten(config), flatten(TrainingConfig())
     changed = [f"{name} {values[name]}" for name in _NOTED if values[name] != default[name]]
     return "; ".join([words, *changed])

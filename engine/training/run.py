@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from dataclasses import asdict
 from typing import Any
 
 from ..config.fields import flatten
@@ -10,7 +11,7 @@ from ..runtime import collectives, processes
 from ..runtime.collectives import Peers
 from ..runtime.device import set_tf32
 from ..runtime.machine import versions
-from .builder import build_run, uses_deepspeed
+from .builder import RunParts, build_run, uses_deepspeed
 from .trainer import Trainer
 
 logger = logging.getLogger("fusedacl")
@@ -31,8 +32,7 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     if uses_deepspeed(config):
         processes.join(config.run.device, config.run.ddp_timeout)
         alike = flatten(config) | {f"version of {name}": v for name, v in versions().items()}
-        for name, value in alike.items():
-            collectives.check_alike(name, value)
+        collectives.check_alike(alike)
     if processes.rank() > 0:
         logger.setLevel(logging.WARNING)
     peers = Peers()
@@ -42,6 +42,11 @@ def train(config: TrainingConfig) -> dict[str, Any]:
         try:
             parts = collectives.together(lambda: build_run(config))
             held.callback(parts.lock.release)
+            collectives.check_alike(
+                _read_from_files(parts),
+                "Copy the files of data_dir (or train_file), of deepspeed_config and of "
+                "class_weights to every machine.",
+            )
             trainer = collectives.together(lambda: Trainer(parts))
             return trainer.run(peers)
         except RuntimeError as error:
@@ -49,3 +54,14 @@ def train(config: TrainingConfig) -> dict[str, Any]:
             if explained is None:
                 raise
             raise explained from error
+
+
+def _read_from_files(parts: RunParts) -> dict[str, Any]:
+    """The content of files that may differ between machines under the same names."""
+    read = asdict(parts.data.record)
+    for split, content in read.pop("splits").items():
+        # Texts and labels by their SHA-256.
+        read |= {f"{what} of {split}": value for what, value in content.items()}
+    return read | {
+        "deepspeed_config": parts.deepspeed_config, "class_weights": parts.class_weights
+    }  # fmt: skip

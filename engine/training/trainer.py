@@ -83,13 +83,7 @@ class Trainer:
         check_steps(num_profiled, left, "stage" if len(self.plan.stages) > 1 else "run")
         # Last, because it may delete an old run.
         self.output_dir = collectives.from_first(self._take_output_dir)
-        if processes.rank() == 0:
-            write_yaml(parts.given, self.output_dir / CONFIG_FILE)
-        elif not self.output_dir.is_dir():
-            raise ValueError(
-                f"output_dir={str(self.output_dir)!r} is not there: it must lie on a file system "
-                "that all processes share."
-            )
+        collectives.check_shared(self.output_dir, "output_dir")
         self.profiler = StepProfiler(
             num_profiled if processes.rank() == 0 else 0,
             parts.device,
@@ -117,6 +111,7 @@ class Trainer:
         directory = make_output_dir(self.config)
         if self.resume_step is not None:
             set_aside(directory, self.resume_step)
+        write_yaml(self.parts.given, directory / CONFIG_FILE)
         return directory
 
     def _resume(self) -> None:
@@ -216,12 +211,9 @@ class Trainer:
             if processes.rank() == 0:
                 write_json(self.output_dir / "results.json", results)
             processes.barrier()
-            repository = self.parts.repository
-            if options.push_to_hub:
-                # Together, so that no process waits for one that has failed.
-                collectives.together(
-                    lambda: None if repository is None else push(self.output_dir, files, repository)
-                )
+            # Process 0 alone has one: an upload may take longer than the others would wait for it.
+            if self.parts.repository is not None:
+                push(self.output_dir, files, self.parts.repository)
         return results
 
     def _open_services(self) -> list[Service]:
@@ -442,6 +434,7 @@ class Trainer:
             **self.losses.results(),
             "gate": self.history.summary(),
             "num_steps": self.plan.num_steps,
+            "num_processes": processes.world_size(),
             "train_seconds": round(self.seconds, 2),
             "train_samples_per_second": round(samples / self.seconds, 2),
             "command": command_line(self.parts.given, "fusedacl train"),

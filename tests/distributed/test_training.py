@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,16 @@ from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.storage.checkpoint import load_state
 from rank_pool import Ranks
 from tiny_runs import records
-from training_cases import deepspeed_file, linear_is_torchs, model_of, refused, stopped, trained
+from training_cases import (
+    deepspeed_file,
+    linear_is_torchs,
+    model_of,
+    pushed,
+    refused,
+    refused_in,
+    stopped,
+    trained,
+)
 
 
 @pytest.fixture
@@ -144,6 +154,33 @@ def test_what_is_refused_is_refused_on_both(options, two_ranks: Ranks, tmp_path:
     assert "train_micro_batch_size_per_gpu" in message(deepspeed_config=file)
     assert "deepspeed_config=none.json: No such file" in message(deepspeed_config="none.json")
     assert not (tmp_path / "run").exists()
+
+
+def test_files_that_differ_under_one_name(options, two_ranks: Ranks, tmp_path: Path) -> None:
+    """As on two machines: each process reads what lies in its own working directory."""
+    places = [tmp_path / name for name in "ab"]
+    for place in places:
+        shutil.copytree(options["data_dir"], place / "data")
+        deepspeed_file(place, 1)
+    options |= {"data_dir": "data", "deepspeed_config": "deepspeed.json"}
+
+    def message() -> str:
+        first, second = two_ranks.run(refused_in, options, [str(place) for place in places])
+        assert first == second and "Copy the files of data_dir (or train_file), of deep" in first
+        return str(first)
+
+    deepspeed_file(places[1], 2)
+    assert "deepspeed_config: process 0 on" in message()
+    deepspeed_file(places[1], 1)
+    file = places[1] / "data" / "opinions" / "validation.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[1:]))
+    found = message()
+    assert "rows of validation: process 0 on" in found and "has 24, process 1 on" in found
+    assert not (tmp_path / "run").exists()
+
+
+def test_nobody_waits_for_the_upload(options, two_ranks: Ranks, tmp_path: Path) -> None:
+    assert two_ranks.run(pushed, {**options, "max_steps": 2}, str(tmp_path)) == [True, True]
 
 
 def test_more_processes_than_texts(options, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,6 @@ class DeepSpeedBackend(Backend):
                 "one process without deepspeed_config, and leave it out here."
             )
         check_version()
-        choose(self.impl, self.device)
         _check_groups(self.model, self.parameters)
         self.settings = complete(
             self.deepspeed_config,
@@ -70,6 +69,7 @@ class DeepSpeedBackend(Backend):
             num_trained=sum(p.numel() for p in self.parameters),
             clips=not self.independent,
         )
+        choose(self.impl, torch.device("cpu") if self.settings.offloads else self.device)
         self.scaler: DeepSpeedLossScaler = DeepSpeedLossScaler(
             self.dtype == torch.float16, self.settings.loss_scale
         )
@@ -98,7 +98,11 @@ class DeepSpeedBackend(Backend):
         os.environ.setdefault("LOCAL_RANK", "0")
         try:
             self.engine = _initialize(
-                self.settings.config, model=self.model, optimizer=base, lr_scheduler=self.scheduler
+                self.settings.config,
+                self.device,
+                model=self.model,
+                optimizer=base,
+                lr_scheduler=self.scheduler,
             )
         except BaseException:
             self._forget_local_rank()
@@ -201,8 +205,13 @@ class DeepSpeedBackend(Backend):
         """Continue from `state_dict` of the same process. Collective.
 
         Raises:
-            ValueError: it comes from another number of processes, another process or ZeRO stage.
+            ValueError: it comes from a run without DeepSpeed, another number of processes, another
+                process or ZeRO stage.
         """
+        if "layout" not in state:
+            raise ValueError(
+                "The checkpoint was saved by a run without DeepSpeed: resume without a launcher."
+            )
         layout = self._layout()
         if state["layout"] != layout:
             words = "process {rank} of {world_size} under ZeRO {stage} in {dtype}"
@@ -264,7 +273,7 @@ class DeepSpeedBackend(Backend):
             del os.environ["LOCAL_RANK"]  # other libraries would take it for a launcher's
 
 
-def _initialize(config: dict[str, Any], **arguments: Any) -> Any:
+def _initialize(config: dict[str, Any], device: torch.device, **arguments: Any) -> Any:
     """`deepspeed.initialize`, kept from compiling an extension on a machine without GPUs."""
     import deepspeed
     import deepspeed.ops
@@ -276,6 +285,12 @@ def _initialize(config: dict[str, Any], **arguments: Any) -> Any:
     warnings.filterwarnings(
         "ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning
     )
+    chosen = get_accelerator().device_name()
+    if chosen != device.type:
+        raise ValueError(
+            f"device={device.type}: DeepSpeed computes on {chosen} here. Set the environment "
+            f"variable DS_ACCELERATOR={device.type}, or device={chosen}."
+        )
     if "fp16" in config and not get_accelerator().is_fp16_supported():
         raise ValueError(
             "fp16: DeepSpeed refuses it on this device, which has no such arithmetic. Use bf16 or "

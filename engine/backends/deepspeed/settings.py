@@ -148,6 +148,13 @@ def complete(
             "torch_compile: ZeRO 3 fetches weights before each module, which breaks the graph into "
             "pieces that are compiled for minutes. Use ZeRO 0 to 2, or leave torch_compile out."
         )
+    is_half = options.fp16 or options.bf16
+    if is_half and options.optimizer != "adamw" and made["zero_optimization"]["stage"] == 0:
+        raise ValueError(
+            f"optimizer={options.optimizer}: in half precision DeepSpeed keeps its gradients "
+            "elsewhere without ZeRO. Use adamw, or ZeRO 1 to 3 (zero_optimization.stage of "
+            "deepspeed_config)."
+        )
     if "offload_optimizer" in made["zero_optimization"]:
         _check_offload(made["zero_optimization"], config)
         # DeepSpeed's own AdamW for the host needs a compiler; PyTorch's fused one does not.

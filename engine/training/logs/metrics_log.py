@@ -1,5 +1,6 @@
 """The logs of a run while it trains: metrics.jsonl, and services that receive the same."""
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -7,8 +8,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
-from ...runtime.files import write_whole
-from .services import Service
+from ...runtime.files import disk_remedy, write_whole
+from ...runtime.signals import Interrupted
+from .services import FAILED, FINISHED, KILLED, Service
 
 logger = logging.getLogger("fusedacl")
 
@@ -63,8 +65,8 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             self._file.flush()
         except OSError as error:
             raise OSError(
-                f"{self._file.name} could not be written: {error}. Free some space; a run with "
-                "checkpoints goes on with --resume_from_checkpoint latest."
+                f"{self._file.name} could not be written: {error}. {disk_remedy(error)}; a run "
+                "with checkpoints goes on with --resume_from_checkpoint latest."
             ) from error
         place = record["split"] + (f"/exit{record['exit']}" if "exit" in record else "")
         values = {
@@ -84,11 +86,16 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
             self._services.remove(service)
             logger.warning(f"{type(service).__name__} receives no more metrics: {error}")
 
-    def __exit__(self, *exception: object) -> None:
-        if self._file is not None:
-            self._file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        status = FINISHED if kind is None else FAILED
+        if kind is not None and issubclass(kind, (Interrupted, KeyboardInterrupt)):
+            status = KILLED
         for service in list(self._services):
-            self._call(service, lambda to: to.close())
+            self._call(service, lambda to: to.close(status))
+        if self._file is not None:
+            # After a write that failed, closing tries it again and would hide its message.
+            with contextlib.nullcontext() if kind is None else contextlib.suppress(OSError):
+                self._file.close()
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ A resumed run continues its run in the service. What the service is, where it is
 there is said by its own environment variables (WANDB_MODE, MLFLOW_TRACKING_URI, TRACKIO_DIR, …).
 """
 
+import contextlib
 import inspect
 import json
 import os
@@ -20,6 +21,8 @@ from ...runtime.files import write_json
 
 # The runs in the services that a run of ours has begun there.
 RUNS_FILE = "services.json"
+# How a run ended, in the words of MLflow.
+FINISHED, FAILED, KILLED = "FINISHED", "FAILED", "KILLED"
 
 
 class Service(ABC):
@@ -30,8 +33,8 @@ class Service(ABC):
         """Send values of a step; their names are paths such as validation/exit2/accuracy."""
 
     @abstractmethod
-    def close(self) -> None:
-        """End the run there."""
+    def close(self, status: str) -> None:
+        """End the run there, as `FINISHED`, `FAILED` or `KILLED`."""
 
 
 class TensorBoard(Service):
@@ -45,7 +48,7 @@ class TensorBoard(Service):
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, status: str) -> None:
         self._writer.close()
 
 
@@ -60,8 +63,8 @@ class WandB(Service):
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, status: str) -> None:
+        self._run.finish(exit_code=int(status != FINISHED))
 
 
 class Trackio(Service):
@@ -74,7 +77,7 @@ class Trackio(Service):
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._trackio.log(dict(values), step=step)
 
-    def close(self) -> None:
+    def close(self, status: str) -> None:
         self._trackio.finish()
 
 
@@ -105,8 +108,8 @@ class MLflow(Service):
         for name, value in values.items():
             self._client.log_metric(self._id, name.replace(" ", "_"), value, step=step)
 
-    def close(self) -> None:
-        self._client.set_terminated(self._id)
+    def close(self, status: str) -> None:
+        self._client.set_terminated(self._id, status)
 
 
 def chosen_services(options: RunOptions) -> list[str]:
@@ -187,13 +190,16 @@ def open_services(
         "trackio": lambda: Trackio(settings, runs),
         "mlflow": lambda: MLflow(settings, runs, output_dir),
     }
-    opened = []
+    opened: list[Service] = []
     for name in names:
         try:
             opened.append(makers[name]())
+            if runs:
+                write_json(file, runs)
         except Exception as error:
             # Each package raises errors of its own, those of its network included.
+            for service in opened:
+                with contextlib.suppress(Exception):
+                    service.close(FAILED)
             raise ValueError(f"report_to={name}: the run cannot be begun: {error}") from error
-    if runs:
-        write_json(file, runs)
     return opened

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config.fields import build, flatten
 from ...config.training import TrainingConfig
 from ...runtime import collectives, processes
-from ...runtime.files import flush, read_file
+from ...runtime.files import disk_remedy, flush, read_file
 from ...runtime.manifest import (
     CHECKPOINT_PREFIX,
     MANIFEST_FILE,
@@ -34,6 +34,8 @@ PARTIAL = ".partial"
 _REPLACED = ".replaced"
 # Suffix of checkpoints later than the one from which the run was resumed.
 _ASIDE = ".superseded"
+# In the messages of safetensors, whose exceptions are no OSErrors.
+_SYSTEMS = "(os error "
 
 logger = logging.getLogger("fusedacl")
 
@@ -57,7 +59,7 @@ def _publish(partial: Path, directory: Path) -> None:
 
 @contextlib.contextmanager
 def _told(directory: Path) -> Iterator[None]:
-    """Explain a full disk: which checkpoints there are, and how to continue."""
+    """Explain an error of the disk: which checkpoints there are, and how to continue."""
     try:
         yield
     except Exception as error:
@@ -66,10 +68,10 @@ def _told(directory: Path) -> Iterator[None]:
             raise
         kept = ", ".join(path.name for path in checkpoints(directory.parent))
         remedy = (
-            f"complete checkpoints there: {kept}. Free some space, then "
+            f"complete checkpoints there: {kept}. {disk_remedy(reason)}, then "
             "--resume_from_checkpoint latest."
             if kept
-            else "there is no checkpoint to resume from. Free some space and run again."
+            else f"there is no checkpoint to resume from. {disk_remedy(reason)} and run again."
         )
         raise OSError(
             f"{directory.name} could not be saved in {str(directory.parent)!r}: {reason}. "
@@ -80,12 +82,12 @@ def _told(directory: Path) -> Iterator[None]:
 def _disk_error(error: BaseException) -> BaseException | None:
     """The error of the disk behind an exception, None if there is none.
 
-    safetensors has its own exception for a full disk, and torch's writer ends with an internal
-    error on top of the first.
+    safetensors has its own exception for what the system reports, and torch's writer ends with an
+    internal error on top of the first.
     """
     found: BaseException | None = error
     while found is not None:
-        if isinstance(found, OSError) or "No space left" in str(found):
+        if isinstance(found, OSError) or _SYSTEMS in str(found):
             return found
         found = found.__cause__ or found.__context__
     return None

@@ -23,6 +23,8 @@ from .checkpoint import (
 logger = logging.getLogger("fusedacl")
 # Options that other processes need otherwise, for as many texts in a step.
 _BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+# Those that may change on resuming: the cache too, which may have no room or belong to another run.
+_FREE = (*_BATCH_OPTIONS, "feature_cache")
 
 
 def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
@@ -52,7 +54,7 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
         other_processes = state.get("world_size", 1) != processes.world_size()
         now = lasting_options(config)
         # config.yaml may be that of other processes which saved no checkpoint.
-        changed = changed_options(output_dir, config, _BATCH_OPTIONS)
+        changed = changed_options(output_dir, config, _FREE)
         if not other_processes:
             then = {name: state["options"][name] for name in _BATCH_OPTIONS}
             changed += differences(then, now)
@@ -62,7 +64,7 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
                 f"{str(output_dir / CONFIG_FILE)!r} ({'; '.join(changed)}). "
                 "Resume with the same options, or start a new run."
             )
-        changed = differences(state["options"], now, _BATCH_OPTIONS)
+        changed = differences(state["options"], now, _FREE)
         if changed:
             raise ValueError(
                 f"{str(checkpoint)!r} was saved by a run with other options ({'; '.join(changed)})."

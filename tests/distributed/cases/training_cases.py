@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import time
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,12 @@ from typing import Any
 # Before deepspeed looks for one: these ranks compute on the CPU, also where there is a GPU.
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import pytest
 import torch
 from fusedacl.engine import TrainingConfig
 from fusedacl.engine.backends.deepspeed.resharding import places
 from fusedacl.engine.runtime.signals import Interrupted
+from fusedacl.engine.training import builder, trainer
 from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.run import train
 from fusedacl.engine.training.trainer import Trainer
@@ -85,6 +89,32 @@ def refused(rank: int, options: dict[str, Any], of_rank_1: dict[str, Any]) -> st
     except ValueError as error:
         return str(error)
     return "was not refused"
+
+
+def refused_in(rank: int, options: dict[str, Any], directories: list[str]) -> str:
+    """As `refused`, each rank in a working directory of its own."""
+    with contextlib.chdir(directories[rank]):
+        return refused(rank, options, {})
+
+
+def pushed(rank: int, options: dict[str, Any], directory: str) -> bool:
+    """True if the upload of rank 0 ends though it lasts until rank 1 has ended its run."""
+    ended, uploaded = Path(directory, "ended"), Path(directory, "uploaded")
+
+    def upload(*_: Any) -> None:
+        end = time.monotonic() + 60
+        while not ended.exists() and time.monotonic() < end:
+            time.sleep(0.05)
+        if ended.exists():
+            uploaded.touch()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builder, "open_repository", lambda options: "me/model")
+        patch.setattr(trainer, "push", upload)
+        train(TrainingConfig.create(**options, push_to_hub=True))
+    if rank == 1:
+        ended.touch()
+    return uploaded.exists() or rank == 1
 
 
 def model_of(run: Path) -> bytes:

@@ -126,11 +126,11 @@ def test_what_is_refused(options, one_rank: Ranks, two_ranks: Ranks, tmp_path: P
     assert "each process has a memory of its own" in message(one_rank, **memory)
 
 
-def test_a_run_without_deepspeed_has_no_parts(
-    options, two_ranks: Ranks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_without_deepspeed_has_no_parts(options, one_rank: Ranks, two_ranks: Ranks) -> None:
     train(TrainingConfig.create(**{**options, "save_steps": 3, "max_steps": 6}))
     resumed = {**options, "max_steps": 6, "resume_from_checkpoint": "checkpoint-3"}
+    found = one_rank.run(refused, resumed, {})[0]
+    assert "saved by a run without DeepSpeed: resume without a launcher" in found
     resumed["per_device_train_batch_size"] = 2
     found = two_ranks.run(refused, resumed, {})[0]
     assert "was saved by 1 process(es), and this run has 2: it does not say which parts" in found

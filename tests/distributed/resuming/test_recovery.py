@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,15 +43,21 @@ def options(tiny_options: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def launch(options: dict[str, Any], *program: str) -> subprocess.Popen[str]:
-    """torchrun with two processes."""
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+DEEPSPEED = ("deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", "29514")
+
+
+def launch(
+    options: dict[str, Any], *program: str, launcher: Sequence[str] = TORCHRUN
+) -> subprocess.Popen[str]:
+    """A launcher of two processes, all in a process group of their own, as in a terminal."""
     if not sys.platform.startswith("linux"):
         pytest.skip("processes are looked up in /proc")
     return subprocess.Popen(
         [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            *program, *flags(options),
+            sys.executable, "-m", *launcher, *program, *flags(options),
         ],
+        start_new_session=True,
         env={
             **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
             "GLOO_SOCKET_IFNAME": "lo", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore",
@@ -149,6 +156,18 @@ def test_the_launcher_is_killed(options, two_ranks: Ranks, tmp_path: Path) -> No
         assert noted, "an evaluation ends each epoch"
         for line in noted:
             assert scores[line["exit"]] == pytest.approx(line["metrics"], rel=1e-5)
+
+
+def test_ctrl_c_under_deepspeeds_launcher(options, tmp_path: Path) -> None:
+    """Processes that the terminal has sent SIGINT get SIGTERM from the launcher too."""
+    options |= {"deepspeed_config": deepspeed_file(tmp_path, 2), "num_train_epochs": 100}
+    started = launch(options, "--module", "fusedacl.engine", "train", launcher=DEEPSPEED)
+    wait_for(tmp_path / "run" / "checkpoint-3", started)
+    os.killpg(started.pid, signal.SIGINT)
+    words = ended(started, options["output_dir"])
+    assert "Stopped by SIGINT. Saved" in words, words
+    stop = checkpoints(tmp_path / "run")[-1]
+    assert f"{stop.name}. Continue by running" in words
 
 
 @pytest.mark.parametrize(

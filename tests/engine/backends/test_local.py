@@ -163,3 +163,8 @@ def test_biases_and_norms_do_not_decay() -> None:
     vectors = (model.body.bias, model.norm.weight, model.norm.bias)
     assert {id(p) for p in kept["params"]} == set(map(id, vectors))
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.01, 0.0)
+
+
+def test_the_state_of_a_run_under_deepspeed_is_refused() -> None:
+    with pytest.raises(ValueError, match="under DeepSpeed: resume with a launcher"):
+        build(objective="acl")[1].load_state_dict({"layout": {}, "optimizer": {}})

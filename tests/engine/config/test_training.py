@@ -47,6 +47,15 @@ COMPLETE = {"task_name": "quickstart", "output_dir": "out"}
             },
             "memory_size=8 belongs to the first stage, which stage1_model replaces",
         ),
+        (
+            {
+                "strategy": "two_stage",
+                "stage1_model": "first",
+                "task_name": "mrpc",
+                "feature_cache": "out/../out/cache",
+            },
+            "feature_cache='out/../out/cache' lies in output_dir='out': with stage1_model name",
+        ),
         ({"temperature_learning_rate": -1}, "temperature_learning_rate=-1.0 is out of range"),
         (
             {"temperature_learning_rate": 0.1, "temperature": 0.01},

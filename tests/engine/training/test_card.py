@@ -19,6 +19,7 @@ RESULTS: dict[str, Any] = {
         }
     },
     "num_steps": 12,
+    "num_processes": 2,
     "command": "fusedacl train --task_name opinions --exit_layers 1,2",
     "versions": {"python": "3.11.0", "torch": "2.6.0"},
 }
@@ -72,7 +73,7 @@ def test_several_exits_are_a_table() -> None:
     assert "| split | exit at layer | accuracy | f1 | loss |\n| --- |" in card
     assert "| validation | 2 | 0.8125 | 0.6250 | 0.5000 |" in card
     assert "- Strategy: two_stage (backbone and last exit, then the other exits" in card
-    assert "peak learning rate 2e-05 (second stage 0.001), 3 epochs, 32 texts a step, bf" in card
+    assert "peak learning rate 2e-05 (second stage 0.001), 3 epochs, 64 texts a step, bf" in card
     assert "Distilled from the last exit: weight 0.5" in card
     assert "fusedacl train --task_name opinions" in card and "torch 2.6.0" in card
 

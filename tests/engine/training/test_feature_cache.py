@@ -254,3 +254,18 @@ def test_second_stage_with_and_without(
     with torch.no_grad():
         logits = model(**batch).exit_logits[0]
     torch.testing.assert_close(early.probabilities, logits.softmax(dim=-1))
+
+
+def test_another_cache_on_resuming(tiny_options, tmp_path: Path) -> None:
+    """The first stage has its checkpoint where the second finds the cache of another run."""
+    options: dict[str, Any] = {
+        **tiny_options, "per_device_train_batch_size": 16, "strategy": "two_stage",
+        "num_train_epochs": 1, "feature_cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    run(options, output_dir=str(tmp_path / "first"))
+    with pytest.raises(ValueError, match="weights differ. Delete it, or name another directory"):
+        run(options, seed=7)
+    options |= {"seed": 7, "resume_from_checkpoint": "latest"}
+    run(options, feature_cache=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="learning_rate: .* then, 0.5 now"):
+        run(options, feature_cache=None, learning_rate=0.5)

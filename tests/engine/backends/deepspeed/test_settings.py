@@ -145,6 +145,13 @@ def test_files(tmp_path: Path) -> None:
         read_deepspeed_config(tmp_path / "none.json")
 
 
+def test_apex_in_half_precision_needs_zero() -> None:
+    with pytest.raises(ValueError, match=r"optimizer=apex_fused_adam: .*Use adamw, or ZeRO 1 to 3"):
+        settings({"zero_optimization": {"stage": 0}}, fp16=True, optimizer="apex_fused_adam")
+    settings({"zero_optimization": {"stage": 0}}, optimizer="apex_fused_adam")
+    settings({"zero_optimization": {"stage": 1}}, fp16=True, optimizer="apex_fused_adam")
+
+
 def scales(options: LossScaleOptions, overflows: str) -> list[float]:
     """The scale after each step; x overflows."""
     scaler, made = DeepSpeedLossScaler(True, options), []
@@ -166,6 +173,10 @@ def test_loss_scale() -> None:
     assert scales(least, "x") == [1]
     with pytest.raises(FloatingPointError, match="smallest loss scale, 1 "):
         scales(least, "xx")
+    fixed = LossScaleOptions(loss_scale=32.0)
+    assert scales(fixed, "x" * 49 + "." + "x" * 49) == [32] * 99
+    with pytest.raises(FloatingPointError, match="50 steps in a row .* loss_scale=32 of deepsp"):
+        scales(fixed, "x" * 50)
 
 
 def test_loss_scale_continues() -> None:

@@ -1,8 +1,9 @@
 """metrics.jsonl across a resume, and the gate's summary."""
 
-import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from fusedacl.engine.training.logs.metrics_log import MetricsLog
@@ -48,18 +49,15 @@ def test_a_line_that_is_no_record_is_named(garbage: bytes, tmp_path: Path) -> No
         MetricsLog(tmp_path, resume_step=1)
 
 
-def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
-    class Full(io.StringIO):
-        name = "metrics.jsonl"
-
-        def write(self, text: str) -> int:
-            raise OSError(28, "No space left on device")
-
-    with MetricsLog(tmp_path) as log:
-        log._file.close()
-        log._file = Full()
-        with pytest.raises(OSError, match="metrics.jsonl could not be written: .*No space left"):
-            log.write({"step": 1, "split": "train"})
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_names_the_file_and_closes_the_services(tmp_path: Path) -> None:
+    closed: list[str] = []
+    service: Any = SimpleNamespace(close=closed.append)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    message = "metrics.jsonl could not be written: .*No space left.*Free some space; a run"
+    with pytest.raises(OSError, match=message), MetricsLog(tmp_path, [service]) as log:
+        log.write({"step": 1, "split": "train"})
+    assert closed == ["FAILED"]
 
 
 def test_gate_summary_by_epoch_and_group() -> None:

@@ -39,8 +39,8 @@ class Failing(services.Service):
         if step > 1:
             raise ConnectionError("the server does not answer")
 
-    def close(self) -> None:
-        self.calls.append("close")
+    def close(self, status: str) -> None:
+        self.calls.append(status)
 
 
 def test_a_service_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -53,7 +53,7 @@ def test_a_service_that_fails_ends_no_run(tmp_path: Path, caplog: pytest.LogCapt
         for step in (1, 2, 3):
             log.write({"step": step, "split": "train", "loss": 1.0})
     assert failing.calls == ["log 1", "log 2"]
-    assert other.calls == ["log 1", "log 2", "log 3", "close"]
+    assert other.calls == ["log 1", "log 2", "log 3", "FINISHED"]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 3
     assert caplog.messages == ["Failing receives no more metrics: the server does not answer"]
 
@@ -148,3 +148,31 @@ def test_a_service_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://there")
     with pytest.raises(ValueError, match="report_to=mlflow: the run cannot be begun: "):
         send(tmp_path / "run", "mlflow")
+
+
+def test_a_service_that_fails_closes_those_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was begun there is written down, so that resuming goes on with it."""
+    first = Failing()
+
+    def begin(settings: Any, runs: dict[str, str], directory: Path) -> Failing:
+        runs["wandb"] = "1"
+        return first
+
+    monkeypatch.setattr(services, "WandB", begin)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://there")
+    with pytest.raises(ValueError, match="report_to=mlflow"):
+        send(tmp_path / "run", "wandb,mlflow")
+    assert first.calls == ["FAILED"]
+    assert json.loads((tmp_path / "run" / "services.json").read_text()) == {"wandb": "1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(FloatingPointError(), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_how_the_run_ended(error: BaseException, status: str, tmp_path: Path) -> None:
+    service = Failing()
+    with pytest.raises(type(error)), MetricsLog(tmp_path, [service]):
+        raise error
+    assert service.calls == [status]

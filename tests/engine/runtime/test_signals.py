@@ -1,0 +1,23 @@
+"""Which signals after the first one end a run at once."""
+
+import signal
+import time
+
+import pytest
+from fusedacl.engine.runtime.signals import ECHO_SECONDS, SignalsNoted
+
+
+def test_only_a_later_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed's launcher sends SIGTERM to processes that the terminal has sent SIGINT."""
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with SignalsNoted() as noted:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        now += ECHO_SECONDS + 1
+        signal.raise_signal(signal.SIGTERM)
+        assert noted.received == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        noted.patient = True
+        signal.raise_signal(signal.SIGINT)
