@@ -2,6 +2,7 @@
 
 import ast
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,12 @@ _MODULES = {
     if isinstance(node, ast.ImportFrom) and node.level
     for alias in node.names
 }
-__all__ = sorted(_MODULES)
+# An import of all names must not need what is not installed.
+__all__ = sorted(
+    name
+    for name in _MODULES
+    if name != "MetricSupConLoss" or find_spec("pytorch_metric_learning") is not None
+)
 
 # After `import fusedacl.engine`, transformers' AutoClasses and pipelines load the models.
 import_module(".model.auto_classes", __name__).register()

@@ -90,6 +90,11 @@ class ACLTrainingArguments(TrainingArguments):
                         "use_reentrant=True. Use {'use_reentrant': False}, or gate_scope=all."
                     )
                 setattr(self, f"{name}_kwargs", settings)
+        if self.torch_compile and self.gate_scope == "head":
+            raise ValueError(
+                "gate_scope=head does not work with torch_compile, which joins the classifier and "
+                "all below it. Use gate_scope=top:1 or all, or leave torch_compile out."
+            )
         if "lomo" in str(self.optim).lower():
             raise ValueError(
                 f"optim={self.optim} steps during the backward pass, before there is a decision: "

@@ -63,7 +63,7 @@ class Classifiers:
         if isinstance(getattr(exits, "heads", None), list):
             self.exit_layers = list(base.exit_layers)
             self.heads = list(cast(Exits, exits).heads)
-            self.linears = [_checked(cast(Any, head).classifier, "") for head in self.heads]
+            self.linears = [_checked(cast(Any, head).classifier) for head in self.heads]
         else:
             self.linears = [find_classifier(base)]
         self._reads: list[Read | None] = [None] * len(self.linears)
@@ -190,6 +190,13 @@ class Classifiers:
             chosen += [p for p in self.model.parameters() if id(p) not in below]
         return [p for p in dict.fromkeys(chosen) if p.requires_grad]
 
+    def parameters_below(self) -> list[Parameter]:
+        """Trained parameters below the last classifier, on which its representations depend."""
+        modules = [self.model] if self.heads is None else [self.encoder, self.heads[-1]]
+        own = set(self.linears[-1].parameters())
+        found = dict.fromkeys(p for module in modules for p in module.parameters())
+        return [p for p in found if p.requires_grad and p not in own]
+
     @property
     def encoder(self) -> Any:
         """The part of the model below its classifiers."""
@@ -259,12 +266,14 @@ def find_classifier(model: Any) -> nn.Linear:
     return _checked(found[1], found[0])
 
 
-def _checked(module: nn.Module, name: str) -> nn.Linear:
+def _checked(module: nn.Module, name: str | None = None) -> nn.Linear:
+    """The classifier of that name, or of an exit."""
     # A layer inside PEFT's low-rank adapter is no nn.Linear of its own.
     if not isinstance(module, nn.Linear) or not module.weight.is_floating_point():
+        remedy = "Set modules_to_save=['exits']" if name is None else "Name it in modules_to_save"
         raise ValueError(
             f"model: the classifier {name or 'of an exit'} is a {type(module).__name__}, whose "
-            "weight is not that of the layer as it answers. Name it in modules_to_save, so that it "
-            "is trained as it is, and leave it out of target_modules (and of quantization)."
+            f"weight is not that of the layer as it answers. {remedy}, so that it is trained as it "
+            "is, and leave it out of target_modules (and of quantization)."
         )
     return module

@@ -31,7 +31,7 @@ class ScopeDecision:
         process_group: processes that train together; None: this one alone.
 
     Raises:
-        ValueError: the model has fewer layers than the scope.
+        ValueError: the model has fewer layers than the scope, or trains nothing in or below it.
     """
 
     def __init__(
@@ -41,9 +41,19 @@ class ScopeDecision:
         options: ObjectiveOptions,
         process_group: ProcessGroup | None,
     ) -> None:
-        num_top = parse_scope(scope)
+        self.scope = scope
+        self.num_top = parse_scope(scope)
         self.classifiers = classifiers
-        self.parameters = classifiers.top_parameters(num_top) if num_top else []
+        self.parameters = (
+            classifiers.top_parameters(self.num_top)
+            if self.num_top
+            else classifiers.parameters_below()
+        )
+        if not self.parameters:
+            raise ValueError(
+                f"gate_scope={scope}: the model has nothing to train in or below it. Use "
+                "gate_scope=all, or freeze fewer."
+            )
         self.options = options
         self.process_group = process_group
 
@@ -55,10 +65,23 @@ class ScopeDecision:
         Args:
             losses: of the last exit, which has just read its input.
             loss_scale: factor against underflow in float16; the sum does not carry it.
+
+        Raises:
+            ValueError: the cross-entropy does not depend on the scope.
         """
         assert losses.auxiliary is not None
         pair = (losses.main.sum(), losses.auxiliary.sum())
-        flats = [self._flat(loss_scale * loss) for loss in pair]
+        read = self.classifiers.last_input
+        assert read is not None
+        scope = self.parameters if self.num_top else [read]
+        found = [scope_gradients(loss_scale * loss, scope) for loss in pair]
+        if all(part is None for part in found[0]):
+            # Zeros would have an angle of 90 degrees, and the gate would keep whatever it is given.
+            raise ValueError(
+                f"gate_scope={self.scope}: the gradient of the cross-entropy does not reach it, as "
+                "in a model that is compiled as a whole. Use gate_scope=top:1 or all."
+            )
+        flats = [self._flat(parts, scope) for parts in found]
         stats = shared_stats(flats, self.process_group, self.options.impl)
         used = used_weight(stats, self.options.aux_weight, self.options.max_angle)
         loss = weighted_sum(*pair, used)
@@ -67,18 +90,16 @@ class ScopeDecision:
         unknown = torch.full_like(stats[0, 0], torch.nan)
         return loss, decision_of(stats, used, self.options.max_angle, unknown)
 
-    def _flat(self, loss: Tensor) -> Tensor:
+    def _flat(self, found: Sequence[Tensor | None], scope: Sequence[Tensor]) -> Tensor:
         """The gradient over the scope in float32, zeros where there is none."""
-        read, states = self.classifiers.last_input, self.classifiers.text_states
-        assert read is not None
-        tensors: Sequence[Tensor] = self.parameters or [read]
         parts = [
             torch.zeros_like(tensor, dtype=torch.float32) if part is None else part.float()
-            for part, tensor in zip(scope_gradients(loss, tensors), tensors, strict=True)
+            for part, tensor in zip(found, scope, strict=True)
         ]
-        if not self.parameters:
+        if not self.num_top:
             # A model whose pooling is not known has its linear map on the representations.
-            states = read.detach() if states is None else states
+            states = self.classifiers.text_states
+            states = scope[0].detach() if states is None else states
             parts = [map_gradient(parts[0].flatten(0, -2), states.flatten(0, -2))]
         return torch.cat([part.flatten() for part in parts])
 

@@ -31,6 +31,9 @@ class AngleMonitor(TrainerCallback):
     (`trainer.callback_handler.callbacks.insert(0, monitor)` makes it the first). With `ACLTrainer`
     nothing needs to be called.
 
+    A compiled model reuses the memory of its graph in the first backward pass: in a loop other than
+    `ACLTrainer` set `torch._functorch.config.donated_buffer = False` before its first forward pass.
+
     Args:
         parameters: those to take the gradients of. None: as a callback, all trained parameters.
         every: steps from one measurement to the next; the first step is measured. With gradient
@@ -87,11 +90,15 @@ class AngleMonitor(TrainerCallback):
         """The angle [] between the gradients of two losses; None in a step that is not measured.
 
         It stays on the device. Both losses may carry the factor of a loss scaler. With a
-        process_group all its processes must call.
+        process_group all its processes must call. Under `no_grad`, as in an evaluation, nothing is
+        measured or counted.
 
         Raises:
-            ValueError: the parameters are not known, or a loss has no graph.
+            ValueError: the parameters are not known, neither loss depends on them, a loss has no
+                graph, or the model was compiled for one backward pass.
         """
+        if not torch.is_grad_enabled():
+            return None
         self._num_calls += 1
         due = self._step % self.every == 0 and (not self._is_callback or self._num_calls == 1)
         if not self._is_callback:
@@ -102,25 +109,34 @@ class AngleMonitor(TrainerCallback):
             raise ValueError("AngleMonitor has no parameters: pass model.parameters().")
         if not (first.requires_grad and second.requires_grad):
             raise ValueError("AngleMonitor needs two losses that depend on the parameters.")
-        gradients = [self._gradients(loss) for loss in (first, second)]
+        gradients = [list(scope_gradients(loss, self.parameters)) for loss in (first, second)]
+        is_reached = any(part is not None for parts in gradients for part in parts)
+        if self.process_group is not None:
+            gradients = [[self._total(parts)] for parts in gradients]
+            number = torch.full((), float(is_reached), device=self.parameters[0].device)
+            torch.distributed.all_reduce(number, group=self.process_group)
+            # Only a process that has no gradient of its own waits for the device.
+            is_reached = is_reached or bool(number > 0)
+        if not is_reached:
+            raise ValueError(
+                "AngleMonitor: neither loss depends on its parameters (was the model made or "
+                "loaded again?). Pass those of the model that computes the losses."
+            )
         stats = grad_dot_norm(*gradients, impl=self.impl)
         angle = angle_degrees(stats)[0]
         if self._is_callback:
             self._angles.append(angle)
         return angle
 
-    def _gradients(self, loss: Tensor) -> list[Tensor | None]:
+    def _total(self, gradients: list[Tensor | None]) -> Tensor:
+        """The sum of a loss's gradients over the processes; the angle needs no mean."""
         assert self.parameters is not None
-        found = list(scope_gradients(loss, self.parameters))
-        if self.process_group is None:
-            return found
-        parts = zip(found, self.parameters, strict=True)
+        parts = zip(gradients, self.parameters, strict=True)
         flat = torch.cat(
             [(torch.zeros_like(p) if part is None else part).float().flatten() for part, p in parts]
         )
         torch.distributed.all_reduce(flat, group=self.process_group)
-        # The angle does not depend on the factor between sum and mean.
-        return [flat]
+        return flat
 
     def take(self) -> dict[str, float]:
         """The mean angle since the last call, {} if none was measured. Waits for the device."""
@@ -137,6 +153,11 @@ class AngleMonitor(TrainerCallback):
         self._step, self._num_calls, self._angles = state.global_step, 0, []
         if not self._is_given:
             self._take_parameters(model.parameters())
+        elif set(self.parameters or ()).isdisjoint(model.parameters()):
+            raise ValueError(
+                "parameters: none of those given to AngleMonitor is in the model that is trained "
+                "(was it made or loaded again, or sharded?). Leave them out for all trained ones."
+            )
         if args.world_size > 1 and self.process_group is None:
             self.process_group = torch.distributed.group.WORLD
 
@@ -152,9 +173,11 @@ class AngleMonitor(TrainerCallback):
     def on_log(
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any
     ) -> None:
+        if logs is None or "loss" not in logs:
+            # The metrics of an evaluation are what a search for options adds up.
+            return
         found = self.take()
-        if logs is not None:
-            logs.update(found)
+        logs.update(found)
         if state.log_history:
             state.log_history[-1].update(found)
 

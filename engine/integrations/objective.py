@@ -8,11 +8,15 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
 
+from ..model.answers import IGNORED
 from ..model.multi_exit import MultiExitOutput
 from ..objectives.losses import ExitLosses, Teacher, exit_losses
 from ..training.stages import SHARED
 from .arguments import ACLTrainingArguments
 from .classifiers import Classifiers
+
+# What wrappers that are put in place of a module within its model add to names of parameters.
+_WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
 class TrainerObjective:
@@ -26,7 +30,7 @@ class TrainerObjective:
 
     def __init__(self, model: nn.Module, args: ACLTrainingArguments) -> None:
         self.model = model
-        self._before = {name: p.requires_grad for name, p in model.named_parameters()}
+        self._before = {_plain(name): p.requires_grad for name, p in model.named_parameters()}
         self.classifiers = Classifiers(model)
         try:
             self._set_up(args)
@@ -47,6 +51,11 @@ class TrainerObjective:
         # Modules that a second stage leaves in evaluation mode.
         self.resting: list[nn.Module] = []
         self._choose()
+        heads = self.classifiers.heads
+        self.trains_encoder = _is_trained(self.classifiers.encoder)
+        if heads is not None and not self.trains_encoder:
+            # With nothing to train below it, an exit that the user has frozen needs no loss.
+            self.positions = tuple(at for at in self.positions if _is_trained(heads[at]))
         if not self.trained():
             raise ValueError("model: no parameter has requires_grad=True, so nothing is trained.")
 
@@ -58,13 +67,13 @@ class TrainerObjective:
     def group_names(self) -> list[str]:
         """Names of the groups that decide for themselves, as in metrics.jsonl.
 
-        There is one for one exit; else one per exit, and one for the encoder that they share.
+        There is one for one exit; else one per exit, and one for the encoder if it is trained.
         """
         layers = self.classifiers.exit_layers
         if layers is None or len(self.positions) == 1:
             return ["model"]
         names = [f"exit {layers[position]}" for position in self.positions]
-        return names if self.has_teacher else [*names, SHARED]
+        return [*names, SHARED] if self.trains_encoder else names
 
     def groups(self) -> list[int]:
         """The index in `group_names` of each trained parameter."""
@@ -88,9 +97,6 @@ class TrainerObjective:
         idle = [head for at, head in enumerate(heads) if at not in self.positions]
         for module in (*idle, *self.resting):
             module.requires_grad_(False)
-        if self.has_teacher:
-            for position in self.positions:
-                heads[position].requires_grad_(True)
 
     def losses(
         self, model: nn.Module, inputs: Mapping[str, Any], process_group: ProcessGroup | None
@@ -99,7 +105,7 @@ class TrainerObjective:
 
         Args:
             model: ours as the loop has wrapped it, in training mode.
-            inputs: its arguments and `labels` [N].
+            inputs: its arguments and `labels` [N]; `IGNORED` for a text that counts in no loss.
             process_group: processes whose samples are contrasted with each other.
 
         Raises:
@@ -127,6 +133,7 @@ class TrainerObjective:
             labels,
             teacher,
             process_group,
+            num_texts=num_counted(labels),
         )
         return losses, output
 
@@ -134,7 +141,23 @@ class TrainerObjective:
         """Restore the model: its hooks, and what it trains."""
         self.classifiers.remove()
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(self._before[name])
+            parameter.requires_grad_(self._before.get(_plain(name), parameter.requires_grad))
+
+
+def num_counted(labels: Tensor) -> Tensor:
+    """The number of labels [] that are not ignored, 1 for none; the host does not wait for it."""
+    return (labels != IGNORED).sum().clamp(min=1)
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
+
+
+def _plain(name: str) -> str:
+    """A parameter's name as it is without wrappers."""
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
 
 
 def checked_labels(labels: Any) -> Tensor:

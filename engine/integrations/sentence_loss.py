@@ -25,7 +25,8 @@ class SentenceSupConLoss(nn.Module):
         options: temperature, denominator, reduction and others of `SupConLoss`.
 
     Raises:
-        ValueError: the batch has no labels; a mistake in the options.
+        ValueError: the batch has no labels, or several per row that are no zeros and ones; a
+            mistake in the options.
     """
 
     def __init__(
@@ -44,7 +45,10 @@ class SentenceSupConLoss(nn.Module):
     def forward(
         self, sentence_features: Iterable[Mapping[str, Tensor]], labels: Tensor | None
     ) -> Tensor:
-        """Loss of the texts of each column, tokenized, with the classes of the rows [N]."""
+        """Loss of the texts of each column, tokenized.
+
+        labels: the classes of the rows [N], or zeros and ones [N, K].
+        """
         if labels is None:
             raise ValueError(
                 "SentenceSupConLoss needs the class of each row: a column named 'label' with "
@@ -52,6 +56,14 @@ class SentenceSupConLoss(nn.Module):
             )
         if labels.dim() == 2 and labels.shape[1] == 1:
             labels = labels[:, 0]
+        elif labels.dim() == 2 and labels.dtype != torch.bool:
+            wrong = labels[(labels != 0) & (labels != 1)]
+            if len(wrong):
+                raise ValueError(
+                    f"labels has the value {wrong[0].item()}: expected are zeros and ones, "
+                    f"{list(labels.shape)}, or one class per row."
+                )
+            labels = labels.bool()
         columns = [self.model(features)["sentence_embedding"] for features in sentence_features]
         if self.gather_across_devices and torch.distributed.is_initialized():
             # Not in the constructor: the trainer may join the processes later.

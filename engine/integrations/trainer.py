@@ -1,10 +1,9 @@
 """`ACLTrainer`: transformers' Trainer with our objective and the gate."""
 
-import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from transformers import Trainer
 
 from ..backends.deepspeed.zero_gate import ZeroGate
 from ..config.gate_scope import parse_scope
+from ..model.answers import IGNORED
 from ..objectives.gate import GateDecision, GradientGate
 from ..objectives.losses import ExitLosses
 from ..training.forward.dropout import fast_dropout, runs_again
@@ -54,7 +54,7 @@ class ACLTrainer(Trainer):
         self._scoped: ScopeDecision | None = None
         self._gate_log = GateLog()
         # Texts of the current step, and the losses [3, E] of its batches so far.
-        self._num_texts: int | None = None
+        self._num_texts: Tensor | None = None
         self._step_losses: list[Tensor] = []
         self._in_train = False
         super().__init__(*args, **kwargs)
@@ -69,8 +69,7 @@ class ACLTrainer(Trainer):
         assert self.model is not None, "Trainer refuses to be without one"
         objective = TrainerObjective(self.model, self.args)
         objective.close()
-        if num_top := parse_scope(objective.config.objective.gate_scope):
-            objective.classifiers.top_parameters(num_top)
+        self._scope_decision(objective)
         if objective.config.without_effect:
             words = ", ".join(objective.config.without_effect)
             logger.info(f"no effect with objective={self.args.objective}: {words}.")
@@ -105,6 +104,11 @@ class ACLTrainer(Trainer):
             )
 
     @property
+    def _monitors(self) -> list[AngleMonitor]:
+        callbacks = self.callback_handler.callbacks
+        return [callback for callback in callbacks if isinstance(callback, AngleMonitor)]
+
+    @property
     def _kind(self) -> str:
         """Accelerate's name for the way gradients are averaged: MULTI_GPU, FSDP, DEEPSPEED, …"""
         return str(self.accelerator.distributed_type.value)
@@ -137,22 +141,23 @@ class ACLTrainer(Trainer):
         self._objective = objective = TrainerObjective(model, self.args)
         self._gate_log = GateLog()
         config = objective.config
-        for callback in self.callback_handler.callbacks:
-            if not isinstance(callback, AngleMonitor) or not config.gated:
-                continue
-            if callback.name.partition(" ")[0] == "angle_degrees":
+        for monitor in self._monitors if config.gated else ():
+            if monitor.name.partition(" ")[0] == "angle_degrees":
                 raise ValueError(
-                    f"AngleMonitor(name={callback.name!r}): the gate logs its own angle under this "
+                    f"AngleMonitor(name={monitor.name!r}): the gate logs its own angle under this "
                     "name. Give the monitor another one, such as name='measured_angle'."
                 )
-        self._is_exact = config.gated and config.objective.gate_scope == "all"
-        if config.gated and not self._is_exact:
-            self._scoped = ScopeDecision(
-                objective.classifiers,
-                config.objective.gate_scope,
-                config.objective,
-                self._process_group,
-            )
+        self._scoped = self._scope_decision(objective)
+        self._is_exact = config.gated and self._scoped is None
+
+    def _scope_decision(self, objective: TrainerObjective) -> ScopeDecision | None:
+        """The decision over a part of the model; None where the options ask for none."""
+        options = objective.config.objective
+        if not objective.config.gated or parse_scope(options.gate_scope) is None:
+            return None
+        return ScopeDecision(
+            objective.classifiers, options.gate_scope, options, self._process_group
+        )
 
     def _exact_gate(self, model: nn.Module) -> GradientGate | ZeroGate:
         """The gate over all trained parameters; made in the first step, when they are in place."""
@@ -184,6 +189,7 @@ class ACLTrainer(Trainer):
         if isinstance(self._exact, ZeroGate):
             self._exact.close()
         self._exact = None
+        self._step_losses = []
 
     def _end(self) -> None:
         self._close_gate()
@@ -202,11 +208,13 @@ class ACLTrainer(Trainer):
         """The batches of an optimizer step, whose texts are counted here."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         counts = [_num_labels(batch) for batch in batches]
-        self._num_texts = sum(counts)
-        self._step_losses = []
-        if isinstance(self._exact, GradientGate):
-            # A step that ran out of memory may have left a part of its gradients.
-            self._exact.reset()
+        self._num_texts = torch.as_tensor(sum(counts)).clamp(min=1)
+        gate = self._exact
+        if isinstance(gate, GradientGate) and all(p.grad is None for p in gate.parameters):
+            # Trainer has dropped the main gradients of a step that ran out of memory. Those of an
+            # epoch's last batches, too few for a step, it lets the next step have.
+            gate.reset()
+            self._step_losses = []
         return batches, num_items
 
     def compute_loss(
@@ -222,8 +230,7 @@ class ACLTrainer(Trainer):
         """
         if self._objective is None or not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        losses, output = self._losses(model, inputs)
-        share = self._share(inputs)
+        losses, output, share = self._losses(model, inputs)
         if self._scoped is None:
             loss = losses.weighted(self._objective.config.objective.aux_weight)
         else:
@@ -234,30 +241,27 @@ class ACLTrainer(Trainer):
         loss = loss * (share * self.current_gradient_accumulation_steps)
         return (loss, output) if return_outputs else loss
 
-    def _losses(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[ExitLosses, Any]:
+    def _losses(
+        self, model: nn.Module, inputs: Mapping[str, Any]
+    ) -> tuple[ExitLosses, Any, Tensor]:
+        """Losses and output of a batch, and its part [] of the texts of its optimizer step."""
         assert self._objective is not None
         is_global = self._objective.config.optimization.negatives == "global"
         group = self._process_group if is_global else None
         compiled = self.args.torch_compile or runs_again(model)
         with fast_dropout(self.args.device, compiled):
             losses, output = self._objective.losses(model, inputs, group)
-        share = self._share(inputs)
+        share = torch.ones_like(losses.main[0])
+        if self._num_texts is not None:
+            share = _num_labels(inputs) / self._num_texts.to(share.device, non_blocking=True)
         assert losses.cross_entropy is not None
         values = {"loss_ce": losses.cross_entropy.sum()}
         if losses.auxiliary is not None:
             values["loss_aux"] = losses.auxiliary.sum()
+            for monitor in self._monitors:
+                monitor.measure(*map(self._scaled, (losses.main.sum(), losses.auxiliary.sum())))
         self._gate_log.add(values, share)
-        for callback in self.callback_handler.callbacks:
-            if isinstance(callback, AngleMonitor) and losses.auxiliary is not None:
-                callback.measure(
-                    self._scaled(losses.main.sum()), self._scaled(losses.auxiliary.sum())
-                )
-        return losses, output
-
-    def _share(self, inputs: Mapping[str, Any]) -> float:
-        """This batch's part of the texts of its optimizer step."""
-        count = _num_labels(inputs)
-        return count / self._num_texts if self._num_texts else 1.0
+        return losses, output, share
 
     def _scaled(self, loss: Tensor) -> Tensor:
         scaler = self.accelerator.scaler
@@ -273,7 +277,8 @@ class ACLTrainer(Trainer):
             self._placed = model
             self._objective.classifiers.keep_whole()
         if self._objective is None or not self._is_exact:
-            return super().training_step(model, inputs, num_items_in_batch)
+            with self._two_backward_passes():
+                return super().training_step(model, inputs, num_items_in_batch)
         gate = self._exact_gate(model)
         model.train()
         # Optimizers that average weights for evaluation have two modes.
@@ -281,11 +286,11 @@ class ACLTrainer(Trainer):
         if callable(resume_training):
             resume_training()
         inputs = self._prepare_inputs(inputs)
-        with self._two_backward_passes(model):
+        averages = nullcontext() if self._shards else self.accelerator.no_sync(model)
+        with self._two_backward_passes(), averages:
             with self.compute_loss_context_manager():
-                losses, _ = self._losses(model, inputs)
+                losses, _, share = self._losses(model, inputs)
             self._empty_cache()
-            share = self._share(inputs)
             losses = losses.times(share, share)
             decision = self._back_propagate(gate, losses)
         self._step_losses.append(losses.values())
@@ -293,7 +298,7 @@ class ACLTrainer(Trainer):
             # The loss of a step is known once its weights are.
             return losses.main.new_zeros(())
         self._gate_log.add_decision(self._objective.group_names, decision)
-        values = torch.stack(self._step_losses).sum(0)
+        values, self._step_losses = torch.stack(self._step_losses).sum(0), []
         return decided_loss(values, decision, self._objective.config.objective.aux_weight)
 
     def _back_propagate(
@@ -309,18 +314,15 @@ class ACLTrainer(Trainer):
         gate.accumulate(self._scaled(main), self._scaled(auxiliary))
         return gate.combine() if is_last else None
 
-    @contextlib.contextmanager
-    def _two_backward_passes(self, model: nn.Module) -> Iterator[None]:
-        """The context in which a graph may be back-propagated twice, and nobody averages."""
-        context: AbstractContextManager[Any] = nullcontext()
-        if self.args.torch_compile:
-            from torch._functorch import config
+    def _two_backward_passes(self) -> AbstractContextManager[Any]:
+        """The context in which a graph may be back-propagated twice, where that is needed."""
+        is_needed = self._is_exact or self._scoped is not None or self._monitors
+        if not (self.args.torch_compile and is_needed):
+            return nullcontext()
+        from torch._functorch import config
 
-            # A compiled backward pass would reuse the memory that a second one reads.
-            context = config.patch(donated_buffer=False)
-        averages = nullcontext() if self._shards else self.accelerator.no_sync(model)
-        with context, averages:
-            yield
+        # A compiled backward pass would reuse the memory that a second one reads.
+        return cast(AbstractContextManager[Any], config.patch(donated_buffer=False))
 
     def _empty_cache(self) -> None:
         every = self.args.torch_empty_cache_steps
@@ -333,16 +335,17 @@ class ACLTrainer(Trainer):
         """Log as Trainer does, with the means of the losses, angles and decisions."""
         if self._objective is not None and "loss" in logs:
             logs.update(self._gate_log.take(self._average))
-            for callback in self.callback_handler.callbacks:
-                if isinstance(callback, AngleMonitor):
-                    logs.update(callback.take())
+            for monitor in self._monitors:
+                logs.update(monitor.take())
         super().log(logs, *args, **kwargs)
 
     def _average(self, values: Tensor) -> Tensor:
         return self.accelerator.reduce(values, "mean")
 
 
-def _num_labels(batch: Any) -> int:
-    """The number of texts of a batch; 0 without labels, which are refused later."""
+def _num_labels(batch: Any) -> Tensor:
+    """The number [] of texts of a batch that count; 0 without labels, which are refused later."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return len(labels) if isinstance(labels, Tensor) and labels.dim() else 0
+    if not isinstance(labels, Tensor) or labels.dim() == 0:
+        return torch.zeros((), dtype=torch.long)
+    return (labels != IGNORED).sum()

@@ -1,7 +1,7 @@
 """ACL-Grad: drop the auxiliary gradient if it points away from the main one (paper eq. 2, 4)."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,13 +93,22 @@ def weighted_sum(main_loss: Tensor, auxiliary_loss: Tensor, used: Tensor) -> Ten
 
 
 def scope_gradients(loss: Tensor, scope: Sequence[Tensor]) -> Sequence[Tensor | None]:
-    """Gradients of a loss with respect to some tensors; None for those it does not reach.
-
-    The graph is kept.
-    """
+    """Gradients of a loss over some tensors, None where it does not reach; the graph is kept."""
     if not loss.requires_grad:
         return [None] * len(scope)
-    return torch.autograd.grad(loss, list(scope), retain_graph=True, allow_unused=True)
+    with _used_again():
+        return torch.autograd.grad(loss, list(scope), retain_graph=True, allow_unused=True)
+
+
+@contextmanager
+def _used_again() -> Iterator[None]:
+    """Refuse a model that was compiled for one backward pass."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "donated buffer" in str(error):
+            raise ValueError(COMPILED) from error
+        raise
 
 
 def graph_nodes(losses: Iterable[Tensor]) -> Iterator[Any]:
@@ -293,13 +302,9 @@ class GradientGate:
             self._exchange()
             try:
                 gathered = nullcontext() if self._shards is None else self._shards.gathered()
-                with part(CONTRASTIVE_BACKWARD), gathered:
+                with part(CONTRASTIVE_BACKWARD), gathered, _used_again():
                     inputs = self.parameters if self._selects else None
                     auxiliary_loss.backward(retain_graph=True, inputs=inputs)
-            except RuntimeError as error:
-                if "donated buffer" in str(error):
-                    raise ValueError(COMPILED) from error
-                raise
             finally:
                 self._exchange()
         with part(CE_BACKWARD):

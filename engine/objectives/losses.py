@@ -28,7 +28,7 @@ class ExitLosses:
     auxiliary: Tensor | None
     cross_entropy: Tensor | None = None
 
-    def times(self, main: float, auxiliary: float) -> "ExitLosses":
+    def times(self, main: float | Tensor, auxiliary: float | Tensor) -> "ExitLosses":
         """Each loss multiplied by its factor."""
         return ExitLosses(
             main * self.main,
@@ -77,6 +77,7 @@ def exit_losses(
     process_group: ProcessGroup | None = None,
     class_weights: Tensor | None = None,
     memory: Memory | None = None,
+    num_texts: Tensor | None = None,
 ) -> ExitLosses:
     """Losses of E exits on one batch.
 
@@ -92,8 +93,9 @@ def exit_losses(
         class_weights: of the classes in the cross-entropy, and of the anchors [K], of mean 1 over
             the training texts.
         memory: more representations to contrast with.
+        num_texts: number [] by which the cross-entropy is divided; None: of all texts.
     """
-    main, cross_entropy = main_losses(options, output, labels, teacher, class_weights)
+    main, cross_entropy = main_losses(options, output, labels, teacher, class_weights, num_texts)
     auxiliary = contrastive_loss(
         options, output.exit_embeddings, label_embeddings, labels, teacher, process_group,
         class_weights, memory,
@@ -108,6 +110,7 @@ def main_losses(
     labels: Tensor,
     teacher: Teacher | None = None,
     class_weights: Tensor | None = None,
+    num_texts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`ExitLosses.main` [E] and `ExitLosses.cross_entropy` [E]; arguments as for `exit_losses`.
 
@@ -120,7 +123,10 @@ def main_losses(
         labels,
         class_weights=class_weights,
         label_smoothing=options.label_smoothing_factor,
-    ).mean(dim=1)
+    )
+    cross_entropy = (
+        cross_entropy.mean(dim=1) if num_texts is None else cross_entropy.sum(dim=1) / num_texts
+    )
     main = cross_entropy
     if teacher is not None and options.distill_weight > 0:
         weight = options.distill_weight

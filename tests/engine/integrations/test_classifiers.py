@@ -127,6 +127,11 @@ def test_models_without_label_embeddings_are_refused(tiny_bert: Path, tmp_path: 
     )
     with pytest.raises(ValueError, match="Name it in modules_to_save"):
         trainer_of(adapted, tmp_path)
+    adapted = get_peft_model(
+        exit_model(tiny_bert), LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+    )
+    with pytest.raises(ValueError, match=r"Set modules_to_save=\['exits'\]"):
+        trainer_of(adapted, tmp_path)
     tuples = plain_model(tiny_bert)
     tuples.config.return_dict = False
     with pytest.raises(ValueError, match="return_dict = True"):

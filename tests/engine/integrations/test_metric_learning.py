@@ -1,5 +1,7 @@
 """MetricSupConLoss has the values of the package that it stands in for."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -55,3 +57,13 @@ def test_what_needs_a_matrix_of_pairs_is_refused() -> None:
         loss(embeddings, labels, ref_emb=torch.randn(3, 4), ref_labels=torch.arange(3))
     with pytest.raises(ValueError, match="labels"):
         loss(embeddings)
+
+
+def test_all_public_names_are_imported_without_the_package() -> None:
+    code = """
+import sys
+sys.modules["pytorch_metric_learning"] = None
+from fusedacl.engine import *
+assert "AngleMonitor" in globals() and "MetricSupConLoss" not in globals()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)

@@ -55,6 +55,18 @@ def test_the_rows_are_all_texts_of_the_batch(embedder: SentenceTransformer) -> N
     torch.testing.assert_close(found, expected)
 
 
+def test_several_labels_are_zeros_and_ones(embedder: SentenceTransformer) -> None:
+    features = [embedder.preprocess(TEXTS[:3])]
+    labels = torch.tensor([[1, 0, 1], [0, 1, 1], [1, 0, 0]])
+    loss = SentenceSupConLoss(embedder)
+    expected = supcon_loss(
+        embedder(features[0])["sentence_embedding"], labels.bool(), temperature=0.1
+    )
+    torch.testing.assert_close(loss(features, labels), expected)
+    with pytest.raises(ValueError, match="labels has the value 2: expected are zeros and ones"):
+        loss(features, labels + 1)
+
+
 def test_mistakes_are_refused(embedder: SentenceTransformer) -> None:
     with pytest.raises(ValueError, match="a column named 'label'"):
         SentenceSupConLoss(embedder)([], None)

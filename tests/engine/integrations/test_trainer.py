@@ -26,6 +26,19 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 CLOSE = {"rel": 2e-4, "abs": 1e-5}
 
 
+def without_encoder(encoder: Path) -> Any:
+    model = plain_model(encoder)
+    model.bert.requires_grad_(False)
+    return model
+
+
+def without_last_layer(encoder: Path) -> Any:
+    model = plain_model(encoder)
+    for module in (model.bert.encoder.layer[-1], model.bert.pooler, model.classifier):
+        module.requires_grad_(False)
+    return model
+
+
 def windows(batches: list[Any], size: int) -> list[list[Any]]:
     return [batches[start : start + size] for start in range(0, len(batches), size)]
 
@@ -325,6 +338,9 @@ def test_the_second_stage_trains_the_exits_before_the_last(tiny_bert: Path, tmp_
             },
             "gate_scope=head does not work with use_reentrant=True",
         ),
+        (plain_model, {"gate_scope": "head", "torch_compile": True}, "Use gate_scope=top:1 or all"),
+        (without_encoder, {"gate_scope": "head"}, "nothing to train in or below it"),
+        (without_last_layer, {"gate_scope": "top:1"}, "Use gate_scope=all, or freeze fewer"),
         (plain_model, {"optim": "lomo"}, "steps during the backward pass"),
     ],
 )  # fmt: skip
