@@ -346,8 +346,10 @@ def _compare(arguments: list[str]) -> int:
         # Finds mistakes before two trees are laid out.
         if _parse(BenchConfig, options.suite, rest).how.output_dir is not None:
             raise ValueError("output_dir: the runs of --commits leave no files; leave it out.")
-        # The runs have a working directory of their own.
-        rest = [str(Path(word).resolve()) if Path(word).is_file() else word for word in rest]
+        # The runs have a working directory of their own, so a configuration file needs its path.
+        for at, (before, word) in enumerate(zip(["", *rest], rest, strict=False)):
+            if not before.startswith("--") and Path(word).is_file():
+                rest[at] = str(Path(word).resolve())
         print(compare_commits(options.commits, options.suite, rest, options.repeats))
         return 0
     if rest:

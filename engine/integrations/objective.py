@@ -133,7 +133,8 @@ class TrainerObjective:
             labels,
             teacher,
             process_group,
-            num_texts=num_counted(labels),
+            # On the device, where the host does not wait for it.
+            num_texts=(labels != IGNORED).sum().clamp(min=1),
         )
         return losses, output
 
@@ -142,11 +143,6 @@ class TrainerObjective:
         self.classifiers.remove()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(self._before.get(_plain(name), parameter.requires_grad))
-
-
-def num_counted(labels: Tensor) -> Tensor:
-    """The number of labels [] that are not ignored, 1 for none; the host does not wait for it."""
-    return (labels != IGNORED).sum().clamp(min=1)
 
 
 def _is_trained(module: nn.Module) -> bool:

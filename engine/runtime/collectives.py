@@ -123,7 +123,7 @@ def check_shared(directory: Path, option: str) -> None:
     """
 
     def leave_token() -> Path:
-        # Of a name that no earlier run has left on another machine.
+        # An earlier run may have left a file of a fixed name on another machine.
         token = directory / f".shared-{secrets.token_hex(8)}"
         token.touch()
         return token

@@ -87,6 +87,23 @@ def test_mistakes(arguments: list[str], message: str, capsys: pytest.CaptureFixt
     assert message in printed.err and printed.out == ""
 
 
+def test_commits_are_measured_with_a_relative_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A value of an option stays as it is, even where a file has its name."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("bench.yaml", "dense"):
+        Path(name).write_text("preset: quick\n")
+    heard: list[list[str]] = []
+    monkeypatch.setattr(
+        "fusedacl.benchmarks.comparing.commits.compare_commits",
+        lambda commits, suite, options, repeats: heard.append(options),
+    )
+    words = ["bench.yaml", "--providers", "dense"]
+    assert cli.main(["compare", "--commits", "a", "b", *words]) == 0
+    assert heard == [[str(tmp_path / "bench.yaml"), "--providers", "dense"]]
+
+
 def test_without_a_gpu_the_command_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,4 +1,4 @@
-"""What processes that differ are told; the other process is made up."""
+"""Messages to processes that differ; the other process is simulated."""
 
 from pathlib import Path
 from typing import Any

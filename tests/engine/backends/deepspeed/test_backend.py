@@ -1,4 +1,4 @@
-"""What the backend refuses before DeepSpeed starts."""
+"""Refusals of the backend before DeepSpeed starts."""
 
 from types import SimpleNamespace
 from typing import Any

@@ -153,7 +153,7 @@ def test_a_service_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_service_that_fails_closes_those_before_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was begun there is written down, so that resuming goes on with it."""
+    """Runs that were begun are recorded, so that resuming continues them."""
     first = Failing()
 
     def begin(settings: Any, runs: dict[str, str], directory: Path) -> Failing:
