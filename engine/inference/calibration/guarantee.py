@@ -266,6 +266,7 @@ def choose_certified(
         )
     chosen = min(early, key=lambda row: (row.flops_share, -row.score))
     test = passed[rows.index(chosen)]
+    enough = enough_texts(test.num_lost / num_texts, promise.limit, level)
     return chosen, {
         **asdict(promise),
         "num_texts": num_texts,
@@ -273,17 +274,18 @@ def choose_certified(
         "p_value": test.p_value,
         "num_tested": len(passed) + len(failed),
         "least_texts": least,
-        "enough_texts": enough_texts(test.num_lost / num_texts, promise.limit, level),
+        # Those of the test were enough, also where a rounded number of losses says more.
+        "enough_texts": num_texts if enough is None else min(enough, num_texts),
     }
 
 
 def words(record: Mapping[str, Any]) -> str:
     """A sentence on the guarantee of a record that `choose_certified` returned."""
-    enough = record["enough_texts"]  # None where the rate itself is beyond the limit
+    enough = record["enough_texts"]  # None in a file of an earlier version
     return (
         f"With confidence {record['confidence']:g}, {RISKS[record['risk']]} is at most "
-        f"{record['limit']:g} on new texts of the same source. Tested on {record['num_texts']} "
-        f"texts, of which {record['num_lost']} were lost; "
+        f"{record['limit']:g} on new texts of the same source. Lost in the test: "
+        f"{record['num_lost']} of {record['num_texts']} texts; "
         + ("" if enough is None else f"at this rate about {enough} are enough, ")
         + f"without a loss {record['least_texts']} are."
     )

@@ -150,7 +150,8 @@ def test_the_cheapest_setting_that_passed(
         passed, _ = certify(sequence, exit_readings, promise, level)
         for test in passed:
             assert replay(test.policy, exit_readings).sum() >= 0
-    assert f"{record['num_lost']} were lost" in words(record)
+    assert f"{record['num_lost']} of {record['num_texts']} texts" in words(record)
+    assert record["least_texts"] <= record["enough_texts"] <= record["num_texts"]
 
 
 def test_thresholds_are_fine_enough_to_use_the_losses_that_are_allowed(

@@ -245,11 +245,11 @@ def test_a_guarantee_is_stored_with_the_policy(
     stored = json.loads((out / "exits.json").read_text())["policies"]["entropy"]
     assert stored["calibration"]["guarantee"] == found
     card = (model_dir / "README.md").read_text()
-    assert f"Tested on {found['num_texts']} texts, of which {found['num_lost']} were lost" in card
+    assert f"Lost in the test: {found['num_lost']} of {found['num_texts']} texts" in card
     # Without a guarantee, the next calibration leaves no trace of it.
     assert run("--policy", "entropy", "--max_quality_loss", "0.7") == 0
     assert "guarantee" not in config_of(model_dir)["exit_policy"]["calibration"]
-    assert "were lost" not in (model_dir / "README.md").read_text()
+    assert "Lost in the test" not in (model_dir / "README.md").read_text()
 
 
 def test_the_guarantee_of_a_learned_exit_is_from_texts_it_was_not_fitted_on(

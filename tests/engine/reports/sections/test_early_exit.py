@@ -103,7 +103,7 @@ def test_exports_and_guarantees(tmp_path: Path) -> None:
     damaged, promise, *_ = section.notes
     assert damaged == "ACL, seed 2: its onnx/early_exit.json is damaged and left out."
     assert promise.startswith("ACL, seed 1, entropy: With confidence 0.95, ")
-    assert "800 texts, of which 3 were lost" in promise
+    assert "Lost in the test: 3 of 800 texts" in promise
 
 
 def test_no_studies(tmp_path: Path) -> None:
