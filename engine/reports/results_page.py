@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..experiments.results import is_sweep
 from ..runtime.text import markdown_table
 from .page.page import Section
+from .sections.early_exit import GUARANTEE, ONNX_SPEED_UP, SPEED_UP
 from .sweep_report import Report, report_sweep
 
 REPORTS = "reports"
@@ -66,10 +67,31 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
 
 
 def _in_short(reports: Mapping[str, Report]) -> list[str]:
-    """Lines on the differences that several seeds show, for each pair of methods and measure."""
+    """Lines on what was found: differences that several seeds show, and times of early exit."""
+    sections = [section for report in reports.values() for section in report.sections]
+    differences = _differences([section for section in sections if section.title == "Claims"])
+    times = _early_exits([section for section in sections if "Early exit: " in section.title])
+    if not differences and not times:
+        return []
+    terms = (
+        "Differences of the scores in points, with their 95 % intervals; trec6-10: 10 training "
+        "texts of each class. A difference that favours the first method is positive."
+    )
+    return [
+        *([terms, ""] if differences else []),
+        *differences,
+        *times,
+        "- What a step costs is in [performance.md](performance.md); whether the contrastive term "
+        "pays on your own data, `fusedacl try` measures ([experiments.md](experiments.md)).",
+        "",
+    ]
+
+
+def _differences(claims: Sequence[Section]) -> list[str]:
+    """A line for each pair of methods and measure that several seeds compare."""
     found: dict[str, dict[str, list[str]]] = {}
-    for section in (section for report in reports.values() for section in report.sections):
-        for table in section.tables if section.title == "Claims" else ():
+    for section in claims:
+        for table in section.tables:
             _, better, than, *_ = table.header
             measure = table.caption.partition(": ")[2].rstrip(".")
             words = f"**{better} instead of {than}**"
@@ -84,8 +106,6 @@ def _in_short(reports: Mapping[str, Report]) -> list[str]:
                 elif interval:
                     clear = f"{difference} points on {task} ({interval})"
                     found.setdefault(words, {}).setdefault(_CLEAR, []).append(clear)
-    if not found:
-        return []
     lines = []
     # What concerns every user first: the loss of a classifier without early exits.
     for words, tasks in sorted(found.items(), key=lambda item: "of CE**" not in item[0]):
@@ -93,14 +113,38 @@ def _in_short(reports: Mapping[str, Report]) -> list[str]:
         if _NOT_CLEAR in tasks:
             parts.append(f"{_NOT_CLEAR} {', '.join(tasks[_NOT_CLEAR])}")
         lines.append(f"- {words}: {'; '.join(parts)}.")
+    return lines
+
+
+def _early_exits(sections: Sequence[Section]) -> list[str]:
+    """A line for each guarantee of early exit (largest share lost, and confidence)."""
+    found: dict[str, list[str]] = {}
+    for section in sections:
+        task = section.title.removeprefix("Early exit: ")
+        for table in section.tables:
+            for row in table.rows:
+                cells = dict(zip(table.header, row, strict=True))
+                times = ", ".join(
+                    f"{' and '.join(speeds)}{where}"
+                    for start, where in ((SPEED_UP, ""), (ONNX_SPEED_UP, " on onnxruntime"))
+                    if (speeds := _speeds(cells, start))
+                )
+                if times and (promise := cells.get(GUARANTEE)):
+                    found.setdefault(promise, []).append(f"{task} ({cells['method']}) {times}")
     return [
-        "Differences of the scores in points, with their 95 % intervals; trec6-10: 10 training "
-        "texts of each class. A difference that favours the first method is positive.",
-        "",
-        *lines,
-        "- What a step costs is in [performance.md](performance.md); whether the contrastive term "
-        "pays on your own data, `fusedacl try` measures ([experiments.md](experiments.md)).",
-        "",
+        f"- **Early exit, guarantee {promise}** (largest share of answers lost, and confidence), "
+        "times faster than the full model in PyTorch: "
+        f"{'; '.join(tasks)} ([exits.md](exits.md))."
+        for promise, tasks in found.items()
+    ]
+
+
+def _speeds(cells: Mapping[str, str], start: str) -> list[str]:
+    """The columns whose name starts so, in words: `2.38x at batch 1`."""
+    return [
+        f"{value} at batch {name.removeprefix(start)}"
+        for name, value in cells.items()
+        if name.startswith(start) and value
     ]
 
 

@@ -279,6 +279,11 @@ def choose_certified(
     }
 
 
+def short(record: Mapping[str, Any]) -> str:
+    """Limit and confidence of a record, such as `1% at 95%`."""
+    return f"{100 * record['limit']:g}% at {100 * record['confidence']:g}%"
+
+
 def words(record: Mapping[str, Any]) -> str:
     """A sentence on the guarantee of a record that `choose_certified` returned."""
     enough = record["enough_texts"]  # None in a file of an earlier version

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...experiments.results import SweepRun
+from ...inference.calibration.guarantee import short as guarantee_short
 from ...inference.calibration.guarantee import words as guarantee_words
 from ...inference.calibration.search import AREA_WORDS
 from ...inference.export.onnx_early_exit import EXPORT_FILE
@@ -21,6 +22,8 @@ from ...runtime.plots import legend_below, look, new_figure, plain, save_figure
 from ..page.page import Figure, Section, Table, write_section
 from .score_figures import metric_words
 
+# Columns of the table; a batch size follows those of times.
+GUARANTEE, SPEED_UP, ONNX_SPEED_UP = "guarantee", "speed-up, batch ", "onnxruntime, batch "
 EXITS_FILE = Path("exits") / "exits.json"
 ONNX_FILE = Path("onnx") / EXPORT_FILE
 
@@ -56,10 +59,11 @@ def exits_section(
     timed = {speed["batch_size"] for facts in policies for speed in facts.get("measured", ())}
     sizes = sorted(timed)
     header = ["method", "seed", "policy", "setting", "score", "cross-fitted", "full model"]
-    header += ["mean layer", "FLOPs", "area", *(f"speed-up, batch {size}" for size in sizes)]
+    header += ["mean layer", "FLOPs", "area", GUARANTEE]
+    header += [f"{SPEED_UP}{size}" for size in sizes]
     exported = {run.directory: _onnx_speeds(run, label, notes) for label, run, _ in found}
     onnx_sizes = sorted({size for _, speeds in exported.values() for size in speeds})
-    header += [f"onnxruntime, batch {size}" for size in onnx_sizes]
+    header += [f"{ONNX_SPEED_UP}{size}" for size in onnx_sizes]
     rows = []
     marks: list[_Mark] = []
     for label, run, study in found:
@@ -77,14 +81,16 @@ def exits_section(
                 for value in (chosen["score"], unseen, full, facts.get("area_under_curve"))
             ]
             costs = [f"{chosen['mean_layer']:.2f}", f"{chosen['flops_share']:.0%}", percent.pop()]
+            promise = chosen.get("guarantee")
+            costs += [guarantee_short(promise) if promise else ""]
             speeds = {speed["batch_size"]: speed["speedup"] for speed in facts.get("measured", ())}
             times = [f"{speeds[size]:.2f}x" if size in speeds else "" for size in sizes]
             served, speeds = exported[run.directory]
             speeds = speeds if served == policy else {}
             times += [f"{speeds[size]:.2f}x" if size in speeds else "" for size in onnx_sizes]
-            if "guarantee" in chosen:
-                promise = guarantee_words(chosen["guarantee"])
-                notes.append(f"{label}, seed {run.seed}, {policy.replace('_', ' ')}: {promise}")
+            if promise:
+                where = f"{label}, seed {run.seed}, {policy.replace('_', ' ')}"
+                notes.append(f"{where}: {guarantee_words(promise)}")
             row = [label, str(run.seed), policy.replace("_", " "), setting]
             rows.append([*row, *percent, *costs, *times])
             best = chosen["score"] if unseen is None else unseen
@@ -97,11 +103,13 @@ def exits_section(
         "Score: on the texts that the setting was chosen on; cross-fitted: on texts that it was "
         f"not chosen on. Area: the policy's {AREA_WORDS}."
     )
+    if any("guarantee" in facts.get("calibration", ()) for facts in policies):
+        words += " Guarantee: the largest share lost, and the confidence; the notes say of what."
     if not rows:
         return Section(title, words, notes=notes)
     if sizes or onnx_sizes:
         words += " Speed-up: measured against the full model in PyTorch, in turns."
-    for name in ("cross-fitted", "area"):
+    for name in ("cross-fitted", "area", GUARANTEE):
         place = header.index(name)
         if not any(row[place] for row in rows):
             for row in [header, *rows]:

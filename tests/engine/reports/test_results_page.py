@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fusedacl.engine.reports.page.page import Section, Table
 from fusedacl.engine.reports.results_page import main, results_page
+from fusedacl.engine.reports.sweep_report import Report
 
 
 def test_sweeps_on_one_page(
@@ -46,3 +48,25 @@ def test_sweeps_on_one_page(
     assert "### Full models" in one_exit and "Full models against ACL" in one_exit
     with pytest.raises(ValueError, match="No sweeps"):
         results_page({}, Path())
+
+
+def test_times_of_early_exits_with_a_guarantee_come_first(tmp_path: Path) -> None:
+    header = ["method", "guarantee", "speed-up, batch 1", "speed-up, batch 32"]
+    header += ["onnxruntime, batch 1"]
+    rows = [
+        ["ACL", "1% at 95%", "2.38x", "2.13x", "5.61x"],
+        ["2ST", "1% at 95%", "", "1.70x", ""],
+        ["no times", "1% at 95%", "", "", ""],
+        ["no guarantee", "", "2.00x", "", ""],
+    ]
+    section = Section("Early exit: trec6", tables=[Table(header, rows)])
+    report = Report(tmp_path, [], [section], {"Data": "trec6 (test)"}, max_exits=6)
+    page = results_page({"reports/exits/": report}, tmp_path)
+    (line,) = (line for line in page.splitlines() if line.startswith("- **Early exit"))
+    assert page.index(line) < page.index("## Terms") and "Differences of the scores" not in page
+    assert line == (
+        "- **Early exit, guarantee 1% at 95%** (largest share of answers lost, and confidence), "
+        "times faster than the full model in PyTorch: trec6 (ACL) 2.38x at batch 1 and 2.13x at "
+        "batch 32, 5.61x at batch 1 on onnxruntime; trec6 (2ST) 1.70x at batch 32 "
+        "([exits.md](exits.md))."
+    )

@@ -100,6 +100,9 @@ def test_exports_and_guarantees(tmp_path: Path) -> None:
     (table,) = section.tables
     assert table.header[-2:] == ["speed-up, batch 1", "onnxruntime, batch 1"]
     assert [row[-1] for row in table.rows] == ["2.50x", "", "", "", "", ""]
+    where = table.header.index("guarantee")
+    assert [row[where] for row in table.rows] == ["1% at 95%", ""] * 3
+    assert "Guarantee: the largest share lost" in table.caption
     damaged, promise, *_ = section.notes
     assert damaged == "ACL, seed 2: its onnx/early_exit.json is damaged and left out."
     assert promise.startswith("ACL, seed 1, entropy: With confidence 0.95, ")
