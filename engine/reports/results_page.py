@@ -50,10 +50,10 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
         "",
         *_TERMS,
     ]
-    sections = [section for report in reports.values() for section in report.sections]
-    claims = [section for section in sections if section.title == "Claims"]
+    claims = _claims(reports)
     parts += ["", "## Claims of the paper"] if claims else []
-    for section in claims:
+    for name, section in claims:
+        parts += ["", f"### Of {name}"] if len(claims) > 1 else []
         parts += _section(section, folder)
     for link, report in reports.items():
         exits = "Several exits" if report.max_exits > 1 else "One exit"
@@ -66,10 +66,20 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
     return "\n".join(parts) + "\n"
 
 
+def _claims(reports: Mapping[str, Report]) -> list[tuple[str, Section]]:
+    """Names of the sweeps that check claims, and the section of each."""
+    return [
+        (Path(link).name, section)
+        for link, report in reports.items()
+        for section in report.sections
+        if section.title == "Claims"
+    ]
+
+
 def _in_short(reports: Mapping[str, Report]) -> list[str]:
     """Lines on what was found: differences that several seeds show, and times of early exit."""
     sections = [section for report in reports.values() for section in report.sections]
-    differences = _differences([section for section in sections if section.title == "Claims"])
+    differences = _differences(_claims(reports))
     times = _early_exits([section for section in sections if "Early exit: " in section.title])
     if not differences and not times:
         return []
@@ -87,10 +97,17 @@ def _in_short(reports: Mapping[str, Report]) -> list[str]:
     ]
 
 
-def _differences(claims: Sequence[Section]) -> list[str]:
-    """A line for each pair of methods and measure that several seeds compare."""
+def _differences(claims: Sequence[tuple[str, Section]]) -> list[str]:
+    """A line for each pair of methods and measure that several seeds compare.
+
+    A task of several sweeps is followed by the name of the sweep.
+    """
+    sweeps: dict[str, set[str]] = {}
+    for sweep, section in claims:
+        for task in (row[0] for table in section.tables for row in table.rows):
+            sweeps.setdefault(task, set()).add(sweep)
     found: dict[str, dict[str, list[str]]] = {}
-    for section in claims:
+    for sweep, section in claims:
         for table in section.tables:
             _, better, than, *_ = table.header
             measure = table.caption.partition(": ")[2].rstrip(".")
@@ -101,10 +118,11 @@ def _differences(claims: Sequence[Section]) -> list[str]:
             elif measure != "the mean score over the exits":
                 words += f" ({measure})"
             for task, _, _, difference, interval, verdict in table.rows:
+                where = task if len(sweeps[task]) == 1 else f"{task} ({sweep})"
                 if verdict == "not clear":
-                    found.setdefault(words, {}).setdefault(_NOT_CLEAR, []).append(task)
+                    found.setdefault(words, {}).setdefault(_NOT_CLEAR, []).append(where)
                 elif interval:
-                    clear = f"{difference} points on {task} ({interval})"
+                    clear = f"{difference} points on {where} ({interval})"
                     found.setdefault(words, {}).setdefault(_CLEAR, []).append(clear)
     lines = []
     # What concerns every user first: the loss of a classifier without early exits.

@@ -50,6 +50,29 @@ def test_sweeps_on_one_page(
         results_page({}, Path())
 
 
+def test_a_task_of_two_sweeps_has_their_names(tmp_path: Path) -> None:
+    header = ["task", "ACL", "CE", "difference", "95 % interval", "verdict"]
+
+    def report(*rows: list[str]) -> Report:
+        table = Table(header, rows, "“ACL wins”: the mean score over the exits.")
+        return Report(tmp_path, [], [Section("Claims", tables=[table])], {"Data": ""}, 1)
+
+    short = report(
+        ["rte", "", "", "+1.0", "0.5 to 1.5", "holds"], ["mrpc", "", "", "", "", "not clear"]
+    )
+    long = report(
+        ["rte", "", "", "+2.0", "1.5 to 2.5", "holds"], ["cola", "", "", "", "", "not clear"]
+    )
+    page = results_page({"reports/short/": short, "reports/long/": long}, tmp_path)
+    assert (
+        "- **ACL instead of CE**: +1.0 points on rte (short) (0.5 to 1.5), +2.0 points on rte "
+        "(long) (1.5 to 2.5); no clear difference on mrpc, cola.\n"
+    ) in page
+    claims = page[page.index("## Claims of the paper") :]
+    assert claims.index("### Of short") < claims.index("+1.0") < claims.index("### Of long")
+    assert "### Of" not in results_page({"reports/short/": short}, tmp_path)
+
+
 def test_times_of_early_exits_with_a_guarantee_come_first(tmp_path: Path) -> None:
     header = ["method", "guarantee", "speed-up, batch 1", "speed-up, batch 32"]
     header += ["onnxruntime, batch 1"]
