@@ -53,7 +53,7 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
     claims = _claims(reports)
     parts += ["", "## Claims of the paper"] if claims else []
     for name, section in claims:
-        parts += ["", f"### Of {name}"] if len(claims) > 1 else []
+        parts += ["", f"### {name}"] if len(claims) > 1 else []
         parts += _section(section, folder)
     for link, report in reports.items():
         exits = "Several exits" if report.max_exits > 1 else "One exit"

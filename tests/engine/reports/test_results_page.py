@@ -69,8 +69,8 @@ def test_a_task_of_two_sweeps_has_their_names(tmp_path: Path) -> None:
         "(long) (1.5 to 2.5); no clear difference on mrpc, cola.\n"
     ) in page
     claims = page[page.index("## Claims of the paper") :]
-    assert claims.index("### Of short") < claims.index("+1.0") < claims.index("### Of long")
-    assert "### Of" not in results_page({"reports/short/": short}, tmp_path)
+    assert claims.index("### short") < claims.index("+1.0") < claims.index("### long")
+    assert "### short" not in results_page({"reports/short/": short}, tmp_path)
 
 
 def test_times_of_early_exits_with_a_guarantee_come_first(tmp_path: Path) -> None:
