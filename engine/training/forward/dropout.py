@@ -15,6 +15,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import Checkpoi
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ...runtime.device import computes
+
 _LEVELS = 2**16
 
 
@@ -85,21 +87,26 @@ def attention(
 ) -> Tensor | None:
     """Return what `scaled_dot_product_attention` does, or None if that must be asked.
 
-    With dropout it has no fused implementation on a CPU either, and takes the same steps.
+    With dropout it has no fused implementation on a CPU either, and takes the same steps. Inputs in
+    bfloat16 it multiplies in float32; here they are multiplied as they are, with float32 between.
     """
-    is_plain = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    is_plain = dtype == torch.float32 or (dtype == torch.bfloat16 and computes(dtype))
     if not (dropout_p > 0 and is_plain and query.device.type == "cpu") or is_causal or enable_gqa:
         return None
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
-    scores = (query * scale) @ key.mT
-    if attn_mask is None:
-        weights = scores.softmax(-1)
-    else:
-        if attn_mask.dtype == torch.bool:
-            scores = scores.masked_fill(~attn_mask, -torch.inf)
+    with torch.autocast("cpu", enabled=False):
+        query, key, value = (x.to(dtype) for x in (query, key, value))
+        scores = ((query * scale) @ key.mT).float()
+        if attn_mask is None:
+            weights = scores.softmax(-1)
         else:
-            scores = scores + attn_mask
-        # Zeros for a query without any key.
-        weights = torch._safe_softmax(scores, -1)
-    dropped = dropout(weights, dropout_p)
-    return (functional.dropout(weights, dropout_p) if dropped is None else dropped) @ value
+            if attn_mask.dtype == torch.bool:
+                scores = scores.masked_fill(~attn_mask, -torch.inf)
+            else:
+                scores = scores + attn_mask
+            # Zeros for a query without any key.
+            weights = torch._safe_softmax(scores, -1)
+        dropped = dropout(weights, dropout_p)
+        dropped = functional.dropout(weights, dropout_p) if dropped is None else dropped
+        return dropped.to(dtype) @ value

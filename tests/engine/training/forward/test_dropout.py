@@ -125,9 +125,53 @@ def test_attention_drops_weights() -> None:
     kept = found != 0
     torch.testing.assert_close(found[kept], weights[kept] / 0.75, rtol=1e-5, atol=1e-7)
     assert abs(kept.float().mean() - 0.75) < 0.02
-    with FastDropout(), torch.autocast("cpu", torch.bfloat16):
-        half = functional.scaled_dot_product_attention(query, key, value, dropout_p=0.25)
-    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_attention_in_bfloat16(autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are near those of float64, and the same weights as in float32 are dropped."""
+    # Also where such products are emulated, slowly.
+    monkeypatch.setattr("fusedacl.engine.training.forward.dropout.computes", lambda dtype: True)
+    inputs = [torch.randn(2, 3, 40, 8).bfloat16() for _ in range(3)]
+    seen = torch.ones(2, 1, 40, 40, dtype=torch.bool)
+    seen[0, :, :, 30:] = False
+
+    def results(p: float, dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in inputs)
+        y = functional.scaled_dot_product_attention(q, k, v, seen, dropout_p=p)
+        y.backward(torch.ones_like(y) * torch.arange(8))
+        return [y.detach(), *(x.grad for x in (q, k, v) if x.grad is not None)]
+
+    context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+    with FastDropout(), context:
+        found = results(1e-9, torch.float32 if autocast else torch.bfloat16)
+    assert found[0].dtype == torch.bfloat16
+    for mine, exact in zip(found, results(0.0, torch.float64), strict=True):
+        assert (mine.double() - exact).norm() < 0.01 * exact.norm()
+    with FastDropout(), context:
+        torch.manual_seed(1)
+        weights = functional.scaled_dot_product_attention(
+            *inputs[:2], torch.eye(40).expand(2, 3, 40, 40).bfloat16(), dropout_p=0.25
+        )
+    with FastDropout():
+        torch.manual_seed(1)
+        wanted = functional.scaled_dot_product_attention(
+            *(x.float() for x in inputs[:2]), torch.eye(40).expand(2, 3, 40, 40), dropout_p=0.25
+        )
+    assert torch.equal(weights != 0, wanted != 0)
+    torch.testing.assert_close(weights.float(), wanted, rtol=0.05, atol=0)
+
+
+def test_attention_without_arithmetic_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's attention remains, whose products are in float32."""
+    monkeypatch.setattr("fusedacl.engine.training.forward.dropout.computes", lambda dtype: False)
+    inputs = torch.randn(3, 2, 3, 40, 8).bfloat16()
+    torch.manual_seed(1)
+    wanted = functional.scaled_dot_product_attention(*inputs, dropout_p=0.5)
+    torch.manual_seed(1)
+    with FastDropout():
+        found = functional.scaled_dot_product_attention(*inputs, dropout_p=0.5)
+    assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("again", [FastDropout, nullcontext])
