@@ -72,7 +72,7 @@ def _commit() -> str:
     """
     git = ("git", "-C", str(Path(__file__).parent))
     head = _output(*git, "rev-parse", "HEAD")
-    status = _output(*git, "status", "--porcelain", "--", ":/", ":!results")
+    status = _output(*git, "status", "--porcelain", "--", ":/", ":(top,exclude)benchmarks/results")
     if not head or head.startswith("unknown"):
         return head or "none"
     return head + ("+changes" if status else "")

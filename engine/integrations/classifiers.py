@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 
-from ..model.encoder_layers import layer_modules
 from ..model.exits import Exit, Exits
+from ..objectives.gate_cut import top_layers
 
 # Key of the reads in the output of a model.
 READS = "classifier_reads"
@@ -164,19 +164,7 @@ class Classifiers:
             ValueError: the encoder has fewer layers, or they are not found.
         """
         encoder = self.encoder
-        number = encoder.config.num_hidden_layers
-        if num_top > number:
-            raise ValueError(
-                f"gate_scope=top:{num_top}: the encoder has {number} layers. Use top:{number} at "
-                "most, or all."
-            )
-        layers = layer_modules(encoder)
-        if not layers:
-            raise ValueError(
-                f"gate_scope=top:{num_top}: no list of {number} layers is found in "
-                f"{type(encoder).__name__}. Use all or head."
-            )
-        chosen = [p for layer in layers[-num_top:] for p in layer.parameters()]
+        chosen = [p for layer in top_layers(encoder, num_top) for p in layer.parameters()]
         if self.heads is not None:
             after = getattr(encoder, "final_norm", None)
             for module in (self.heads[-1], *([] if after is None else [after])):

@@ -55,6 +55,7 @@ class EncoderLayers:
 
     # What depends on the width of its batch is not cut to the longest text that is left.
     depends_on_batch = False
+    has_token_types = True
     attention_implementations: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
 
     def __init__(self, encoder: PreTrainedModel) -> None:
@@ -72,7 +73,8 @@ class EncoderLayers:
         self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """Return the input of the first layer, [N, T, H], for token ids and masks [N, T]."""
-        hidden = self.encoder.embeddings(input_ids=input_ids, token_type_ids=token_type_ids)
+        types = {"token_type_ids": token_type_ids} if self.has_token_types else {}
+        hidden = self.encoder.embeddings(input_ids=input_ids, **types)
         project = getattr(self.encoder, "embeddings_project", None)  # ELECTRA
         return hidden if project is None else project(hidden)
 
@@ -154,6 +156,8 @@ def bottom_parameters(encoder: PreTrainedModel, num_layers: int) -> list[Paramet
 
 
 class DistilBertLayers(EncoderLayers):
+    has_token_types = False
+
     def __init__(self, encoder: PreTrainedModel) -> None:
         super().__init__(encoder)
         names = list(inspect.signature(self.layers[0].forward).parameters)
@@ -166,13 +170,9 @@ class DistilBertLayers(EncoderLayers):
             return {self._mask_name: attention_mask}
         return {self._mask_name: self._mask(hidden_states, attention_mask, padded)}
 
-    def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        return self.encoder.embeddings(input_ids)
-
 
 class MPNetLayers(EncoderLayers):
+    has_token_types = False
     attention_implementations = ("eager",)
 
     def context(self, hidden_states: Tensor, attention_mask: Tensor, padded: bool) -> LayerContext:
@@ -180,11 +180,6 @@ class MPNetLayers(EncoderLayers):
         # One row suffices: the bias depends on the length alone and is broadcast over the batch.
         context["position_bias"] = self.encoder.encoder.compute_position_bias(hidden_states[:1])
         return context
-
-    def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        return self.encoder.embeddings(input_ids=input_ids)
 
 
 class DebertaV2Layers(EncoderLayers):
@@ -220,6 +215,7 @@ class DebertaV2Layers(EncoderLayers):
 
 
 class ModernBertLayers(EncoderLayers):
+    has_token_types = False
     """ModernBERT; the FLOPs count local attention as attention over all tokens."""
 
     attention_implementations = ("eager", "sdpa")
@@ -261,11 +257,6 @@ class ModernBertLayers(EncoderLayers):
             }
         output = super().run(layer, hidden_states, context)
         return self.encoder.final_norm(output) if layer == self.num_layers else output
-
-    def embed(
-        self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None
-    ) -> Tensor:
-        return self.encoder.embeddings(input_ids=input_ids)
 
 
 # Model type -> its layers, where they can be run one by one.

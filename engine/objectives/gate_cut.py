@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn import Parameter
+from transformers import PreTrainedModel
 
 from ...kernels import gated_combine_, grad_dot_norm
 from ...kernels.gradients.angle import angle_degrees, within_angle
@@ -83,7 +84,7 @@ class Cut:
         if num_top is None:
             raise ValueError("gate_scope=all has no cut: use GradientGate.")
         exit_: Any = model.exits[-1]
-        module = top_layers(model, num_top)[0] if num_top else exit_.classifier
+        module = top_layers(model.backbone, num_top)[0] if num_top else exit_.classifier
         self._handles = [module.register_forward_pre_hook(self._replace_input, with_kwargs=True)]
         self._head = None if num_top else HeadInputs(model)
         if not num_top:
@@ -286,14 +287,14 @@ def map_gradient(gradient: Tensor, states: Tensor) -> Tensor:
     return gradient.to(dtype).T @ states.to(dtype)
 
 
-def top_layers(model: MultiExitForSequenceClassification, num_top: int) -> list[nn.Module]:
-    """Return the encoder's last `num_top` layers, in the order in which they run.
+def top_layers(encoder: PreTrainedModel, num_top: int) -> list[nn.Module]:
+    """Return an encoder's last `num_top` layers, in the order in which they run.
 
     Raises:
         ValueError: the encoder has fewer layers, or layers that share weights.
     """
-    layers = layer_modules(model.backbone)
-    number = model.config.backbone_config.num_hidden_layers
+    layers = layer_modules(encoder)
+    number = encoder.config.num_hidden_layers
     if num_top > number:
         raise ValueError(
             f"gate_scope=top:{num_top}: the encoder has {number} layers. Use top:{number} at most, "
@@ -302,7 +303,7 @@ def top_layers(model: MultiExitForSequenceClassification, num_top: int) -> list[
     if not layers:
         raise ValueError(
             f"gate_scope=top:{num_top}: no list of {number} layers is found in "
-            f"{type(model.backbone).__name__}. Use all or head."
+            f"{type(encoder).__name__}. Use all or head."
         )
     return layers[-num_top:]
 
@@ -315,6 +316,6 @@ def top_parameters(model: MultiExitForSequenceClassification, num_top: int) -> l
     """
     # Encoders that normalise before each layer have a norm after the last one.
     after = getattr(model.backbone, "final_norm", None)
-    modules = [*top_layers(model, num_top), model.exits[-1]]
+    modules = [*top_layers(model.backbone, num_top), model.exits[-1]]
     modules += [] if after is None else [after]
     return [p for module in modules for p in module.parameters() if p.requires_grad]

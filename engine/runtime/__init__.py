@@ -1,1 +1,1 @@
-"""Processes, devices, files, locks and plots; nothing here knows a model or a loss."""
+"""Processes, devices, dropout, files, locks and plots; nothing here knows a model or a loss."""

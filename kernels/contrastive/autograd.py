@@ -27,9 +27,7 @@ BACKWARD_SCHEMA = (
     "bool trains_labels, SymInt pair_memory) -> Tensor[]"
 )
 
-NO_SECOND_DERIVATIVE = (
-    "impl={!r} has no second derivative (impl='reference' can be differentiated twice)"
-)
+NO_SECOND_DERIVATIVE = "{} has no second derivative (impl='reference' can be differentiated twice)"
 
 Forward = Callable[..., tuple[Tensor, list[Tensor]]]
 Backward = Callable[[Tensor, list[Tensor], BatchShape], list[Tensor]]
@@ -106,7 +104,7 @@ class Implementation(Passes):
     ) -> None:
         forward, backward = passes
         fake_forward, fake_backward = fakes
-        refusal = NO_SECOND_DERIVATIVE.format(impl)
+        refusal = NO_SECOND_DERIVATIVE.format(f"impl={impl!r}")
         super().__init__(refusal, forward, backward, **options)
 
         def forward_operator(*arguments: Any) -> tuple[Tensor, list[Tensor]]:

@@ -130,11 +130,6 @@ class WiderBatch(NamedTuple):
     def num_anchors(self) -> int:
         return self.batch.num_rows
 
-    @property
-    def num_rows(self) -> int:
-        memory = self.memory_embeddings
-        return self.num_anchors + (0 if memory is None else memory.shape[0])
-
     def trained_rows(self, dtype: torch.dtype) -> Tensor:
         """Copy samples and label embeddings into one tensor [.., N + K, d]."""
         return torch.cat(self.batch.parts[:2], dim=-2).to(dtype)

@@ -143,9 +143,7 @@ def obstacle(name: str, workload: Workload) -> str | None:
         return reason
     found = capability(workload.device)
     assert found is not None, "triton_obstacle has checked"
-    return triton_module(name).obstacle(
-        workload.num_rows, workload.width, dtype, temperature, found
-    )
+    return triton_module(name).obstacle(workload.width, dtype, temperature, found)
 
 
 def triton_module(name: str) -> ModuleType:

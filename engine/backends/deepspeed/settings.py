@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.training import TrainingConfig
+from ...runtime.files import unique_keys
 from ...runtime.text import did_you_mean
 from ..loss_scaling import LossScaleOptions
 
@@ -91,7 +92,7 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
             f"{', '.join(shipped())}, which come with the package."
         ) from None
     try:
-        value = json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=unique_keys)
     except ValueError as error:
         raise ValueError(f"deepspeed_config={path} is not JSON: {error}.") from None
     if not isinstance(value, dict):
@@ -169,14 +170,6 @@ def complete(
     return DeepSpeedSettings(made, loss_scale)
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"the key {key!r} is there twice")
-    return dict(pairs)
-
-
 def _agreed(given: Mapping[str, Any], key: str, value: Any, option: str, place: str = "") -> Any:
     """`value`, unless the JSON says something else."""
     found = given.get(key, AUTO)
@@ -222,7 +215,7 @@ def _precision(
         made["fp16"]["loss_scale"] = 1.0
     values = {key: fp16[key] for key in names if fp16.get(key, AUTO) != AUTO}
     for key, value in values.items():
-        if isinstance(value, str) or value < 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
             raise ValueError(f"deepspeed_config: fp16.{key}={value!r} must be a number, 0 or more.")
     for key in ("loss_scale_window", "hysteresis"):
         if values.get(key, 1) < 1:
@@ -288,7 +281,8 @@ def _check_optimizer(given: Mapping[str, Any], config: TrainingConfig) -> None:
     if "scheduler" in given:
         block = _block(given, "scheduler", ("type", "params"))
         params = block.get("params", {})
-        if block.get("type") != "WarmupDecayLR" or any(v != AUTO for v in params.values()):
+        is_left = isinstance(params, Mapping) and all(v == AUTO for v in params.values())
+        if block.get("type") != "WarmupDecayLR" or not is_left:
             raise ValueError(
                 "deepspeed_config: the schedule is fusedacl's: lr_scheduler_type, warmup_ratio. "
                 'Leave "scheduler" out (or WarmupDecayLR with every parameter "auto").'

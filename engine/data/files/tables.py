@@ -97,9 +97,9 @@ def check_file_exists(path: Path, argument: str) -> None:
         return
     where = f"{argument}={str(path)!r}"
     if path.is_dir():
-        raise ValueError(
-            f"{where} is a directory; name a file, or use --data_dir / --dataset_name."
-        )
+        is_option = argument in ("train_file", "validation_file", "test_file")
+        remedy = ", or use --data_dir / --dataset_name" if is_option else ""
+        raise ValueError(f"{where} is a directory; name a file{remedy}.")
     kind = kind_of_file(path)
     if kind is not None:
         raise ValueError(f"{where} is {kind}; name a file that holds the rows.")

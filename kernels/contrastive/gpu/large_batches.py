@@ -27,9 +27,7 @@ from .row_steps import (
 from .tiles import MAX_WIDTH, Blocks, float32_obstacle, shipped, tuned
 
 
-def obstacle(
-    num_rows: int, width: int, dtype: torch.dtype, temperature: float, capability: int
-) -> str | None:
+def obstacle(width: int, dtype: torch.dtype, temperature: float, capability: int) -> str | None:
     """Return why these kernels cannot compute such a loss, or None."""
     if capability < 80:
         return (

@@ -42,8 +42,6 @@ from ..batch import ZERO_NORM, Batch, BatchShape
 from .parts import STRIDE_NAMES, gather, part_arguments, part_types
 from .tiles import float32_obstacle
 
-MAX_ROWS = 256
-
 SHORTEST = tl.constexpr(ZERO_NORM)
 LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -436,15 +434,8 @@ implementation = Implementation(
 )  # fmt: skip
 
 
-def obstacle(
-    num_rows: int, width: int, dtype: torch.dtype, temperature: float, capability: int
-) -> str | None:
+def obstacle(width: int, dtype: torch.dtype, temperature: float, capability: int) -> str | None:
     """Return why the kernel cannot compute such a loss, or None."""
-    if num_rows > MAX_ROWS:
-        return (
-            f"{num_rows} rows are more than the {MAX_ROWS} for which one launch is meant "
-            "(impl='tiled' takes any number)"
-        )
     return float32_obstacle(dtype, temperature)
 
 

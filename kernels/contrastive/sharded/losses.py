@@ -31,6 +31,11 @@ from ..autograd import Passes
 from ..batch import Batch
 from .batch import Spread, gather_batch
 
+NO_SECOND_DERIVATIVE = (
+    "with a process_group only impl='reference' (reduction 'mean' or 'sum') can be "
+    "differentiated twice"
+)
+
 
 def contrastive_loss(name: str, spread: Spread, batch: Batch) -> Tensor:
     """Return the loss of all ranks' samples by the implementation of that name.
@@ -49,22 +54,24 @@ def contrastive_loss(name: str, spread: Spread, batch: Batch) -> Tensor:
     def forward(_: Batch, *trained: bool) -> tuple[Tensor, list[Tensor]]:
         return module.forward(spread, everyone, any(trained))
 
-    refusal = (
-        "with a process_group only impl='reference' (reduction 'mean' or 'sum') can be "
-        "differentiated twice"
-    )
-    return Passes(refusal, forward, functools.partial(module.backward, spread)).loss(batch)
+    backward = functools.partial(module.backward, spread)
+    return Passes(NO_SECOND_DERIVATIVE, forward, backward).loss(batch)
 
 
 def reference_loss(spread: Spread, embeddings: Tensor, everyone: Batch) -> Tensor:
     """Return `reference.contrastive_loss` of all samples, differentiable for the own ones."""
-    own, samples = spread.own_samples, everyone.embeddings
-    scaled = embeddings.view_as(embeddings)
+    samples = place(spread, embeddings.movedim(-2, 0), everyone.embeddings.movedim(-2, 0))
+    loss = reference.contrastive_loss(everyone._replace(embeddings=samples.movedim(0, -2)))
+    return OwnRows.apply(loss, spread) if everyone.reduction == "none" else loss
+
+
+def place(spread: Spread, own: Tensor, gathered: Tensor) -> Tensor:
+    """Return the gathered samples [N, ..] with the own ones, which keep their graph, among them."""
+    scaled = own.view_as(own)
     if scaled.requires_grad:
         scaled.register_hook(lambda gradient: gradient * spread.num_ranks)
-    samples = torch.cat([samples[..., : own.start, :], scaled, samples[..., own.stop :, :]], dim=-2)
-    loss = reference.contrastive_loss(everyone._replace(embeddings=samples))
-    return OwnRows.apply(loss, spread) if everyone.reduction == "none" else loss
+    start, stop = spread.own_samples.start, spread.own_samples.stop
+    return torch.cat([gathered[:start], scaled, gathered[stop:]])
 
 
 class OwnRows(torch.autograd.Function):

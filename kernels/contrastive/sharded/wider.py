@@ -19,7 +19,7 @@ from ..batch import WiderBatch, by_sample
 from ..wider import loss as by_pairs
 from ..wider import pairs as over_pairs
 from .batch import Spread, gather_parts
-from .losses import OwnRows
+from .losses import NO_SECOND_DERIVATIVE, OwnRows, place
 
 
 def contrastive_loss(name: str, spread: Spread, wider: WiderBatch) -> Tensor:
@@ -94,15 +94,6 @@ def smallest(own: float, gathered: Tensor | None) -> float:
     return min(own, float(gathered.detach().min()))
 
 
-def place(spread: Spread, own: Tensor, gathered: Tensor) -> Tensor:
-    """Return the gathered samples [N, ..] with the own ones, which keep their graph, among them."""
-    scaled = own.view_as(own)
-    if scaled.requires_grad:
-        scaled.register_hook(lambda gradient: gradient * spread.num_ranks)
-    start, stop = spread.own_samples.start, spread.own_samples.stop
-    return torch.cat([gathered[:start], scaled, gathered[stop:]])
-
-
 class SharedLogDenominators(torch.autograd.Function):
     """log D [E, A] as a function of z, of which the own rows get a gradient, and the scale.
 
@@ -133,10 +124,7 @@ class SharedLogDenominators(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(
-            "with a process_group only impl='reference' (reduction 'mean' or 'sum') can be "
-            "differentiated twice"
-        )
+        refuse_second_derivative(NO_SECOND_DERIVATIVE)
         own_first, *tensors = ctx.saved_tensors
         ordered, found = over_pairs.Pairs(*tensors[:4], *ctx.options), tensors[4:]
         of_z = of_scale = None

@@ -339,13 +339,18 @@ def exponentials(
     return out
 
 
-def class_sums(y: Tensor, classes: Tensor, num_classes: int) -> Tensor:
-    """Return the sum over each row's class [.., M, d]; that of ignored rows is never used."""
+def class_sums(
+    y: Tensor, classes: Tensor, num_classes: int, wanted: Tensor | None = None
+) -> Tensor:
+    """Return the sum over each row's class [.., M, d]; that of ignored rows is never used.
+
+    wanted: classes whose sums are returned, instead of those of the rows.
+    """
     # Unlike `index_add_`, `index_put_` adds in a fixed order on every device.
     by_row = y.movedim(-2, 0)
     sums = y.new_zeros(num_classes + 1, *by_row.shape[1:])
     sums.index_put_((classes,), by_row, accumulate=True)
-    return sums.index_select(0, classes).movedim(0, -2)
+    return sums.index_select(0, classes if wanted is None else wanted).movedim(0, -2)
 
 
 def describe_cpu() -> str:

@@ -101,7 +101,7 @@ class CompiledLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
+        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("this loss"))
         gradient, products = ctx.saved_tensors
         of_rows: tuple[Tensor | None, Tensor | None] = None, None
         if gradient is not None:

@@ -106,7 +106,7 @@ class Normalize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
+        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("this loss"))
         z, norm = ctx.saved_tensors
         projection = (gradient * z).sum(-1, keepdim=True)
         return torch.addcmul(gradient, z, projection, value=-1).div_(norm), None
@@ -128,7 +128,7 @@ class PositiveProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
-        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
+        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("this loss"))
         anchors, sums = ctx.saved_tensors
         weighted = anchors * upstream[..., None]
         # p is symmetric.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..batch import WiderBatch, count_classes, existing_rows, memberships_of
+from ..tiled.loss import class_sums
 
 # Sums over memberships are in float64, which holds products of float32 numbers. What a row shares
 # with all others, as a part of what it shares with all, is rounding below this.
@@ -42,11 +43,7 @@ class Members:
         num_values = values.shape[-2]
         if self.memberships is None:
             assert self.ids is not None, "one of the two is given"
-            by_row = values.movedim(-2, 0)
-            by_class = values.new_zeros(self.num_classes + 1, *by_row.shape[1:])
-            # Unlike `index_add_`, `index_put_` adds in a fixed order on every device.
-            by_class.index_put_((self.ids[:num_values],), by_row, accumulate=True)
-            sums = by_class.index_select(0, self.ids[:num_rows]).movedim(0, -2)
+            sums = class_sums(values, self.ids[:num_values], self.num_classes, self.ids[:num_rows])
             with_itself = self.exists[:, None].to(values.dtype)
         else:
             # What a row shares with itself may be far more than with all others, but not for bools.

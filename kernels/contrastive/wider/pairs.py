@@ -280,7 +280,7 @@ class LogDenominators(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("tiled"))
+        refuse_second_derivative(NO_SECOND_DERIVATIVE.format("this loss"))
         pairs = Pairs(*ctx.saved_tensors[:4], *ctx.options)
         found = ctx.saved_tensors[4:]
         of_z = of_scale = None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 
 import pytest
 from bench_results import case, result, times
+from fusedacl.benchmarks.measuring import environment
 from fusedacl.benchmarks.measuring import result_file as results
 from fusedacl.benchmarks.measuring.result_file import ResultFile, noise, read_result, timings
 
@@ -34,6 +36,22 @@ def test_what_this_program_did_itself_is_no_noise() -> None:
     assert not noise(quiet)["noisy"]
     quiet["environment"]["busy_cores"] = 1.0
     assert noise(quiet)["why"] == ["others kept 1.0 of 2 cores busy before the run"]
+
+
+def test_results_do_not_count_as_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A suite that runs after another one finds its new results."""
+    for part in ("measuring", "results"):
+        (tmp_path / "benchmarks" / part).mkdir(parents=True)
+        (tmp_path / "benchmarks" / part / "file").touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "--no-verify", "-m", "x"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "benchmarks" / "measuring" / "x"))
+    (tmp_path / "benchmarks" / "results" / "file").write_text("new")
+    committed = environment._commit()
+    assert len(committed) == 40
+    (tmp_path / "benchmarks" / "measuring" / "file").write_text("new")
+    assert environment._commit() == f"{committed}+changes"
 
 
 def test_busy_cores_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

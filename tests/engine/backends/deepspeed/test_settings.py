@@ -107,6 +107,9 @@ def test_optimizer_offload() -> None:
         ({"fp16": {"hysteresi": 2}}, "fp16.hysteresi.*Did you mean 'hysteresis'"),
         ({"fp16": {"hysteresis": 0}}, "fp16.hysteresis=0 must be at least 1"),
         ({"fp16": {"loss_scale": "big"}}, "fp16.loss_scale='big' must be a number"),
+        ({"fp16": {"loss_scale": None}}, "fp16.loss_scale=None must be a number"),
+        ({"fp16": {"hysteresis": [2]}}, r"fp16.hysteresis=\[2\] must be a number"),
+        ({"fp16": {"loss_scale": True}}, "fp16.loss_scale=True must be a number"),
         ({"zero_optimization": {"stage": 4}}, "stage=4 must be 0 to 3"),
         ({"zero_optimization": {"stage": True}}, "stage=True must be 0 to 3"),
         ({"zero_optimization": 2}, "zero_optimization must be an object"),
@@ -121,6 +124,8 @@ def test_optimizer_offload() -> None:
         ({"optimizer": {"type": "AdamW", "params": {"lr": 1.0}}}, "lr=1.0, but learning_rate"),
         ({"optimizer": {"params": {"betas": [0.9, 0.95]}}}, "adam_beta1 and adam_beta2 say"),
         ({"scheduler": {"type": "WarmupLR"}}, "the schedule is fusedacl's"),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": "auto"}}, "the schedule is fusedacl's"),
+        ({"scheduler": {"type": "WarmupDecayLR", "params": None}}, "the schedule is fusedacl's"),
         ({"data_types": {"grad_accum_dtype": "bf16"}}, "grad_accum_dtype='bf16'"),
     ],
 )
@@ -136,7 +141,7 @@ def test_files(tmp_path: Path) -> None:
     for text, message in (
         ("{", "is not JSON"),
         ("[]", "holds list, not an object"),
-        ('{"fp16": {}, "fp16": {}}', "'fp16' is there twice"),
+        ('{"fp16": {}, "fp16": {}}', "'fp16' is given twice"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=message):

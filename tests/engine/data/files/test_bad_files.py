@@ -216,7 +216,10 @@ def test_a_missing_file_offers_the_nearest_one(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"directory .*absent does not exist"):
         read_table(tmp_path / "absent" / "train.csv")
     with pytest.raises(ValueError, match=r"is a directory.*--data_dir"):
-        read_table(tmp_path)
+        read_table(tmp_path, "train_file")
+    # `predict` has no such options.
+    with pytest.raises(ValueError, match=r"is a directory; name a file\.$"):
+        read_table(tmp_path, "input_file")
 
 
 def make_special(path: Path, kind: str) -> None:

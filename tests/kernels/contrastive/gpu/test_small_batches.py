@@ -26,7 +26,7 @@ from fusedacl.kernels.contrastive.gpu import small_batches
 
 @pytest.fixture(autouse=True)
 def small_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "SMALL_ROWS", small_batches.MAX_ROWS)
+    monkeypatch.setattr(dispatch, "SMALL_ROWS", 256)
 
 
 def inputs_of(num_samples: int, num_labels: int | None = None, **kind: Any) -> dict[str, Tensor]:
