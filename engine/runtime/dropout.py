@@ -14,7 +14,9 @@ class Dropout(nn.Dropout):
     """Module of the dropout below, also outside the training loops of this package."""
 
     def forward(self, x: Tensor) -> Tensor:
-        dropped = dropout(x, self.p, self.training)
+        if not self.training:
+            return x  # PyTorch's function copies it.
+        dropped = dropout(x, self.p)
         return super().forward(x) if dropped is None else dropped
 
 

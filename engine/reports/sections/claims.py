@@ -16,7 +16,8 @@ from ..page.page import Section, Table
 _RULES = (
     "Scores in percent (spreads in points), mean ± standard deviation (n - 1) over the seeds; "
     "difference in points between runs of the same seed, positive if it supports the claim, with "
-    "its 95 % t interval; the claim holds, or its contrary, where the interval is on one side of 0."
+    "its 95 % t interval; the claim holds, or its contrary, where the interval is on one side of "
+    "0. Differences that are all equal say nothing of their spread: not clear."
 )
 _NUMBERS = [
     "claim", "better", "than", "task", "mean_better", "deviation_better", "mean_than",
