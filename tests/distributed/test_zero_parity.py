@@ -174,7 +174,7 @@ def test_models_with_exits(
     for made in results:
         # Where a gradient nearly vanishes, as in the first step of exits that rested, AdamW blows
         # up its rounding.
-        check_reports(made, 1e-6 if strategy == "two_stage" else 1e-3, 0.01)
+        check_reports(made, 1e-5 if strategy == "two_stage" else 1e-3, 0.01)
         assert made["changed"] == []
         assert made["not_plain"] == []
         assert math.isfinite(made["loss"])
