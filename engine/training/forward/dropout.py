@@ -65,7 +65,9 @@ def attention(
     With dropout it has no fused implementation on a CPU either, and takes the same steps. Inputs in
     bfloat16 it multiplies in float32; here they are multiplied as they are, with float32 between.
     """
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    # Autocast leaves float64 as it is.
+    casts = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64
+    dtype = torch.get_autocast_dtype("cpu") if casts else query.dtype
     is_plain = dtype == torch.float32 or (dtype == torch.bfloat16 and computes(dtype))
     if not (dropout_p > 0 and is_plain and query.device.type == "cpu") or is_causal or enable_gqa:
         return None

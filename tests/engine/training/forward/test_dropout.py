@@ -162,6 +162,13 @@ def test_attention_in_bfloat16(autocast: bool, monkeypatch: pytest.MonkeyPatch) 
     torch.testing.assert_close(weights.float(), wanted, rtol=0.05, atol=0)
 
 
+def test_autocast_leaves_float64() -> None:
+    inputs = torch.randn(3, 2, 3, 40, 8, dtype=torch.float64)
+    with FastDropout(), torch.autocast("cpu", torch.bfloat16):
+        found = functional.scaled_dot_product_attention(*inputs, dropout_p=0.5)
+    assert found.dtype == torch.float64
+
+
 def test_attention_without_arithmetic_in_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch's attention remains, whose products are in float32."""
     monkeypatch.setattr("fusedacl.engine.training.forward.dropout.computes", lambda dtype: False)
