@@ -109,7 +109,8 @@ bench-gpu: $(VENV)/.dev
 # Pages generated from the files in docs/results/ and benchmarks/results/, and by trying encoders.
 docs: $(VENV)/.dev
 	$(BIN)/python -m fusedacl.kernels.targets --write docs/kernel_resources.md
-	$(BIN)/python -m fusedacl.engine.reports.results_page docs/results --output docs/results.md
+	$(BIN)/python -m fusedacl.engine.reports.results_page docs/results --output docs/results.md \
+	  --step benchmarks/results/amd-epyc-2core/step.json
 	PYTHONPATH=tests/support $(BIN)/python -m encoder_zoo docs/encoders.md
 	$(BIN)/python -m fusedacl.benchmarks.pages.performance benchmarks/results/* --output docs/performance.md \
 	  --readme README.md

@@ -303,6 +303,14 @@ def test_the_numbers_of_the_readme() -> None:
         measured = providers[f"fusedacl_{names[label][-1]}"]
         assert milliseconds == f"{measured['p50_ms']:,.0f} ms"
         assert mebibytes == f"{measured['peak_bytes'] / 2**20:.0f} MiB"
+    base = providers["fusedacl_ce"]["p50_ms"]
+    times, top2 = (
+        f"{providers[name]['p50_ms'] / base:.2f} times"
+        for name in ("fusedacl_acl", "fusedacl_acl_top2")
+    )
+    text = (ROOT / "README.md").read_text()
+    assert f"{times} the time of CE, {top2} with `--gate_scope top:2`" in text
+    assert f"A step takes {times} as long" in (ROOT / "docs/results.md").read_text()
 
 
 def test_the_citation() -> None:

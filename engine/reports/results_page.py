@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..experiments.results import is_sweep
@@ -17,7 +19,8 @@ REPORTS = "reports"
 # Sections of a sweep's report that the page repeats.
 _SHOWN = ("Layer scores", "Full models", "Ablation", "Values of", "Early exit")
 
-_CLEAR, _NOT_CLEAR = "clear", "no clear difference on"
+# Methods of claims, and the providers of `fusedacl bench step` that have their training step.
+_TIMED = {"ACL": "fusedacl_acl", "CE+SCL": "fusedacl_scl"}
 _TERMS = (
     "- CE: cross-entropy alone. CE+SCL: with the supervised contrastive loss. ACL: with label "
     "embeddings in the contrastive batch, and with the gate, which drops the contrastive gradient "
@@ -29,8 +32,12 @@ _TERMS = (
 )
 
 
-def results_page(reports: Mapping[str, Report], folder: Path) -> str:
+def results_page(
+    reports: Mapping[str, Report], folder: Path, costs: Mapping[str, float] | None = None
+) -> str:
     """The page in `folder`, from reports of sweeps: link to a report's folder -> the report.
+
+    costs: method -> time of its training step, divided by that of CE.
 
     Raises:
         ValueError: there is no report.
@@ -40,7 +47,7 @@ def results_page(reports: Mapping[str, Report], folder: Path) -> str:
     parts = [
         "# Results on real data",
         "",
-        *_in_short(reports),
+        *_in_short(reports, costs or {}),
         "## Terms",
         "",
         "Made by `make docs` from the files in `docs/results/`; no number is typed by hand. Scores "
@@ -76,62 +83,130 @@ def _claims(reports: Mapping[str, Report]) -> list[tuple[str, Section]]:
     ]
 
 
-def _in_short(reports: Mapping[str, Report]) -> list[str]:
+def _in_short(reports: Mapping[str, Report], costs: Mapping[str, float]) -> list[str]:
     """Lines on what was found: differences that several seeds show, and times of early exit."""
     sections = [section for report in reports.values() for section in report.sections]
-    differences = _differences(_claims(reports))
+    few = {Path(link).name: report.few_texts for link, report in reports.items()}
+    differences = _differences(_claims(reports), few, costs)
     times = _early_exits([section for section in sections if "Early exit: " in section.title])
     if not differences and not times:
         return []
     terms = (
         "Differences of the scores in points, with their 95 % intervals; trec6-10: 10 training "
-        "texts of each class. A difference that favours the first method is positive."
+        "texts of each class. A difference that supports the claim is positive. “Use it”: the "
+        "score is clearly higher on at least half of these data sets, and clearly lower on none."
     )
     return [
         *([terms, ""] if differences else []),
         *differences,
         *times,
-        "- What a step costs is in [performance.md](performance.md); whether the contrastive term "
-        "pays on your own data, `fusedacl try` measures ([experiments.md](experiments.md)).",
+        "- Times and memory of a step are in [performance.md](performance.md); whether the "
+        "contrastive term pays on your own data, `fusedacl try` measures "
+        "([experiments.md](experiments.md)).",
         "",
     ]
 
 
-def _differences(claims: Sequence[tuple[str, Section]]) -> list[str]:
-    """A line for each pair of methods and measure that several seeds compare.
+def _differences(
+    claims: Sequence[tuple[str, Section]],
+    few: Mapping[str, Collection[str]],
+    costs: Mapping[str, float],
+) -> list[str]:
+    """A line for each claim that several seeds check, first those on CE, with advice.
 
-    A task of several sweeps is followed by the name of the sweep.
+    A task of several sweeps is followed by the name of the sweep. few: sweep -> its tasks with few
+    training texts of each class.
     """
     sweeps: dict[str, set[str]] = {}
     for sweep, section in claims:
         for task in (row[0] for table in section.tables for row in table.rows):
             sweeps.setdefault(task, set()).add(sweep)
-    found: dict[str, dict[str, list[str]]] = {}
+    found: dict[tuple[str, str], _Found] = {}
     for sweep, section in claims:
         for table in section.tables:
-            _, better, than, *_ = table.header
-            measure = table.caption.partition(": ")[2].rstrip(".")
-            words = f"**{better} instead of {than}**"
-            _, spreads, option = measure.partition("over the values of ")
-            if spreads:
-                words += f" (how much less the score depends on {option})"
-            elif measure != "the mean score over the exits":
-                words += f" ({measure})"
+            claim, _, measure = table.caption.partition("”: ")
+            of_claim = found.setdefault((claim.lstrip("“"), measure.rstrip(".")), _Found())
+            of_claim.over_ce |= table.header[2] == "CE"
             for task, _, _, difference, interval, verdict in table.rows:
                 where = task if len(sweeps[task]) == 1 else f"{task} ({sweep})"
+                group = of_claim.few if task in few[sweep] else of_claim.all
                 if verdict == "not clear":
-                    found.setdefault(words, {}).setdefault(_NOT_CLEAR, []).append(where)
+                    group.unclear.append(where)
                 elif interval:
-                    clear = f"{difference} points on {where} ({interval})"
-                    found.setdefault(words, {}).setdefault(_CLEAR, []).append(clear)
+                    words = f"{difference} points on {where} ({interval})"
+                    (group.better if verdict == "holds" else group.worse).append(words)
     lines = []
-    # What concerns every user first: the loss of a classifier without early exits.
-    for words, tasks in sorted(found.items(), key=lambda item: "of CE**" not in item[0]):
-        parts = [", ".join(tasks[_CLEAR])] if _CLEAR in tasks else []
-        if _NOT_CLEAR in tasks:
-            parts.append(f"{_NOT_CLEAR} {', '.join(tasks[_NOT_CLEAR])}")
-        lines.append(f"- {words}: {'; '.join(parts)}.")
+    for (claim, measure), of_claim in sorted(found.items(), key=lambda item: not item[1].over_ce):
+        if not (of_claim.few or of_claim.all):
+            continue
+        words = f"**“{claim}”**"
+        _, spreads, option = measure.partition("over the values of ")
+        if spreads:
+            words += f" (how much less the score depends on {option})"
+        elif measure != "the mean score over the exits":
+            words += f" ({measure})"
+        cost = _cost(claim, costs) if of_claim.over_ce else ""
+        lines.append(f"- {words}. {of_claim.words}{cost}")
     return lines
+
+
+@dataclass
+class _Differences:
+    """Differences on some tasks: those clearly above 0, clearly below, and the tasks of others."""
+
+    better: list[str] = field(default_factory=list)
+    worse: list[str] = field(default_factory=list)
+    unclear: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.better or self.worse or self.unclear)
+
+    @property
+    def words(self) -> str:
+        clear = ", ".join([*self.better, *self.worse])
+        unclear = f"no clear difference on {', '.join(self.unclear)}" if self.unclear else ""
+        return "; ".join(part for part in (clear, unclear) if part)
+
+    @property
+    def advice(self) -> str:
+        """Words for the user of a loss: it is worth its price where half the sets gain clearly."""
+        total = len(self.better) + len(self.worse) + len(self.unclear)
+        if self.better and self.worse:
+            return "try it on your data"
+        if self.worse:
+            return "do not use it"
+        if 2 * len(self.better) >= total:
+            return "use it"
+        return "a gain is possible" if self.better else "nothing speaks for it"
+
+
+@dataclass
+class _Found:
+    """Results on a claim with few training texts of each class, and with all texts."""
+
+    few: _Differences = field(default_factory=_Differences)
+    all: _Differences = field(default_factory=_Differences)
+    over_ce: bool = False
+
+    @property
+    def words(self) -> str:
+        """A sentence for each kind of task, with advice where CE is the alternative."""
+        if not self.few and not self.over_ce:
+            return f"{self.all.words[0].upper()}{self.all.words[1:]}."
+        sentences = []
+        for group, texts in ((self.few, "few texts of each class"), (self.all, "all texts")):
+            if group:
+                advice = f", {group.advice}" if self.over_ce else ""
+                sentences.append(f"With {texts}{advice}: {group.words}.")
+        return " ".join(sentences)
+
+
+def _cost(claim: str, costs: Mapping[str, float]) -> str:
+    """A sentence on the time of a step, for a claim that opens with a method that was timed."""
+    method = claim.partition(" ")[0]
+    if method not in costs:
+        return ""
+    return f" A step takes {costs[method]:.2f} times as long as one of CE."
 
 
 def _early_exits(sections: Sequence[Section]) -> list[str]:
@@ -177,6 +252,13 @@ def _section(section: Section, folder: Path) -> list[str]:
     return [*lines, "", *(f"- {note}" for note in section.notes)] if section.notes else lines
 
 
+def step_costs(path: Path) -> dict[str, float]:
+    """Method -> time of its step, divided by that of CE: medians of the file's first case."""
+    providers = json.loads(path.read_text(encoding="utf-8"))["cases"][0]["providers"]
+    base = providers["fusedacl_ce"]["p50_ms"]
+    return {method: providers[name]["p50_ms"] / base for method, name in _TIMED.items()}
+
+
 def main() -> None:
     """`python -m fusedacl.engine.reports.results_page docs/results --output docs/results.md`."""
     parser = argparse.ArgumentParser(
@@ -184,6 +266,7 @@ def main() -> None:
     )
     parser.add_argument("directory", type=Path, help="directory that holds those of sweeps")
     parser.add_argument("--output", type=Path, required=True, help="the page to write")
+    parser.add_argument("--step", type=Path, help="result file of `fusedacl bench step`")
     arguments = parser.parse_args()
     output: Path = arguments.output
     reports = {
@@ -191,7 +274,8 @@ def main() -> None:
         for sweep in sorted(arguments.directory.iterdir())
         if is_sweep(sweep)
     }
-    output.write_text(results_page(reports, output.parent), encoding="utf-8")
+    costs = {} if arguments.step is None else step_costs(arguments.step)
+    output.write_text(results_page(reports, output.parent, costs), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Report:
     """A report that was written: its page, and the contents of the page.
 
     facts: data, model, versions, …: name -> value. max_exits: the most exits of a run.
+    few_texts: the tasks whose training texts are limited by class.
     """
 
     page: Path
@@ -35,6 +36,7 @@ class Report:
     sections: Sequence[Section]
     facts: Mapping[str, str]
     max_exits: int
+    few_texts: Collection[str] = ()
 
 
 def write_report(
@@ -163,7 +165,8 @@ def _write(
     facts = _facts(sweep)
     page = write_page(output_dir / "index.html", title, findings, there, facts)
     max_exits = max((len(run.layers()) for run in sweep.done if run.evaluated), default=0)
-    return Report(page, findings, there, facts, max_exits)
+    few_texts = {run.task for run in sweep.done if run.options.get("max_train_samples_per_class")}
+    return Report(page, findings, there, facts, max_exits, few_texts)
 
 
 def _reference(plan: ReportPlan) -> str | None:

@@ -31,7 +31,7 @@ def test_sweeps_on_one_page(
     monkeypatch.setattr(sys, "argv", ["results_page", str(results), "--output", str(output)])
     main()
     page = output.read_text()
-    found = "- **ACL instead of 2ST-MHA** (the mean score over the lower half of the exits): +"
+    found = "- **“ACL wins”** (the mean score over the lower half of the exits). +"
     assert found in page[: page.index("## Terms")]
     claims = page[page.index("## Claims") : page.index("## Several exits")]
     assert "“ACL wins”: holds on mrpc, rte." in claims
@@ -65,12 +65,38 @@ def test_a_task_of_two_sweeps_has_their_names(tmp_path: Path) -> None:
     )
     page = results_page({"reports/short/": short, "reports/long/": long}, tmp_path)
     assert (
-        "- **ACL instead of CE**: +1.0 points on rte (short) (0.5 to 1.5), +2.0 points on rte "
-        "(long) (1.5 to 2.5); no clear difference on mrpc, cola.\n"
+        "- **“ACL wins”**. With all texts, use it: +1.0 points on rte (short) (0.5 to 1.5), +2.0 "
+        "points on rte (long) (1.5 to 2.5); no clear difference on mrpc, cola.\n"
     ) in page
     claims = page[page.index("## Claims of the paper") :]
     assert claims.index("### short") < claims.index("+1.0") < claims.index("### long")
     assert "### short" not in results_page({"reports/short/": short}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "verdicts, advice",
+    [
+        (["holds", "not clear"], "use it"),
+        (["holds", "not clear", "not clear"], "a gain is possible"),
+        (["not clear"], "nothing speaks for it"),
+        (["holds", "holds", "the contrary"], "try it on your data"),
+        (["the contrary", "not clear"], "do not use it"),
+    ],
+)
+def test_advice_by_number_of_texts(verdicts: list[str], advice: str, tmp_path: Path) -> None:
+    """Tasks with few texts of each class have advice of their own, with the cost of a step."""
+    header = ["task", "ACL", "CE", "difference", "95 % interval", "verdict"]
+    rows = [[f"few-{i}", "", "", "1", "0 to 2", verdict] for i, verdict in enumerate(verdicts)]
+    rows.append(["all", "", "", "0", "-1 to 1", "not clear"])
+    table = Table(header, rows, "“ACL beats CE”: the mean score over the exits.")
+    few = [row[0] for row in rows[:-1]]
+    report = Report(tmp_path, [], [Section("Claims", tables=[table])], {"Data": ""}, 1, few)
+    page = results_page({"reports/few/": report}, tmp_path, {"ACL": 1.5})
+    (line,) = (line for line in page.splitlines() if line.startswith("- **“ACL beats CE”**"))
+    assert line.startswith(f"- **“ACL beats CE”**. With few texts of each class, {advice}: ")
+    rest = "With all texts, nothing speaks for it: no clear difference on all."
+    assert line.endswith(f"{rest} A step takes 1.50 times as long as one of CE.")
+    assert "A step takes" not in results_page({"reports/few/": report}, tmp_path)
 
 
 def test_times_of_early_exits_with_a_guarantee_come_first(tmp_path: Path) -> None:
