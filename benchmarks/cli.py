@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ DESCRIPTIONS = {
     "growth": "Series along M, d, K, E and the number of parameters, with fitted exponents.",
     "step": "Time, memory and parts of a training step, float32 on the CPU.",
     "loops": "Time of a step with the gate under DistributedDataParallel and FSDP2, 2 ranks.",
-    "wider": "Time of losses with other temperatures, several labels a row, or a memory.",
+    "wider": "Time of losses with learned temperatures, several labels per row, or a memory.",
     "exits": "Time of training several exits, and of early exit if no text leaves early.",
     "scaling": "Cost of negatives from all ranks: measured on loopback, modelled up to 4096 ranks.",
     "all": "Every suite, one after another; each writes a file.",
@@ -210,18 +211,10 @@ def _run_step(config: StepConfig) -> int:
     return status
 
 
-def _run_loops(config: LoopsConfig) -> int:
-    from .suites.loops.suite import run
-
-    file = _begin("loops", config)
-    run(file, preset=config.how.preset, threads=config.how.threads)
-    return _finish(file, [])
-
-
-def _run_wider(config: WiderConfig) -> int:
-    from .suites.wider.suite import run
-
-    file = _begin("wider", config)
+def _run_preset(suite: str, config: LoopsConfig | WiderConfig) -> int:
+    """bench loops and bench wider."""
+    run = import_module(f".suites.{suite}.suite", __package__).run
+    file = _begin(suite, config)
     run(file, preset=config.how.preset, threads=config.how.threads)
     return _finish(file, [])
 
@@ -276,8 +269,8 @@ def _finish(file: ResultFile, failures: list[str]) -> int:
 RUNS: dict[str, tuple[type, Callable[..., int]]] = {
     **{suite: (BenchConfig, partial(_run_cases, suite)) for suite in ("loss", "angle", "growth")},
     "step": (StepConfig, _run_step),
-    "loops": (LoopsConfig, _run_loops),
-    "wider": (WiderConfig, _run_wider),
+    "loops": (LoopsConfig, partial(_run_preset, "loops")),
+    "wider": (WiderConfig, partial(_run_preset, "wider")),
     "exits": (ExitsConfig, _run_exits),
     "scaling": (ScalingConfig, _run_scaling),
 }
@@ -355,7 +348,7 @@ def _compare(arguments: list[str]) -> int:
     if rest:
         raise ValueError(f"Unknown argument {rest[0]!r}: the options of a suite need --commits.")
     if len(options.files) != 2:
-        raise ValueError(f"two files are compared, {len(options.files)} given: OLD NEW.")
+        raise ValueError(f"{len(options.files)} file(s) given: name two result files, OLD and NEW.")
     old, new = options.files
     print(compare(read_result(old), read_result(new), names=(str(old), str(new))))
     return 0

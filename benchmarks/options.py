@@ -159,7 +159,7 @@ class StepConfig(Config):
 @dataclass(frozen=True)
 class Texts:
     data_dir: str | None = option(
-        None, "directory with mrpc/ (unset: $FUSEDACL_DATA if it has it, else embedded texts)"
+        None, "directory with mrpc/ (unset: $FUSEDACL_DATA if it has it, else built-in texts)"
     )
 
 
@@ -196,7 +196,7 @@ class Ranks:
     num_labels: int | None = option(None, "K, label embeddings", at_least=1)
     width: int | None = option(None, "d, width of the rows", at_least=1)
     rounds: int | None = option(None, "samples per method", at_least=1)
-    timeout: float = option(900.0, "seconds allowed for all ranks of one number", above=0)
+    timeout: float = option(900.0, "seconds allowed for each number of ranks", above=0)
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,10 @@ class ModelledMachine:
     node_link_gb_s: float | None = option(
         None, "GB/s per rank and direction within a node (unset: link_gb_s)", above=0
     )
-    dtype: str = option("float16", "data type there", choices=("float16", "float32"))
-    overlap: bool = option(True, "whether a ring sends while it computes there")
+    dtype: str = option(
+        "float16", "data type on the modelled machine", choices=("float16", "float32")
+    )
+    overlap: bool = option(True, "whether its ring sends while it computes")
 
 
 @dataclass(frozen=True)
@@ -321,7 +323,8 @@ def whole_numbers(name: str, text: str) -> list[int]:
     for part in parts:
         if not part.isdigit() or int(part) < 1:
             raise ValueError(
-                f"{name}={text!r}: {part!r} is not a whole number above 0. Write 1024,4096."
+                f"{name}={text!r}: {part!r} is not a whole number above 0. Separate numbers by "
+                "commas: 1024,4096."
             )
     return list(dict.fromkeys(map(int, parts)))
 

@@ -96,9 +96,17 @@ def lay_out(commit: str, tree: Path) -> Path:
     # setup.py looks for the benchmarks beside itself.
     for folder in (site, tree):
         (folder / "benchmarks").symlink_to(BENCHMARKS, target_is_directory=True)
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=tree, capture_output=True
-    )
+    built = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
+        cwd=tree, capture_output=True, text=True,
+    )  # fmt: skip
+    # setup.py goes on where a loop cannot be compiled.
+    for folder in sorted({file.parent for file in (tree / "kernels").rglob("*.c")}):
+        if not any(folder.glob("*.so")):
+            raise ValueError(
+                f"commits: the C loops of {commit} in {folder.relative_to(tree)} were not "
+                f"compiled, without which it is slower:\n{built.stderr.strip()}"
+            )
     return site.parent
 
 

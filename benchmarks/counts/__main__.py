@@ -164,8 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--write", action="store_true", help="accept the counts in expected.json")
-    parser.add_argument("--only", metavar="TEXT", help="only cases whose names begin so")
+    parser.add_argument(
+        "--write", action="store_true", help="accept these counts: write them to expected.json"
+    )
+    parser.add_argument("--only", metavar="TEXT", help="only cases whose names begin with TEXT")
     parser.add_argument("--places", action="store_true", help="print where operations come from")
     options = parser.parse_args(arguments)
     chosen = [case for case in cases() if case.name.startswith(options.only or "")]

@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, distributed, nn
 
+from ...engine.runtime.device import dtype_name
 from ...kernels import acl_cl_loss, acl_loss, gated_combine_, grad_dot_norm, supcon_loss
 from ...kernels.support.c_loops import library
 from ...kernels.support.machine import interpreting, triton_obstacle
@@ -98,7 +99,7 @@ def _loss(
     words += "" if name == "scl" else f", K {num_labels}"
     words += "" if exits is None else f", E {exits}"
     words += "" if reduction == "sum" else f", reduction {reduction}"
-    words += "" if dtype == torch.float32 else f", {str(dtype).removeprefix('torch.')}"
+    words += "" if dtype == torch.float32 else f", {dtype_name(dtype)}"
 
     def prepare(directory: Path) -> Subject:
         inputs = _inputs(name, num_samples, num_labels, exits, dtype)

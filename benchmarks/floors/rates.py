@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ...engine.runtime.device import dtype_name
 from ..measuring.environment import Result
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
@@ -30,7 +31,7 @@ class Rates:
         exponentials, num_bytes = (
             None if rate == float("inf") else rate / 1e9 for rate in (self.exponentials, self.bytes)
         )
-        flops = {str(dtype).removeprefix("torch."): rate for dtype, rate in self.flops.items()}
+        flops = {dtype_name(dtype): rate for dtype, rate in self.flops.items()}
         return {
             "name": self.name,
             "gigaflops": {name: rate / 1e9 for name, rate in flops.items()},

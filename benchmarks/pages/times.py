@@ -3,8 +3,8 @@
 from ..measuring.environment import Result
 from ..measuring.times_table import times_table
 from ..suites.loops.suite import WORDS as LOOPS
+from ..suites.suite import describe
 from ..suites.wider.suite import WORDS as LOSSES
-from ..suites.wider.suite import describe
 
 
 def loops_section(result: Result) -> list[str]:
@@ -18,17 +18,14 @@ def loops_section(result: Result) -> list[str]:
         "",
         times_table(result["times"], names=LOOPS),
         "",
-        *(
-            f"- {bar['what']}: {bar['value']:.2f} (target: at most {bar['at_most']})"
-            for bar in result["bars"]
-        ),
+        *(f"- {describe(bar)}" for bar in result["bars"]),
     ]
 
 
 def wider_section(result: Result) -> list[str]:
     shape = result["shape"]
     return [
-        "### Other temperatures, several labels, a memory",
+        "### Learned temperatures, several labels, a memory",
         "",
         f"`supcon_loss`, forward + backward, float32, {result['threads']} thread(s): "
         f"{shape['rows']} rows of width {shape['width']} in {shape['classes']} classes; for the "

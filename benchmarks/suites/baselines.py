@@ -83,17 +83,11 @@ def checkpointed_supcon(
     return torch.stack(losses).sum() / torch.stack(counts).sum()
 
 
-def dense_acl(
-    embeddings: Tensor, labels: Tensor, label_embeddings: Tensor, temperature: float = 0.5
-) -> Tensor:
+def dense_acl(embeddings: Tensor, labels: Tensor, label_embeddings: Tensor) -> Tensor:
     """`dense_supcon` of samples and label embeddings, concatenated, over all rows (eq. 1)."""
     label_ids = torch.arange(label_embeddings.shape[0], device=labels.device)
-    return dense_supcon(
-        torch.cat([embeddings, label_embeddings]),
-        torch.cat([labels, label_ids]),
-        temperature,
-        denominator="all",
-    )
+    rows = torch.cat([embeddings, label_embeddings])
+    return dense_supcon(rows, torch.cat([labels, label_ids]), denominator="all")
 
 
 def flash_log_sum_exp() -> Callable[[Tensor], Tensor]:

@@ -55,12 +55,9 @@ SIZES["cuda", "quick"] = SIZES["cpu", "quick"] | {"M": (1024, 2048, 4096, 8192)}
 SIZES["cuda", "full"] = SIZES["cpu", "full"] | {
     "M": tuple(2**exponent for exponent in range(6, 17))
 }
-AXES = ("M", "d", "K", "E", "P")
 
 
-def all_series(
-    device: str, preset: str, dtype: str, samples: int, axes: Sequence[str] = AXES
-) -> list[Series]:
+def all_series(device: str, preset: str, dtype: str, samples: int) -> list[Series]:
     sizes = SIZES[device, preset]
     width = 64
     rows = M_OF_WIDTHS if preset == "full" else 256
@@ -74,9 +71,9 @@ def all_series(
     return [
         Series(
             axis, ANGLE if axis == "P" else LOSS,
-            ANGLE_PROVIDERS if axis == "P" else LOSS_PROVIDERS, sizes[axis], tuple(cases[axis]),
+            ANGLE_PROVIDERS if axis == "P" else LOSS_PROVIDERS, sizes[axis], tuple(of_axis),
         )
-        for axis in axes
+        for axis, of_axis in cases.items()
     ]  # fmt: skip
 
 

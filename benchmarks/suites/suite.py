@@ -1,4 +1,4 @@
-"""The protocol of a suite and of its providers, and the peak memory of one provider."""
+"""The protocol of a suite and of its providers, and what suites share: peak memory, bars."""
 
 import importlib.util
 import math
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels.contrastive.tiled import cpu_triangle
 from ..floors.rates import Floor, Rates
-from ..measuring.environment import CPU
+from ..measuring.environment import CPU, Result
 from ..measuring.memory import HighWaterMark
 
 # Takes one input set; only the suite's check looks at what it returns.
@@ -94,6 +94,19 @@ def peak_bytes(suite: Suite, name: str, case: Any) -> int:
     # Memory that the loss keeps for its next call counts too.
     cpu_triangle.spare.clear()
     return mark.raised_by(lambda: call(inputs))
+
+
+def bar(what: str, value: float, limit: float, bound: str = "at_most") -> Result:
+    """A value and its target, which is reported but not enforced; bound: at_most or at_least."""
+    met = value <= limit if bound == "at_most" else value >= limit
+    return {"what": what, "value": float(value), bound: limit, "met": bool(met)}
+
+
+def describe(bar: Result) -> str:
+    """A bar as one line of text."""
+    bound = "at_most" if "at_most" in bar else "at_least"
+    words = f"{bound.replace('_', ' ')} {bar[bound]}: {'yes' if bar['met'] else 'no'}"
+    return f"{bar['what']}: {bar['value']:.2f} ({words})"
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:

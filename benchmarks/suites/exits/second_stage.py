@@ -18,7 +18,7 @@ from ....engine.training.logs.metrics_log import MetricsLog
 from ....engine.training.storage.checkpoint import save_model
 from ....engine.training.trainer import Trainer
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
-from ...measuring.clock import quantiles, ratio, seconds
+from ...measuring.clock import quantiles, seconds
 from ...measuring.environment import Result
 from ...measuring.times_table import times_table
 from ..suite import WrongResult, flat_gradient, relative_error
@@ -151,8 +151,6 @@ def second_stage(runs: Runs, name: str, bf16: bool = False) -> Result:
         "mean_tokens": float(ways["together"][0].train_split.lengths.mean()),
         **rate,
         "times": times,
-        "faster_than_apart": ratio(times, "apart", "together"),
-        "cached_faster": ratio(times, "together", "cached"),
         # Sums over the same batches, whose lengths differ.
         "total_faster_than_apart": totals["apart"] / totals["together"],
         "total_cached_faster": totals["together"] / totals["cached"],

@@ -31,7 +31,7 @@ from ....engine.model.exit_policies import parse_policy
 from ....engine.model.multi_exit import MultiExitForSequenceClassification
 from ....engine.runtime.text import text_table
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
-from ...measuring.clock import quantiles, ratio, seconds
+from ...measuring.clock import quantiles, seconds
 from ...measuring.environment import Result
 from ...measuring.result_file import ResultFile
 from ...measuring.times_table import times_table
@@ -50,7 +50,7 @@ MAX_ERROR = 1e-4
 def run(file: ResultFile, *, quick: bool, data_dir: Path | None, threads: int = 2) -> None:
     """Measure everything into `file`; WrongResult if two ways of training or answering differ.
 
-    data_dir: the directory with mrpc/; None uses embedded texts.
+    data_dir: the directory with mrpc/; None uses the built-in texts.
     """
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
@@ -140,19 +140,15 @@ def early_exit(
         name: sum(flops_of(partial(call, batch)) for batch in batches)
         for name, call in calls.items()
     }
-    extra: Result = {}
     apart: dict[str, Callable[[dict[str, Tensor]], object]] = {}
     if served is not None:
         apart["onnx"] = lambda batch: served(**batch)
         flops["onnx"] = flops["early_exit"]  # the same products, which PyTorch cannot count there
     times = interleave_passes(calls, apart, batches, {PRODUCTS: product_turn(WIDTH)}, rounds)
     rate = add_floors(times, flops, WIDTH)
-    if served is not None:
-        extra["onnx_faster"] = ratio(times, "early_exit", "onnx")
     print(f"\n{head} exits, batch {batch_size}", times_table(times, text_table), sep="\n")
     return {
         "exit_head": head, "batch": batch_size, "batches": len(batches), **rate, "times": times,
-        "over_full": ratio(times, "early_exit", "full"), **extra,
     }  # fmt: skip
 
 

@@ -10,11 +10,10 @@ from typing import Any
 from ....engine.data.quickstart import minilm_path
 from ....engine.runtime.text import text_table
 from ...measuring.clock import ratio
-from ...measuring.environment import machine_name
 from ...measuring.result_file import ResultFile
 from ...measuring.times_table import times_table
 from ..scaling.loopback import run_ranks
-from ..suite import WrongResult
+from ..suite import WrongResult, bar, describe
 from .ranks import Case, measure
 
 NUM_RANKS = 2
@@ -44,21 +43,16 @@ def run(file: ResultFile, *, preset: str, threads: int) -> None:
     check(ranks)
     times = ranks[0]["times"]
     file.result |= {
-        "machine": machine_name(),
         "ranks": NUM_RANKS,
         "threads": threads,
         "shape": SIZES[preset],
         "times": times,
         "bars": [
-            {"what": what, "value": value, "at_most": most, "met": value <= most}
-            for what, slower, faster, most in BARS
-            for value in [float(ratio(times, slower, faster))]
+            bar(what, ratio(times, slower, faster), most) for what, slower, faster, most in BARS
         ],
     }
     print(times_table(times, text_table, WORDS))
-    for bar in file.result["bars"]:
-        met = "yes" if bar["met"] else "no"
-        print(f"{bar['what']}: {bar['value']:.2f} (at most {bar['at_most']}: {met})")
+    print(*map(describe, file.result["bars"]), sep="\n")
 
 
 def check(ranks: list[dict[str, Any]]) -> None:

@@ -86,7 +86,6 @@ def sigmoids_in_blocks(
     labels: Tensor,
     *,
     temperature: float,
-    num_checked: int = NUM_CHECKED,
     num_trained: int | None = None,
 ) -> Exact:
     """The mean over all pairs of log(1 + exp(s)), or of log(1 + exp(-s)) / n for the n of a class.
@@ -115,7 +114,7 @@ def sigmoids_in_blocks(
         similarity, sign, of_pair = pairs(part)
         loss += (torch.nn.functional.softplus(sign * similarity) * of_pair).sum()
     trained = everything[:num_trained]
-    rows = trained[:: max(1, len(trained) // num_checked)]
+    rows = trained[:: max(1, len(trained) // NUM_CHECKED)]
     gradients = []
     for part in rows.split(block):
         similarity, sign, of_pair = pairs(part)

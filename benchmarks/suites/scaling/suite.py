@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ...measuring.clock import quantiles
-from ...measuring.environment import Result, machine_name
+from ...measuring.environment import Result
 from ...measuring.result_file import ResultFile
 from ..suite import WrongResult
 from .cost_model import METHODS, Link, Machine, Problem, modelled
@@ -28,7 +28,7 @@ CPU_MODEL = "cpu_loopback"
 
 @dataclass(frozen=True)
 class RankOptions:
-    """Real ranks to measure. timeout: seconds for all ranks of one number."""
+    """Real ranks to measure. timeout: seconds for each number of ranks."""
 
     world_sizes: tuple[int, ...]
     rounds: int
@@ -61,7 +61,6 @@ def run(
         machines["options"] = described
     shape = {"samples": problem.num_samples, "labels": problem.num_labels, "width": problem.width}
     file.result |= {
-        "machine": machine_name(),
         "problem": shape,
         "measured": measured,
         "models": [

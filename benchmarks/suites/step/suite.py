@@ -27,11 +27,11 @@ from ....engine.runtime.text import text_table
 from ....engine.training.profiling import WARM_UP
 from ...floors.matrix_products import PRODUCTS, add_floors, flops_of, product_turn
 from ...measuring.clock import interleave_samples, ratio, seconds
-from ...measuring.environment import Result, machine_name
+from ...measuring.environment import Result
 from ...measuring.memory import Child, HighWaterMark
 from ...measuring.result_file import ResultFile
 from ...measuring.times_table import times_table
-from ..suite import WrongResult
+from ..suite import WrongResult, bar, describe
 from .names import (
     ACL,
     ACL_TRAINER,
@@ -136,7 +136,6 @@ def run(
             f"case of this preset, which has {there}: choose from these, or another preset."
         )
     torch.set_num_threads(threads)
-    file.result["machine"] = machine_name()
     found = file.result["cases"] = []
     with tempfile.TemporaryDirectory() as temporary, quiet():
         files = Files(Path(temporary))
@@ -305,18 +304,9 @@ def peak_of_step(make: Callable[[], StepTrainer]) -> int:
     return raised
 
 
-def bar(what: str, value: float, most: float) -> Result:
-    """A ratio and its target, which is reported but not enforced."""
-    return {"what": what, "value": float(value), "at_most": most, "met": bool(value <= most)}
-
-
 def text(case: Result) -> str:
     """A case as a table with its targets and the providers that were left out."""
     table = times_table(case["providers"], text_table, WORDS | CACHED_WORDS)
-    lines = [f"\n{case['words']}", table]
-    lines += [
-        f"{b['what']}: {b['value']:.2f} (at most {b['at_most']}: {'yes' if b['met'] else 'no'})"
-        for b in case["bars"]
-    ]
+    lines = [f"\n{case['words']}", table, *map(describe, case["bars"])]
     lines += [f"left out: {WORDS[name]}: {why}" for name, why in case["left_out"].items()]
     return "\n".join(lines) + "\n"

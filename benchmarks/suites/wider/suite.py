@@ -19,10 +19,10 @@ from torch import Tensor
 from ....engine.runtime.text import text_table
 from ....kernels import supcon_loss
 from ...measuring.clock import interleave_on, ratio
-from ...measuring.environment import CPU, Result
+from ...measuring.environment import CPU
 from ...measuring.result_file import ResultFile
 from ...measuring.times_table import times_table
-from ..suite import WrongResult
+from ..suite import WrongResult, bar, describe
 
 TEMPERATURE = 0.1
 # Share of the largest value of the reference in float64.
@@ -44,15 +44,15 @@ WORDS = {
     "dense_memory": "dense formula: memory",
     "products": "matrix products of the memory",
 }
-# Targets: words, whose time over whose, the limit, and whether it is an upper one.
+# Targets: words, whose time over whose, and the limit with its side.
 BARS = (
-    ("several labels over plain", "several", "plain", 1.25, True),
-    ("learned temperature over plain", "learned", "plain", 1.15, True),
-    ("temperatures by row over plain", "by_row", "plain", 1.6, True),
-    ("memory over its matrix products", "memory", "products", 1.3, True),
-    ("dense formula over ours, several labels", "dense_several", "several", 10.0, False),
-    ("dense formula over ours, learned temperature", "dense_learned", "learned", 10.0, False),
-    ("dense formula over ours, temperatures by row", "dense_by_row", "by_row", 10.0, False),
+    ("several labels over plain", "several", "plain", 1.25, "at_most"),
+    ("learned temperature over plain", "learned", "plain", 1.15, "at_most"),
+    ("temperatures by row over plain", "by_row", "plain", 1.6, "at_most"),
+    ("memory over its matrix products", "memory", "products", 1.3, "at_most"),
+    ("dense formula over ours, several labels", "dense_several", "several", 10.0, "at_least"),
+    ("dense formula over ours, learned temperature", "dense_learned", "learned", 10.0, "at_least"),
+    ("dense formula over ours, temperatures by row", "dense_by_row", "by_row", 10.0, "at_least"),
 )
 
 Problem = dict[str, Any]
@@ -76,28 +76,13 @@ def run(file: ResultFile, *, preset: str, threads: int) -> None:
         matrix_products, memory["embeddings"].detach(), memory["memory_embeddings"]
     )
     times = interleave_on(CPU, {name: calls[name] for name in WORDS}, rounds=ROUNDS[preset])
-    file.result |= {
-        "threads": threads, "shape": sizes, "times": times, "bars": bars(times),
-    }  # fmt: skip
+    bars = [
+        bar(what, ratio(times, slower, faster), limit, bound)
+        for what, slower, faster, limit, bound in BARS
+    ]
+    file.result |= {"threads": threads, "shape": sizes, "times": times, "bars": bars}
     print(times_table(times, text_table, WORDS))
-    for bar in file.result["bars"]:
-        print(describe(bar))
-
-
-def bars(times: dict[str, Result]) -> list[Result]:
-    found = []
-    for what, slower, faster, limit, is_upper in BARS:
-        value = float(ratio(times, slower, faster))
-        met = value <= limit if is_upper else value >= limit
-        found.append(
-            {"what": what, "value": value, "limit": limit, "is_upper": is_upper, "met": met}
-        )
-    return found
-
-
-def describe(bar: Result) -> str:
-    words = f"{'at most' if bar['is_upper'] else 'at least'} {bar['limit']}"
-    return f"{bar['what']}: {bar['value']:.2f} ({words}: {'yes' if bar['met'] else 'no'})"
+    print(*map(describe, bars), sep="\n")
 
 
 def make_problems(sizes: dict[str, int]) -> dict[str, Problem]:

@@ -148,6 +148,14 @@ def test_each_commit_is_laid_out_as_it_was(checkout: Path, tmp_path: Path) -> No
         assert (site / "fusedacl" / "benchmarks" / "comparing" / "commits.py").is_file()
 
 
+def test_a_commit_whose_loops_were_not_compiled_is_refused(checkout: Path, tmp_path: Path) -> None:
+    """It would run without them, and seem slower than it is."""
+    (checkout / "kernels" / "sums.c").write_text("int x = ;\n")
+    commit(checkout)
+    with pytest.raises(ValueError, match="the C loops of .* in kernels were not compiled"):
+        commits.lay_out(commits.commit_hash("HEAD"), tmp_path / "HEAD")
+
+
 def test_an_unknown_commit_and_another_layout_are_refused(checkout: Path) -> None:
     for file in ("engine/runtime/__init__.py", "kernels/contrastive/__init__.py"):
         (checkout / file).unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from fusedacl.benchmarks.suites.growth import AXES, all_series, exponent, fit_table, fits
+from fusedacl.benchmarks.suites.growth import all_series, exponent, fit_table, fits
 from fusedacl.engine.runtime.text import text_table
 
 
@@ -53,7 +53,7 @@ def test_the_table_has_exponents_and_the_largest_size() -> None:
 def test_series_differ_in_their_size_alone(device: str, preset: str) -> None:
     field = {"M": "samples", "d": "width", "K": "classes", "E": "exits", "P": "parameters"}
     found = all_series(device, preset, "float32", samples=32)
-    assert [series.axis for series in found] == list(AXES)
+    assert [series.axis for series in found] == list(field)
     for series in found:
         for size, case in zip(series.sizes, series.cases, strict=True):
             assert getattr(case, field[series.axis]) == size

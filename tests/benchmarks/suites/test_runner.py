@@ -22,7 +22,7 @@ from fusedacl.benchmarks.suites.loss import case as loss_case
 from fusedacl.benchmarks.suites.loss import providers as loss_providers
 from fusedacl.benchmarks.suites.loss import suite as loss
 from fusedacl.benchmarks.suites.runner import DeviceLost, Settings, plan, run_case
-from fusedacl.benchmarks.suites.suite import Provider, missing, peak_bytes
+from fusedacl.benchmarks.suites.suite import Provider, bar, describe, missing, peak_bytes
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, rounds=3, case_seconds=1.0)
@@ -268,3 +268,12 @@ def test_bert_has_as_many_parameters_as_published() -> None:
     base, large = gate_case.bert_shapes(12, 768), gate_case.bert_shapes(24, 1024)
     assert (len(base), gate_case.num_elements(base)) == (199, gate_case.BERT_BASE)
     assert (len(large), gate_case.num_elements(large)) == (391, 335_141_888)
+
+
+def test_bars_are_reported_not_enforced() -> None:
+    upper, lower = bar("x", 1.76, 1.75), bar("y", 10, 10.0, "at_least")
+    assert upper == {"what": "x", "value": 1.76, "at_most": 1.75, "met": False}
+    assert lower == {"what": "y", "value": 10.0, "at_least": 10.0, "met": True}
+    assert bar("x", 1.75, 1.75)["met"] and not bar("y", 9.9, 10.0, "at_least")["met"]
+    assert describe(upper) == "x: 1.76 (at most 1.75: no)"
+    assert describe(lower) == "y: 10.00 (at least 10.0: yes)"

@@ -27,8 +27,6 @@ def test_second_stage_times_the_three_ways(runs: Runs, name: str) -> None:
     times = result["times"]
     assert times.keys() == {"together", "apart", "cached"}
     assert all(time["samples"] == 2 for time in times.values())
-    assert result["faster_than_apart"] == times["apart"]["p50_ms"] / times["together"]["p50_ms"]
-    assert result["cached_faster"] == times["together"]["p50_ms"] / times["cached"]["p50_ms"]
     flops = {way: time["flops"] for way, time in times.items()}
     # One exit learns here, alone or not.
     assert flops["apart"] == flops["together"] > flops["cached"] > 0
@@ -58,9 +56,7 @@ def test_early_exit_beside_its_export(runs: Runs, monkeypatch: pytest.MonkeyPatc
     served = exits.exported(runs, "linear")
     assert served is not None
     result = early_exit(runs, "linear", 1, rounds=2, served=served)
-    times = result["times"]
-    assert times.keys() == {"full", "early_exit", "onnx"}
-    assert result["onnx_faster"] == times["early_exit"]["p50_ms"] / times["onnx"]["p50_ms"]
+    assert result["times"].keys() == {"full", "early_exit", "onnx"}
     monkeypatch.setattr(OnnxAnswers, "probabilities", property(lambda answers: answers.logits))
     with pytest.raises(WrongResult, match="linear, onnxruntime: probabilities: .*: not timed"):
         early_exit(runs, "linear", 1, rounds=2, served=served)
@@ -78,8 +74,7 @@ def test_a_missing_onnxruntime_is_named(
 def test_early_exit_beside_the_last_exit_alone(runs: Runs, batch_size: int) -> None:
     result = early_exit(runs, "linear", batch_size, rounds=2)
     assert result["batches"] == (16 if batch_size == 1 else 1)
-    times = result["times"]
-    assert result["over_full"] == times["early_exit"]["p50_ms"] / times["full"]["p50_ms"]
+    assert result["times"].keys() == {"full", "early_exit"}
 
 
 def test_early_exit_that_leaves_is_not_timed(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from fusedacl.benchmarks.pages.step import step_section
 from fusedacl.benchmarks.suites.step import suite as step
 from fusedacl.benchmarks.suites.step import trainers
 from fusedacl.benchmarks.suites.step.names import ACL, CE, HUGGING_FACE, TWO_BACKWARD, WORDS
-from fusedacl.benchmarks.suites.step.suite import Turns, bar, measure, peak_of_step
+from fusedacl.benchmarks.suites.step.suite import Turns, measure, peak_of_step
 from fusedacl.benchmarks.suites.step.trainers import Case, Files, make_trainer, obstacle
 from fusedacl.benchmarks.suites.suite import WrongResult
 from fusedacl.engine.runtime import processes
@@ -143,11 +143,6 @@ def test_who_cannot_run_is_left_out_with_the_reason(
     assert set(result["providers"]) == {CE}
     assert "pip install deepspeed" in result["left_out"]["deepspeed_ce"]
     assert "Unknown option 'gate_scop'" in result["left_out"]["fusedacl_acl_head"]
-
-
-def test_bars_are_reported_not_enforced() -> None:
-    assert bar("x", 1.76, 1.75) == {"what": "x", "value": 1.76, "at_most": 1.75, "met": False}
-    assert bar("x", 1.75, 1.75)["met"]
 
 
 class Holder:
