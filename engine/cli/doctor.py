@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import platform
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from ...kernels.contrastive.dispatch import Workload, explain
 from ...kernels.gradients.angle import explain as explain_gradients
 from ..backends.deepspeed.gradients import check_version
-from ..runtime.machine import versions
+from ..runtime.machine import num_cores, versions
 
 
 def diagnose() -> list[str]:
@@ -34,9 +33,8 @@ def diagnose() -> list[str]:
 
 
 def _device() -> list[str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     lines = [
-        f"  CPU: {cores} cores, torch uses {torch.get_num_threads()} threads, "
+        f"  CPU: {num_cores()} cores, torch uses {torch.get_num_threads()} threads, "
         f"vector instructions {torch.backends.cpu.get_cpu_capability()}."
     ]
     if not torch.cuda.is_available():
@@ -71,7 +69,7 @@ def _arithmetic() -> str:
         return "--bf16 is faster here: this CPU has bfloat16 matrix units (AMX)."
     if "avx512_bf16" in flags:
         return "--bf16 may be faster: this CPU has bfloat16 dot products."
-    return "--bf16 and --fp16 run, but this CPU only emulates them: slower."
+    return "--bf16 and --fp16 run, but this CPU only emulates them, which is slower."
 
 
 def _kernels() -> list[str]:

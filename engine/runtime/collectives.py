@@ -18,6 +18,7 @@ from torch import Tensor
 
 from . import processes
 from .lock import is_running
+from .text import first_line
 
 Result = TypeVar("Result")
 # Words by which a failed exchange is recognised where torch raises a plain RuntimeError.
@@ -114,8 +115,8 @@ def check_alike(values: Mapping[str, Any], remedy: str = "") -> None:
                 )
 
 
-def check_shared(directory: Path, option: str) -> None:
-    """Refuse a directory that is another one on some machine. Collective.
+def check_shared(directory: Path) -> None:
+    """Refuse an `output_dir` that is another directory on some machine. Collective.
 
     Raises:
         ValueError: naming a process that does not see what process 0 writes there.
@@ -131,7 +132,7 @@ def check_shared(directory: Path, option: str) -> None:
     def see() -> None:
         if not token.exists():
             raise ValueError(
-                f"{option}={str(directory)!r} is not the directory that process 0 writes to: it "
+                f"output_dir={str(directory)!r} is not the directory that process 0 writes to: it "
                 "must lie on a file system that all processes share."
             )
 
@@ -179,7 +180,7 @@ class Peers:
             else "another process, on another machine, ended or cannot be reached"
         )
         return OSError(
-            f"{who} stops after step {step}: {what} ({processes.first_line(error)}). See that "
+            f"{who} stops after step {step}: {what} ({first_line(error)}). See that "
             "process's own output for why. Start all of them again with --resume_from_checkpoint "
             "latest."
         )

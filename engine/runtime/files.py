@@ -28,10 +28,20 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_entries(directory: Path) -> None:
+    """Flush the entries of a directory, where the file system can: some network ones cannot."""
+    try:
+        flush(directory)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+
+
 def disk_remedy(error: BaseException) -> str:
     """Return what to do about a file that could not be written."""
     full = (os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT))
-    return "Free some space" if any(words in str(error) for words in full) else "Mend that"
+    is_full = any(words in str(error) for words in full)
+    return "Free some space" if is_full else "Remove the cause of that error"
 
 
 def kind_of_file(path: Path) -> str | None:
@@ -49,6 +59,35 @@ def kind_of_file(path: Path) -> str | None:
     if stat.S_ISSOCK(mode):
         return "a socket"
     return "a device" if stat.S_ISCHR(mode) or stat.S_ISBLK(mode) else None
+
+
+def check_writable(path: Path, option: str, *, directory: bool = False) -> None:
+    """Refuse a file that could not be written, or a directory that could not be made or filled.
+
+    directory: whether `path`, where it exists, has to be a directory.
+
+    Raises:
+        ValueError: names the option, the path and what is in the way.
+    """
+    # A link keeps its place, and what it names is written. Unlike the methods of Path, these
+    # functions raise no error where a directory may not be searched.
+    place = Path(os.path.realpath(path))
+    if not os.path.isdir(place):
+        if directory and os.path.exists(place):
+            raise ValueError(f"{option}={str(path)!r} is a file: name a directory.")
+        place = place.parent
+    while not os.path.exists(place):
+        place = place.parent
+    if not os.path.isdir(place):
+        raise ValueError(
+            f"{option}={str(path)!r} cannot be written: {str(place)!r} is a file, no directory. "
+            "Name another place."
+        )
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{option}={str(path)!r} cannot be written: the directory {str(place)!r} does not "
+            "permit it. Change its permissions, or name another place."
+        )
 
 
 def unique_keys(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -37,6 +38,13 @@ def machine_name(device: torch.device | None = None) -> str:
         return torch.cuda.get_device_name(device)
     number = torch.get_num_threads()
     return f"{cpu_model()}, {number} thread{'' if number == 1 else 's'}"
+
+
+def num_cores() -> int:
+    """Return the number of cores that this process may use; Slurm and taskset allow it a part."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_model() -> str:

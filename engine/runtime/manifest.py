@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .files import flush, write_json
+from .files import flush, flush_entries, write_json
 
 CHECKPOINT_PREFIX = "checkpoint-"
 MANIFEST_FILE = "manifest.json"
@@ -34,6 +34,18 @@ def seal_model(directory: Path) -> None:
     """Write the manifest of a final model, which `model_fault` compares."""
     files = sorted(file for file in directory.iterdir() if is_model_file(file.name))
     write_manifest(directory, {file.name: sealed(file) for file in files})
+
+
+def publish_model(staged: Path, directory: Path) -> list[str]:
+    """Move the files of a model into `directory`, the manifest last; returns their names.
+
+    A process that is killed meanwhile leaves whole files, and a manifest that tells if they differ.
+    """
+    files = sorted(staged.iterdir(), key=lambda file: file.name == MANIFEST_FILE)
+    for file in files:
+        file.replace(directory / file.name)
+    flush_entries(directory)
+    return [file.name for file in files]
 
 
 def model_fault(directory: Path) -> str | None:

@@ -12,6 +12,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from .text import first_line
+
 TIMEOUT_SECONDS = 600.0
 # Time for all processes to start and to connect.
 MEETING_SECONDS = 60.0
@@ -199,8 +201,3 @@ def _device(name: str, local_rank: int) -> torch.device:
             f"{socket.gethostname()}. Start at most that many processes there, or use device=cpu."
         )
     return torch.device("cuda", local_rank)
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message, or the error's type if it has none."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)

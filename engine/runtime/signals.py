@@ -38,7 +38,7 @@ class SignalsNoted:
     """Note the stopping signals within a `with` block.
 
     words: logged at the first signal. A SIGINT later than `ECHO_SECONDS` after it raises
-        KeyboardInterrupt, unless `patient`.
+        KeyboardInterrupt, unless `patient`; the log says so after a SIGINT.
     received: number of the first signal, None until one came.
     """
 
@@ -60,7 +60,10 @@ class SignalsNoted:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self._since = number, time.monotonic()
-            logger.warning("%s: %s", signal.Signals(number).name, self.words)
+            again = ""
+            if number == signal.SIGINT and not self.patient:
+                again = f" (Ctrl-C again after {ECHO_SECONDS:g} s ends without saving)"
+            logger.warning("%s: %s%s", signal.Signals(number).name, self.words, again)
         elif number == signal.SIGINT and not self.patient and self._is_late():
             raise KeyboardInterrupt
 

@@ -70,3 +70,8 @@ def write_tables(
     intro = f"{words}\n\n" if words else ""
     write_whole(files[1], f"{intro}{markdown_table(header, rows)}\n")
     return files
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the error's type if it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -64,6 +65,17 @@ def test_tells_the_two_apexes_apart(
 
     monkeypatch.setattr(importlib.util, "find_spec", find)
     assert expected in doctor._apex()
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+    assert machine.num_cores() == 2 and doctor._device()[0].startswith("  CPU: 2 cores, ")
+    # Other systems than Linux do not say.
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert machine.num_cores() == 64
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert machine.num_cores() == 1
 
 
 def test_absent_packages_are_left_out_of_versions(monkeypatch: pytest.MonkeyPatch) -> None:

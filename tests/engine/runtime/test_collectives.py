@@ -29,12 +29,12 @@ def test_a_directory_that_is_not_shared(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(collectives, "from_first", lambda make: told["token"])
     monkeypatch.setattr(collectives, "together", lambda action: action())
     with pytest.raises(ValueError, match="output_dir=.* is not the directory that process 0"):
-        collectives.check_shared(tmp_path, "output_dir")
+        collectives.check_shared(tmp_path)
     told["token"].touch()
-    collectives.check_shared(tmp_path, "output_dir")
+    collectives.check_shared(tmp_path)
     # As process 0 does it.
     monkeypatch.setattr(processes, "rank", lambda: 0)
     monkeypatch.setattr(collectives, "from_first", lambda make: make())
     told["token"].unlink()
-    collectives.check_shared(tmp_path, "output_dir")
+    collectives.check_shared(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

@@ -21,3 +21,16 @@ def test_only_a_later_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> No
             signal.raise_signal(signal.SIGINT)
         noted.patient = True
         signal.raise_signal(signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("number", "patient", "told"),
+    [(signal.SIGINT, False, True), (signal.SIGINT, True, False), (signal.SIGTERM, False, False)],
+)
+def test_the_log_says_how_to_end_at_once(
+    number: signal.Signals, patient: bool, told: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SignalsNoted("saving …", patient=patient):
+        signal.raise_signal(number)
+    more = " (Ctrl-C again after 3 s ends without saving)" if told else ""
+    assert caplog.messages == [f"{number.name}: saving …{more}"]
