@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..config.run_options import RunOptions
+from ..config.run_options import RunOptions, named_services
 from ..config.training import TrainingConfig
 from ..runtime.files import read_file
 from ..runtime.text import did_you_mean
@@ -47,6 +47,7 @@ _FEATURE_OPTIONS = (
     "exit_layers", "max_seq_length", "max_train_samples", "max_train_samples_per_class",
     "validation_split_percentage", "subset_seed", "tokenizer_name", "fp16", "bf16",
 )  # fmt: skip
+_CELLS = "cells/"
 # Options that the sweep sets itself.
 _OWN_OPTIONS = ("seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint")
 
@@ -80,7 +81,13 @@ class Cell:
         names = "output_dir", "stage1_model", "feature_cache"
         places = zip(names, (self.directory, self.stage1, self.features), strict=True)
         paths = {name: str(sweep_dir / place) for name, place in places if place is not None}
-        return TrainingConfig.create(**self.options, **paths, seed=self.seed, disable_tqdm=True)
+        own = {**paths, "seed": self.seed, "disable_tqdm": True}
+        config = TrainingConfig.create(**{**self.options, **own})
+        if named_services(config.run.report_to) == [] or config.run.run_name is not None:
+            return config
+        # The last part of output_dir, "seed-1", is that of many runs.
+        run = dataclasses.replace(config.run, run_name=self.directory.removeprefix(_CELLS))
+        return dataclasses.replace(config, run=run)
 
 
 def shipped_recipes() -> list[str]:
@@ -159,7 +166,9 @@ def _cells(
     for option in _MODEL_OPTIONS if first is not None else ():
         inherited.pop(option, None)
     options = inherited | method
-    for option in _OWN_OPTIONS:
+    shares = options.get("strategy") == "two_stage" and recipe.get("share_features", False)
+    refused = _OWN_OPTIONS if first is None else (*_OWN_OPTIONS, "stage1_model")
+    for option in (*refused, "feature_cache") if shares else refused:
         if option in options:
             raise ValueError(f"{option} is the sweep's own: leave it out of the recipe.")
     lists = {option: method[option] for option in listed_options(method)}
@@ -168,10 +177,10 @@ def _cells(
         grid = dict(zip(lists, map(_one_value, values), strict=True))
         # A slug, because a value may be a path that leads out of the sweep.
         place = "".join(f"/{option}-{slug(str(value))}" for option, value in grid.items())
-        stage1 = None if first is None else f"cells/{slug(task)}/{slug(first)}/seed-{seed}"
-        directory = f"cells/{slug(task)}/{slug(name)}{place}/seed-{seed}"
+        stage1 = None if first is None else f"{_CELLS}{slug(task)}/{slug(first)}/seed-{seed}"
+        directory = f"{_CELLS}{slug(task)}/{slug(name)}{place}/seed-{seed}"
         features = None
-        if options.get("strategy") == "two_stage" and recipe.get("share_features", False):
+        if shares:
             # Shared by all second stages with the same first stage and the same kind of exit.
             head = options.get("exit_head", "mha")
             head += "-mean" if options.get("exit_pooling") == "mean" else ""
@@ -201,6 +210,12 @@ def _check_cells(cells: Sequence[Cell]) -> None:
     for cell in cells:
         try:
             config = cell.config(Path("sweep")).resolved()
+            if config.run.push_to_hub:
+                raise ValueError(
+                    "push_to_hub=True: the runs of a sweep would all go to one repository, each "
+                    "over the one before. Leave it out, and upload the run that you choose: "
+                    "`hf upload REPOSITORY DIRECTORY`."
+                )
             if cell.stage1 is not None:
                 _check_teacher(config, configs[cell.stage1])
         except ValueError as error:

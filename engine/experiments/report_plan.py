@@ -63,7 +63,7 @@ class ClaimPlan:
         """The quantity that is compared, as a sentence."""
         exits = "the lower half of the exits" if self.shallow else "the exits"
         option = self.spread_over
-        spread = f", the highest less the lowest over the values of {option}" if option else ""
+        spread = f", its range (highest minus lowest) over the values of {option}" if option else ""
         return f"the mean score over {exits}{spread}."
 
 

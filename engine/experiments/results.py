@@ -21,9 +21,9 @@ Value = TypeVar("Value")
 # Options in which seeds of one experiment may differ: a first stage, a cache and the texts that are
 # drawn or held out belong to a seed.
 _SEED_OPTIONS = ("seed", "stage1_model", "feature_cache", "subset_seed")
-# Differences that differ by less are equal.
+# Half-width of an interval, in points, up to which all differences count as equal.
 _EQUAL_POINTS = 1e-9
-_KEYS = ("task", "method", "seed", "grid", "directory", "status", "error")
+_KEYS = ("task", "method", "seed", "grid", "directory", "status", "seconds", "error")
 
 
 class NotThereError(Exception):
@@ -398,7 +398,7 @@ def collect_runs(paths: Sequence[Path]) -> SweepResults:
 def _check_same_texts(runs: Sequence[SweepRun]) -> None:
     """Refuse runs that were scored on different texts or labels with the same options.
 
-    Held-out texts belong to a seed. Of different options the sections warn.
+    Held-out texts belong to a seed. Where options differ, the sections of the report warn.
     """
     first: dict[Any, tuple[SweepRun, Any]] = {}
     for run in runs:
@@ -421,7 +421,9 @@ def _evaluated_content(run: SweepRun) -> dict[str, Any] | None:
     """Rows and SHA-256 of the texts and labels that a run was scored on; None if not recorded."""
     try:
         config = json.loads((run.directory / "config.json").read_text(encoding="utf-8"))
-        return dict(config["data_record"]["splits"][next(iter(run.evaluated))])
+        content = config["data_record"]["splits"][next(iter(run.evaluated))]
+        # A record of an earlier version has no more.
+        return {key: content[key] for key in ("rows", "texts", "labels")}
     except (OSError, ValueError, KeyError, TypeError, StopIteration):
         return None
 

@@ -25,7 +25,7 @@ from ..config.fields import flatten
 from ..config.training import TrainingConfig
 from ..runtime.files import write_json, write_whole
 from ..runtime.lock import SweepLock
-from ..runtime.machine import cpu_model
+from ..runtime.machine import cpu_model, num_cores
 from ..runtime.signals import SignalsNoted
 from ..runtime.text import text_table
 from ..training.storage.checkpoint import CONFIG_FILE, changed_options, checkpoints
@@ -55,7 +55,10 @@ class SweepStopped(Exception):
 
 @dataclass
 class _Run:
-    """A cell and the state of its run."""
+    """A cell and the state of its run.
+
+    seconds: of all sessions of the run that have ended; None: nothing is known.
+    """
 
     cell: Cell
     status: str = "waiting"
@@ -63,6 +66,10 @@ class _Run:
     error: str | None = None
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
+
+    def end_session(self) -> None:
+        """Add the time since the start to that of earlier sessions."""
+        self.seconds = round((self.seconds or 0.0) + time.monotonic() - self.started, 1)
 
 
 class Sweep:
@@ -92,8 +99,22 @@ class Sweep:
         self.by_directory = {run.cell.directory: run for run in self.runs}
         self.signals = SignalsNoted("the runs save checkpoints and stop …", patient=True)
         self.lock = SweepLock(self.directory)
+        self._look()
+
+    def _look(self) -> None:
+        """Take over what earlier sessions left of the waiting runs.
+
+        Raises:
+            ValueError: they have other options, or finished ones have lost their first stage.
+        """
+        seconds: dict[str, float | None] = {}
+        # There is no record before the first session.
+        with contextlib.suppress(ValueError):
+            cells = read_record(self.directory)["cells"]
+            seconds = {cell["directory"]: cell["seconds"] for cell in cells}
         for run in self.runs:
-            self._inspect(run)
+            if run.status == "waiting":
+                self._inspect(run, seconds.get(run.cell.directory))
         for run in self.runs:
             first = self._first_stage(run)
             if run.status == "done" and first is not None and first.status != "done":
@@ -104,7 +125,7 @@ class Sweep:
                     f"{str(where)!r} too, so that it is trained again."
                 )
 
-    def _inspect(self, run: _Run) -> None:
+    def _inspect(self, run: _Run, seconds: float | None) -> None:
         directory = self.directory / run.cell.directory
         if not (directory / CONFIG_FILE).is_file():
             return
@@ -116,9 +137,9 @@ class Sweep:
                 f"({'; '.join(changed)}). Delete it, or name another output_dir for the changed "
                 "recipe."
             )
-        results = finished_results(directory)
-        if results is not None:
-            run.status, run.seconds = "done", results.get("train_seconds")
+        run.seconds = seconds
+        if finished_results(directory) is not None:
+            run.status = "done"
 
     def recall(self) -> None:
         """Take the states of unfinished runs from sweep.json, for `--status`."""
@@ -140,9 +161,12 @@ class Sweep:
 
         Raises:
             SweepStopped: SIGINT, SIGTERM or SIGHUP was received; active runs saved checkpoints.
+            ValueError: another sweep is running there, or has left other runs meanwhile.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         with self.lock.held(), self.signals:
+            # Another sweep may have finished some of the runs until it released the lock.
+            self._look()
             recipe = yaml.safe_dump(self.recipe, sort_keys=False)
             write_whole(self.directory / "recipe.yaml", recipe)
             self._write()
@@ -211,7 +235,7 @@ class Sweep:
         directory.parent.mkdir(parents=True, exist_ok=True)
         if not checkpoints(directory):
             self._drop_features_of(run)
-        threads = str(max(1, (os.cpu_count() or 1) // self.workers))
+        threads = str(max(1, num_cores() // self.workers))
         with log_file(directory).open("ab") as log:
             run.process = subprocess.Popen(
                 self.command(run),
@@ -232,7 +256,7 @@ class Sweep:
         if code is None:
             return
         directory = self.directory / run.cell.directory
-        run.seconds = round(time.monotonic() - run.started, 1)
+        run.end_session()
         results = finished_results(directory)
         if code == 0 and results is not None:
             run.status = "done"
@@ -288,6 +312,7 @@ class Sweep:
             except subprocess.TimeoutExpired:
                 process.kill()
             run.status = "done" if process.wait() == 0 else "interrupted"
+            run.end_session()
 
     def _write(self) -> None:
         of_cell = ("task", "method", "seed", "grid", "directory")
@@ -296,7 +321,7 @@ class Sweep:
             | {"status": run.status, "seconds": run.seconds, "error": run.error}
             for run in self.runs
         ]
-        environment = {"machine": f"{cpu_model()}, {os.cpu_count()} cores", "workers": self.workers}
+        environment = {"machine": f"{cpu_model()}, {num_cores()} cores", "workers": self.workers}
         values = {"schema": SCHEMA, "recipe": self.recipe, "environment": environment}
         write_json(self.directory / SWEEP_FILE, {**values, "cells": cells})
         active = [run.process.pid for run in self._active() if run.process]
@@ -322,7 +347,7 @@ def default_workers() -> int:
     """Number of runs at the same time: one per two cores, and a single one with a GPU."""
     import torch
 
-    return 1 if torch.cuda.is_available() else max(1, (os.cpu_count() or 1) // 2)
+    return 1 if torch.cuda.is_available() else max(1, num_cores() // 2)
 
 
 def finished_results(directory: Path) -> dict[str, Any] | None:

@@ -1,7 +1,8 @@
 """The answer of a trial in words: what the contrastive term gains, what it costs, what was gated.
 
 A term pays where the whole 95 % t interval of the differences, draw by draw, is above 0. It does
-not pay where the whole interval is below the smallest gain that is worth its price, `min_gain`.
+not pay where the whole interval is below the smallest gain that is worth its price, `min_gain`,
+also where both are so.
 """
 
 from __future__ import annotations

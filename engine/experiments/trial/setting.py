@@ -16,8 +16,10 @@ import numpy as np
 
 from ...config.fields import flatten
 from ...config.training import TrainingConfig
+from ...data.balance import BALANCED, balanced_batches
 from ...data.dataset import TextData, load_splits
 from ...inference.evaluation import score
+from ...training.stages import plan_steps
 from ..runs import OBJECTIVE_NAMES
 
 logger = logging.getLogger("fusedacl")
@@ -29,6 +31,8 @@ FEWEST_TEXTS = 20
 # An encoder learns next to nothing in fewer steps, and all methods would score alike.
 FEWEST_STEPS = 100
 PILOT_STEPS = 8
+# Texts of each split that a run of the pilot is evaluated on; a draw reads the whole split.
+PILOT_TEXTS = 500
 HELD_OUT_PERCENTAGE = 20
 # Sizes that are tried where the whole set takes too long, in texts of each class.
 _SIZES = (1000, 500, 200, 100, 50, 20, 10, 5)
@@ -42,6 +46,11 @@ _OWN_OPTIONS = (
     "objective", "strategy", "stage1_model", "seed", "subset_seed", "resume_from_checkpoint",
     "overwrite_output_dir", "logging_steps", "eval_steps", "save_steps", "load_best_model_at_end",
     "early_stopping_patience", "profile", "push_to_hub",
+)  # fmt: skip
+# Options that may ask for more steps than the pilot has, and do not change the time of a step.
+_WARM_UP_OPTIONS = (
+    "warmup_steps", "warmup_ratio", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "memory_warmup_steps",
 )  # fmt: skip
 
 
@@ -66,7 +75,8 @@ class Setting:
     options: of all its runs, by name. given: names of those that the user gave. class_counts:
     training texts of each class; None where a text may have several labels. constant_score: the
     best main metric of a model that gives all texts the same answer; None if there is none.
-    content: SHA-256 of the texts and labels.
+    content: SHA-256 of the texts and labels. num_evaluated: texts of the first evaluation split;
+    more_evaluated: of each further one, as MNLI has.
     """
 
     options: Mapping[str, Any]
@@ -76,6 +86,7 @@ class Setting:
     class_counts: tuple[int, ...] | None
     constant_score: float | None
     content: str
+    more_evaluated: tuple[int, ...] = ()
 
     @property
     def task(self) -> str:
@@ -108,12 +119,60 @@ class Setting:
         return Size(per_class, texts, max(1, round(epochs * of_epoch)), epochs)
 
     def sizes(self) -> list[Size]:
-        """The sizes to choose from, the largest first; one if the options name it."""
+        """The sizes to choose from, the largest first; one if the options name it.
+
+        Sizes with fewer steps than a warm-up, or too few texts for `sampler` balanced, are left
+        out.
+
+        Raises:
+            ValueError: no size is left; the reason is that of the largest.
+        """
         limits: list[int | None] = [None]
-        named = self.given & {"max_train_samples_per_class", "max_train_samples", "max_steps"}
-        if not named and self.class_counts is not None:
+        if not self._names_size and self.class_counts is not None:
             limits += [size for size in _SIZES if size < max(self.class_counts)]
-        return [self.size(limit) for limit in limits]
+        found, refusals = [], []
+        for size in map(self.size, limits):
+            try:
+                self._check(size)
+            except ValueError as refusal:
+                refusals.append(refusal)
+            else:
+                found.append(size)
+        if not found:
+            raise refusals[0]
+        return found
+
+    @property
+    def _names_size(self) -> bool:
+        names = {"max_train_samples_per_class", "max_train_samples", "max_steps"}
+        return not names.isdisjoint(self.given)
+
+    def _check(self, size: Size) -> None:
+        """Refuse a size that runs would refuse."""
+        options = {**self.options, "objective": "acl"}
+        if size.num_epochs is not None:
+            options["num_train_epochs"] = size.num_epochs
+        plan_steps(TrainingConfig.create(**options), num_exits=1, num_texts=size.num_texts)
+        self._texts_together(size.per_class)
+
+    def _texts_together(self, per_class: int | None) -> int:
+        """Texts of a class that a batch of `sampler` balanced takes; 1 for another order.
+
+        per_class: there are at most so many texts of each class; None: all.
+
+        Raises:
+            ValueError: they fill no batch.
+        """
+        config = TrainingConfig.create(**self.options)
+        if config.data.sampler != BALANCED or self.class_counts is None:
+            return 1
+        counts = [min(count, per_class or count) for count in self.class_counts]
+        labels = np.repeat(np.arange(len(counts)), counts)
+        chunk = config.optimization.per_device_train_batch_size
+        # Cross-entropy takes no contrastive_batch_size.
+        batches = {chunk, chunk * config.chunks_together}
+        chosen = config.data.samples_per_class
+        return max(balanced_batches(labels, size, chosen).per_class for size in batches)
 
     def recipe(self, size: Size, num_draws: int) -> dict[str, Any]:
         """The recipe of the first draws: one seed each, for the texts and for the training."""
@@ -136,13 +195,22 @@ class Setting:
 
     def pilot(self) -> dict[str, Any]:
         """The recipe of a few steps of each method, for their times."""
-        options = {**self.options, "max_steps": PILOT_STEPS}
-        # It would not be over.
-        options.pop("memory_warmup_steps", None)
-        if len(self.sizes()) > 1 and self.class_counts is not None:
-            texts = PILOT_STEPS * self.texts_of_step
-            options["max_train_samples_per_class"] = math.ceil(texts / len(self.class_counts))
+        options = {k: v for k, v in self.options.items() if k not in _WARM_UP_OPTIONS}
+        options |= {"max_steps": PILOT_STEPS, "max_eval_samples": self._pilot_texts}
+        if not self._names_size and self.class_counts is not None:
+            texts = math.ceil(PILOT_STEPS * self.texts_of_step / len(self.class_counts))
+            options["max_train_samples_per_class"] = max(texts, self._texts_together(None))
         return {**self._recipe(options), "seeds": [0]}
+
+    @property
+    def _pilot_texts(self) -> int:
+        return min(self.num_evaluated, PILOT_TEXTS)
+
+    @property
+    def texts_left(self) -> int:
+        """Texts that a run of a draw is evaluated on beyond those of a run of the pilot."""
+        splits = (self.num_evaluated, *self.more_evaluated)
+        return sum(max(0, texts - self._pilot_texts) for texts in splits)
 
     @property
     def texts_of_step(self) -> int:
@@ -169,7 +237,7 @@ def read_setting(given: Mapping[str, Any]) -> Setting:
 
     Raises:
         ValueError: an option that the trial sets itself or that is wrong; the data are missing or
-            damaged, have one class, or too few texts.
+            damaged, have one class, too few texts, or a class of too few to hold one out.
     """
     for name in _OWN_OPTIONS:
         if name in given:
@@ -180,13 +248,12 @@ def read_setting(given: Mapping[str, Any]) -> Setting:
     config = TrainingConfig.create(**given)
     values = flatten(config)
     options = {**{name: values[name] for name in given}, **_known_defaults(given)}
-    # Names the directory that the contradictions are checked with; the sweep sets those of runs.
+    # `resolved` needs an output_dir and an objective; the sweep sets those of each run.
     TrainingConfig.create(**{**options, "output_dir": "trial", "objective": "acl"}).resolved()
     data = _load(options)
     has_validation = any(name.startswith("validation") for name in data.evaluation_splits)
     if not has_validation:
-        options["validation_split_percentage"] = HELD_OUT_PERCENTAGE
-        data = _load(options)
+        options, data = _hold_out(options)
     for note in data.notes:
         logger.info(note)
     train, split = data.splits["train"], data.splits[data.evaluation_splits[0]]
@@ -199,10 +266,41 @@ def read_setting(given: Mapping[str, Any]) -> Setting:
     if not data.several_labels:
         counts = tuple(Counter(train.labels or ()).values())
     written = json.dumps(data.record.splits, sort_keys=True).encode()
-    return Setting(
+    setting = Setting(
         options, frozenset(given), len(train), len(split), counts, constant_score(data),
         content=hashlib.sha256(written).hexdigest(),
+        more_evaluated=tuple(len(data.splits[name]) for name in data.evaluation_splits[1:]),
     )  # fmt: skip
+    setting.sizes()
+    return setting
+
+
+def _hold_out(options: Mapping[str, Any]) -> tuple[dict[str, Any], TextData]:
+    """Options that hold a validation split out of the training texts, and the data with it.
+
+    Raises:
+        ValueError: a class has too few texts.
+    """
+    holding = {**options, "validation_split_percentage": HELD_OUT_PERCENTAGE}
+    file = holding.pop("validation_file", None)
+    if file is not None:
+        logger.info(
+            "validation_file=%r is unlabelled: %d %% of the training texts are held out instead.",
+            file, HELD_OUT_PERCENTAGE,
+        )  # fmt: skip
+    try:
+        return holding, _load(holding)
+    except ValueError as error:
+        # Its remedies are for those who gave this option.
+        start = f"validation_split_percentage={HELD_OUT_PERCENTAGE}: "
+        found, _, _ = str(error).removeprefix(start).partition(": too few")
+        if not str(error).startswith(start):
+            raise
+        raise ValueError(
+            f"{found}: too few to hold {HELD_OUT_PERCENTAGE} % of each class out, as the data have "
+            "no labelled validation split. Give one (--validation_file, beside --train_file), or "
+            "take the class out of the data."
+        ) from None
 
 
 def constant_score(data: TextData) -> float | None:

@@ -14,14 +14,14 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ...runtime.files import write_json
 from ...runtime.lock import SweepLock
 from ...training.storage.checkpoint import differences
 from ..runs import read_metrics
 from ..sweep import Sweep, SweepStopped
-from .setting import METHODS, PILOT_STEPS, Setting, Size
+from .setting import BASE, METHODS, PILOT_STEPS, Setting, Size
 
 logger = logging.getLogger("fusedacl")
 RECORD_FILE = "trial.json"
@@ -137,6 +137,9 @@ class Trial:
                 failures = self._draw()
                 if failures:
                     return failures
+            if not self.record["draws"]:
+                # The time of the draw just fitted when its size was chosen, and no longer does.
+                self._refuse(self.size)
         finally:
             self._write()
         return []
@@ -166,6 +169,10 @@ class Trial:
             seconds = step_seconds(directory / run.cell.directory, self.setting.texts_of_step)
             steps[run.cell.method] = seconds
             others[run.cell.method] = max(0.0, float(run.seconds or 0) - PILOT_STEPS * seconds)
+        # A run of a draw evaluates more texts. Each takes at most its share of a training step of
+        # cross-entropy, since evaluation has no backward pass.
+        rest = self.setting.texts_left * steps[BASE] / self.setting.texts_of_step
+        others = {method: seconds + rest for method, seconds in others.items()}
         self.record |= {"step_seconds": steps, "other_seconds": others}
         self._write()
         shutil.rmtree(directory, ignore_errors=True)
@@ -185,18 +192,15 @@ class Trial:
                     self.record["per_class"] = size.per_class
                     self._write()
                     return
-        words = self._too_short(min(sizes, key=self.draw_seconds))
-        # The machine may have been busy: the next session times the steps anew.
-        del self.record["step_seconds"], self.record["other_seconds"]
-        self._before, self._started = 0.0, self._clock()
-        raise ValueError(words)
+        self._refuse(min(sizes, key=self.draw_seconds))
 
-    def _too_short(self, size: Size) -> str:
+    def _refuse(self, size: Size) -> NoReturn:
+        """Refuse a time in which not one draw of this size fits, and forget what was timed."""
         steps, others = self.record["step_seconds"], self.record["other_seconds"]
         seconds = self.draw_seconds(size)
         of_steps = ", ".join(f"{steps[name]:.2g} s for {name}" for name in METHODS)
         needed = [math.ceil((self.spent + number * seconds) / 60) for number in (1, 2)]
-        return (
+        words = (
             f"minutes={self.budget / 60:g} is too short: one draw of {', '.join(METHODS)} takes "
             f"about {seconds / 60:.1f} minutes here ({size.num_steps} steps of {of_steps}, and "
             f"{sum(others.values()):.0f} s to start and evaluate the runs). With what was spent on "
@@ -204,6 +208,11 @@ class Trial:
             "interval needs. Shorter: --max_steps, --max_eval_samples, --max_seq_length, or fewer "
             "texts."
         )
+        # The machine may have been busy: the next session times the steps anew.
+        for name in ("step_seconds", "other_seconds", "per_class"):
+            self.record.pop(name, None)
+        self._before, self._started = 0.0, self._clock()
+        raise ValueError(words)
 
     @property
     def next_seconds(self) -> float:

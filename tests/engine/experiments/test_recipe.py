@@ -90,6 +90,24 @@ def test_how_long_to_train_is_a_choice_of_its_own() -> None:
     assert [cell.config(Path("s")).run.early_stopping_patience for cell in cells] == [1, 3]
 
 
+def test_no_progress_bar_whatever_the_options_say() -> None:
+    defaults = {"model_name_or_path": "bert", "disable_tqdm": "false"}
+    for cell in plan_cells(recipe(defaults=defaults)):
+        assert cell.config(Path("sweep")).run.disable_tqdm
+
+
+def test_runs_in_a_service_are_named_after_their_directories() -> None:
+    def names(**options: Any) -> list[str | None]:
+        methods = {"SCL": METHODS["SCL"] | options}
+        cells = plan_cells(recipe(tasks={"rte": {}}, seeds=[1, 2], methods=methods))
+        return [cell.config(Path("sweep")).run.run_name for cell in cells]
+
+    found = names(report_to="wandb")
+    assert found[0] == "rte/scl/aux_weight-0.1/temperature-0.1/seed-1"
+    assert len(set(found)) == len(found) == 8 and names(report_to="all") == found
+    assert set(names()) == {None} and set(names(report_to="wandb", run_name="mine")) == {"mine"}
+
+
 def test_a_path_among_the_values_stays_in_the_sweep() -> None:
     methods = {"CE": {"objective": "ce", "model_name_or_path": ["../../elsewhere", "/tmp/other"]}}
     for cell in plan_cells(recipe(tasks={"rte": {}}, seeds=[1], methods=methods)):
@@ -123,6 +141,17 @@ def test_the_papers_recipe_is_the_papers() -> None:
             assert (objective.temperature, objective.aux_weight) == (0.5, 0.02)
             assert (objective.max_angle, objective.contrastive_reduction) == (90, "sum")
             assert optimization.fp16
+
+
+def test_options_that_the_sweep_does_not_need_are_taken() -> None:
+    """A first stage of one's own, a cache of one's own, and what is refused only if it is on."""
+    second = {"strategy": "two_stage", "model_name_or_path": None, "num_hidden_layers": None}
+    second |= {"stage1_model": "runs/ce", "feature_cache": "cache", "push_to_hub": False}
+    (cell,) = plan_cells(
+        recipe(tasks={"rte": {}}, seeds=[1], methods={"ACL": second}, share_features=False)
+    )
+    options = cell.config(Path("sweep")).optimization
+    assert (options.stage1_model, options.feature_cache) == ("runs/ce", "cache")
 
 
 def test_reads_a_file_or_a_shipped_name(tmp_path: Path) -> None:
@@ -175,6 +204,9 @@ def test_reads_a_file_or_a_shipped_name(tmp_path: Path) -> None:
         ({"X": {**SECOND, "stage1": "ACL"}}, "stage1='ACL' has a stage1 itself"),
         ({"X": {"stage1": ["CE"]}}, "is no method of the recipe.*'CE'"),
         ({"X": {"stage1": "CE"}}, "rte, X, seed 1: stage1_model=.*strategy=two_stage"),
+        ({"X": {**SECOND, "stage1_model": "runs/ce"}}, "stage1_model is the sweep's own: leave it"),
+        ({"X": {**SECOND, "feature_cache": "cache"}}, "feature_cache is the sweep's own: leave it"),
+        ({"X": {"push_to_hub": "true"}}, "rte, X, seed 1: push_to_hub=True: .* Leave it out, and"),
     ],
 )
 def test_mistakes(changes: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ import pytest
 import yaml
 from fusedacl.engine.cli.main import main
 from fusedacl.engine.config.fields import write_yaml
-from fusedacl.engine.experiments.sweep import Sweep, SweepStopped, _Run
+from fusedacl.engine.experiments.sweep import Sweep, SweepStopped, _Run, default_workers
 
 METHODS: dict[str, Any] = {
     "CE": {"objective": "ce"},
@@ -94,6 +94,11 @@ def start_and_wait(sweep: StandInSweep, run: _Run) -> None:
     run.process.wait()
 
 
+def seconds_of(directory: Path) -> dict[str, float | None]:
+    cells = json.loads((directory / "sweep.json").read_text())["cells"]
+    return {cell["directory"]: cell["seconds"] for cell in cells}
+
+
 def statuses(directory: Path) -> dict[str, str]:
     cells = json.loads((directory / "sweep.json").read_text())["cells"]
     return {f"{cell['method']} {cell['seed']}": cell["status"] for cell in cells}
@@ -164,7 +169,21 @@ def test_stops_and_goes_on(tmp_path: Path) -> None:
     assert stopped.value.exit_code == 143
     assert sorted(statuses(tmp_path).values()) == ["interrupted"] * 2 + ["waiting"] * 4
     assert all(run.process is None or run.process.poll() is not None for run in sweep.runs)
+    # The seconds of a run are those of all its sessions; a finished one keeps them.
+    first = seconds_of(tmp_path)
+    stopped_runs = [place for place, seconds in first.items() if seconds is not None]
+    assert len(stopped_runs) == 2
+    record = (tmp_path / "sweep.json").read_text()
+    for place in stopped_runs:
+        record = record.replace(f'"seconds": {first[place]}', '"seconds": 1000.0')
+    (tmp_path / "sweep.json").write_text(record)
     assert len(StandInSweep(RECIPE, tmp_path).run()) == 6
+    second = seconds_of(tmp_path)
+    for place, seconds in second.items():
+        assert seconds is not None
+        assert 1000 <= seconds < 1060 if place in stopped_runs else 0 <= seconds < 60
+    StandInSweep(RECIPE, tmp_path).run()
+    assert seconds_of(tmp_path) == second
 
 
 def test_a_run_that_a_killed_sweep_left_behind_is_not_started_again(tmp_path: Path) -> None:
@@ -182,6 +201,38 @@ def test_a_run_that_a_killed_sweep_left_behind_is_not_started_again(tmp_path: Pa
     left.wait()
     assert not again.lock.is_held() and len(StandInSweep(killed.recipe, tmp_path).run()) == 3
     assert killed.order().count("start ce/seed-1") == 1
+
+
+def test_runs_that_another_sweep_finished_meanwhile_are_not_started_again(tmp_path: Path) -> None:
+    """As one that holds the lock until shortly after this one has read the directory."""
+    late = StandInSweep(RECIPE, tmp_path)
+    assert len(StandInSweep(RECIPE, tmp_path).run()) == 6
+    order, seconds = late.order(), seconds_of(tmp_path)
+    assert len(late.run()) == 6
+    assert late.order() == order and seconds_of(tmp_path) == seconds
+
+
+def test_workers_follow_the_cores_that_the_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert default_workers() == 3
+    sweep = StandInSweep({**RECIPE, "seeds": [1], "methods": {"CE": METHODS["CE"]}}, tmp_path)
+    given: dict[str, str] = {}
+    start = subprocess.Popen
+
+    def popen(*arguments: Any, env: dict[str, str], **options: Any) -> Any:
+        given.update(env)
+        return start(*arguments, env=env, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    sweep.run()
+    environment = json.loads((tmp_path / "sweep.json").read_text())["environment"]
+    assert environment["machine"].endswith(", 6 cores") and environment["workers"] == 3
+    assert given["OMP_NUM_THREADS"] == "2"
 
 
 def test_status_tells_what_became_of_runs(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,12 @@ def large(given: dict[str, Any] | None = None) -> Setting:
     [
         (rows_of(10), "8 texts to train on and 2 to evaluate on are too few: a trial"),
         ([{"sentence": "a dog", "label": "good"}] * 60, "at least two classes"),
-        ([*rows_of(59), {"sentence": "a", "label": "odd"}], "class 'odd'"),
+        (
+            [*rows_of(59), {"sentence": "a", "label": "odd"}],
+            "has 1 texts of class 'odd': too few to hold 20 % of each class out, as the data have "
+            "no labelled validation split. Give one (--validation_file, beside --train_file), or "
+            "take the class out",
+        ),
     ],
 )
 def test_unsuitable_data_are_refused_before_any_run(
@@ -48,6 +55,7 @@ def test_unsuitable_data_are_refused_before_any_run(
     assert main(["try", *arguments, "--output_dir", str(tmp_path / "try")]) == 2
     shown = capsys.readouterr()
     assert message in shown.err and not shown.out and not (tmp_path / "try").exists()
+    assert "validation_split_percentage" not in shown.err
 
 
 @pytest.mark.parametrize(
@@ -58,6 +66,11 @@ def test_unsuitable_data_are_refused_before_any_run(
         ({"load_best_model_at_end": True}, "load_best_model_at_end=True: a trial sets this"),
         ({"learning_rate": -1}, "learning_rate=-1.0 is out of range"),
         ({"fp16": True, "bf16": True}, "fp16 and bf16 are both on"),
+        # `opinions` names ten steps, so that there is no other size.
+        ({"warmup_steps": 11}, "warmup_steps=11: the stage has 10 steps"),
+        ({"memory_size": 8, "memory_warmup_steps": 10}, "memory_warmup_steps=10: the memory would"),
+        ({"lr_scheduler_kwargs": '{"cycles": 2}'}, "lr_scheduler_type=linear with"),
+        ({"sampler": "balanced", "samples_per_class": 5}, "samples_per_class=5: a contrastive"),
     ],
 )
 def test_unsuitable_options_are_refused(
@@ -90,6 +103,21 @@ def test_without_a_validation_split_texts_are_held_out(tiny_bert: Path, tmp_path
     write_jsonl(folder / "test.jsonl", rows[:30])
     options |= {"task_name": "mine", "data_dir": str(tmp_path / "data")}
     assert read_setting(options).num_evaluated == 40
+
+
+def test_an_unlabelled_validation_file_is_replaced_by_held_out_texts(
+    tiny_bert: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = write_jsonl(tmp_path / "mine.jsonl", rows_of(200))
+    unlabelled = [{"sentence": row["sentence"], "label": "-1"} for row in rows_of(40)]
+    file = str(write_jsonl(tmp_path / "dev.jsonl", unlabelled))
+    options = {"model_name_or_path": str(tiny_bert), "train_file": str(train)}
+    with caplog.at_level(logging.INFO, logger="fusedacl"):
+        setting = read_setting({**options, "validation_file": file})
+    assert f"validation_file={file!r} is unlabelled: 20 % of" in caplog.text
+    assert (setting.num_train, setting.num_evaluated) == (160, 40)
+    # The runs take these options.
+    assert plan_cells(setting.pilot()) and plan_cells(setting.recipe(setting.size(None), 1))
 
 
 def test_several_labels_per_text_and_the_embedded_data(emotion_files: dict[str, str]) -> None:
@@ -135,3 +163,45 @@ def test_the_recipe_gives_each_method_the_options_that_it_takes() -> None:
     pilot = plan_cells(setting.pilot())
     assert {cell.options["max_steps"] for cell in pilot} == {8}
     assert {cell.options["max_train_samples_per_class"] for cell in pilot} == {128}
+
+
+def test_sizes_with_fewer_steps_than_a_warm_up_are_left_out() -> None:
+    def limits(**given: Any) -> list[int | None]:
+        return [size.per_class for size in large(given).sizes()]
+
+    # 220, 94, 64 and 26 steps.
+    assert limits(num_train_epochs=2.0, warmup_steps=64) == [None, 1000, 500]
+    assert limits(num_train_epochs=2.0, warmup_steps=64, lr_scheduler_type="constant")[-1] == 5
+    assert limits(num_train_epochs=2.0, memory_size=8, memory_warmup_steps=64) == [None, 1000]
+    # The cross-entropy of a trial has no contrastive batch, but the other methods do.
+    balanced = {"sampler": "balanced", "samples_per_class": 16}
+    assert limits(**balanced)[-1] == 20
+    with pytest.raises(ValueError, match="warmup_steps=400: the stage has 330 steps"):
+        limits(warmup_steps=400)
+
+
+def test_the_pilot_runs_whatever_the_draws_need() -> None:
+    given = {
+        "warmup_steps": 50, "lr_scheduler_type": "cosine_with_restarts",
+        "lr_scheduler_kwargs": '{"num_cycles": 3}', "memory_size": 8, "memory_warmup_steps": 20,
+    }  # fmt: skip
+    assert large(given).pilot()["defaults"].keys().isdisjoint(given.keys() - {"memory_size"})
+    # 8 steps of 32 texts are 4 of each class, with which no batch has 8 of one.
+    banking = {"task_name": "mine", "model_name_or_path": "bert", "sampler": "balanced"}
+    for chosen, expected in ((8, 8), (None, 4)):
+        options = {**banking, "samples_per_class": chosen} if chosen else banking
+        setting = Setting(options, frozenset(), 77 * 100, 200, (100,) * 77, 0.5, "0")
+        assert setting.pilot()["defaults"]["max_train_samples_per_class"] == expected
+    # By default 62 texts are 31 of each of two classes.
+    odd = Setting({**banking, "per_device_train_batch_size": 62}, frozenset(), 2000, 200,
+                  (100,) * 20, 0.5, "0")  # fmt: skip
+    assert odd.pilot()["defaults"]["max_train_samples_per_class"] == 31
+
+
+def test_the_pilot_is_evaluated_on_some_of_the_texts() -> None:
+    for evaluated, more, limit, left in (
+        (200, (), 200, 0), (9815, (9832,), 500, 9315 + 9332), (300, (900,), 300, 600),
+    ):  # fmt: skip
+        setting = replace(large(), num_evaluated=evaluated, more_evaluated=more)
+        assert setting.pilot()["defaults"]["max_eval_samples"] == limit
+        assert setting.texts_left == left

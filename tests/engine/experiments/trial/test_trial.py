@@ -148,6 +148,29 @@ def test_the_largest_set_that_leaves_time_for_four_draws(
     assert 2 * few.draw_seconds(few.size) <= 18 * 60 - 62 < 3 * few.draw_seconds(few.size)
 
 
+def test_texts_that_the_pilot_is_not_evaluated_on_take_time_too(
+    world: Any, setting: Setting, start: Start, tmp_path: Path
+) -> None:
+    trial = start(world, replace(setting, num_evaluated=1300), tmp_path / "try")
+    trial._measure()
+    # 800 more texts, of which cross-entropy trains 32 in a second.
+    assert trial.record["other_seconds"] == dict.fromkeys(("CE", "CE+SCL", "ACL"), 10 + 25.0)
+    assert trial.draw_seconds(trial.setting.size(None)) == 3 * 35 + 40 and world.now == 62
+
+
+def test_a_draw_that_just_fitted_and_no_longer_does_is_told(
+    world: Any, setting: Setting, start: Start, tmp_path: Path
+) -> None:
+    trial = start(world, setting, tmp_path / "try", minutes=2.2)
+    trial._measure()
+    trial._choose_size()
+    world.now += 0.001
+    with pytest.raises(ValueError, match="minutes=2.2 is too short: .* --minutes 3 for one draw"):
+        trial.run()
+    again = start(world, setting, tmp_path / "try", minutes=3)
+    assert again.run() == [] and len(again.draws) == 1
+
+
 def test_the_directory_of_something_else_is_refused(
     world: Any, setting: Setting, start: Start, opinions: Any, tmp_path: Path
 ) -> None:
@@ -172,14 +195,15 @@ def test_the_directory_of_something_else_is_refused(
 def test_a_real_trial(
     tiny_bert: Path, tiny_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command with real runs of two steps, options in a file, and its page."""
+    """The command with real runs whose warm-up is longer than the pilot, and its page."""
     directory, config = tmp_path / "try", tmp_path / "config.yaml"
-    config.write_text(f"task_name: opinions\ndata_dir: {tiny_data}\nmax_steps: 2\n")
+    config.write_text(f"task_name: opinions\ndata_dir: {tiny_data}\nmax_steps: 9\n")
     arguments = ["try", str(config), "--model_name_or_path", str(tiny_bert)]
     arguments += ["--max_seq_length", "16", "--output_dir", str(directory), "--draws", "1"]
+    arguments += ["--warmup_steps", "9", "--disable_tqdm"]
     assert main([*arguments, "--minutes", "60"]) == 0
     shown = capsys.readouterr().out
-    assert "opinions: 1 draw of 64 training texts, 2 steps a run, evaluated on 24 texts." in shown
+    assert "opinions: 1 draw of 64 training texts, 9 steps a run, evaluated on 24 texts." in shown
     assert "ACL over CE: " in shown and "in a single draw, which has no interval" in shown
     assert "Price: a step of ACL " in shown and "contrastive gradients; mean angle" in shown
     page = (directory / "report" / "index.html").read_text()
