@@ -7,9 +7,9 @@ from typing import Any
 
 from .fields import option
 
-# PyTorch takes 64 bits; what each process adds to its seed has to fit as well.
+# PyTorch's seeds have 64 bits; this leaves room for the offset that each process adds.
 MAX_SEED = 2**63 - 1
-# Smallest and largest temperature that is learned; float32 holds the sums of the loss down to 1/70.
+# Bounds of a learned temperature; below 1/70, sums of exponentials may overflow float32.
 LEARNED_TEMPERATURES = (0.02, 5.0)
 # The schedules of transformers' SchedulerType that depend on the step alone.
 SCHEDULES = (
@@ -110,7 +110,7 @@ class DataOptions:
     """Options of a labelled data set; `data.dataset.load_splits` reads what they name."""
 
     task_name: str | None = option(
-        None, "GLUE task, folder of --data_dir, or 'quickstart' (the embedded data set)"
+        None, "GLUE task, folder of --data_dir, or 'quickstart' (the built-in data set)"
     )
     data_dir: str | None = option(
         None, "directory with <task_name>/{train,validation,test}.parquet|jsonl|csv"
@@ -134,8 +134,8 @@ class DataOptions:
     )
     max_seq_length: int | None = option(
         None,
-        "maximum tokens per text or pair; longer ones are truncated. Unset: 128 in training,"
-        " otherwise the length used in training",
+        "maximum tokens per text or pair; longer ones are truncated. Unset: 128 in training (with"
+        " --stage1_model its length), otherwise the length used in training",
         at_least=3,
     )
     max_eval_samples: int | None = option(
@@ -196,14 +196,14 @@ class TrainingDataOptions(DataOptions):
     )
     sampler: str = option(
         "random",
-        "texts of a batch. random; balanced: each contrastive batch has --samples_per_class texts"
-        " of each of its classes, as far as the classes last",
+        "order of the training texts. random: shuffled; balanced: each contrastive batch has"
+        " --samples_per_class texts of each of its classes, until too few classes are left",
         choices=("random", "balanced"),
     )
     samples_per_class: int | None = option(
         None,
-        "--sampler balanced: texts of a class in a contrastive batch. Unset: as few, but 2 at"
-        " least, as there are classes to fill the batch",
+        "with --sampler balanced: texts of each class in a contrastive batch. Unset: the smallest"
+        " number, at least 2, for which there are enough classes to fill the batch",
         at_least=2,
     )
 
@@ -229,8 +229,8 @@ class ObjectiveOptions:
     gate_scope: str = option(
         "all",
         "gradients that the gate's angle is measured on. all: of all trained parameters (exact;"
-        " needs a second backward pass); top:K: of the last K layers and the exit; head: of the"
-        " representation that both losses read (almost free, but the decision is approximate)."
+        " needs a second backward pass); top:K: of the last K layers and the exit; head: of a"
+        " linear map to what both losses read (almost free, but the decision is approximate)."
         " top:K and head run two backward passes down to that point and one from there on; they"
         " need a single trained exit (--strategy single, or the first stage of two_stage)",
     )
@@ -278,15 +278,16 @@ class ObjectiveOptions:
     temperature: float = option(0.5, "tau, temperature of the contrastive softmax", above=0)
     temperature_learning_rate: float = option(
         0.0,
-        "learning rate of log(1 / tau), constant over the run: --temperature is then where tau"
-        f" begins, and it stays between {LEARNED_TEMPERATURES[0]:g} and"
+        "learning rate of log(1 / tau), constant over the run: --temperature is then the initial"
+        f" value of tau, which is kept between {LEARNED_TEMPERATURES[0]:g} and"
         f" {LEARNED_TEMPERATURES[1]:g}. 0: tau is constant",
         at_least=0,
     )
     memory_size: int = option(
         0,
-        "samples of earlier batches that a contrastive batch is compared with too, as constants, on"
-        " each process its own last ones; where the last exit alone is trained. 0: none",
+        "number of earlier samples (of each process, its latest) that a contrastive batch is also"
+        " compared with, without a gradient through them; where the last exit alone is trained. 0:"
+        " none",
         at_least=0,
     )
     memory_warmup_steps: int = option(
@@ -309,8 +310,8 @@ class ObjectiveOptions:
     positives: str = option(
         "overlap",
         "texts that the contrastive loss draws together where a text may have several labels."
-        " overlap: those that share labels, by their number; each: every label of a text is an"
-        " anchor of its own, as in MulSupCon",
+        " overlap: those that share labels, weighted by how many; each: every label of a text is"
+        " an anchor of its own, as in MulSupCon",
         choices=("overlap", "each"),
     )
     impl: str = option(
@@ -409,12 +410,12 @@ class OptimizationOptions:
     )
     freeze_layers: int | None = option(
         None,
-        "keep the embeddings and the first so many layers of the encoder as they are; 0: the"
-        " embeddings alone, unset: train all",
+        "freeze the embeddings and this many of the encoder's first layers. 0: the embeddings"
+        " alone; unset: freeze nothing",
         at_least=0,
     )
     gradient_checkpointing: bool = option(
-        False, "keep the states between layers only, and compute the rest again in backward passes"
+        False, "store only the states between layers, and recompute the rest in backward passes"
     )
     torch_compile: bool = option(False, "run the encoder through torch.compile")
     torch_compile_backend: str | None = option(None, "backend of torch.compile; unset: inductor")

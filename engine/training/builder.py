@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import Parameter
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ...kernels.contrastive.dispatch import Workload, choose
 from ...kernels.contrastive.options import TENSOR_TEMPERATURE
@@ -34,15 +34,9 @@ from ..data.balance import (
 from ..data.batching import EncodedSplit, encode, epoch_batches, log_truncation
 from ..data.dataset import TextData, load_splits
 from ..data.quickstart import minilm_path
-from ..data.record import DataRecord
-from ..model.answers import has_several_labels
 from ..model.encoder import checkpoint_layers
 from ..model.encoder_layers import bottom_parameters
-from ..model.multi_exit import (
-    MultiExitForSequenceClassification,
-    label_names,
-    parse_layers,
-)
+from ..model.multi_exit import MultiExitForSequenceClassification, parse_layers
 from ..model.saved import (
     DEFAULT_MAX_LENGTH,
     check_vocabulary,
@@ -58,7 +52,15 @@ from ..runtime.lock import RunLock
 from .feature_cache import FeatureCache, check_directory
 from .forward.dropout import fast_dropout
 from .logs.services import require_services
-from .stages import Stage, StepPlan, check_exits, needed_exits, plan_steps
+from .stages import (
+    Stage,
+    StepPlan,
+    check_exits,
+    check_stage1_data,
+    needed_exits,
+    plan_steps,
+    take_last_exit,
+)
 from .storage.best_model import BestModel, EarlyStopping, check_scores
 from .storage.hub import open_repository
 from .storage.output_dir import check_output_dir
@@ -125,7 +127,7 @@ def build_run(given: TrainingConfig) -> RunParts:
     """
     config = given.resolved()
     lock = RunLock(Path(str(config.run.output_dir)))
-    # A run at work there is named first: the refusals of its directory recommend to delete it.
+    # First, because the other errors about a run's directory suggest deleting it.
     lock.check_free()
     check_output_dir(config)
     require_services(config.run)
@@ -160,7 +162,10 @@ def build_run(given: TrainingConfig) -> RunParts:
     if options.feature_cache is not None:
         last = plan.stages[-1]
         exits = needed_exits(model, last, last.exits)
-        check_directory(Path(options.feature_cache), model, encoded["train"], exits, dtype)
+        check_directory(
+            Path(options.feature_cache), model, encoded["train"], exits, dtype,
+            replaces_weights=not from_stage1,
+        )  # fmt: skip
     balanced = _balance(config, plan, encoded["train"])
     # The last check, because it may leave a new repository.
     repository = None
@@ -176,7 +181,7 @@ def build_run(given: TrainingConfig) -> RunParts:
 def _balance(
     config: TrainingConfig, plan: StepPlan, encoded: EncodedSplit
 ) -> BalancedBatches | None:
-    """The order of `sampler` balanced; warn if most texts are contrasted with no other of theirs.
+    """The order of `sampler` balanced; warn if most texts have no positive in their batch.
 
     Raises:
         ValueError: a contrastive batch needs more classes than there are.
@@ -189,9 +194,7 @@ def _balance(
     assert encoded.labels is not None
     labels, balanced = encoded.labels.numpy(), None
     if config.data.sampler == "balanced":
-        balanced = balanced_batches(
-            labels, chunk * together, config.data.samples_per_class, interleaved=parts, chunk=chunk
-        )
+        balanced = balanced_batches(labels, chunk * together, config.data.samples_per_class, parts)
         logger.info(
             f"sampler=balanced: {balanced.num_full} of "
             f"{math.ceil(len(labels) / balanced.size)} contrastive batches of an epoch have "
@@ -251,7 +254,8 @@ def _load_data(config: TrainingConfig) -> TextData:
     for note in data.notes:
         logger.info(note)
     if config.without_effect:
-        logger.info("no effect beside the other options: %s.", ", ".join(config.without_effect))
+        words = ", ".join(config.without_effect)
+        logger.info("these have no effect beside the other options: %s.", words)
     return data
 
 
@@ -283,8 +287,9 @@ def _new_model(
         problem_type=MULTI_LABEL if data.several_labels else None,
     )
     if stage1 is not None and trained is not None:
-        _check_stage1_data(data.record, record_of(trained), stage1)
+        check_stage1_data(data.record, record_of(trained), stage1)
         take_last_exit(model, trained, stage1)
+        model.config.max_seq_length = trained.config.max_seq_length
     check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
     nn.Module.to(model, device)
     _set_up_encoder(config, model)
@@ -325,61 +330,6 @@ def _set_up_encoder(config: TrainingConfig, model: MultiExitForSequenceClassific
             raise ValueError(f"torch_compile: {error}") from None
 
 
-def _check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None:
-    """Refuse a first stage that has read other columns; log if it has read other texts."""
-    if (
-        None not in (ours.text_columns, trained.text_columns)
-        and ours.text_columns != trained.text_columns
-    ):
-        raise ValueError(
-            f"stage1_model={name!r} was trained on the columns {trained.text_columns}, this run "
-            f"reads {ours.text_columns}: name them with text_column (and text_pair_column)."
-        )
-    for difference in ours.differences(trained):
-        logger.info(f"stage1_model={name!r} was trained on other data: {difference}.")
-
-
-def _labels_per_text(config: PretrainedConfig) -> str:
-    return "any number" if has_several_labels(config) else "one"
-
-
-def take_last_exit(
-    model: MultiExitForSequenceClassification,
-    trained: MultiExitForSequenceClassification,
-    name: str,
-) -> None:
-    """Copy the last exit of a trained model, which is to be the teacher of the other exits.
-
-    Raises:
-        ValueError: it has other classes, another kind of exit, or none on the last layer.
-    """
-    ours, theirs = model.config, trained.config
-    first = (
-        "the second stage needs a first one on the same data, with the same kind of exit on the "
-        "last layer"
-    )
-    pairs = [
-        ("classes", label_names(ours), label_names(theirs), first),
-        ("labels per text", _labels_per_text(ours), _labels_per_text(theirs), first),
-        ("exit_head", ours.exit_head, theirs.exit_head, first),
-        ("exit_pooling", ours.exit_pooling, theirs.exit_pooling, first),
-        ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1], first),
-    ]
-    if ours.exit_head == "mha":
-        mine, other = (
-            f"{o.exit_width} with {o.exit_attention_heads} heads" for o in (ours, theirs)
-        )
-        pairs.append(
-            ("exits of width", mine, other, "set exit_width and exit_attention_heads alike")
-        )
-    for what, mine, other, remedy in pairs:
-        if mine != other:
-            raise ValueError(
-                f"stage1_model={name!r} has {what} {other}, this run {mine}: {remedy}."
-            )
-    model.exits[-1].load_state_dict(trained.exits[-1].state_dict())
-
-
 def _encode(
     config: TrainingConfig,
     data: TextData,
@@ -388,7 +338,13 @@ def _encode(
 ) -> tuple[dict[str, EncodedSplit], dict[str, EncodedSplit]]:
     """The splits of training and evaluation, and those of `do_predict`."""
     limit = length_limit(model, tokenizer)
-    max_length = config.data.max_seq_length or min(DEFAULT_MAX_LENGTH, limit)
+    of_stage1 = model.config.max_seq_length
+    max_length = config.data.max_seq_length or of_stage1 or min(DEFAULT_MAX_LENGTH, limit)
+    if of_stage1 not in (None, max_length):
+        logger.warning(
+            f"max_seq_length={max_length}: the model of stage1_model was trained with {of_stage1}. "
+            "Leave max_seq_length out to take that."
+        )
     model.config.max_seq_length = max_length
     encoded, predicted = (
         {name: encode(split, tokenizer, max_length, model_limit=limit) for name, split in s.items()}
@@ -396,7 +352,13 @@ def _encode(
     )
     for name, split in {**predicted, **encoded}.items():
         log_truncation(name, split)
-    record = replace(data.record, token_types=encoded["train"].token_types is not None)
+    run = config.run
+    chooses = run.load_best_model_at_end or run.early_stopping_patience is not None
+    record = replace(
+        data.record,
+        token_types=encoded["train"].token_types is not None,
+        chosen_on=data.evaluation_splits[0] if chooses else None,
+    )
     model.config.data_record = record.to_dict()
     return encoded, predicted
 
@@ -415,6 +377,8 @@ def open_features(parts: RunParts, stage: Stage) -> FeatureCache | None:
         pad_token_id=parts.tokenizer.pad_token_id,
         dtype=parts.dtype,
         progress=parts.shows_progress,
+        # The weights of a first stage that this run trains are known too late for a refusal.
+        replaces_weights=options.stage1_model is None,
     )
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..data.batching import EncodedSplit, evaluation_batches
 from ..model.multi_exit import MultiExitForSequenceClassification
+from ..model.saved import weights_hash
 from ..runtime import collectives, processes
 from ..runtime.device import autocast
 from ..runtime.files import write_json
@@ -45,6 +46,8 @@ class FeatureCache:
         directory: holds this cache alone; created if it does not exist.
         positions: exits, by their positions in `exit_layers`, whose layers are kept.
         batch_size, pad_token_id, dtype: for the pass of the backbone over the split.
+        replaces_weights: write a cache anew that differs in the weights alone, in place of refusing
+            it.
 
     Raises:
         ValueError: the directory holds the states of other texts, another backbone or other layers,
@@ -62,13 +65,15 @@ class FeatureCache:
         pad_token_id: int,
         dtype: torch.dtype = torch.float32,
         progress: bool = False,
+        replaces_weights: bool = False,
     ) -> None:
         self._one_state = model.config.exit_head == "linear"
         self.directory = directory
         self.offsets = _offsets(model, encoded)
-        meta = {**_description(model, encoded, positions, dtype), "weights": weights_hash(model)}
+        backbone = weights_hash(model.backbone.state_dict())
+        meta = {**_description(model, encoded, positions, dtype), "weights": backbone}
         self.shape = tuple(meta["shape"])
-        self.num_bytes = 2 * math.prod(self.shape)
+        self.num_bytes = _num_bytes(meta)
         batches = evaluation_batches(
             encoded,
             batch_size,
@@ -79,19 +84,22 @@ class FeatureCache:
             progress="features" if progress else None,
         )
         with contextlib.ExitStack() as held:
-            if collectives.from_first(lambda: self._is_there_alone(meta, held)):
+            if collectives.from_first(lambda: self._is_there_alone(meta, held, replaces_weights)):
                 logger.info("Feature cache: reading %s.", directory)
             else:
                 collectives.from_first(self._make)
                 collectives.together(lambda: self._write(model, positions, dtype, batches))
                 collectives.from_first(lambda: write_json(directory / META_FILE, meta))
-        self.states = self._open("r")
+            # Behind the lock, because the next run may put a file of its own in this one's place.
+            self.states = collectives.together(lambda: self._open("r"))
 
     def _open(self, mode: Literal["r", "r+"]) -> np.memmap:
         file = self.directory / STATES_FILE
         return np.memmap(file, dtype=np.float16, mode=mode, shape=self.shape)
 
-    def _is_there_alone(self, meta: dict[str, Any], held: contextlib.ExitStack) -> bool:
+    def _is_there_alone(
+        self, meta: dict[str, Any], held: contextlib.ExitStack, replaces_weights: bool
+    ) -> bool:
         """Tell if the states are on the disk already, behind a lock that `held` keeps.
 
         Without it, two runs that both find nothing would overwrite each other's file.
@@ -101,6 +109,11 @@ class FeatureCache:
         held.enter_context(DirectoryLock(directory).held(waiting))
         found = _read_meta(directory)
         if found is None:
+            return False
+        if replaces_weights and _differences(found, meta) == ["weights"]:
+            logger.info("Feature cache: replacing the states of other weights in %s.", directory)
+            # Before the states, so that a killed run leaves none that pass for complete.
+            (directory / META_FILE).unlink()
             return False
         _refuse_differences(directory, found, meta)
         states = directory / STATES_FILE
@@ -120,24 +133,18 @@ class FeatureCache:
         file.unlink(missing_ok=True)
         free = shutil.disk_usage(self.directory).free
         logger.info(
-            "Feature cache: writing %.2f GB (%d tokens, %d layers, width %d, float16) to %s.",
+            "Feature cache: writing %.2f GB (%d states, %d layers, width %d, float16) to %s.",
             self.num_bytes / 1e9, *self.shape, self.directory,
         )  # fmt: skip
-        if self.num_bytes > free:
-            raise self._no_room(f"{free / 1e9:.2f} GB are free")
+        _check_room(self.directory, self.num_bytes, free)
         try:
             _reserve(file, self.num_bytes)
         except OSError as error:
             file.unlink(missing_ok=True)
             if error.errno not in _NO_ROOM:
                 raise
-            raise self._no_room(f"the disk has no room: {error.strerror}") from None
-
-    def _no_room(self, why: str) -> ValueError:
-        return ValueError(
-            f"feature_cache={str(self.directory)!r}: {self.num_bytes / 1e9:.2f} GB are needed and "
-            f"{why}. Name a directory on a larger disk, or leave feature_cache out."
-        )
+            why = f"the disk has no room: {error.strerror}"
+            raise _no_room(self.directory, self.num_bytes, why) from None
 
     @torch.inference_mode()
     def _write(
@@ -213,32 +220,61 @@ def texts_hash(encoded: EncodedSplit) -> str:
     return digest.hexdigest()
 
 
-def weights_hash(model: MultiExitForSequenceClassification) -> str:
-    """SHA-256 of the backbone's weights."""
-    digest = hashlib.sha256()
-    for name, value in sorted(model.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def check_directory(
     directory: Path,
     model: MultiExitForSequenceClassification,
     encoded: EncodedSplit,
     positions: list[int],
     dtype: torch.dtype,
+    *,
+    replaces_weights: bool = False,
 ) -> None:
     """Refuse a directory that the second stage could not use, before the first one is trained.
 
+    Args: as for `FeatureCache`.
+
     Raises:
-        ValueError: it is a file, or holds the states of other texts or layers, or in other form.
+        ValueError: it is a file, holds the states of other texts or layers, or in other form, or is
+            to be written and cannot be, or has no room.
     """
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"feature_cache={str(directory)!r} is a file; name a directory.")
-    found = _read_meta(directory)
+    wanted = _description(model, encoded, positions, dtype)
+    # Not `Path.exists`, which raises an error below a directory that may not be searched.
+    existing = next(p for p in (directory, *directory.absolute().parents) if os.path.exists(p))
+    if not existing.is_dir():
+        raise ValueError(
+            f"feature_cache={str(directory)!r}: {str(existing)!r} is a file; name a directory."
+        )
+    found = _read_meta(directory) if existing == directory else None
     if found is not None:
-        _refuse_differences(directory, found, _description(model, encoded, positions, dtype))
+        _refuse_differences(directory, found, wanted)
+        if not replaces_weights:
+            return
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"feature_cache={str(directory)!r} cannot be written: no files can be created in "
+            f"{str(existing)!r}. Name another directory, or leave feature_cache out."
+        )
+    # In this order, because another run may be making the file that this one will read.
+    free = shutil.disk_usage(existing).free
+    with contextlib.suppress(FileNotFoundError):
+        free += (directory / STATES_FILE).stat().st_size
+    _check_room(directory, _num_bytes(wanted), free)
+
+
+def _num_bytes(description: Mapping[str, Any]) -> int:
+    return 2 * math.prod(description["shape"])
+
+
+def _check_room(directory: Path, num_bytes: int, free: int) -> None:
+    if num_bytes > free:
+        raise _no_room(directory, num_bytes, f"{free / 1e9:.2f} GB are free")
+
+
+def _no_room(directory: Path, num_bytes: int, why: str) -> ValueError:
+    return ValueError(
+        f"feature_cache={str(directory)!r}: {num_bytes / 1e9:.2f} GB are needed and {why}. Name a "
+        "directory on a larger disk, or leave feature_cache out."
+    )
 
 
 def _offsets(model: MultiExitForSequenceClassification, encoded: EncodedSplit) -> np.ndarray:
@@ -267,11 +303,14 @@ def _description(
     }
 
 
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    return [name for name in wanted if found.get(name) != wanted[name]]
+
+
 def _refuse_differences(
     directory: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> None:
-    differing = [name for name in wanted if found.get(name) != wanted[name]]
-    if differing:
+    if differing := _differences(found, wanted):
         raise ValueError(
             f"feature_cache={str(directory)!r} holds the states of another run: "
             f"{', '.join(differing)} differ. Delete it, or name another directory."

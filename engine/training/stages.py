@@ -6,6 +6,7 @@ two_stage    single, then the other exits on the frozen backbone, the last exit 
 alternating  joint, but the last exit alone in odd epochs (eq. 7, 8)
 """
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,15 +14,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from transformers import PretrainedConfig
 
 from ..backends.optimizers import check_schedule
 from ..config.training import TrainingConfig
+from ..data.record import DataRecord
+from ..model.answers import has_several_labels
 from ..model.encoder_layers import bottom_parameters
-from ..model.multi_exit import MultiExitForSequenceClassification, MultiExitOutput
+from ..model.multi_exit import MultiExitForSequenceClassification, MultiExitOutput, label_names
 from ..objectives.losses import Teacher
 from ..runtime import processes
 
 SHARED = "backbone"
+
+logger = logging.getLogger("fusedacl")
 
 
 @dataclass(frozen=True)
@@ -101,6 +107,61 @@ def check_exits(strategy: str, exit_layers: Sequence[int], num_layers: int) -> N
             f"exit_layers={layers}: strategy={strategy} needs at least one exit before the last "
             "layer; strategy=single trains the last one alone."
         )
+
+
+def check_stage1_data(ours: DataRecord, trained: DataRecord, name: str) -> None:
+    """Refuse a first stage that has read other columns; log if it has read other texts."""
+    if (
+        None not in (ours.text_columns, trained.text_columns)
+        and ours.text_columns != trained.text_columns
+    ):
+        raise ValueError(
+            f"stage1_model={name!r} was trained on the columns {trained.text_columns}, this run "
+            f"reads {ours.text_columns}: name them with text_column (and text_pair_column)."
+        )
+    for difference in ours.differences(trained):
+        logger.info(f"stage1_model={name!r} was trained on other data: {difference}.")
+
+
+def _labels_per_text(config: PretrainedConfig) -> str:
+    return "any number" if has_several_labels(config) else "one"
+
+
+def take_last_exit(
+    model: MultiExitForSequenceClassification,
+    trained: MultiExitForSequenceClassification,
+    name: str,
+) -> None:
+    """Copy the last exit of a trained model, which is to be the teacher of the other exits.
+
+    Raises:
+        ValueError: it has other classes, another kind of exit, or none on the last layer.
+    """
+    ours, theirs = model.config, trained.config
+    first = (
+        "the second stage needs a first one on the same data, with the same kind of exit on the "
+        "last layer"
+    )
+    pairs = [
+        ("classes", label_names(ours), label_names(theirs), first),
+        ("labels per text", _labels_per_text(ours), _labels_per_text(theirs), first),
+        ("exit_head", ours.exit_head, theirs.exit_head, first),
+        ("exit_pooling", ours.exit_pooling, theirs.exit_pooling, first),
+        ("last exit layer", model.exit_layers[-1], trained.exit_layers[-1], first),
+    ]
+    if ours.exit_head == "mha":
+        mine, other = (
+            f"{o.exit_width} with {o.exit_attention_heads} heads" for o in (ours, theirs)
+        )
+        pairs.append(
+            ("exits of width", mine, other, "set exit_width and exit_attention_heads alike")
+        )
+    for what, mine, other, remedy in pairs:
+        if mine != other:
+            raise ValueError(
+                f"stage1_model={name!r} has {what} {other}, this run {mine}: {remedy}."
+            )
+    model.exits[-1].load_state_dict(trained.exits[-1].state_dict())
 
 
 @dataclass(frozen=True)

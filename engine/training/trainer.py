@@ -35,6 +35,7 @@ from .records import GateHistory, StepRecords
 from .stages import prepare
 from .storage.checkpoint import (
     CONFIG_FILE,
+    RESULTS_FILE,
     checkpoint_of,
     lasting_options,
     load_state,
@@ -43,7 +44,7 @@ from .storage.checkpoint import (
     set_aside,
 )
 from .storage.hub import push
-from .storage.output_dir import make_output_dir
+from .storage.output_dir import make_output_dir, remove_end
 from .storage.resume import load_checkpoint
 from .transfers import Stopwatch
 
@@ -83,7 +84,7 @@ class Trainer:
         check_steps(num_profiled, left, "stage" if len(self.plan.stages) > 1 else "run")
         # Last, because it may delete an old run.
         self.output_dir = collectives.from_first(self._take_output_dir)
-        collectives.check_shared(self.output_dir, "output_dir")
+        collectives.check_shared(self.output_dir)
         self.profiler = StepProfiler(
             num_profiled if processes.rank() == 0 else 0,
             parts.device,
@@ -162,9 +163,8 @@ class Trainer:
             # None: no bar where the output is not a terminal.
             disable=None if self.parts.shows_progress else True,
         )
-        directory = self.output_dir if processes.rank() == 0 else None
         services = collectives.together(self._open_services)
-        log = MetricsLog(directory, services, self.resume_step, self.resume_evaluated)
+        log = collectives.together(lambda: self._open_log(services))
         with log, self.profiler, self.signals, bar:
             # A checkpoint is saved after the evaluation of the same step.
             evaluations = collectives.from_first(lambda: log.evaluations(self.step))
@@ -193,9 +193,10 @@ class Trainer:
             if self.best is not None and self.best.step not in (None, self.step):
                 evaluations = self._take_best(self.best.step, log)
             results = self._results(evaluations)
-            if processes.rank() == 0:
-                card = model_card(self.config, self.parts.base_model, results)
-                files = save_final(self.output_dir, self.model, self.tokenizer, card)
+            card = model_card(self.config, self.parts.base_model, results)
+            files = collectives.from_first(
+                lambda: save_final(self.output_dir, self.model, self.tokenizer, card)
+            )
             # After the model is safe, for these may fail too.
             if self.parts.predicted:
                 results["predictions"] = answer_splits(
@@ -208,9 +209,7 @@ class Trainer:
                     context=partial(autocast, self.parts.device, self.parts.dtype),
                     progress=self.parts.shows_progress,
                 )
-            if processes.rank() == 0:
-                write_json(self.output_dir / "results.json", results)
-            processes.barrier()
+            collectives.from_first(lambda: write_json(self.output_dir / RESULTS_FILE, results))
             # Process 0 alone has one: an upload may take longer than the others would wait for it.
             if self.parts.repository is not None:
                 push(self.output_dir, files, self.parts.repository)
@@ -221,6 +220,14 @@ class Trainer:
             return []
         given = flatten(self.parts.given)
         return open_services(self.config.run, given, self.output_dir, self.resume_step)
+
+    def _open_log(self, services: list[Service]) -> MetricsLog:
+        directory = self.output_dir if processes.rank() == 0 else None
+        log = MetricsLog(directory, services, self.resume_step, self.resume_evaluated)
+        # Here nothing is left that could refuse to resume.
+        if directory is not None and self.resume_step is not None:
+            remove_end(directory, self.parts.predicted)
+        return log
 
     def steps(self, log: MetricsLog, bar: "tqdm[Any]") -> Iterator[None]:
         """Take the optimizer steps that are left, one per iteration."""
@@ -334,7 +341,7 @@ class Trainer:
         if stopping is None or not stopping.is_over or self.step >= self.plan.ends[index]:
             return
         logger.info(
-            f"Stage {self.stage.name} ends at step {self.step} of {self.plan.ends[index]}: "
+            f"Stage {self.stage.name!r} ends at step {self.step} of {self.plan.ends[index]}: "
             f"{stopping.num_without} evaluations in a row without a better {stopping.metric} than "
             f"{stopping.value:.4g}."
         )

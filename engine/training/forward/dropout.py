@@ -60,10 +60,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor | None:
-    """Return what `scaled_dot_product_attention` does, or None if that must be asked.
+    """Return what `scaled_dot_product_attention` does, or None where that must be called.
 
-    With dropout it has no fused implementation on a CPU either, and takes the same steps. Inputs in
-    bfloat16 it multiplies in float32; here they are multiplied as they are, with float32 between.
+    With dropout, PyTorch has no fused implementation on a CPU either and takes these steps, but
+    multiplies bfloat16 inputs in float32. Here the products stay in bfloat16, and the softmax
+    between them is in float32.
     """
     # Autocast leaves float64 as it is.
     casts = torch.is_autocast_enabled("cpu") and query.dtype != torch.float64

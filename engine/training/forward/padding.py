@@ -1,4 +1,4 @@
-"""An answer from the host to a question that encoders ask the device in every forward pass."""
+"""The value of attention_mask.all(), given by the host so that no pass waits for the device."""
 
 from typing import Any
 
@@ -10,9 +10,9 @@ from torch.overrides import TorchFunctionMode
 class KnownPadding(TorchFunctionMode):
     """Within the block, `mask.all()` of this attention mask is what the host knows already.
 
-    transformers asks it, of the mask as booleans, to leave out masks that mask nothing. The device
-    would answer when it has done all that was started before, and then stand idle until the host
-    has gone on. Any other tensor is asked as usual.
+    transformers calls it on the boolean mask, to drop a mask that masks nothing. If the device
+    computed it, the host would wait for all queued work, and the device would then be idle. Other
+    tensors are unaffected.
 
     Args:
         mask: [N, T], as it is passed to the encoder.

@@ -10,13 +10,14 @@ import json
 import os
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from ...config.run_options import SERVICES, RunOptions, named_services
+from ...runtime import processes
 from ...runtime.files import write_json
 
 # The runs in the services that a run of ours has begun there.
@@ -131,10 +132,13 @@ def chosen_services(options: RunOptions) -> list[str]:
 
 
 def require_services(options: RunOptions) -> None:
-    """Check, before any work, that the services can be used.
+    """Check, before any work and before an old run is deleted, that the services can be used.
+
+    The first process alone opens them, so it alone calls their servers here.
 
     Raises:
-        ValueError: a package is not installed, or W&B would ask who one is.
+        ValueError: a package is not installed, W&B would prompt for a login, or a server cannot be
+            reached or refuses the user.
     """
     for name in chosen_services(options):
         if find_spec(name) is None:
@@ -144,6 +148,22 @@ def require_services(options: RunOptions) -> None:
             )
         if name == "wandb":
             _require_login()
+        if name == "mlflow" and os.environ.get("MLFLOW_TRACKING_URI") and processes.rank() == 0:
+            with _called("mlflow", "Check MLFLOW_TRACKING_URI"):
+                tracking: Any = import_module("mlflow.tracking")
+                tracking.MlflowClient().get_experiment_by_name(options.project)
+
+
+@contextlib.contextmanager
+def _called(name: str, remedy: str) -> Iterator[None]:
+    """Name the service whose server fails; each package raises errors of its own."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f"report_to={name}: the server cannot be used: {error}. {remedy}, or leave {name} out "
+            "of report_to."
+        ) from error
 
 
 def _require_login() -> None:
@@ -151,7 +171,8 @@ def _require_login() -> None:
         return
     wandb: Any = import_module("wandb")
     if "prompt" in inspect.signature(wandb.login).parameters:
-        is_known = wandb.login(prompt=False, verify=False)
+        with _called("wandb", "Check WANDB_API_KEY and the network, set WANDB_MODE=offline"):
+            is_known = wandb.login(prompt=False, verify=processes.rank() == 0)
     else:
         is_known = wandb.api.api_key is not None
     if not is_known:
@@ -159,6 +180,22 @@ def _require_login() -> None:
             "report_to=wandb: nobody is logged in. Run `wandb login`, set WANDB_API_KEY, or set "
             "WANDB_MODE=offline and upload the run later (`wandb sync`)."
         )
+
+
+def _read_runs(file: Path) -> dict[str, str]:
+    """The run in each service, by its name; empty if none was begun."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{str(file)!r} is damaged: it should name this run's runs in the services of "
+            "report_to. Delete it, and they begin new ones."
+        )
+    return found
 
 
 def open_services(
@@ -174,11 +211,12 @@ def open_services(
         resume_step: the step from which the run continues; None for a new run.
 
     Raises:
-        ValueError: a service cannot be reached, or does not take the run.
+        ValueError: a service cannot be reached, or does not take the run; or the file with the
+            runs there is damaged.
     """
     names = chosen_services(options)
     file = output_dir / RUNS_FILE
-    runs: dict[str, str] = json.loads(file.read_text()) if file.exists() else {}
+    runs = _read_runs(file)
     settings = {
         "project": options.project,
         "name": options.run_name or output_dir.resolve().name,

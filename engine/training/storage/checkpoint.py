@@ -15,12 +15,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ...config.fields import build, flatten
 from ...config.training import TrainingConfig
 from ...runtime import collectives, processes
-from ...runtime.files import disk_remedy, flush, read_file
+from ...runtime.files import disk_remedy, flush, flush_entries, read_file
 from ...runtime.manifest import (
     CHECKPOINT_PREFIX,
-    MANIFEST_FILE,
     checkpoint_directories,
     fault,
+    publish_model,
     seal_model,
     sealed,
     step_of,
@@ -28,6 +28,7 @@ from ...runtime.manifest import (
 )
 
 CONFIG_FILE = "config.yaml"
+RESULTS_FILE = "results.json"
 _STATES = "training_state"
 STATE_FILE = f"{_STATES}.pt"
 PARTIAL = ".partial"
@@ -41,19 +42,35 @@ logger = logging.getLogger("fusedacl")
 
 
 def _begin(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    """Make an empty directory; what a killed save left there must be gone."""
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(partial)
     partial.mkdir(parents=True)
+
+
+def _discard(directory: Path, name: Path | None = None) -> None:
+    """Delete a directory, renamed first if a `name` is given; an error of the disk is logged.
+
+    A run goes on beside what it cannot delete, such as an open file on a network file system.
+    """
+    try:
+        if name is not None:
+            shutil.rmtree(name, ignore_errors=True)
+            directory = directory.replace(name)
+        shutil.rmtree(directory)
+    except OSError as error:
+        logger.warning("%s could not be deleted and takes up room: %s", directory, error)
 
 
 def _publish(partial: Path, directory: Path) -> None:
     """Give a directory its final name, replacing an earlier one of that name."""
-    flush(partial)
+    flush_entries(partial)
     replaced = directory.with_name(directory.name + _REPLACED)
     if directory.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         directory.replace(replaced)
     partial.replace(directory)
-    flush(directory.parent)
+    flush_entries(directory.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -129,11 +146,9 @@ def save_final(
     except Exception:
         shutil.rmtree(directory, ignore_errors=True)
         raise
-    files = sorted(directory.iterdir(), key=lambda file: file.name == MANIFEST_FILE)
-    for file in files:
-        file.replace(output_dir / file.name)
+    names = publish_model(directory, output_dir)
     directory.rmdir()
-    return [file.name for file in files]
+    return names
 
 
 def save_checkpoint(
@@ -207,10 +222,7 @@ def _forget(output_dir: Path, step: int, keep: int, best: int | None) -> None:
     too_many = others[: len(others) - num_kept]
     for path in (*too_many, *(path for path in aside if step_of(path) <= step)):
         # Renamed first, so that a kill in between leaves nothing that looks like a checkpoint.
-        partial = output_dir / f"{CHECKPOINT_PREFIX}{step_of(path)}{PARTIAL}"
-        shutil.rmtree(partial, ignore_errors=True)
-        path.replace(partial)
-        shutil.rmtree(partial)
+        _discard(path, output_dir / f"{CHECKPOINT_PREFIX}{step_of(path)}{PARTIAL}")
 
 
 def state_file(rank: int) -> str:
@@ -261,15 +273,15 @@ def _complete(output_dir: Path) -> str:
     found = checkpoint_directories(output_dir)
     names = ", ".join(path.name for path in found if fault(path) is None)
     if names:
-        return f"There: {names}; 'latest' takes the newest that is whole."
-    damaged = f"all {len(found)} are damaged or incomplete" if found else "none"
-    return f"There: {damaged}; --overwrite_output_dir starts anew."
+        return f"Complete checkpoints there: {names}; 'latest' takes the newest of them."
+    why = f"all {len(found)} there are damaged or incomplete" if found else "there are none"
+    return f"No checkpoint can be used: {why}. --overwrite_output_dir starts a new run."
 
 
 def tidy(output_dir: Path) -> None:
     """Delete checkpoints that a killed run left half-written or half-deleted."""
     for path in output_dir.glob(f"{CHECKPOINT_PREFIX}*{PARTIAL}"):
-        shutil.rmtree(path)
+        _discard(path)
 
 
 def set_aside(output_dir: Path, step: int) -> None:
@@ -308,7 +320,7 @@ def learned_temperature(run: Path) -> float | None:
     if (run / STATE_FILE).exists():
         learned = _load(run / STATE_FILE).get("losses", {}).get("temperature")
         return None if learned is None else math.exp(-learned["log_scale"])
-    results = run / "results.json"
+    results = run / RESULTS_FILE
     return read_file(results).get("temperature") if results.exists() else None
 
 
@@ -317,8 +329,8 @@ def changed_options(
 ) -> list[str]:
     """Differences between the options of a run and `config`, each as "name: this then, that now".
 
-    Options of the section `run` and those named in `free` are ignored. choice_too: but not those
-    that choose the step whose weights are the final ones.
+    Options of the section `run` and those named in `free` are ignored. choice_too: compare also
+    those of `run` that choose the step whose weights become the final model.
     """
     saved = build(TrainingConfig, read_file(output_dir / CONFIG_FILE)).resolved()
     found = differences(lasting_options(saved), lasting_options(config), free)

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from ...config.run_options import RunOptions
+from ...runtime.text import first_line
 
 logger = logging.getLogger("fusedacl")
 
@@ -24,10 +25,10 @@ def open_repository(options: RunOptions) -> str:
         made = HfApi().create_repo(name, private=options.hub_private_repo, exist_ok=True)
     except Exception as error:
         # The hub's client and the libraries below it raise errors of their own.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
-            f"push_to_hub: the repository {name!r} cannot be opened: {reason} Log in with `hf auth "
-            "login` (or set HF_TOKEN) as somebody who may write there, or leave push_to_hub out."
+            f"push_to_hub: the repository {name!r} cannot be opened: {first_line(error)} Log in "
+            "with `hf auth login` (or set HF_TOKEN) as somebody who may write there, or leave "
+            "push_to_hub out."
         ) from None
     return made.repo_id
 

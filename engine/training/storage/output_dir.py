@@ -2,12 +2,14 @@
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from ...config.training import TrainingConfig
 from ...runtime.files import read_file
 from ...runtime.lock import LOCK_FILE
-from .checkpoint import CONFIG_FILE, PARTIAL
+from ..profiling import PROFILE_FILE, TRACE_FILE
+from .checkpoint import CONFIG_FILE, PARTIAL, RESULTS_FILE
 
 
 def check_output_dir(config: TrainingConfig) -> Path:
@@ -15,7 +17,7 @@ def check_output_dir(config: TrainingConfig) -> Path:
 
     Raises:
         ValueError: it is not empty and neither resuming nor overwriting was asked for, or it is to
-            be overwritten and does not hold a run, or holds what this run reads.
+            be overwritten and does not hold a run, or holds what this run reads or another run.
     """
     assert config.run.output_dir is not None  # `TrainingConfig.resolved` has refused None
     path = Path(config.run.output_dir)
@@ -37,6 +39,13 @@ def check_output_dir(config: TrainingConfig) -> Path:
                 raise ValueError(
                     f"overwrite_output_dir would delete {name} {str(read)!r}, as it lies in "
                     f"output_dir={str(path)!r}: name another output_dir."
+                )
+        for file in sorted(path.rglob(CONFIG_FILE)):
+            if file.parent != path and _is_run(file.parent):
+                raise ValueError(
+                    f"overwrite_output_dir would delete another run, {str(file.parent)!r}, as it "
+                    f"lies in output_dir={str(path)!r}: move or delete that run yourself, or name "
+                    "another output_dir."
                 )
     return path
 
@@ -90,3 +99,21 @@ def make_output_dir(config: TrainingConfig) -> Path:
                 child.unlink()
     path.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def remove_end(output_dir: Path, predicted: Iterable[str]) -> None:
+    """Delete results, profile and predictions of a finished run that is resumed.
+
+    If it is stopped then, its directory would pass for that of a finished run with those scores.
+
+    predicted: names of the splits whose labels were predicted.
+    """
+    results = output_dir / RESULTS_FILE
+    if not results.exists():
+        return
+    files = [output_dir / name for name in (PROFILE_FILE, TRACE_FILE)]
+    for name in predicted:
+        files += output_dir.glob(f"{name}_predictions.*")
+    # The results last: without them nothing is known to be of the end.
+    for file in (*files, results):
+        file.unlink(missing_ok=True)

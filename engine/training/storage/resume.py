@@ -21,7 +21,7 @@ from .checkpoint import (
 )
 
 logger = logging.getLogger("fusedacl")
-# Options that other processes need otherwise, for as many texts in a step.
+# Options that another number of processes must change to keep the texts of a step.
 _BATCH_OPTIONS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 # Those that may change on resuming: the cache too, which may have no room or belong to another run.
 _FREE = (*_BATCH_OPTIONS, "feature_cache")
@@ -53,7 +53,7 @@ def load_checkpoint(parts: RunParts) -> tuple[Path, dict[str, Any]]:
         state = load_state(checkpoint)
         other_processes = state.get("world_size", 1) != processes.world_size()
         now = lasting_options(config)
-        # config.yaml may be that of other processes which saved no checkpoint.
+        # config.yaml may stem from a run with other processes that saved no checkpoint.
         changed = changed_options(output_dir, config, _FREE)
         if not other_processes:
             then = {name: state["options"][name] for name in _BATCH_OPTIONS}

@@ -208,6 +208,73 @@ def test_a_disk_without_room_is_noticed_before_writing(
     open_cache(tmp_path, parts)
 
 
+def test_what_cannot_be_written_is_refused_before_training(
+    parts: Parts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, encoded, _ = parts
+    directory, closed = tmp_path / "deep" / "cache", [tmp_path]
+
+    def check(**changes: Any) -> None:
+        check_directory(directory, model, encoded, POSITIONS, torch.float32, **changes)
+
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in closed)
+    with pytest.raises(ValueError, match="^feature_cache=.* no files can be created in.*leave fea"):
+        check()
+    closed.clear()
+    # What a killed run left, or another run is writing, takes room that the new states may have.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10))
+    with pytest.raises(ValueError, match="GB are needed and 0.00 GB are free. Name a directory"):
+        check()
+    assert not (tmp_path / "deep").exists()
+    directory.mkdir(parents=True)
+    (directory / STATES_FILE).write_bytes(b"0" * 10_000)
+    check()
+    monkeypatch.undo()
+    open_cache(directory, parts)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    check()
+    # The first stage of the run will have other weights.
+    with pytest.raises(ValueError, match="^feature_cache=.* no files can be created"):
+        check(replaces_weights=True)
+    directory = tmp_path / "deep" / "cache" / META_FILE / "below"
+    with pytest.raises(ValueError, match=f"{META_FILE}' is a file; name a directory"):
+        check()
+
+
+def test_other_weights_are_replaced_and_nothing_else(parts: Parts, tmp_path: Path, caplog) -> None:
+    model, _, tokenizer = parts
+    before = np.array(open_cache(tmp_path, parts).states)
+    with torch.no_grad():
+        next(model.backbone.parameters()).mul_(2)
+    with pytest.raises(ValueError, match="weights differ. Delete it"):
+        open_cache(tmp_path, parts)
+    with caplog.at_level(logging.INFO, logger="fusedacl"):
+        after = open_cache(tmp_path, parts, replaces_weights=True)
+    assert "replacing the states of other weights" in caplog.text
+    assert not np.array_equal(after.states, before)
+    assert np.array_equal(open_cache(tmp_path, parts).states, after.states)
+    other = encode(TextSplit(TEXTS[::-1], None, [0, 1, 0, 1]), tokenizer, 16)
+    with pytest.raises(ValueError, match="texts, weights differ|texts differ"):
+        open_cache(tmp_path, (model, other, tokenizer), replaces_weights=True)
+
+
+def test_killed_while_weights_are_replaced(parts: Parts, tmp_path: Path, monkeypatch) -> None:
+    """The old description never stands beside new states."""
+    open_cache(tmp_path, parts)
+    with torch.no_grad():
+        next(parts[0].backbone.parameters()).mul_(2)
+
+    def die(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patches:
+        patches.setattr(FeatureCache, "_make", die)
+        with pytest.raises(KeyboardInterrupt):
+            open_cache(tmp_path, parts, replaces_weights=True)
+    assert not (tmp_path / META_FILE).exists()
+    open_cache(tmp_path, parts)
+
+
 @pytest.mark.parametrize("kind", [{}, {"exit_head": "linear", "exit_pooling": "mean"}])
 def test_second_stage_with_and_without(
     kind: dict[str, str], tiny_options, tmp_path: Path, monkeypatch
@@ -257,14 +324,19 @@ def test_second_stage_with_and_without(
 
 
 def test_another_cache_on_resuming(tiny_options, tmp_path: Path) -> None:
-    """The first stage has its checkpoint where the second finds the cache of another run."""
+    """A run replaces the states of another run's first stage, and may take another cache."""
     options: dict[str, Any] = {
         **tiny_options, "per_device_train_batch_size": 16, "strategy": "two_stage",
         "num_train_epochs": 1, "feature_cache": str(tmp_path / "cache"),
     }  # fmt: skip
     run(options, output_dir=str(tmp_path / "first"))
+    first = (tmp_path / "cache" / STATES_FILE).read_bytes()
+    run(options, seed=7)
+    assert (tmp_path / "cache" / STATES_FILE).read_bytes() != first
+    # A given first stage may have another run's cache only by mistake.
+    given = {"model_name_or_path": None, "stage1_model": str(tmp_path / "first")}
     with pytest.raises(ValueError, match="weights differ. Delete it, or name another directory"):
-        run(options, seed=7)
+        run(options, output_dir=str(tmp_path / "given"), **given)
     options |= {"seed": 7, "resume_from_checkpoint": "latest"}
     run(options, feature_cache=str(tmp_path / "other"))
     with pytest.raises(ValueError, match="learning_rate: .* then, 0.5 now"):

@@ -22,6 +22,7 @@ from fusedacl.engine.model.saved import load_tokenizer
 from fusedacl.engine.objectives.losses import ExitLosses, Teacher, distillation, exit_losses
 from fusedacl.engine.runtime.files import read_file
 from fusedacl.engine.runtime.signals import Interrupted
+from fusedacl.engine.training.builder import build_run
 from fusedacl.engine.training.feature_cache import META_FILE
 from fusedacl.engine.training.stages import (
     Stage,
@@ -270,6 +271,20 @@ def test_second_stage_on_an_existing_model(options, tiny_data: Path, tmp_path: P
     ):
         with pytest.raises(ValueError, match=message):
             run({**second, "output_dir": str(tmp_path / "no")}, strategy="two_stage", **changes)
+
+
+def test_the_length_of_texts_is_that_of_the_first_stage(options, tmp_path: Path, caplog) -> None:
+    first = str(tmp_path / "first")
+    run(options, output_dir=first, max_steps=1, max_seq_length=6)
+    second = {**options, "model_name_or_path": None, "stage1_model": first, "max_seq_length": None}
+    second["strategy"] = "two_stage"
+    parts = build_run(TrainingConfig.create(**second))
+    assert parts.model.config.max_seq_length == parts.train_split.max_length == 6
+    assert "stage1_model was trained" not in caplog.text
+    parts = build_run(TrainingConfig.create(**{**second, "max_seq_length": 8}))
+    assert parts.model.config.max_seq_length == 8
+    words = "max_seq_length=8: the model of stage1_model was trained with 6. Leave max_seq_length"
+    assert words in caplog.text
 
 
 def test_a_plain_classifier_becomes_a_first_stage(options, tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from fusedacl.engine.runtime import collectives
 from fusedacl.engine.runtime.signals import Interrupted, stopping_signals
-from fusedacl.engine.training import transfers
+from fusedacl.engine.training import trainer, transfers
 from fusedacl.engine.training.trainer import Trainer
 from tiny_runs import at_step, records, run, weights
 
@@ -190,6 +191,57 @@ def test_resuming_a_finished_run_changes_nothing(options) -> None:
     assert again["train_samples_per_second"] > 0
 
 
+def test_a_resumed_run_that_is_stopped_has_no_end(
+    options, tiny_data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """The old end stays until resuming is certain."""
+    files = [str(shutil.copy(tiny_data / "opinions" / "validation.jsonl", tmp_path / "test.jsonl"))]
+    files += [str(tiny_data / "opinions" / f"{name}.jsonl") for name in ("train", "validation")]
+    source = dict(zip(("test_file", "train_file", "validation_file"), files, strict=True))
+    options |= {**source, "task_name": None, "data_dir": None, "do_predict": True, "profile": 1}
+    options |= {"save_steps": None, "save_total_limit": None}
+    run(options)
+    left = Path(options["output_dir"])
+    end = [left / name for name in ("results.json", "profile.json", "test_predictions.csv")]
+    (left / "my_predictions.csv").touch()
+    options |= {"resume_from_checkpoint": "checkpoint-4", "profile": 0}
+    lines = (left / "metrics.jsonl").read_text()
+    (left / "metrics.jsonl").write_text("no record\n" + lines)
+    with pytest.raises(ValueError, match="line 1, is not a record"):
+        run(options)
+    assert all(file.exists() for file in end)
+    (left / "metrics.jsonl").write_text(lines)
+    at_step(monkeypatch, 6, lambda trainer: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted):
+        run(options)
+    assert not any(file.exists() for file in end) and (left / "my_predictions.csv").exists()
+    monkeypatch.undo()
+    run(options, resume_from_checkpoint="latest")
+    assert end[0].exists() and end[2].exists()
+
+
+@pytest.mark.parametrize("name", ["MetricsLog", "save_final", "write_json"])
+def test_what_the_first_process_cannot_write_ends_all(options, name: str, monkeypatch) -> None:
+    """Within an action of all processes, so that the others do not wait for the first one."""
+    inside: list[int] = []
+    together = collectives.together
+
+    def noted(action: Callable[[], Any]) -> Any:
+        inside.append(1)
+        made = together(action)
+        inside.pop()
+        return made
+
+    def fail(*arguments: Any) -> None:
+        assert inside
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(collectives, "together", noted)
+    monkeypatch.setattr(trainer, name, fail)
+    with pytest.raises(OSError, match="the disk is full"):
+        run(options, max_steps=1)
+
+
 def test_max_steps_and_fractions_of_epochs(options, tmp_path: Path) -> None:
     assert run(options, max_steps=5)["num_steps"] == 5
     results = run(options, num_train_epochs=0.5, output_dir=str(tmp_path / "half"))
@@ -205,10 +257,13 @@ def test_a_model_without_tokenizer(options, tiny_bert: Path, tmp_path: Path) -> 
         run(options, model_name_or_path=str(directory))
 
 
-def test_an_old_run_is_not_deleted_before_the_new_one_can_start(options) -> None:
+def test_an_old_run_is_not_deleted_before_the_new_one_can_start(options, monkeypatch) -> None:
     run(options, max_steps=1)
     wrong = {"Did you mean 'opinions'": {"task_name": "opinoins"}}
     for message, changes in (wrong | {"max_seq_length=100": {"max_seq_length": 100}}).items():
         with pytest.raises(ValueError, match=message):
             run(options, overwrite_output_dir=True, **changes)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://there")
+    with pytest.raises(ValueError, match="report_to=mlflow: the server cannot be used"):
+        run(options, overwrite_output_dir=True, report_to="mlflow")
     assert (Path(options["output_dir"]) / "results.json").exists()

@@ -131,7 +131,7 @@ def test_all_are_those_that_are_installed(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(services, "find_spec", lambda name: True if name in installed else None)
     assert services.chosen_services(RunOptions(report_to="all")) == list(installed)
     assert named_services("wandb, TensorBoard,wandb") == ["wandb", "tensorboard"]
-    with pytest.raises(ValueError, match="'tensorbord'. Did you mean 'tensorboard'"):
+    with pytest.raises(ValueError, match="'tensorbord' is no service. Did you mean 'tensorboard'"):
         named_services("wandb,tensorbord")
 
 
@@ -142,6 +142,33 @@ def test_wandb_without_a_login_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr("wandb.login", lambda prompt, verify: False)
     with pytest.raises(ValueError, match="nobody is logged in.*WANDB_MODE=offline"):
         require_services(RunOptions(report_to="wandb"))
+
+
+def test_a_server_that_fails_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(prompt: bool, verify: bool) -> bool:
+        if verify:
+            raise RuntimeError("no network")
+        return True
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setattr("wandb.login", refuse)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://there")
+    for name, words in (
+        ("wandb", "no network. Check WANDB_API_KEY and the network, set WANDB_MODE=offline, or "),
+        ("mlflow", "Check MLFLOW_TRACKING_URI, or leave mlflow out of report_to"),
+    ):
+        with pytest.raises(ValueError, match=f"^report_to={name}: the server cannot .*{words}"):
+            require_services(RunOptions(report_to=name))
+    # The other processes of a run send nothing.
+    monkeypatch.setattr(services.processes, "rank", lambda: 1)
+    require_services(RunOptions(report_to="wandb,mlflow"))
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "\x00"])
+def test_a_damaged_list_of_runs_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "services.json").write_text(content)
+    with pytest.raises(ValueError, match=r"services.json' is damaged: .*Delete it, and they begin"):
+        open_services(RunOptions(report_to="tensorboard"), {}, tmp_path, 1)
 
 
 def test_a_service_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,9 +105,9 @@ def test_a_full_disk_loses_nothing_that_was_saved(tmp_path: Path) -> None:
     ("error", "words"),
     [
         (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), "Free some space and run again"),
-        (OSError(errno.EROFS, "Read-only file system"), "Mend that and run again"),
+        (OSError(errno.EROFS, "Read-only file system"), "cause of that error and run again"),
         # As safetensors reports it.
-        (RuntimeError("I/O error: Input/output error (os error 5)"), "Mend that and run again"),
+        (RuntimeError("I/O error: Input/output error (os error 5)"), "that error and run again"),
     ],
 )
 def test_not_every_error_is_a_full_disk(error: Exception, words: str, tmp_path: Path) -> None:
@@ -155,6 +156,47 @@ def test_a_killed_save_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest").name == "checkpoint-10"
 
 
+def test_what_cannot_be_deleted_ends_no_run(tmp_path: Path, monkeypatch, caplog) -> None:
+    """As on NFS, where a directory with an open file stays."""
+    save(tmp_path, 5)
+    deleted = shutil.rmtree
+
+    def refuse(path: Path, ignore_errors: bool = False) -> None:
+        if not path.name.startswith("checkpoint-5"):
+            deleted(path, ignore_errors=ignore_errors)
+        elif not ignore_errors:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    assert save(tmp_path, 10, 15, keep=1) == [15]
+    tidy(tmp_path)
+    assert caplog.text.count("checkpoint-5.partial could not be deleted and takes up room:") == 2
+    assert find_checkpoint(tmp_path, "latest").name == "checkpoint-15"
+    # A name that is needed must be free.
+    with pytest.raises(OSError, match="checkpoint-5 could not be saved .*resource busy"):
+        save(tmp_path, 5)
+    # Kept under its name, where the one that it is to take stays.
+    set_aside(tmp_path, 5)
+    assert save(tmp_path, 20, keep=1) == [20]
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP, errno.EIO])
+def test_a_file_system_that_flushes_no_directory(number: int, tmp_path: Path, monkeypatch) -> None:
+    flush = os.fsync
+
+    def refuse(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="checkpoint-5 could not be saved .*Input/output"):
+            save(tmp_path, 5)
+    else:
+        assert save(tmp_path, 5) == [5]
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint"])
 def test_damaged_state(tmp_path: Path, content: bytes) -> None:
     save(tmp_path, 5)
@@ -165,10 +207,10 @@ def test_damaged_state(tmp_path: Path, content: bytes) -> None:
 
 
 def test_unknown_checkpoint(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no such complete checkpoint .* There: none"):
+    with pytest.raises(ValueError, match="no such complete checkpoint .*: there are none"):
         find_checkpoint(tmp_path, "latest")
     save(tmp_path, 5)
-    with pytest.raises(ValueError, match="There: checkpoint-5"):
+    with pytest.raises(ValueError, match="Complete checkpoints there: checkpoint-5"):
         find_checkpoint(tmp_path, "checkpoint-6")
 
 
@@ -246,11 +288,11 @@ def test_what_is_damaged_is_named_and_passed_over(
         with pytest.raises(ValueError) as error:
             find_checkpoint(tmp_path, spelling)
         assert f"resume_from_checkpoint={spelling!r}: checkpoint-10 {words}" in str(error.value)
-        assert "'latest' takes the newest that is whole" in str(error.value)
+        assert "'latest' takes the newest of them" in str(error.value)
     flip(tmp_path / "checkpoint-5" / STATE_FILE)
     with pytest.raises(ValueError, match="resume_from_checkpoint='latest': no such comp") as error:
         find_checkpoint(tmp_path, "latest")
-    assert "There: all 2 are damaged or incomplete; --overwrite_output_dir" in str(error.value)
+    assert "all 2 there are damaged or incomplete. --overwrite_output_dir" in str(error.value)
 
 
 def test_the_best_checkpoint_is_never_deleted(tmp_path: Path) -> None:

@@ -92,6 +92,23 @@ def test_what_the_run_reads_is_not_deleted(
     assert path.exists()
 
 
+def test_another_run_below_is_not_deleted(tmp_path: Path) -> None:
+    output_dir, overwrite = write_run(tmp_path / "run"), {"overwrite_output_dir": True}
+    (output_dir / "checkpoint-4").mkdir()
+    # Files of this name that other programs write, as W&B does.
+    (output_dir / "wandb").mkdir()
+    (output_dir / "wandb" / CONFIG_FILE).write_text("wandb_version: 1\n")
+    inner = write_run(output_dir / "more" / "inner")
+    with pytest.raises(ValueError, match="would delete another run, '.*inner', as it lies in"):
+        make_output_dir(config_of(output_dir, **overwrite))
+    assert (inner / CONFIG_FILE).exists() and (output_dir / "results.json").exists()
+    make_output_dir(config_of(inner, **overwrite))
+    inner.rename(tmp_path / "elsewhere")
+    (output_dir / "link").symlink_to(write_run(tmp_path / "linked"))
+    make_output_dir(config_of(output_dir, **overwrite))
+    assert not any(output_dir.iterdir()) and (tmp_path / "linked" / CONFIG_FILE).exists()
+
+
 def test_the_current_directory_is_not_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
