@@ -19,9 +19,9 @@ def load_splits(
 ) -> TextData:
     """Read the splits of a data set, as `dataset.load_splits` does.
 
-    options: the data options; None: made from `arguments`, of which the others go to
-    `dataset.load_splits`: `load_splits(train_file="train.csv", needs_train=True)`. label_names: the
-    classes of a trained model of which nothing else is known.
+    options: the data options. None: made from those of `arguments` that are names of data options,
+    as in `load_splits(train_file="train.csv", needs_train=True)`; the others go to
+    `dataset.load_splits`. label_names: classes of a trained model without a record of its data.
 
     Raises:
         TypeError: options are given in both ways, or one has an unknown name.

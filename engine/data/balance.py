@@ -103,15 +103,14 @@ class BalancedBatches:
     Args:
         labels: classes of the texts [N].
         size: texts of a batch in which texts are contrasted with each other.
-        interleaved: such batches that lie side by side, each in every so-many-th row.
-        chunk: consecutive rows of a batch before those of the next one beside it continue.
+        interleaved: number of such batches that are read together, their rows in turns: batch b has
+            rows b, b + interleaved, … of the stretch that they share.
     """
 
     labels: np.ndarray
     size: int
     per_class: int
     interleaved: int = 1
-    chunk: int | None = None
 
     @property
     def num_classes(self) -> int:
@@ -165,13 +164,12 @@ class BalancedBatches:
         rows = np.concatenate(batches)
         together = self.size * self.interleaved
         whole = len(rows) // together * together
-        chunk = self.size if self.chunk is None else self.chunk
-        blocks = rows[:whole].reshape(-1, self.interleaved, self.size // chunk, chunk)
-        return np.concatenate([blocks.transpose(0, 2, 3, 1).ravel(), rows[whole:]])
+        blocks = rows[:whole].reshape(-1, self.interleaved, self.size)
+        return np.concatenate([blocks.transpose(0, 2, 1).ravel(), rows[whole:]])
 
 
 def balanced_batches(
-    labels: np.ndarray, size: int, per_class: int | None, **layout: int
+    labels: np.ndarray, size: int, per_class: int | None, interleaved: int = 1
 ) -> BalancedBatches:
     """`BalancedBatches`; `per_class` None: as few texts as the number of classes allows.
 
@@ -195,7 +193,7 @@ def balanced_batches(
             f"samples_per_class={chosen}: a contrastive batch has {size} texts, {why}. Use "
             f"{', '.join(map(str, reversed(possible)))}, or leave it out."
         )
-    made = BalancedBatches(labels, size, chosen, **layout)
+    made = BalancedBatches(labels, size, chosen, interleaved)
     if made.num_full == 0:
         counts = np.unique(labels, return_counts=True)[1]
         raise ValueError(
@@ -215,7 +213,7 @@ def warn_of_single_texts(
         labels: classes [N], or the labels that apply, bool [N, K].
         batches: rows of the micro-batches of an epoch.
         together: micro-batches that are one contrastive batch.
-        parts: contrastive batches side by side in it, each in every so-many-th row.
+        parts: contrastive batches in it, whose rows take turns: part p has rows p, p + parts, ….
     """
     num_single = num_texts = 0
     for start in range(0, len(batches), together):
@@ -231,8 +229,7 @@ def warn_of_single_texts(
             remedies = f"sampler=balanced, {remedies} or negatives=global"
         logger.warning(
             "%d of %d training texts (%.0f%%) have no other text of their %s in their "
-            "contrastive batch of %d: the contrastive loss has no two texts to draw together. Use "
-            "%s.",
+            "contrastive batch of %d, so the contrastive loss has no text to draw them to. Use %s.",
             num_single, num_texts, 100 * num_single / num_texts,
             "labels" if several else "class", size, remedies,
         )  # fmt: skip

@@ -21,8 +21,8 @@ logger = logging.getLogger("fusedacl")
 _TEXTS_PER_CHUNK = 1000
 # A tokenizer needs some 300 bytes per character while it works.
 _CHARACTERS_PER_CHUNK = 10**6
-# A text is cut only behind this many tokens more than are kept: what a cut changes, such as the
-# pieces of the word that it divides, does not reach that far.
+# A very long text is cut before it is tokenised, this many tokens beyond those that are kept, so
+# that what the cut itself changes (the pieces of a divided word) is never among the kept ones.
 _SPARE_TOKENS = 1000
 _CHARACTERS_PER_TOKEN = 16
 # A tokenizer without a limit reports 10^30.

@@ -3,8 +3,10 @@
 Messages count rows from 1, without the header of a csv file.
 """
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,8 @@ from ..runtime.text import did_you_mean
 UNLABELLED = -1
 # Eighteen digits always fit into 64 bits; codes such as 007 are names, not numbers.
 _INTEGER = r"^-?(0|[1-9]\d{0,17})$"
+# Texts of a split whose hashes are recorded: 6 kB in the model's configuration.
+_SAMPLE = 512
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -24,8 +28,8 @@ _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 class TextSplit:
     """Texts, or pairs of texts, and their labels if they are known.
 
-    labels: the class index of each text; where `num_labels` says that there are so many labels, of
-    which a text may have several, a sorted list of label indices for each text.
+    labels: class indices; if `num_labels` is given, a text may have several of that many labels,
+    and each entry is a sorted list of label indices.
     """
 
     first: list[str]
@@ -56,6 +60,51 @@ class TextSplit:
             None if labels is None else [labels[row] for row in rows],
             self.num_labels,
         )
+
+
+def content(split: TextSplit) -> dict[str, Any]:
+    """The number of rows of a split, the SHA-256 of its texts and of its labels, and a sample.
+
+    The sample has the smallest hashes of the texts, so that it can be compared with that of any
+    other order or part of them.
+    """
+
+    def digest(value: Any) -> str:
+        text = json.dumps(value, ensure_ascii=False)
+        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+    return {
+        "rows": len(split),
+        "texts": digest([split.first, split.second]),
+        "labels": digest(split.labels),
+        "sample": " ".join(sorted(set(_text_hashes(split)))[:_SAMPLE]),
+    }
+
+
+def share_among(split: TextSplit, recorded: Mapping[str, Any]) -> float:
+    """The share of a split's texts that are among those whose `content` was recorded.
+
+    It is estimated from the texts with the smallest hashes, of which the record has a sample; 0 for
+    a record of an earlier version, unless the texts are the same in the same order.
+    """
+    now = content(split)
+    if now["texts"] == recorded.get("texts"):
+        return 1.0
+    sample = str(recorded.get("sample", "")).split()
+    kept, is_whole = set(sample), len(sample) < _SAMPLE
+    compared = [key for key in _text_hashes(split) if kept and (is_whole or key <= sample[-1])]
+    # One text alone may be a repetition.
+    num_seen = sum(key in kept for key in compared)
+    return num_seen / len(compared) if num_seen > 1 else 0.0
+
+
+def _text_hashes(split: TextSplit) -> list[str]:
+    """A hash of each text or pair, 10 hexadecimal digits."""
+    second = split.second if split.second is not None else [""] * len(split)
+    return [
+        hashlib.blake2b(f"{a}\0{b}".encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()
+        for a, b in zip(split.first, second, strict=True)
+    ]
 
 
 def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit:

@@ -9,13 +9,12 @@ import pyarrow as pa
 
 from ..config.sections import DataOptions, EvaluationDataOptions, TrainingDataOptions
 from ..runtime.text import did_you_mean
-from .columns import TextSplit, read_texts, unlabelled
+from .columns import TextSplit, content, read_texts, unlabelled
 from .files.tables import read_table
 from .record import (
     Classes,
     DataRecord,
     choose_text_columns,
-    content,
     label_columns,
     learn_classes,
     required_label_columns,
@@ -422,7 +421,8 @@ class _Reader:
             )
         split = self.read(usual)
         if split.labels is None:
-            raise ValueError(f"split={name!r}: every label is -1 (unlabelled); name another split.")
+            why = "no text has a label" if self.several else "every label is -1 (unlabelled)"
+            raise ValueError(f"split={name!r}: {why}; name another split.")
         return split
 
 
@@ -440,5 +440,5 @@ def _check_two_classes(train: TextSplit, where: str, max_train_samples: int | No
                 f"{where}: all texts have the same labels{limited}; training needs a difference."
             )
         raise ValueError(
-            f"{where}: every label is {labels}{limited}; training needs at least two classes."
+            f"{where}: all texts have the same class{limited}; training needs at least two."
         )

@@ -1,4 +1,4 @@
-"""The embedded data set of `fusedacl train` without arguments, and the path of its encoder.
+"""The built-in data set of `fusedacl train` without arguments, and the path of its encoder.
 
 Sentence pairs of three classes from a small grammar, whose words are in quickstart.yaml. The label
 is drawn first. Everything that a bag of words sees (the words, the number of words that both

@@ -4,8 +4,6 @@ The record is made once, from the training split, and travels in the model's con
 rule that decides what a column or a label means is in this file.
 """
 
-import hashlib
-import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -15,7 +13,6 @@ import pyarrow.compute
 
 from ..runtime.text import did_you_mean
 from .columns import (
-    TextSplit,
     all_unlabelled,
     holds_texts,
     is_integer_name,
@@ -30,7 +27,7 @@ from .doubtful_labels import doubtful_names
 
 LABEL_COLUMNS = ("label", "labels")
 _CONVENTIONAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
-# Largest share of rows in which a column that repeats the label may differ from it.
+# Largest share, of the rows outside the most frequent class, in which it may differ from the label.
 _LABEL_NOISE = 0.02
 # Fields of the record that the model's configuration holds in places of its own.
 _OF_CONFIG = {"label_names", "several_labels"}
@@ -88,11 +85,12 @@ class DataRecord:
 
     label_names: classes in the order of the logits. labels_as: "names" or "indices", the way labels
     are written in files. text_columns: one column, or the two of pairs, in order. label_column: its
-    name, or those of columns of zeros and ones, joined by commas. f1_class: the class that the
-    metric f1 is of, None for data without f1. splits: number of rows and SHA-256 of texts and
-    labels, by split. token_types: whether the encoder was given token types. several_labels:
-    whether a text may have several. label_separator: what joins them in a cell, None for other
-    forms. Fields are None in the record of a model that an earlier version saved.
+    name, or those of columns of zeros and ones, joined by commas. f1_class: the positive class of
+    the metric f1, None for data without f1. splits: number of rows and SHA-256 of texts and labels,
+    by split. token_types: whether the encoder was given token types. several_labels: whether a text
+    may have several. label_separator: what joins them in a cell, None for other forms. chosen_on:
+    the split whose scores chose the checkpoint or ended the training, None if none did. Fields are
+    None in the record of a model that an earlier version saved.
     """
 
     label_names: list[str]
@@ -104,6 +102,7 @@ class DataRecord:
     token_types: bool | None = None
     several_labels: bool = False
     label_separator: str | None = None
+    chosen_on: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The record for the model's configuration, which holds the label names already.
@@ -160,7 +159,7 @@ class DataRecord:
 
     @property
     def f1_index(self) -> int:
-        """Index of the class that the metric f1 is of."""
+        """Index of the positive class of the metric f1."""
         return 1 if self.f1_class is None else self.label_names.index(self.f1_class)
 
     def differences(self, other: "DataRecord") -> list[str]:
@@ -173,7 +172,7 @@ class DataRecord:
             ("label_column", "the label column is"),
             ("several_labels", "several labels per text:"),
             ("label_separator", "labels in a cell are joined by"),
-            ("f1_class", "f1 is of the class"),
+            ("f1_class", "the positive class of f1 is"),
             ("token_types", "token types are given:"),
         ):
             mine, theirs = getattr(self, name), getattr(other, name)
@@ -187,20 +186,6 @@ class DataRecord:
                 differing = [key for key in ("texts", "labels") if mine[key] != theirs[key]]
                 found += [f"the {key} of {split} are others" for key in differing]
         return found
-
-
-def content(split: TextSplit) -> dict[str, Any]:
-    """The number of rows of a split, and the SHA-256 of its texts and of its labels."""
-
-    def digest(value: Any) -> str:
-        text = json.dumps(value, ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-    return {
-        "rows": len(split),
-        "texts": digest([split.first, split.second]),
-        "labels": digest(split.labels),
-    }
 
 
 def label_columns(

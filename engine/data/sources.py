@@ -82,15 +82,15 @@ class DataSource:
         return task_metrics(self.task_name)
 
     def f1_class(self, label_names: Sequence[str]) -> tuple[str | None, str | None]:
-        """The class that the metric f1 is of, and a note where the task does not say it."""
+        """The positive class of the metric f1, and a note where the task does not say it."""
         glue = GLUE_TASKS.get(self.task_name or "")
         if glue is None or glue.f1_class is None:
             return None, None
         if glue.f1_class in label_names:
             return glue.f1_class, None
         return label_names[1], (
-            f"{self.name}: f1 is of the second class, {label_names[1]!r}, as none is called "
-            f"{glue.f1_class!r}"
+            f"{self.name}: the positive class of f1 is the second, {label_names[1]!r}, as none is "
+            f"called {glue.f1_class!r}"
         )
 
 
@@ -202,7 +202,7 @@ def open_hub(
 
 
 def open_task(task_name: str) -> DataSource:
-    """Open a GLUE task from the hub, or the embedded quickstart set.
+    """Open a GLUE task from the hub, or the built-in quickstart set.
 
     Raises:
         ValueError: an unknown task (the nearest name is offered), or an excluded one.
@@ -316,8 +316,8 @@ def _load_dataset(
     except RuntimeError as error:
         # Such as "Dataset scripts are no longer supported, but found x.py".
         raise ValueError(
-            f"{argument}: `datasets` cannot read it ({error}); name a version in Parquet, such as "
-            "one that the hub has of it, or keep the files locally: --data_dir DIR with "
+            f"{argument}: `datasets` cannot read it ({error}); name a Parquet version of it (the "
+            "hub may have one), or keep the files locally: --data_dir DIR with "
             "<task_name>/train.parquet and the like."
         ) from error
     except ValueError as error:

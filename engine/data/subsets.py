@@ -16,7 +16,7 @@ def draw_subsets(
     validation_percentage: int | None = None,
     where: str,
 ) -> tuple[TextSplit, TextSplit | None]:
-    """At most so many texts of each class to train on, and the same share of each for validation.
+    """Texts to train on, at most `samples_per_class` of each, and a share of each for validation.
 
     Both keep the order of the split. The seed puts the texts of each class in an order: validation
     takes the first, training the last, so that ten texts of each class are among the fifty of the
@@ -42,7 +42,8 @@ def draw_subsets(
                 of_class = "" if label is None else f" of class {class_names[label]!r}"
                 raise ValueError(
                     f"validation_split_percentage={validation_percentage}: {where} has "
-                    f"{len(rows)} texts{of_class}: too few for training and validation."
+                    f"{len(rows)} texts{of_class}: too few for training and validation. Add texts, "
+                    "or name a validation_file instead."
                 )
         held_out += rows[:number]
         trained += rows[number:][-(samples_per_class or len(rows)) :]

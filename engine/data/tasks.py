@@ -14,7 +14,7 @@ SEVERAL_LABELS_METRICS = ("micro_f1", "macro_f1", "average_precision", "exact_ma
 class GlueTask:
     """A GLUE task: text columns, class names as in `nyu-mll/glue`, metrics, the main one first.
 
-    f1_class: the class that the metric f1 is of.
+    f1_class: the positive class of the metric f1.
     """
 
     text_columns: tuple[str, ...]

@@ -107,7 +107,7 @@ def token_counts(attention_mask: Tensor) -> Rows:
     # In a right-padded mask, no 1 follows a 0.
     if not mask[:, 0].all() or (mask[:, 1:] & ~mask[:, :-1]).any():
         raise ValueError(
-            "attention_mask: padding must be on the right of each text, which has a token at least "
+            "attention_mask: each text needs at least one token, and its padding on the right "
             "(tokenizer.padding_side = 'right')."
         )
     lengths: Rows = mask.sum(axis=1, dtype=np.int64)

@@ -98,12 +98,12 @@ def training_loss(logits: Tensor, labels: Tensor, several: bool) -> Tensor:
         if labels.shape != (num_samples, num_labels):
             raise ValueError(
                 f"labels has shape {list(labels.shape)}: the model gives each text any number of "
-                f"{num_labels} labels, so expected are zeros and ones, {[num_samples, num_labels]}."
+                f"{num_labels} labels, so it must hold zeros and ones, {[num_samples, num_labels]}."
             )
         return cross_entropies(logits, labels).mean(dim=1).sum()
     if labels.ndim != 1 or labels.is_floating_point():
         raise ValueError(
-            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: expected is one "
+            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: it must hold one "
             f"class index per text, [N]; several labels per text need problem_type={MULTI_LABEL!r} "
             "in the model's configuration. Regression is not supported."
         )

@@ -148,10 +148,12 @@ class EarlyExit:
         """Answer one batch of right-padded token ids [N, T].
 
         Raises:
-            ValueError: an empty batch, or padding elsewhere than on the right.
+            ValueError: an empty batch, tensors of other shapes, or padding elsewhere than on the
+                right.
         """
         tensors = zip(_INPUTS, (input_ids, attention_mask, token_type_ids), strict=True)
         batch = {name: tensor for name, tensor in tensors if tensor is not None}
+        _check_shapes(batch)
         num_rows = len(input_ids)
         return self._run([(np.arange(num_rows), batch)], num_rows, repack_to=None)
 
@@ -313,7 +315,10 @@ def early_exit(
             if pad_token_id is None:
                 pad_token_id = cast(int | None, model.config.backbone_config.pad_token_id)
             if pad_token_id is None:
-                raise ValueError("pad_token_id is missing: the encoder's configuration has none.")
+                raise ValueError(
+                    "pad_token_id is missing, also in the encoder's configuration: pass "
+                    "tokenizer.pad_token_id."
+                )
             return engine.predict(
                 inputs, batch_size, pad_token_id=pad_token_id, repack=repack, progress=progress
             )
@@ -352,6 +357,21 @@ def _checked_inputs(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: inputs[name] for name in _INPUTS if name in inputs}
 
 
+def _check_shapes(batch: Mapping[str, Tensor]) -> None:
+    shape = batch["input_ids"].shape
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(
+            f"input_ids has shape {list(shape)}: expected is [texts, tokens], with a token at "
+            "least. Put a single text into a batch of one (input_ids[None])."
+        )
+    for name, tensor in batch.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}, input_ids {list(shape)}: pass both as the "
+                "tokenizer gives them."
+            )
+
+
 def _stages(model: ExitModel, policy: Policy) -> list[_Stage]:
     stages = []
     first = 1
@@ -371,6 +391,7 @@ def _resolve(
         return make_policy(policy, **parameters)
     if parameters:
         raise ValueError(
-            f"{', '.join(parameters)}: parameters go with a policy's name; this policy has its own."
+            f"{', '.join(parameters)}: parameters need a policy's name (policy='entropy'). A "
+            "Policy and the stored policy have their own: leave these out, or name a policy."
         )
     return stored_policy(model) if policy is None else policy

@@ -151,9 +151,9 @@ def load_complete(
 def checkpoint_layers(
     encoder: PreTrainedModel, again: Callable[[], AbstractContextManager[Any]] = nullcontext
 ) -> None:
-    """Keep the states between layers only in training; backward passes compute the rest again.
+    """Keep only the states between layers in training; backward passes recompute the rest.
 
-    again: makes the context in which they do, which must be that of the forward pass.
+    again: makes the context of the recomputation, which must be that of the forward pass.
 
     Non-reentrant checkpoints: the reentrant ones of PyTorch refuse the second backward pass of the
     gate.
@@ -190,8 +190,8 @@ def _num_token_types(encoder: PreTrainedModel) -> int:
     if not _takes_token_types(encoder_class):
         return 0
     config = encoder.config
-    # XLNet compares types with each other. XLM and GPT look them up among the words, by which
-    # tokenizers of another family do not number them.
+    # XLNet compares types with each other. XLM and GPT look types up in the word embeddings, so
+    # types numbered by another family's tokenizer would select arbitrary words.
     unlimited = 2 if config.model_type == "xlnet" else 0
     return getattr(config, "type_vocab_size", None) or unlimited
 
@@ -341,7 +341,7 @@ def _examine(encoder: PreTrainedModel) -> Behaviour:
         return Behaviour("its states are drawn at random, also in evaluation.")
     if torch.equal(states[0, 0], other[0, 0]):
         return Behaviour(
-            "its first token, which the exits read, does not see the tokens after it, as in "
+            "its first token, which exits read by default, does not see the tokens after it, as in "
             "a causal decoder."
         )
     if torch.equal(states[1, :_TOKENS_OF_SHORT], other[1, :_TOKENS_OF_SHORT]):

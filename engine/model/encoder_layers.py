@@ -53,7 +53,7 @@ class EncoderLayers:
     Subclasses override what differs in another family. Texts are padded on the right.
     """
 
-    # What depends on the width of its batch is not cut to the longest text that is left.
+    # True: answers depend on the batch's width, which is then not cut to the longest text left.
     depends_on_batch = False
     has_token_types = True
     attention_implementations: tuple[str, ...] = ("eager", "sdpa", "flash_attention_2")
@@ -215,9 +215,9 @@ class DebertaV2Layers(EncoderLayers):
 
 
 class ModernBertLayers(EncoderLayers):
-    has_token_types = False
     """ModernBERT; the FLOPs count local attention as attention over all tokens."""
 
+    has_token_types = False
     attention_implementations = ("eager", "sdpa")
 
     def __init__(self, encoder: PreTrainedModel) -> None:

@@ -50,6 +50,8 @@ class Policy(ABC):
     needs_learned_exit: ClassVar[bool] = False
     # Whether it can decide on texts that may have several labels.
     takes_several: ClassVar[bool] = True
+    # Exits that a model needs so that the policy can do more than run it whole.
+    least_exits: ClassVar[int] = 2
 
     @abstractmethod
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
@@ -207,6 +209,8 @@ class Patience(Policy):
     """
 
     name = "patience"
+    # The earliest exit is the second, which must not be the last.
+    least_exits = 3
     patience: int
 
     def leaves(self, reading: ExitReading, memory: Memory) -> tuple[Tensor, Memory]:
@@ -231,6 +235,8 @@ class PatienceConfidence(Policy):
     """
 
     name = "patience_confidence"
+    # With two exits only patience 1 can leave early, which is max_probability.
+    least_exits = 3
     patience: int
     threshold: float
 
@@ -384,13 +390,20 @@ def _check_count(where: str, value: Any) -> None:
 
 
 def calibration_mismatch(
-    record: Mapping[str, Any], dtype: torch.dtype, max_seq_length: int
+    record: Mapping[str, Any], dtype: torch.dtype, max_seq_length: int, weights: str | None = None
 ) -> str | None:
     """Return a warning if this inference differs from the calibration in a record, else None.
 
-    A value that the record lacks is not compared.
+    A value that the record lacks is not compared. weights: hash of the model's weights, which is
+    recorded with a guarantee alone; None compares none.
     """
     made = record.get("calibration") or {}
+    if weights is not None and (made.get("guarantee") or {}).get("weights", weights) != weights:
+        return (
+            "The stored policy was calibrated with other weights, so its guarantee does not hold, "
+            "and score and speed may differ from the calibrated ones. Run `fusedacl exits` with "
+            "this model."
+        )
     now = {"dtype": dtype_name(dtype), "max_seq_length": max_seq_length}
     differing = [name for name in now if name in made and made[name] != now[name]]
     if not differing:

@@ -181,8 +181,8 @@ def check_padding(attention_mask: Tensor | None) -> None:
         return
     if not attention_mask[:, 0].all():
         raise ValueError(
-            "attention_mask: the exits read the first token of each text, so padding must be on "
-            "the right (tokenizer.padding_side = 'right')."
+            "attention_mask: the first token of a text is masked, so its padding is on the left. "
+            "Exits need it on the right (tokenizer.padding_side = 'right')."
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .encoder_layers import Flops, linear_entries
-from .exit_policies import Policy
+from .exit_policies import FixedLayer, Policy
 from .exits import Exit, ExitModel, LinearExit
 from .generic_layers import encoder_layers
 
@@ -34,11 +34,7 @@ def exit_flops(model: ExitModel, policy: Policy | None = None) -> list[Flops]:
 
 def full_flops(model: ExitModel) -> Flops:
     """Operations of the model up to its last exit, without the other exits."""
-    layers = encoder_layers(model.backbone)
-    spent = layers.embedding_flops() + head_flops(model.exits.heads[-1])
-    for layer in range(1, model.exit_layers[-1] + 1):
-        spent += layers.flops(layer)
-    return spent
+    return exit_flops(model, FixedLayer(model.exit_layers[-1]))[-1]
 
 
 def head_flops(head: Exit) -> Flops:

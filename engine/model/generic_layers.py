@@ -155,7 +155,7 @@ def _announce(model_type: str, steered: bool) -> None:
         "embeddings and masks are computed again after each exit: slower than for the families "
         "that run layer by layer (docs/encoders.md)"
         if steered
-        else "its layers cannot be run one by one, so all run before the first exit: nothing saved"
+        else "its layers cannot be run one by one; all run before the first exit: no time is saved"
     )
     logger.info("Early exit of a %s encoder: %s. The answers are the same.", model_type, how)
 

@@ -128,7 +128,8 @@ class MultiExitConfig(PretrainedConfig):
 class MultiExitForSequenceClassification(ExitModel):
     """A text encoder of transformers with an exit on each of `config.exit_layers`.
 
-    The exits read the first token ([CLS], <s>), so padding must be on the right.
+    The exits read the first token ([CLS], <s>) or the mean over the tokens; padding must be on the
+    right.
     """
 
     config_class = MultiExitConfig
@@ -215,7 +216,7 @@ class MultiExitForSequenceClassification(ExitModel):
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"model_name_or_path={name_or_path!r} cannot be loaded: it is neither a local "
-                "directory with config.json and weights nor a model that the hub gave."
+                "directory with config.json and weights nor a model that the hub could provide."
                 f"{nearest_directory(name_or_path)} ({error})"
             ) from None
         except Exception as error:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from ..config.commands import InferenceOptions
@@ -19,6 +21,7 @@ from ..runtime.device import choose_device, choose_dtype
 from ..runtime.manifest import MANIFEST_FILE, model_fault
 from ..runtime.text import nearest_directory
 from .answers import LABEL_THRESHOLD, has_several_labels
+from .exit_policies import calibration_mismatch
 from .multi_exit import MultiExitConfig, MultiExitForSequenceClassification, label_names
 
 logger = logging.getLogger("fusedacl")
@@ -94,6 +97,15 @@ def check_vocabulary(
         )
 
 
+def weights_hash(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 class TrainedModel:
     """A trained model, ready for inference, with its tokenizer and sequence length.
 
@@ -129,7 +141,7 @@ class TrainedModel:
         return encoded
 
     def label_threshold(self, option: float | None) -> float:
-        """The probability from which a label applies: that of the option, or the usual one.
+        """The probability above which a label applies: that of the option, or the usual one.
 
         Raises:
             ValueError: the model gives a text one class, for which there is no threshold.
@@ -140,6 +152,18 @@ class TrainedModel:
                 "probable one. Leave it out."
             )
         return LABEL_THRESHOLD if option is None else option
+
+    def weights_hash(self) -> str:
+        """SHA-256 of the weights, without the learned exit, which `fusedacl exits` adds."""
+        state = self.model.state_dict()
+        return weights_hash({n: v for n, v in state.items() if not n.startswith("learned_exit.")})
+
+    def calibration_mismatch(self) -> str | None:
+        """A warning if this model differs from what its stored policy was calibrated with."""
+        record = self.model.config.exit_policy
+        promised = (record.get("calibration") or {}).get("guarantee")
+        weights = self.weights_hash() if promised else None
+        return calibration_mismatch(record, self.dtype, self.max_length, weights)
 
     @property
     def label_names(self) -> list[str]:

@@ -72,8 +72,8 @@ def _early_exit_lines(study: Mapping[str, Any], policy: str) -> list[str]:
         lines[-1] += f" {words(facts['guarantee'])}"
     if measured:
         lines[-1] += (
-            f" Speed: of {measured[0]['num_texts']} texts against the full model, in turns with "
-            f"it, median of {measured[0]['repeats']} passes, on {study['machine']}."
+            f" Speed: measured on {measured[0]['num_texts']} texts, in turns with the full model; "
+            f"median of {measured[0]['repeats']} passes on {study['machine']}."
         )
     use = "Use: `fusedacl predict --policy stored`, or `model.early_exit(inputs)`."
     return [*lines, "", use, "", *made_with(study)]

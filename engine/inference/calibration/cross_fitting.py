@@ -36,7 +36,6 @@ def cross_fit(
     target: Target,
     *,
     num_thresholds: int = 33,
-    num_folds: int = NUM_FOLDS,
 ) -> CrossFitted:
     """Choose a policy's setting on all folds but one, and score it on that one, for each fold.
 
@@ -46,10 +45,10 @@ def cross_fit(
     Raises:
         ValueError: too few texts, or no setting reaches the target in some fold.
     """
-    folds = fold_of(readings.labels, num_folds)
+    folds = fold_of(readings.labels, NUM_FOLDS)
     exits = torch.empty(len(readings), dtype=torch.int64)
     spent = 0.0
-    for fold in range(num_folds):
+    for fold in range(NUM_FOLDS):
         here = folds == fold
         seen, unseen = readings.subset(~here), readings.subset(here)
         if name == Learned.name:
@@ -65,5 +64,5 @@ def cross_fit(
         score=readings.score(metric, predictions),
         mean_layer=float(torch.tensor(readings.exit_layers)[exits].double().mean()),
         flops_share=spent / float(full_flops(readings.model).at(readings.lengths).sum()),
-        num_folds=num_folds,
+        num_folds=NUM_FOLDS,
     )

@@ -52,7 +52,7 @@ _FINER = 10
 
 @dataclass(frozen=True)
 class Promise:
-    """With `confidence`, at most `limit` of new texts are lost; `risk`: see `RISKS`.
+    """With `confidence`, the risk on new texts is at most `limit`; `risk`: one of `RISKS`.
 
     With lost_answers the accuracy falls by at most `limit` of the full model's: early exit keeps
     1 - limit of its right answers, and what it corrects comes on top.
@@ -91,7 +91,8 @@ class Promise:
         least = least_texts(self.limit, 1 - self.confidence)
         if num_texts < least:
             raise ValueError(
-                f"{self} needs at least {least} texts, even if none is lost: {num_texts} are given."
+                f"{self} needs at least {least} texts, even if none is lost: {num_texts} are "
+                "given. Give more texts, or allow a larger max_quality_loss."
             )
 
 
@@ -274,7 +275,7 @@ def choose_certified(
         "p_value": test.p_value,
         "num_tested": len(passed) + len(failed),
         "least_texts": least,
-        # Those of the test were enough, also where a rounded number of losses says more.
+        # The tested texts were enough, even where rounding the losses up gives a larger number.
         "enough_texts": num_texts if enough is None else min(enough, num_texts),
     }
 
@@ -290,9 +291,9 @@ def words(record: Mapping[str, Any]) -> str:
     return (
         f"With confidence {record['confidence']:g}, {RISKS[record['risk']]} is at most "
         f"{record['limit']:g} on new texts of the same source. Lost in the test: "
-        f"{record['num_lost']} of {record['num_texts']} texts; "
-        + ("" if enough is None else f"at this rate about {enough} are enough, ")
-        + f"without a loss {record['least_texts']} are."
+        f"{record['num_lost']} of {record['num_texts']} texts. To pass it takes "
+        + ("" if enough is None else f"about {enough} texts at this rate of loss, and ")
+        + f"{record['least_texts']} if none is lost."
     )
 
 

@@ -37,7 +37,7 @@ def fold_of(labels: Tensor, num_folds: int, seed: int = 0) -> Tensor:
     return folds
 
 
-def fit_learned_exit(readings: ExitReadings, regularization: float = 1.0) -> nn.Linear:
+def fit_learned_exit(readings: ExitReadings) -> nn.Linear:
     """Fit a learned exit: one linear layer for all exits but the last, on the CPU.
 
     It maps an exit's representation h to the log odds that the exit's answer is right: logistic
@@ -59,7 +59,7 @@ def fit_learned_exit(readings: ExitReadings, regularization: float = 1.0) -> nn.
         deviation[deviation == 0] = 1
         inputs -= mean
         inputs /= deviation
-        fitted = LogisticRegression(C=1 / regularization, max_iter=1000).fit(inputs, is_right)
+        fitted = LogisticRegression(max_iter=1000).fit(inputs, is_right)
         # The layer includes the standardisation.
         weight = fitted.coef_[0] / deviation
         bias = fitted.intercept_ - weight @ mean
@@ -69,15 +69,15 @@ def fit_learned_exit(readings: ExitReadings, regularization: float = 1.0) -> nn.
     return head
 
 
-def cross_fitted(readings: ExitReadings, num_folds: int = NUM_FOLDS) -> ExitReadings:
+def cross_fitted(readings: ExitReadings) -> ExitReadings:
     """The readings with cross-fitted certainties: each from a layer fitted on the other folds.
 
     Raises:
         ValueError: fewer texts than folds, or readings without embeddings.
     """
-    folds = fold_of(readings.labels, num_folds)
+    folds = fold_of(readings.labels, NUM_FOLDS)
     certainties = torch.empty(_embeddings(readings).shape[:2])
-    for fold in range(num_folds):
+    for fold in range(NUM_FOLDS):
         head = fit_learned_exit(readings.subset(folds != fold))
         here = folds == fold
         certainties[:, here] = _certainties(head, readings.subset(here))

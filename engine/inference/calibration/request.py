@@ -6,14 +6,16 @@ import logging
 from collections.abc import Sequence
 
 from ...config.commands import ExitsConfig
-from ...data.columns import TextSplit
-from ...data.record import DataRecord, content
+from ...data.columns import TextSplit, share_among
+from ...data.record import DataRecord
 from ...model.exit_policies import policy_class
 from .guarantee import Promise
 from .search import Target
 
 logger = logging.getLogger("fusedacl")
 DEFAULT_MAX_QUALITY_LOSS = 0.01
+# Data sets repeat some texts by nature: only a larger share means that the model has seen them.
+_REPEATED = 0.1
 
 
 def policy_names(config: ExitsConfig) -> list[str]:
@@ -41,11 +43,33 @@ def for_several_labels(names: list[str], config: ExitsConfig) -> list[str]:
     fitting = [name for name in names if policy_class(name).takes_several]
     left_out = [name for name in names if name not in fitting]
     for name in left_out:
-        if name == config.exits.policy or config.exits.policies != ExitsConfig().exits.policies:
+        if _is_named(name, config):
             policy_class(name).check_several()
     if left_out:
         logger.info(f"{', '.join(left_out)}: left out, as a text may have several labels.")
     return fitting
+
+
+def for_exits(names: list[str], config: ExitsConfig, num_exits: int) -> list[str]:
+    """Those policies with which a text can leave before the last of so many exits.
+
+    Raises:
+        ValueError: one with which none can was asked for by name.
+    """
+    left_out = [name for name in names if policy_class(name).least_exits > num_exits]
+    for name in left_out:
+        least = policy_class(name).least_exits
+        why = f"with {num_exits} exits no text leaves early: it needs at least {least}"
+        if _is_named(name, config):
+            raise ValueError(f"{name}: {why}. Name other policies.")
+        logger.info(f"{name}: left out, as {why}.")
+    return [name for name in names if name not in left_out]
+
+
+def _is_named(name: str, config: ExitsConfig) -> bool:
+    """True for a policy that the user has named, False for one of the default list."""
+    options = config.exits
+    return name == options.policy or options.policies != ExitsConfig().exits.policies
 
 
 def target_of(config: ExitsConfig) -> Target:
@@ -77,6 +101,12 @@ def promise_of(config: ExitsConfig, target: Target) -> Promise | None:
         raise ValueError(
             "confidence bounds max_quality_loss: give that target, or leave confidence out."
         )
+    if config.data.max_eval_samples is not None:
+        raise ValueError(
+            f"max_eval_samples={config.data.max_eval_samples} takes the first texts, which may be "
+            "of one class: a guarantee needs texts drawn at random. Leave it out, or write a file "
+            "of texts drawn at random."
+        )
     return Promise(target.max_quality_loss, options.confidence, options.risk)
 
 
@@ -97,20 +127,27 @@ def check_risk(risk: str, metric: str, metrics: Sequence[str]) -> None:
 
 
 def check_new(model: DataRecord, texts: TextSplit, name: str, promise: Promise | None) -> None:
-    """Refuse a guarantee from the texts that the model was trained on; warn without one.
+    """Refuse a guarantee from texts that the model has seen; warn if it was trained on them.
 
     Raises:
-        ValueError: the texts are those of the model's training split, and there is a promise.
+        ValueError: there is a promise, and the model was trained on these texts, or on a part of
+            them, or its checkpoint was chosen on them.
     """
-    trained_on = model.splits.get("train", {}).get("texts")
-    if trained_on is None or content(texts)["texts"] != trained_on:
+    share = share_among(texts, model.splits.get("train", {}))
+    if share > _REPEATED:
+        part = "these texts" if share == 1 else f"about {share:.0%} of these texts"
+        seen = f"the model was trained on {part}"
+        if promise is None:
+            logger.warning(
+                f"{name}: {seen}. Its scores and the chosen settings will look better than they "
+                "are on others."
+            )
+    elif share_among(texts, model.splits.get(model.chosen_on or "", {})) > _REPEATED:
+        seen = "the checkpoint was chosen on these texts (load_best_model_at_end, early stopping)"
+    else:
         return
     if promise is not None:
         raise ValueError(
-            f"{name}: the model was trained on these texts, and a guarantee needs texts that are "
-            "new to it: name others, or leave confidence out."
+            f"{name}: {seen}, and a guarantee needs texts that are new to it: name others, or "
+            "leave confidence out."
         )
-    logger.warning(
-        f"{name}: the model was trained on these texts. Its scores and the chosen settings will "
-        "look better than they are on others."
-    )

@@ -7,9 +7,9 @@ many thresholds cost one pass of the model, and the results are those of inferen
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,9 +32,6 @@ from ...model.exit_policies import (
 from ...model.flops import exit_flops, full_flops
 from ...runtime.device import dtype_name
 from .readings import ExitReadings
-
-if TYPE_CHECKING:
-    from ...model.multi_exit import MultiExitForSequenceClassification
 
 # Thresholds are not put between signals closer than this, where rounding would decide.
 _SAFE_GAP = 4e-6
@@ -64,14 +61,13 @@ class SweepRow:
     """Results of a setting of a policy on the calibration texts.
 
     score: the metric, as a fraction; mean_layer: layers run per text; flops_share: operations as a
-    share of the full model's; exit_counts: layer -> number of texts that left there.
+    share of the full model's.
     """
 
     policy: Policy
     score: float
     mean_layer: float
     flops_share: float
-    exit_counts: dict[int, int]
 
 
 def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> list[SweepRow]:
@@ -92,14 +88,12 @@ def sweep(readings: ExitReadings, policies: Sequence[Policy], metric: str) -> li
             costs[key] = exit_flops(readings.model, policy)
         spent = spent_flops(costs[key], readings, exits)
         predictions = readings.answers_at(exits)
-        counts = torch.bincount(exits, minlength=len(layers)).tolist()
         rows.append(
             SweepRow(
                 policy=policy,
                 score=readings.score(metric, predictions),
                 mean_layer=float(layers[exits].double().mean()),
                 flops_share=spent / full_cost,
-                exit_counts=dict(zip(readings.exit_layers, counts, strict=True)),
             )
         )
     return rows
@@ -145,11 +139,11 @@ def policy_grid(name: str, readings: ExitReadings, num_thresholds: int = 33) -> 
 
 
 def patiences(num_exits: int) -> range:
-    """The values of patience_confidence with which a text can leave early, or 2 if there are none.
+    """The values of patience_confidence with which a text can leave early.
 
     Patience 1 is the policy max_probability.
     """
-    return range(2, max(3, num_exits))
+    return range(2, num_exits)
 
 
 def frontier(rows: Sequence[SweepRow]) -> list[SweepRow]:
@@ -242,7 +236,8 @@ def choose(rows: Sequence[SweepRow], full_score: float, target: Target) -> Sweep
             nearest = max(rows, key=lambda row: row.score)
             raise ValueError(
                 f"max_quality_loss={target.max_quality_loss:g}: no setting scores {least:.4f} or "
-                f"more; {nearest.policy} comes nearest with {nearest.score:.4f}."
+                f"more; {nearest.policy} comes nearest with {nearest.score:.4f}. Allow a larger "
+                "max_quality_loss."
             )
         return min(good, key=lambda row: (row.flops_share, -row.score))
     name = "mean_layer" if target.max_mean_layer is not None else "flops_share"
@@ -252,7 +247,7 @@ def choose(rows: Sequence[SweepRow], full_score: float, target: Target) -> Sweep
         nearest = min(rows, key=lambda row: getattr(row, name))
         raise ValueError(
             f"max_{name}={limit:g}: no setting is as fast; {nearest.policy} comes nearest with "
-            f"{getattr(nearest, name):.4g}."
+            f"{getattr(nearest, name):.4g}. Allow a larger max_{name}."
         )
     return max(affordable, key=lambda row: (row.score, -row.flops_share))
 
@@ -288,11 +283,6 @@ def calibration_record(
             "target": {name: value for name, value in vars(target).items() if value is not None},
         },
     }
-
-
-def store_policy(model: MultiExitForSequenceClassification, record: Mapping[str, Any]) -> None:
-    """Store a calibrated policy in the model's configuration, for `save_pretrained`."""
-    model.config.exit_policy = dict(record)
 
 
 def _check_usable(policy: Policy, readings: ExitReadings) -> None:

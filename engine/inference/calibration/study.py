@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from ...model.early_exit import check_has_earlier_exits
 from ...model.exit_policies import Learned, Policy
 from ...model.multi_exit import MultiExitConfig
 from ...runtime.device import dtype_name
-from ...runtime.files import write_json
+from ...runtime.files import check_writable, flush, write_json
 from ...runtime.machine import machine_name, versions
-from ...runtime.manifest import check_not_sealed, seal_model
+from ...runtime.manifest import check_not_sealed, publish_model, seal_model
 from ...runtime.plots import require_matplotlib
 from ...runtime.text import did_you_mean, text_table
 from ..evaluation import load_labelled
@@ -28,6 +29,7 @@ from .readings import ExitReadings, read_exits
 from .request import (
     check_new,
     check_risk,
+    for_exits,
     for_several_labels,
     policy_names,
     promise_of,
@@ -41,7 +43,6 @@ from .search import (
     choose,
     policy_grid,
     spread_out,
-    store_policy,
     sweep,
 )
 from .timing import MEASURED_BATCH_SIZES, MeasuredSpeed, measure_speed
@@ -90,21 +91,23 @@ class ExitStudy:
                     "directory."
                 )
             check_not_sealed(self.model_dir)
+            check_writable(self.model_dir, "model_name_or_path", directory=True)
         self.output_dir = None
         if self.options.output_dir is not None:
             self.output_dir = Path(self.options.output_dir)
-            if self.output_dir.exists() and not self.output_dir.is_dir():
-                raise ValueError(
-                    f"output_dir={str(self.output_dir)!r} is a file; name a directory."
-                )
+            check_writable(self.output_dir, "output_dir", directory=True)
             require_matplotlib()
         self.trained, data = load_labelled(config.model, config.data, "calibrate")
         check_has_earlier_exits(self.trained.model)
+        self.names = for_exits(self.names, config, len(self.trained.model.exit_layers))
         if data.several_labels:
             self.names = for_several_labels(self.names, config)
         self.metric = data.metrics[0] if self.options.metric is None else self.options.metric
         if self.metric not in data.metrics:
-            raise ValueError(f"metric={self.metric!r}.{did_you_mean(self.metric, data.metrics)}")
+            raise ValueError(
+                f"metric={self.metric!r} is no metric of this task."
+                f"{did_you_mean(self.metric, data.metrics)}"
+            )
         if self.metric == "average_precision":
             raise ValueError(
                 "metric=average_precision ranks texts by their probabilities, which exits give on "
@@ -139,7 +142,13 @@ class ExitStudy:
         self.learned_readings = None
         if Learned.name in self.names:
             with_layer = with_learned_exit if self.promise is None else with_separate_learned_exit
-            self.learned_readings = with_layer(self.readings)
+            try:
+                self.learned_readings = with_layer(self.readings)
+            except ValueError as error:
+                if self.options.policy == Learned.name or self.names == [Learned.name]:
+                    raise
+                self.names.remove(Learned.name)
+                logger.warning(f"learned: left out. {error}")
         self.results: dict[str, Any] = {
             "data": self.data_name,
             "num_samples": len(self.readings),
@@ -242,7 +251,7 @@ class ExitStudy:
         facts["cross_fitted"] = None
         if guarantee is not None:
             # It holds for new texts, which a cross-fitted score would only estimate.
-            facts["guarantee"] = guarantee
+            facts["guarantee"] = {**guarantee, "weights": self.trained.weights_hash()}
             return record
         try:
             scored = cross_fit(
@@ -260,16 +269,22 @@ class ExitStudy:
     def _store(self, record: dict[str, Any]) -> None:
         """Write the policy into the model's configuration and card."""
         kept = {name: record[name] for name in ("name", "parameters", "calibration")}
-        store_policy(self.trained.model, kept)
+        self.trained.model.config.exit_policy = kept
+        # A full disk must not cost the model, of which this may be the only copy.
+        with tempfile.TemporaryDirectory(prefix=".policy-", dir=self.model_dir) as made:
+            if self.options.policy == Learned.name:
+                self.trained.model.save_pretrained(made)
+            else:
+                # Only the configuration changes: a learned exit that was fitted for the study is
+                # not stored.
+                on_disk = MultiExitConfig.from_pretrained(self.model_dir)
+                on_disk.exit_policy = kept
+                on_disk.save_pretrained(made)
+            for file in Path(made).iterdir():
+                flush(file)
+            publish_model(Path(made), self.model_dir)
         if self.options.policy == Learned.name:
-            self.trained.model.save_pretrained(self.model_dir)
             seal_model(self.model_dir)
-        else:
-            # Only the configuration changes: a learned exit that was fitted for the study is not
-            # stored.
-            on_disk = MultiExitConfig.from_pretrained(self.model_dir)
-            on_disk.exit_policy = kept
-            on_disk.save_pretrained(self.model_dir)
         write_early_exit(self.model_dir / "README.md", self.results, kept["name"])
         self.is_stored = True
 
@@ -343,12 +358,11 @@ class ExitStudy:
             f"area: {AREA_WORDS}.",
         ]
         if Learned.name in results["policies"]:
-            how = f"no text was scored with a layer fitted on it ({NUM_FOLDS} folds)"
+            texts = f"these texts ({self.data_name})"
+            how = f"{texts}; each was scored by a layer fitted without it ({NUM_FOLDS} folds)"
             if self.promise is not None:
-                how = "on half of them; its guarantee and its scores are from the other half"
-            lines.append(
-                f"learned: its layer was fitted on these texts too ({self.data_name}); {how}."
-            )
+                how = f"half of {texts}; guarantee and scores are from the other half"
+            lines.append(f"learned: its layer was fitted on {how}.")
         if self.measured:
             others = ""
             if self.output_dir is not None:

@@ -87,7 +87,7 @@ def test_full_batches_are_balanced_and_every_text_is_seen_once(
 ) -> None:
     random = np.random.default_rng(0)
     labels = random.permutation(np.repeat(np.arange(num_classes), 24))
-    made = balanced_batches(labels, size, per_class, interleaved=parts, chunk=chunk)
+    made = balanced_batches(labels, size, per_class, parts)
     order = made.order(seed=1, epoch=0)
     assert sorted(order) == list(range(len(labels)))
     for rows in contrastive(order, size, parts, chunk):

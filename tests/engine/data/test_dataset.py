@@ -334,7 +334,7 @@ def test_a_single_class_cannot_be_trained(
         load(train_file=train, max_train_samples=limit)
 
 
-@pytest.mark.parametrize(("labels", "message"), [([1, 1], "every label is"), ([-1, -1], "is -1")])
+@pytest.mark.parametrize(("labels", "message"), [([1, 1], "same class"), ([-1, -1], "is -1")])
 def test_a_single_class_of_a_listed_set_cannot_be_trained(
     tmp_path: Path, labels: list[int], message: str
 ) -> None:

@@ -1,4 +1,4 @@
-"""The embedded data set: reproducible, balanced, free of leaks, and blind to word statistics."""
+"""The built-in data set: reproducible, balanced, free of leaks, and blind to word statistics."""
 
 import hashlib
 import importlib.util

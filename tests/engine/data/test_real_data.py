@@ -1,4 +1,4 @@
-"""MiniLM on real text: the embedded sentence pairs, and GLUE and intents from $FUSEDACL_DATA."""
+"""MiniLM on real text: the built-in sentence pairs, and GLUE and intents from $FUSEDACL_DATA."""
 
 from __future__ import annotations
 

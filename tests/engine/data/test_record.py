@@ -3,13 +3,12 @@ import re
 
 import pyarrow as pa
 import pytest
-from fusedacl.engine.data.columns import TextSplit
+from fusedacl.engine.data.columns import TextSplit, content
 from fusedacl.engine.data.record import (
     Classes,
     DataRecord,
     choose_text_columns,
     class_indices,
-    content,
     learn_classes,
     required_label_columns,
     written_as,

@@ -268,7 +268,7 @@ def test_an_empty_hub_split_is_refused(hub: Callable[[Any], list[tuple[Any, ...]
         (
             RuntimeError("Dataset scripts are no longer supported, but found pairs.py"),
             ValueError,
-            r"dataset_name='someone/pairs'.*found pairs.*a version in Parquet.*--data_dir",
+            r"dataset_name='someone/pairs'.*found pairs.*a Parquet version.*--data_dir",
         ),
         (
             ValueError("BuilderConfig 'subest' not found. Available: ['subset', 'full']"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +16,11 @@ import pytest
 import torch
 from fusedacl.engine import MultiExitForSequenceClassification
 from fusedacl.engine.cli.main import main
-from fusedacl.engine.data.columns import TextSplit
-from fusedacl.engine.data.record import content
+from fusedacl.engine.data.columns import TextSplit, content
 from fusedacl.engine.inference.calibration import study as exit_study
 from fusedacl.engine.inference.calibration.search import policy_grid
 from fusedacl.engine.inference.calibration.timing import MeasuredSpeed, measure_speed
+from fusedacl.engine.model.exit_policies import Patience
 from fusedacl.engine.model.saved import load_tokenizer
 from tiny_runs import save_model
 
@@ -148,11 +150,11 @@ def test_ctrl_c_keeps_what_is_done(
         return measure_speed(*arguments, **options)
 
     monkeypatch.setattr(exit_study, "measure_speed", interrupted)
-    options = ["--policy", "voting", "--max_quality_loss", "1", "--policies", "entropy,patience"]
+    options = ["--policy", "voting", "--max_quality_loss", "1", "--policies", "entropy,fixed_layer"]
     options += ["--measure", "--measured_samples", "4", "--output_dir", str(out)]
     assert run(*options) == 130
     assert timed == ["voting", "voting", "entropy"]
-    assert set(seen[0]["policies"]) == {"entropy", "patience", "voting"}
+    assert set(seen[0]["policies"]) == {"entropy", "fixed_layer", "voting"}
     assert "measured" not in seen[0]["policies"]["voting"]
     assert len(seen[2]["policies"]["voting"]["measured"]) == 2
     printed = capsys.readouterr().out
@@ -175,7 +177,8 @@ def test_times_that_nothing_would_show_are_not_taken(
         return measure_speed(*arguments, **options)
 
     monkeypatch.setattr(exit_study, "measure_speed", measured)
-    # With patience, no text leaves at the first exit: no setting reaches this target.
+    # With patience, no text leaves at the first of two exits: no setting reaches this target.
+    monkeypatch.setattr(Patience, "least_exits", 2)
     options = ["--policies", "entropy,patience", "--max_mean_layer", "1", "--measure"]
     assert run(*options, "--measured_samples", "4") == 0
     assert [[policy.name for policy in policies] for policies in timed] == [["entropy"]] * 2
@@ -187,12 +190,12 @@ def test_ctrl_c_before_anything_is_stored(
     run: Run, model_dir: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(name: str, *arguments: Any, **options: Any) -> Any:
-        if name == "patience":
+        if name == "voting":
             raise KeyboardInterrupt
         return policy_grid(name, *arguments, **options)
 
     monkeypatch.setattr(exit_study, "policy_grid", interrupted)
-    options = ["--policies", "entropy,patience", "--policy", "patience"]
+    options = ["--policies", "entropy,voting", "--policy", "voting"]
     assert run(*options, "--output_dir", str(tmp_path / "out")) == 130
     printed = capsys.readouterr().out
     assert "Interrupted: 1 of 2 policies were tried. Results" in printed
@@ -206,7 +209,7 @@ def test_the_learned_exit_survives(run: Run, model_dir: Path, capsys: Capture) -
     assert before.learned_exit is None
     options = ["--policies", "learned", "--policy", "learned", "--max_quality_loss", "1"]
     assert run(*options) == 0
-    assert "its layer was fitted on these texts too (opinions, val" in capsys.readouterr().out
+    assert "its layer was fitted on these texts (opinions, val" in capsys.readouterr().out
     model = MultiExitForSequenceClassification.from_pretrained(model_dir)
     assert model.learned_exit is not None
     facts = model.config.exit_policy["calibration"]
@@ -217,9 +220,9 @@ def test_the_learned_exit_survives(run: Run, model_dir: Path, capsys: Capture) -
     inputs = {"input_ids": torch.tensor([[2, 5, 6, 3]])}
     assert model.early_exit(inputs).exit_layers.tolist() == [1]
     # Storing another policy later keeps it.
-    assert run("--policy", "patience", "--max_quality_loss", "1") == 0
+    assert run("--policy", "voting", "--max_quality_loss", "1") == 0
     again = MultiExitForSequenceClassification.from_pretrained(model_dir)
-    assert again.config.exit_policy["name"] == "patience"
+    assert again.config.exit_policy["name"] == "voting"
     assert torch.equal(again.learned_exit.weight, model.learned_exit.weight)
 
 
@@ -231,7 +234,7 @@ def test_a_guarantee_is_stored_with_the_policy(
     model.exits[0].load_state_dict(model.exits[1].state_dict())
     model.save_pretrained(model_dir)
     out = tmp_path / "report"
-    options = ["--policies", "patience", "--policy", "entropy", "--metric", "accuracy"]
+    options = ["--policies", "voting", "--policy", "entropy", "--metric", "accuracy"]
     options += ["--max_quality_loss", "0.7", "--confidence", "0.6"]
     assert run(*options, "--output_dir", str(out)) == 0
     printed = capsys.readouterr().out
@@ -257,7 +260,9 @@ def test_the_guarantee_of_a_learned_exit_is_from_texts_it_was_not_fitted_on(
 ) -> None:
     options = ["--policies", "learned,entropy", "--policy", "learned", "--max_quality_loss", "0.9"]
     assert run(*options, "--confidence", "0.6", "--risk", "changed_answers") == 0
-    assert "on half of them; its guarantee and its scores are from the" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    words = "fitted on half of these texts (opinions, validation); guarantee and scores are from"
+    assert words in printed
     facts = config_of(model_dir)["exit_policy"]["calibration"]
     assert facts["learned_exit"] == {"fitted_on": "opinions, validation", "num_texts": 12}
     assert facts["num_samples"] == facts["guarantee"]["num_texts"] == 12
@@ -275,17 +280,90 @@ def test_texts_that_the_model_was_trained_on(
     config = config_of(model_dir)
     rows = (tiny_data / "opinions" / "validation.jsonl").read_text().splitlines()
     sentences = [json.loads(row)["sentence"] for row in rows]
-    texts = content(TextSplit(sentences, None, None))["texts"]
+    same = content(TextSplit(sentences, None, None))["texts"]
+    some = content(TextSplit([*sentences[:18][::-1], "a text of its own"], None, None))
     record = {"labels_as": "names", "text_columns": ["sentence"], "label_column": "label"}
-    config["data_record"] = {**record, "splits": {"train": {"rows": 24, "texts": texts}}}
-    (model_dir / "config.json").write_text(json.dumps(config))
     promise = ["--metric", "accuracy", "--max_quality_loss", "0.7", "--confidence", "0.6"]
+    # A record of an earlier version, and that of a training file with a part of these texts.
+    for splits, which in (
+        ({"train": {"rows": 24, "texts": same}}, "these texts"),
+        ({"train": some}, "about 75% of these texts"),
+    ):
+        config["data_record"] = {**record, "splits": splits}
+        (model_dir / "config.json").write_text(json.dumps(config))
+        assert run("--policies", "entropy", *promise) == 2
+        message = f"opinions, validation: the model was trained on {which}, and a guarantee needs"
+        assert message in capsys.readouterr().err
+        caplog.clear()
+        assert run("--policies", "fixed_layer", "--max_mean_layer", "1") == 0
+        assert "will look better than they are on others" in caplog.text
+    # A checkpoint that was chosen on these texts has no guarantee from them, and no such warning.
+    config["data_record"] = {**record, "splits": {"validation": some}, "chosen_on": "validation"}
+    (model_dir / "config.json").write_text(json.dumps(config))
     assert run("--policies", "entropy", *promise) == 2
-    assert (
-        "opinions, validation: the model was trained on these texts, and" in capsys.readouterr().err
-    )
+    assert "the checkpoint was chosen on these texts (load_best" in capsys.readouterr().err
+    caplog.clear()
     assert run("--policies", "fixed_layer", "--max_mean_layer", "1") == 0
-    assert "will look better than they are on others" in caplog.text
+    assert "look better" not in caplog.text
+
+
+def test_a_full_disk_does_not_cost_the_model(
+    run: Run, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {file.name: file.read_bytes() for file in model_dir.iterdir()}
+
+    def torn(self: Any, directory: str, **options: Any) -> None:
+        (Path(directory) / "model.safetensors").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(MultiExitForSequenceClassification, "save_pretrained", torn)
+    options = ["--policies", "learned", "--policy", "learned", "--max_quality_loss", "1"]
+    assert run(*options) == 1
+    assert {file.name: file.read_bytes() for file in model_dir.iterdir()} == before
+
+
+def test_a_model_that_cannot_be_changed_is_refused_before_any_work(
+    run: Run, model_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(exit_study, "load_labelled", None)
+    assert run("--policy", "entropy") == 2
+    assert "model_name_or_path" in (printed := capsys.readouterr().err)
+    assert "does not permit it" in printed
+
+
+def test_an_exit_that_learns_nothing_leaves_the_other_policies(
+    run: Run, model_dir: Path, caplog: pytest.LogCaptureFixture, capsys: Capture
+) -> None:
+    model = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    model.exits[0].load_state_dict(model.exits[1].state_dict())
+    model.save_pretrained(model_dir)
+    options = ["--max_eval_samples", "4", "--max_quality_loss", "1", "--policy"]
+    assert run(*options, "entropy", "--policies", "learned,entropy") == 0
+    assert "learned: left out. 4 texts cannot be cross-fitted" in caplog.text
+    assert config_of(model_dir)["exit_policy"]["name"] == "entropy"
+    assert run(*options, "learned", "--policies", "entropy") == 2
+    assert "4 texts cannot be cross-fitted" in capsys.readouterr().err
+
+
+def test_a_guarantee_is_lost_with_other_weights(
+    run: Run, model_dir: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    promise = ["--risk", "changed_answers", "--max_quality_loss", "0.9", "--confidence", "0.6"]
+    assert run("--policy", "learned", "--policies", "learned", *promise) == 0
+    texts = tmp_path / "texts.csv"
+    texts.write_text("sentence\na good dog\nthe bad bird sings near the river\na house\n")
+    files = ["--input_file", str(texts), "--output_file", str(tmp_path / "labels.csv")]
+    model = ["--model_name_or_path", str(model_dir), "--disable_tqdm", "--policy", "stored"]
+    caplog.clear()
+    # The learned exit, which was added since the test, is none of the weights.
+    assert main(["predict", *model, *files]) == 0 and "other weights" not in caplog.text
+    trained = MultiExitForSequenceClassification.from_pretrained(model_dir)
+    with torch.no_grad():
+        trained.exits[0].get_parameter("classifier.bias").add_(1e-3)
+    other = save_model(trained, model_dir, tmp_path / "other")
+    assert main(["predict", *model, "--model_name_or_path", str(other), *files]) == 0
+    assert "with other weights, so its guarantee does not hold" in caplog.text
 
 
 def test_settings_that_save_nothing_are_warned_of(
@@ -321,7 +399,7 @@ def test_settings_that_save_nothing_are_warned_of(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--output_dir", __file__], "test_study.py' is a file; name a directory"),
+        (["--output_dir", __file__], "test_study.py' is a file: name a directory"),
         (["--confidence", "0"], "confidence=0.0 is out of range"),
         (["--confidence", "95"], "confidence=95.0 is out of range"),
         (["--confidence", "0.9", "--max_mean_layer", "1"], "confidence bounds max_quality_loss"),
@@ -333,7 +411,9 @@ def test_settings_that_save_nothing_are_warned_of(
         (["--policies", ","], "policies is empty"),
         (["--max_mean_layer", "1", "--max_flops_share", "0.5"], "give exactly one of"),
         (["--metric", "acuracy"], "Did you mean 'accuracy'"),
-        (["--policy", "patience", "--max_mean_layer", "1"], "no setting is as fast"),
+        (["--policy", "voting", "--max_flops_share", "0.01"], "no setting is as fast"),
+        (["--policy", "patience"], "patience: with 2 exits no text leaves early: it needs at"),
+        (["--confidence", "0.9", "--max_eval_samples", "20"], "takes the first texts, which may"),
         (["--measured_samples", "50"], "measured_samples=50 belongs to measure"),
         (["--measure", "--measured_samples", "0"], "measured_samples=0 is out of range"),
         (["--max_eval_samples", "4", "--policies", "learned"], "4 texts cannot be cross-fitted"),

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import csv
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fusedacl.engine import MultiExitConfig, MultiExitForSequenceClassification
@@ -19,13 +22,13 @@ from fusedacl.engine.runtime.machine import machine_name
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from tiny_runs import random_texts
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, RobertaConfig
 
 ROWS = [
-    SweepRow(Entropy(0.25), 0.75, 2.5, 0.42, {1: 3, 4: 1}),
-    SweepRow(Entropy(0.125), 0.8125, 3.25, 0.8, {1: 1, 4: 3}),
-    SweepRow(Patience(1), 0.8, 2.0, 0.5, {2: 4}),
-    SweepRow(FixedLayer(1), 0.6, 1.0, 0.25, {1: 4}),
+    SweepRow(Entropy(0.25), 0.75, 2.5, 0.42),
+    SweepRow(Entropy(0.125), 0.8125, 3.25, 0.8),
+    SweepRow(Patience(1), 0.8, 2.0, 0.5),
+    SweepRow(FixedLayer(1), 0.6, 1.0, 0.25),
 ]
 SIZES = {"hidden_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2, "vocab_size": 60}
 CURVES = {"entropy": ROWS[:2], "patience": ROWS[2:3], "fixed_layer": ROWS[3:]}
@@ -112,8 +115,10 @@ def two_exit_model() -> MultiExitForSequenceClassification:
 
 
 def test_times(two_exit_model: MultiExitForSequenceClassification) -> None:
-    (speed,) = measure_speed(two_exit_model, TEXTS, [FixedLayer(1)], **MEASURING)
-    assert (speed.batch_size, speed.num_texts, speed.repeats) == (4, 8, 3)
+    # Medians of many passes: a busy machine holds up some.
+    measuring = {**MEASURING, "repeats": 15}
+    (speed,) = measure_speed(two_exit_model, TEXTS, [FixedLayer(1)], **measuring)
+    assert (speed.batch_size, speed.num_texts, speed.repeats) == (4, 8, 15)
     # A layer of six is faster on any machine.
     assert speed.speedup > 1
     assert 0 < speed.early_ms < speed.full_ms
@@ -147,6 +152,28 @@ def test_all_take_turns(
     assert rounds == [*first, *second, *second, *third, *third, *first]
     found = [(speed.early_ms, speed.full_ms, speed.speedup) for speed in speeds]
     assert found == [(500, 2500, 5), (1250, 2500, 2)]
+
+
+def test_token_types_that_the_encoder_does_not_take() -> None:
+    """Those of pairs from a BERT tokenizer, given to a RoBERTa with one type."""
+    backbone = RobertaConfig(**SIZES, intermediate_size=64, type_vocab_size=1, pad_token_id=0)
+    config = MultiExitConfig(backbone, exit_layers=[1, 6], exit_head="linear")
+    pairs = replace(TEXTS, token_types=np.ones(len(TEXTS.tokens), dtype=np.int8))
+    model = MultiExitForSequenceClassification(config)
+    (speed,) = measure_speed(model, pairs, [FixedLayer(1)], **MEASURING)
+    assert speed.full_ms > 0
+
+
+def test_layers_above_the_last_exit_are_not_timed() -> None:
+    backbone = BertConfig(**SIZES, intermediate_size=64)
+    config = MultiExitConfig(backbone, exit_layers=[2, 4], exit_head="linear")
+    model = MultiExitForSequenceClassification(config)
+    ran: Counter[int] = Counter()
+    for number, layer in enumerate(model.backbone.encoder.layer, start=1):
+        layer.register_forward_hook(lambda *_, number=number: ran.update([number]))
+    measure_speed(model, TEXTS, [FixedLayer(2)], **MEASURING)
+    # Early exit and the full model share the first two layers: a warm call and six batches each.
+    assert ran == {1: 14, 2: 14, 3: 7, 4: 7}
 
 
 def test_the_machine_is_named() -> None:
