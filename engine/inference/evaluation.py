@@ -24,7 +24,7 @@ from ..model.answers import (
 )
 from ..model.multi_exit import MultiExitForSequenceClassification
 from ..model.saved import TrainedModel, record_of
-from ..runtime.files import write_json
+from ..runtime.files import check_writable, write_json
 from ..runtime.text import did_you_mean
 from .logits import check_finite, predict_logits_together
 
@@ -107,7 +107,7 @@ def evaluate_split(
 ) -> dict[int, dict[str, float]]:
     """Metrics and mean cross-entropy (`loss`) of each exit, by layer, on a labelled split.
 
-    `positions` and `options` are those of `predict_logits`. `label_threshold`: probability from
+    `positions` and `options` are those of `predict_logits`. `label_threshold`: probability above
     which a label applies, where a text may have several.
 
     Raises:
@@ -120,8 +120,9 @@ def evaluate_split(
     several = has_several_labels(model.config)
     if several != (labels.dim() == 2) or (several and labels.shape[1] != model.num_labels):
         raise ValueError(
-            f"The split has labels {list(labels.shape)}, and the model gives "
-            f"{f'any number of {model.num_labels} labels' if several else 'one class'} per text."
+            f"The split has labels of shape {list(labels.shape)}, but the model gives "
+            f"{f'any number of {model.num_labels} labels' if several else 'one class'} per text. "
+            "Evaluate on labels as in training."
         )
     if not several and int(labels.max()) >= model.num_labels:
         raise ValueError(
@@ -175,7 +176,10 @@ def load_labelled(
     for note in found.notes:
         logger.info(note)
     if not found.evaluation_splits:
-        raise ValueError(f"{found.name} has no labelled split to {purpose} on.")
+        raise ValueError(
+            f"{found.name} has no labelled split to {purpose} on: name one, such as with "
+            "validation_file."
+        )
     return trained, found
 
 
@@ -187,10 +191,14 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
         FloatingPointError: as `evaluate_split`; nothing is written.
     """
     output_file = None if config.output.output_file is None else Path(config.output.output_file)
-    if output_file is not None and not output_file.parent.is_dir():
-        raise ValueError(f"output_file: the directory {str(output_file.parent)!r} does not exist.")
-    if output_file is not None and output_file.is_dir():
-        raise ValueError(f"output_file={str(output_file)!r} is a directory: name a file.")
+    if output_file is not None:
+        if not output_file.parent.is_dir():
+            raise ValueError(
+                f"output_file: the directory {str(output_file.parent)!r} does not exist."
+            )
+        if output_file.is_dir():
+            raise ValueError(f"output_file={str(output_file)!r} is a directory: name a file.")
+        check_writable(output_file, "output_file")
     trained, data = load_labelled(config.model, config.data, "evaluate")
     threshold = trained.label_threshold(config.output.label_threshold)
     results = {

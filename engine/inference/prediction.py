@@ -23,11 +23,11 @@ from ..model.answers import (
     probabilities_of,
 )
 from ..model.early_exit import EarlyExit
-from ..model.exit_policies import calibration_mismatch, parse_policy
+from ..model.exit_policies import parse_policy
 from ..model.multi_exit import MultiExitForSequenceClassification, label_names
 from ..model.saved import TrainedModel
 from ..runtime import collectives, processes
-from ..runtime.files import replacing
+from ..runtime.files import check_writable, replacing
 from .evaluation import layer_scores
 from .logits import BROKEN_MODEL, check_finite, predict_logits, predict_logits_together
 
@@ -65,12 +65,13 @@ def predict(config: PredictionConfig) -> Path:
         raise ValueError(f"output_file={str(output_file)!r} is a directory: name a file.")
     if output_file.resolve() == Path(options.input_file).resolve():
         raise ValueError(f"output_file={str(output_file)!r} is the input_file: name another file.")
+    check_writable(output_file, "output_file")
     trained = TrainedModel(config.model, options.max_seq_length)
     threshold = trained.label_threshold(options.label_threshold)
     if options.label_threshold is not None and options.policy is not None:
         raise ValueError(
-            f"label_threshold={threshold:g} beside policy={options.policy!r}: policies decide on "
-            f"the labels that apply from {LABEL_THRESHOLD}. Leave one of them out."
+            f"label_threshold={threshold:g} beside policy={options.policy!r}: a policy applies the "
+            f"labels above a probability of {LABEL_THRESHOLD}. Leave one of them out."
         )
     several = has_several_labels(trained.model.config)
     if several and output_file.suffix == ".csv":
@@ -84,9 +85,7 @@ def predict(config: PredictionConfig) -> Path:
         policy = None if stored else parse_policy(options.policy)
         engine = EarlyExit(trained.model, policy, dtype=trained.dtype)
         if stored:
-            mismatch = calibration_mismatch(
-                trained.model.config.exit_policy, trained.dtype, trained.max_length
-            )
+            mismatch = trained.calibration_mismatch()
             if mismatch is not None:
                 logger.warning(mismatch)
     elif options.repack:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...config.commands import ExportConfig, InferenceOptions
@@ -19,15 +20,16 @@ from ...data.batching import EncodedSplit, check_max_length, evaluation_batches
 from ...data.dataset import TextData
 from ...model.answers import has_several_labels
 from ...model.early_exit import EarlyExit
-from ...model.exit_policies import calibration_mismatch, parse_policy
+from ...model.exit_policies import parse_policy
 from ...model.saved import TrainedModel
 from ...runtime.files import write_json
 from ...runtime.machine import versions
 from ...runtime.manifest import sealed, write_manifest
 from ..calibration.timing import MEASURED_BATCH_SIZES, measure_speed, spread_texts
 from ..evaluation import load_labelled, score
+from .decisions import unexplained
 from .onnx_early_exit import EXPORT_FILE, FORMAT, TOKENIZER_FILE, OnnxEarlyExit
-from .onnx_files import MAX_ERROR, largest_error, quantise, require_onnx, write_segments
+from .onnx_files import MAX_ERROR, differences, quantise, require_onnx, write_segments
 from .segments import Segment, split
 
 logger = logging.getLogger("fusedacl")
@@ -41,18 +43,21 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     """Write a model for `OnnxEarlyExit`; returns what early_exit.json holds and `output_dir`.
 
     The graphs are compared with PyTorch before the function returns; with a data set, so are the
-    answers to all of its texts.
+    answers to all of its texts, where nothing is quantised.
 
     Raises:
         ValueError: a mistake in the options, an encoder that cannot be split or recorded, a package
-            that is missing, or graphs that answer otherwise than PyTorch. Nothing is left behind.
+            that is missing, or graphs that answer otherwise than PyTorch.
+        FloatingPointError: graphs with int8 weights answer NaN.
+
+    Nothing is left behind by an error.
     """
     options = config.export
     require_onnx()
     output_dir = _new_directory(options.output_dir)
     has_data = any((config.data.task_name, config.data.dataset_name, config.data.validation_file))
     for name, value in vars(config.data).items():
-        # The length of texts is the model's too.
+        # Read without data too: it becomes the length limit of the export.
         if not has_data and name != "max_seq_length" and value != getattr(DataOptions(), name):
             raise ValueError(
                 f"{name}={value!r} belongs to a data set: name one with task_name, dataset_name or "
@@ -104,7 +109,9 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
         if data is not None:
             name = data.evaluation_splits[0]
             encoded = trained.encode(data.splits[name], name)
-            measured = _compare(engine, partial, encoded, trained, data.metrics[0], model_options)
+            measured = _compare(
+                engine, segments, partial, encoded, trained, data.metrics[0], model_options
+            )
             record["measured"] = {"data": f"{data.name}, {name}", **measured}
             if options.measure:
                 record["measured"]["speed"] = _time(engine, partial, encoded, trained)
@@ -112,7 +119,7 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
         partial.replace(output_dir)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return {**record, "output_dir": str(output_dir), "has_tokenizer": has_tokenizer}
+    return {**record, "output_dir": str(options.output_dir), "has_tokenizer": has_tokenizer}
 
 
 def lines_of(results: dict[str, Any]) -> list[str]:
@@ -132,9 +139,9 @@ def lines_of(results: dict[str, Any]) -> list[str]:
             f"{measured['num_texts']} answers and {measured['num_other_layers']} exit layers differ"
         )
         lines += [
-            f"batch {speed['batch_size']}: {speed['onnx_ms']:.2f} ms a text; early exit in PyTorch "
-            f"{speed['pytorch_ms'] / speed['onnx_ms']:.2f} times that, the full model there "
-            f"{speed['full_ms'] / speed['onnx_ms']:.2f} times"
+            f"batch {speed['batch_size']}: {speed['onnx_ms']:.2f} ms a text; PyTorch takes "
+            f"{speed['pytorch_ms'] / speed['onnx_ms']:.2f} times as long with early exit, "
+            f"{speed['full_ms'] / speed['onnx_ms']:.2f} times with the full model"
             for speed in measured.get("speed", ())
         ]
     runtime = f"fusedacl.engine.OnnxEarlyExit({results['output_dir']!r})"
@@ -142,8 +149,8 @@ def lines_of(results: dict[str, Any]) -> list[str]:
         return [*lines, f"use: {runtime}.predict(texts)"]
     return [
         *lines,
-        f"The model's tokenizer runs in transformers only and has no {TOKENIZER_FILE}: give its "
-        "tokens.",
+        f"The model's tokenizer runs in transformers only and has no {TOKENIZER_FILE}: tokenise "
+        "the texts there, and pass the token ids.",
         f"use: {runtime}(input_ids, attention_mask)",
     ]
 
@@ -152,15 +159,21 @@ def _check(engine: EarlyExit, segments: Sequence[Segment], files: Sequence[Path]
     """Refuse graphs that compute otherwise than PyTorch.
 
     Raises:
-        ValueError: with the error.
+        ValueError: with the error, or the number of decisions.
     """
-    error = largest_error(engine, segments, files)
+    error, num_wrong = differences(engine, segments, files)
     if not error <= MAX_ERROR:
-        raise ValueError(
-            f"The graphs of this {engine.model.backbone.config.model_type} encoder do not compute "
-            f"what PyTorch does (error {error:.1e}, at most {MAX_ERROR:g} is accepted): it cannot "
-            "be exported with these versions of PyTorch and transformers."
-        )
+        raise _refusal(engine, f"error {error:.1e}, at most {MAX_ERROR:g} is accepted")
+    if num_wrong:
+        raise _refusal(engine, f"{num_wrong} decisions of the policy {engine.policy} differ")
+
+
+def _refusal(engine: EarlyExit, difference: str) -> ValueError:
+    return ValueError(
+        f"The graphs of this {engine.model.backbone.config.model_type} encoder do not compute what "
+        f"PyTorch does ({difference}): it cannot be exported with these versions of PyTorch and "
+        "transformers."
+    )
 
 
 def described(segment: Segment, file: Path) -> dict[str, Any]:
@@ -173,7 +186,8 @@ def described(segment: Segment, file: Path) -> dict[str, Any]:
 def _new_directory(name: str | None) -> Path:
     if not name:
         raise ValueError("output_dir is missing: name a directory for the export.")
-    path = Path(name) if Path(name).name else Path(name).resolve()
+    # A link cannot be replaced by a directory; the directory that it names can.
+    path = Path(name).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"output_dir={name!r} exists and is not empty: name another directory.")
     if path.is_mount():
@@ -191,14 +205,14 @@ def _record(
     policy: dict[str, Any] = {"name": engine.policy.name, "parameters": engine.policy.parameters}
     if is_stored:
         policy = copy.deepcopy(trained.model.config.exit_policy)
-        mismatch = calibration_mismatch(policy, trained.dtype, trained.max_length)
+        mismatch = trained.calibration_mismatch()
         if mismatch is not None:
             logger.warning(mismatch)
         as_tested = mismatch is None and quantize == "none"
         if not as_tested and (policy.get("calibration") or {}).pop("guarantee", None):
             logger.warning(
                 "The stored guarantee is of the model as it was calibrated: it is not exported "
-                "with int8 weights, another dtype or another length."
+                "with int8 weights, other weights, another dtype or another length."
             )
     tokenizer, columns = trained.tokenizer, trained.record.text_columns
     return {
@@ -226,13 +240,18 @@ def _write(output_dir: Path, record: dict[str, Any]) -> None:
 
 def _compare(
     engine: EarlyExit,
+    segments: Sequence[Segment],
     output_dir: Path,
     encoded: EncodedSplit,
     trained: TrainedModel,
     metric: str,
     options: InferenceOptions,
 ) -> dict[str, Any]:
-    """Scores of the export and of PyTorch on the same tokens, and how often they differ."""
+    """Scores of the export and of PyTorch on the same tokens, and how often they differ.
+
+    Raises:
+        ValueError: they differ by more than rounding, although nothing was quantised.
+    """
     batch_size, padding = options.per_device_eval_batch_size, trained.tokenizer.pad_token_id
     progress = not options.disable_tqdm
     left = engine.predict(encoded, batch_size, pad_token_id=padding, progress=progress)
@@ -245,6 +264,18 @@ def _compare(
         probabilities[rows] = torch.from_numpy(answers.probabilities)
         layers[rows] = torch.from_numpy(answers.exit_layers)
     predictions = probabilities.argmax(dim=-1)
+    other_answers, other_layers = predictions != left.predictions, layers != left.exit_layers
+    differing = np.flatnonzero(other_answers | other_layers)
+    if len(differing) and exported.record["quantize"] == "none":
+        num_wrong = 0
+        for places, batch in evaluation_batches(encoded.take(differing), batch_size, padding):
+            no_types = torch.zeros_like(batch["input_ids"])
+            inputs = tuple(batch.get(name, no_types) for name in segments[0].ports.inputs)
+            rows = differing[places]
+            ways = left.exit_layers[rows], layers[rows]
+            num_wrong += int(unexplained(segments, inputs, *ways).sum())
+        if num_wrong:
+            raise _refusal(engine, f"{num_wrong} of {len(encoded)} texts are answered otherwise")
     assert encoded.labels is not None  # load_labelled refuses a split without
     labels, f1_index = encoded.labels.numpy(), trained.record.f1_index
     scores = [
@@ -258,8 +289,8 @@ def _compare(
         "pytorch_score": scores[1],
         "mean_layer": float(layers.double().mean()),
         "pytorch_mean_layer": left.mean_layer,
-        "num_other_answers": int((predictions != left.predictions).sum()),
-        "num_other_layers": int((layers != left.exit_layers).sum()),
+        "num_other_answers": int(other_answers.sum()),
+        "num_other_layers": int(other_layers.sum()),
         "largest_probability_error": float((probabilities - left.probabilities).abs().max()),
     }
 

@@ -98,7 +98,16 @@ class OnnxEarlyExit:
 
         Raises:
             ValueError: an empty batch, arrays of other shapes, or padding that is not on the right.
+            FloatingPointError: an answer is NaN.
         """
+        return _finite(self._answers(input_ids, attention_mask, token_type_ids))
+
+    def _answers(
+        self,
+        input_ids: ArrayLike,
+        attention_mask: ArrayLike | None,
+        token_type_ids: ArrayLike | None,
+    ) -> OnnxAnswers:
         ids = np.asarray(input_ids, dtype=np.int64)
         mask = (
             np.ones_like(ids)
@@ -125,8 +134,10 @@ class OnnxEarlyExit:
         """Answer texts, or pairs of texts; long ones are cut as in training.
 
         Raises:
-            ValueError: no text, fewer or more second texts than first ones, pairs where the model
-                reads single texts (or the reverse), or the export has no tokenizer.
+            ValueError: no text, something else than text, fewer or more second texts than first
+                ones, pairs where the model reads single texts (or the reverse), the export has no
+                tokenizer, or the package tokenizers is missing.
+            FloatingPointError: an answer is NaN.
         """
         if isinstance(texts, str) or not len(texts):
             raise ValueError("texts must be a list of at least one text.")
@@ -141,6 +152,9 @@ class OnnxEarlyExit:
                 if is_pair
                 else "The model reads single texts: leave pairs out."
             )
+        _check_texts("texts", texts)
+        if pairs is not None:
+            _check_texts("pairs", pairs)
         given: list[Any] = list(texts) if pairs is None else list(zip(texts, pairs, strict=True))
         logits = np.empty((len(given), len(self.label_names)), dtype=np.float32)
         layers = np.empty(len(given), dtype=np.int64)
@@ -155,10 +169,12 @@ class OnnxEarlyExit:
             order = np.argsort(-lengths, kind="stable")
             for start in range(0, len(order), batch_size):
                 rows = order[start : start + batch_size]
-                answers = self(*self._collated([encoded[row] for row in rows], lengths[rows]))
+                answers = self._answers(
+                    *self._collated([encoded[row] for row in rows], lengths[rows])
+                )
                 logits[first + rows] = answers.logits
                 layers[first + rows] = answers.exit_layers
-        return OnnxAnswers(logits, layers, self.label_names)
+        return _finite(OnnxAnswers(logits, layers, self.label_names))
 
     def _collated(self, encoded: list[Any], lengths: NDArray[np.int64]) -> list[NDArray[np.int64]]:
         """Token ids, mask and token types [N, T] of tokenised texts, padded on the right."""
@@ -176,7 +192,7 @@ class OnnxEarlyExit:
         """The tokenizer (of the package tokenizers), which cuts texts at the model's length.
 
         Raises:
-            ValueError: the export has none.
+            ValueError: the export has none, or the package is missing.
         """
         if self._tokenizer is None:
             file = self.directory / TOKENIZER_FILE
@@ -185,8 +201,13 @@ class OnnxEarlyExit:
                     f"{str(self.directory)!r} has no {TOKENIZER_FILE}: tokenise the texts yourself "
                     "and call the model with token ids."
                 )
-            from tokenizers import Tokenizer
-
+            try:
+                from tokenizers import Tokenizer
+            except ImportError:
+                raise ValueError(
+                    "OnnxEarlyExit.predict needs tokenizers. Run: pip install tokenizers (or "
+                    "tokenise the texts elsewhere, and call the model with token ids)."
+                ) from None
             tokenizer = Tokenizer.from_file(str(file))
             tokenizer.no_padding()
             tokenizer.enable_truncation(
@@ -225,6 +246,27 @@ class OnnxEarlyExit:
                         state[name] = np.ascontiguousarray(state[name][:, :width])
                 mask = state["attention_mask"]
         return OnnxAnswers(logits, layers, self.label_names)
+
+
+def _check_texts(name: str, texts: Sequence[Any]) -> None:
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{name}[{row}]={text!r} is no text: correct or remove it. Second texts of pairs "
+                "belong in pairs."
+            )
+
+
+def _finite(answers: OnnxAnswers) -> OnnxAnswers:
+    """The answers, if they are numbers: the argmax of NaN is a class too."""
+    (broken,) = np.nonzero(~np.isfinite(answers.logits).all(axis=-1))
+    if len(broken):
+        raise FloatingPointError(
+            f"The export's answers to {len(broken)} of {len(answers.logits)} texts (the first has "
+            f"index {broken[0]}) are NaN or infinite: its weights are damaged or the training "
+            "diverged. Export another checkpoint."
+        )
+    return answers
 
 
 def _session(

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ...model.early_exit import EarlyExit
+from ...runtime.text import first_line
+from .decisions import clear_texts
 from .onnx_early_exit import NEXT
 from .segments import Segment, example_inputs, follow
 
@@ -20,7 +22,7 @@ MAX_ERROR = 1e-4
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _BY_TOKEN = ("input_ids", "hidden_states", "attention_mask", "token_type_ids")
 # Batches (texts, tokens) on which every graph is compared with PyTorch.
-_PROBES = ((1, 1), (1, 9), (3, 12))
+_PROBES = ((1, 1), (1, 9), (3, 12), (24, 10))
 
 
 def require_onnx() -> None:
@@ -67,10 +69,9 @@ def write_segment(segment: Segment, inputs: tuple[Tensor, ...], file: Path) -> N
     except Exception as error:
         # The exporter wraps whatever the encoder's code raised.
         model_type = segment.backbone.config.model_type
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise ValueError(
             f"A {model_type} encoder cannot be exported to ONNX with this version of PyTorch "
-            f"({torch.__version__}): {type(error).__name__}: {reason}"
+            f"({torch.__version__}): {type(error).__name__}: {first_line(error)}"
         ) from error
     finally:
         logger.setLevel(level)
@@ -89,10 +90,14 @@ def write_segments(engine: EarlyExit, segments: Sequence[Segment], files: Sequen
             inputs = follow(inputs, segment(*inputs))
 
 
-def largest_error(engine: EarlyExit, segments: Sequence[Segment], files: Sequence[Path]) -> float:
-    """Largest error of the graphs' logits and states against PyTorch's, on texts of random tokens.
+def differences(
+    engine: EarlyExit, segments: Sequence[Segment], files: Sequence[Path]
+) -> tuple[float, int]:
+    """Differences between the graphs and PyTorch on texts of random tokens.
 
-    Relative to the largest value where that is above 1; every graph gets PyTorch's inputs.
+    Returns the largest error of logits and states, relative to the largest value where that is
+    above 1, and the number of decisions (who leaves, and what the policy remembers) that differ on
+    clear texts. Every graph gets PyTorch's inputs.
     """
     import onnxruntime
 
@@ -100,7 +105,7 @@ def largest_error(engine: EarlyExit, segments: Sequence[Segment], files: Sequenc
         onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
         for file in files
     ]
-    worst = 0.0
+    worst, num_wrong = 0.0, 0
     for num_texts, length in _PROBES:
         inputs = example_inputs(engine, num_texts, length)
         for segment, session in zip(segments, sessions, strict=True):
@@ -112,17 +117,21 @@ def largest_error(engine: EarlyExit, segments: Sequence[Segment], files: Sequenc
             }
             found = session.run(list(segment.ports.outputs), fed)
             real = inputs[1].bool()
+            clear, _ = clear_texts(segment, inputs)
+            differs = torch.zeros_like(clear)
             for name, want, array in zip(segment.ports.outputs, expected, found, strict=True):
-                if not want.is_floating_point():
-                    continue
                 have = torch.from_numpy(array)
+                if not want.is_floating_point():
+                    differs |= (have != want).reshape(num_texts, -1).any(dim=-1)
+                    continue
                 if name == NEXT + "hidden_states":
                     # Padding is never read.
                     have, want = have[real], want[real]
                 error = (have - want).abs().max() / want.abs().max().clamp(min=1)
                 worst = max(worst, float(error.nan_to_num(nan=torch.inf)))
+            num_wrong += int((differs & clear).sum())
             inputs = follow(inputs, expected)
-    return worst
+    return worst, num_wrong
 
 
 def quantise(file: Path) -> None:

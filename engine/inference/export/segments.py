@@ -27,8 +27,9 @@ class Ports:
     """Names of a segment's inputs and outputs, in their order.
 
     Inputs: input_ids or hidden_states, attention_mask, token_type_ids at the first segment, then
-    the policy's memory. Outputs: logits, and at all but the last leaves (which texts leave), and
-    what the next segment takes, hidden_states and the memory, with `NEXT` before its name.
+    the policy's memory. Outputs: logits; except at the last segment, also `leaves` (bool [N], the
+    texts that leave there) and the hidden_states and memory of the next segment, each name with the
+    prefix `NEXT`.
     """
 
     inputs: tuple[str, ...]
@@ -36,7 +37,7 @@ class Ports:
 
 
 class Segment(nn.Module):
-    """The encoder's `run` layers up to an exit, that exit, and the decision who leaves there."""
+    """The encoder's `run` layers up to an exit, that exit, and its decision on each text."""
 
     def __init__(
         self, engine: EarlyExit, layers: range, head: Exit, memory: tuple[str, ...], is_last: bool
@@ -66,6 +67,19 @@ class Segment(nn.Module):
 
     def compute(self, named: dict[str, Tensor]) -> dict[str, Tensor]:
         """The outputs by name, for inputs by name."""
+        hidden, embeddings, logits = self.read(named)
+        if self.is_last:
+            return {"logits": logits}
+        memory: Memory = named
+        leaves, memory = self.policy.leaves(self.reading(embeddings, logits), memory)
+        kept = {"hidden_states": hidden, **memory}
+        return {"logits": logits, "leaves": leaves, **{NEXT + name: kept[name] for name in kept}}
+
+    def read(self, named: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Hidden states [N, T, H], representations [N, d] and logits [N, K] at the exit.
+
+        named: the inputs by name, of which the policy's memory is left.
+        """
         mask = named.pop("attention_mask")
         layers = self.encoder_layers
         if self.is_first:
@@ -79,14 +93,13 @@ class Segment(nn.Module):
         for layer in self.layers:
             hidden = layers.run(layer, hidden, context)
         embeddings, logits = self.head(hidden, mask)
-        if self.is_last:
-            return {"logits": logits}
+        return hidden, embeddings, logits
+
+    def reading(self, embeddings: Tensor, logits: Tensor) -> ExitReading:
+        """The exit's outputs as the policy reads them."""
         learned = self.learned_exit
         certainty = None if learned is None else certainty_of(learned, embeddings)
-        memory: Memory = named
-        leaves, memory = self.policy.leaves(ExitReading(self.layer, logits, certainty), memory)
-        kept = {"hidden_states": hidden, **memory}
-        return {"logits": logits, "leaves": leaves, **{NEXT + name: kept[name] for name in kept}}
+        return ExitReading(self.layer, logits, certainty)
 
 
 def _with_finite_masks(context: LayerContext, dtype: torch.dtype) -> LayerContext:

@@ -10,6 +10,7 @@ import numpy as np
 from ...config.commands import AngleConfig
 from ...experiments.runs import named_runs
 from ...runtime import plots
+from ...runtime.files import check_writable
 from ...runtime.text import text_table, write_tables
 from ..page.page import Figure, Section, Table, write_analysis
 from ..run_figures import angle_words, draw_angles
@@ -27,11 +28,13 @@ def report_angles(runs: Sequence[Path], config: AngleConfig) -> tuple[str, list[
     """Measure the angles of runs and write tables and figures; returns as `write_angles`.
 
     Raises:
-        ValueError: as `measure_angles`; `output_dir`, a label or matplotlib is missing.
+        ValueError: as `measure_angles`; `output_dir`, a label or matplotlib is missing; nothing can
+            be written to `output_dir`.
         FloatingPointError: as `measure_angles`.
     """
     if config.angles.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
+    check_writable(Path(config.angles.output_dir), "output_dir", directory=True)
     plots.require_matplotlib()
     named = named_runs(runs, config.angles.labels)
     records = [
@@ -102,11 +105,11 @@ def notes(records: Sequence[AngleRecords]) -> list[str]:
     lines += [f"{record.label}: {record.settings}." for record in records]
     for record in records:
         counts = {name: record.num_undefined(name) for name in record.names}
-        words = ", ".join(f"{name} {count}" for name, count in counts.items() if count)
+        words = ", ".join(f"{count} over {name}" for name, count in counts.items() if count)
         if words:
             lines.append(
-                f"{record.label}: a gradient is zero, and the angle 90 by convention, in batches "
-                f"of {record.num_batches}: {words}."
+                f"{record.label}: batches, of {record.num_batches}, in which a gradient is zero, "
+                f"so that the angle is 90 by convention: {words}."
             )
         if record.num_single_class:
             lines.append(

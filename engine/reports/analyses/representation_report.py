@@ -16,7 +16,7 @@ from ...config.commands import TSNEConfig
 from ...experiments.runs import named_runs
 from ...model.multi_exit import MultiExitConfig
 from ...runtime import plots
-from ...runtime.files import write_whole
+from ...runtime.files import check_writable, write_whole
 from ...runtime.text import csv_text, text_table, write_tables
 from ..page.page import Figure, Section, Table, write_analysis
 from .representations import Representations, choose_layers, measure_alignment, read_representations
@@ -45,11 +45,13 @@ def report_representations(runs: Sequence[Path], config: TSNEConfig) -> tuple[st
 
     Raises:
         ValueError: a run, exit or data set does not exist; `output_dir`, matplotlib or scikit-learn
-            is missing; there are too few texts for the perplexity.
+            is missing; nothing can be written to `output_dir`; there are too few texts for the
+            perplexity.
         FloatingPointError: a representation is NaN or infinite.
     """
     if config.tsne.output_dir is None:
         raise ValueError("output_dir is missing: name the directory for tables and figures.")
+    check_writable(Path(config.tsne.output_dir), "output_dir", directory=True)
     plots.require_matplotlib()
     try:
         import sklearn.manifold  # noqa: F401

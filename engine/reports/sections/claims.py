@@ -137,7 +137,8 @@ def claims_section(
     if not tables:
         return None
     notes = [*dict.fromkeys(notes), _RULES]
-    page_header = ["claim", "better", "than", "task", "its score", "the other's", *header[3:]]
+    scores = ["score of better", "score of than"]
+    page_header = ["claim", "better", "than", "task", *scores, *header[3:]]
     files = write_tables(
         path, page_header, rows, "\n\n".join([*sentences, *notes]), (_NUMBERS, numbers)
     )

@@ -1,6 +1,6 @@
 """Early exit of several runs in one table, from the files of `fusedacl exits` in RUN/exits.
 
-Beside them the times of an export in RUN/onnx that was made with --measure.
+Beside a setting the times of its export in RUN/onnx, where that was made with --measure.
 """
 
 from __future__ import annotations
@@ -61,7 +61,9 @@ def exits_section(
     header = ["method", "seed", "policy", "setting", "score", "cross-fitted", "full model"]
     header += ["mean layer", "FLOPs", "area", GUARANTEE]
     header += [f"{SPEED_UP}{size}" for size in sizes]
-    exported = {run.directory: _onnx_speeds(run, label, notes) for label, run, _ in found}
+    exported = {
+        run.directory: _onnx_speeds(run, study, label, notes) for label, run, study in found
+    }
     onnx_sizes = sorted({size for _, speeds in exported.values() for size in speeds})
     header += [f"{ONNX_SPEED_UP}{size}" for size in onnx_sizes]
     rows = []
@@ -157,19 +159,37 @@ def _read(run: SweepRun, label: str, notes: list[str]) -> dict[str, Any] | None:
 
 
 def _onnx_speeds(
-    run: SweepRun, label: str, notes: list[str]
+    run: SweepRun, study: Mapping[str, Any], label: str, notes: list[str]
 ) -> tuple[str | None, dict[int, float]]:
-    """The policy of a run's export, and batch size -> how much faster than the full model it is."""
+    """The policy of a run's export, and batch size -> how much faster than the full model it is.
+
+    The export of another setting than the study chose, or of another model, has a note instead.
+    """
+    where = f"{label}, seed {run.seed}"
     try:
         record = json.loads((run.directory / ONNX_FILE).read_text(encoding="utf-8"))
         speeds = record.get("measured", {}).get("speed", ())
         found = {int(each["batch_size"]): each["full_ms"] / each["onnx_ms"] for each in speeds}
-        return str(record["policy"]["name"]), found
+        name, parameters = str(record["policy"]["name"]), dict(record["policy"]["parameters"])
+        quantize = str(record["quantize"])
     except FileNotFoundError:
         return None, {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError):
-        notes.append(f"{label}, seed {run.seed}: its {ONNX_FILE} is damaged and left out.")
+        notes.append(f"{where}: its {ONNX_FILE} is damaged and left out.")
         return None, {}
+    facts = study["policies"].get(name, {})
+    problem = None
+    if quantize != "none":
+        problem = f"with {quantize} weights it is another model than that of the table"
+    elif "calibration" not in facts or facts["parameters"] != parameters:
+        setting = " ".join(f"{key}={value}" for key, value in parameters.items())
+        problem = f"its policy, {name.replace('_', ' ')} {setting}, is in no row of the table"
+    if found and problem is not None:
+        notes.append(
+            f"{where}: the times of the export in {ONNX_FILE.parent} are left out: {problem}."
+        )
+        return None, {}
+    return name, found
 
 
 def _draw(marks: Sequence[_Mark], metric: str, path: Path, title: str) -> list[Path]:

@@ -17,7 +17,7 @@ import torch
 from ...experiments.report_plan import GridPlan, Target
 from ...experiments.results import Seeds, SweepResults, grid_label, grid_value
 from ...model.exit_policies import FixedLayer
-from ...model.flops import exit_flops, full_flops
+from ...model.flops import exit_flops
 from ...model.multi_exit import MultiExitConfig, MultiExitForSequenceClassification
 from ...model.saved import DEFAULT_MAX_LENGTH
 from ..page.page import Section, Table, write_section
@@ -218,11 +218,10 @@ def operations(directory: Path, layer: int | None = None) -> tuple[float, int]:
     length = int(config.max_seq_length or DEFAULT_MAX_LENGTH)
     with torch.device("meta"):
         model = MultiExitForSequenceClassification(config)
-    if layer is not None and layer not in model.exit_layers:
+    layer = model.exit_layers[-1] if layer is None else layer
+    if layer not in model.exit_layers:
         raise ValueError(f"the model has no exit on layer {layer}")
-    flops = full_flops(model)
-    if layer is not None and layer != model.exit_layers[-1]:
-        flops = exit_flops(model, FixedLayer(layer))[model.exit_layers.index(layer)]
+    flops = exit_flops(model, FixedLayer(layer))[model.exit_layers.index(layer)]
     return float(flops.at(torch.tensor([length]))[0]), length
 
 

@@ -248,15 +248,24 @@ def test_mistakes() -> None:
     for policy, parameters, message in (
         ("fixed_layer", {"layer": 4}, "layer=4 carries no exit"),
         ("learned", {"threshold": 0.5}, "needs the model's learned exit, which has not been"),
-        (MaximumProbability(0.5), {"threshold": 0.5}, "threshold: parameters go with"),
+        (MaximumProbability(0.5), {"threshold": 0.5}, "threshold: parameters need a policy's name"),
     ):
         with pytest.raises(ValueError, match=message):
             early_exit(model, batch, policy, **parameters)
     engine = EarlyExit(model, "voting", votes=2)
-    with pytest.raises(ValueError, match="padding must be on the right"):
+    with pytest.raises(ValueError, match="its padding on the right"):
         engine(ids, mask.flip(1))
     with pytest.raises(ValueError, match="no rows"):
         engine(ids[:0], mask[:0])
+    for inputs, message in (
+        ({"input_ids": ids[0]}, r"input_ids has shape \[\d+\]: expected is \[texts, tokens\]"),
+        ({"input_ids": ids[:, :0]}, r"input_ids has shape \[5, 0\]"),
+        ({"input_ids": ids, "attention_mask": mask[:, 1:]}, r"attention_mask has shape \[5, "),
+        ({"input_ids": ids, "attention_mask": mask[:1]}, r"attention_mask has shape \[1, "),
+        ({"input_ids": ids, "token_type_ids": mask[0]}, r"token_type_ids has shape \[\d+\], in"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.early_exit(inputs, "voting", votes=2)
     with pytest.raises(ValueError, match="has no input_ids; it has attention_mask"):
         early_exit(model, {"attention_mask": mask}, "voting", votes=2)
     with pytest.raises(ValueError, match="not 'position_ids'"):

@@ -72,6 +72,13 @@ def test_output_file_is_checked_before_the_work(finished, tiny_data: Path) -> No
         evaluate(config_of(finished, tiny_data, output_file="absent/metrics.json"))
 
 
+def test_a_directory_that_permits_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    named = {"model_name_or_path": "absent", "output_file": str(tmp_path / "metrics.json")}
+    with pytest.raises(ValueError, match=r"output_file='.*metrics.json' cannot be written.*does n"):
+        evaluate(build(EvaluationConfig, named))
+
+
 def test_nothing_to_evaluate_on(finished, tmp_path: Path) -> None:
     (tmp_path / "opinions").mkdir()
     rows = '{"sentence": "a dog", "label": -1}\n'

@@ -178,6 +178,15 @@ def test_the_output_is_replaced_when_it_is_whole(
         run(model_dir, output_file=str(tmp_path / "folder.csv"))
 
 
+def test_a_directory_that_permits_no_file_is_refused_before_the_work(
+    run: Run, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda place, mode: place != tmp_path)
+    monkeypatch.setattr("fusedacl.engine.inference.prediction.TrainedModel", None)
+    with pytest.raises(ValueError, match=r"output_file='.*out.csv' cannot be written.*permissions"):
+        run(model_dir)
+
+
 @pytest.mark.parametrize("policy", [None, "entropy:threshold=0.5"])
 def test_answers_that_are_none_are_not_written(
     run: Run, exits_dir: Path, tmp_path: Path, policy: str | None

@@ -26,14 +26,10 @@ from fusedacl.engine.cli.main import main
 from fusedacl.engine.config.fields import build
 from fusedacl.engine.inference.export import command, onnx_files
 from fusedacl.engine.inference.export.onnx_early_exit import EXPORT_FILE
-from fusedacl.engine.inference.export.onnx_files import largest_error, write_segments
+from fusedacl.engine.inference.export.onnx_files import write_segments
 from fusedacl.engine.inference.export.segments import split
-from fusedacl.engine.model.encoder_layers import EncoderLayers
-from fusedacl.engine.model.exit_policies import parse_policy
-from fusedacl.engine.runtime.files import write_json
-from fusedacl.engine.runtime.manifest import write_manifest
-from tiny_runs import BERT_SIZES, save_model
-from transformers import AlbertConfig, BertConfig
+from tiny_runs import save_model
+from transformers import AlbertConfig
 
 LABELS = ["negative", "positive"]
 Capture = pytest.CaptureFixture[str]
@@ -151,57 +147,6 @@ def test_texts_that_left_are_not_computed_any_more(exported: tuple[Path, Path]) 
     reached = [(answers.exit_layers >= layer).sum() for layer in (1, 2)]
     assert [rows for rows, _ in shapes] == [rows for rows in reached if rows]
     assert reached[0] > reached[1] > 0
-
-
-class Shifts(EncoderLayers):
-    """Layers that cost the exporter little: each adds its number to a rotated state."""
-
-    def __init__(self, encoder: Any) -> None:
-        self.encoder, self.implementation = encoder, "eager"
-
-    def context(self, hidden_states: Any, attention_mask: Any, padded: bool) -> dict[str, Any]:
-        return {}
-
-    def run(self, layer: int, hidden_states: Any, context: dict[str, Any]) -> Any:
-        return hidden_states.roll(layer, dims=-1) * 1.5
-
-
-POLICIES = [
-    "patience_confidence:patience=2,threshold=0.7",
-    "voting:votes=2",
-    "fixed_layer:layer=2",
-    "learned:threshold=0.6",
-]
-
-
-@pytest.mark.parametrize("policy", POLICIES)
-def test_policies_with_memory_or_a_layer_of_their_own(policy: str, tmp_path: Path) -> None:
-    config = BertConfig(**BERT_SIZES)
-    made = MultiExitConfig(config, exit_layers=[1, 2, 3], exit_head="linear", num_labels=3)
-    model = MultiExitForSequenceClassification(made)
-    model.learned_exit = torch.nn.Linear(32, 1)
-    torch.nn.init.normal_(model.learned_exit.weight)
-    for head in model.exits:
-        torch.nn.init.normal_(head.classifier.weight)
-    torch.nn.init.normal_(model.backbone.embeddings.word_embeddings.weight)
-    engine = EarlyExit(model, parse_policy(policy))
-    engine.layers = Shifts(model.backbone)
-    segments = split(engine)
-    files = [tmp_path / f"{segment.layer}.onnx" for segment in segments]
-    write_segments(engine, segments, files)
-    assert largest_error(engine, segments, files) < 1e-5
-    record = {
-        "format": 1, "label_names": ["a", "b", "c"], "policy": {},
-        "segments": list(map(command.described, segments, files)),
-    }  # fmt: skip
-    write_json(tmp_path / EXPORT_FILE, record)
-    write_manifest(tmp_path, {})
-    ids = torch.randint(5, 60, (200, 9))
-    mask = (torch.arange(9) < torch.randint(1, 10, (200, 1))).long()
-    wanted, found = engine(ids, mask), OnnxEarlyExit(tmp_path)(ids, mask)
-    assert found.exit_layers.tolist() == wanted.exit_layers.tolist()
-    assert (len(set(found.exit_layers.tolist())) > 1) is (policy != "fixed_layer:layer=2")
-    np.testing.assert_allclose(found.probabilities, wanted.probabilities, atol=1e-5)
 
 
 def test_neither_pytorch_nor_transformers_serves(exported: tuple[Path, Path]) -> None:
@@ -328,6 +273,16 @@ def test_encoders_that_cannot_be_split_or_recorded(
         write_segments(engine, segments, [tmp_path / "1.onnx"] * 2)
 
 
+def write_copies(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the command take the graphs of an export for those of its model."""
+
+    def copied(engine: Any, segments: Any, files: list[Path]) -> None:
+        for file in files:
+            shutil.copy(directory / file.name, file)
+
+    monkeypatch.setattr(command, "write_segments", copied)
+
+
 def test_graphs_that_compute_otherwise_are_refused(
     exported: tuple[Path, Path],
     export: Callable[..., dict[str, Any]],
@@ -345,6 +300,40 @@ def test_graphs_that_compute_otherwise_are_refused(
     ):
         export(policy="entropy:threshold=0.1")
     assert [file.name for file in tmp_path.iterdir()] == ["model"]
+
+
+def test_graphs_that_decide_otherwise_are_refused(
+    exported: tuple[Path, Path], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_copies(exported[1], monkeypatch)
+    named = {"model_name_or_path": str(exported[0]), "output_dir": str(tmp_path / "onnx")}
+    data = {"task_name": "opinions", "data_dir": str(tiny_data), "disable_tqdm": True}
+    with pytest.raises(ValueError, match=r"does .\d+ decisions of the policy entropy .* differ"):
+        # The graphs hold the stored threshold, at which some texts leave.
+        export_model(build(ExportConfig, {**named, "policy": "entropy:threshold=0"}))
+
+    class Late(OnnxEarlyExit):
+        def _run(self, state: Any, lengths: Any) -> Any:
+            answers = super()._run(state, lengths)
+            answers.exit_layers.fill(2)
+            return answers
+
+    monkeypatch.setattr(command, "OnnxEarlyExit", Late)
+    with pytest.raises(ValueError, match=r"does .\d+ of 24 texts are answered otherwise"):
+        export_model(build(ExportConfig, {**named, **data}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_to_an_empty_directory(
+    exported: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_copies(exported[1], monkeypatch)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "onnx").symlink_to(tmp_path / "elsewhere")
+    named = {"model_name_or_path": str(exported[0]), "output_dir": str(tmp_path / "onnx")}
+    assert export_model(build(ExportConfig, named))["output_dir"] == named["output_dir"]
+    assert (tmp_path / "onnx").is_symlink()
+    assert len(OnnxEarlyExit(tmp_path / "onnx").predict(TEXTS).labels) == 4
 
 
 def test_what_the_runtime_refuses(exported: tuple[Path, Path], tmp_path: Path) -> None:
@@ -366,9 +355,16 @@ def test_what_the_runtime_refuses(exported: tuple[Path, Path], tmp_path: Path) -
         ([], {}, "must be a list of at least one text"),
         (["a"], {"batch_size": 0}, "batch_size=0"),
         (["a"], {"pairs": ["b", "c"]}, "pairs must be a list of 1 texts"),
+        ([("a", "b")], {}, r"texts\[0\]=\('a', 'b'\) is no text: .* belong in pairs"),
+        (["a", None], {}, r"texts\[1\]=None is no text"),
+        (["a", float("nan")], {}, r"texts\[1\]=nan is no text"),
     ):
         with pytest.raises(ValueError, match=message):
             runtime.predict(texts, **options)
+    pairs = OnnxEarlyExit(directory)
+    pairs.record["reads_pairs"] = True
+    with pytest.raises(ValueError, match=r"pairs\[1\]=3 is no text"):
+        pairs.predict(["a", "b"], ["c", 3])
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in directory.iterdir():
@@ -382,3 +378,33 @@ def test_what_the_runtime_refuses(exported: tuple[Path, Path], tmp_path: Path) -
     (broken / EXPORT_FILE).write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
         OnnxEarlyExit(broken)
+
+
+def test_texts_need_the_package_tokenizers(
+    exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = OnnxEarlyExit(exported[1])
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="needs tokenizers. Run: pip install tokenizers"):
+        runtime.predict(TEXTS)
+    assert len(runtime([[2, 5, 3]]).labels) == 1
+
+
+def test_answers_that_are_none_have_no_label(exported: tuple[Path, Path]) -> None:
+    runtime = OnnxEarlyExit(exported[1])
+    session = runtime._sessions[0]
+
+    class Broken:
+        def run(self, names: list[str], state: dict[str, Any]) -> Any:
+            logits, *others = session.run(names, state)
+            # Of the text with the most tokens, wherever it is.
+            logits[state["attention_mask"].sum(axis=1).argmax()] = np.nan
+            others[0][:] = True
+            return [logits, *others]
+
+    runtime._sessions[0] = Broken()
+    words = r"answers to 1 of 4 texts \(the first has index 1\) are NaN or infinite"
+    with pytest.raises(FloatingPointError, match=words):
+        runtime.predict(TEXTS)
+    with pytest.raises(FloatingPointError, match=r"1 of 2 texts \(the first has index 0\)"):
+        runtime([[2, 5, 3], [2, 3, 0]], [[1, 1, 1], [1, 1, 0]])

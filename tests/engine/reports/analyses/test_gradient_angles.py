@@ -260,7 +260,7 @@ def test_from_the_command_line(
     shown = capsys.readouterr().out
     exit_rows = [line.split() for line in shown.splitlines() if line.startswith("CE+SCL ")]
     assert ["CE+SCL", "exit", "2", "3", "90.0"] in [words[:5] for words in exit_rows]
-    assert "CE+SCL: a gradient is zero, and the angle 90 by convention" in shown
+    assert "so that the angle is 90 by convention: 3 over exit 2." in shown
     written = {path.name for path in (tmp_path / "out").iterdir()}
     assert written == {
         "angles.csv", "angles.md", "angles.png", "angles.svg", "angles.caption.txt", "index.html",
@@ -300,3 +300,13 @@ def test_mistakes(
 ) -> None:
     places = {**runs, "data": tiny_data}
     refuses(["angles", *(word.format(**places) for word in arguments)], message)
+
+
+def test_a_file_in_place_of_the_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place, message in (("file", "file' is a file: name a directory"), ("file/out", "no dir")):
+        # Refused before the run is read.
+        assert main(["angles", "run", "--output_dir", str(tmp_path / place)]) == 2
+        assert message in capsys.readouterr().err

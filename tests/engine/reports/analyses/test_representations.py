@@ -211,3 +211,13 @@ def test_what_a_machine_or_a_model_lacks(
     model.save_pretrained(diverged)
     assert main(["tsne", str(diverged), *out]) == 1
     assert "exit 1: 1 of 2 label embeddings are NaN" in capsys.readouterr().err
+
+
+def test_a_file_in_place_of_the_directory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    for place, message in (("file", "file' is a file: name a directory"), ("file/out", "no dir")):
+        # Refused before the run is read.
+        assert main(["tsne", "run", "--output_dir", str(tmp_path / place)]) == 2
+        assert message in capsys.readouterr().err

@@ -89,12 +89,11 @@ def test_exports_and_guarantees(tmp_path: Path) -> None:
         "num_lost": 3, "enough_texts": 700, "least_texts": 299,
     }  # fmt: skip
     speed = [{"batch_size": 1, "onnx_ms": 2.0, "pytorch_ms": 4.0, "full_ms": 5.0}]
-    export = {"policy": {"name": "entropy"}, "measured": {"speed": speed}}
+    policy = {"name": "entropy", "parameters": {"threshold": 0.25}}
+    export = {"policy": policy, "quantize": "none", "measured": {"speed": speed}}
     runs = [a_run(tmp_path, seed, promised) for seed in (1, 2, 3)]
     for run, text in zip(runs, (json.dumps(export), "{", None), strict=True):
-        (run.directory / "onnx").mkdir()
-        if text is not None:
-            (run.directory / "onnx" / "early_exit.json").write_text(text)
+        write_export(run, text)
     section = exits_section({"ACL": runs}, "mrpc", tmp_path / "exits", "Early exit")
     assert section is not None
     (table,) = section.tables
@@ -107,6 +106,39 @@ def test_exports_and_guarantees(tmp_path: Path) -> None:
     assert damaged == "ACL, seed 2: its onnx/early_exit.json is damaged and left out."
     assert promise.startswith("ACL, seed 1, entropy: With confidence 0.95, ")
     assert "Lost in the test: 3 of 800 texts" in promise
+
+
+def write_export(run: SweepRun, text: str | None) -> None:
+    (run.directory / "onnx").mkdir()
+    if text is not None:
+        (run.directory / "onnx" / "early_exit.json").write_text(text)
+
+
+def test_exports_of_other_settings(tmp_path: Path) -> None:
+    """Their times belong to no row; an export without times needs no note."""
+    speed = [{"batch_size": 1, "onnx_ms": 2.0, "pytorch_ms": 4.0, "full_ms": 5.0}]
+    same = {"name": "entropy", "parameters": {"threshold": 0.25}}
+    other = {"name": "entropy", "parameters": {"threshold": 0.5}}
+    unstudied = {"name": "patience_confidence", "parameters": {"patience": 2, "threshold": 0.5}}
+    exports = [
+        {"policy": same, "quantize": "int8", "measured": {"speed": speed}},
+        {"policy": other, "quantize": "none", "measured": {"speed": speed}},
+        {"policy": unstudied, "quantize": "none", "measured": {"speed": speed}},
+        {"policy": other, "quantize": "none"},
+    ]
+    runs = [a_run(tmp_path, seed, study(None)) for seed in range(1, 5)]
+    for run, export in zip(runs, exports, strict=True):
+        write_export(run, json.dumps(export))
+    section = exits_section({"ACL": runs}, "mrpc", tmp_path / "exits", "Early exit")
+    assert section is not None
+    assert section.tables[0].header[-1] == "speed-up, batch 1"
+    left_out = "the times of the export in onnx are left out:"
+    assert section.notes == [
+        f"ACL, seed 1: {left_out} with int8 weights it is another model than that of the table.",
+        f"ACL, seed 2: {left_out} its policy, entropy threshold=0.5, is in no row of the table.",
+        f"ACL, seed 3: {left_out} its policy, patience confidence patience=2 threshold=0.5, is in "
+        "no row of the table.",
+    ]
 
 
 def test_no_studies(tmp_path: Path) -> None:
