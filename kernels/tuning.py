@@ -48,7 +48,7 @@ NUM_ROWS = 16384
 TEMPERATURE = 0.5
 # A tile replaces another one if it saves this fraction of the time; less is noise.
 WORTHWHILE = 0.02
-# Of the largest value: sums in another order, and float16 weights of the pairs.
+# Relative to the largest value: sums differ in order, and the weights of pairs are float16.
 TOLERANCE = 1e-3
 
 

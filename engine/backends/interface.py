@@ -20,12 +20,12 @@ from .loss_scaling import DeepSpeedLossScaler, LossScaler
 
 @dataclass(frozen=True)
 class StepReport:
-    """One optimizer step. Its tensors, of shape [], may still be being computed on the device.
+    """One optimizer step. Its tensors have shape []; the device may not have computed them yet.
 
     grad_norm: before clipping; not finite where the step was skipped.
     learning_rate, loss_scale: those that the step used.
     skipped: whether the gradient was not finite.
-    decision: has one entry per group of the backend, in its order; None without the gate.
+    decision: one entry per group of the backend, in its order; None without the gate.
     """
 
     grad_norm: Tensor

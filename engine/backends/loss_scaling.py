@@ -125,7 +125,7 @@ class DeepSpeedLossScaler:
             self.scale = max(self.scale / 2, options.min_loss_scale)
             return
         self.num_good_steps += 1
-        grows = self.num_good_steps == options.loss_scale_window
+        grows = self.num_good_steps >= options.loss_scale_window
         if grows:
             self.scale *= 2
             self.num_good_steps = 0
@@ -137,3 +137,6 @@ class DeepSpeedLossScaler:
 
     def load_state_dict(self, state: dict[str, float]) -> None:
         vars(self).update(state)
+        if self.enabled and self.options.loss_scale:
+            # deepspeed_config may have been edited since the checkpoint.
+            self.scale = self.options.loss_scale

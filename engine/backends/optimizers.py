@@ -133,14 +133,14 @@ class ScheduledAdamW:
             self.optimizer.step()
             self._num_taken += ~skip
             self._set_rate()
-        # Only apex's FusedAdam takes no flag: under float16 the host waits for this one.
+        # Only apex's FusedAdam takes no flag: under float16 the host waits here to read `skip`.
         elif skip is None or not skip:
             self.optimizer.step()
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The states of both, which do not tell where the rate was kept."""
+        """The optimizer's and the schedule's states, alike for a rate on the host or the device."""
         optimizer, schedule = self.optimizer.state_dict(), self.schedule.state_dict()
         if self._takes_flag:
             taken, rate = self.num_taken, float(self._rate)

@@ -1,4 +1,4 @@
-"""The demonstration: CE and ACL on the embedded data set, then early exit of the ACL model."""
+"""The demonstration: CE and ACL on the built-in data set, then early exit of the ACL model."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def run_demo(output_dir: Path = DEMO_DIR) -> dict[str, dict[str, Any]]:
     shutil.rmtree(options["feature_cache"])
     results["early_exit"] = study_exits(build(ExitsConfig, study_options(exits)))
     page = report_runs([*runs.values(), exits], output_dir / "report").page
-    print("\nValidation scores on the embedded sentence pairs (chance: 33.3%):\n")
+    print("\nValidation scores on the built-in sentence pairs (chance: 33.3%):\n")
     print(_scores(results))
     print(f"\n{_speed(results['early_exit'])}")
     print(f"\nPage: {page}")

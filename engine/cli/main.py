@@ -27,12 +27,12 @@ from ..runtime.text import did_you_mean
 
 USAGE = """usage: fusedacl <verb> [config.yaml] [--option value …]
 
-  train      fine-tune an encoder; without arguments: the demonstration on embedded data
+  train      fine-tune an encoder; without arguments: the demonstration on built-in data
   evaluate   compute the metrics of a trained model on a labelled data set
   predict    write labels and probabilities for a file of texts
   exits      sweep early-exit policies, calibrate one and store it with the model
   export     write a model with its early-exit policy for onnxruntime
-  try        tell on your own data whether the contrastive term pays, in a stated time
+  try        test on your own data, in a stated time, whether the contrastive term pays
   sweep      run a recipe of tasks, methods and seeds; can be stopped and continued
   angles     measure the angles between the gradients of two losses in trained runs
   tsne       draw and measure an exit's representations and the label embeddings
@@ -153,9 +153,11 @@ def _try(arguments: list[str]) -> int:
         " `fusedacl train` name the data and the encoder and hold for all runs.",
         allow_abbrev=False,
     )
-    words = "time of the runs, of all sessions; a draw that would not end in time is not started"
+    words = (
+        "minutes for all runs, of all sessions; a draw that would not end in time is not started"
+    )
     made.add_argument("--minutes", type=float, default=20.0, help=f"{words} (default: 20)")
-    words = "at most so many draws, however short they are"
+    words = "most draws, however short they are"
     made.add_argument("--draws", type=int, default=10, help=f"{words} (default: 10)")
     words = "smallest gain, in points, that is worth the price"
     made.add_argument("--min_gain", type=float, default=0.5, help=f"{words} (default: 0.5)")
@@ -167,7 +169,8 @@ def _try(arguments: list[str]) -> int:
     options = given(TrainingConfig, rest)
     config_file = options.pop("config_file", None)
     from_file = read_file(config_file) if config_file else {}
-    directory = own.output_dir or Path(from_file.pop("output_dir", None) or Path("runs") / "try")
+    in_file = from_file.pop("output_dir", None)
+    directory = own.output_dir or Path(in_file or Path("runs") / "try")
     options = {**translated(from_file, options), **translated(options, from_file)}
     from ..experiments.sweep import SweepStopped
     from ..experiments.trial.answer import answer
@@ -209,7 +212,8 @@ def _sweep(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     made.add_argument("recipe", help="YAML file, or the name of a shipped recipe")
-    made.add_argument("--output_dir", type=Path, help="(default: runs/<name of the recipe>)")
+    words = "directory of the sweep (default: runs/<name of the recipe>)"
+    made.add_argument("--output_dir", type=Path, help=words)
     made.add_argument(
         "--workers", type=int, help="runs at the same time (default: one per two CPU cores)"
     )
@@ -336,7 +340,7 @@ def _gate_lines(gate: list[dict[str, Any]]) -> list[str]:
         if compared:
             # With a gate_scope there is only one group.
             share = rows[0]["agreement_share"]
-            lines[-1] += f", the exact decision in {share:.1%} of the {compared} compared"
+            lines[-1] += f", as the exact gate decides in {share:.1%} of {compared} steps compared"
     return lines
 
 

@@ -2,8 +2,8 @@
 
     all     gradients of all trained parameters: exact, as in the paper; a second backward pass
     top:K   gradients of the last K encoder layers and the exit
-    head    gradients of a linear map from a text's first hidden state to the representation that
-            the classifier and the contrastive loss read
+    head    gradients of a linear map to the representation that the classifier and the contrastive
+            loss read, from the hidden state that the exit reads (first token, or mean)
 
 With top:K and head both losses are back-propagated down to the cut only; one pass continues below.
 """
@@ -36,6 +36,6 @@ def scope_words(scope: str) -> str:
     if num_top is None:
         return "all trained parameters"
     if num_top == 0:
-        return "the representations that both losses read"
+        return "a linear map to the representation that both losses read"
     layers = "layer" if num_top == 1 else f"{num_top} layers"
     return f"the last {layers} and the exit"

@@ -61,8 +61,8 @@ class RunOptions:
     )
     early_stopping_patience: int | None = option(
         None,
-        "end a stage after so many evaluations in a row without a better score, which is that of"
-        " --metric_for_best_model; unset: never",
+        "end a stage after this many evaluations in a row without a better score"
+        " (--metric_for_best_model); unset: never",
         at_least=1,
     )
     early_stopping_threshold: float = option(
@@ -118,5 +118,7 @@ def named_services(report_to: str) -> list[str] | None:
     for name in names:
         if name not in SERVICES:
             known = (*SERVICES, "all", "none")
-            raise ValueError(f"report_to={report_to!r}: {name!r}.{did_you_mean(name, known)}")
+            raise ValueError(
+                f"report_to={report_to!r}: {name!r} is no service.{did_you_mean(name, known)}"
+            )
     return names

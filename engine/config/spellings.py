@@ -38,9 +38,9 @@ def _absent(here: str, *values: str) -> Spelling:
     return Spelling(here, values={value: {} for value in values})
 
 
-def _when(option: str, none: int) -> Spelling:
-    here = f"`{option}`: a number of steps, {none} for never; unset: each epoch"
-    never = {option: none}
+def _when(option: str) -> Spelling:
+    here = f"`{option}`: a number of steps, 0 for never; unset: each epoch"
+    never = {option: 0}
     # YAML reads a bare no as false.
     return Spelling(
         here, values={"no": never, _NO: never, "epoch": {option: None}, "steps": option}
@@ -83,15 +83,15 @@ TRAINING_ARGUMENTS: dict[str, Spelling] = {
     "use_liger_kernel": _absent(_LIGER, _NO),
     "liger_kernel_config": _absent(_LIGER, _UNSET),
     "use_cache": _absent("encoders have no such cache", _NO),
-    "neftune_noise_alpha": _absent("made for instruction tuning; `dropout`", _UNSET),
+    "neftune_noise_alpha": _absent("made for instruction tuning; use `dropout`", _UNSET),
     "torch_empty_cache_steps": _absent("`profile` shows where memory goes", _UNSET),
     "auto_find_batch_size": _absent(
         "the batch is part of the contrastive loss; `contrastive_batch_size` keeps it in less"
         " memory",
         _NO,
     ),
-    "logging_strategy": _absent("`logging_steps`", "steps"),
-    "logging_first_step": _absent("`logging_steps`", _NO),
+    "logging_strategy": _absent("use `logging_steps`", "steps"),
+    "logging_first_step": _absent("use `logging_steps`", _NO),
     "log_on_each_node": _absent("process 0 writes the only log", _NO),
     "logging_nan_inf_filter": _absent("a loss that is not finite ends the run", _NO),
     "include_num_input_tokens_seen": _absent("metrics.jsonl counts texts", "no", _NO),
@@ -100,8 +100,8 @@ TRAINING_ARGUMENTS: dict[str, Spelling] = {
     "trackio_space_id": _absent(_TRACKIO, _UNSET),
     "trackio_bucket_id": _absent(_TRACKIO, _UNSET),
     "trackio_static_space_id": _absent(_TRACKIO, _UNSET),
-    "eval_strategy": _when("eval_steps", 0),
-    "eval_delay": _absent("`eval_steps`", "0", "0.0"),
+    "eval_strategy": _when("eval_steps"),
+    "eval_delay": _absent("use `eval_steps`", "0", "0.0"),
     "prediction_loss_only": _absent("`fusedacl evaluate` gives all metrics", _NO),
     "eval_on_start": _absent("`fusedacl evaluate`, on a trained model", _NO),
     "eval_do_concat_batches": _absent(_EVAL, _YES),
@@ -110,7 +110,7 @@ TRAINING_ARGUMENTS: dict[str, Spelling] = {
     "include_for_metrics": _absent(_EVAL, "", "[]"),
     "batch_eval_metrics": _absent(_EVAL, _NO),
     "save_only_model": _absent("`save_steps` 0 keeps the final model alone", _NO),
-    "save_strategy": _when("save_steps", 0),
+    "save_strategy": _when("save_steps"),
     "save_on_each_node": _absent("`output_dir` lies on a file system that all share", _NO),
     "enable_jit_checkpoint": _absent("SIGTERM always saves and stops", _YES),
     "hub_token": _absent("a secret: set HF_TOKEN, or `hf auth login`", _UNSET),
@@ -134,7 +134,7 @@ TRAINING_ARGUMENTS: dict[str, Spelling] = {
     "dataloader_multiprocessing_context": _absent(_BATCHES, _UNSET),
     "dataloader_in_order": _absent(_BATCHES, _YES),
     "remove_unused_columns": _absent("texts and labels alone are read", _YES),
-    "label_names": _absent("`label_column`", _UNSET),
+    "label_names": _absent("use `label_column`", _UNSET),
     "train_sampling_strategy": Spelling(
         "`group_by_length`, `sampler`",
         values={"random": {}, "group_by_length": {"group_by_length": True}},
@@ -149,10 +149,10 @@ TRAINING_ARGUMENTS: dict[str, Spelling] = {
     "fsdp_config": _absent(_FSDP, _UNSET),
     "deepspeed": _renamed("deepspeed_config"),
     "debug": _absent("values that are not finite are always named", ""),
-    "skip_memory_metrics": _absent("`profile`", _YES),
+    "skip_memory_metrics": _absent("use `profile`", _YES),
     "do_train": _absent("what `fusedacl train` does", _YES),
     "do_eval": _absent("done where there is a labelled split", _YES),
-    "local_rank": Spelling("the launcher says it"),
+    "local_rank": Spelling("set by the launcher"),
 }
 # Options of transformers 4, of run_glue.py and of scripts like it.
 _OTHERS: dict[str, Spelling] = {
@@ -161,7 +161,7 @@ _OTHERS: dict[str, Spelling] = {
     "num_warmup_steps": _renamed("warmup_steps"),
     "logging_dir": _absent("logs lie in `output_dir`", _UNSET),
     "label_column_name": _renamed("label_column"),
-    "text_column_names": _absent("`text_column`, `text_pair_column`", _UNSET),
+    "text_column_names": _absent("use `text_column`, `text_pair_column`", _UNSET),
     "max_length": _renamed("max_seq_length"),
     "pad_to_max_length": _absent("a batch is padded to its longest text", _NO),
     "use_fast_tokenizer": _absent("the fast tokenizer is taken where there is one", _YES),
@@ -207,7 +207,7 @@ def _ours(other: str, value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     if text not in spelling.values:
         known = ", ".join(word or "''" for word in spelling.values)
         raise ValueError(
-            f"{other}={value} cannot be had here: {spelling.here}."
+            f"{other}={value} is not supported here: {spelling.here}."
             + (f" {other} may be {known}, or left out." if known else "")
         )
     made = spelling.values[text]

@@ -112,7 +112,8 @@ class TrainingConfig:
         self._check_best()
         if run.overwrite_output_dir and run.resume_from_checkpoint:
             raise ValueError(
-                "overwrite_output_dir would delete the checkpoint of resume_from_checkpoint."
+                "overwrite_output_dir would delete the checkpoint of resume_from_checkpoint: leave "
+                "one of them out."
             )
         gate = "angle" if self.gated else "none"
         resolved = dataclasses.replace(objective, gate=gate, cross_layer=self.contrasts_layers)
@@ -188,7 +189,7 @@ class TrainingConfig:
                 raise ValueError(
                     "model_revision belongs to a model_name_or_path on the hub: leave it out."
                 )
-            # It is written before the directory is taken, which must be empty then.
+            # The cache is written before the run takes its output_dir, which must still be empty.
             cache, run = options.feature_cache, Path(str(self.run.output_dir)).resolve()
             if cache is not None and Path(cache).resolve().is_relative_to(run):
                 raise ValueError(
@@ -344,7 +345,7 @@ class TrainingConfig:
                 if value not in (None, False, 0):
                     raise ValueError(
                         f"{name}={value} belongs to the second stage of strategy=two_stage; "
-                        f"strategy={strategy} has none."
+                        f"strategy={strategy} has none. Use two_stage, or leave {name} out."
                     )
         objective, default = self.objective, ObjectiveOptions()
         changes_distillation = objective.distill_temperature != default.distill_temperature
@@ -391,9 +392,9 @@ class TrainingConfig:
             )
         if options.strategy in ("joint", "alternating"):
             raise ValueError(
-                f"gate_scope={scope}: strategy={options.strategy} trains several exits, which "
-                "decide for themselves, and so does the backbone: there is no single decision to "
-                "take at a cut. Use gate_scope=all."
+                f"gate_scope={scope}: strategy={options.strategy} trains several exits, and each "
+                "exit and the backbone takes a decision of its own: there is no single one to take "
+                "at a cut. Use gate_scope=all."
             )
         if options.stage1_model is not None:
             raise ValueError(

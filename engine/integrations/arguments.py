@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from ..config.sections import ObjectiveOptions
+from ..config.sections import ObjectiveOptions, OptimizationOptions
 from ..config.training import TrainingConfig
 from ..runtime.text import did_you_mean
 
@@ -18,14 +18,19 @@ STRATEGIES: dict[str, dict[str, str]] = {
     "joint": {"strategy": "joint"},
     "second_stage": {"strategy": "two_stage", "stage1_model": "the model"},
 }
-_OPTIONS = {field.name: field for field in dataclasses.fields(ObjectiveOptions)}
+_OPTIONS = {
+    field.name: field
+    for section in (ObjectiveOptions, OptimizationOptions)
+    for field in dataclasses.fields(section)
+}
 # Options that need what only our own loop has: a second decision beside that of a scope, the counts
 # of the classes, texts with several labels, and what is kept from batch to batch.
 _LOOP_ONLY = (
     "gate_agreement_steps", "class_weights", "positives", "temperature_learning_rate",
     "memory_size", "memory_warmup_steps",
 )  # fmt: skip
-_NAMES = [name for name in _OPTIONS if name not in _LOOP_ONLY]
+_OF_OBJECTIVE = [field.name for field in dataclasses.fields(ObjectiveOptions)]
+_NAMES = [name for name in (*_OF_OBJECTIVE, "negatives") if name not in _LOOP_ONLY]
 
 
 def _shared(name: str) -> Any:
@@ -67,14 +72,7 @@ class ACLTrainingArguments(TrainingArguments):
             "choices": tuple(STRATEGIES),
         },
     )
-    negatives: str = dataclasses.field(
-        default="local",
-        metadata={
-            "help": "samples in a contrastive batch. local: those of one process; global: those of"
-            " all",
-            "choices": ("local", "global"),
-        },
-    )
+    negatives: str = _shared("negatives")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -83,7 +81,7 @@ class ACLTrainingArguments(TrainingArguments):
         for name in ("gradient_checkpointing", "activation_checkpointing"):
             if getattr(self, name, False) and config.gated:
                 settings = dict(getattr(self, f"{name}_kwargs") or {})
-                # With reentrant passes a graph has no gradients of a part of its parameters.
+                # Reentrant checkpointing cannot compute gradients of only some parameters.
                 if settings.setdefault("use_reentrant", False) and self.gate_scope != "all":
                     raise ValueError(
                         f"{name}_kwargs: gate_scope={self.gate_scope} does not work with "
@@ -118,7 +116,7 @@ class ACLTrainingArguments(TrainingArguments):
                 "(MultiExitForSequenceClassification); this one has one classifier. Use single."
             )
         options: dict[str, Any] = {name: getattr(self, name) for name in _NAMES}
-        options |= {"output_dir": "unused", **STRATEGIES[strategy], "negatives": self.negatives}
+        options |= {"output_dir": "unused", **STRATEGIES[strategy]}
         if strategy != "second_stage":
             options["model_name_or_path"] = "the model"
         options["gradient_accumulation_steps"] = self.gradient_accumulation_steps

@@ -37,8 +37,8 @@ class Classifiers:
     """The classifiers of a model, one per exit; until `remove`, its output says what they read.
 
     The output of every forward pass that builds a graph becomes a dictionary, with one `Read` per
-    classifier under `READS`. It has them, rather than an attribute here, because whoever shards a
-    model looks in its output for tensors to wait for.
+    classifier under `READS`. They travel in the output, not in an attribute, because FSDP and the
+    like search a model's output for the tensors whose backward pass they hook.
 
     Args:
         model: `MultiExitForSequenceClassification`, or any model for sequence classification whose
@@ -85,7 +85,7 @@ class Classifiers:
 
     def _note(self, index: int, module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
         if torch.is_grad_enabled():
-            # The product outlives a weight that is whole only while its layer runs.
+            # A copy: under ZeRO 3 and FSDP the weight is gathered only while its layer runs.
             self._reads[index] = Read(args[0], out, cast(Tensor, module.weight) * 1.0)
             if index == len(self.linears) - 1:
                 self.last_input = args[0]
@@ -126,7 +126,8 @@ class Classifiers:
         found = output.pop(READS)
         if any(read is None for read in found):
             raise ValueError(
-                f"{type(self.model).__name__}: its forward pass has not called its classifier."
+                f"{type(self.model).__name__}: its forward pass did not call its classifier. Call "
+                "the whole model, not its encoder."
             )
         # A wrapper that casts all tensors of an output may have rebuilt the tuples.
         reads = [Read(*read) for read in found]
@@ -136,7 +137,7 @@ class Classifiers:
         """One representation per text of a classifier that may have read every token."""
         if logits is None or logits.dim() != 2:
             raise ValueError(
-                f"{type(self.model).__name__} gives no logits [N, K] in its output: it is no model "
+                f"{type(self.model).__name__} gives no logits [N, K] in its output. Use a model "
                 "for sequence classification."
             )
         if read.logits.dim() == 3:
@@ -222,7 +223,7 @@ def find_classifier(model: Any) -> nn.Linear:
     """The last linear layer with num_labels outputs outside the encoder.
 
     Raises:
-        ValueError: there is none, or its weight is not its own (LoRA on the classifier).
+        ValueError: there is none, or an adapter such as LoRA, or quantization, replaces its weight.
     """
     encoder = model.base_model
     inside = set() if encoder is model else {id(module) for module in encoder.modules()}
@@ -261,7 +262,7 @@ def _checked(module: nn.Module, name: str | None = None) -> nn.Linear:
         remedy = "Set modules_to_save=['exits']" if name is None else "Name it in modules_to_save"
         raise ValueError(
             f"model: the classifier {name or 'of an exit'} is a {type(module).__name__}, whose "
-            f"weight is not that of the layer as it answers. {remedy}, so that it is trained as it "
-            "is, and leave it out of target_modules (and of quantization)."
+            f"weight is not the one its output uses (an adapter or quantization). {remedy}, so "
+            "that it is trained whole, and leave it out of target_modules and of quantization."
         )
     return module

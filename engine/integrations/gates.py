@@ -97,7 +97,7 @@ class ScopeDecision:
             for part, tensor in zip(found, scope, strict=True)
         ]
         if not self.num_top:
-            # A model whose pooling is not known has its linear map on the representations.
+            # Where the pooling is unknown, the representations stand in for the states.
             states = self.classifiers.text_states
             states = scope[0].detach() if states is None else states
             parts = [map_gradient(parts[0].flatten(0, -2), states.flatten(0, -2))]
@@ -136,7 +136,7 @@ class GateLog:
     def take(self, average: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The means since the last call, and forget them; values that never counted are left out.
 
-        average: of a tensor over the processes; collective.
+        average: averages a tensor over the processes; a collective call.
         """
         if not self._sums:
             return {}
@@ -159,7 +159,7 @@ def decided_loss(values: Tensor, decision: GateDecision, weight: float) -> Tenso
     Args:
         values: `ExitLosses.values` [3, E] of the step.
         decision: for one group, or for the E exits first.
-        weight: lambda; it is what a step that is skipped is shown with.
+        weight: lambda; a skipped step is reported with it.
     """
     main, _, auxiliary = values
     kept = decision.kept if len(decision.kept) == 1 else decision.kept[: len(main)]

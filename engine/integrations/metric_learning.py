@@ -20,7 +20,7 @@ except ModuleNotFoundError as error:
 
 
 class MetricSupConLoss(SupConLoss):
-    """`pytorch_metric_learning.losses.SupConLoss` with the memory of the embeddings alone.
+    """`pytorch_metric_learning.losses.SupConLoss` in memory proportional to the embeddings.
 
     Same call, options, reducers, regularizers and values: the losses of the anchors come from
     `supcon_loss`, and go to the reducer of the package. Its default temperature is 0.1.
@@ -29,7 +29,7 @@ class MetricSupConLoss(SupConLoss):
     embeddings), and distances other than CosineSimilarity.
 
     Args:
-        impl: implementation of `supcon_loss`; the others are those of the package.
+        impl: implementation of `supcon_loss`; the other arguments are those of the package.
     """
 
     def __init__(self, temperature: float = 0.1, *, impl: str = "auto", **kwargs: Any) -> None:

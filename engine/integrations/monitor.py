@@ -39,7 +39,7 @@ class AngleMonitor(TrainerCallback):
         every: steps from one measurement to the next; the first step is measured. With gradient
             accumulation, the first batch of a step is.
         name: key in the log.
-        process_group: processes that hold the same parameters and other texts, whose gradients are
+        process_group: processes that hold the same parameters but other texts, whose gradients are
             averaged; None: this process alone, or as a callback all those of the Trainer.
         impl: implementation of `grad_dot_norm`.
 
@@ -108,7 +108,10 @@ class AngleMonitor(TrainerCallback):
         if self.parameters is None:
             raise ValueError("AngleMonitor has no parameters: pass model.parameters().")
         if not (first.requires_grad and second.requires_grad):
-            raise ValueError("AngleMonitor needs two losses that depend on the parameters.")
+            raise ValueError(
+                "AngleMonitor.measure: a loss has no graph. Pass both as tensors that require a "
+                "gradient, before the backward pass."
+            )
         gradients = [list(scope_gradients(loss, self.parameters)) for loss in (first, second)]
         is_reached = any(part is not None for parts in gradients for part in parts)
         if self.process_group is not None:
@@ -174,7 +177,7 @@ class AngleMonitor(TrainerCallback):
         self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **rest: Any
     ) -> None:
         if logs is None or "loss" not in logs:
-            # The metrics of an evaluation are what a search for options adds up.
+            # A hyper-parameter search sums the metrics of an evaluation: the angle must not be one.
             return
         found = self.take()
         logs.update(found)

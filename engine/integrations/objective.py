@@ -15,7 +15,7 @@ from ..training.stages import SHARED
 from .arguments import ACLTrainingArguments
 from .classifiers import Classifiers
 
-# What wrappers that are put in place of a module within its model add to names of parameters.
+# Parts that wrappers of inner modules add to the names of parameters.
 _WRAPPERS = ("_checkpoint_wrapped_module.", "_orig_mod.")
 
 
@@ -169,7 +169,7 @@ def checked_labels(labels: Any) -> Tensor:
         )
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(
-            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: expected is one "
+            f"labels has shape {list(labels.shape)} and dtype {labels.dtype}: it must hold one "
             "class index per text, [N]."
         )
     return labels

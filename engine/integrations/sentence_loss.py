@@ -16,8 +16,9 @@ class SentenceSupConLoss(nn.Module):
         SentenceTransformerTrainer(model=model, train_dataset=dataset, loss=loss).train()
 
     The data set has one column of texts, or several (the texts of a row share its class), and the
-    column `label` of integers. Every text of a batch is contrasted with every other: `BatchSamplers
-    .GROUP_BY_LABEL` gives each a positive. Memory grows with the number of texts, not its square.
+    column `label` of integers. Every text of a batch is contrasted with every other;
+    `BatchSamplers.GROUP_BY_LABEL` gives each of them a positive. Memory grows with the number of
+    texts, not its square.
 
     Args:
         model: the SentenceTransformer.
@@ -25,7 +26,7 @@ class SentenceSupConLoss(nn.Module):
         options: temperature, denominator, reduction and others of `SupConLoss`.
 
     Raises:
-        ValueError: the batch has no labels, or several per row that are no zeros and ones; a
+        ValueError: the batch has no labels, or several per row that are not zeros and ones; a
             mistake in the options.
     """
 
@@ -60,7 +61,7 @@ class SentenceSupConLoss(nn.Module):
             wrong = labels[(labels != 0) & (labels != 1)]
             if len(wrong):
                 raise ValueError(
-                    f"labels has the value {wrong[0].item()}: expected are zeros and ones, "
+                    f"labels has the value {wrong[0].item()}: it must hold zeros and ones, "
                     f"{list(labels.shape)}, or one class per row."
                 )
             labels = labels.bool()

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -72,7 +73,8 @@ class ACLTrainer(Trainer):
         self._scope_decision(objective)
         if objective.config.without_effect:
             words = ", ".join(objective.config.without_effect)
-            logger.info(f"no effect with objective={self.args.objective}: {words}.")
+            name = self.args.objective
+            logger.info(f"these options have no effect with objective={name}: {words}.")
 
     def _refuse(self) -> None:
         """Refuse what cannot work, before anything is trained."""
@@ -81,7 +83,12 @@ class ACLTrainer(Trainer):
                 "compute_loss_func: ACLTrainer computes its own losses, cross-entropy and the "
                 "contrastive one. Leave it out, or use GradientGate with two losses of your own."
             )
-        if self.args.n_gpu > 1 or self.is_model_parallel:
+        if self.is_model_parallel:
+            raise ValueError(
+                "model: device_map has spread it over several devices, and ACLTrainer needs it "
+                "whole on one. Load it without device_map, or shard it with FSDP2 or DeepSpeed."
+            )
+        if self.args.n_gpu > 1:
             raise ValueError(
                 f"{self.args.n_gpu} GPUs in one process: ACLTrainer needs one process per GPU. "
                 "Start it with `torchrun --nproc_per_node=…`, or make one GPU visible "
@@ -89,13 +96,13 @@ class ACLTrainer(Trainer):
             )
         if self._shards and parse_scope(self.args.gate_scope) is not None:
             raise ValueError(
-                f"gate_scope={self.args.gate_scope}: under FSDP and DeepSpeed the gate has all "
-                "parameters. Use gate_scope=all, or DistributedDataParallel."
+                f"gate_scope={self.args.gate_scope}: under FSDP and DeepSpeed the gate compares "
+                "the gradients of all parameters. Use gate_scope=all, or DistributedDataParallel."
             )
         if self._kind == "FSDP" and not getattr(self.accelerator, "is_fsdp2", False):
             raise ValueError(
-                "fsdp: version 1 keeps parameters in flat ones, of which no two gradients can be "
-                "taken. Use fsdp_config={'version': 2}, or DeepSpeed."
+                "fsdp: version 1 flattens the parameters, so the gate cannot take two gradients of "
+                "them. Use fsdp_config={'version': 2}, or DeepSpeed."
             )
         if getattr(self, "is_distributed_loading_by_transformers", False):
             raise ValueError(
@@ -211,8 +218,8 @@ class ACLTrainer(Trainer):
         self._num_texts = torch.as_tensor(sum(counts)).clamp(min=1)
         gate = self._exact
         if isinstance(gate, GradientGate) and all(p.grad is None for p in gate.parameters):
-            # Trainer has dropped the main gradients of a step that ran out of memory. Those of an
-            # epoch's last batches, too few for a step, it lets the next step have.
+            # After running out of memory Trainer drops a step's main gradients: drop the auxiliary
+            # ones too. Those of an incomplete last step of an epoch it keeps for the next step.
             gate.reset()
             self._step_losses = []
         return batches, num_items
@@ -281,7 +288,7 @@ class ACLTrainer(Trainer):
                 return super().training_step(model, inputs, num_items_in_batch)
         gate = self._exact_gate(model)
         model.train()
-        # Optimizers that average weights for evaluation have two modes.
+        # Schedule-free optimizers have a mode for training and one for evaluation.
         resume_training: Any = getattr(self.optimizer, "train", None)
         if callable(resume_training):
             resume_training()
@@ -334,13 +341,11 @@ class ACLTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log as Trainer does, with the means of the losses, angles and decisions."""
         if self._objective is not None and "loss" in logs:
-            logs.update(self._gate_log.take(self._average))
+            average = partial(self.accelerator.reduce, reduction="mean")
+            logs.update(self._gate_log.take(average))
             for monitor in self._monitors:
                 logs.update(monitor.take())
         super().log(logs, *args, **kwargs)
-
-    def _average(self, values: Tensor) -> Tensor:
-        return self.accelerator.reduce(values, "mean")
 
 
 def _num_labels(batch: Any) -> Tensor:

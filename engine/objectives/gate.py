@@ -172,7 +172,7 @@ class GradientGate:
         groups: the group 0 .. G-1 of each parameter; each group has its own decision. None: one
             decision for all.
         independent: whether the groups are models of their own, each clipped by its own norm.
-        process_group: processes that hold the same parameters and other texts: both gradients are
+        process_group: processes that hold the same parameters but other texts: both gradients are
             averaged over them before the decision, which is then the same on all. Run a
             DistributedDataParallel model and the gate under its `no_sync()`: its own averaging
             would mix the two gradients. None: this process alone, or parameters that FSDP2
@@ -430,8 +430,8 @@ class GradientGate:
         if self.groups is not None:
             raise ValueError("scope: the gate has groups, each with its own angle. Leave one out.")
         if self.process_group is not None or self._shards is not None:
-            shared = "sharded parameters" if self._shards else "a process_group"
-            raise ValueError(f"scope: the gate has {shared}, whose angle is of all parameters.")
+            shared = "shards" if self._shards else "a process_group"
+            raise ValueError(f"scope: with {shared} the angle is that of all parameters. Omit it.")
         self._check(main_loss, auxiliary_loss)
         main, auxiliary = (scope_gradients(loss, scope) for loss in (main_loss, auxiliary_loss))
         stats = grad_dot_norm(main, auxiliary, impl=self.impl)

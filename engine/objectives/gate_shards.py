@@ -106,7 +106,7 @@ class Shards:
 
     @contextlib.contextmanager
     def gathered(self) -> Iterator[None]:
-        """Keep what stayed gathered after its forward pass so after a backward pass, for the next.
+        """Keep weights gathered after a backward pass if they stayed so after the forward pass.
 
         Otherwise FSDP2 would gather the same weights again.
         """

@@ -64,7 +64,7 @@ class MemoryBank(nn.Module):
         Args:
             embeddings: [N, d], of which the last Q are kept; finite, which is not checked, since a
                 GPU would have to be waited for.
-            labels: [N] integers. A sample with `ignore_index` takes a row that does not exist.
+            labels: [N] integers. A sample labelled `ignore_index` fills a row that no loss counts.
 
         Raises:
             ValueError: the shapes do not fit, labels are no integers, or something is on another
@@ -74,13 +74,13 @@ class MemoryBank(nn.Module):
         if embeddings.dim() != 2 or embeddings.shape[1] != width:
             raise ValueError(
                 f"embeddings has shape {tuple(embeddings.shape)}: this memory takes [N, {width}] "
-                "(of several exits, those of one)."
+                "(with several exits, pass those of one)."
             )
         is_integer = not labels.dtype.is_floating_point and labels.dtype != torch.bool
         if labels.shape != embeddings.shape[:1] or not is_integer:
             raise ValueError(
-                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: expected is one "
-                f"integer per sample, [{len(embeddings)}]."
+                f"labels has shape {tuple(labels.shape)} and dtype {labels.dtype}: it must hold "
+                f"one integer per sample, [{len(embeddings)}]."
             )
         for name, given in (("embeddings", embeddings), ("labels", labels)):
             if given.device != self.labels.device:

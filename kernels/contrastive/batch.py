@@ -104,8 +104,9 @@ class Batch(NamedTuple):
 
 
 class WiderBatch(NamedTuple):
-    """Arguments of a contrastive loss, already checked; as in `losses`.
+    """A batch with options that a plain `Batch` lacks, already checked; as in `losses`.
 
+    They are other temperatures, several labels per row, ignore_mask, class_weights and a memory.
     The R rows are those of `Batch`, then the memory's. The first A = num_copies (N + K) are
     anchors, the first N + K of which may have a gradient.
 
@@ -299,7 +300,7 @@ def memberships_of(labels: Tensor, num_classes: int) -> Tensor:
     """Return float64 [.., K]; one-hot rows for integers [..]."""
     if labels.dim() == 2:
         return labels.double()
-    # Others outside are of rows that do not exist.
+    # Labels outside [0, K) belong to rows that are left out.
     inside = labels.masked_fill((labels < 0) | (labels >= num_classes), 0)
     return torch.nn.functional.one_hot(inside, num_classes).double()
 

@@ -137,7 +137,8 @@ def obstacle(name: str, workload: Workload) -> str | None:
         return None
     missing = [need for need in workload.needs if name == "supcon_small" or need not in FUSED_NEEDS]
     if missing:
-        return f"{' and '.join(missing)} not computed by it (impl='tiled' and 'reference' do)"
+        options = " and ".join(missing)
+        return f"it does not compute {options} (impl='tiled' and impl='reference' do)"
     reason = triton_obstacle(workload.device)
     if reason is not None:
         return reason

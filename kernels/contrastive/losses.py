@@ -64,7 +64,8 @@ def supcon_loss(
     Anchors without a positive do not count; a batch without any has loss 0 and gradient 0. A zero
     vector stays zero and gets gradient zero. NaN in an embedding makes loss and gradient NaN.
 
-    With several labels a row or memberships y, in place of the mean over P_i:
+    With several or soft labels per row, whose entries are called memberships, in place of the mean
+    over P_i, where y_i is the row's vector [K] of them:
 
         (1 / W_i) sum_{j != i} p_ij s_ij      W_i = sum_{j != i} p_ij,  p_ij = y_i . y_j
 
@@ -73,13 +74,13 @@ def supcon_loss(
         labels: [N] integers of any value, or [N, K] bools or floats >= 0, which are several labels
             or soft ones (a row of zeros is a negative of all others); shared by the exits.
         temperature: a number > 0, or a tensor, which gets its gradient: a scalar, one per sample
-            [N], or with exits [E] or [E, N] ([1, N] for all exits). A tensor of a GPU is not read:
-            the tiles' sums overflow below 1 / 70.
+            [N], or with exits [E] or [E, N] ([1, N] for all exits). The values of a tensor on a GPU
+            are not checked: below 1 / 70 the sums of impl="tiled" overflow.
         denominator: D_i = sum_k exp(s_ik) over "all" rows (arXiv 2602.03563 eq. 1), over the
             "others" (k != i; Khosla et al. 2020) or over the "negatives" (rows of other classes;
             Yeh et al. 2021; an anchor without a negative does not count either).
         reduction: "mean" over the anchors that count, "sum" (the paper), or "none": the L_i.
-        ignore_index: a row with this integer as label does not exist.
+        ignore_index: a row with this label is left out: it is no anchor, positive or negative.
         process_group: group of the ranks whose gradients are averaged, as in data-parallel training
             (for example `torch.distributed.group.WORLD`). The samples of all its ranks form one
             batch; see below. None: the batch of this process alone.
@@ -91,7 +92,7 @@ def supcon_loss(
         positives: for labels [N, K]: "overlap" is the formula above; "each" (MulSupCon, AAAI 2024;
             bools only) makes every label of a row an anchor of its own, whose positives are the
             other rows with that label, and "mean" that over all such anchors.
-        ignore_mask: [N] bools; a row with True does not exist.
+        ignore_mask: [N] bools; a row with True is left out likewise.
         class_weights: [K] constants >= 0, by which anchors count: L_i of "sum" and "none" is
             multiplied by the weight, and "mean" divides by the sum of weights. Labels are in
             [0, K). A row of several labels has the mean weight of its memberships; with "each"
@@ -125,7 +126,8 @@ def supcon_loss(
         All ranks of the group must call, in the same order. Different arguments raise on all ranks.
         A loss takes three all-gathers: a short one to agree, the embeddings, and one number per
         row. For "none" the last one is part of the backward pass, where a rank that does not call
-        backward makes the others wait until the group's timeout; others send nothing there.
+        backward makes the other ranks wait until the group's timeout. The other reductions send
+        nothing in the backward pass.
     """
     tensors = {"embeddings": embeddings}
     options = Options(

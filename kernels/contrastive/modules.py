@@ -92,7 +92,10 @@ class SupConLoss(ContrastiveLoss):
 
     def __init__(self, **options: Any) -> None:
         if options.get("label_temperature") is not None:
-            raise TypeError("label_temperature is that of label embeddings, which SCL has none of")
+            raise TypeError(
+                "label_temperature: SupConLoss has no label embeddings; leave it out, or use "
+                "ACLLoss"
+            )
         super().__init__(**options)
 
     def forward(self, embeddings: Tensor, labels: Tensor, **batch: Any) -> Tensor:

@@ -7,6 +7,7 @@
 Source: arXiv 2602.03563, equations 2 and 4 (ACL-Grad).
 """
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -93,8 +94,15 @@ def gated_combine_(
             f"stats is on {stats.device} and the gradients on {device}: pass what grad_dot_norm "
             "returned for them"
         )
-    if isinstance(scale, Tensor) and scale.device.type != "cpu" and scale.device != device:
-        raise ValueError(f"scale is on {scale.device} and the gradients on {device}: move it")
+    if isinstance(scale, Tensor):
+        if scale.dim():
+            raise ValueError(
+                f"scale has shape {tuple(scale.shape)}: pass a number or a 0-dim tensor"
+            )
+        if scale.device.type != "cpu" and scale.device != device:
+            raise ValueError(f"scale is on {scale.device} and the gradients on {device}: move it")
+    elif scale is not None and not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}: it must be finite")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is {weight}: it must lie in [0, 1]")
     if not 0 <= max_angle <= 180:
@@ -127,6 +135,9 @@ def angle_degrees(stats: Tensor) -> Tensor:
     """Return the angle [G] in degrees, float32, from the [G, 3] of `grad_dot_norm`.
 
     90 where a gradient is zero, NaN where the stats are not finite. Does not wait for the device.
+
+    Raises:
+        ValueError: stats has another shape.
     """
     return _angle(stats).float()
 
@@ -135,6 +146,9 @@ def within_angle(stats: Tensor, max_angle: float) -> Tensor:
     """Return whether the angle is at most `max_angle` degrees, bool [G]: the gate's decision.
 
     Computed in float64, whereas `angle_degrees` is rounded. False where the stats are not finite.
+
+    Raises:
+        ValueError: stats has another shape than [G, 3].
     """
     return _angle(stats) <= max_angle
 
@@ -145,8 +159,16 @@ def combined_squared_norm(stats: Tensor, used: Tensor) -> Tensor:
     Args:
         stats: [G, 3] from `grad_dot_norm`.
         used: l' [G] from `gated_combine_`; a NaN stays NaN.
+
+    Raises:
+        ValueError: stats or used has another shape.
     """
-    dot, a_squared, b_squared = stats.double().unbind(1)
+    dot, a_squared, b_squared = _columns(stats)
+    if used.shape != dot.shape:
+        raise ValueError(
+            f"used has shape {tuple(used.shape)}: stats has {len(dot)} group(s), so it must be "
+            f"[{len(dot)}], as gated_combine_ returned"
+        )
     used = used.double()
     kept = 1 - used
     squared = kept.square() * a_squared + 2 * used * kept * dot + used.square() * b_squared
@@ -155,10 +177,19 @@ def combined_squared_norm(stats: Tensor, used: Tensor) -> Tensor:
 
 def _angle(stats: Tensor) -> Tensor:
     # In float64 acos(0) is exactly 90 degrees, so that a threshold of 90 accepts it.
-    dot, a_squared, b_squared = stats.double().unbind(1)
+    dot, a_squared, b_squared = _columns(stats)
     product = a_squared.sqrt() * b_squared.sqrt()
     cosine = (dot / product).masked_fill(product == 0, 0).clamp(-1, 1)
     return torch.rad2deg(torch.acos(cosine)).masked_fill(~stats.isfinite().all(1), torch.nan)
+
+
+def _columns(stats: Tensor) -> tuple[Tensor, ...]:
+    """a . b, |a|^2 and |b|^2 [G], in float64."""
+    if stats.dim() != 2 or stats.shape[1] != 3:
+        raise ValueError(
+            f"stats has shape {tuple(stats.shape)}: pass the [G, 3] that grad_dot_norm returned"
+        )
+    return stats.double().unbind(1)
 
 
 def _decide(stats: Tensor, gate: Gate) -> tuple[Tensor, Tensor]:
@@ -215,7 +246,7 @@ def explain(device: torch.device) -> str:
     compiled = "a compiled loop, one pass over memory"
     chunks = (
         "products of chunks that stay in cache (a compiled loop is faster: it is built when "
-        "fusedacl is installed where a C compiler is)"
+        "fusedacl is installed on a machine with a C compiler)"
     )
     how = {
         "reference": "three passes of torch.dot",

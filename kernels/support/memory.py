@@ -1,4 +1,4 @@
-"""The question whether a tensor's address may be read."""
+"""Check of whether a tensor's address may be read."""
 
 from torch import Tensor
 

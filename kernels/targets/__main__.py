@@ -163,7 +163,8 @@ def main(argv: Sequence[str] | None = None, files: Mapping[str, ModuleType] | No
         names = ", ".join(sorted(unknown))
         print(f"not compiled, because this assembler does not know it: {names}")
     if serialized and triton_serializes():
-        print(f"wait for their own matrix products, as this Triton compiles them: {serialized}")
+        words = "variants wait for their own matrix products, as this Triton compiles them"
+        print(f"{serialized} {words}")
     for failure in failures:
         print(f"FAILED {failure}", file=sys.stderr)
     print(f"{heading[:-1]}: {f'{len(failures)} failures' if failures else 'all as promised'}")

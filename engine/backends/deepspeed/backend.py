@@ -50,7 +50,8 @@ class DeepSpeedBackend(Backend):
     def __post_init__(self) -> None:
         super().__post_init__()
         options, objective = self.config.optimization, self.config.objective
-        # Whether two gradients of all parameters are kept; a scope decides before there are any.
+        # Whether both gradients of all parameters are kept. With a scope the decision is taken in
+        # `backward`, before any gradient is accumulated.
         self.gated = self.config.gated and self.gate_scope == "all"
         self.scope: SharedScope | None = None
         self._scope_stats: Tensor | None = None
@@ -73,8 +74,8 @@ class DeepSpeedBackend(Backend):
         self.scaler: DeepSpeedLossScaler = DeepSpeedLossScaler(
             self.dtype == torch.float16, self.settings.loss_scale
         )
-        # Groups of the optimizer hold parameters of one gate group only: a gate group that rests
-        # must not have its steps counted with those of the others.
+        # A group of the optimizer holds parameters of one gate group only: the steps of a gate
+        # group that no gradient reached must not be counted with those of the others.
         parts = [
             part
             for group in self.groups.values()
@@ -253,8 +254,8 @@ class DeepSpeedBackend(Backend):
     def close(self) -> None:
         """End training and give the model its weights back, whole, in float32. Collective.
 
-        A new backend may then be made for other trained parameters. Those that are frozen while
-        DeepSpeed still has them would go on moving.
+        A new backend may then be made for other trained parameters. Close this one before freezing
+        parameters, which DeepSpeed would go on updating.
         """
         full = self.full_state_dict()
         self.gradients.release()

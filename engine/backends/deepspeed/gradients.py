@@ -1,8 +1,8 @@
 """Two gradients under ZeRO: taking out, and putting back, the part of a gradient of each rank.
 
 DeepSpeed reduces one gradient per step and keeps the result in private attributes. ACL-Grad needs
-two, so each is reduced by DeepSpeed and then taken out. This is what all ZeRO stages have in
-common; `stages` knows the attributes of each, in the versions of DeepSpeed named here.
+two, so each is reduced by DeepSpeed and then taken out. This module holds what all ZeRO stages have
+in common; `stages` knows the attributes of each, in the versions of DeepSpeed named here.
 """
 
 import contextlib
@@ -38,8 +38,8 @@ def check_version() -> None:
         raise ValueError(f"deepspeed is not installed: {wanted}") from None
     if not Version(first) <= Version(found) < Version(beyond):
         raise ValueError(
-            f"deepspeed {found} is installed. Two gradients under ZeRO need its insides, which are "
-            f"known for {first} up to {beyond} (not included): {wanted}"
+            f"deepspeed {found} is installed. Two gradients under ZeRO need its internals, which "
+            f"are known for {first} up to {beyond} (not included): {wanted}"
         )
 
 
@@ -94,7 +94,7 @@ class ZeroGradients(ABC):
 
     @abstractmethod
     def put(self, gradients: Sequence[Tensor], finite: bool) -> None:
-        """Hand `engine.step()` a gradient, one tensor per piece; not finite: make it skip."""
+        """Hand `engine.step()` a gradient, one tensor per piece; finite=False makes it skip."""
 
     def set_loss_scale(self, scale: float) -> None:
         """Set the factor that the gradients will carry, which `engine.step()` divides out."""
@@ -181,8 +181,8 @@ class ZeroGradients(ABC):
             for value in state.get(master, {}).values():
                 value.zero_()
         if idle:
-            # The step has spread the weights that were just put back; a rank without their part
-            # would keep them.
+            # The step has given all ranks the updated weights of idle parameters, which a rank
+            # that does not hold their masters would keep.
             self.publish()
 
     def begin_forward(self) -> None:  # noqa: B027 (stage 3 alone has something to do)

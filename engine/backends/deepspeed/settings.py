@@ -60,7 +60,11 @@ _NOT_OFFLOADED = {
 
 @dataclass(frozen=True)
 class DeepSpeedSettings:
-    """config: for `deepspeed.initialize`; loss_scale: for fusedacl, which scales itself."""
+    """Settings of a run under DeepSpeed.
+
+    config: argument of `deepspeed.initialize`. loss_scale: options of fusedacl's own loss scaling,
+    which replaces DeepSpeed's.
+    """
 
     config: dict[str, Any]
     loss_scale: LossScaleOptions
@@ -85,7 +89,7 @@ def read_deepspeed_config(path: str | Path) -> dict[str, Any]:
     if not file.exists() and str(path) in shipped():
         file = SHIPPED / f"{path}.json"
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes()
     except OSError as error:
         raise ValueError(
             f"deepspeed_config={path}: {error.strerror or error}. Name a JSON file, or one of "
@@ -152,9 +156,9 @@ def complete(
     is_half = options.fp16 or options.bf16
     if is_half and options.optimizer != "adamw" and made["zero_optimization"]["stage"] == 0:
         raise ValueError(
-            f"optimizer={options.optimizer}: in half precision DeepSpeed keeps its gradients "
-            "elsewhere without ZeRO. Use adamw, or ZeRO 1 to 3 (zero_optimization.stage of "
-            "deepspeed_config)."
+            f"optimizer={options.optimizer}: in half precision without ZeRO, DeepSpeed keeps the "
+            "gradients of this optimizer where fusedacl cannot reach them. Use adamw, or ZeRO 1 to "
+            "3 (zero_optimization.stage of deepspeed_config)."
         )
     if "offload_optimizer" in made["zero_optimization"]:
         _check_offload(made["zero_optimization"], config)
@@ -175,8 +179,8 @@ def _agreed(given: Mapping[str, Any], key: str, value: Any, option: str, place: 
     found = given.get(key, AUTO)
     if found != AUTO and (isinstance(found, bool) != isinstance(value, bool) or found != value):
         raise ValueError(
-            f"deepspeed_config: {place}{key}={found!r}, but {option} say(s) {value!r}. Set one of "
-            'them, or write "auto".'
+            f"deepspeed_config: {place}{key} is {found!r}, but {value!r} by {option}. Change one, "
+            'or write "auto" in the JSON.'
         )
     return value
 

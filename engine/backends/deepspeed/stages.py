@@ -184,7 +184,7 @@ class _EveryBackward(ZeroGradients):
         # `engine.forward`, which is not used here, would have done this.
         self.optimizer.clear_backward_seen_flag()
         self.engine._backward_prologue()
-        # That of the class: `ZeroGate` replaces the one of the engine.
+        # The method of the class, because `ZeroGate` replaces that of the engine.
         backward = type(self.engine).backward
         backward(self.engine, loss, retain_graph=retain_graph, scale_wrt_gas=False)
         self.optimizer.clear_backward_seen_flag()

@@ -207,7 +207,7 @@ def _check_engine(engine: Any) -> None:
     offload = zero.offload_optimizer
     half = engine.fp16_enabled() or engine.bfloat16_enabled()
     used = {
-        "no optimizer": engine.optimizer is None or optimizer == "DummyOptim",
+        "an engine without an optimizer": engine.optimizer is None or optimizer == "DummyOptim",
         f"the optimizer {optimizer} (leave data_types out, take one of torch.optim)": (
             optimizer not in _KNOWN_OPTIMIZERS and bool(stage or half)
         ),
@@ -229,4 +229,8 @@ def _check_engine(engine: Any) -> None:
     }
     for what, found in used.items():
         if found:
-            raise ValueError(f"engine: it uses {what}, which ZeroGate does not know.")
+            raise ValueError(
+                f"engine: ZeroGate does not support {what}. Make an engine without it."
+                if what != "an engine without an optimizer"
+                else "engine: it has no optimizer. Pass one to deepspeed.initialize."
+            )

@@ -96,7 +96,8 @@ class ZeroStep:
             FloatingPointError: the gradient is NaN or infinite, and no loss scale can mend that.
         """
         gradients = self.gradients
-        # A process may hold no part of a group; a zero in its place gives it all groups.
+        # `grad_dot_norm` returns as many groups as it is given: the zeros stand for groups of which
+        # this process holds no part.
         stand_ins = [torch.zeros(1, device=gradients.device) for _ in range(self.num_groups)]
         groups = [*self._piece_groups, *range(self.num_groups)]
         auxiliary: list[Tensor | None] = [None] * len(groups)
@@ -133,7 +134,7 @@ class ZeroStep:
         return ZeroReport(grad_norm, finite, decision)
 
     def _totals(self, stats: Tensor, others: Sequence[Tensor]) -> tuple[Tensor, list[bool], bool]:
-        """Sums over the processes, which parameters a gradient reached, whether all is finite.
+        """The statistics summed over the processes, the parameters reached, and if all is finite.
 
         The host reads all of it at once, because every read waits for the device.
         """
@@ -155,7 +156,7 @@ class ZeroStep:
         given = [gradient for gradient in combined if gradient is not None]
         with gradients.resting(reached):
             gradients.put(given, finite)
-            # Those of the class: `ZeroGate` replaces the ones of the engine.
+            # The method of the class, because `ZeroGate` replaces that of the engine.
             type(engine).step(engine)
         if engine.was_step_applied() != finite:
             raise RuntimeError(

@@ -120,8 +120,9 @@ static int64_t microseconds(void)
     return now.tv_sec * 1000000 + now.tv_nsec / 1000;
 }
 
-/* Wait until all tasks of a phase are done. Who waits longer than another process usually keeps a core
- * sleeps: to a core without work the kernel moves a thread that waits for its own. */
+/* Wait until all tasks of a phase are done. A thread that waits longer than another process usually
+ * keeps a core goes to sleep: its core is then idle, and the kernel moves a thread to it that waits
+ * for a busy one. */
 static void wait_for(struct phase *phase, int64_t num_tasks)
 {
     const struct timespec nap = {0, 20000};

@@ -174,7 +174,7 @@ def is_fast() -> bool:
 def describe() -> str:
     """Describe what decides the speed here."""
     if not is_fast():
-        return f"above {cpu_loop.MAX_ROWS} rows PyTorch operations on tiles: gcc did not compile it"
+        return f"above {cpu_loop.MAX_ROWS} rows, PyTorch operations on tiles: that loop needs gcc"
     return (
         f"above {cpu_loop.MAX_ROWS} rows with {VECTORS[vectors()]} vectors and up to "
         f"{PAIR_MEMORY / 2**20:g} MiB for pairs (pair_memory)"

@@ -358,7 +358,7 @@ def describe_cpu() -> str:
     if cpu_loop.compiled_loop() is None:
         return (
             "PyTorch operations on tiles; a compiled loop is faster: it is built when fusedacl is "
-            "installed where a C compiler is"
+            "installed on a machine with a C compiler"
         )
     return f"compiled loops; {cpu_triangle.describe()}"
 

@@ -383,8 +383,9 @@ def check_scale(pairs: Pairs) -> None:
     largest = MAX_EXPONENT[pairs.z.dtype]
     if not bool(((pairs.scale > 0) & (pairs.scale <= largest)).all()):
         raise ValueError(
-            f"temperature has a value outside [1 / {largest:g}, inf): a compiled graph computes in "
-            f"{pairs.z.dtype}, which holds no smaller one (a call that is not compiled does)"
+            f"temperature has a value outside [1 / {largest:g}, inf), and a compiled graph "
+            f"computes in {pairs.z.dtype}, where smaller ones overflow: raise it, or leave the "
+            "loss out of torch.compile"
         )
 
 

@@ -122,8 +122,8 @@ def test_the_gate_has_one_line_an_epoch() -> None:
     ]
     compared = alone[0] | {"compared_steps": 8, "agreement_share": 0.75}
     assert _gate_lines([compared]) == [
-        "epoch 1: gate dropped 12.5% of 40 steps, median angle 80.0 degrees, the exact decision in "
-        "75.0% of the 8 compared"
+        "epoch 1: gate dropped 12.5% of 40 steps, median angle 80.0 degrees, as the exact gate "
+        "decides in 75.0% of 8 steps compared"
     ]
     assert _gate_lines([]) == []
 

@@ -17,7 +17,7 @@ COMPLETE = {"task_name": "quickstart", "output_dir": "out"}
     ("scope", "num_top", "words"),
     [
         ("all", None, "all trained parameters"),
-        ("head", 0, "the representations that both losses read"),
+        ("head", 0, "a linear map to the representation that both losses read"),
         ("top:1", 1, "the last layer and the exit"),
         ("top:12", 12, "the last 12 layers and the exit"),
     ],
@@ -40,7 +40,7 @@ def test_what_is_no_scope(scope: str) -> None:
         ({"gate": "none"}, "gate_scope=top:2 has no effect without the angle check"),
         ({"objective": "ce"}, "gate_scope=top:2 has no effect without the angle check"),
         ({"objective": "scl"}, "use objective=acl \\(or scl\\) with gate=angle"),
-        ({"strategy": "joint"}, "strategy=joint trains several exits, which decide for themselves"),
+        ({"strategy": "joint"}, "strategy=joint trains several exits, and each exit and the back"),
         ({"strategy": "alternating"}, "Use gate_scope=all"),
         ({"strategy": "two_stage", "stage1_model": "some"}, "which stage1_model replaces"),
         ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps=2 .* larger per_device"),

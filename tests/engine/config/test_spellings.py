@@ -82,7 +82,7 @@ def test_read_as(options: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optim": "adafactor"}, "optim=adafactor cannot be had here: `optimizer`: AdamW"),
+        ({"optim": "adafactor"}, "optim=adafactor is not supported here: `optimizer`: AdamW"),
         ({"fsdp": "full_shard"}, "ZeRO 1 to 3 shard the same things"),
         ({"dataloader_num_workers": 4}, "dataloader_num_workers may be 0, or left out"),
         ({"hub_token": "hf_x"}, "set HF_TOKEN"),

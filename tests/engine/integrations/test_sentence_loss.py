@@ -63,7 +63,7 @@ def test_several_labels_are_zeros_and_ones(embedder: SentenceTransformer) -> Non
         embedder(features[0])["sentence_embedding"], labels.bool(), temperature=0.1
     )
     torch.testing.assert_close(loss(features, labels), expected)
-    with pytest.raises(ValueError, match="labels has the value 2: expected are zeros and ones"):
+    with pytest.raises(ValueError, match="labels has the value 2: it must hold zeros and ones"):
         loss(features, labels + 1)
 
 

@@ -326,7 +326,7 @@ def test_the_second_stage_trains_the_exits_before_the_last(tiny_bert: Path, tmp_
         (plain_model, {"objective": "ce", "gate": "angle"}, "gate=angle needs a contrastive loss"),
         (plain_model, {"gate_scope": "top:9"}, "the encoder has 2 layers"),
         (plain_model, {"gate_scope": "head", "gradient_accumulation_steps": 2}, "decides within"),
-        (exit_model, {"gate_scope": "head"}, "there is no single decision"),
+        (exit_model, {"gate_scope": "head"}, "there is no single one to take"),
         (plain_model, {"aux_weight": 2.0}, "out of range"),
         (plain_model, {"distill_weight": 0.5}, "second stage"),
         (
@@ -360,7 +360,7 @@ def test_arguments_of_trainer_itself_are_refused(tiny_bert: Path, tmp_path: Path
 def test_batches_without_class_indices_are_refused(tiny_bert: Path, tmp_path: Path) -> None:
     for change, words in (
         (lambda batch: batch.pop("labels"), "The batch has no labels"),
-        (lambda batch: batch.update(labels=batch["labels"].float()), "expected is one class index"),
+        (lambda batch: batch.update(labels=batch["labels"].float()), "must hold one class index"),
     ):
 
         def broken(features: Any, change: Any = change) -> Any:

@@ -24,7 +24,7 @@ def test_learns_and_says_so(options: dict[str, Any], scope: str) -> None:
     shares = [row["dropped_share"] for row in results["gate"]]
     assert 0 < sum(shares) < len(shares)
     card = (Path(options["output_dir"]) / "README.md").read_text()
-    words = {"top:1": "the last layer and the exit", "head": "the representations that both"}
+    words = {"top:1": "the last layer and the exit", "head": "a linear map to the representation"}
     assert f"gated at 75 degrees (ACL-Grad), the angle over {words[scope]}" in card
 
 

@@ -81,7 +81,7 @@ def test_the_state_is_all_of_it() -> None:
         (lambda: MemoryBank(4, 4).add(*samples(3)), r"\(3, 5\): this memory takes \[N, 4\]"),
         (
             lambda: MemoryBank(4, 5).add(torch.zeros(2, 3, 5), torch.zeros(3)),
-            r"\(2, 3, 5\): .* \(of several exits, those of one\)",
+            r"\(2, 3, 5\): .* \(with several exits, pass those of one\)",
         ),
         (
             lambda: MemoryBank(4, 5).add(torch.zeros(3, 5), torch.zeros(3)),

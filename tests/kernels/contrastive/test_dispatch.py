@@ -151,7 +151,7 @@ def test_explains_in_words(monkeypatch: pytest.MonkeyPatch, no_interpreter: None
     compiled = tiled.cpu_loop.compiled_loop() is not None
     assert ("up to 64 MiB for pairs (pair_memory)" if compiled else "PyTorch operations") in text
     monkeypatch.setattr(tiled.cpu_loop, "compiled_loop", lambda: None)
-    assert "it is built when fusedacl is installed where a C compiler is" in explain(Workload(CPU))
+    assert "when fusedacl is installed on a machine with a C compiler" in explain(Workload(CPU))
     assert "triton cannot run: the tensors are on the cpu" in text
     assert "computed in torch.float64" in explain(Workload(CPU, temperature=0.01))
     text = explain(Workload(CPU, temperature=0.001))

@@ -278,6 +278,10 @@ VALUE_ERRORS = {
     r"weight is 1.5: it must lie in \[0, 1\]": combine(weight=1.5),
     r"max_angle is 200: it must lie in \[0, 180\]": combine(max_angle=200),
     r"max_norm is 0: it must be > 0": combine(max_norm=0),
+    r"scale has shape \(3,\): pass a number or a 0-dim tensor": combine(scale=torch.ones(3)),
+    "scale is nan: it must be finite": combine(scale=NAN),
+    r"stats has shape \(3,\): pass the \[G, 3\]": lambda: angle_degrees(X),
+    r"used has shape \(2,\): stats has 1 group": lambda: combined_squared_norm(STATS, X[:2]),
     r"a\[0\] is None but b\[0\] is not": combine(a=[None]),
 }
 TYPE_ERRORS = {
