@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..runtime.text import did_you_mean
-from .runs import RESULTS_FILE, read_results, run_label
+from ..training.storage.checkpoint import RESULTS_FILE
+from .runs import read_results, run_label
 
 SWEEP_FILE = "sweep.json"
 SCHEMA = 1

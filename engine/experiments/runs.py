@@ -17,11 +17,9 @@ from ..data.record import DataRecord
 from ..model.saved import TrainedModel
 from ..runtime.files import read_file
 from ..runtime.text import nearest_directory
-from ..training.logs.metrics_log import read_records
-from ..training.storage.checkpoint import CONFIG_FILE
+from ..training.logs.metrics_log import METRICS_FILE, read_records
+from ..training.storage.checkpoint import CONFIG_FILE, RESULTS_FILE
 
-RESULTS_FILE = "results.json"
-METRICS_FILE = "metrics.jsonl"
 OBJECTIVE_NAMES = {"ce": "CE", "scl": "CE+SCL", "acl": "ACL"}
 _STRATEGY_NAMES = {"joint": "JT", "two_stage": "2ST", "alternating": "ALT", "single": "single"}
 

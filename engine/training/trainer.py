@@ -27,7 +27,7 @@ from ..runtime.machine import versions
 from ..runtime.signals import Interrupted, SignalsNoted
 from .builder import RunParts, new_backend, open_features
 from .card import model_card
-from .logs.metrics_log import MetricsLog
+from .logs.metrics_log import METRICS_FILE, MetricsLog
 from .logs.services import Service, open_services
 from .micro_batches import StepLosses
 from .profiling import StepProfiler, check_steps
@@ -395,7 +395,7 @@ class Trainer:
         self.records.pending.collect(wait=True)
         if processes.rank() == 0:
             # A checkpoint without the records before it would leave a gap in them.
-            flush(self.output_dir / "metrics.jsonl")
+            flush(self.output_dir / METRICS_FILE)
         state = {
             "step": self.step,
             "world_size": processes.world_size(),

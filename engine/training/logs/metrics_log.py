@@ -12,6 +12,7 @@ from ...runtime.files import disk_remedy, write_whole
 from ...runtime.signals import Interrupted
 from .services import FAILED, FINISHED, KILLED, Service
 
+METRICS_FILE = "metrics.jsonl"
 logger = logging.getLogger("fusedacl")
 
 
@@ -37,7 +38,7 @@ class MetricsLog(AbstractContextManager["MetricsLog"]):
         self._services = list(services)
         if output_dir is None:
             return
-        path = output_dir / "metrics.jsonl"
+        path = output_dir / METRICS_FILE
         if resume_step is not None and path.exists():
             last_evaluated = resume_step if keep_evaluations else resume_step - 1
             kept = [
