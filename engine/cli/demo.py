@@ -76,8 +76,9 @@ def run_demo(output_dir: Path = DEMO_DIR) -> dict[str, dict[str, Any]]:
     ]
     exits = output_dir / "exits"
     options = exits_options(runs["acl"], exits)
+    # A cache of 2,000 texts serves this run alone; a demonstration that was stopped has left one.
+    shutil.rmtree(options["feature_cache"], ignore_errors=True)
     results["exits"] = train(TrainingConfig.create(**options))
-    # A cache of 2,000 texts serves this run alone.
     shutil.rmtree(options["feature_cache"])
     results["early_exit"] = study_exits(build(ExitsConfig, study_options(exits)))
     page = report_runs([*runs.values(), exits], output_dir / "report").page

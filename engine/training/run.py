@@ -38,8 +38,10 @@ def train(config: TrainingConfig) -> dict[str, Any]:
     peers = Peers()
     trainer: Trainer | None = None
     with contextlib.ExitStack() as held:
-        held.callback(set_tf32, set_tf32(config.optimization.tf32))
         try:
+            # Not all processes may have such a GPU.
+            before = collectives.together(lambda: set_tf32(config.optimization.tf32))
+            held.callback(set_tf32, before)
             parts = collectives.together(lambda: build_run(config))
             held.callback(parts.lock.release)
             collectives.check_alike(
