@@ -430,8 +430,8 @@ class GradientGate:
         if self.groups is not None:
             raise ValueError("scope: the gate has groups, each with its own angle. Leave one out.")
         if self.process_group is not None or self._shards is not None:
-            shared = "shards" if self._shards else "a process_group"
-            raise ValueError(f"scope: with {shared} the angle is that of all parameters. Omit it.")
+            shared = "sharded parameters" if self._shards else "a process_group"
+            raise ValueError(f"scope: with {shared} the angle is of all parameters. Leave it out.")
         self._check(main_loss, auxiliary_loss)
         main, auxiliary = (scope_gradients(loss, scope) for loss in (main_loss, auxiliary_loss))
         stats = grad_dot_norm(main, auxiliary, impl=self.impl)

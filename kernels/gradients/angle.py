@@ -7,7 +7,6 @@
 Source: arXiv 2602.03563, equations 2 and 4 (ACL-Grad).
 """
 
-import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NoReturn
@@ -69,7 +68,8 @@ def gated_combine_(
         weight: l' in [0, 1] of groups whose gradients agree; of the others l' = 0.
         max_angle: largest angle in degrees, in [0, 180], at which gradients agree. The angle to a
             zero gradient is 90.
-        scale: factor of the result (to remove a loss scale): a number or a 0-dim tensor.
+        scale: factor of the result (to remove a loss scale): a number or a tensor of one element.
+            If it is NaN, no gradient is written.
         max_norm: clip the scaled result of all groups together to this norm. If the stats of any
             group are not finite there is no norm, and no gradient is written.
         clip_groups: clip each group by its own norm instead: only a group whose stats are not
@@ -95,14 +95,12 @@ def gated_combine_(
             "returned for them"
         )
     if isinstance(scale, Tensor):
-        if scale.dim():
+        if scale.numel() != 1:
             raise ValueError(
-                f"scale has shape {tuple(scale.shape)}: pass a number or a 0-dim tensor"
+                f"scale has shape {tuple(scale.shape)}: pass a number or a tensor of one element"
             )
         if scale.device.type != "cpu" and scale.device != device:
             raise ValueError(f"scale is on {scale.device} and the gradients on {device}: move it")
-    elif scale is not None and not math.isfinite(scale):
-        raise ValueError(f"scale is {scale}: it must be finite")
     if not 0 <= weight <= 1:
         raise ValueError(f"weight is {weight}: it must lie in [0, 1]")
     if not 0 <= max_angle <= 180:

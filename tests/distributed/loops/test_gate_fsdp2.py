@@ -117,7 +117,7 @@ def test_what_is_refused(four_ranks: Ranks) -> None:
             "fully_shard has gathered some for a forward pass",
             "that the gate does not have",
             "process_group: the parameters are sharded",
-            "scope: the gate has sharded parameters",
+            "scope: with sharded parameters",
             "set_requires_gradient_sync(True) before the last micro-batch",
             "that the gate does not have",
             "Use torch.distributed.fsdp.fully_shard (FSDP2)",

@@ -148,5 +148,5 @@ def test_modules_train_their_temperature_and_move_their_tensors() -> None:
     )  # fmt: skip
     torch.testing.assert_close(loss, expected)
     assert module.to("meta").class_weights.device.type == "meta"
-    with pytest.raises(TypeError, match="label_temperature is that of label embeddings"):
+    with pytest.raises(TypeError, match="label_temperature: SupConLoss has no label embeddings"):
         SupConLoss(label_temperature=0.5)
