@@ -3,6 +3,7 @@
 Messages count rows from 1, without the header of a csv file.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -19,8 +20,10 @@ from ..runtime.text import did_you_mean
 UNLABELLED = -1
 # Eighteen digits always fit into 64 bits; codes such as 007 are names, not numbers.
 _INTEGER = r"^-?(0|[1-9]\d{0,17})$"
-# Texts of a split whose hashes are recorded: 6 kB in the model's configuration.
-_SAMPLE = 512
+# Texts of a split whose hashes are recorded: at most 14 kB in the model's configuration. Of 1,000
+# texts five are among those of 400,000, so that a file that was seen as a whole is noticed.
+_SAMPLE = 2048
+_HASH_BYTES = 5
 _NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 
 
@@ -77,34 +80,39 @@ def content(split: TextSplit) -> dict[str, Any]:
         "rows": len(split),
         "texts": digest([split.first, split.second]),
         "labels": digest(split.labels),
-        "sample": " ".join(sorted(set(_text_hashes(split)))[:_SAMPLE]),
+        "sample": base64.b64encode(b"".join(_text_hashes(split)[:_SAMPLE])).decode(),
     }
 
 
-def share_among(split: TextSplit, recorded: Mapping[str, Any]) -> float:
-    """The share of a split's texts that are among those whose `content` was recorded.
+def seen_among(split: TextSplit, recorded: Mapping[str, Any]) -> tuple[int, int]:
+    """The number of a split's texts that are among recorded ones, and of those compared.
 
-    It is estimated from the texts with the smallest hashes, of which the record has a sample; 0 for
-    a record of an earlier version, unless the texts are the same in the same order.
+    recorded: a `content`. Those of the texts are compared whose hashes are as small as those of the
+    recorded sample: a random part of them, without repetitions. None for a record of an earlier
+    version, unless the texts are the same in the same order.
     """
-    now = content(split)
-    if now["texts"] == recorded.get("texts"):
-        return 1.0
-    sample = str(recorded.get("sample", "")).split()
-    kept, is_whole = set(sample), len(sample) < _SAMPLE
-    compared = [key for key in _text_hashes(split) if kept and (is_whole or key <= sample[-1])]
-    # One text alone may be a repetition.
-    num_seen = sum(key in kept for key in compared)
-    return num_seen / len(compared) if num_seen > 1 else 0.0
+    hashes = _text_hashes(split)
+    if content(split)["texts"] == recorded.get("texts"):
+        return len(hashes), len(hashes)
+    sample = base64.b64decode(recorded.get("sample", ""))
+    kept = [sample[start : start + _HASH_BYTES] for start in range(0, len(sample), _HASH_BYTES)]
+    if not kept:
+        return 0, 0
+    compared = hashes if len(kept) < _SAMPLE else [key for key in hashes if key <= kept[-1]]
+    return len(set(kept).intersection(compared)), len(compared)
 
 
-def _text_hashes(split: TextSplit) -> list[str]:
-    """A hash of each text or pair, 10 hexadecimal digits."""
+def _text_hashes(split: TextSplit) -> list[bytes]:
+    """Hashes of the texts or pairs, each once, the smallest first."""
     second = split.second if split.second is not None else [""] * len(split)
-    return [
-        hashlib.blake2b(f"{a}\0{b}".encode("utf-8", "surrogatepass"), digest_size=5).hexdigest()
-        for a, b in zip(split.first, second, strict=True)
-    ]
+    return sorted(
+        {
+            hashlib.blake2b(
+                f"{a}\0{b}".encode("utf-8", "surrogatepass"), digest_size=_HASH_BYTES
+            ).digest()
+            for a, b in zip(split.first, second, strict=True)
+        }
+    )
 
 
 def read_texts(table: pa.Table, columns: Sequence[str], where: str) -> TextSplit:

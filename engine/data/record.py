@@ -29,6 +29,7 @@ LABEL_COLUMNS = ("label", "labels")
 _CONVENTIONAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
 # Largest share, of the rows outside the most frequent class, in which it may differ from the label.
 _LABEL_NOISE = 0.02
+STAGE1 = "stage1_"
 # Fields of the record that the model's configuration holds in places of its own.
 _OF_CONFIG = {"label_names", "several_labels"}
 
@@ -90,7 +91,8 @@ class DataRecord:
     by split. token_types: whether the encoder was given token types. several_labels: whether a text
     may have several. label_separator: what joins them in a cell, None for other forms. chosen_on:
     the split whose scores chose the checkpoint or ended the training, None if none did. Fields are
-    None in the record of a model that an earlier version saved.
+    None in the record of a model that an earlier version saved. Splits with the prefix `STAGE1` are
+    those of a first stage.
     """
 
     label_names: list[str]
@@ -142,6 +144,27 @@ class DataRecord:
         if not valid:
             raise ValueError("data_record in config.json is damaged: copy the model again.")
         return record
+
+    def after(self, first: "DataRecord") -> "DataRecord":
+        """This record, with the texts that a first stage was trained and chosen on."""
+        found = dict(self.splits)
+        pairs = {"train": ("train", "train"), "chosen": (self.chosen_on, first.chosen_on)}
+        for name, (ours, theirs) in pairs.items():
+            content = first.splits.get(theirs or "")
+            if content is not None and content != self.splits.get(ours or ""):
+                found[f"{STAGE1}{name}"] = content
+        return replace(self, splits=found)
+
+    @property
+    def trained_on(self) -> list[dict[str, Any]]:
+        """The contents of the splits that the weights were trained on."""
+        return [self.splits[n] for n in ("train", f"{STAGE1}train") if n in self.splits]
+
+    @property
+    def selected_on(self) -> list[dict[str, Any]]:
+        """The contents of the splits whose scores chose the weights."""
+        names = (self.chosen_on, f"{STAGE1}chosen")
+        return [self.splits[name] for name in names if name in self.splits]
 
     @property
     def is_complete(self) -> bool:

@@ -215,5 +215,5 @@ def evaluate(config: EvaluationConfig) -> dict[str, dict[int, dict[str, float]]]
         for name in data.evaluation_splits
     }
     if output_file is not None:
-        write_json(output_file, results)
+        write_json(output_file.resolve(), results)
     return results

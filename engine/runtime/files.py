@@ -69,7 +69,7 @@ def check_writable(path: Path, option: str, *, directory: bool = False) -> None:
     Raises:
         ValueError: names the option, the path and what is in the way.
     """
-    # A link keeps its place, and what it names is written. Unlike the methods of Path, these
+    # A link keeps its place: commands write what it names. Unlike the methods of Path, these
     # functions raise no error where a directory may not be searched.
     place = Path(os.path.realpath(path))
     if not os.path.isdir(place):

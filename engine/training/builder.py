@@ -159,7 +159,7 @@ def build_run(given: TrainingConfig) -> RunParts:
     weights = class_weights(
         config.objective.class_weights, data.label_names, data.splits["train"].labels or []
     )
-    if options.feature_cache is not None:
+    if options.feature_cache is not None and not _is_deleted_before(config):
         last = plan.stages[-1]
         exits = needed_exits(model, last, last.exits)
         check_directory(
@@ -176,6 +176,13 @@ def build_run(given: TrainingConfig) -> RunParts:
         model, plan, best, predicted, repository, weights, balanced,
         LearnedTemperature.of(config.objective, options, device),
     )  # fmt: skip
+
+
+def _is_deleted_before(config: TrainingConfig) -> bool:
+    """True for a feature cache in the directory of an old run that this one deletes first."""
+    cache, run = Path(str(config.optimization.feature_cache)), Path(str(config.run.output_dir))
+    is_inside = cache.resolve().is_relative_to(run.resolve())
+    return config.run.overwrite_output_dir and is_inside
 
 
 def _balance(
@@ -289,6 +296,8 @@ def _new_model(
     if stage1 is not None and trained is not None:
         check_stage1_data(data.record, record_of(trained), stage1)
         take_last_exit(model, trained, stage1)
+        # Until this run's record takes its place, with what the first stage has seen.
+        model.config.data_record = trained.config.data_record
         model.config.max_seq_length = trained.config.max_seq_length
     check_exits(strategy, model.exit_layers, model.config.backbone_config.num_hidden_layers)
     nn.Module.to(model, device)
@@ -357,9 +366,11 @@ def _encode(
     record = replace(
         data.record,
         token_types=encoded["train"].token_types is not None,
-        chosen_on=data.evaluation_splits[0] if chooses else None,
+        # `check_scores` refuses a choice without such a split.
+        chosen_on=next(iter(data.evaluation_splits), None) if chooses else None,
     )
-    model.config.data_record = record.to_dict()
+    first = record_of(model)
+    model.config.data_record = record.after(first).to_dict()
     return encoded, predicted
 
 

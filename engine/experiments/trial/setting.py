@@ -265,7 +265,11 @@ def read_setting(given: Mapping[str, Any]) -> Setting:
     counts = None
     if not data.several_labels:
         counts = tuple(Counter(train.labels or ()).values())
-    written = json.dumps(data.record.splits, sort_keys=True).encode()
+    contents = {
+        name: {key: content[key] for key in ("rows", "texts", "labels")}
+        for name, content in data.record.splits.items()
+    }
+    written = json.dumps(contents, sort_keys=True).encode()
     setting = Setting(
         options, frozenset(given), len(train), len(split), counts, constant_score(data),
         content=hashlib.sha256(written).hexdigest(),

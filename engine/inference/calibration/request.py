@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from ...config.commands import ExitsConfig
-from ...data.columns import TextSplit, share_among
+from ...data.columns import TextSplit, seen_among
 from ...data.record import DataRecord
 from ...model.exit_policies import policy_class
 from .guarantee import Promise
@@ -14,8 +15,9 @@ from .search import Target
 
 logger = logging.getLogger("fusedacl")
 DEFAULT_MAX_QUALITY_LOSS = 0.01
-# Data sets repeat some texts by nature: only a larger share means that the model has seen them.
-_REPEATED = 0.1
+# Data sets repeat some texts by nature: texts have been seen if more than this share is repeated,
+# with this error probability, since a sample of the texts is compared.
+_REPEATED, _ERROR = 0.1, 0.01
 
 
 def policy_names(config: ExitsConfig) -> list[str]:
@@ -133,16 +135,16 @@ def check_new(model: DataRecord, texts: TextSplit, name: str, promise: Promise |
         ValueError: there is a promise, and the model was trained on these texts, or on a part of
             them, or its checkpoint was chosen on them.
     """
-    share = share_among(texts, model.splits.get("train", {}))
-    if share > _REPEATED:
-        part = "these texts" if share == 1 else f"about {share:.0%} of these texts"
+    trained = max(_shares(texts, model.trained_on), default=0.0)
+    if trained:
+        part = "these texts" if trained == 1 else f"about {trained:.0%} of these texts"
         seen = f"the model was trained on {part}"
         if promise is None:
             logger.warning(
                 f"{name}: {seen}. Its scores and the chosen settings will look better than they "
                 "are on others."
             )
-    elif share_among(texts, model.splits.get(model.chosen_on or "", {})) > _REPEATED:
+    elif any(_shares(texts, model.selected_on)):
         seen = "the checkpoint was chosen on these texts (load_best_model_at_end, early stopping)"
     else:
         return
@@ -151,3 +153,14 @@ def check_new(model: DataRecord, texts: TextSplit, name: str, promise: Promise |
             f"{name}: {seen}, and a guarantee needs texts that are new to it: name others, or "
             "leave confidence out."
         )
+
+
+def _shares(texts: TextSplit, contents: Iterable[Mapping[str, Any]]) -> Iterator[float]:
+    """For each of the contents, the share of the texts that it has, or 0 if that may be chance."""
+    from scipy.special import bdtrc
+
+    for recorded in contents:
+        num_seen, num_compared = seen_among(texts, recorded)
+        # The probability of so many repetitions if their share were _REPEATED.
+        is_more = num_seen > 0 and bdtrc(num_seen - 1, num_compared, _REPEATED) <= _ERROR
+        yield num_seen / num_compared if is_more else 0.0

@@ -48,7 +48,7 @@ def export_model(config: ExportConfig) -> dict[str, Any]:
     Raises:
         ValueError: a mistake in the options, an encoder that cannot be split or recorded, a package
             that is missing, or graphs that answer otherwise than PyTorch.
-        FloatingPointError: graphs with int8 weights answer NaN.
+        FloatingPointError: graphs answer NaN.
 
     Nothing is left behind by an error.
     """
@@ -260,7 +260,15 @@ def _compare(
     layers = torch.empty_like(left.exit_layers)
     title = "onnxruntime" if progress else None
     for rows, batch in evaluation_batches(encoded, batch_size, padding, progress=title):
-        answers = exported(**batch)
+        try:
+            answers = exported(**batch)
+        except FloatingPointError:
+            # Its index is that in a batch, and its remedy for those who serve an export.
+            quantised = exported.record["quantize"] != "none"
+            remedy = "Leave quantize out." if quantised else "Export another checkpoint."
+            raise FloatingPointError(
+                f"The export's answers to some texts are NaN or infinite. {remedy}"
+            ) from None
         probabilities[rows] = torch.from_numpy(answers.probabilities)
         layers[rows] = torch.from_numpy(answers.exit_layers)
     predictions = probabilities.argmax(dim=-1)

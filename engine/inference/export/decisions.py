@@ -54,11 +54,14 @@ def unexplained(
     inputs: of the first segment. layers, others [N]: where the text leaves either way; if that is
     the same layer, the classes differ.
     """
+    remembers = any(segment.memory for segment in segments)
     explained = torch.zeros(len(layers), dtype=torch.bool)
     for segment in segments:
         clear, same_class = clear_texts(segment, inputs)
         # The ways part at the first of the layers, by a signal there or by one that is remembered.
-        explained |= ~clear & (layers != others) & (torch.minimum(layers, others) >= segment.layer)
+        parting = torch.minimum(layers, others)
+        here = parting >= segment.layer if remembers else parting == segment.layer
+        explained |= ~clear & (layers != others) & here
         explained |= ~same_class & (layers == others) & (layers == segment.layer)
         inputs = follow(inputs, segment(*inputs))
     return ~explained

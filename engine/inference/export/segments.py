@@ -50,6 +50,7 @@ class Segment(nn.Module):
         self.encoder_layers: EncoderLayers = engine.layers
         self.policy = engine.policy
         self.layers, self.is_last = layers, is_last
+        self.memory = memory
         self.is_first = layers[0] == 1
         first = ("input_ids",) if self.is_first else ("hidden_states",)
         types = self.is_first and takes_token_types(engine)

@@ -15,11 +15,14 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from ...config.run_options import SERVICES, RunOptions, named_services
 from ...runtime import processes
 from ...runtime.files import write_json
 
+# Schemes of the places in which MLflow keeps files.
+_FILES = ("", "file", "sqlite")
 # The runs in the services that a run of ours has begun there.
 RUNS_FILE = "services.json"
 # How a run ended, in the words of MLflow.
@@ -148,7 +151,9 @@ def require_services(options: RunOptions) -> None:
             )
         if name == "wandb":
             _require_login()
-        if name == "mlflow" and os.environ.get("MLFLOW_TRACKING_URI") and processes.rank() == 0:
+        # Files would be made here, perhaps in the directory that the run is to take.
+        is_server = urlsplit(os.environ.get("MLFLOW_TRACKING_URI", "")).scheme not in _FILES
+        if name == "mlflow" and is_server and processes.rank() == 0:
             with _called("mlflow", "Check MLFLOW_TRACKING_URI"):
                 tracking: Any = import_module("mlflow.tracking")
                 tracking.MlflowClient().get_experiment_by_name(options.project)

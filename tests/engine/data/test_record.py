@@ -3,7 +3,7 @@ import re
 
 import pyarrow as pa
 import pytest
-from fusedacl.engine.data.columns import TextSplit, content
+from fusedacl.engine.data.columns import TextSplit, content, seen_among
 from fusedacl.engine.data.record import (
     Classes,
     DataRecord,
@@ -325,3 +325,15 @@ def test_a_damaged_record_is_refused(damage: object) -> None:
     values = {**values, **damage} if isinstance(damage, dict) else damage
     with pytest.raises(ValueError, match=r"data_record in config.json is damaged"):
         DataRecord.from_dict(values, ["no", "yes"])
+
+
+def test_texts_are_recognised_in_any_part_and_order() -> None:
+    texts = [f"text {number}" for number in range(5000)]
+    recorded = content(TextSplit(texts))
+    part = TextSplit([*texts[:3999:-1], *["thanks"] * 40])
+    # The record has 2,048 of the 5,000; repetitions count once.
+    seen, compared = seen_among(part, recorded)
+    assert 300 < compared < 520 and compared - seen <= 1
+    assert seen_among(TextSplit([f"other {text}" for text in texts]), recorded)[0] == 0
+    assert seen_among(TextSplit(texts), recorded) == (5000, 5000)
+    assert seen_among(part, {"texts": recorded["texts"]}) == (0, 0)

@@ -162,20 +162,6 @@ def test_a_choice_without_a_second_evaluation_is_warned_of(
     assert ("has no effect: the first evaluation" not in caplog.text) == has_effect
 
 
-@pytest.mark.parametrize(
-    ("changes", "split"),
-    [
-        ({}, None),
-        ({"load_best_model_at_end": True, "save_steps": None}, "validation"),
-        ({"early_stopping_patience": 1, "eval_steps": 12}, "validation"),
-    ],
-    ids=str,
-)
-def test_the_split_that_chooses_a_checkpoint_is_recorded(options, changes, split) -> None:
-    parts = build_run(TrainingConfig.create(**{**options, **changes}))
-    assert parts.model.config.data_record["chosen_on"] == split
-
-
 def test_a_resumed_run_says_what_it_cannot_compare(options, caplog) -> None:
     options |= {"save_steps": 4, "eval_steps": 4, "save_total_limit": None}
     run(options)
