@@ -157,7 +157,7 @@ def _try(arguments: list[str]) -> int:
         "minutes for all runs, of all sessions; a draw that would not end in time is not started"
     )
     made.add_argument("--minutes", type=float, default=20.0, help=f"{words} (default: 20)")
-    words = "most draws, however short they are"
+    words = "largest number of draws, however short they are"
     made.add_argument("--draws", type=int, default=10, help=f"{words} (default: 10)")
     words = "smallest gain, in points, that is worth the price"
     made.add_argument("--min_gain", type=float, default=0.5, help=f"{words} (default: 0.5)")

@@ -88,8 +88,8 @@ def seen_among(split: TextSplit, recorded: Mapping[str, Any]) -> tuple[int, int]
     """The number of a split's texts that are among recorded ones, and of those compared.
 
     recorded: a `content`. Those of the texts are compared whose hashes are as small as those of the
-    recorded sample: a random part of them, without repetitions. None for a record of an earlier
-    version, unless the texts are the same in the same order.
+    recorded sample: a random part of them, without repetitions. A record of an earlier version has
+    no sample: it tells only the same texts in the same order.
     """
     hashes = _text_hashes(split)
     if content(split)["texts"] == recorded.get("texts"):

@@ -27,7 +27,8 @@ from .doubtful_labels import doubtful_names
 
 LABEL_COLUMNS = ("label", "labels")
 _CONVENTIONAL_TEXTS = (("sentence1", "sentence2"), ("sentence",), ("text",))
-# Largest share, of the rows outside the most frequent class, in which it may differ from the label.
+# Largest share of the rows outside the most frequent class in which a column that repeats the label
+# may differ from it.
 _LABEL_NOISE = 0.02
 STAGE1 = "stage1_"
 # Fields of the record that the model's configuration holds in places of its own.

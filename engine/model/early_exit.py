@@ -361,8 +361,8 @@ def _check_shapes(batch: Mapping[str, Tensor]) -> None:
     shape = batch["input_ids"].shape
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(
-            f"input_ids has shape {list(shape)}: expected is [texts, tokens], with a token at "
-            "least. Put a single text into a batch of one (input_ids[None])."
+            f"input_ids has shape {list(shape)}: it must be [texts, tokens], with at least one "
+            "token. Put a single text into a batch of one (input_ids[None])."
         )
     for name, tensor in batch.items():
         if tensor.shape != shape:

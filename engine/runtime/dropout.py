@@ -1,7 +1,8 @@
 """Dropout on a CPU in a quarter of PyTorch's time, most of which goes into random numbers.
 
 PyTorch draws a number of 32 bits for each element, one after another; here four elements share one
-of 64 bits. A probability is therefore a multiple of 2**-16, and kept elements are scaled by it.
+of 64 bits. A probability is therefore a multiple of 2**-16, and kept elements are divided by one
+minus that.
 """
 
 import torch

@@ -203,11 +203,12 @@ def _check_engine(engine: Any) -> None:
     if "forward" in vars(engine):
         raise ValueError("engine: it has a gate already; close() that one first.")
     optimizer, stage = type(engine.optimizer).__name__, int(engine.zero_optimization_stage())
+    if engine.optimizer is None or optimizer == "DummyOptim":
+        raise ValueError("engine: it has no optimizer. Pass one to deepspeed.initialize.")
     zero = engine._config.zero_config
     offload = zero.offload_optimizer
     half = engine.fp16_enabled() or engine.bfloat16_enabled()
     used = {
-        "an engine without an optimizer": engine.optimizer is None or optimizer == "DummyOptim",
         f"the optimizer {optimizer} (leave data_types out, take one of torch.optim)": (
             optimizer not in _KNOWN_OPTIMIZERS and bool(stage or half)
         ),
@@ -229,8 +230,4 @@ def _check_engine(engine: Any) -> None:
     }
     for what, found in used.items():
         if found:
-            raise ValueError(
-                f"engine: ZeroGate does not support {what}. Make an engine without it."
-                if what != "an engine without an optimizer"
-                else "engine: it has no optimizer. Pass one to deepspeed.initialize."
-            )
+            raise ValueError(f"engine: ZeroGate does not support {what}. Make one without it.")

@@ -326,7 +326,7 @@ def _like(name: str, values: ArrayLike, ids: NDArray[np.int64]) -> NDArray[np.in
 def _lengths(ids: NDArray[np.int64], mask: NDArray[np.int64]) -> NDArray[np.int64]:
     """Tokens of each right-padded text, int64 [N]."""
     if ids.ndim != 2 or 0 in ids.shape:
-        raise ValueError(f"input_ids has shape {list(ids.shape)}: expected is [texts, tokens].")
+        raise ValueError(f"input_ids has shape {list(ids.shape)}: it must be [texts, tokens].")
     real = mask.astype(bool)
     if not real[:, 0].all() or (real[:, 1:] & ~real[:, :-1]).any():
         raise ValueError(

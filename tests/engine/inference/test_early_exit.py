@@ -258,7 +258,7 @@ def test_mistakes() -> None:
     with pytest.raises(ValueError, match="no rows"):
         engine(ids[:0], mask[:0])
     for inputs, message in (
-        ({"input_ids": ids[0]}, r"input_ids has shape \[\d+\]: expected is \[texts, tokens\]"),
+        ({"input_ids": ids[0]}, r"input_ids has shape \[\d+\]: it must be \[texts, tokens\]"),
         ({"input_ids": ids[:, :0]}, r"input_ids has shape \[5, 0\]"),
         ({"input_ids": ids, "attention_mask": mask[:, 1:]}, r"attention_mask has shape \[5, "),
         ({"input_ids": ids, "attention_mask": mask[:1]}, r"attention_mask has shape \[1, "),

@@ -397,7 +397,7 @@ def test_answers_that_are_none_have_no_label(exported: tuple[Path, Path]) -> Non
     class Broken:
         def run(self, names: list[str], state: dict[str, Any]) -> Any:
             logits, *others = session.run(names, state)
-            # Of the text with the most tokens, wherever it is.
+            # The runtime sorts texts by length, so the longest one is found by its mask.
             logits[state["attention_mask"].sum(axis=1).argmax()] = np.nan
             others[0][:] = True
             return [logits, *others]
